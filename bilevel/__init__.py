@@ -1,0 +1,57 @@
+"""Bilevel optimisation in JAX: declare what holds at the inner solution, and get a hypergradient to trust.
+
+Example:
+    The penalty of a ridge regression that serves validation data best: where does its loss fall?
+
+    >>> import jax.numpy as jnp
+    >>> import bilevel as bl
+    >>> x, y = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([1.0, 2.0])
+    >>> def fit(w, theta, data):
+    ...     return 0.5 * jnp.sum((x @ w - y) ** 2) + 0.5 * jnp.exp(theta) * jnp.sum(w**2)
+    >>> problem = bl.Problem(bl.Stationary(fit), outer=lambda w, theta, data: jnp.sum((data - w) ** 2))
+    >>> solver = bl.GradientDescent(step_size=0.3, steps=200, tol=1e-5)
+    >>> hypergradient = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(maxiter=10, tol=1e-5)))
+    >>> out = hypergradient(0.0, jnp.zeros(2), jnp.ones(2))
+    >>> round(float(out.value), 4), round(float(out.gradient), 4)
+    (0.29, 0.314)
+    >>> bl.Status(int(out.status))
+    <Status.CONVERGED: 0>
+"""
+
+from bilevel.conditions import Condition, Problem, Proximal, Stationary, theta_itself
+from bilevel.hypergradients import (
+    HypergradientError,
+    Implicit,
+    Method,
+    Unrolled,
+    implicit_layer,
+    value_and_hypergradient,
+)
+from bilevel.linear import CG, LU
+from bilevel.solvers import GradientDescent, InnerSolver, Optax, solve
+from bilevel.types import Hypergradient, LinearInfo, LinearSolver, Solution, Status
+
+__all__ = [
+    "CG",
+    "LU",
+    "GradientDescent",
+    "Hypergradient",
+    "HypergradientError",
+    "Implicit",
+    "LinearInfo",
+    "Optax",
+    "Condition",
+    "InnerSolver",
+    "LinearSolver",
+    "Method",
+    "Problem",
+    "Proximal",
+    "Solution",
+    "Stationary",
+    "Status",
+    "Unrolled",
+    "implicit_layer",
+    "solve",
+    "theta_itself",
+    "value_and_hypergradient",
+]

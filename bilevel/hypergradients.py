@@ -1,0 +1,326 @@
+"""From an inner solution to the derivative of the outer value: the methods, and the two ways to call them.
+
+The implicit function theorem at F(w*, θ) = 0, with A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w, h = ∂outer/∂θ:
+
+    Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
+
+A method is a frozen value, called as ``method(problem, solver, theta, init, data, linear_init)``; it returns
+a :class:`Hypergradient`. Nothing here looks at a status: that is for the host, in
+:func:`value_and_hypergradient`.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import solvers, tree
+from bilevel.conditions import Condition, Problem
+from bilevel.solvers import InnerSolver, IterativeSolver
+from bilevel.linear import as_float, solve_differentiably
+from bilevel.types import Hypergradient, LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
+
+Start = PyTree | Callable[[PyTree, PyTree], PyTree]
+"""Where the inner solver begins: a pytree like w, or ``init(theta, data)`` that makes one."""
+
+
+class Method(Protocol):
+    """A way to differentiate the inner solution."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient: ...
+
+
+class HypergradientError(RuntimeError):
+    """A solve that did not end well, where numbers were concrete enough to see it.
+
+    Attributes:
+        result: the :class:`Hypergradient` that was refused.
+    """
+
+    def __init__(self, message: str, result: Hypergradient):
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The implicit function theorem: one adjoint system, whatever the inner solver did to get there.
+
+    Memory does not grow with inner steps. The gradient is exact at w*; at an approximate w it is off by a
+    multiple of ‖F(w)‖, and by the linear solver's residual.
+
+    Args:
+        linear: solves the adjoint system; :class:`CG` needs a symmetric condition.
+
+    Raises:
+        ValueError: when called, for a linear solver that needs a symmetry the condition does not have.
+
+    Source: Rajeswaran et al. (2019), algorithm 2; Pedregosa (2016).
+    """
+
+    linear: LinearSolver
+
+    def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
+        condition = problem.condition
+        check_symmetry(self.linear, condition)
+        inner = solve_implicitly(condition, solver, self.linear, theta, _start(init, theta, data), data)
+        value, aux, outer_w, outer_theta = _outer(problem, inner.w, theta, data)
+        matvec = adjoint_matvec(condition, inner.w, theta, data)
+        scaling = condition.scaling(theta, data)
+        adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, condition.symmetric, linear_init)
+        _, pull_back = jax.vjp(lambda t: condition.residual(inner.w, t, data), theta)
+        (through_w,) = pull_back(adjoint)
+        return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, info)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Backpropagation through the inner solver's steps, all of them or the last few.
+
+    The derivative of what the solver computed, not of the solution: both agree as the steps converge.
+    Memory grows with the steps that are differentiated. Where ``init`` is a function of θ, its derivative
+    counts (this is MAML, with ``init=lambda theta, data: theta``).
+
+    Args:
+        last: differentiate the last ``last`` steps only; None for all.
+        checkpoint: recompute each step in the backward pass and keep only the iterates.
+
+    Raises:
+        ValueError: for ``last`` below one or above the solver's steps, and for a solver that has no steps
+            to differentiate, or a ``tol`` that leaves their number open.
+
+    Source: Franceschi et al. (2017); truncation: Shaban et al. (2019).
+    """
+
+    last: int | None = None
+    checkpoint: bool = False
+
+    def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
+        del linear_init  # no linear system
+        self._check(solver)
+        solver.check(problem.condition)
+
+        def outer(theta):
+            w = self._inner(problem.condition, solver, theta, _start(init, theta, data), data)
+            value, aux = _with_aux(problem)(w, theta, data)
+            return value, (aux, w)
+
+        (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True)(theta)
+        residual = problem.condition.residual(w, theta, data)
+        return Hypergradient(value, gradient, aux, solvers.report(residual, w, solver.steps), None)
+
+    def _check(self, solver):
+        if not isinstance(solver, IterativeSolver) or solver.tol is not None:
+            raise ValueError(
+                "Unrolled differentiates a fixed number of steps: use GradientDescent or Optax with tol=None, "
+                f"or Implicit, which takes any solver; got {solver}"
+            )
+        if self.last is not None and not 1 <= self.last <= solver.steps:
+            raise ValueError(f"Unrolled(last={self.last}) needs between 1 and the solver's {solver.steps} steps")
+
+    def _inner(self, condition, solver, theta, init, data):
+        def advance(_, state):
+            return solver.update(state, condition.residual(state[0], theta, data))
+
+        last = solver.steps if self.last is None else self.last
+        state = jax.lax.fori_loop(0, solver.steps - last, advance, solver.start(init))
+        if last < solver.steps:
+            state = jax.lax.stop_gradient(state)
+        if self.checkpoint:
+            advance = jax.checkpoint(advance)
+        return jax.lax.fori_loop(0, last, advance, state)[0]
+
+
+def value_and_hypergradient(
+    problem: Problem,
+    solver: InnerSolver,
+    method: Method,
+    on_failure: Literal["raise", "warn", "ignore"] = "raise",
+) -> Callable[..., Hypergradient]:
+    """The function that returns the outer value and its total derivative in θ, with a report on both solves.
+
+    Args:
+        problem: the condition and the outer function.
+        solver: finds the inner solution.
+        method: differentiates it.
+        on_failure: what to do with a failed status when called with concrete values; under a trace the
+            status is only data in the result.
+
+    Returns:
+        ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, pure and compiled once per
+        shape. ``init`` is a pytree like w, or a function ``init(theta, data)``; ``linear_init`` starts the
+        adjoint solve (an earlier ``out.linear.solution``).
+
+    Raises:
+        ValueError: for a combination that makes no sense, with those that do.
+        HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import CG, GradientDescent, Implicit, Problem, Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - data) ** 2 + 0.5 * theta * w**2)
+        >>> problem = Problem(condition, lambda w, theta, data: w)  # w* = data / (1 + theta)
+        >>> solver = GradientDescent(0.5, steps=100, tol=1e-6)
+        >>> out = value_and_hypergradient(problem, solver, Implicit(CG(5)))(1.0, 0.0, 2.0)
+        >>> round(float(out.value), 5), round(float(out.gradient), 5)  # w*, −data / (1 + theta)²
+        (1.0, -0.5)
+    """
+    if on_failure not in ("raise", "warn", "ignore"):
+        raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
+
+    @partial(jax.jit, static_argnames="init_function")
+    def compiled(theta, init, data, linear_init, init_function):
+        return method(problem, solver, theta, init_function or init, data, linear_init)
+
+    def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
+        theta, data = jax.tree.map(jnp.asarray, (theta, data))
+        if callable(init):
+            out = compiled(theta, None, data, linear_init, init_function=init)
+        else:
+            out = compiled(theta, jax.tree.map(jnp.asarray, init), data, linear_init, init_function=None)
+        if on_failure != "ignore":
+            _judge(out, on_failure)
+        return out
+
+    return hypergradient
+
+
+def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolver) -> Callable[..., PyTree]:
+    """The inner solution as a differentiable function of θ and data.
+
+    Args:
+        condition: what holds at the solution.
+        solver: finds it.
+        linear: solves the tangent and adjoint systems.
+
+    Returns:
+        ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
+        ``jax.jit``. Its derivative in ``init`` is zero by definition; θ that a closure captured is
+        differentiated like any other.
+
+    Raises:
+        ValueError: for a linear solver that needs a symmetry the condition does not have.
+
+    Example:
+        >>> import jax
+        >>> from bilevel import CG, GradientDescent, Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta**2) ** 2)
+        >>> layer = implicit_layer(condition, GradientDescent(1.0, steps=1), CG(1))
+        >>> float(jax.grad(layer)(3.0, 0.0, None))
+        6.0
+    """
+    check_symmetry(linear, condition)
+
+    def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
+        theta, data = jax.tree.map(jnp.asarray, (theta, data))
+        start = jax.tree.map(jnp.asarray, _start(init, theta, data))
+        return solve_implicitly(condition, solver, linear, theta, start, data).w
+
+    return layer
+
+
+def solve_implicitly(
+    condition: Condition, solver: InnerSolver, linear: LinearSolver, theta: PyTree, init: PyTree, data: PyTree
+) -> Solution:
+    """The solver's Solution, whose w carries the derivative of the implicit function theorem to any order."""
+
+    def find(_, init):
+        solution = solvers.solve(solver, condition, init, theta, data)
+        return solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+
+    def tangent_solve(jacobian, tangent):
+        scaling = condition.scaling(theta, data)
+        return solve_scaled(linear, jacobian, tangent, scaling, condition.symmetric)[0]
+
+    w, (residual_norm, steps, status) = jax.lax.custom_root(
+        lambda w: condition.residual(w, theta, data), jax.lax.stop_gradient(init), find, tangent_solve, has_aux=True
+    )
+    return Solution(w, residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
+
+
+def adjoint_matvec(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> Callable[[PyTree], PyTree]:
+    """u ↦ (∂F/∂w)ᵀ u, linearised once: forwards where A is symmetric, which is cheaper, else backwards."""
+    if condition.symmetric:
+        return jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
+    _, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
+    return lambda u: pull_back(u)[0]
+
+
+def solve_scaled(
+    linear: LinearSolver, matvec: MatVec, b: PyTree, scaling: PyTree | None, symmetric: bool, init: PyTree | None = None
+) -> tuple[PyTree, LinearInfo]:
+    """Solve ``matvec(v) = b`` as (D A D)u = D b, v = D u, from v = D²b unless told: exact where A = D⁻²."""
+    if scaling is None:
+        return solve_differentiably(linear, matvec, b, symmetric, init)
+    scaled_b = tree.scale(scaling, b)
+    start = scaled_b if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
+    u, info = solve_differentiably(
+        linear, lambda u: tree.scale(scaling, matvec(tree.scale(scaling, u))), scaled_b, symmetric, start
+    )
+    v = tree.scale(scaling, u)
+    return v, replace(info, solution=v)
+
+
+def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
+    """Refuse a linear solver that needs a symmetric operator where the condition has none."""
+    if getattr(linear, "needs_symmetry", False) and not condition.symmetric:
+        raise ValueError(
+            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: use LU"
+        )
+
+
+def _like(scaling, w):
+    return tree.scale(scaling, jax.tree.map(jnp.ones_like, w))
+
+
+def _start(init, theta, data):
+    return init(theta, data) if callable(init) else init
+
+
+def _with_aux(problem):
+    """outer with aux, always."""
+    if problem.has_aux:
+        return problem.outer
+    return lambda w, theta, data: (problem.outer(w, theta, data), None)
+
+
+def _outer(problem, w, theta, data):
+    """Value, aux, ∂outer/∂w and ∂outer/∂θ."""
+    differentiate = jax.value_and_grad(_with_aux(problem), argnums=(0, 1), has_aux=True)
+    (value, aux), (outer_w, outer_theta) = differentiate(w, theta, data)
+    return value, aux, outer_w, outer_theta
+
+
+def _judge(out, on_failure):
+    """Raise or warn about a failed status, if the numbers are there to be seen."""
+    statuses = {"inner": out.inner.status}
+    if out.linear is not None:
+        statuses["linear"] = out.linear.status
+    if any(isinstance(status, jax.core.Tracer) for status in statuses.values()):
+        return
+    failures = [f"{stage} solve, {_named(status)}" for stage, status in statuses.items() if not _worst(status).ok]
+    if not failures:
+        return
+    if on_failure == "raise":
+        raise HypergradientError("; ".join(failures), out)
+    warnings.warn("; ".join(failures), RuntimeWarning, stacklevel=4)
+
+
+def _worst(status):
+    return Status(int(jnp.max(status)))
+
+
+def _named(status):
+    return f"{_worst(status).name}: {_worst(status).message}"

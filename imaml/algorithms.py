@@ -1,0 +1,115 @@
+"""Meta-learning algorithms as ways to solve and differentiate one bilevel problem.
+
+There is no gradient code here: a learner is a network, a loss, λ, an inner solver and a method of
+:mod:`bilevel`; its meta-gradient is the mean over tasks of that problem's hypergradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+import bilevel as bl
+from imaml.problem import Apply, Loss, cross_entropy, task_problem
+from imaml.tasks import Task
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is learned with: adapt φ from θ by ``solver``, differentiate by ``method``.
+
+    Args:
+        apply: the network, ``apply(parameters, x) -> outputs``.
+        solver: the inner solver; it starts from θ.
+        method: ``bl.Implicit(bl.CG(5))`` is implicit MAML.
+        strength: λ of the proximal term ½ λ‖φ − θ‖².
+        loss: ``loss(outputs, y) -> scalar``.
+    """
+
+    apply: Apply
+    solver: bl.InnerSolver
+    method: bl.Method
+    strength: float
+    loss: Loss = cross_entropy
+
+    @property
+    def problem(self) -> bl.Problem:
+        """The bilevel problem of one task."""
+        return task_problem(self.apply, self.loss, self.strength)
+
+    def adapt(self, theta: dict, task: Task) -> bl.Solution:
+        """φ*(θ) for one task, with its residual; the query set is not looked at."""
+        return bl.solve(self.solver, self.problem.condition, theta, theta, task)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MetaGradient:
+    """The mean over tasks of the hypergradient, with what each task reported.
+
+    Attributes:
+        value: mean query loss over the tasks that count.
+        gradient: mean hypergradient, a pytree like θ; zero where no task counts.
+        accuracy: fraction of query examples whose largest output is their label (mean over those tasks).
+        tasks: how many tasks count: those whose numbers are all finite.
+        inner_residual: ‖∇loss + λ(φ − θ)‖ of each task, ``[batch]``.
+        linear_residual: the adjoint system's true relative residual, ``[batch]``; zero without a system.
+        status: the worse :class:`bilevel.Status` of each task, int32 ``[batch]``.
+    """
+
+    value: jax.Array
+    gradient: dict
+    accuracy: jax.Array
+    tasks: jax.Array
+    inner_residual: jax.Array
+    linear_residual: jax.Array
+    status: jax.Array
+
+
+def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, Task], MetaGradient]:
+    """The meta-gradient of a batch of tasks, for one's own loop.
+
+    Tasks are taken one after another, so memory is that of one task. A task whose numbers are not finite
+    is left out of the mean and seen in ``status``; the other tasks' numbers are as they would be without it.
+
+    Args:
+        learner: network, loss, λ, solver and method.
+        axis: the name of a mapped mesh axis over which the tasks are spread, inside ``shard_map``; the
+            means are then over all of them.
+
+    Returns:
+        ``grad(theta, tasks) -> MetaGradient``; ``tasks`` has a leading batch axis on every array. Pure.
+
+    Source: Rajeswaran et al. (2019), algorithm 1.
+    """
+    hypergradient = bl.value_and_hypergradient(learner.problem, learner.solver, learner.method, on_failure="ignore")
+
+    def one_task(theta, totals, task):
+        out = hypergradient(theta, bl.theta_itself, task)
+        finite = _all_finite((out.value, out.gradient))
+        measured = (out.value, out.gradient, _accuracy(out.aux, task.query_y), jnp.ones_like(out.value))
+        totals = jax.tree.map(lambda total, new: total + jnp.where(finite, new, 0), totals, measured)
+        linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.residual_norm
+        status = jnp.where(finite, out.status, jnp.int32(bl.Status.NONFINITE))
+        return totals, (out.inner.residual_norm, linear_residual, status)
+
+    def gradient(theta, tasks):
+        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(theta)))
+        totals = (zero, jax.tree.map(jnp.zeros_like, theta), zero, zero)
+        totals, reports = jax.lax.scan(lambda totals, task: one_task(theta, totals, task), totals, tasks)
+        if axis is not None:
+            totals = jax.lax.psum(totals, axis)
+        *sums, count = totals
+        value, mean, accuracy = jax.tree.map(lambda total: total / jnp.maximum(count, 1).astype(total.dtype), sums)
+        return MetaGradient(value, mean, accuracy, count, *reports)
+
+    return gradient
+
+
+def _accuracy(outputs, labels):
+    return (outputs.argmax(-1) == labels).mean(dtype=outputs.dtype)
+
+
+def _all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -1,0 +1,69 @@
+"""The paper's protocol: accuracy over many held-out tasks, with the interval of their mean."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml.datasets.images import ImageClasses
+from imaml.devices import SPREAD, devices_for, over_tasks
+from imaml.errors import InputError
+from imaml.presets import Preset
+
+EVALUATION_STREAM = 1
+"""Folded into the seed: evaluation tasks are never those of training, and the same at every evaluation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy on the query images of tasks from held-out classes.
+
+    Attributes:
+        accuracy: mean over tasks, in [0, 1].
+        interval: half the width of its 95 % interval, 1.96 · standard deviation / √tasks.
+        chance: what guessing reaches, 1 / ways.
+        tasks: how many tasks.
+        normalisation: which images batch normalisation saw when it judged the query set.
+    """
+
+    accuracy: float
+    interval: float
+    chance: float
+    tasks: int
+    normalisation: str = "query batch (transductive)"
+
+    def __str__(self) -> str:
+        return (
+            f"test accuracy {self.accuracy:.2%} ± {self.interval:.2%} on {self.tasks} tasks of held-out classes "
+            f"(chance {self.chance:.0%}; batch normalisation sees the {self.normalisation})"
+        )
+
+
+def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: int) -> Evaluation:
+    """Accuracy of θ on ``tasks`` tasks drawn from ``classes`` by the preset's seed.
+
+    Raises:
+        InputError: where the classes cannot fill a task, or for fewer than two tasks.
+    """
+    preset.episode.check(classes, preset.dataset)
+    if tasks < 2:
+        raise InputError(f"an interval needs at least 2 tasks, got {tasks}")
+    stream = jax.random.fold_in(jax.random.key(preset.seed), EVALUATION_STREAM)
+    spread = over_tasks(task_accuracies(preset), devices_for(tasks), SPREAD)
+    accuracies = np.asarray(jax.jit(spread)((theta, jnp.asarray(classes.pixels)), jax.random.split(stream, tasks)))
+    interval = 1.96 * accuracies.std(ddof=1) / np.sqrt(tasks)
+    return Evaluation(float(accuracies.mean()), float(interval), 1 / preset.episode.ways, tasks)
+
+
+def task_accuracies(preset: Preset) -> Callable[[tuple[dict, jax.Array], jax.Array], jax.Array]:
+    """``accuracies((theta, pixels), keys [tasks]) -> float32 [tasks]``: adapt to each task's support set, judge."""
+    learner = preset.learner
+
+    def accuracy(theta, pixels, key):
+        task = preset.episode.sample(pixels, key)
+        outputs = learner.apply(learner.adapt(theta, task).w, task.query_x)
+        return (outputs.argmax(-1) == task.query_y).mean(dtype=jnp.float32)
+
+    return lambda fixed, keys: jax.lax.map(lambda key: accuracy(*fixed, key), keys)

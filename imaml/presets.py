@@ -1,0 +1,211 @@
+"""One frozen record for each published setting, with its citation and, in words, where it departs from it.
+
+A preset holds the very objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``), so there
+is no second list of options to keep in step: every field of every one of them can be set on the command
+line as ``--field.subfield VALUE``.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+import bilevel as bl
+from imaml import networks
+from imaml.algorithms import Learner
+from imaml.errors import InputError
+from imaml.tasks import Episode
+
+RAJESWARAN = (
+    "A. Rajeswaran, C. Finn, S. Kakade, S. Levine: Meta-Learning with Implicit Gradients, NeurIPS 2019, arXiv 1909.04630"
+)
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """The four-block convolutional network of Finn et al. (2017); see :func:`imaml.networks.conv4`.
+
+    Args:
+        filters: channels of each block.
+    """
+
+    filters: int = 64
+
+    def __post_init__(self):
+        _check(self.filters >= 1, f"network.filters must be at least 1, got {self.filters}")
+
+    def build(self, ways: int) -> networks.Network:
+        """The pair of functions for ``ways`` classes."""
+        return networks.conv4(ways, self.filters)
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer loop: Adam on the meta-gradient.
+
+    Args:
+        learning_rate: Adam's rate at the first meta-step.
+        final_fraction: the rate at the last meta-step as a fraction of the first, along half a cosine; 1 for a
+            constant rate.
+        tasks: tasks in a meta-step.
+        steps: meta-steps of a run.
+    """
+
+    learning_rate: float
+    tasks: int
+    steps: int
+    final_fraction: float = 1.0
+
+    def __post_init__(self):
+        _check(self.learning_rate > 0, f"outer.learning_rate must be above 0, got {self.learning_rate}")
+        _check(self.tasks >= 1, f"outer.tasks must be at least 1, got {self.tasks}")
+        _check(self.steps >= 1, f"outer.steps must be at least 1, got {self.steps}")
+        _check(0 <= self.final_fraction <= 1, f"outer.final_fraction must lie in [0, 1], got {self.final_fraction}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides the numbers of a run.
+
+    Args:
+        name: what to type.
+        dataset: ``"glyphs"`` (embedded) or ``"omniglot"`` (needs its archives).
+        episode: ways, shots, queries, rotations, in training and in evaluation.
+        network: the network's size.
+        strength: λ of the proximal term, on the mean support loss.
+        inner: the inner solver.
+        linear: the solver of (I + H/λ)g = v.
+        outer: optimiser, meta-batch, length.
+        seed: of the parameters, the tasks, everything.
+        citation: the publication it follows.
+        departures: where it does something else, and why, a sentence each.
+    """
+
+    name: str
+    dataset: str
+    episode: Episode
+    network: Conv4
+    strength: float
+    inner: bl.GradientDescent
+    linear: bl.CG
+    outer: Outer
+    seed: int = 0
+    citation: str = RAJESWARAN
+    departures: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        _check(0 < self.strength < float("inf"), f"strength (λ) must be above 0 and finite, got {self.strength}")
+        _check(self.inner.tol is None, "inner.tol must be None: a preset spends its budget of inner steps")
+        _check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+
+    @property
+    def learner(self) -> Learner:
+        """The network and algorithm, ready for :func:`imaml.meta_gradient`."""
+        return Learner(
+            apply=self.network.build(self.episode.ways).apply,
+            solver=self.inner,
+            method=bl.Implicit(self.linear),
+            strength=self.strength,
+        )
+
+    def deviations(self) -> tuple[str, ...]:
+        """Where this preset departs from its citation, a sentence each."""
+        return self.departures
+
+    def config(self) -> dict[str, Any]:
+        """The settings as plain nested dictionaries, for JSON and for comparison."""
+        settings = dataclasses.asdict(self)
+        del settings["citation"], settings["departures"]
+        return settings
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        InputError: for an unknown name, with the nearest ones.
+    """
+    if name in _PRESETS:
+        return _PRESETS[name]
+    near = difflib.get_close_matches(name, _PRESETS, n=1)
+    hint = f"did you mean {near[0]}?" if near else ""
+    raise InputError(f"there is no preset {name!r}: {hint} known: {', '.join(_PRESETS)}".replace(":  known", ": known"))
+
+
+def presets() -> tuple[str, ...]:
+    """The names of all presets, the default first."""
+    return tuple(_PRESETS)
+
+
+def override(chosen: Preset, path: str, text: str) -> Preset:
+    """``chosen`` with the field at ``path`` ("strength", "inner.steps") read from ``text``.
+
+    Raises:
+        InputError: for a path that does not exist, with those that do, and for a value of another type.
+    """
+    paths = settings(chosen)
+    if path not in paths:
+        near = difflib.get_close_matches(path, paths, n=1)
+        hint = f"did you mean --{near[0]}? " if near else ""
+        raise InputError(f"there is no setting --{path}: {hint}known: {', '.join(f'--{p}' for p in paths)}")
+    return _replace(chosen, path.split("."), _parse(path, text, paths[path]))
+
+
+def settings(chosen: Preset) -> dict[str, Any]:
+    """Every setting that can be overridden, by its dotted path, with its present value."""
+    found: dict[str, Any] = {}
+    for name, value in _fields(chosen).items():
+        if name in ("name", "dataset", "citation", "departures"):
+            continue
+        if dataclasses.is_dataclass(value):
+            found |= {f"{name}.{inner}": v for inner, v in _fields(value).items() if isinstance(v, bool | int | float)}
+        else:
+            found[name] = value
+    return found
+
+
+def _fields(record):
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
+def _parse(path, text, present):
+    if isinstance(present, bool):
+        values = {"true": True, "false": False}
+        _check(text.lower() in values, f"--{path} takes true or false, got {text!r}")
+        return values[text.lower()]
+    kind, what = (int, "a whole number") if isinstance(present, int) else (float, "a number")
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"--{path} takes {what}, got {text!r}") from None
+
+
+def _replace(record, path, value):
+    if len(path) > 1:
+        value = _replace(getattr(record, path[0]), path[1:], value)
+    try:
+        return dataclasses.replace(record, **{path[0]: value})
+    except InputError:
+        raise
+    except ValueError as error:  # the generic layer's own checks
+        raise InputError(str(error)) from error
+
+
+def _check(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+_GLYPHS = Preset(
+    name="glyphs-5way-1shot-gd",
+    dataset="glyphs",
+    episode=Episode(ways=5, shots=1, queries=1),
+    network=Conv4(filters=64),
+    strength=0.3,
+    inner=bl.GradientDescent(step_size=0.1, steps=16),
+    linear=bl.CG(maxiter=5),
+    outer=Outer(learning_rate=3e-3, tasks=16, steps=1000),
+    departures=(),
+)
+
+_PRESETS = {chosen.name: chosen for chosen in (_GLYPHS,)}
