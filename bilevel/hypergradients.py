@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
-from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.linear import as_float, solve_differentiably
+from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
 Start = PyTree | Callable[[PyTree, PyTree], PyTree]

@@ -111,7 +111,6 @@ def solve_differentiably(
     The derivative solves with the same solver; its transpose solves with Aᵀ.
     """
 
-
     def find(matvec, b, init=None):  # the start belongs to this system, not to its transpose
         x, info = linear(matvec, b, init)
         return x, (info.residual_norm, as_float(info.iterations), as_float(info.status))

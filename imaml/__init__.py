@@ -1,0 +1,27 @@
+"""Implicit MAML: few-shot learning whose meta-gradient needs no memory of the inner loop.
+
+The algorithm of Rajeswaran, Finn, Kakade and Levine (2019), as an instance of :mod:`bilevel`.
+"""
+
+from imaml.algorithms import Learner, MetaGradient, meta_gradient
+from imaml.errors import InputError
+from imaml.evaluation import Evaluation, evaluate
+from imaml.presets import Preset, preset, presets
+from imaml.tasks import Episode, Task
+from imaml.training import Run, train
+
+__all__ = [
+    "Episode",
+    "Evaluation",
+    "InputError",
+    "Learner",
+    "MetaGradient",
+    "Preset",
+    "Run",
+    "Task",
+    "evaluate",
+    "meta_gradient",
+    "preset",
+    "presets",
+    "train",
+]

@@ -3,11 +3,11 @@
 Every device holds θ and the whole dataset and takes its share of a batch of tasks; only sums travel.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 AXIS = "tasks"
@@ -19,10 +19,8 @@ def use_all_cores() -> None:
     One device that spreads each small matrix product over all cores spends much of its time waiting;
     two devices with a task each do not.
     """
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started: its devices stay as they are
         jax.config.update("jax_num_cpu_devices", _cores())
-    except RuntimeError:  # JAX has started: its devices stay as they are
-        pass
 
 
 def devices_for(tasks: int) -> int:

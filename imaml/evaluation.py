@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imaml import checkpoints, datasets
 from imaml.datasets.images import ImageClasses
 from imaml.devices import SPREAD, devices_for, over_tasks
 from imaml.errors import InputError
-from imaml.presets import Preset
+from imaml.meta_step import initial_state
+from imaml.presets import Preset, restore
+
+if TYPE_CHECKING:
+    from imaml.training import Run
 
 EVALUATION_STREAM = 1
 """Folded into the seed: evaluation tasks are never those of training, and the same at every evaluation."""
@@ -32,13 +39,46 @@ class Evaluation:
     interval: float
     chance: float
     tasks: int
-    normalisation: str = "query batch (transductive)"
+    normalisation: str = "query batch, as published (transductive)"
 
     def __str__(self) -> str:
         return (
             f"test accuracy {self.accuracy:.2%} ± {self.interval:.2%} on {self.tasks} tasks of held-out classes "
-            f"(chance {self.chance:.0%}; batch normalisation sees the {self.normalisation})"
+            f"(chance {self.chance:.0%}); batch normalisation over the {self.normalisation}"
         )
+
+
+def evaluate(
+    run: "str | Path | Run | dict", preset: Preset | None = None, tasks: int = 600, data: str | Path | None = None
+) -> Evaluation:
+    """Accuracy on the held-out classes, by the protocol of the paper: 600 tasks, as many queries as shots.
+
+    Args:
+        run: a run's folder, a :class:`imaml.Run`, or parameters θ.
+        preset: the settings; needed with θ, and otherwise the run's own by default.
+        tasks: how many.
+        data: the folder of the dataset's archives, for a dataset that is not embedded.
+
+    Raises:
+        InputError: for a folder without a whole checkpoint, data that cannot be used, or θ without a preset.
+    """
+    theta: Any = run
+    if isinstance(run, str | Path):
+        preset, theta = _restore(Path(run), preset)
+    elif not isinstance(run, dict):
+        preset, theta = preset or run.preset, run.theta
+    if preset is None:
+        raise InputError("parameters alone do not say what they are for: pass the preset as well")
+    return evaluate_classes(theta, preset, datasets.load(preset.dataset, data).test, tasks)
+
+
+def _restore(directory, preset):
+    """The preset and θ of the checkpoint in a folder."""
+    description = checkpoints.describe(directory)
+    if description is None:
+        raise InputError(f"there is no run in {directory}: it holds no {checkpoints.FILE}")
+    preset = preset or restore(description["preset"], description["config"])
+    return preset, checkpoints.load(directory, initial_state(preset))[0].theta
 
 
 def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: int) -> Evaluation:
@@ -62,7 +102,7 @@ def task_accuracies(preset: Preset) -> Callable[[tuple[dict, jax.Array], jax.Arr
     learner = preset.learner
 
     def accuracy(theta, pixels, key):
-        task = preset.episode.sample(pixels, key)
+        task = preset.episode.sample(pixels, key, preset.rotations.test)
         outputs = learner.apply(learner.adapt(theta, task).w, task.query_x)
         return (outputs.argmax(-1) == task.query_y).mean(dtype=jnp.float32)
 

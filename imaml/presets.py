@@ -16,9 +16,7 @@ from imaml.algorithms import Learner
 from imaml.errors import InputError
 from imaml.tasks import Episode
 
-RAJESWARAN = (
-    "A. Rajeswaran, C. Finn, S. Kakade, S. Levine: Meta-Learning with Implicit Gradients, NeurIPS 2019, arXiv 1909.04630"
-)
+RAJESWARAN = "Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Gradients, NeurIPS 2019 (arXiv 1909.04630)"
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,32 @@ class Conv4:
 
     Args:
         filters: channels of each block.
+        kernel_gain: factor on Glorot's initial kernels; see :func:`imaml.networks.conv4`.
     """
 
     filters: int = 64
+    kernel_gain: float = 1.0
 
     def __post_init__(self):
         _check(self.filters >= 1, f"network.filters must be at least 1, got {self.filters}")
+        _check(self.kernel_gain > 0, f"network.kernel_gain must be above 0, got {self.kernel_gain}")
 
     def build(self, ways: int) -> networks.Network:
         """The pair of functions for ``ways`` classes."""
-        return networks.conv4(ways, self.filters)
+        return networks.conv4(ways, self.filters, kernel_gain=self.kernel_gain)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Whether each class of each task is turned by a random multiple of 90°.
+
+    Args:
+        train: in training, where it makes four classes of one.
+        test: in evaluation.
+    """
+
+    train: bool = False
+    test: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,8 @@ class Preset:
     Args:
         name: what to type.
         dataset: ``"glyphs"`` (embedded) or ``"omniglot"`` (needs its archives).
-        episode: ways, shots, queries, rotations, in training and in evaluation.
+        episode: ways, shots and queries, in training and in evaluation.
+        rotations: of the images, in training and in evaluation.
         network: the network's size.
         strength: λ of the proximal term, on the mean support loss.
         inner: the inner solver.
@@ -84,6 +99,7 @@ class Preset:
     name: str
     dataset: str
     episode: Episode
+    rotations: Rotations
     network: Conv4
     strength: float
     inner: bl.GradientDescent
@@ -135,6 +151,26 @@ def preset(name: str) -> Preset:
 def presets() -> tuple[str, ...]:
     """The names of all presets, the default first."""
     return tuple(_PRESETS)
+
+
+def restore(name: str, config: dict[str, Any]) -> Preset:
+    """The preset of that name with the settings that :meth:`Preset.config` once gave.
+
+    Raises:
+        InputError: for an unknown name, or settings this version does not know.
+    """
+    try:
+        return _with_settings(preset(name), config)
+    except TypeError as error:
+        raise InputError(f"the settings of {name} were saved by another version: {error}") from error
+
+
+def _with_settings(record, config):
+    changes = {
+        key: _with_settings(getattr(record, key), value) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    return dataclasses.replace(record, **changes)
 
 
 def override(chosen: Preset, path: str, text: str) -> Preset:
@@ -200,11 +236,12 @@ _GLYPHS = Preset(
     name="glyphs-5way-1shot-gd",
     dataset="glyphs",
     episode=Episode(ways=5, shots=1, queries=1),
-    network=Conv4(filters=64),
-    strength=0.3,
-    inner=bl.GradientDescent(step_size=0.1, steps=16),
+    rotations=Rotations(train=True),
+    network=Conv4(filters=32, kernel_gain=4.0),
+    strength=0.1,
+    inner=bl.GradientDescent(step_size=0.2, steps=16),
     linear=bl.CG(maxiter=5),
-    outer=Outer(learning_rate=3e-3, tasks=16, steps=1000),
+    outer=Outer(learning_rate=1e-2, tasks=8, steps=1000),
     departures=(),
 )
 

@@ -39,7 +39,6 @@ class Episode:
         ways: classes in a task, N.
         shots: support images of each class, K.
         queries: query images of each class; the published protocol takes as many as shots.
-        rotations: turn each class of each task by a random multiple of 90°, which makes four classes of one.
 
     Raises:
         InputError: for a count below one, or fewer than two ways.
@@ -48,7 +47,6 @@ class Episode:
     ways: int
     shots: int
     queries: int
-    rotations: bool = False
 
     def __post_init__(self):
         if self.ways < 2 or self.shots < 1 or self.queries < 1:
@@ -67,12 +65,13 @@ class Episode:
                 f"that a class of {name} has"
             )
 
-    def sample(self, pixels: jax.Array, key: jax.Array) -> Task:
+    def sample(self, pixels: jax.Array, key: jax.Array, rotate: bool = False) -> Task:
         """Draw one task.
 
         Args:
             pixels: uint8 ``[classes, samples, height, width, channels]``.
             key: a typed random key.
+            rotate: turn each class by a multiple of 90°, drawn for it; this makes four classes of one.
 
         Returns:
             A :class:`Task` with float32 images in [0, 1]; the same key gives the same task.
@@ -81,17 +80,15 @@ class Episode:
         chosen = jax.random.choice(class_key, pixels.shape[0], (self.ways,), replace=False)
         images = jax.vmap(self._draw, in_axes=(0, 0))(pixels[chosen], jax.random.split(sample_key, self.ways))
         images = images.astype(jnp.float32) / 255
-        if self.rotations:
+        if rotate:
             images = jax.vmap(_turn)(images, jax.random.randint(turn_key, (self.ways,), 0, 4))
         support, query = images[:, : self.shots], images[:, self.shots :]
         labels = jnp.arange(self.ways, dtype=jnp.int32)
-        return Task(
-            _merge(support), jnp.repeat(labels, self.shots), _merge(query), jnp.repeat(labels, self.queries)
-        )
+        return Task(_merge(support), jnp.repeat(labels, self.shots), _merge(query), jnp.repeat(labels, self.queries))
 
-    def batch(self, pixels: jax.Array, key: jax.Array, size: int) -> Task:
-        """Draw ``size`` tasks: a :class:`Task` whose arrays have a leading axis of that length."""
-        return jax.vmap(lambda key: self.sample(pixels, key))(jax.random.split(key, size))
+    def batch(self, pixels: jax.Array, keys: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task for each key: a :class:`Task` whose arrays have a leading axis of that length."""
+        return jax.vmap(lambda key: self.sample(pixels, key, rotate))(keys)
 
     def _draw(self, images, key):
         """Different images of one class, those of the support first."""

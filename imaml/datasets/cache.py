@@ -1,10 +1,12 @@
 """Arrays kept between runs: written whole or not at all, and checked when read."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,8 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as stream:
-            np.savez_compressed(stream, sha256=np.array(_digest(arrays)), **arrays)
+            contents: dict[str, Any] = {"sha256": np.array(_digest(arrays)), **arrays}
+            np.savez_compressed(stream, **contents)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -60,8 +63,6 @@ def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     arrays = _read(path)
     if arrays is None:
         arrays = build()
-        try:
+        with contextlib.suppress(OSError):
             _write(path, arrays)
-        except OSError:
-            pass
     return arrays

@@ -23,7 +23,8 @@ class ImageClasses:
     def __post_init__(self):
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 5:
             raise InputError(
-                f"pixels must be uint8 [classes, samples, height, width, channels], got {self.pixels.dtype} {self.pixels.shape}"
+                "pixels must be uint8 [classes, samples, height, width, channels], "
+                f"got {self.pixels.dtype} {self.pixels.shape}"
             )
         if len(self.labels) != len(self.pixels) or len(set(self.labels)) != len(self.labels):
             raise InputError(f"{len(self.pixels)} classes need as many different labels, got {len(set(self.labels))}")
@@ -48,7 +49,7 @@ class ImageDataset:
     def __post_init__(self):
         shared = set(self.train.labels) & set(self.test.labels)
         if shared:
-            raise InputError(f"{self.name}: {len(shared)} classes are in train and in test, {sorted(shared)[0]} among them")
+            raise InputError(f"{self.name}: {len(shared)} classes, {min(shared)} among them, are in train and in test")
 
     def fingerprint(self) -> str:
         """SHA-256 of the split, labels and pixels: two runs that agree on it saw the same data."""

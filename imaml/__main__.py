@@ -1,0 +1,7 @@
+"""``python -m imaml`` is the command ``imaml``."""
+
+import sys
+
+from imaml.cli import main
+
+sys.exit(main())

@@ -1,0 +1,145 @@
+"""The command line: ``imaml train``, ``imaml evaluate``, ``imaml presets``.
+
+Everything that can be found wrong with what was typed is found before JAX starts, and said in one sentence
+with exit code 2. This module only parses and prints.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from imaml.errors import InputError
+
+USAGE_ERROR = 2
+EPILOG = "Every setting of a preset can be changed: --strength 0.5 --inner.steps 32; 'imaml presets NAME' lists them."
+
+
+TRAIN_OPTIONS = ("--data", "--out", "--meta-steps", "--help")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for what cannot be used, 130 or 143 when stopped."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = words[0] if words else ""
+    try:
+        words, overrides = _split(words) if command == "train" else (words, [])
+        options = _parser().parse_args(words)
+        return options.run(options, overrides)
+    except InputError as error:
+        print(f"imaml {command}: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"imaml {command}: {error.strerror}: {error.filename}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return USAGE_ERROR
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="imaml", description="Few-shot learning with implicit MAML.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a preset, or resume", epilog=EPILOG, allow_abbrev=False)
+    train.add_argument("preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no data")
+    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's archives, where it is not embedded")
+    train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
+    train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy of a run on held-out classes", allow_abbrev=False)
+    evaluate.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a run")
+    evaluate.add_argument("--data", metavar="DIR", help="as for train")
+    evaluate.add_argument(
+        "--tasks", metavar="N", type=int, default=600, help="held-out tasks (default: the paper's 600)"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
+    presets.add_argument("preset", nargs="?", metavar="NAME")
+    presets.set_defaults(run=_presets)
+    return parser
+
+
+def _split(words):
+    """The words that argparse knows, and the settings, ``--path value`` or ``--path=value``, as pairs."""
+    known, overrides, rest = [], [], iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option in TRAIN_OPTIONS:
+            known.append(word)
+            continue
+        value = value if equals else next(rest, None)
+        if value is None:
+            raise InputError(f"{option} needs a value")
+        overrides.append((option[2:], value))
+    return known, overrides
+
+
+def _chosen(options, overrides):
+    from imaml.presets import override, preset, presets
+
+    chosen = preset(options.preset or presets()[0])
+    if options.meta_steps is not None:
+        overrides = [*overrides, ("outer.steps", options.meta_steps)]
+    for path, value in overrides:
+        chosen = override(chosen, path, value)
+    return chosen
+
+
+def _start_jax():
+    """All cores, and compiled programs kept between runs."""
+    import jax
+
+    from imaml.datasets.cache import cache_directory
+    from imaml.devices import use_all_cores
+
+    use_all_cores()
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _train(options, overrides):
+    chosen = _chosen(options, overrides)
+    _start_jax()
+    from imaml.plots import learning_curve
+    from imaml.progress import Reporter
+    from imaml.training import train
+
+    directory = options.out or Path("runs") / chosen.name
+    reporter = Reporter()
+    print(f"{chosen.name}: implicit MAML on {chosen.dataset}, in {directory}", flush=True)
+    try:
+        run = train(chosen, directory, options.data, on_event=reporter.event, on_progress=reporter.step)
+    finally:
+        reporter.finish()
+    picture = learning_curve(directory, chosen.episode.ways)
+    if run.stopped_by is not None:
+        print(f"stopped at step {run.step} of {chosen.outer.steps} and saved; the same command goes on from there")
+        return 128 + run.stopped_by
+    print(run.evaluation)
+    print(f"learning curve: {picture}")
+    return 0
+
+
+def _evaluate(options, _):
+    _start_jax()
+    from imaml.evaluation import evaluate
+
+    print(evaluate(options.run_directory, tasks=options.tasks, data=options.data))
+    return 0
+
+
+def _presets(options, _):
+    from imaml.presets import preset, presets, settings
+
+    if options.preset is None:
+        print("\n".join(presets()))
+        return 0
+    chosen = preset(options.preset)
+    print(f"{chosen.name}\n\n{chosen.citation}\n\nsettings")
+    for path, value in settings(chosen).items():
+        print(f"  --{path} {value}")
+    print("\nwhere it departs from the citation")
+    for sentence in chosen.deviations():
+        print(f"  - {sentence}")
+    return 0

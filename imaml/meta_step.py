@@ -1,0 +1,83 @@
+"""The meta-step: one pure, compiled program that draws its tasks, adapts, differentiates and updates θ."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml.algorithms import MetaGradient, meta_gradient
+from imaml.devices import AXIS, SHARED, SPREAD, devices_for, over_tasks
+from imaml.presets import Outer, Preset
+
+TRAINING_STREAM = 0
+"""Folded into the seed; evaluation has another."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that one meta-step hands to the next.
+
+    Attributes:
+        theta: the parameters that are learned.
+        optimizer: the state of Adam.
+        step: meta-steps done, an int32 scalar; with the seed it decides the tasks of the next one.
+    """
+
+    theta: dict
+    optimizer: Any
+    step: jax.Array
+
+
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("value", "gradient", "accuracy", "tasks"), SHARED),
+    **dict.fromkeys(("inner_residual", "linear_residual", "status"), SPREAD),
+}
+_LAYOUT = MetaGradient(**_FIELDS)
+"""Of a report, over the devices: means are equal on all of them, the tasks' own numbers are not."""
+
+
+def optimizer(outer: Outer) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015) with the preset's rate, constant or along half a cosine."""
+    return optax.adam(optax.cosine_decay_schedule(outer.learning_rate, outer.steps, alpha=outer.final_fraction))
+
+
+def initial_state(preset: Preset) -> TrainState:
+    """θ drawn by the seed, and an optimiser that has seen nothing."""
+    theta = preset.network.build(preset.episode.ways).init(jax.random.key(preset.seed))
+    return TrainState(theta, optimizer(preset.outer).init(theta), jnp.int32(0))
+
+
+def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainState, MetaGradient]]:
+    """One step of the outer loop: draw tasks, meta-gradient, Adam.
+
+    Returns:
+        ``step(state, pixels) -> (state, report)``, pure; pixels are the training classes', uint8
+        ``[classes, samples, height, width, channels]``. Tasks are spread over all local devices, as far as
+        their number divides. Where no task gave finite numbers θ and the optimiser stay as they are.
+    """
+    outer, episode = preset.outer, preset.episode
+    gradient = meta_gradient(preset.learner, axis=AXIS)
+
+    def on_each_device(fixed, keys):
+        theta, pixels = fixed
+        return gradient(theta, episode.batch(pixels, keys, preset.rotations.train))
+
+    spread = over_tasks(on_each_device, devices_for(outer.tasks), _LAYOUT)
+
+    def step(state, pixels):
+        stream = jax.random.fold_in(jax.random.key(preset.seed), TRAINING_STREAM)
+        keys = jax.random.split(jax.random.fold_in(stream, state.step), outer.tasks)
+        report = spread((state.theta, pixels), keys)
+        updates, memory = optimizer(outer).update(report.gradient, state.optimizer, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        usable = report.tasks > 0
+        theta, memory = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, old), (theta, memory), (state.theta, state.optimizer)
+        )
+        return TrainState(theta, memory, state.step + 1), report
+
+    return step

@@ -1,0 +1,85 @@
+"""Pictures from records on disk. Nothing here imports jax, and matplotlib is loaded when a picture is drawn."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from imaml import runlog
+from imaml.runlog import Progress
+
+PICTURE = "learning_curve.png"
+BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
+
+
+def learning_curve(directory: Path, ways: int) -> Path:
+    """Draw loss, accuracy and residuals over the meta-steps of the run in ``directory``.
+
+    Args:
+        directory: a run's folder, with its log and, if it ended, its result.
+        ways: classes of a task, for the chance level.
+
+    Returns:
+        The path of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    log = runlog.read(directory)
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, loss, residuals = figure.subplots(1, 3)
+    _draw_accuracy(accuracy, log, _evaluation(directory), 1 / ways)
+    _draw_loss(loss, log)
+    _draw_residuals(residuals, log)
+    for axes in (accuracy, loss, residuals):
+        axes.set_xlabel("meta-step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    path = directory / PICTURE
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    return path
+
+
+def _draw_accuracy(axes, log: list[Progress], evaluation, chance):
+    axes.set_title("query accuracy after adaptation")
+    _smoothed(axes, log, [p.accuracy for p in log], BLUE, "training classes")
+    axes.axhline(chance, color=GREY, linestyle=":", label=f"chance {chance:.0%}")
+    if evaluation:
+        axes.errorbar(
+            log[-1].step, evaluation["accuracy"], evaluation["interval"], color=ORANGE, marker="o", capsize=4, zorder=5,
+            label=f"held-out classes {evaluation['accuracy']:.1%} ± {evaluation['interval']:.1%}",
+        )  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _draw_loss(axes, log):
+    axes.set_title("query loss (nats)")
+    _smoothed(axes, log, [p.loss for p in log], BLUE, None)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_residuals(axes, log):
+    axes.set_title("residuals, median over tasks")
+    _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: ‖∇loss + λ(φ − θ)‖")
+    _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+
+
+def _smoothed(axes, log, values, color, label):
+    """Every value faintly, and the running mean of a fiftieth of the run."""
+    steps, values = np.array([p.step for p in log]), np.array(values)
+    axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
+    width = max(1, len(values) // 50)
+    means = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], means, color=color, linewidth=1.8, label=label)
+
+
+def _evaluation(directory):
+    path = directory / "result.json"
+    return json.loads(path.read_text())["evaluation"] if path.exists() else None

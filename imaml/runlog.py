@@ -1,0 +1,65 @@
+"""The log of a run: one JSON line for each meta-step, which plots and tables are made from."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One meta-step, as it is shown and logged.
+
+    Attributes:
+        step: meta-steps done, this one included.
+        steps: meta-steps of the run.
+        loss: mean query loss, in nats.
+        accuracy: mean query accuracy after adaptation, on training classes, in [0, 1].
+        tasks: tasks whose numbers were finite; the others are left out of the means.
+        inner_residual: median over tasks of ‖∇loss + λ(φ − θ)‖.
+        linear_residual: median over tasks of the adjoint system's true relative residual.
+        statuses: how many tasks ended with which :class:`bilevel.Status`.
+        seconds: wall time since this process began to train.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    tasks: int
+    inner_residual: float
+    linear_residual: float
+    statuses: dict[str, int]
+    seconds: float
+
+
+class LogWriter:
+    """Appends to the log; on resuming, what the log holds beyond the checkpoint's step is dropped first."""
+
+    def __init__(self, directory: Path, step: int):
+        path = directory / FILE
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self._stream = path.open("a", buffering=1)
+
+    def write(self, progress: Progress) -> None:
+        """Append one line."""
+        self._stream.write(json.dumps(asdict(progress)) + "\n")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._stream.close()
+
+
+def read(directory: Path) -> list[Progress]:
+    """All steps in the log, in order; a last line that was cut off is left out."""
+    return [Progress(**json.loads(line)) for line in _whole_lines(directory / FILE)]
+
+
+def _whole_lines(path):
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
