@@ -15,10 +15,11 @@ test: $(VENV)/installed-testing
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Each stamp stands for an installation that went through; it is made anew when the requirements change.
 $(VENV)/installed: pyproject.toml
+	@echo "installing into $(VENV), which takes a minute …"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

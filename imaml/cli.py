@@ -21,22 +21,31 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for what cannot be used, 130 or 143 when stopped."""
     words = sys.argv[1:] if arguments is None else arguments
     command = words[0] if words else ""
+    program = f"imaml {command}".rstrip()
     try:
         words, overrides = _split(words) if command == "train" else (words, [])
         options = _parser().parse_args(words)
         return options.run(options, overrides)
     except InputError as error:
-        print(f"imaml {command}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"imaml {command}: {error.strerror}: {error.filename}", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""  # a full disk names no file
+        print(f"{program}: {error.strerror or error}{where}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     return USAGE_ERROR
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one sentence like everybody else's."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
 def _parser():
-    parser = argparse.ArgumentParser(prog="imaml", description="Few-shot learning with implicit MAML.")
+    parser = _Parser(prog="imaml", description="Few-shot learning with implicit MAML.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a preset, or resume", epilog=EPILOG, allow_abbrev=False)
@@ -69,7 +78,7 @@ def _split(words):
             known.append(word)
             continue
         value = value if equals else next(rest, None)
-        if value is None:
+        if value is None or value.startswith("--"):
             raise InputError(f"{option} needs a value")
         overrides.append((option[2:], value))
     return known, overrides

@@ -6,9 +6,10 @@ Every device holds θ and the whole dataset and takes its share of a batch of ta
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "tasks"
 
@@ -36,9 +37,20 @@ def over_tasks(function: Callable, devices: int, out_specs) -> Callable:
         devices: how many local devices, a divisor of the number of tasks.
         out_specs: per output, ``SHARED`` for what is equal on all devices, ``SPREAD`` for what is per task.
     """
-    mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices])
     # Conjugate gradients inside: their loop's carry starts replicated, which the check would refuse.
-    return jax.shard_map(function, mesh=mesh, in_specs=(SHARED, SPREAD), out_specs=out_specs, check_vma=False)
+    return jax.shard_map(function, mesh=_mesh(devices), in_specs=(SHARED, SPREAD), out_specs=out_specs, check_vma=False)
+
+
+def on_all(tree: Any, devices: int) -> Any:
+    """``tree`` with a copy on each of ``devices``, which is how a step over tasks returns what is shared.
+
+    A step that is fed its own result is then compiled once: what lies elsewhere would be another program.
+    """
+    return jax.device_put(tree, NamedSharding(_mesh(devices), SHARED))
+
+
+def _mesh(devices) -> Mesh:
+    return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices])
 
 
 SHARED = PartitionSpec()

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,8 +18,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """While inside, the first SIGINT or SIGTERM is noted; a second one acts as it would have without this."""
+def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
+    """While inside, the first SIGINT or SIGTERM is noted; a second one acts as it would have without this.
+
+    Args:
+        on_request: called when the first one comes.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield request
@@ -31,6 +35,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         request.received = signal.Signals(number)
         for watched_number, handler in before.items():
             signal.signal(watched_number, handler)
+        on_request()
 
     for number in watched:
         signal.signal(number, note)

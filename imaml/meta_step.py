@@ -59,7 +59,7 @@ def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainSt
         ``[classes, samples, height, width, channels]``. Tasks are spread over all local devices, as far as
         their number divides. Where no task gave finite numbers θ and the optimiser stay as they are.
     """
-    outer, episode = preset.outer, preset.episode
+    outer, episode = preset.outer, preset.training_episode
     gradient = meta_gradient(preset.learner, axis=AXIS)
 
     def on_each_device(fixed, keys):

@@ -54,7 +54,7 @@ def _draw_accuracy(axes, log: list[Progress], evaluation, chance):
         )  # fmt: skip
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="center right", framealpha=0.9, edgecolor="none")
 
 
 def _draw_loss(axes, log):
@@ -68,7 +68,7 @@ def _draw_residuals(axes, log):
     _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: ‖∇loss + λ(φ − θ)‖")
     _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
     axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9, edgecolor="none")
 
 
 def _smoothed(axes, log, values, color, label):

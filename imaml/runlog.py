@@ -17,8 +17,8 @@ class Progress:
         loss: mean query loss, in nats.
         accuracy: mean query accuracy after adaptation, on training classes, in [0, 1].
         tasks: tasks whose numbers were finite; the others are left out of the means.
-        inner_residual: median over tasks of ‖∇loss + λ(φ − θ)‖.
-        linear_residual: median over tasks of the adjoint system's true relative residual.
+        inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖.
+        linear_residual: the same of the adjoint system's true relative residual.
         statuses: how many tasks ended with which :class:`bilevel.Status`.
         seconds: wall time since this process began to train.
     """
@@ -40,7 +40,9 @@ class LogWriter:
     def __init__(self, directory: Path, step: int):
         path = directory / FILE
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
         self._stream = path.open("a", buffering=1)
 
     def write(self, progress: Progress) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from signal import Signals
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
 from imaml import checkpoints, datasets
 from imaml.algorithms import MetaGradient
 from imaml.datasets.images import ImageDataset
+from imaml.devices import devices_for, on_all
 from imaml.errors import InputError
 from imaml.evaluation import Evaluation, evaluate_classes
 from imaml.interruption import stop_on_signals
@@ -63,7 +63,7 @@ def train(
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
 ) -> Run:
-    """Train, or go on from the checkpoint in ``directory``; at the end evaluate and draw the learning curve.
+    """Train, or go on from the checkpoint in ``directory``; at the end evaluate on held-out classes.
 
     SIGINT and SIGTERM end the step, save, and return an unfinished :class:`Run`.
 
@@ -87,7 +87,10 @@ def train(
     description = {"preset": preset.name, "config": preset.config(), "data": dataset.fingerprint()}
     start = state = _resume(directory, initial_state(preset), description)
     directory.mkdir(parents=True, exist_ok=True)
-    with stop_on_signals() as stop, LogWriter(directory, int(start.step)) as log:
+    with (
+        stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop,
+        LogWriter(directory, int(start.step)) as log,
+    ):
         started = saved = time.monotonic()
         for state, report in _steps(preset, start, dataset.train.pixels, on_event):
             now = time.monotonic()
@@ -111,7 +114,7 @@ def train(
 
 def check(preset: Preset, dataset: ImageDataset) -> None:
     """Raise InputError where the dataset cannot fill the preset's tasks, in training or in evaluation."""
-    preset.episode.check(dataset.train, f"{dataset.name}'s training set")
+    preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     preset.episode.check(dataset.test, f"{dataset.name}'s test set")
 
 
@@ -147,7 +150,7 @@ def _steps(preset, state, pixels, on_event) -> Iterator[tuple[TrainState, MetaGr
     if remaining <= 0:
         return
     on_event("compiling the meta-step")
-    pixels = jnp.asarray(pixels)
+    state, pixels = on_all((state, pixels), devices_for(preset.outer.tasks))
     step = jax.jit(meta_step(preset))
     done = step(state, pixels)
     for _ in range(remaining - 1):
@@ -170,11 +173,16 @@ def _progress(preset, state, report, seconds):
         loss=float(report.value),
         accuracy=float(report.accuracy),
         tasks=int(report.tasks),
-        inner_residual=float(np.median(report.inner_residual)),
-        linear_residual=float(np.median(report.linear_residual)),
+        inner_residual=_median(report.inner_residual),
+        linear_residual=_median(report.linear_residual),
         statuses=dict(statuses),
         seconds=seconds,
     )
+
+
+def _median(values):
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else float("inf")
 
 
 def _write_result(directory, record):
