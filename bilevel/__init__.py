@@ -18,7 +18,20 @@ Example:
     <Status.CONVERGED: 0>
 """
 
-from bilevel.conditions import Condition, Problem, Proximal, Stationary, theta_itself
+from bilevel.conditions import (
+    KKT,
+    Condition,
+    FixedPoint,
+    Problem,
+    Projected,
+    Proximal,
+    ProximalGradient,
+    Root,
+    Stationary,
+    jaxopt_projection,
+    jaxopt_prox,
+    theta_itself,
+)
 from bilevel.hypergradients import (
     HypergradientError,
     Implicit,
@@ -33,24 +46,31 @@ from bilevel.types import Hypergradient, LinearInfo, LinearSolver, Solution, Sta
 
 __all__ = [
     "CG",
+    "KKT",
     "LU",
+    "Condition",
+    "FixedPoint",
     "GradientDescent",
     "Hypergradient",
     "HypergradientError",
     "Implicit",
-    "LinearInfo",
-    "Optax",
-    "Condition",
     "InnerSolver",
+    "LinearInfo",
     "LinearSolver",
     "Method",
+    "Optax",
     "Problem",
+    "Projected",
     "Proximal",
+    "ProximalGradient",
+    "Root",
     "Solution",
     "Stationary",
     "Status",
     "Unrolled",
     "implicit_layer",
+    "jaxopt_projection",
+    "jaxopt_prox",
     "solve",
     "theta_itself",
     "value_and_hypergradient",

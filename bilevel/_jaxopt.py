@@ -8,6 +8,7 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
+    from jaxopt import projection, prox
     from jaxopt.linear_solve import solve_cg, solve_lu
 
-__all__ = ["solve_cg", "solve_lu"]
+__all__ = ["projection", "prox", "solve_cg", "solve_lu"]
