@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
-from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.linear import as_float, solve_differentiably
+from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
 Start = PyTree | Callable[[PyTree, PyTree], PyTree]
@@ -265,10 +265,12 @@ def solve_scaled(
     if scaling is None:
         return solve_differentiably(linear, matvec, b, symmetric, init)
     scaled_b = tree.scale(scaling, b)
-    start = scaled_b if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
-    u, info = solve_differentiably(
-        linear, lambda u: tree.scale(scaling, matvec(tree.scale(scaling, u))), scaled_b, symmetric, start
-    )
+    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
+
+    def scaled_matvec(u):
+        return tree.scale(scaling, matvec(tree.scale(scaling, u)))
+
+    u, info = solve_differentiably(linear, scaled_matvec, scaled_b, symmetric, scaled_init, start_at_b=True)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
 
@@ -277,7 +279,8 @@ def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
     """Refuse a linear solver that needs a symmetric operator where the condition has none."""
     if getattr(linear, "needs_symmetry", False) and not condition.symmetric:
         raise ValueError(
-            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: use LU"
+            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: "
+            "use NormalCG, GMRES, BiCGStab or LU, or declare the condition symmetric where it is"
         )
 
 

@@ -55,8 +55,7 @@ class CG:
         from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
 
         regularised = _with_ridge(matvec, self.ridge)
-        # Half of tol for the recursion, so that rounding alone does not fail the true residual.
-        options = {"maxiter": self.maxiter, "tol": 0.5 * (self.tol or 0.0), "M": self.preconditioner}
+        options = {"maxiter": self.maxiter, "tol": _recursive_tol(self.tol, b), "M": self.preconditioner}
         unit, b_unit, init_unit = _to_unit(b, init)
         x = _jaxopt.solve_cg(regularised, b_unit, init=init_unit, **options)
         info = _report(regularised, b_unit, x, self.tol, self.maxiter)
@@ -99,21 +98,28 @@ class LU:
         flat, unravel = ravel_pytree(b_unit)
         x = unravel(_jaxopt.solve_lu(lambda v: ravel_pytree(regularised(unravel(v)))[0], flat))
         # Backward stable: the residual is a few n·eps unless the matrix has no inverse in this precision.
-        info = _report(regularised, b_unit, x, jnp.sqrt(jnp.finfo(flat.dtype).eps), flat.size, Status.SINGULAR)
+        tol = jnp.sqrt(jnp.finfo(flat.dtype).eps)
+        info = _report(regularised, b_unit, x, tol, flat.size, Status.SINGULAR, Status.SINGULAR)
         return _from_unit(unit, x, info)
 
 
 def solve_differentiably(
-    linear: LinearSolver, matvec: MatVec, b: PyTree, symmetric: bool, init: PyTree | None = None
+    linear: LinearSolver,
+    matvec: MatVec,
+    b: PyTree,
+    symmetric: bool,
+    init: PyTree | None = None,
+    start_at_b: bool = False,
 ) -> tuple[PyTree, LinearInfo]:
     """``linear(matvec, b, init)``, differentiable in b and in whatever ``matvec`` closes over, to any order.
 
-    The derivative solves with the same solver; its transpose solves with Aᵀ.
+    The derivative solves with the same solver; its transpose solves with Aᵀ. With ``start_at_b`` each of these
+    systems starts from its own right-hand side where no ``init`` is given.
     """
-
+    init = jax.lax.stop_gradient(init)
 
     def find(matvec, b, init=None):  # the start belongs to this system, not to its transpose
-        x, info = linear(matvec, b, init)
+        x, info = linear(matvec, b, b if init is None and start_at_b else init)
         return x, (info.residual_norm, as_float(info.iterations), as_float(info.status))
 
     x, (residual_norm, iterations, status) = jax.lax.custom_linear_solve(
@@ -151,18 +157,41 @@ def _from_unit(unit, x, info):
     return solution, LinearInfo(solution, info.residual_norm, info.iterations, info.status)
 
 
-def _report(matvec, b, x, tol, iterations, failure=Status.MAX_STEPS):
-    """The true residual of x, one product, and what follows from it; not differentiated."""
+def _recursive_tol(tol, b):
+    """Where a recursion stops: half of tol, so that rounding alone does not fail the true residual.
+
+    Below eps² nothing is left to gain, and the squares that the recursion divides by would underflow to 0/0.
+    """
+    eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b)), default=0.0)
+    return max(0.5 * (tol or 0.0), eps**2)
+
+
+def _no_curvature(x, product):
+    """Whether ⟨x, Ax⟩ < √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich)."""
+    curvature = tree.vdot(x, product)
+    bound = tree.norm(x) * tree.norm(product) * jnp.sqrt(jnp.finfo(curvature.dtype).eps)
+    return curvature < bound
+
+
+def _report(matvec, b, x, tol, iterations, failure=Status.MAX_STEPS, breakdown=Status.NEGATIVE_CURVATURE):
+    """The true residual of x, one product, and what follows from it; not differentiated.
+
+    ``failure`` is what a residual above ``tol`` means, ``breakdown`` what it means that x is not finite while
+    A and b are: the product with what is finite of x tells these apart.
+    """
     x, b = jax.lax.stop_gradient((x, b))
-    product = jax.lax.stop_gradient(matvec(x))
+    whole = jnp.isfinite(tree.norm(x))
     size = tree.norm(b)
+    product = jax.lax.stop_gradient(matvec(jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)))
     residual = tree.norm(tree.subtract(b, product)) / jnp.where(size > 0, size, jnp.ones_like(size))
+    sound = jnp.isfinite(residual)
     if tol is None:
-        status = jnp.asarray(Status.BUDGET_USED, jnp.int32)
+        status = jnp.int32(Status.BUDGET_USED)
     else:
         status = jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), jnp.int32(failure))
-    if failure is Status.MAX_STEPS:
-        curvature = tree.vdot(x, product)
-        status = jnp.where(curvature < 0, jnp.int32(Status.NEGATIVE_CURVATURE), status)
-        status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))
+    if breakdown is Status.NEGATIVE_CURVATURE:
+        status = jnp.where(_no_curvature(x, product), jnp.int32(breakdown), status)
+    status = jnp.where(whole, status, jnp.int32(breakdown))
+    status = jnp.where(sound, status, jnp.int32(Status.NONFINITE))
+    residual = jnp.where(whole, residual, jnp.full_like(residual, jnp.inf))
     return LinearInfo(x, residual, jnp.asarray(iterations, jnp.int32), status)
