@@ -11,6 +11,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.types import Objective, PyTree
@@ -403,6 +404,8 @@ def jaxopt_projection(projection: Callable | str, params: Callable[[PyTree, PyTr
         [0.6, 0.8]
     """
     function = _from_jaxopt(projection, "projection")
+    if getattr(function, "__name__", None) in _reverse_only():
+        function = _with_forward_mode(function)
 
     def project(w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
@@ -452,6 +455,30 @@ def _from_jaxopt(function, module):
         names = [name for name in dir(known) if name.startswith(module) or name.startswith("kl_" + module)]
         raise ValueError(f"jaxopt.{module} has no {function!r}; it has {', '.join(names)}")
     return getattr(known, function)
+
+
+def _reverse_only():
+    from bilevel import _jaxopt
+
+    return _jaxopt.REVERSE_ONLY
+
+
+def _with_forward_mode(function):
+    """A function that knows only its vjp, with a jvp: its Jacobian, row by row. JAX cannot transpose such a vjp."""
+
+    @jax.custom_jvp
+    def both(w, params):
+        return function(w, params)
+
+    @both.defjvp
+    def push_forward(primals, tangents):
+        out, pull_back = jax.vjp(function, *primals)
+        flat, unravel = ravel_pytree(out)
+        rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))
+        moved = jax.tree.map(lambda row, t: jnp.tensordot(row, t, axes=t.ndim), rows, tangents)
+        return out, unravel(sum(jax.tree.leaves(moved)))
+
+    return both
 
 
 def _check_step_size(name, step_size):

@@ -9,7 +9,6 @@ from problems import quadratic, ridge
 
 import bilevel as bl
 
-CASE = quadratic()
 RATE = 0.05
 
 
@@ -40,7 +39,8 @@ def test_heavy_ball_is_its_formula():
 
 
 def test_optax_sgd_is_gradient_descent():
-    arguments = (CASE.condition, CASE.init, CASE.theta, CASE.data)
+    case = quadratic()
+    arguments = (case.condition, case.init, case.theta, case.data)
     ours, theirs = bl.GradientDescent(RATE, 20)(*arguments), bl.Optax(optax.sgd(RATE), 20)(*arguments)
     np.testing.assert_allclose(theirs.w, ours.w, rtol=1e-14)
 
@@ -76,14 +76,8 @@ def test_float32_stays_float32():
 
 @pytest.mark.parametrize("solver", [bl.GradientDescent(0.1, 3), bl.Optax(optax.sgd(0.1), 3)], ids=["gd", "optax"])
 def test_descent_on_a_root_is_refused_with_the_right_ones(solver):
-    class Rotation:
-        symmetric = False
-
-        def residual(self, w, theta, data):
-            return w
-
-    with pytest.raises(ValueError, match=r"Rotation is not one: use .*Stationary"):
-        solver(Rotation(), jnp.zeros(2), jnp.zeros(2), None)
+    with pytest.raises(ValueError, match=r"Root is not one: use .*Stationary"):
+        solver(ROOT, jnp.zeros(2), jnp.zeros(2), None)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +93,95 @@ def test_descent_on_a_root_is_refused_with_the_right_ones(solver):
 def test_senseless_options_are_refused_with_the_number(make):
     with pytest.raises(ValueError, match=r"needs .* got"):
         make()
+
+
+def turn(angle=np.pi / 2):
+    """w = Rw + θ for a rotation R: the plain iteration circles, at the same distance for ever."""
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return bl.FixedPoint(lambda w, theta, data: rotation @ w + theta), rotation
+
+
+def test_anderson_works_on_a_rotation_where_the_plain_iteration_does_not():
+    mapping, rotation = turn()
+    theta = jnp.array([1.0, 0.3])
+    exact = np.linalg.solve(np.eye(2) - rotation, theta)
+    plain = bl.FixedPointIteration(200, tol=1e-6)(mapping, jnp.zeros(2), theta, None)
+    assert int(plain.status) == bl.Status.MAX_STEPS and np.linalg.norm(plain.w - exact) > 0.1
+    out = bl.Anderson(20, tol=1e-12)(mapping, jnp.zeros(2), theta, None)
+    assert int(out.status) == bl.Status.CONVERGED and int(out.steps) < 8
+    np.testing.assert_allclose(out.w, exact, rtol=1e-11)
+
+
+def test_anderson_beats_the_plain_iteration_where_both_converge():
+    mapping = bl.FixedPoint(lambda w, theta, data: jnp.cos(w) + theta)
+    arguments = (mapping, jnp.zeros(3), jnp.array([0.0, 0.2, -0.4]), None)
+    plain, fast = bl.FixedPointIteration(500, tol=1e-12)(*arguments), bl.Anderson(500, tol=1e-12)(*arguments)
+    np.testing.assert_allclose(fast.w, plain.w, atol=1e-11)
+    assert int(fast.steps) < int(plain.steps) / 2
+
+
+def test_fixed_point_iteration_is_its_formula():
+    mapping = bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta)
+    out = bl.FixedPointIteration(10)(mapping, jnp.zeros(()), jnp.array(1.0), None)
+    assert float(out.w) == pytest.approx(2 * (1 - 0.5**10), rel=1e-15) and int(out.steps) == 10
+
+
+def test_hessian_free_is_newton_where_cg_has_as_many_steps_as_unknowns():
+    case = quadratic()
+    out = bl.HessianFree(3, cg_steps=4, tol=1e-10)(case.condition, case.init, case.theta, case.data)
+    assert int(out.status) == bl.Status.CONVERGED and int(out.steps) <= 2
+    np.testing.assert_allclose(out.w, case.exact(case.theta, case.data), rtol=1e-9)
+
+
+def test_hessian_free_passes_a_saddle_and_walks_down_a_curved_valley():
+    rosenbrock = bl.Stationary(lambda w, theta, data: (theta - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2)
+    # At (0, 1) the Hessian has a negative eigenvalue, 2 − 400: Newton's direction would go uphill.
+    out = bl.HessianFree(60, cg_steps=2, tol=1e-8)(rosenbrock, jnp.array([0.0, 1.0]), jnp.array(1.0), None)
+    assert int(out.status) == bl.Status.CONVERGED
+    np.testing.assert_allclose(out.w, [1.0, 1.0], rtol=1e-6)
+
+
+ROOT = bl.Root(lambda w, theta, data: jnp.array([[2.0, 1.0], [-1.0, 3.0]]) @ w + 0.1 * w**3 - theta)
+MAP = bl.FixedPoint(lambda w, theta, data: 0.5 * jnp.cos(w) + theta)
+BOX = bl.Projected(
+    lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2), bl.jaxopt_projection("projection_non_negative"), 0.5
+)
+LASSO = bl.ProximalGradient(
+    lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2), bl.jaxopt_prox("prox_lasso", lambda t, d: 0.1), 0.5
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "options"),
+    [
+        ("LBFGS", condition(), {}),
+        ("GradientDescent", bl.Proximal(lambda w, theta, data: jnp.sum(w**4), 1.0), {}),
+        ("Broyden", ROOT, {}),
+        ("LevenbergMarquardt", ROOT, {}),
+        ("FixedPointIteration", MAP, {}),
+        ("AndersonAcceleration", MAP, {}),
+        ("ProjectedGradient", BOX, {}),
+        ("ProximalGradient", LASSO, {}),
+    ],
+)
+def test_any_jaxopt_solver_on_the_condition_it_fits(name, inner, options):
+    theta = jnp.array([1.0, -0.7])
+    out = jax.jit(lambda t: bl.Jaxopt(name, tol=1e-8, maxiter=500, **options)(inner, jnp.zeros(2), t, None))(theta)
+    assert float(out.residual_norm) < 1e-7 and 0 < int(out.steps) < 500
+    assert out.w.dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    ("solver", "inner", "remedy"),
+    [
+        (bl.GradientDescent(0.1, 3), MAP, "use .*FixedPointIteration, Anderson"),
+        (bl.HessianFree(3), ROOT, r"Root is not one: use .*\(Stationary, Proximal\)"),
+        (bl.Anderson(3), ROOT, r"Root has none: use .*\(FixedPoint, Projected"),
+        (bl.FixedPointIteration(3), condition(), "GradientDescent, Optax or HessianFree"),
+        (bl.Jaxopt("LBFGS"), BOX, "LBFGS does not solve Projected: use ProjectedGradient"),
+        (bl.Jaxopt("Moon"), BOX, "no solver 'Moon'; it has .*LBFGS"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_names_those_that_do(solver, inner, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        solver(inner, jnp.zeros(2), jnp.zeros(2), None)
