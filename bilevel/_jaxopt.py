@@ -81,7 +81,8 @@ def run_solver(solver, options, condition, init, theta, data):
         given["implicit_diff"] = False  # bilevel differentiates
     w, state = cls(**given, **options).run(start, **arguments)
     steps = getattr(state, "iter_num", 0)
-    return unpack(w), steps, options.get("tol", fields.get("tol"))
+    tol = options.get("tol", fields.get("tol"))
+    return unpack(w), steps, None if tol is None else float(tol)
 
 
 def _setting(cls, fields, condition, init, theta, data):

@@ -5,6 +5,7 @@ theorem differentiates it, dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition
 structure, so that a solver that cannot work on it is refused before anything runs.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -476,7 +477,7 @@ def _with_forward_mode(function):
         flat, unravel = ravel_pytree(out)
         rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))
         moved = jax.tree.map(lambda row, t: jnp.tensordot(row, t, axes=t.ndim), rows, tangents)
-        return out, unravel(sum(jax.tree.leaves(moved)))
+        return out, unravel(functools.reduce(jnp.add, jax.tree.leaves(moved)))
 
     return both
 

@@ -184,7 +184,7 @@ class Anderson:
     Args:
         maxiter: the budget, in evaluations of the mapping.
         tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
-        history: past differences that are mixed; each costs two vectors like w.
+        history: past differences that are mixed, at most as many as w has entries; each costs two vectors like w.
 
     Raises:
         ValueError: for a negative budget or tol, a history below one, and, when called, for a condition that
@@ -221,7 +221,8 @@ class Anderson:
 
     def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
         flat = ravel_pytree(init)[0]
-        differences = jnp.zeros((self.history, flat.size), flat.dtype)
+        # More differences than unknowns depend on each other, and their mix is undetermined.
+        differences = jnp.zeros((min(self.history, flat.size), flat.size), flat.dtype)
         return init, (flat, jnp.zeros_like(flat), differences, differences, jnp.int32(0))
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
@@ -229,7 +230,7 @@ class Anderson:
         flat, unravel = ravel_pytree(w)
         slope = ravel_pytree(residual)[0]
         known = count > 0  # the first residual has no predecessor to differ from
-        slot = (count - 1) % self.history
+        slot = (count - 1) % steps_w.shape[0]
         steps_w = steps_w.at[slot].set(jnp.where(known, flat - last_w, steps_w[slot]))
         steps_residual = steps_residual.at[slot].set(jnp.where(known, slope - last_residual, steps_residual[slot]))
         mix = _least_squares(steps_residual, slope)
@@ -296,7 +297,7 @@ class HessianFree:
             return condition.residual(w, theta, data)
 
         def potential(w):
-            return condition.potential(w, theta, data)
+            return condition.potential(w, theta, data)  # type: ignore[attr-defined]  # as checked above
 
         def unfinished(carry):
             _, slope, steps = carry
