@@ -73,7 +73,8 @@ class Optax:
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
         w, memory = state
-        updates, memory = self.transformation.update(residual, memory, w)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
+            updates, memory = self.transformation.update(residual, memory, w)
         return optax.apply_updates(w, updates), memory
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:

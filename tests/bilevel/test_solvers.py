@@ -45,6 +45,12 @@ def test_optax_sgd_is_gradient_descent():
     np.testing.assert_allclose(theirs.w, ours.w, rtol=1e-14)
 
 
+def test_optax_adam_works_under_strict_promotion():
+    case = quadratic()
+    out = bl.Optax(optax.adam(0.1), 1000, tol=1e-6)(case.condition, case.init, case.theta, case.data)
+    assert int(out.status) == bl.Status.CONVERGED and out.w.dtype == jnp.float64
+
+
 def test_a_tol_stops_early_and_running_out_is_told():
     case = ridge()
     arguments = (case.condition, case.init, case.theta, case.data)
