@@ -157,4 +157,22 @@ def imaml(strength: float = 2.0) -> Case:
     return Case(bl.Proximal(objective, strength), outer, theta, theta, data, exact, kappa)
 
 
-CASES = {"affine root": affine_root, "ridge": ridge, "quadratic": quadratic, "imaml": imaml}
+def contraction() -> Case:
+    """w = Mw·½ + sin(Cθ)·d with a rotation-like, non-symmetric M: w = (I − M/2)⁻¹ sin(Cθ)·d."""
+    rng = np.random.default_rng(4)
+    matrix, coefficients = np.linalg.qr(rng.normal(size=(3, 3)))[0] * 0.5, rng.normal(size=(3, 2))
+
+    def mapping(w, theta, data):
+        return matrix @ w + jnp.sin(coefficients @ theta) * data
+
+    def exact(theta, data):
+        return jnp.linalg.solve(np.eye(3) - matrix, jnp.sin(coefficients @ theta) * data)
+
+    def outer(w, theta, data):
+        return jnp.sum(jnp.exp(0.3 * w)) + theta @ theta
+
+    kappa = float(np.linalg.cond(np.eye(3) - matrix))
+    return Case(bl.FixedPoint(mapping), outer, jnp.array([0.2, 0.7]), jnp.zeros(3), jnp.array(1.3), exact, kappa)
+
+
+CASES = {"contraction": contraction, "affine root": affine_root, "ridge": ridge, "quadratic": quadratic, "imaml": imaml}
