@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
@@ -75,8 +76,8 @@ class Implicit:
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         condition = problem.condition
         check_symmetry(self.linear, condition)
-        inner = solve_implicitly(condition, solver, self.linear, theta, _start(init, theta, data), data)
-        value, aux, outer_w, outer_theta = _outer(problem, inner.w, theta, data)
+        inner = solve_implicitly(condition, solver, self.linear, theta, starting_point(init, theta, data), data)
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
         matvec = adjoint_matvec(condition, inner.w, theta, data)
         scaling = condition.scaling(theta, data)
         adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, condition.symmetric, linear_init)
@@ -113,8 +114,8 @@ class Unrolled:
         solver.check(problem.condition)
 
         def outer(theta):
-            w = self._inner(problem.condition, solver, theta, _start(init, theta, data), data)
-            value, aux = _with_aux(problem)(w, theta, data)
+            w = self._inner(problem.condition, solver, theta, starting_point(init, theta, data), data)
+            value, aux = outer_with_aux(problem)(w, theta, data)
             return value, (aux, w)
 
         (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True)(theta)
@@ -124,8 +125,8 @@ class Unrolled:
     def _check(self, solver):
         if not isinstance(solver, IterativeSolver) or solver.tol is not None:
             raise ValueError(
-                "Unrolled differentiates a fixed number of steps: use GradientDescent or Optax with tol=None, "
-                f"or Implicit, which takes any solver; got {solver}"
+                "Unrolled differentiates a fixed number of steps: use GradientDescent, Optax, FixedPointIteration or "
+                f"Anderson with tol=None, or Implicit, which takes any solver; got {solver}"
             )
         if self.last is not None and not 1 <= self.last <= solver.steps:
             raise ValueError(f"Unrolled(last={self.last}) needs between 1 and the solver's {solver.steps} steps")
@@ -141,6 +142,114 @@ class Unrolled:
         if self.checkpoint:
             advance = jax.checkpoint(advance)
         return jax.lax.fori_loop(0, last, advance, state)[0]
+
+
+@dataclass(frozen=True)
+class ForwardUnrolled:
+    """Forward-mode differentiation through the inner solver: one tangent for each entry of θ.
+
+    Like :class:`Unrolled` the derivative of what the solver computed. Time and memory grow with the entries of
+    θ, memory not with the steps, and the solver may stop by its ``tol``. Where ``init`` is a function of θ, its
+    derivative counts.
+
+    Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import GradientDescent, Problem, Stationary
+        >>> problem = Problem(Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+        >>> function = value_and_hypergradient(problem, GradientDescent(0.5, steps=2), ForwardUnrolled())
+        >>> float(function(1.0, 0.0, None).gradient)  # 1 − ½²
+        0.75
+    """
+
+    def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
+        del linear_init  # no linear system
+
+        def outer(theta):
+            inner = solvers.solve(solver, problem.condition, starting_point(init, theta, data), theta, data)
+            value, aux = outer_with_aux(problem)(inner.w, theta, data)
+            return value, (value, aux, inner)
+
+        gradient, (value, aux, inner) = jax.jacfwd(outer, has_aux=True)(theta)
+        return Hypergradient(value, gradient, aux, inner, None)
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """One step from the solution, differentiated in θ alone: dw/dθ ≈ ∂step(w*, θ)/∂θ, w* held fixed.
+
+    No linear system and no second derivative in w. The error is that of a contraction's first iterate: it is
+    small where one step of the solver forgets nearly everything, as a quasi-Newton map does.
+
+    Raises:
+        ValueError: when called, for a solver whose step is no function of w and θ alone.
+
+    Source: Bolte, Pauwels, Vaiter (2023), One-step differentiation of iterative algorithms.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import FixedPoint, FixedPointIteration, Problem
+        >>> problem = Problem(FixedPoint(lambda w, theta, data: 0.1 * w + theta), lambda w, theta, data: w)
+        >>> out = value_and_hypergradient(problem, FixedPointIteration(20), OneStep())(1.0, 0.0, None)
+        >>> round(float(out.value), 3), float(out.gradient)  # 1 / 0.9; its derivative is as large
+        (1.111, 1.0)
+    """
+
+    def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
+        del linear_init  # no linear system
+        if not isinstance(solver, solvers.GradientDescent | solvers.FixedPointIteration | solvers.Anderson):
+            raise ValueError(
+                "OneStep differentiates a step that remembers nothing: use GradientDescent, FixedPointIteration or "
+                f"Anderson, whose first steps are such, or Implicit, which takes any solver; got {solver}"
+            )
+        inner = _solve_once(problem, solver, theta, init, data)
+
+        def step(theta):
+            return solver.update(solver.start(inner.w), problem.condition.residual(inner.w, theta, data))[0]
+
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
+        (through_w,) = jax.vjp(step, theta)[1](outer_w)
+        return Hypergradient(value, tree.add(outer_theta, through_w), aux, inner, None)
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """The adjoint system with A's second derivatives left out, so that nothing is to be solved.
+
+    For :class:`Proximal`, A = H + λI is taken as λI: with θ as the centre the gradient is ∇_w outer at the
+    solution, first-order MAML. For a condition with a mapping, A = I − ∂mapping/∂w is taken as I.
+
+    Raises:
+        ValueError: when called, for a condition whose A has no such part.
+
+    Source: Finn, Abbeel, Levine (2017), section 5.2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import GradientDescent, Problem, Proximal
+        >>> pull = Proximal(lambda w, theta, data: 0.5 * (w - data) ** 2, strength=1.0)
+        >>> problem = Problem(pull, lambda w, theta, data: w**2)
+        >>> out = value_and_hypergradient(problem, GradientDescent(0.5, steps=1), FirstOrder())(1.0, 0.0, 3.0)
+        >>> float(out.inner.w), float(out.gradient)  # the exact one has a factor λ / (1 + λ)
+        (2.0, 4.0)
+    """
+
+    def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
+        del linear_init  # no linear system
+        condition = problem.condition
+        scaling = condition.scaling(theta, data)
+        if scaling is None and not hasattr(condition, "mapping"):
+            raise ValueError(
+                f"FirstOrder leaves out second derivatives, and A of {type(condition).__name__} is nothing else: use "
+                "it with Proximal, FixedPoint, Projected or ProximalGradient, or use Implicit, OneStep or Unrolled"
+            )
+        inner = _solve_once(problem, solver, theta, init, data)
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
+        adjoint = outer_w if scaling is None else tree.scale(scaling, tree.scale(scaling, outer_w))
+        _, pull_back = jax.vjp(lambda t: condition.residual(inner.w, t, data), theta)
+        (through_w,) = pull_back(adjoint)
+        return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, None)
 
 
 def value_and_hypergradient(
@@ -191,7 +300,7 @@ def value_and_hypergradient(
         else:
             out = compiled(theta, jax.tree.map(jnp.asarray, init), data, linear_init, init_function=None)
         if on_failure != "ignore":
-            _judge(out, on_failure)
+            judge(out, on_failure)
         return out
 
     return hypergradient
@@ -225,7 +334,7 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
 
     def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
         theta, data = jax.tree.map(jnp.asarray, (theta, data))
-        start = jax.tree.map(jnp.asarray, _start(init, theta, data))
+        start = jax.tree.map(jnp.asarray, starting_point(init, theta, data))
         return solve_implicitly(condition, solver, linear, theta, start, data).w
 
     return layer
@@ -265,10 +374,12 @@ def solve_scaled(
     if scaling is None:
         return solve_differentiably(linear, matvec, b, symmetric, init)
     scaled_b = tree.scale(scaling, b)
-    start = scaled_b if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
-    u, info = solve_differentiably(
-        linear, lambda u: tree.scale(scaling, matvec(tree.scale(scaling, u))), scaled_b, symmetric, start
-    )
+    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
+
+    def scaled_matvec(u):
+        return tree.scale(scaling, matvec(tree.scale(scaling, u)))
+
+    u, info = solve_differentiably(linear, scaled_matvec, scaled_b, symmetric, scaled_init, start_at_b=True)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
 
@@ -277,7 +388,8 @@ def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
     """Refuse a linear solver that needs a symmetric operator where the condition has none."""
     if getattr(linear, "needs_symmetry", False) and not condition.symmetric:
         raise ValueError(
-            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: use LU"
+            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: "
+            "use NormalCG, GMRES, BiCGStab or LU, or declare the condition symmetric where it is"
         )
 
 
@@ -285,30 +397,37 @@ def _like(scaling, w):
     return tree.scale(scaling, jax.tree.map(jnp.ones_like, w))
 
 
-def _start(init, theta, data):
+def starting_point(init, theta, data):
     return init(theta, data) if callable(init) else init
 
 
-def _with_aux(problem):
+def _solve_once(problem, solver, theta, init, data):
+    """The inner Solution as a constant: what these methods differentiate, they say themselves."""
+    fixed = jax.lax.stop_gradient(theta)
+    found = solvers.solve(solver, problem.condition, starting_point(init, fixed, data), fixed, data)
+    return jax.lax.stop_gradient(found)
+
+
+def outer_with_aux(problem):
     """outer with aux, always."""
     if problem.has_aux:
         return problem.outer
     return lambda w, theta, data: (problem.outer(w, theta, data), None)
 
 
-def _outer(problem, w, theta, data):
+def outer_derivatives(problem, w, theta, data):
     """Value, aux, ∂outer/∂w and ∂outer/∂θ."""
-    differentiate = jax.value_and_grad(_with_aux(problem), argnums=(0, 1), has_aux=True)
+    differentiate = jax.value_and_grad(outer_with_aux(problem), argnums=(0, 1), has_aux=True)
     (value, aux), (outer_w, outer_theta) = differentiate(w, theta, data)
     return value, aux, outer_w, outer_theta
 
 
-def _judge(out, on_failure):
+def judge(out, on_failure):
     """Raise or warn about a failed status, if the numbers are there to be seen."""
     statuses = {"inner": out.inner.status}
     if out.linear is not None:
         statuses["linear"] = out.linear.status
-    if any(isinstance(status, jax.core.Tracer) for status in statuses.values()):
+    if any(isinstance(status, Tracer) for status in statuses.values()):
         return
     failures = [f"{stage} solve, {_named(status)}" for stage, status in statuses.items() if not _worst(status).ok]
     if not failures:

@@ -8,12 +8,14 @@ so each solve ends with one product of its own that gives the true residual and 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
+from bilevel.conditions import Condition
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Status
 
 
@@ -47,20 +49,138 @@ class CG:
     needs_symmetry = True
 
     def __post_init__(self):
-        if self.maxiter < 1:
-            raise ValueError(f"CG needs maxiter of at least 1, got {self.maxiter}")
-        _check_not_negative("CG", tol=self.tol, ridge=self.ridge)
+        _check_iterative(self)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
+        options = {"maxiter": self.maxiter, "M": self.preconditioner}
+        return _iterate("solve_cg", self, matvec, b, init, options, Status.NEGATIVE_CURVATURE)
 
-        regularised = _with_ridge(matvec, self.ridge)
-        # Half of tol for the recursion, so that rounding alone does not fail the true residual.
-        options = {"maxiter": self.maxiter, "tol": 0.5 * (self.tol or 0.0), "M": self.preconditioner}
-        unit, b_unit, init_unit = _to_unit(b, init)
-        x = _jaxopt.solve_cg(regularised, b_unit, init=init_unit, **options)
-        info = _report(regularised, b_unit, x, self.tol, self.maxiter)
-        return _from_unit(unit, x, info)
+
+@dataclass(frozen=True)
+class NormalCG:
+    """Conjugate gradients on AᵀAx = Aᵀb, for any regular operator: jaxopt's ``solve_normal_cg``.
+
+    Sure, and slow: the condition number counts twice. Each iteration is a product with A and one with Aᵀ.
+
+    Args:
+        maxiter: iterations. The error falls like ((κ − 1)/(κ + 1))^k.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, by the true residual; None spends ``maxiter``, which is then no failure.
+            The recursion sees Aᵀ(b − Ax) only, so it runs until that is of rounding size.
+        ridge: solves (A + ridge·I)x = b instead.
+        preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
+
+    Raises:
+        ValueError: for a budget below one or a negative tolerance or ridge.
+
+    Source: Hestenes and Stiefel (1952), section 10.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> x, info = NormalCG(maxiter=4)(lambda v: matrix @ v, jnp.array([3.0, 1.0]))
+        >>> [round(float(entry), 4) for entry in x]
+        [1.0, 1.0]
+    """
+
+    maxiter: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+
+    needs_symmetry = False
+
+    def __post_init__(self):
+        _check_iterative(self)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        # ‖Aᵀr‖ bounds no ‖r‖ without knowledge of A: only rounding stops the recursion.
+        options = {"maxiter": self.maxiter, "M": self.preconditioner, "tol": _recursive_tol(None, b)}
+        return _iterate("solve_normal_cg", self, matvec, b, init, options, Status.SINGULAR)
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Generalised minimal residuals, for any regular operator: jaxopt's ``solve_gmres``.
+
+    Args:
+        maxiter: products in all: cycles of ``restart`` of them, at least one cycle.
+        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None spends ``maxiter``, which is then no failure.
+        ridge: solves (A + ridge·I)x = b instead.
+        preconditioner: a function r ↦ M⁻¹r, from the left; None for the identity.
+        restart: the Krylov vectors kept, each as large as b, at most as many as b has entries.
+
+    Raises:
+        ValueError: for a budget or restart below one or a negative tolerance or ridge.
+
+    Source: Saad and Schultz (1986).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> x, info = GMRES(maxiter=2)(lambda v: matrix @ v, jnp.array([3.0, 1.0]))
+        >>> [round(float(entry), 4) for entry in x]
+        [1.0, 1.0]
+    """
+
+    maxiter: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+    restart: int = 20
+
+    needs_symmetry = False
+
+    def __post_init__(self):
+        _check_iterative(self)
+        if self.restart < 1:
+            raise ValueError(f"GMRES needs restart of at least 1, got {self.restart}")
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        restart = min(self.restart, self.maxiter)
+        options = {"maxiter": -(-self.maxiter // restart), "M": self.preconditioner, "restart": restart}
+        return _iterate("solve_gmres", self, matvec, b, init, options, Status.SINGULAR)
+
+
+@dataclass(frozen=True)
+class BiCGStab:
+    """Stabilised biconjugate gradients, for any regular operator: jaxopt's ``solve_bicgstab``.
+
+    Two products an iteration and no growing memory, yet it may break down where GMRES does not.
+
+    Args:
+        maxiter: iterations, each two products.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``maxiter``, which is then no failure.
+        ridge: solves (A + ridge·I)x = b instead.
+        preconditioner: a function r ↦ M⁻¹r; None for the identity.
+
+    Raises:
+        ValueError: for a budget below one or a negative tolerance or ridge.
+
+    Source: van der Vorst (1992).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> x, info = BiCGStab(maxiter=4)(lambda v: matrix @ v, jnp.array([3.0, 1.0]))
+        >>> [round(float(entry), 4) for entry in x]
+        [1.0, 1.0]
+    """
+
+    maxiter: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+
+    needs_symmetry = False
+
+    def __post_init__(self):
+        _check_iterative(self)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        # It divides by ‖Ar‖² and ends in 0/0 on the way from eps to eps²: rounding size is where it stops.
+        tol = max(_recursive_tol(self.tol, b), _eps(b))
+        options = {"maxiter": self.maxiter, "M": self.preconditioner, "tol": tol}
+        return _iterate("solve_bicgstab", self, matvec, b, init, options, Status.SINGULAR)
 
 
 @dataclass(frozen=True)
@@ -92,27 +212,209 @@ class LU:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         del init  # a factorisation starts from nothing
-        from bilevel import _jaxopt
+        return _factorise("solve_lu", self, matvec, b, Status.SINGULAR)
 
+
+@dataclass(frozen=True)
+class Cholesky:
+    """A dense factorisation of a symmetric positive definite operator: jaxopt's ``solve_cholesky``.
+
+    Half the work of :class:`LU`. It fails where the operator is not positive definite, so its success is
+    proof of definiteness up to rounding.
+
+    Args:
+        ridge: solves (A + ridge·I)x = b instead.
+
+    Raises:
+        ValueError: for a negative ridge.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, info = Cholesky()(lambda v: jnp.array([2.0, 4.0]) * v, jnp.array([2.0, 2.0]))
+        >>> [round(float(entry), 5) for entry in x]
+        [1.0, 0.5]
+    """
+
+    ridge: float = 0.0
+
+    needs_symmetry = True
+
+    def __post_init__(self):
+        _check_not_negative("Cholesky", ridge=self.ridge)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        del init  # a factorisation starts from nothing
+        return _factorise("solve_cholesky", self, matvec, b, Status.NEGATIVE_CURVATURE)
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """The truncated series x = α Σ_{k<terms} (I − αA)^k b, for an operator with ‖I − αA‖ < 1.
+
+    The same number as backpropagation through the last ``terms`` steps of gradient descent at rate α.
+
+    Args:
+        terms: how many, each after the first one product. The error is (I − αA)^terms x.
+        step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed point.
+        tol: what residual ‖b − Ax‖ ≤ tol·‖b‖ is judged by; None for no judgement. All terms are summed anyway.
+        ridge: solves (A + ridge·I)x = b instead.
+
+    Raises:
+        ValueError: for fewer than one term, a step size that is not positive, or a negative tol or ridge.
+
+    Source: Lorraine, Vicol, Duvenaud (2020), algorithm 3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, info = Neumann(terms=3)(lambda v: 0.5 * v, jnp.float32(1.0))
+        >>> float(x)  # 1 + ½ + ¼
+        1.75
+    """
+
+    terms: int = 20
+    step_size: float = 1.0
+    tol: float | None = None
+    ridge: float = 0.0
+
+    needs_symmetry = False
+
+    def __post_init__(self):
+        if self.terms < 1 or not self.step_size > 0:
+            raise ValueError(
+                f"Neumann needs terms of at least 1 and a step_size above 0, got {self.terms} and {self.step_size}"
+            )
+        _check_not_negative("Neumann", tol=self.tol, ridge=self.ridge)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         regularised = _with_ridge(matvec, self.ridge)
-        unit, b_unit, _ = _to_unit(b, None)
-        flat, unravel = ravel_pytree(b_unit)
-        x = unravel(_jaxopt.solve_lu(lambda v: ravel_pytree(regularised(unravel(v)))[0], flat))
-        # Backward stable: the residual is a few n·eps unless the matrix has no inverse in this precision.
-        info = _report(regularised, b_unit, x, jnp.sqrt(jnp.finfo(flat.dtype).eps), flat.size, Status.SINGULAR)
+        unit, b_unit, init_unit = _to_unit(b, init)
+
+        def advance(_, x):
+            return tree.add(x, tree.scale(self.step_size, tree.subtract(b_unit, regularised(x))))
+
+        first = tree.scale(self.step_size, b_unit)
+        x = jax.lax.fori_loop(1, self.terms, advance, first if init is None else advance(0, init_unit))
+        info = _report(regularised, b_unit, x, self.tol, self.terms, Status.MAX_STEPS, Status.NONFINITE)
         return _from_unit(unit, x, info)
 
 
+@dataclass(frozen=True)
+class Nystrom:
+    """x = (ρI + H_r)⁻¹b with the rank-r Nyström approximation H_r of a symmetric positive semi-definite A.
+
+    H_r = C W⁺ Cᵀ from r random columns C = AΩ, W = ΩᵀAΩ, and the inverse by Woodbury's identity. It needs r
+    products that do not wait for each other, against CG's chain of them. At full rank it is exact for A + ρI.
+
+    Args:
+        rank: r, at most the number of unknowns.
+        ridge: ρ > 0; the residual reported is that of (A + ρI)x = b.
+        tol: what residual ‖b − Ax‖ ≤ tol·‖b‖ is judged by; None for no judgement.
+        seed: of the Gaussian Ω.
+
+    Raises:
+        ValueError: for a rank below one, a ridge that is not positive, or a negative tol.
+
+    Source: Hataya and Yamada (2023), Nyström method for accurate and scalable implicit differentiation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, info = Nystrom(rank=2, ridge=1.0)(lambda v: jnp.array([1.0, 3.0]) * v, jnp.array([2.0, 2.0]))
+        >>> [round(float(entry), 3) for entry in x]
+        [1.0, 0.5]
+    """
+
+    rank: int
+    ridge: float = 1e-2
+    tol: float | None = None
+    seed: int = 0
+
+    needs_symmetry = True
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.ridge > 0:
+            raise ValueError(f"Nystrom needs a rank of at least 1 and a ridge above 0, got {self.rank}, {self.ridge}")
+        _check_not_negative("Nystrom", tol=self.tol)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        del init  # a projection starts from nothing
+        unit, b_unit, _ = _to_unit(b, None)
+        flat, unravel = ravel_pytree(b_unit)
+        x = unravel(self._woodbury(lambda v: ravel_pytree(matvec(unravel(v)))[0], flat))
+        regularised = _with_ridge(matvec, self.ridge)
+        info = _report(regularised, b_unit, x, self.tol, self.rank, Status.MAX_STEPS, Status.SINGULAR)
+        return _from_unit(unit, x, info)
+
+    def _woodbury(self, matvec, b):
+        normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
+        sketch, _ = jnp.linalg.qr(normal)
+        columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
+        # W may be singular where A is: its eigenvalues at rounding size carry nothing and are left out.
+        core = sketch.T @ columns
+        values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
+        kept = values > 10 * b.size * jnp.finfo(b.dtype).eps * jnp.max(jnp.abs(values))
+        root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), jnp.zeros_like(values))
+        factor = columns @ (vectors * root)  # H_r = factor·factorᵀ
+        inner = self.ridge * jnp.eye(factor.shape[1], dtype=b.dtype) + factor.T @ factor
+        return (b - factor @ jnp.linalg.solve(inner, factor.T @ b)) / self.ridge
+
+
+class LinearChoice(NamedTuple):
+    """A linear solver and the reason for it."""
+
+    solver: LinearSolver
+    reason: str
+
+
+DENSE_LIMIT = 500
+"""Unknowns up to which a dense factorisation is chosen: n products and n² memory are then of no account."""
+
+
+def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice:
+    """A linear solver that fits what the condition says of itself, and why.
+
+    Args:
+        condition: its ``symmetric`` and ``positive_definite`` decide.
+        w: a pytree like the inner variables, or of their shapes, where their number may count too.
+
+    Returns:
+        ``(solver, reason)``; the reason is one sentence.
+
+    Example:
+        >>> from bilevel.conditions import Stationary
+        >>> solver, reason = choose_linear(Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2))
+        >>> type(solver).__name__, reason
+        ('CG', 'Stationary is symmetric: conjugate gradients need one product an iteration and four vectors.')
+    """
+    name = type(condition).__name__
+    size = None if w is None else sum(leaf.size for leaf in jax.tree.leaves(w))
+    if size is not None and size <= DENSE_LIMIT:
+        if condition.symmetric and condition.positive_definite:
+            return LinearChoice(Cholesky(), f"{name} is positive definite with {size} unknowns: factorise it.")
+        return LinearChoice(LU(), f"{name} has {size} unknowns: a dense factorisation is exact and needs no tuning.")
+    if condition.symmetric:
+        why = "conjugate gradients need one product an iteration and four vectors."
+        return LinearChoice(CG(maxiter=100, tol=1e-6), f"{name} is symmetric: {why}")
+    why = "GMRES has the smallest residual of all that use as many products."
+    return LinearChoice(GMRES(maxiter=100, tol=1e-6), f"{name} is not symmetric: {why}")
+
+
 def solve_differentiably(
-    linear: LinearSolver, matvec: MatVec, b: PyTree, symmetric: bool, init: PyTree | None = None
+    linear: LinearSolver,
+    matvec: MatVec,
+    b: PyTree,
+    symmetric: bool,
+    init: PyTree | None = None,
+    start_at_b: bool = False,
 ) -> tuple[PyTree, LinearInfo]:
     """``linear(matvec, b, init)``, differentiable in b and in whatever ``matvec`` closes over, to any order.
 
-    The derivative solves with the same solver; its transpose solves with Aᵀ.
+    The derivative solves with the same solver; its transpose solves with Aᵀ. With ``start_at_b`` each of these
+    systems starts from its own right-hand side where no ``init`` is given.
     """
+    init = jax.lax.stop_gradient(init)
 
     def find(matvec, b, init=None):  # the start belongs to this system, not to its transpose
-        x, info = linear(matvec, b, init)
+        x, info = linear(matvec, b, b if init is None and start_at_b else init)
         return x, (info.residual_norm, as_float(info.iterations), as_float(info.status))
 
     x, (residual_norm, iterations, status) = jax.lax.custom_linear_solve(
@@ -124,6 +426,43 @@ def solve_differentiably(
 def as_float(count: jax.Array) -> jax.Array:
     """A count or status as float32: JAX's solve primitives refuse integers among what is not differentiated."""
     return jnp.asarray(count).astype(jnp.float32)
+
+
+def _iterate(name, solver, matvec, b, init, options, breakdown):
+    """One of jaxopt's iterative solvers on b / ‖b‖, with the report on what it found."""
+    from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
+
+    regularised = _with_ridge(matvec, solver.ridge)
+    unit, b_unit, init_unit = _to_unit(b, init)
+    options = {"tol": _recursive_tol(solver.tol, b)} | options
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes widths in its arithmetic
+        x = getattr(_jaxopt, name)(regularised, b_unit, init=init_unit, **options)
+    info = _report(regularised, b_unit, x, solver.tol, solver.maxiter, Status.MAX_STEPS, breakdown)
+    return _from_unit(unit, x, info)
+
+
+def _factorise(name, solver, matvec, b, breakdown):
+    """One of jaxopt's dense solvers on the raveled system: they know neither pytrees nor scalars."""
+    from bilevel import _jaxopt
+
+    regularised = _with_ridge(matvec, solver.ridge)
+    unit, b_unit, _ = _to_unit(b, None)
+    flat, unravel = ravel_pytree(b_unit)
+
+    def flat_matvec(v):  # solve_cholesky materialises in the default dtype, whatever b's is
+        return ravel_pytree(regularised(unravel(v.astype(flat.dtype))))[0]
+
+    x = unravel(getattr(_jaxopt, name)(flat_matvec, flat))
+    # Backward stable: the residual is a few n·eps unless the matrix has no inverse in this precision.
+    info = _report(regularised, b_unit, x, _eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)
+    return _from_unit(unit, x, info)
+
+
+def _check_iterative(solver):
+    name = type(solver).__name__
+    if solver.maxiter < 1:
+        raise ValueError(f"{name} needs maxiter of at least 1, got {solver.maxiter}")
+    _check_not_negative(name, tol=solver.tol, ridge=solver.ridge)
 
 
 def _check_not_negative(name, **options):
@@ -150,18 +489,44 @@ def _from_unit(unit, x, info):
     return solution, LinearInfo(solution, info.residual_norm, info.iterations, info.status)
 
 
-def _report(matvec, b, x, tol, iterations, failure=Status.MAX_STEPS):
-    """The true residual of x, one product, and what follows from it; not differentiated."""
+def _recursive_tol(tol, b):
+    """Where a recursion stops: half of tol, so that rounding alone does not fail the true residual.
+
+    Below eps² nothing is left to gain, and the squares that the recursion divides by would underflow to 0/0.
+    """
+    return max(0.5 * (tol or 0.0), _eps(b) ** 2)
+
+
+def _eps(b):
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b)), default=0.0)
+
+
+def _no_curvature(x, product):
+    """Whether ⟨x, Ax⟩ < √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich)."""
+    curvature = tree.vdot(x, product)
+    bound = tree.norm(x) * tree.norm(product) * jnp.sqrt(jnp.finfo(curvature.dtype).eps)
+    return curvature < bound
+
+
+def _report(matvec, b, x, tol, iterations, failure=Status.MAX_STEPS, breakdown=Status.NEGATIVE_CURVATURE):
+    """The true residual of x, one product, and what follows from it; not differentiated.
+
+    ``failure`` is what a residual above ``tol`` means, ``breakdown`` what it means that x is not finite while
+    A and b are: the product with what is finite of x tells these apart.
+    """
     x, b = jax.lax.stop_gradient((x, b))
-    product = jax.lax.stop_gradient(matvec(x))
+    whole = jnp.isfinite(tree.norm(x))
     size = tree.norm(b)
+    product = jax.lax.stop_gradient(matvec(jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)))
     residual = tree.norm(tree.subtract(b, product)) / jnp.where(size > 0, size, jnp.ones_like(size))
+    sound = jnp.isfinite(residual)
     if tol is None:
-        status = jnp.asarray(Status.BUDGET_USED, jnp.int32)
+        status = jnp.int32(Status.BUDGET_USED)
     else:
         status = jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), jnp.int32(failure))
-    if failure is Status.MAX_STEPS:
-        curvature = tree.vdot(x, product)
-        status = jnp.where(curvature < 0, jnp.int32(Status.NEGATIVE_CURVATURE), status)
-        status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))
+    if breakdown is Status.NEGATIVE_CURVATURE:
+        status = jnp.where(_no_curvature(x, product), jnp.int32(breakdown), status)
+    status = jnp.where(whole, status, jnp.int32(breakdown))
+    status = jnp.where(sound, status, jnp.int32(Status.NONFINITE))
+    residual = jnp.where(whole, residual, jnp.full_like(residual, jnp.inf))
     return LinearInfo(x, residual, jnp.asarray(iterations, jnp.int32), status)

@@ -1,7 +1,7 @@
 """Inner solvers: how w*(θ) is found.
 
 A solver is a frozen value, called as ``solver(condition, init, theta, data) -> Solution``. An iterative one
-also shows its single step (``start``, ``step``), from which a method that differentiates through the
+also shows its single step (``start``, ``update``), from which a method that differentiates through the
 iterations builds its own loop: the numbers are then those of the solver, step for step.
 
 Any function with the same arguments that returns w, or a Solution, is a solver too.
@@ -14,10 +14,11 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.conditions import Condition
-from bilevel.types import PyTree, Solution, Status
+from bilevel.types import MatVec, PyTree, Solution, Status
 
 InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
 
@@ -26,8 +27,11 @@ InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
 class IterativeSolver(Protocol):
     """A solver that can be taken apart into at most ``steps`` updates of a state ``(w, memory)`` by the residual."""
 
-    steps: int
-    tol: float | None
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def tol(self) -> float | None: ...
 
     def check(self, condition: Condition) -> None:
         """Raise ValueError for a condition that these updates cannot solve."""
@@ -69,7 +73,8 @@ class Optax:
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
         w, memory = state
-        updates, memory = self.transformation.update(residual, memory, w)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
+            updates, memory = self.transformation.update(residual, memory, w)
         return optax.apply_updates(w, updates), memory
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
@@ -128,6 +133,283 @@ class GradientDescent:
         return iterate(self, condition, init, theta, data)
 
 
+@dataclass(frozen=True)
+class FixedPointIteration:
+    """w ← mapping(w, θ, data), from ``init``: for a mapping that contracts.
+
+    Args:
+        maxiter: the budget, in evaluations of the mapping.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
+
+    Raises:
+        ValueError: for a negative budget or tol, and, when called, for a condition that has no mapping.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import FixedPoint
+        >>> halve = FixedPoint(lambda w, theta, data: 0.5 * w + theta)
+        >>> float(FixedPointIteration(3)(halve, jnp.float32(0.0), jnp.float32(1.0), None).w)  # 1 + ½ + ¼
+        1.75
+    """
+
+    maxiter: int
+    tol: float | None = None
+
+    def __post_init__(self):
+        _check_budget("FixedPointIteration", self.maxiter, self.tol)
+
+    @property
+    def steps(self) -> int:
+        return self.maxiter
+
+    def check(self, condition: Condition) -> None:
+        _check_maps("FixedPointIteration", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        return init, None
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        # w − (w − mapping): rounding is monotone, so that what maps above zero stays above zero.
+        return tree.subtract(state[0], residual), None
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        return iterate(self, condition, init, theta, data)
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Fixed-point iteration with Anderson's acceleration: the mix of past steps with the least residual.
+
+    It converges where the plain iteration circles, and on an affine mapping it is GMRES in disguise.
+
+    Args:
+        maxiter: the budget, in evaluations of the mapping.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
+        history: past differences that are mixed, at most as many as w has entries; each costs two vectors like w.
+
+    Raises:
+        ValueError: for a negative budget or tol, a history below one, and, when called, for a condition that
+            has no mapping.
+
+    Source: Walker and Ni (2011), Anderson acceleration for fixed-point iterations, algorithm AA.
+
+    Example:
+        A quarter turn about (0.5, 0.5), which the plain iteration would circle for ever:
+
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import FixedPoint
+        >>> turn = FixedPoint(lambda w, theta, data: jnp.array([-w[1], w[0]]) + theta)
+        >>> solution = Anderson(10, tol=1e-4)(turn, jnp.zeros(2), jnp.array([1.0, 0.0]), None)
+        >>> [round(float(entry), 3) for entry in solution.w], int(solution.status)
+        ([0.5, 0.5], 0)
+    """
+
+    maxiter: int
+    tol: float | None = None
+    history: int = 5
+
+    def __post_init__(self):
+        _check_budget("Anderson", self.maxiter, self.tol)
+        if self.history < 1:
+            raise ValueError(f"Anderson needs a history of at least 1, got {self.history}")
+
+    @property
+    def steps(self) -> int:
+        return self.maxiter
+
+    def check(self, condition: Condition) -> None:
+        _check_maps("Anderson", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        flat = ravel_pytree(init)[0]
+        # More differences than unknowns depend on each other, and their mix is undetermined.
+        differences = jnp.zeros((min(self.history, flat.size), flat.size), flat.dtype)
+        return init, (flat, jnp.zeros_like(flat), differences, differences, jnp.int32(0))
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        w, (last_w, last_residual, steps_w, steps_residual, count) = state
+        flat, unravel = ravel_pytree(w)
+        slope = ravel_pytree(residual)[0]
+        known = count > 0  # the first residual has no predecessor to differ from
+        slot = (count - 1) % steps_w.shape[0]
+        steps_w = steps_w.at[slot].set(jnp.where(known, flat - last_w, steps_w[slot]))
+        steps_residual = steps_residual.at[slot].set(jnp.where(known, slope - last_residual, steps_residual[slot]))
+        mix = _least_squares(steps_residual, slope)
+        step = slope + mix @ (steps_w - steps_residual)
+        return unravel(flat - step), (flat, slope, steps_w, steps_residual, count + 1)
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        return iterate(self, condition, init, theta, data)
+
+
+def _least_squares(rows, target):
+    """argmin_c ‖target − c·rows‖, by normal equations in rows of unit length with a ridge of rounding size."""
+    lengths = jnp.sum(rows**2, axis=1)
+    scale = jnp.where(lengths > 0, jax.lax.rsqrt(jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))), 0)
+    unit = rows * scale[:, None].astype(rows.dtype)
+    ridge = 10 * jnp.finfo(rows.dtype).eps * jnp.eye(rows.shape[0], dtype=rows.dtype)
+    return jnp.linalg.solve(unit @ unit.T + ridge, unit @ target) * scale.astype(rows.dtype)
+
+
+@dataclass(frozen=True)
+class HessianFree:
+    """Newton's method with directions from a few CG steps, and a backtracking line search.
+
+    CG on H d = −F stops at a direction of negative curvature and keeps what it has, the gradient at first, so
+    that d always descends. The step is halved until the objective falls by 10⁻⁴ of what the slope promises.
+
+    Args:
+        steps: the budget, in Newton steps: each a gradient, ``cg_steps`` products and the line search's values.
+        cg_steps: products for a direction.
+        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure.
+        halvings: how often a step is halved before it is given up.
+
+    Raises:
+        ValueError: for a budget, number of CG steps or tol that makes no sense, and, when called, for a
+            condition that is no gradient.
+
+    Source: Martens (2010); Nocedal and Wright (2006), algorithm 7.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
+        >>> float(HessianFree(steps=1)(condition, jnp.float32(0.0), jnp.float32(3.0), None).w)
+        3.0
+    """
+
+    steps: int
+    cg_steps: int = 5
+    tol: float | None = None
+    halvings: int = 20
+
+    def __post_init__(self):
+        _check_budget("HessianFree", self.steps, self.tol)
+        if self.cg_steps < 1 or self.halvings < 0:
+            raise ValueError(
+                "HessianFree needs cg_steps of at least 1 and halvings of at least 0, "
+                f"got {self.cg_steps} and {self.halvings}"
+            )
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        _check_descends("HessianFree", condition)
+
+        def residual(w):
+            return condition.residual(w, theta, data)
+
+        def potential(w):
+            return condition.potential(w, theta, data)  # type: ignore[attr-defined]  # as checked above
+
+        def unfinished(carry):
+            _, slope, steps = carry
+            return (steps < self.steps) & (tree.norm(slope) > (0.0 if self.tol is None else self.tol))
+
+        def advance(carry):
+            w, slope, steps = carry
+            direction = truncated_newton(jax.linearize(residual, w)[1], slope, self.cg_steps)
+            w = _line_search(potential, w, slope, direction, self.halvings)
+            return w, residual(w), steps + 1
+
+        w, slope, steps = jax.lax.while_loop(unfinished, advance, (init, residual(init), jnp.int32(0)))
+        return report(slope, w, steps, self.tol)
+
+
+def truncated_newton(matvec: MatVec, slope: PyTree, steps: int) -> PyTree:
+    """A descent direction d ≈ −H⁻¹ slope by CG, cut off where the curvature turns out not to be positive."""
+    eps = float(jnp.finfo(tree.norm(slope).dtype).eps)
+    start = jax.tree.map(jnp.zeros_like, slope)
+    minus = tree.scale(-1, slope)
+    first = tree.vdot(slope, slope)
+
+    def unfinished(carry):
+        _, _, _, squared, step, positive = carry
+        return (step < steps) & positive & (squared > eps**2 * first)
+
+    def advance(carry):
+        x, r, p, squared, step, _ = carry
+        product = matvec(p)
+        curvature = tree.vdot(p, product)
+        positive = curvature > 0
+        length = jnp.where(positive, squared / jnp.where(positive, curvature, jnp.ones_like(curvature)), 0)
+        fallback = jnp.where((step == 0) & ~positive, jnp.ones_like(length), length)  # steepest descent
+        x = tree.add(x, tree.scale(fallback, p))
+        r = tree.subtract(r, tree.scale(length, product))
+        now = tree.vdot(r, r)
+        return x, r, tree.add(r, tree.scale(now / squared, p)), now, step + 1, positive
+
+    carry = (start, minus, minus, first, jnp.int32(0), jnp.bool_(True))
+    return jax.lax.while_loop(unfinished, advance, carry)[0]
+
+
+def _line_search(potential, w, slope, direction, halvings):
+    """The first of w + d, w + d/2, … that falls by 10⁻⁴ of what the slope promises; w itself where none does."""
+    here, promise = potential(w), tree.vdot(slope, direction)
+    # At the minimum values agree to rounding: a rise of that size is none.
+    slack = 4 * jnp.finfo(here.dtype).eps * jnp.abs(here)
+
+    def moved(size):
+        return tree.add(w, tree.scale(size, direction))
+
+    def too_far(carry):
+        size, tries = carry
+        return (tries < halvings) & ~(potential(moved(size)) <= here + 1e-4 * size * promise + slack)
+
+    one = jnp.ones((), promise.dtype)
+    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), (one, jnp.int32(0)))
+    found = (tries < halvings) | (potential(moved(size)) <= here)
+    return jax.tree.map(lambda new, old: jnp.where(found, new, old), moved(size), w)
+
+
+@dataclass(frozen=True, init=False)
+class Jaxopt:
+    """Any solver of jaxopt, on the condition it fits.
+
+    ===================================================  ================================================
+    condition                                            jaxopt solvers
+    ===================================================  ================================================
+    Stationary, Proximal                                 GradientDescent, LBFGS, BFGS, NonlinearCG, … (``fun``)
+    Root                                                 Broyden (``fun``), LevenbergMarquardt, GaussNewton
+    FixedPoint                                           FixedPointIteration, AndersonAcceleration
+    Projected                                            ProjectedGradient
+    ProximalGradient                                     ProximalGradient
+    KKT with a quadratic objective, affine constraints   OSQP, EqualityConstrainedQP
+    ===================================================  ================================================
+
+    jaxopt's own ``tol`` stops it; the status judges the condition's true residual by the same number.
+
+    Args:
+        solver: the class, or its name (``"LBFGS"``), which spares an import of jaxopt.
+        options: what its constructor takes beside the function: ``maxiter``, ``tol``, ``stepsize``, …
+
+    Raises:
+        ValueError: for a name that jaxopt does not have, and, when called, for a solver that does not fit
+            the condition, with those that do.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import Stationary
+        >>> condition = Stationary(lambda w, theta, data: jnp.sum((w - theta) ** 2))
+        >>> solution = Jaxopt("LBFGS", maxiter=20, tol=1e-4)(condition, jnp.zeros(2), jnp.ones(2), None)
+        >>> [round(float(entry), 3) for entry in solution.w]
+        [1.0, 1.0]
+    """
+
+    solver: Callable | str
+    options: tuple[tuple[str, object], ...]
+
+    def __init__(self, solver: Callable | str, **options: object):
+        object.__setattr__(self, "solver", solver)
+        object.__setattr__(self, "options", tuple(options.items()))
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
+
+        with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
+            w, steps, tol = _jaxopt.run_solver(self.solver, dict(self.options), condition, init, theta, data)
+            w = jax.tree.map(lambda leaf, start: leaf.astype(start.dtype), w, init)
+        return report(condition.residual(w, theta, data), w, steps, tol)
+
+
 def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
     """All steps of an iterative solver: a loop of fixed length without ``tol``, until ‖F‖ ≤ tol with it."""
     solver.check(condition)
@@ -180,8 +462,22 @@ def _check_budget(name, steps, tol):
 
 
 def _check_descends(name, condition):
-    if not condition.symmetric:
+    if hasattr(condition, "potential"):
+        return
+    if hasattr(condition, "mapping"):
+        remedy = "FixedPointIteration, Anderson, a fitting Jaxopt solver,"
+    else:
+        remedy = "a fitting Jaxopt solver"
+    raise ValueError(
+        f"{name} follows the gradient of an objective, and {type(condition).__name__} is not one: use a "
+        f"condition that is (Stationary, Proximal), or {remedy} or a function (condition, init, theta, data) -> w"
+    )
+
+
+def _check_maps(name, condition):
+    if not hasattr(condition, "mapping"):
         raise ValueError(
-            f"{name} follows the gradient of an objective, and {type(condition).__name__} is not one: use a "
-            "condition that is (Stationary, Proximal), or a function (condition, init, theta, data) -> w"
+            f"{name} repeats a mapping, and {type(condition).__name__} has none: use a condition that has one "
+            "(FixedPoint, Projected, ProximalGradient), or GradientDescent, Optax or HessianFree for Stationary "
+            "and Proximal, or a function (condition, init, theta, data) -> w"
         )

@@ -82,11 +82,8 @@ _MESSAGES = {
 }
 
 
-def _record(cls):
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
-
-
-@_record
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Solution:
     """What an inner solver returns.
 
@@ -103,7 +100,8 @@ class Solution:
     status: jax.Array
 
 
-@_record
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LinearInfo:
     """What is known of a linear solve Ax = b.
 
@@ -120,7 +118,8 @@ class LinearInfo:
     status: jax.Array
 
 
-@_record
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Hypergradient:
     """The outer value and its total derivative in θ, with what is known of both solves.
 

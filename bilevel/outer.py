@@ -1,0 +1,155 @@
+"""The outer loop: descent on θ, with each inner and adjoint solve started where the last one ended.
+
+Between two steps θ moves little, so the old w and the old adjoint are nearly right: a few steps of each solver
+are then as good as many from nothing. With one step of each it is the single-loop method of Dagréou et al.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import tree
+from bilevel.conditions import Problem
+from bilevel.hypergradients import Method, Start, judge, starting_point
+from bilevel.solvers import InnerSolver
+from bilevel.types import Hypergradient, PyTree, Status
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """What an outer loop saw at each step, before it moved θ.
+
+    Attributes:
+        value: the outer value, ``[steps]``.
+        gradient_norm: ‖d outer/dθ‖₂, ``[steps]``.
+        inner_residual: ‖F(w, θ)‖₂, ``[steps]``.
+        linear_residual: the adjoint system's true relative residual, ``[steps]``; NaN for a method without one.
+        status: the worse :class:`Status` of both solves, int32 ``[steps]``.
+    """
+
+    value: jax.Array
+    gradient_norm: jax.Array
+    inner_residual: jax.Array
+    linear_residual: jax.Array
+    status: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Minimum:
+    """Where an outer loop ended.
+
+    Attributes:
+        theta: after the last step.
+        w: the inner solution of the last step, for the θ before it.
+        history: what each step saw.
+    """
+
+    theta: PyTree
+    w: PyTree
+    history: History
+
+
+def minimize(
+    problem: Problem,
+    theta: PyTree,
+    init: Start,
+    data: PyTree | Iterator[PyTree],
+    solver: InnerSolver,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    warm_start: bool = True,
+    callback: Callable[[int, PyTree, Hypergradient], None] | None = None,
+    on_failure: Literal["raise", "warn", "ignore"] = "raise",
+) -> Minimum:
+    """Minimise outer(w*(θ), θ, data) over θ with an optax optimiser.
+
+    With ``GradientDescent(ρ, steps=1)`` and ``Implicit(Neumann(1, ρ))`` on an iterator of samples this is a
+    stochastic single loop: w, the adjoint and θ each move by one step on each sample.
+
+    Args:
+        problem: the condition and the outer function.
+        theta: where θ starts.
+        init: where the first inner solve starts, a pytree like w or ``init(theta, data)``.
+        data: a pytree, or an iterator of pytrees of one shape, one for each step; the loop ends with it.
+        solver: finds the inner solution.
+        method: differentiates it.
+        optimizer: an ``optax.GradientTransformation``.
+        steps: outer steps.
+        warm_start: start each inner and adjoint solve from the last one's solution; else from ``init``. Where
+            ``init`` depends on θ and its derivative counts (MAML), set it to False.
+        callback: called with the step's number, the θ it was taken at, and the :class:`Hypergradient`; it may
+            raise to stop.
+        on_failure: what to do on a failed status. A gradient that is not finite is never applied.
+
+    Returns:
+        a :class:`Minimum`.
+
+    Raises:
+        ValueError: for fewer than one step, or data that ends before the first.
+        HypergradientError: on a failed status, with ``on_failure="raise"``.
+
+    Source: warm starts and the single loop: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel
+    optimization that enables stochastic and global variance reduction algorithms.
+
+    Example:
+        >>> from bilevel import CG, GradientDescent, Implicit, Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
+        >>> problem = Problem(condition, lambda w, theta, data: 0.5 * (w - data) ** 2)
+        >>> method = Implicit(CG(1))
+        >>> found = minimize(problem, 0.0, 0.0, 3.0, GradientDescent(0.5, 5), method, optax.sgd(0.5), steps=30)
+        >>> round(float(found.theta), 3)
+        3.0
+    """
+    if steps < 1:
+        raise ValueError(f"minimize needs steps of at least 1, got {steps}")
+    theta = jax.tree.map(jnp.asarray, theta)
+    batches = itertools.islice(data if isinstance(data, Iterator) else itertools.repeat(data), steps)
+    step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
+    state, records, w = optimizer.init(theta), [], None
+    for number, batch in enumerate(batches):
+        batch = jax.tree.map(jnp.asarray, batch)
+        if w is None:
+            w = jax.tree.map(jnp.asarray, starting_point(init, theta, batch))
+            adjoint = jax.tree.map(jnp.zeros_like, w)
+        moved, state, adjoint, record, out = step(theta, state, w, adjoint, batch)
+        if callback is not None:
+            callback(number, theta, out)
+        if on_failure != "ignore":
+            judge(out, on_failure)
+        theta, w = moved, out.inner.w
+        records.append(record)
+    if not records:
+        raise ValueError("minimize needs data for at least one step, got an iterator that is empty")
+    return Minimum(theta, w, jax.tree.map(lambda *entries: jnp.stack(entries), *records))
+
+
+def _compiled_step(problem, solver, method, optimizer, cold_start):
+    """One outer step as a pure function; ``cold_start`` is where each inner solve begins, None for the last w."""
+
+    @jax.jit
+    def step(theta, state, w, adjoint, data):
+        if cold_start is None:
+            out = method(problem, solver, theta, w, data, adjoint)
+        else:
+            out = method(problem, solver, theta, cold_start, data, None)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
+            updates, next_state = optimizer.update(out.gradient, state, theta)
+        moved = optax.apply_updates(theta, updates)
+        size = tree.norm(out.gradient)
+        sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
+        moved, next_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (moved, next_state), (theta, state)
+        )
+        linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.residual_norm
+        record = History(out.value, size, out.inner.residual_norm, linear, out.status)
+        return moved, next_state, adjoint if out.linear is None else out.linear.solution, record, out
+
+    return step

@@ -1,0 +1,59 @@
+"""A portfolio on the simplex, and the risk aversion that would have served best.
+
+The weights minimise risk minus expected return over all that are positive and sum to one; the outer value is what
+they lose on later returns, and θ is the logarithm of the risk aversion and a tilt for each asset.
+"""
+
+import sys
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import bilevel as bl
+
+ASSETS = 8
+
+
+def load():
+    """Synthetic returns of eight assets with common factors: 60 days to estimate from, 400 to judge by."""
+    rng = np.random.default_rng(0)
+    factors = rng.normal(size=(ASSETS, 3)) * 0.5
+    mean = np.linspace(0.0, 0.14, ASSETS)
+    returns = mean + rng.normal(size=(460, 3)) @ factors.T + 0.6 * rng.normal(size=(460, ASSETS))
+    past, later = jnp.asarray(returns[:60], jnp.float32), jnp.asarray(returns[60:], jnp.float32)
+    return {"mean": past.mean(0), "risk": jnp.cov(past.T), "later": later}
+
+
+def choose(w, theta, data):
+    return 0.5 * jnp.exp(theta["aversion"]) * w @ data["risk"] @ w - w @ (data["mean"] + theta["tilt"])
+
+
+def loss(w, theta, data):
+    """Minus the certainty equivalent of later returns, and a price on tilts."""
+    returns = data["later"] @ w
+    return 0.5 * jnp.var(returns) - jnp.mean(returns) + 2.5 * jnp.sum(theta["tilt"] ** 2)
+
+
+def main(picture="portfolio.png"):
+    data, theta = load(), {"aversion": jnp.float32(-2.0), "tilt": jnp.zeros(ASSETS)}
+    condition = bl.Projected(choose, bl.jaxopt_projection("projection_simplex"), step_size=0.2)
+    problem = bl.Problem(condition, loss)
+    solver, method = bl.FixedPointIteration(200), bl.Implicit(bl.LU())
+    weights, init = [], jnp.full(ASSETS, 1 / ASSETS)
+    watch = lambda step, theta, out: weights.append(np.asarray(out.inner.w))  # noqa: E731
+    found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.02), 100, callback=watch)
+
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    left.stackplot(range(len(weights)), np.transpose(weights))
+    left.set(xlabel="outer step", ylabel="weight of each asset", ylim=(0, 1))
+    right.plot(found.history.value)
+    right.set(xlabel="outer step", ylabel="loss on later returns")
+    plt.tight_layout()
+    plt.savefig(picture, dpi=120)
+    return float(found.history.value[0]), float(found.history.value[-1]), float(weights[-1].sum())
+
+
+if __name__ == "__main__":
+    print("loss {:.3f} → {:.3f}; the weights sum to {:.4f}".format(*main(*sys.argv[1:])))

@@ -1,0 +1,303 @@
+"""Every condition, differentiated where its solution is known or where differences of it are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import newton
+
+import bilevel as bl
+
+RNG = np.random.default_rng(0)
+HALF = RNG.normal(size=(4, 4))
+MATRIX = HALF @ HALF.T / 4 + np.eye(4)  # eigenvalues between 1 and 6
+STEP = 0.2
+TARGET = np.array([0.9, -0.3, 0.4, 1.4])
+WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0])
+SOLVER = bl.FixedPointIteration(600, tol=1e-13)
+
+
+def objective(w, theta, data):
+    return 0.5 * (w - data) @ MATRIX @ (w - data)
+
+
+def outer(w, theta, data):
+    return jnp.sum(WEIGHTS * w + 0.3 * w**2)
+
+
+def hypergradient(condition, theta, data=TARGET, solver=SOLVER, linear=None, outer=outer, init=None):
+    function = bl.value_and_hypergradient(bl.Problem(condition, outer), solver, bl.Implicit(linear or bl.LU()))
+    return function(theta, jnp.zeros(4) if init is None else init, jnp.asarray(data))
+
+
+def differences(condition, theta, data=TARGET, step=1e-5):
+    """Central differences of the outer value: error step²/6 from the third derivative, 1e-13/step from the solve."""
+    flat = np.asarray(theta, float).ravel()
+
+    def value(flat):
+        theta = jnp.asarray(flat.reshape(np.shape(theta_like)))
+        return float(outer(SOLVER(condition, jnp.zeros(4), theta, jnp.asarray(data)).w, theta, data))
+
+    theta_like = np.asarray(theta)
+    basis = step * np.eye(flat.size)
+    slopes = [(value(flat + row) - value(flat - row)) / (2 * step) for row in basis]
+    return np.array(slopes).reshape(theta_like.shape)
+
+
+def test_the_fixed_point_of_cosine():
+    condition = bl.FixedPoint(lambda w, theta, data: jnp.cos(w) + theta)
+    layer = bl.implicit_layer(condition, bl.FixedPointIteration(400, tol=1e-15), bl.LU())
+    for theta in (-0.4, 0.0, 0.3):
+        w = layer(theta, 0.0, None)
+        assert float(w) == pytest.approx(float(jnp.cos(w) + theta), abs=1e-14)
+        assert float(jax.grad(layer)(theta, 0.0, None)) == pytest.approx(1 / (1 + np.sin(w)), rel=1e-12)
+
+
+def test_an_affine_contraction_in_two_hundred_dimensions_in_matrix_and_vector():
+    n, rng = 200, np.random.default_rng(1)
+    matrix = rng.normal(size=(n, n))
+    matrix *= 0.5 / np.linalg.norm(matrix, 2)  # κ(I − M) ≤ 1.5 / 0.5
+    vector, weights = rng.normal(size=n), rng.normal(size=n)
+    problem = bl.Problem(
+        bl.FixedPoint(lambda w, theta, data: theta["M"] @ w + theta["c"]), lambda w, theta, data: weights @ w
+    )
+    theta = {"M": jnp.asarray(matrix), "c": jnp.asarray(vector)}
+    inverse = np.linalg.inv(np.eye(n) - matrix)
+    w, adjoint = inverse @ vector, inverse.T @ weights
+    for linear in (bl.GMRES(60), bl.LU()):
+        out = bl.value_and_hypergradient(problem, bl.FixedPointIteration(60), bl.Implicit(linear))(
+            theta, jnp.zeros(n), None
+        )
+        # Sums of 200 terms of size ‖w‖: 100·eps·κ·‖w‖.
+        np.testing.assert_allclose(out.gradient["c"], adjoint, atol=1e-12 * np.linalg.norm(adjoint))
+        np.testing.assert_allclose(out.gradient["M"], np.outer(adjoint, w), atol=1e-12 * np.abs(adjoint).max() * 20)
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_a_learned_strength_of_the_pull(per_parameter):
+    # w = (H + Λ)⁻¹(Ht + Λc) with Λ = exp(θ), one for all or one for each; its derivative is plain JAX.
+    def strength(theta, data):
+        return jnp.exp(theta["log"])
+
+    def exact(theta):
+        pull = jnp.exp(theta["log"]) * jnp.ones(4)
+        return jnp.linalg.solve(MATRIX + jnp.diag(pull), MATRIX @ TARGET + pull * theta["center"])
+
+    condition = bl.Proximal(objective, strength, center=lambda theta, data: theta["center"])
+    theta = {"log": jnp.array([0.1, -1.0, 0.7, 2.0]) if per_parameter else jnp.array(0.3), "center": jnp.ones(4)}
+    expected = jax.grad(lambda theta: outer(exact(theta), theta, None))(theta)
+    for linear in (bl.CG(10), bl.LU(), bl.Cholesky()):
+        out = hypergradient(condition, theta, solver=newton, linear=linear)
+        for name in theta:  # κ < 20
+            np.testing.assert_allclose(out.gradient[name], expected[name], rtol=100 * 2.2e-16 * 20)
+
+
+def test_the_potential_is_what_the_residual_differentiates():
+    conditions = [bl.Stationary(objective), bl.Proximal(objective, 0.7)]
+    conditions.append(bl.Proximal(objective, lambda theta, data: jnp.exp(theta), center=lambda theta, data: data))
+    w, theta = jnp.arange(4.0), jnp.ones(4)
+    for condition in conditions:
+        gradient = jax.grad(condition.potential)(w, theta, jnp.asarray(TARGET))
+        np.testing.assert_allclose(gradient, condition.residual(w, theta, jnp.asarray(TARGET)), rtol=1e-14)
+
+
+BALLS = {
+    "projection_l2_ball": 0.8,
+    "projection_l1_ball": 0.9,
+    "projection_linf_ball": 0.5,
+    "projection_simplex": 1.3,
+    "projection_l2_sphere": 0.8,
+    "projection_l1_sphere": 0.9,
+    "projection_hypercube": 0.7,
+}
+SETS = {
+    "projection_box": (np.array([-0.2, 0.6]), lambda t: (t[0], t[1])),
+    "projection_hyperplane": (np.array([1.0, 0.5, -1.0, 2.0, 0.3]), lambda t: (t[:4], t[4])),
+    "projection_halfspace": (np.array([1.0, 0.5, -1.0, 2.0, 0.3]), lambda t: (t[:4], t[4])),
+} | {name: (np.array(radius), lambda t: t) for name, radius in BALLS.items()}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_projections_with_theta_in_the_set(name):
+    theta, params = SETS[name]
+    projection = bl.jaxopt_projection(name, params=lambda theta, data: params(theta))
+    condition = bl.Projected(objective, projection, STEP)
+    out = hypergradient(condition, jnp.asarray(theta))
+    np.testing.assert_allclose(out.gradient, differences(condition, theta), rtol=1e-6, atol=1e-8)
+    assert np.abs(out.gradient).max() > 1e-2  # the set is felt
+
+
+@pytest.mark.parametrize("name", ["projection_box_section", "projection_affine_set"])
+def test_projections_that_jaxopt_differentiates_backwards_only(name):
+    # Both sets hold the sum at c, one within bounds: dw/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1 over the coordinates F inside.
+    ones = jnp.ones(4)
+    params = {
+        "projection_box_section": lambda c, data: (-0.1 * ones, 0.9 * ones, ones, c),
+        "projection_affine_set": lambda c, data: (ones[None], c[None]),
+    }
+    condition = bl.Projected(objective, bl.jaxopt_projection(name, params=params[name]), STEP)
+    out = hypergradient(condition, jnp.array(1.2), solver=bl.FixedPointIteration(60))
+    w = np.asarray(out.inner.w)
+    inside = (w > -0.09) & (w < 0.89) if name == "projection_box_section" else np.full(4, True)
+    slope = np.zeros(4)
+    slope[inside] = np.linalg.solve(MATRIX[np.ix_(inside, inside)], np.ones(inside.sum()))
+    # jaxopt bisects, and solves its system by CG, to 1e-5; the iteration contracts to 0.8⁶⁰ = 1e-6.
+    np.testing.assert_allclose(out.gradient, (WEIGHTS + 0.6 * w) @ slope / slope.sum(), rtol=1e-4)
+
+
+def test_a_projection_without_parameters_and_theta_in_the_objective():
+    condition = bl.Projected(
+        lambda w, theta, data: objective(w, theta, theta), bl.jaxopt_projection("projection_non_negative"), STEP
+    )
+    theta = jnp.asarray(TARGET)
+    out = hypergradient(condition, theta)
+    np.testing.assert_allclose(out.gradient, differences(condition, theta), rtol=1e-6, atol=1e-8)
+    assert float(out.inner.w.min()) == 0.0
+
+
+def test_the_ball_has_a_closed_form():
+    # H = I: w = r·t/‖t‖, so that dw/dr = t/‖t‖.
+    condition = bl.Projected(
+        lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2),
+        bl.jaxopt_projection("projection_l2_ball", lambda t, d: t),
+    )
+    out = hypergradient(condition, jnp.array(0.8), outer=lambda w, theta, data: WEIGHTS @ w)
+    np.testing.assert_allclose(out.gradient, WEIGHTS @ TARGET / np.linalg.norm(TARGET), rtol=1e-13)
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_the_lasso_by_its_support(per_feature):
+    # On the support S with signs s: w_S = t' − H_SS⁻¹ (λs)_S, so that dw_S/dλ = −H_SS⁻¹ s.
+    condition = bl.ProximalGradient(objective, bl.jaxopt_prox("prox_lasso", lambda t, d: jnp.exp(t)), STEP)
+    theta = jnp.log(jnp.array([0.3, 0.8, 0.2, 0.4])) if per_feature else jnp.log(jnp.array(1.3))
+    out = hypergradient(condition, theta)
+    w = np.asarray(out.inner.w)
+    support = np.flatnonzero(w)
+    assert 0 < support.size < 4
+    inverse = np.linalg.inv(MATRIX[np.ix_(support, support)])
+    jacobian = np.zeros((4, 4))
+    jacobian[np.ix_(support, support)] = -inverse * (np.sign(w) * np.exp(theta))[support]
+    slopes = (WEIGHTS + 0.6 * w) @ jacobian
+    np.testing.assert_allclose(out.gradient, slopes if per_feature else slopes.sum(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_logistic_penalty_per_feature_against_differences():
+    x = np.random.default_rng(2).normal(size=(30, 4))
+    y = np.where(x @ WEIGHTS > 0, 1.0, -1.0)
+
+    def logistic(w, theta, data):
+        return jnp.mean(jax.nn.softplus(-y * (x @ w))) + 0.5 * jnp.sum(jnp.exp(theta) * w**2)
+
+    theta = jnp.array([-1.0, 0.5, 0.0, -2.0])
+    condition, step = bl.Stationary(logistic), 1e-5
+
+    def value(theta):
+        return outer(newton(condition, jnp.zeros(4), theta, None), theta, None)
+
+    out = hypergradient(condition, theta, solver=newton, linear=bl.CG(8))
+    expected = [(value(theta + step * row) - value(theta - step * row)) / (2 * step) for row in np.eye(4)]
+    np.testing.assert_allclose(out.gradient, expected, rtol=1e-6)
+
+
+# min ½xᵀQx + cᵀx subject to Ax = b, Gx ≤ h, with one inequality active and one not.
+PROGRAM = {
+    "Q": MATRIX,
+    "c": np.array([-1.0, 0.5, 0.2, -2.0]),
+    "A": np.array([[1.0, 1.0, 1.0, 1.0]]),
+    "b": np.array([1.0]),
+    "G": np.array([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]),
+    "h": np.array([0.3, 50.0]),
+}
+TRIPLE = (np.zeros(4), np.zeros(1), np.zeros(2))
+
+
+def quadratic_program():
+    return bl.KKT(
+        lambda x, p, data: 0.5 * x @ p["Q"] @ x + p["c"] @ x,
+        equality=lambda x, p, data: p["A"] @ x - p["b"],
+        inequality=lambda x, p, data: p["G"] @ x - p["h"],
+    )
+
+
+def by_active_set(p):
+    """The same program with its one active inequality as an equality: a linear system, in plain JAX."""
+    rows = jnp.concatenate([p["A"], p["G"][:1]])
+    symmetric = 0.5 * (p["Q"] + p["Q"].T)
+    system = jnp.block([[symmetric, rows.T], [rows, jnp.zeros((2, 2))]])
+    solution = jnp.linalg.solve(system, jnp.concatenate([-p["c"], p["b"], p["h"][:1]]))
+    return solution[:4], solution[4:5], jnp.append(solution[5:], 0.0)
+
+
+def test_a_quadratic_program_in_all_its_data():
+    theta = jax.tree.map(jnp.asarray, PROGRAM)
+    solution = by_active_set(theta)
+    assert float(solution[2][0]) > 0.1
+    problem = bl.Problem(quadratic_program(), lambda w, theta, data: outer(w[0], theta, data))
+    solver = bl.Jaxopt("OSQP", tol=1e-12, maxiter=20000)
+    out = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()), on_failure="ignore")(theta, TRIPLE, None)
+    expected = jax.grad(lambda p: outer(by_active_set(p)[0], p, None))(theta)
+    np.testing.assert_allclose(out.inner.w[0], solution[0], atol=1e-10)
+    for name, value in expected.items():
+        # ADMM stops near 1e-12; the system's condition number, below 1e3, magnifies that.
+        np.testing.assert_allclose(out.gradient[name], value, atol=1e-8, err_msg=name)
+
+
+def test_an_inactive_inequality_leaves_the_derivative_unchanged():
+    theta = {key: jnp.asarray(value) for key, value in PROGRAM.items()}
+    gradients = []
+    for count in (1, 2):
+        condition = bl.KKT(
+            lambda x, p, data: 0.5 * x @ p["Q"] @ x + p["c"] @ x,
+            equality=lambda x, p, data: p["A"] @ x - p["b"],
+            inequality=lambda x, p, data, count=count: (p["G"] @ x - p["h"])[:count],
+        )
+
+        def known(condition, init, theta, data, count=count):
+            x, equal, unequal = by_active_set(theta)
+            return x, equal, unequal[:count]
+
+        problem = bl.Problem(condition, lambda w, theta, data: outer(w[0], theta, data))
+        function = bl.value_and_hypergradient(problem, known, bl.Implicit(bl.LU()))
+        gradients.append(function(theta, (jnp.zeros(4), jnp.zeros(1), jnp.zeros(count)), None).gradient)
+    for name in theta:
+        np.testing.assert_allclose(gradients[0][name], gradients[1][name], atol=1e-12, err_msg=name)
+
+
+def test_kkt_refuses_a_w_that_is_no_such_triple():
+    with pytest.raises(ValueError, match=r"needs w = \(x, ν, μ\), got"):
+        quadratic_program().residual((jnp.zeros(4), None, jnp.zeros(2)), PROGRAM, None)
+
+
+def test_three_levels_against_a_closed_form():
+    # u = argmin ½(u − vθ)² = vθ; v = argmin ½(v − θ²)² + ½(v − 2u(v))² = θ² / (1 + (1 − 2θ)²); then v².
+    lowest = bl.Stationary(lambda u, outside, data: 0.5 * (u - outside["v"] * outside["theta"]) ** 2)
+    low = bl.implicit_layer(lowest, bl.GradientDescent(1.0, 1), bl.CG(1))
+
+    def middle(v, theta, data):
+        u = low({"v": v, "theta": theta}, jnp.zeros(()), None)
+        return 0.5 * (v - theta**2) ** 2 + 0.5 * (v - 2 * u) ** 2
+
+    problem = bl.Problem(bl.Stationary(middle), lambda v, theta, data: v**2)
+    out = bl.value_and_hypergradient(problem, newton, bl.Implicit(bl.CG(2)))(0.7, jnp.zeros(()), None)
+
+    def exact(theta):
+        return theta**2 / (1 + (1 - 2 * theta) ** 2)
+
+    np.testing.assert_allclose(out.inner.w, exact(0.7), rtol=1e-13)
+    np.testing.assert_allclose(out.gradient, jax.grad(lambda t: exact(t) ** 2)(0.7), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bl.Proximal(objective, 0.0), "above 0, got 0.0; .*Stationary"),
+        (lambda: bl.Stationary(objective, strong_convexity=-1.0), "above 0, got -1.0; leave it None"),
+        (lambda: bl.Root(objective, strong_convexity=0.0), "above 0, got 0.0"),
+        (lambda: bl.Projected(objective, objective, 0.0), "step_size above 0, got 0.0"),
+        (lambda: bl.jaxopt_projection("projection_moon"), "no 'projection_moon'; it has .*projection_simplex"),
+        (lambda: bl.jaxopt_prox("prox_moon"), "no 'prox_moon'; it has .*prox_lasso"),
+    ],
+)
+def test_senseless_declarations_are_refused_with_a_remedy(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,41 @@
+"""Each example runs, in float32 as a user would run it, improves what it is about, and saves a picture."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+pytest.importorskip("sklearn", reason="the examples' data comes with scikit-learn")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# What each returns: a value before and after, and a measure that must come out above a floor.
+CHECKS = {
+    "ridge_penalty": lambda theta, first, last, best: last <= best + 1e-3 < first,
+    "feature_penalties": lambda first, last, real, noise: last < first and noise > real + 0.5,
+    "hyper_cleaning": lambda before, after, judged: after > before + 0.05 and judged > 0.8,
+    "distillation": lambda first, last, accuracy: last < 0.5 * first and accuracy > 0.85,
+    "equilibrium_model": lambda first, last, accuracy: last < 0.5 * first and accuracy > 0.9,
+    "portfolio": lambda first, last, total: last < first and abs(total - 1) < 1e-5,
+}
+
+
+def test_every_example_is_checked_and_short():
+    files = {path.stem: path for path in EXAMPLES.glob("*.py")}
+    assert set(files) == set(CHECKS)
+    assert all(len(path.read_text().splitlines()) < 60 for path in files.values())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_example(name, tmp_path):
+    matplotlib.use("Agg")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    picture = tmp_path / "picture.png"
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        out = module.main(picture)
+    plt.close("all")
+    assert CHECKS[name](*out), out
+    assert picture.stat().st_size > 5000

@@ -1,0 +1,241 @@
+"""Linear solvers: right on any pytree and dtype, and honest where they are not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+
+SYMMETRIC = np.array([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 2.0]])
+GENERAL = np.array([[4.0, 1.0, 0.0], [-2.0, 3.0, 0.5], [0.0, 1.5, 2.0]])
+# Nyström at full rank with a ridge that is nothing against rounding, and 400 terms of a series that contracts by 0.86.
+DEFINITE_ONLY = {"CG": bl.CG(10), "Cholesky": bl.Cholesky()}
+ANY = {
+    "NormalCG": bl.NormalCG(20),
+    "GMRES": bl.GMRES(10),
+    "BiCGStab": bl.BiCGStab(10),
+    "LU": bl.LU(),
+    "Neumann": bl.Neumann(400, step_size=0.2),
+}
+ITERATIVE = {"CG": bl.CG(10), "NormalCG": bl.NormalCG(10), "GMRES": bl.GMRES(10), "BiCGStab": bl.BiCGStab(10)}
+ALL = DEFINITE_ONLY | ANY
+EPS = float(np.finfo(np.float64).eps)
+
+
+def operator(matrix):
+    """The matrix as a map on the tree {pair: (2,), one: ()}."""
+
+    def matvec(v):
+        product = jnp.asarray(matrix, v["one"].dtype) @ jnp.append(v["pair"], v["one"])
+        return {"pair": product[:2], "one": product[2]}
+
+    return matvec
+
+
+def tree(vector, dtype=jnp.float64):
+    vector = jnp.asarray(vector, dtype)
+    return {"pair": vector[:2], "one": vector[2]}
+
+
+def flat(v):
+    return np.append(np.asarray(v["pair"], np.float64), float(v["one"]))
+
+
+def tolerance(matrix, eps=EPS, power=1):
+    return 100 * eps * np.linalg.cond(matrix) ** power
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_solves_a_definite_system_on_a_tree(name):
+    b = np.array([1.0, -2.0, 0.5])
+    x, info = jax.jit(lambda b: ALL[name](operator(SYMMETRIC), b))(tree(b))
+    np.testing.assert_allclose(flat(x), np.linalg.solve(SYMMETRIC, b), rtol=tolerance(SYMMETRIC))
+    assert float(info.residual_norm) < tolerance(SYMMETRIC) and bl.Status(int(info.status)).ok
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_solves_a_general_system_with_its_transpose_told_apart(name):
+    b = np.array([1.0, -2.0, 0.5])
+    x, _ = ANY[name](operator(GENERAL), tree(b))
+    np.testing.assert_allclose(flat(x), np.linalg.solve(GENERAL, b), rtol=tolerance(GENERAL))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_keeps_the_dtype_and_takes_scalars(name, dtype):
+    x, info = jax.jit(lambda b: ALL[name](lambda v: jnp.asarray(4.0, dtype) * v, b))(jnp.asarray(2.0, dtype))
+    assert x.dtype == dtype and x.shape == () and float(x) == pytest.approx(0.5, rel=100 * float(jnp.finfo(dtype).eps))
+    assert bl.Status(int(info.status)).ok
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_zero_right_hand_side_and_multiples_of_the_identity_are_exact(name):
+    x, info = ALL[name](operator(SYMMETRIC), tree(np.zeros(3)))
+    assert not flat(x).any() and float(info.residual_norm) == 0 and bl.Status(int(info.status)).ok
+    x, info = ALL[name](operator(4 * np.eye(3)), tree([4.0, 8.0, 2.0]))
+    np.testing.assert_allclose(flat(x), [1.0, 2.0, 0.5], rtol=100 * EPS)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_scales_with_the_right_hand_side(name, dtype, size):
+    eps = float(jnp.finfo(dtype).eps)
+    solve = jax.jit(lambda b: ALL[name](operator(SYMMETRIC), b)[0])
+    one, scaled = solve(tree([1.0, -2.0, 0.5], dtype)), solve(tree([size, -2 * size, 0.5 * size], dtype))
+    np.testing.assert_allclose(flat(scaled) / size, flat(one), rtol=tolerance(SYMMETRIC, eps))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("where", ["b", "A"])
+def test_nan_is_nonfinite(name, where):
+    b = tree([1.0, np.nan if where == "b" else 1.0, 1.0])
+    _, info = ALL[name](operator(SYMMETRIC * (np.nan if where == "A" else 1.0)), b)
+    assert int(info.status) == bl.Status.NONFINITE
+
+
+@pytest.mark.parametrize("name", DEFINITE_ONLY)
+@pytest.mark.parametrize("diagonal", [(1.0, -1.0, 1.0), (-1.0, -2.0, -0.5), (2.0, -9.0, 1.0)])
+def test_indefinite_is_negative_curvature(name, diagonal):
+    _, info = DEFINITE_ONLY[name](operator(np.diag(diagonal)), tree([1.0, 3.0, 0.0]))
+    assert int(info.status) == bl.Status.NEGATIVE_CURVATURE
+
+
+def test_a_breakdown_of_cg_is_negative_curvature_and_no_nan_of_the_data():
+    _, info = bl.CG(5)(operator(np.diag([1.0, -1.0, 1.0])), tree([1.0, 1.0, 0.0]))  # ⟨b, Ab⟩ = 0 at once
+    assert int(info.status) == bl.Status.NEGATIVE_CURVATURE
+
+
+def test_cholesky_fails_on_a_saddle_even_where_the_solution_does_not_show_it():
+    _, info = bl.Cholesky()(operator(np.diag([2.0, -1.0, 0.5])), tree([1.0, 1.0, 1.0]))
+    assert int(info.status) == bl.Status.NEGATIVE_CURVATURE
+
+
+@pytest.mark.parametrize("matrix", [np.diag([1.0, 0.0, 1.0]), np.zeros((3, 3)), np.ones((3, 3))])
+def test_singular_is_said_to_be(matrix):
+    _, info = bl.LU()(operator(matrix), tree([1.0, 2.0, 0.0]))
+    assert int(info.status) == bl.Status.SINGULAR
+
+
+def test_a_budget_too_small_for_tol_is_told_with_the_true_residual():
+    diagonal = jnp.logspace(0, 6, 40)
+    b = jnp.ones(40)
+    x, info = bl.CG(5, tol=1e-8)(lambda v: diagonal * v, b)
+    assert int(info.status) == bl.Status.MAX_STEPS
+    assert float(info.residual_norm) == pytest.approx(
+        float(jnp.linalg.norm(b - diagonal * x) / jnp.sqrt(40)), rel=1e-12
+    )
+    assert int(bl.CG(5)(lambda v: diagonal * v, b)[1].status) == bl.Status.BUDGET_USED
+
+
+def test_a_recursive_residual_that_lies_is_found_out():
+    # κ = 1e6 in float32: CG's own residual falls below tol long before the true one, which stays near eps·κ.
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(60, 60)))[0]
+    matrix = jnp.asarray(basis @ np.diag(np.logspace(0, 6, 60)) @ basis.T, jnp.float32)
+    _, info = bl.CG(3000, tol=1e-5)(lambda v: matrix @ v, jnp.asarray(rng.normal(size=60), jnp.float32))
+    assert float(info.residual_norm) > 1e-5 and int(info.status) == bl.Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ridge_is_added_to_the_operator(name):
+    solver = dataclasses.replace(ALL[name], ridge=0.5)
+    b = np.array([1.0, -2.0, 0.5])
+    expected = np.linalg.solve(SYMMETRIC + 0.5 * np.eye(3), b)
+    np.testing.assert_allclose(flat(solver(operator(SYMMETRIC), tree(b))[0]), expected, rtol=tolerance(SYMMETRIC))
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_starts_from_the_solution_it_is_given(name):
+    b = np.array([1.0, -2.0, 0.5])
+    exact = np.linalg.solve(SYMMETRIC, b)
+    solver = type(ITERATIVE[name])(1, tol=1e-10)
+    _, info = solver(operator(SYMMETRIC), tree(b), tree(exact))
+    assert int(info.status) == bl.Status.CONVERGED
+    assert int(solver(operator(SYMMETRIC), tree(b))[1].status) == bl.Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_a_preconditioner_makes_one_step_enough(name):
+    diagonal = jnp.logspace(0, 4, 8)
+    power = 2 if name == "NormalCG" else 1  # it is AᵀA that is preconditioned there
+    solver = type(ITERATIVE[name])(1, preconditioner=lambda r: r / diagonal**power)
+    np.testing.assert_allclose(solver(lambda v: diagonal * v, jnp.ones(8))[0], 1 / diagonal, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_a_large_budget_on_an_easy_system_does_no_harm(name):
+    # Long after convergence a recursion works on denormals; ⟨p, Ap⟩ may vanish before ‖r‖² does.
+    matrix = SYMMETRIC * 1e-3
+    x, info = type(ITERATIVE[name])(500)(operator(matrix), tree([1.0, -2.0, 0.5], jnp.float32))
+    np.testing.assert_allclose(flat(x), np.linalg.solve(matrix, [1.0, -2.0, 0.5]), rtol=tolerance(matrix, 1.2e-7))
+    assert bl.Status(int(info.status)).ok
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bl.CG(0),
+        lambda: bl.NormalCG(3, tol=-1.0),
+        lambda: bl.GMRES(3, ridge=-1.0),
+        lambda: bl.GMRES(3, restart=0),
+        lambda: bl.LU(ridge=-1.0),
+        lambda: bl.Neumann(0),
+        lambda: bl.Nystrom(0),
+    ],
+)
+def test_senseless_options_are_refused_with_the_number(make):
+    with pytest.raises(ValueError, match=r"needs .* of at least .*, got -?\d"):
+        make()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 7])
+def test_neumann_is_the_exact_formula_of_its_truncation(terms):
+    b, step = np.array([1.0, -2.0, 0.5]), 0.2
+    powers = [np.linalg.matrix_power(np.eye(3) - step * GENERAL, k) for k in range(terms)]
+    x, info = bl.Neumann(terms, step_size=step)(operator(GENERAL), tree(b))
+    expected = step * sum(powers) @ b
+    np.testing.assert_allclose(flat(x), expected, rtol=100 * EPS)
+    true = np.linalg.norm(b - GENERAL @ expected) / np.linalg.norm(b)
+    assert float(info.residual_norm) == pytest.approx(true, rel=1e-12) and int(info.iterations) == terms
+
+
+def test_neumann_that_diverges_is_nonfinite_and_one_that_falls_short_is_told():
+    b = tree([1.0, -2.0, 0.5])
+    assert int(bl.Neumann(2000, step_size=5.0)(operator(SYMMETRIC), b)[1].status) == bl.Status.NONFINITE
+    assert int(bl.Neumann(2, step_size=0.2, tol=1e-6)(operator(SYMMETRIC), b)[1].status) == bl.Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_nystrom_at_full_rank_is_the_regularised_inverse(rank):
+    b, solver = np.array([1.0, -2.0, 0.5]), bl.Nystrom(rank=rank, ridge=0.3)
+    expected = np.linalg.solve(SYMMETRIC + 0.3 * np.eye(3), b)
+    x, info = solver(operator(SYMMETRIC), tree(b))
+    # Woodbury subtracts b and a term nearly as large: 1/ρ times the largest eigenvalue is lost on top of κ.
+    np.testing.assert_allclose(flat(x), expected, rtol=tolerance(SYMMETRIC) * 20)
+    assert float(info.residual_norm) < tolerance(SYMMETRIC) * 20
+
+
+def test_nystrom_is_exact_where_the_operator_has_no_more_than_its_rank():
+    factor = np.random.default_rng(0).normal(size=(9, 2))
+    matrix, b = factor @ factor.T, np.arange(1.0, 10.0)
+    x, info = bl.Nystrom(rank=2, ridge=0.1, tol=1e-8)(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
+    np.testing.assert_allclose(x, np.linalg.solve(matrix + 0.1 * np.eye(9), b), rtol=1e-9)
+    assert int(info.status) == bl.Status.CONVERGED
+    _, info = bl.Nystrom(rank=1, ridge=0.1, tol=1e-8)(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
+    assert int(info.status) == bl.Status.MAX_STEPS
+
+
+def test_the_choice_follows_the_structure_and_says_why():
+    def objective(w, theta, data):
+        return jnp.sum(w**2)
+
+    small, large = jnp.zeros(3), jax.ShapeDtypeStruct((10**6,), jnp.float32)
+    assert isinstance(bl.choose_linear(bl.Stationary(objective), large).solver, bl.CG)
+    assert isinstance(bl.choose_linear(bl.Stationary(objective), small).solver, bl.LU)
+    assert isinstance(bl.choose_linear(bl.Stationary(objective, positive_definite=True), small).solver, bl.Cholesky)
+    solver, reason = bl.choose_linear(bl.Root(objective), large)
+    assert isinstance(solver, bl.GMRES) and reason.startswith("Root is not symmetric")

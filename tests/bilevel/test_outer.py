@@ -1,0 +1,135 @@
+"""The outer loop: it arrives, warm starts pay, and nothing broken is applied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import newton, ridge
+
+import bilevel as bl
+
+EIGENVALUES = np.array([1.0, 4.0])
+TARGET = np.array([1.0, -2.0])
+
+
+def problem():
+    """w = D⁻¹θ and ½‖w − t‖²: the minimum is at θ = Dt."""
+    inner = bl.Stationary(lambda w, theta, data: 0.5 * w @ (EIGENVALUES * w) - w @ theta)
+    return bl.Problem(inner, lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
+
+
+def run(solver, method, steps=200, optimizer=None, data=TARGET, **options):
+    optimizer = optimizer or optax.sgd(1.0)
+    return bl.minimize(problem(), jnp.zeros(2), jnp.zeros(2), data, solver, method, optimizer, steps, **options)
+
+
+@pytest.mark.parametrize("method", [bl.Implicit(bl.CG(2)), bl.Unrolled(), bl.ValuePenalty(1e6)])
+def test_it_arrives_at_the_closed_form(method):
+    out = run(bl.GradientDescent(0.3, 40), method, steps=400)
+    # θ contracts by 1 − 1/16 a step; the penalty is off by 1/ρ of what is left.
+    np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-5)
+    assert out.history.value.shape == out.history.gradient_norm.shape == (400,)
+    assert float(out.history.gradient_norm[-1]) < 1e-5
+    assert bool(jnp.isnan(out.history.linear_residual[0])) is not isinstance(method, bl.Implicit)
+
+
+def test_any_optax_optimiser():
+    out = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 400, optax.adam(0.1))
+    np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-3)
+
+
+def test_warm_starts_pay():
+    short = bl.GradientDescent(0.2, 2)
+    warm = run(short, bl.Implicit(bl.CG(2)))
+    cold = run(short, bl.Implicit(bl.CG(2)), warm_start=False)
+    assert float(warm.history.inner_residual[-1]) < 1e-6 < 0.1 < float(cold.history.inner_residual[-1])
+    np.testing.assert_allclose(warm.theta, EIGENVALUES * TARGET, rtol=1e-3)
+
+
+def test_the_adjoint_is_warm_too():
+    # One term of the series a step: from nothing v = ρg for ever, from the last one it converges to D⁻¹g.
+    solver, method = bl.GradientDescent(0.3, 40), bl.Implicit(bl.Neumann(1, 0.1))
+    slowly = optax.sgd(0.01)  # θ moves more slowly than v converges, by 0.9 a step
+    warm, cold = run(solver, method, 60, slowly), run(solver, method, 60, slowly, warm_start=False)
+    # Cold: ‖g − 0.1·Dg‖ / ‖g‖ is between 1 − 0.4 and 1 − 0.1.
+    assert float(warm.history.linear_residual[-1]) < 0.2 < 0.59 < float(cold.history.linear_residual[-1])
+
+
+def test_a_stochastic_single_loop_goes_where_the_mean_is():
+    rng, rate = np.random.default_rng(0), 0.2
+    samples = (TARGET + 0.1 * rng.normal(size=2) for _ in range(1500))
+    decay = optax.sgd(optax.exponential_decay(0.5, 500, 0.3))
+    out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 1500, decay, samples)
+    # The last 500 samples have a rate near 0.02: noise of some 0.1·√0.02 is left in w, times D in θ.
+    np.testing.assert_allclose(out.theta / EIGENVALUES, TARGET, atol=0.06)
+
+
+def test_one_single_loop_step_is_its_formula():
+    rate, g0 = 0.2, -TARGET
+    out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 2)
+    theta = -1.0 * (rate * g0)  # w = 0 at θ = 0, v = ρg, dθ = v
+    w = rate * theta
+    v = rate * g0 + rate * ((w - TARGET) - EIGENVALUES * rate * g0)
+    np.testing.assert_allclose(out.theta, theta - v, rtol=1e-13)
+    np.testing.assert_allclose(out.w, w, rtol=1e-13)
+
+
+def test_data_from_an_iterator_one_for_each_step_and_it_may_end():
+    seen = []
+    out = run(
+        bl.GradientDescent(0.3, 5),
+        bl.Implicit(bl.CG(2)),
+        100,
+        data=iter([TARGET, 2 * TARGET, 3 * TARGET]),
+        callback=lambda step, theta, out: seen.append((step, float(out.value))),
+    )
+    assert out.history.value.shape == (3,)
+    assert [step for step, _ in seen] == [0, 1, 2]
+    np.testing.assert_allclose(out.history.value, [value for _, value in seen])
+    assert seen[0][1] == pytest.approx(0.5 * np.sum(TARGET**2))
+
+
+def test_one_trace_for_all_steps():
+    traces = []
+
+    def inner(w, theta, data):
+        traces.append(None)
+        return 0.5 * jnp.sum((w - theta) ** 2)
+
+    def count(steps):
+        traces.clear()
+        declared = bl.Problem(bl.Stationary(inner), lambda w, theta, data: jnp.sum(w**2))
+        method = bl.Implicit(bl.CG(1))
+        bl.minimize(
+            declared, jnp.ones(2), jnp.zeros(2), None, bl.GradientDescent(0.5, 2), method, optax.adam(0.1), steps
+        )
+        return len(traces)
+
+    assert count(1) == count(20)
+
+
+def test_theta_is_not_moved_by_what_is_not_finite():
+    data = iter([TARGET, np.full(2, np.nan), np.full(2, np.nan)])
+    first = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 1, optax.adam(0.1), iter([TARGET]))
+    out = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 3, optax.adam(0.1), data, on_failure="ignore")
+    np.testing.assert_array_equal(out.theta, first.theta)
+    assert [int(status) for status in out.history.status] == [1, 7, 7]
+    data = iter([TARGET, np.full(2, np.nan)])
+    with pytest.raises(bl.HypergradientError, match="NONFINITE"):
+        run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 3, data=data)
+
+
+def test_the_ridge_penalty_where_the_slope_vanishes():
+    case = ridge()
+    problem = bl.Problem(case.condition, case.outer)
+    arguments = (case.init, case.data, newton, bl.Implicit(bl.CG(3)), optax.adam(0.02), 300)
+    out = bl.minimize(problem, case.theta, *arguments)
+    assert abs(float(jax.grad(case.value)(out.theta))) < 1e-3 < abs(float(case.gradient))
+
+
+def test_senseless_arguments_are_refused():
+    with pytest.raises(ValueError, match="steps of at least 1, got 0"):
+        run(bl.GradientDescent(0.3, 4), bl.Unrolled(), 0)
+    with pytest.raises(ValueError, match="got an iterator that is empty"):
+        run(bl.GradientDescent(0.3, 4), bl.Unrolled(), 3, data=iter([]))

@@ -1,0 +1,178 @@
+"""Closed forms: bilevel problems whose inner solution is a formula, so that every derivative is one too.
+
+A :class:`Case` carries ``exact(theta, data) -> w``, written without a line of `bilevel`; the derivatives of
+``outer(exact(theta, data), theta, data)``, to any order, are then plain JAX.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import bilevel as bl
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, where to stand in it, and its inner solution as a formula."""
+
+    condition: bl.Condition
+    outer: Callable
+    theta: object
+    init: object
+    data: object
+    exact: Callable
+    kappa: float
+    """A bound on the condition number of ∂F/∂w: rounding in a solve is magnified by as much."""
+
+    @property
+    def problem(self) -> bl.Problem:
+        return bl.Problem(self.condition, self.outer)
+
+    def value(self, theta, data=None):
+        """The outer value at the exact inner solution."""
+        data = self.data if data is None else data
+        return self.outer(self.exact(theta, data), theta, data)
+
+    @property
+    def gradient(self):
+        return jax.grad(self.value)(self.theta)
+
+    @property
+    def tolerance(self) -> float:
+        """100·eps·κ: two solves, each with an error of some eps·κ, and the sums around them."""
+        return 100 * float(np.finfo(np.float64).eps) * self.kappa
+
+
+def newton(condition, init, theta, data):
+    """Five steps of Newton's method with a dense Jacobian: a solver for any smooth root, in a plain function."""
+    flat, unravel = ravel_pytree(init)
+
+    def residual(w):
+        return ravel_pytree(condition.residual(unravel(w), theta, data))[0]
+
+    def step(_, w):
+        return w - jnp.linalg.solve(jax.jacobian(residual)(w), residual(w))
+
+    return unravel(jax.lax.fori_loop(0, 5, step, flat))
+
+
+def affine_root() -> Case:
+    """M(θ)w = Cθ + d with a non-symmetric M that depends on θ; w and θ are trees of mixed shapes."""
+    rng = np.random.default_rng(0)
+    matrix = np.eye(4) * 3 + rng.normal(size=(4, 4))
+    slope, coefficients, offset = rng.normal(size=(4, 4)) * 0.3, rng.normal(size=(4, 3)), rng.normal(size=4)
+    assert np.linalg.norm(matrix - matrix.T) > 1
+
+    def system(theta):
+        flat = jnp.concatenate([theta["a"], theta["b"][None]])
+        return matrix + flat[0] * slope, coefficients @ flat + offset
+
+    def unpack(flat):
+        return {"vector": flat[:3], "scalar": flat[3]}
+
+    def residual(w, theta, data):
+        left, right = system(theta)
+        return unpack(left @ jnp.append(w["vector"], w["scalar"]) - right * data)
+
+    def exact(theta, data):
+        left, right = system(theta)
+        return unpack(jnp.linalg.solve(left, right * data))
+
+    def outer(w, theta, data):
+        return jnp.sum(jnp.sin(w["vector"])) * w["scalar"] + jnp.sum(theta["a"] ** 2) * theta["b"]
+
+    theta = {"a": jnp.array([0.3, -0.7]), "b": jnp.array(1.1)}
+    init = {"vector": jnp.zeros(3), "scalar": jnp.zeros(())}
+    kappa = float(np.linalg.cond(matrix + 0.3 * slope))
+    return Case(bl.Root(residual), outer, theta, init, jnp.array(1.5), exact, kappa)
+
+
+def ridge() -> Case:
+    """½‖Xw − y‖²/n + ½λ‖w‖², θ = λ: w = (XᵀX/n + λI)⁻¹Xᵀy/n and dw/dλ = −(XᵀX/n + λI)⁻¹w."""
+    rng = np.random.default_rng(1)
+    x, y = jnp.asarray(rng.normal(size=(12, 3))), jnp.asarray(rng.normal(size=12))
+    n = x.shape[0]
+
+    def objective(w, theta, data):
+        x, y = data
+        return 0.5 * jnp.mean((x @ w - y) ** 2) + 0.5 * theta * jnp.sum(w**2)
+
+    def exact(theta, data):
+        x, y = data
+        return jnp.linalg.solve(x.T @ x / n + theta * jnp.eye(3), x.T @ y / n)
+
+    def outer(w, theta, data):
+        return jnp.sum((w - jnp.array([0.5, -0.2, 0.1])) ** 2)
+
+    theta = jnp.array(0.7)
+    kappa = float(jnp.linalg.cond(x.T @ x / n + theta * jnp.eye(3)))
+    return Case(bl.Stationary(objective), outer, theta, jnp.zeros(3), (x, y), exact, kappa)
+
+
+def quadratic() -> Case:
+    """½wᵀQw − wᵀ(Cθ)·‖θ‖², so that w = ‖θ‖²Q⁻¹Cθ is cubic in θ."""
+    rng = np.random.default_rng(2)
+    half = rng.normal(size=(4, 4))
+    matrix, coefficients = jnp.asarray(half @ half.T + np.eye(4)), jnp.asarray(rng.normal(size=(4, 2)))
+
+    def objective(w, theta, data):
+        return 0.5 * w @ matrix @ w - w @ coefficients @ theta * jnp.sum(theta**2) * data
+
+    def exact(theta, data):
+        return jnp.linalg.solve(matrix, coefficients @ theta) * jnp.sum(theta**2) * data
+
+    def outer(w, theta, data):
+        return jnp.sum(jnp.cos(w)) + jnp.sum(w) * theta[0]
+
+    theta, kappa = jnp.array([0.6, -0.9]), float(jnp.linalg.cond(matrix))
+    return Case(bl.Stationary(objective), outer, theta, jnp.zeros(4), jnp.array(1.0), exact, kappa)
+
+
+def imaml(strength: float = 2.0) -> Case:
+    """½(φ − t)ᵀH(φ − t) + ½λ‖φ − θ‖²: φ = (H + λI)⁻¹(Ht + λθ), and g = (I + H/λ)⁻¹∇outer."""
+    rng = np.random.default_rng(3)
+    half = rng.normal(size=(3, 3))
+    hessian = jnp.asarray(half @ half.T)
+
+    def objective(w, theta, data):
+        error = jnp.append(w["a"], w["b"]) - data
+        return 0.5 * error @ hessian @ error
+
+    def exact(theta, data):
+        flat = jnp.append(theta["a"], theta["b"])
+        right = hessian @ data + strength * flat
+        solution = jnp.linalg.solve(hessian + strength * jnp.eye(3), right)
+        return {"a": solution[:2], "b": solution[2]}
+
+    def outer(w, theta, data):
+        return jnp.sum(w["a"] ** 3) + jnp.sin(w["b"])
+
+    theta = {"a": jnp.array([0.4, -1.2]), "b": jnp.array(0.3)}
+    kappa = float(jnp.linalg.cond(hessian + strength * jnp.eye(3)))
+    data = jnp.asarray(rng.normal(size=3))
+    return Case(bl.Proximal(objective, strength), outer, theta, theta, data, exact, kappa)
+
+
+def contraction() -> Case:
+    """w = Mw·½ + sin(Cθ)·d with a rotation-like, non-symmetric M: w = (I − M/2)⁻¹ sin(Cθ)·d."""
+    rng = np.random.default_rng(4)
+    matrix, coefficients = np.linalg.qr(rng.normal(size=(3, 3)))[0] * 0.5, rng.normal(size=(3, 2))
+
+    def mapping(w, theta, data):
+        return matrix @ w + jnp.sin(coefficients @ theta) * data
+
+    def exact(theta, data):
+        return jnp.linalg.solve(np.eye(3) - matrix, jnp.sin(coefficients @ theta) * data)
+
+    def outer(w, theta, data):
+        return jnp.sum(jnp.exp(0.3 * w)) + theta @ theta
+
+    kappa = float(np.linalg.cond(np.eye(3) - matrix))
+    return Case(bl.FixedPoint(mapping), outer, jnp.array([0.2, 0.7]), jnp.zeros(3), jnp.array(1.3), exact, kappa)
+
+
+CASES = {"contraction": contraction, "affine root": affine_root, "ridge": ridge, "quadratic": quadratic, "imaml": imaml}
