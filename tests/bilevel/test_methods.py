@@ -163,7 +163,7 @@ def test_methods_hand_on_aux_and_work_under_vmap():
     ("make", "message"),
     [
         (lambda: bl.FiniteDifference(bl.CG(3), step=0.0), "step above 0, got 0.0"),
-        (lambda: bl.FiniteDifference(bl.LU()), "use CG or Neumann, got LU"),
+        (lambda: bl.FiniteDifference(bl.LU()), "CG or Neumann, got LU"),
         (lambda: bl.ValuePenalty(0.0), "above 0, got 0.0"),
         (lambda: bl.EvolutionStrategies(0), "pairs of at least 1 .* got 0"),
     ],
