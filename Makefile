@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(BIN)/imaml train $(ARGS)
 
 test: $(VENV)/installed-testing
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

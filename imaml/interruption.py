@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM as a request to end the step, save, and go."""
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[S
         request.received = signal.Signals(number)
         for watched_number, handler in before.items():
             signal.signal(watched_number, handler)
-        on_request()
+        with contextlib.suppress(RuntimeError):  # what prints may not, where the signal came amid another print
+            on_request()
 
     for number in watched:
         signal.signal(number, note)

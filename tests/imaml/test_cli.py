@@ -1,0 +1,212 @@
+"""The command line as a person would mistype it, and once for real: started, interrupted, resumed, ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import imaml
+from imaml import checkpoints, cli, runlog
+from imaml.datasets import glyphs
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT, OMNIGLOT = imaml.presets()[0], "omniglot-5way-1shot-gd"
+FEW_QUERIES = ["train", "--outer.queries", "1"]  # a class of the tests' glyphs has six images
+PATIENCE = 400.0
+"""Seconds for a process to end, compiling included; a few on an idle machine."""
+
+
+@pytest.fixture(scope="session")
+def glyph_cache(tmp_path_factory, tiny_pixels):
+    """A cache that holds whole, few glyphs, in place of those whose drawing takes half a minute."""
+    folder = tmp_path_factory.mktemp("glyph-cache")
+
+    def build():
+        labels = {split: np.array([f"{split}/{i}" for i in range(12)]) for split in ("train", "test")}
+        return {f"{s}_pixels": tiny_pixels for s in labels} | {f"{s}_labels": names for s, names in labels.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMAML_CACHE", str(folder))
+        patch.setattr(glyphs, "_build", build)
+        glyphs.load()
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, glyph_cache):
+    """An empty working folder, few glyphs, and a JAX that keeps this process's settings."""
+    monkeypatch.setenv("IMAML_CACHE", str(glyph_cache))
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def code_of(arguments):
+    """The exit code, whether main returns it or argparse raises it."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+def complaint(arguments, capsys):
+    """What the command says on stderr while it exits with 2, in one sentence and without a traceback."""
+    assert code_of(arguments) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    *usage, sentence = said.strip().splitlines()
+    assert all(line.startswith(("usage:", " ")) for line in usage), said
+    assert sentence.startswith("imaml")
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("train glyphs-5way-1shot-dg", f"there is no preset 'glyphs-5way-1shot-dg': did you mean {DEFAULT}?"),
+        ("presets glyps", "there is no preset 'glyps'"),
+        ("train --inner.step 3", "there is no setting --inner.step: did you mean --inner.steps?"),
+        ("train --inner.step=3", "there is no setting --inner.step: did you mean --inner.steps?"),
+        ("train --meta-step 3", "there is no setting --meta-step"),
+        ("train --strength", "--strength needs a value"),
+        ("train --strength --seed 3", "--strength needs a value"),
+        ("train --strength strong", "--strength takes a number, got 'strong'"),
+        ("train --meta-steps few", "--outer.steps takes a whole number, got 'few'"),
+        ("train --meta-steps 0", "outer.steps must be at least 1, got 0"),
+        ("train --inner.steps -1", "GradientDescent needs steps and tol of at least 0, got -1"),
+        ("train --linear.maxiter 0", "CG needs maxiter of at least 1, got 0"),
+        ("train --outer.queries 1 --episode.ways 13", "13 ways are more than the 12 classes of glyphs's training set"),
+        ("train --outer.queries 1 --episode.shots 6", "6 shots and 1 queries are more than the 6 images"),
+        ("train --data here", "glyphs are embedded and take no data folder"),
+        ("train --out", "expected one argument"),
+        ("train one two", "unrecognized arguments: two"),
+        ("trian", "invalid choice: 'trian'"),
+        ("", "required: COMMAND"),
+        ("evaluate", "required: RUN"),
+        ("evaluate .", "there is no run in .: it holds no checkpoint.npz"),
+        ("evaluate nowhere", "there is no run in nowhere"),
+        ("evaluate . --tasks many", "invalid int value: 'many'"),
+        ("evaluate . --task 3", "unrecognized arguments: --task 3"),
+    ],
+)
+def test_a_slip_is_answered_in_one_sentence_and_nothing_is_written(arguments, expected, here, capsys):
+    assert expected in complaint(arguments.split(), capsys)
+    assert list(here.iterdir()) == []
+
+
+def test_a_preset_that_needs_archives_says_so(here, capsys):
+    assert "name the folder that holds them with --data DIR" in complaint(["train", OMNIGLOT], capsys)
+    assert list(here.iterdir()) == []
+
+
+def test_a_missing_archive_folder_is_named(here, capsys):
+    assert "nowhere" in complaint(["train", OMNIGLOT, "--data", "nowhere"], capsys)
+    assert list(here.iterdir()) == []
+
+
+def test_a_truncated_archive_is_named(here, capsys):
+    for name in ("images_background.zip", "images_evaluation.zip"):
+        (here / name).write_bytes(b"PK\x03\x04" + bytes(40))
+    assert "images_background.zip" in complaint(["train", OMNIGLOT, "--data", "."], capsys)
+    assert len(list(here.iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(here, capsys):
+    file = here / checkpoints.FILE
+    file.write_bytes(b"PK\x03\x04" + bytes(40))
+    assert f"{checkpoints.FILE} cannot be read as a checkpoint" in complaint([*FEW_QUERIES, "--out", "."], capsys)
+    assert f"{checkpoints.FILE} cannot be read as a checkpoint" in complaint(["evaluate", "."], capsys)
+    assert [path.name for path in here.iterdir()] == [checkpoints.FILE] and file.stat().st_size == 44
+
+
+def test_a_file_in_the_folders_place_is_named(here, capsys):
+    (here / "taken").write_text("")
+    assert complaint([*FEW_QUERIES, "--out", "taken"], capsys) == "imaml train: File exists: taken"
+
+
+def test_a_full_disk_is_told_without_a_file_name(here, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("imaml.training.train", full)
+    assert complaint(["train"], capsys) == "imaml train: No space left on device"
+
+
+def test_an_interruption_outside_of_training_exits_with_130(here, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imaml.training.train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_presets_lists_the_names(capsys):
+    assert cli.main(["presets"]) == 0
+    assert capsys.readouterr().out.split() == list(imaml.presets())
+
+
+@pytest.mark.parametrize("name", imaml.presets())
+def test_presets_shows_one_in_full(name, capsys):
+    assert cli.main(["presets", name]) == 0
+    shown = capsys.readouterr().out
+    chosen = imaml.preset(name)
+    assert shown.startswith(f"{name}\n") and chosen.citation in shown
+    assert f"  --inner.steps {chosen.inner.steps}\n" in shown and f"  --seed {chosen.seed}\n" in shown
+    assert all(sentence in shown for sentence in chosen.deviations())
+
+
+# --- For real ------------------------------------------------------------------------------------------------------
+
+COMMAND = [
+    sys.executable, "-m", "imaml", "train", "--network.filters", "2", "--inner.steps", "1", "--linear.maxiter=1",
+    "--outer.tasks", "2", "--outer.queries", "1", "--meta-steps", "400", "--out", "run",
+]  # fmt: skip
+
+
+def environment(cache):
+    settings = {"IMAML_CACHE": str(cache), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    return os.environ | settings | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compiled in half the time
+
+
+def interrupt_at_first_step(folder, cache):
+    """The exit code and output of the command, sent SIGINT when it shows its first meta-step."""
+    process = subprocess.Popen(
+        COMMAND, cwd=folder, env=environment(cache), text=True, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    watchdog = threading.Timer(PATIENCE, process.kill)
+    watchdog.start()
+    try:
+        lines = []
+        with process:
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("step 1/"):
+                    process.send_signal(signal.SIGINT)
+    finally:
+        watchdog.cancel()
+    return process.returncode, "".join(lines)
+
+
+def test_training_interrupted_exits_130_and_the_same_command_ends_it(tmp_path, glyph_cache):
+    code, output = interrupt_at_first_step(tmp_path, glyph_cache)
+    assert code == 130, output
+    assert "of 400 and saved; the same command goes on from there" in output
+    stopped = len(runlog.read(tmp_path / "run"))
+    assert 1 <= stopped < 400
+    assert (tmp_path / "run" / checkpoints.FILE).exists()
+    done = subprocess.run(
+        COMMAND, cwd=tmp_path, env=environment(glyph_cache), capture_output=True, encoding="utf-8", timeout=PATIENCE,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "test accuracy " in done.stdout and "(chance 20%)" in done.stdout
+    assert f"step {stopped + 1}/400" in done.stdout
+    assert [entry.step for entry in runlog.read(tmp_path / "run")] == list(range(1, 401))
+    assert (tmp_path / "run" / "learning_curve.png").exists()

@@ -1,0 +1,112 @@
+"""Networks: the convolution against XLA's own, normalisation against numpy, shapes, and the meaning of the gain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imaml.networks import batch_normalise, conv4, convolution, mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+EPS = np.finfo(np.float64).eps
+SHAPES = [(2, 6, 6, 1), (2, 7, 5, 3), (1, 1, 1, 2), (2, 8, 7, 1)]
+FILTERS = 3
+
+
+def reference_convolution(x, kernel):
+    """The docstring in XLA's words: odd sides get a zero at their end, then a border of one zero all around."""
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    weights = kernel.reshape(3, 3, x.shape[-1], -1)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, weights, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+
+def value_and_pull_back(function, x, kernel):
+    value, pull_back = jax.vjp(function, x, kernel)
+    return value, *pull_back(jnp.cos(value))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_convolution_is_xlas_in_value_and_derivative(shape, x64):
+    random = np.random.default_rng(sum(shape))
+    x, kernel = random.normal(size=shape), random.normal(size=(9 * shape[-1], FILTERS))
+    ours, theirs = (
+        jax.jit(lambda *inputs, f=f: value_and_pull_back(f, *inputs))(x, kernel)
+        for f in (convolution, reference_convolution)
+    )
+    # Sums of products of numbers below 5, in whatever order, at most one for each entry of x or of the kernel;
+    # the outputs, below 100, go through a cosine.
+    tolerance = 100 * 25 * max(x.size, kernel.size) * EPS
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_convolution_halves_each_side_rounded_up(shape):
+    batch, height, width, channels = shape
+    out = jax.eval_shape(convolution, jnp.zeros(shape), jnp.zeros((9 * channels, FILTERS)))
+    assert out.shape == (batch, (height + 1) // 2, (width + 1) // 2, FILTERS)
+
+
+def test_batch_normalise_takes_moments_over_all_but_channels(x64):
+    random = np.random.default_rng(0)
+    x, scale, offset = random.normal(3, 2, (4, 5, 3, 2)), np.array([0.5, 2.0]), np.array([-1.0, 7.0])
+    expected = scale * (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) + offset
+    # Sums over 60 numbers below 10, and a deviation of two.
+    np.testing.assert_allclose(batch_normalise(*map(jnp.asarray, (x, scale, offset))), expected, atol=60 * 10 * EPS)
+
+
+def test_batch_normalise_of_a_constant_channel_is_its_offset():
+    out = batch_normalise(jnp.full((3, 2, 2, 1), 0.5), jnp.ones(1), jnp.full(1, 0.25))
+    np.testing.assert_array_equal(out, jnp.full((3, 2, 2, 1), 0.25))
+
+
+@pytest.mark.parametrize(
+    "image_shape, features", [((28, 28, 1), 4), ((84, 84, 3), 36), ((32, 16, 3), 2), ((20, 33, 1), 6), ((1, 1, 1), 1)]
+)
+def test_conv4_maps_images_of_any_size_to_one_logit_for_each_class(image_shape, features):
+    network = conv4(ways=5, filters=2, image_shape=image_shape)
+    parameters = jax.eval_shape(network.init, jax.random.key(0))
+    assert parameters["head"]["kernel"].shape == (2 * features, 5)
+    out = jax.eval_shape(network.apply, parameters, jnp.zeros((10, *image_shape)))
+    assert (out.shape, out.dtype) == ((10, 5), jnp.float32)
+
+
+def test_conv4_of_the_paper_has_its_published_size():
+    parameters = jax.eval_shape(conv4(ways=5).init, jax.random.key(0))
+    kernels = 9 * 64 + 3 * 9 * 64 * 64
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == kernels + 4 * 2 * 64 + 256 * 5 + 5
+
+
+def test_kernel_gain_multiplies_kernels_and_leaves_outputs_up_to_epsilon(x64):
+    x = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1))
+    networks = {gain: conv4(3, 2, (8, 8, 1), kernel_gain=gain) for gain in (1.0, 4.0, 1e6)}
+    parameters = {gain: network.init(jax.random.key(0)) for gain, network in networks.items()}
+    apply = jax.jit(networks[1.0].apply)
+    out = {gain: apply(parameters[gain], x) for gain in networks}
+    np.testing.assert_array_equal(4 * parameters[1.0]["block2"]["kernel"], parameters[4.0]["block2"]["kernel"])
+    np.testing.assert_array_equal(parameters[1.0]["head"]["kernel"], parameters[4.0]["head"]["kernel"])
+    # Without epsilon (gain 1e6) the gain cancels; epsilon's share falls with its square, to first order.
+    error = {gain: np.abs(out[gain] - out[1e6]).max() for gain in (1.0, 4.0)}
+    assert 0 < error[1.0] < 0.05 * np.abs(out[1e6]).max()
+    assert error[4.0] == pytest.approx(error[1.0] / 16, rel=0.2)
+
+
+def test_initial_kernels_have_glorots_variance():
+    kernel = conv4(ways=5, filters=64, kernel_gain=3.0).init(jax.random.key(0))["block1"]["kernel"]
+    # 36,864 uniform numbers: their variance is known to 1.8/√2/192 < 1 % at one deviation; five of them.
+    assert float(kernel.var()) == pytest.approx(9.0 * 2 / (9 * 64 + 9 * 64), rel=0.05)
+    assert abs(float(kernel.mean())) < 5 * 3.0 * np.sqrt(2 / 1152) / 192
+
+
+def test_mlp_is_relu_between_linear_layers(x64):
+    network = mlp((3, 4, 2))
+    parameters = network.init(jax.random.key(0))
+    parameters["layer0"]["bias"] = jnp.array([0.5, -0.5, 0.1, 0.0])
+    parameters["layer1"]["bias"] = jnp.array([1.0, -1.0])
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    first, second = ({k: np.asarray(v) for k, v in parameters[f"layer{i}"].items()} for i in range(2))
+    hidden = np.maximum(x @ first["kernel"] + first["bias"], 0)
+    expected = hidden @ second["kernel"] + second["bias"]
+    np.testing.assert_allclose(network.apply(parameters, jnp.asarray(x)), expected, atol=100 * EPS)

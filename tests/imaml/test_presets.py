@@ -1,0 +1,172 @@
+"""Presets: frozen records that can be named, changed setting by setting, saved, and restored."""
+
+import dataclasses
+import json
+
+import pytest
+
+import imaml
+from imaml.errors import InputError
+from imaml.presets import override, restore, settings
+
+NAMES = imaml.presets()
+DEFAULT = NAMES[0]
+SETTINGS = {
+    "episode.ways", "episode.shots", "episode.queries", "rotations.train", "rotations.test", "network.filters",
+    "network.kernel_gain", "strength", "inner.step_size", "inner.steps", "inner.momentum", "linear.maxiter",
+    "linear.ridge", "outer.learning_rate", "outer.queries", "outer.tasks", "outer.steps", "outer.final_fraction",
+    "seed",
+}  # fmt: skip
+
+
+def test_the_default_is_embedded_and_first():
+    assert DEFAULT == "glyphs-5way-1shot-gd"
+    assert imaml.preset(DEFAULT).dataset == "glyphs"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_found_by_its_own_name_and_cites(name):
+    chosen = imaml.preset(name)
+    assert chosen.name == name
+    assert "arXiv" in chosen.citation
+    assert all(sentence.strip() for sentence in chosen.deviations())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_presets_name_tells_its_ways_and_shots(name):
+    chosen = imaml.preset(name)
+    assert f"{chosen.dataset}-{chosen.episode.ways}way-{chosen.episode.shots}shot-" in name
+    assert chosen.episode.queries == chosen.episode.shots  # the published protocol
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_frozen_and_hashable(name):
+    chosen = imaml.preset(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chosen.strength = 1.0  # ty: ignore
+    assert hash(chosen) == hash(dataclasses.replace(chosen))
+    assert chosen != dataclasses.replace(chosen, strength=chosen.strength * 2)
+
+
+def test_learner_is_made_of_the_presets_own_parts():
+    chosen = imaml.preset(DEFAULT)
+    learner = chosen.learner
+    assert (learner.solver, learner.method.linear, learner.strength) == (chosen.inner, chosen.linear, chosen.strength)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_tasks_differ_from_the_others_by_their_queries_alone(name):
+    chosen = override(imaml.preset(name), "outer.queries", "7")
+    assert chosen.training_episode == dataclasses.replace(chosen.episode, queries=7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_are_these_paths(name):
+    assert set(settings(imaml.preset(name))) == SETTINGS
+
+
+@pytest.mark.parametrize("path", sorted(SETTINGS))
+def test_a_setting_is_read_back_from_its_own_text(path):
+    chosen = imaml.preset(DEFAULT)
+    assert override(chosen, path, str(settings(chosen)[path])) == chosen
+
+
+@pytest.mark.parametrize(
+    "path, text, value",
+    [("inner.steps", "3", 3), ("strength", "2", 2.0), ("rotations.test", "True", True), ("seed", "4", 4),
+     ("outer.learning_rate", "1e-4", 1e-4), ("episode.ways", "20", 20)],
+)  # fmt: skip
+def test_override_changes_that_setting_alone(path, text, value):
+    chosen = imaml.preset(DEFAULT)
+    changed = settings(override(chosen, path, text))
+    assert changed.pop(path) == value and type(value) is type(settings(chosen)[path])
+    assert changed == {other: present for other, present in settings(chosen).items() if other != path}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_restores_its_preset_through_json(name):
+    chosen = override(override(imaml.preset(name), "inner.steps", "3"), "outer.learning_rate", "0.1")
+    assert restore(name, json.loads(json.dumps(chosen.config()))) == chosen
+
+
+@pytest.mark.parametrize(
+    "config", [{"sharpness": 1}, {"inner": {"sharpness": 1}}, {"sampler": {"size": 3}}, {"strength": {"value": 3}}]
+)
+def test_settings_of_another_version_are_refused(config):
+    with pytest.raises(InputError, match="were saved by another version"):
+        restore(DEFAULT, config)
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest_and_all():
+    with pytest.raises(InputError) as error:
+        imaml.preset("glyphs-5way-1shot-dg")
+    assert f"did you mean {DEFAULT}? known: {', '.join(NAMES)}" in str(error.value)
+
+
+def test_a_preset_like_no_other_is_answered_with_all():
+    with pytest.raises(InputError) as error:
+        imaml.preset("???")
+    assert str(error.value) == f"there is no preset '???': known: {', '.join(NAMES)}"
+
+
+@pytest.mark.parametrize(
+    "path, near", [("inner.step", "inner.steps"), ("strenght", "strength"), ("outer.task", "outer.tasks")]
+)
+def test_an_unknown_setting_is_answered_with_the_nearest_and_all(path, near):
+    with pytest.raises(InputError, match=f"no setting --{path}: did you mean --{near}\\? known: --episode.ways"):
+        override(imaml.preset(DEFAULT), path, "1")
+
+
+@pytest.mark.parametrize(
+    "path", ["name", "dataset", "citation", "departures", "inner", "linear.tol", "", "inner.steps.x"]
+)
+def test_what_is_no_setting_cannot_be_overridden(path):
+    with pytest.raises(InputError, match="there is no setting"):
+        override(imaml.preset(DEFAULT), path, "1")
+
+
+@pytest.mark.parametrize(
+    "path, text, message",
+    [
+        ("inner.steps", "many", "--inner.steps takes a whole number, got 'many'"),
+        ("inner.steps", "1.5", "--inner.steps takes a whole number, got '1.5'"),
+        ("strength", "", "--strength takes a number, got ''"),
+        ("rotations.train", "1", "--rotations.train takes true or false, got '1'"),
+        ("strength", "0", "strength (λ) must be above 0 and finite, got 0.0"),
+        ("strength", "nan", "--strength is out of range: 'nan'"),
+        ("outer.learning_rate", "inf", "--outer.learning_rate is out of range: 'inf'"),
+        ("inner.step_size", "inf", "--inner.step_size is out of range: 'inf'"),
+        ("inner.steps", "9" * 30, f"--inner.steps is out of range: '{'9' * 30}'"),
+        ("seed", "9" * 30, f"--seed is out of range: '{'9' * 30}'"),
+        ("seed", "-1", "seed must be at least 0 and below 2**32, got -1"),
+        ("network.filters", "0", "network.filters must be at least 1, got 0"),
+        ("network.kernel_gain", "0", "network.kernel_gain must be above 0, got 0.0"),
+        ("outer.tasks", "0", "outer.tasks must be at least 1, got 0"),
+        ("outer.queries", "0", "outer.queries must be at least 1, got 0"),
+        ("outer.steps", "0", "outer.steps must be at least 1, got 0"),
+        ("outer.learning_rate", "-1", "outer.learning_rate must be above 0, got -1.0"),
+        ("outer.final_fraction", "1.5", "outer.final_fraction must lie in [0, 1], got 1.5"),
+        ("episode.ways", "1", "at least 2 ways"),
+        # What the generic layer refuses with a ValueError of its own:
+        ("inner.steps", "-1", "GradientDescent needs steps"),
+        ("inner.step_size", "0", "GradientDescent needs a step_size above 0"),
+        ("inner.momentum", "1", "a momentum in [0, 1)"),
+        ("linear.maxiter", "0", "CG needs maxiter of at least 1, got 0"),
+        ("linear.ridge", "-1", "CG needs ridge of at least 0, got -1.0"),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused_with_what_was_typed(path, text, message):
+    with pytest.raises(InputError) as error:
+        override(imaml.preset(DEFAULT), path, text)
+    assert message in str(error.value)
+
+
+def test_seeds_that_jax_would_confuse_are_refused():
+    with pytest.raises(InputError, match="below"):
+        dataclasses.replace(imaml.preset(DEFAULT), seed=2**32)
+
+
+def test_an_inner_tolerance_is_refused():
+    chosen = imaml.preset(DEFAULT)
+    with pytest.raises(InputError, match=r"inner\.tol must be None"):
+        dataclasses.replace(chosen, inner=dataclasses.replace(chosen.inner, tol=1e-3))

@@ -1,0 +1,339 @@
+"""Training: a run ends with an evaluation, stops when told, and resumed is to the bit what it would have been."""
+
+import functools
+import json
+import logging
+import re
+import signal
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+import imaml
+from imaml import InputError, checkpoints, datasets, evaluation, networks, runlog, training
+from imaml.algorithms import MetaGradient
+from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.devices import devices_for, on_all
+from imaml.interruption import stop_on_signals
+from imaml.meta_step import TrainState, initial_state
+from imaml.presets import Outer
+from imaml.tasks import Episode
+
+STEPS, STOP_AT, EVALUATION_TASKS = 6, 3, 4
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A network that compiles in a second; what is tested here is the loop around it."""
+
+    hidden: int = 4
+
+    def build(self, ways):
+        network = networks.mlp((28 * 28, self.hidden, ways))
+        return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
+
+
+PRESET = replace(
+    imaml.preset("glyphs-5way-1shot-gd"),
+    episode=Episode(ways=2, shots=1, queries=1),
+    network=Flat(),
+    inner=bl.GradientDescent(0.1, steps=2),
+    linear=bl.CG(2),
+    outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
+)
+DIVERGING = replace(PRESET, inner=bl.GradientDescent(1e30, steps=3))
+
+
+def dataset(pixels):
+    names = [f"{split}{i}" for split in ("train", "test") for i in range(len(pixels))]
+    half = len(pixels)
+    return ImageDataset("tiny", ImageClasses(pixels, tuple(names[:half])), ImageClasses(pixels, tuple(names[half:])))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traces(tiny_pixels):
+    """The tiny dataset in place of any other, programs made once for all tests, and a count of their traces."""
+    counted, tiny = [], dataset(tiny_pixels)
+    meta_step, accuracies, over_tasks = training.meta_step, evaluation.task_accuracies, evaluation.over_tasks
+
+    @functools.cache
+    def counting(preset):
+        step = meta_step(preset)
+
+        def meta_step_of_test(*inputs):
+            counted.append(preset)
+            return step(*inputs)
+
+        return meta_step_of_test
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda name, data=None: tiny)
+        patch.setattr(training, "meta_step", counting)
+        patch.setattr(evaluation, "task_accuracies", functools.cache(accuracies))
+        patch.setattr(evaluation, "over_tasks", functools.cache(over_tasks))
+        yield counted
+
+
+def train(directory, preset=PRESET, **options):
+    return imaml.train(preset, directory, **{"evaluation_tasks": EVALUATION_TASKS, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, traces):
+    """A run from beginning to end, what it told, and how often its step was traced and compiled."""
+    seen, events, messages = [], [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        with jax.log_compiles():
+            run = train(tmp_path_factory.mktemp("whole"), on_progress=seen.append, on_event=events.append)
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
+    compiled = [message for message in messages if re.match(r"Compiling (jit\()?meta_step_of_test", message)]
+    return SimpleNamespace(run=run, seen=seen, events=events, traces=len(traces), compilations=len(compiled))
+
+
+def saved_state(directory):
+    return checkpoints.load(directory, initial_state(PRESET))[0]
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+
+
+def assert_same_run(directory, whole):
+    """θ, the optimiser and the step to the bit; the log with each step once, and the same numbers."""
+    assert_same_bits(saved_state(directory), saved_state(whole.run.directory))
+    logs = [[replace(p, seconds=0.0) for p in runlog.read(d)] for d in (directory, whole.run.directory)]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_ends_evaluated_against_chance(whole):
+    run = whole.run
+    assert (run.step, run.finished, run.stopped_by) == (STEPS, True, None)
+    assert (run.evaluation.chance, run.evaluation.tasks) == (0.5, EVALUATION_TASKS)
+    assert 0 <= run.evaluation.accuracy <= 1 and run.evaluation.interval >= 0
+    assert "(chance 50%)" in str(run.evaluation)
+    assert_same_bits(run.theta, saved_state(run.directory).theta)
+
+
+def test_a_run_learns(whole):
+    before = initial_state(PRESET).theta
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before, whole.run.theta)), strict=True)]
+    # Adam moves each parameter that has a gradient by about its rate in each step.
+    assert all(1e-3 < distance < 2 * STEPS * PRESET.outer.learning_rate for distance in moved)
+
+
+def test_its_result_is_on_disk_with_what_it_belongs_to(whole):
+    result = json.loads((whole.run.directory / training.RESULT).read_text())
+    assert result["evaluation"] == asdict(whole.run.evaluation)
+    assert result["config"] == PRESET.config()
+    assert sorted(path.name for path in whole.run.directory.iterdir()) == [
+        checkpoints.FILE,
+        runlog.FILE,
+        training.RESULT,
+    ]
+
+
+def test_the_log_has_one_line_for_each_step_and_is_what_was_shown(whole):
+    log = runlog.read(whole.run.directory)
+    assert [entry.step for entry in log] == list(range(1, STEPS + 1))
+    assert log == whole.seen
+    assert all(entry.tasks == sum(entry.statuses.values()) == PRESET.outer.tasks for entry in log)
+    assert all(np.isfinite([entry.loss, entry.inner_residual, entry.linear_residual]).all() for entry in log)
+
+
+def test_what_takes_time_is_announced(whole):
+    assert whole.events == [
+        "reading glyphs",
+        "compiling the meta-step",
+        f"evaluating on {EVALUATION_TASKS} tasks of held-out classes",
+    ]
+
+
+def test_the_step_is_traced_and_compiled_once_for_all_steps(whole):
+    assert (whole.traces, whole.compilations) == (1, 1)
+
+
+def test_each_step_draws_tasks_of_its_own(whole, tiny_pixels):
+    step, states = (
+        jax.jit(training.meta_step(PRESET)),
+        [replace(initial_state(PRESET), step=jnp.int32(i)) for i in (0, 1)],
+    )
+    values = [float(step(*on_all((s, tiny_pixels), devices_for(PRESET.outer.tasks)))[1].value) for s in states]
+    assert values[0] == whole.seen[0].loss != values[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_the_rest_is_done_later_to_the_bit(number, whole, tmp_path):
+    stopped = train(tmp_path, on_progress=lambda p: signal.raise_signal(number) if p.step == STOP_AT else None)
+    assert (stopped.step, stopped.finished, stopped.stopped_by) == (STOP_AT, False, number)
+    assert stopped.evaluation is None and not (tmp_path / training.RESULT).exists()
+    assert int(saved_state(tmp_path).step) == STOP_AT
+    resumed = train(tmp_path)
+    assert resumed.evaluation == whole.run.evaluation
+    assert_same_run(tmp_path, whole)
+
+
+def test_handlers_are_put_back_whether_or_not_a_signal_came():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    for send in (False, True):
+        with stop_on_signals() as stop:
+            assert [signal.getsignal(number) for number in numbers] != before
+            if send:
+                signal.raise_signal(signal.SIGTERM)
+        assert (stop.received, bool(stop)) == ((signal.SIGTERM, True) if send else (None, False))
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_amid_a_print_stops_no_less_cleanly():
+    def reentrant_print():
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    with stop_on_signals(reentrant_print) as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.received is signal.SIGINT
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a test run in the background of a script does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(tmp_path, interruptible):
+    def twice(progress):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, on_progress=twice)
+
+
+def test_a_crash_loses_only_what_came_after_the_checkpoint(whole, tmp_path):
+    def crash(progress):
+        if progress.step == STOP_AT:
+            raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, on_progress=crash, checkpoint_seconds=0.0)
+    assert int(saved_state(tmp_path).step) == STOP_AT - 1  # the log is a step ahead
+    assert len(runlog.read(tmp_path)) == STOP_AT
+    train(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_finished_run_called_again_only_evaluates(whole, traces):
+    seen, events, traced = [], [], len(traces)
+    before = saved_state(whole.run.directory)
+    again = train(whole.run.directory, on_progress=seen.append, on_event=events.append)
+    assert (again.finished, again.evaluation) == (True, whole.run.evaluation)
+    assert (seen, len(traces)) == ([], traced)
+    assert not any("compiling" in event for event in events)
+    assert_same_run(whole.run.directory, whole)
+    assert_same_bits(saved_state(whole.run.directory), before)
+
+
+@pytest.mark.parametrize(
+    "other, difference",
+    [
+        (replace(PRESET, strength=0.7), "strength: there 0.1, here 0.7"),
+        (replace(PRESET, outer=replace(PRESET.outer, steps=9)), "outer.steps: there 6, here 9"),
+        (replace(PRESET, network=Flat(hidden=5)), "network.hidden: there 4, here 5"),
+        (replace(PRESET, seed=3), "seed: there 0, here 3"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_and_they_are_named(other, difference, whole):
+    before = (whole.run.directory / checkpoints.FILE).read_bytes()
+    with pytest.raises(InputError, match=re.escape(f"a run with other settings ({difference})")):
+        train(whole.run.directory, other)
+    assert (whole.run.directory / checkpoints.FILE).read_bytes() == before
+
+
+def test_a_run_on_other_data_is_refused(whole, tiny_pixels, monkeypatch):
+    other = tiny_pixels.copy()
+    other[3, 2, 5, 5] ^= 1  # one bit
+    monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset(other))
+    with pytest.raises(InputError, match="holds a run on other data"):
+        train(whole.run.directory)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (replace(PRESET, episode=Episode(13, 1, 1)), "13 ways are more .* tiny's training set"),
+        (replace(PRESET, outer=replace(PRESET.outer, queries=6)), "1 shots and 6 queries .* tiny's training set"),
+        (replace(PRESET, episode=Episode(2, 4, 3)), "4 shots and 3 queries .* tiny's test set"),
+    ],
+)
+def test_tasks_that_cannot_be_drawn_are_refused_before_anything_is_written(other, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train(tmp_path / "run", other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_classes_too_few_are_refused_before_training(tiny_pixels, monkeypatch, tmp_path):
+    full = dataset(tiny_pixels)
+    few = ImageClasses(full.test.pixels[:1], full.test.labels[:1])
+    monkeypatch.setattr(datasets, "load", lambda name, data=None: ImageDataset("tiny", full.train, few))
+    with pytest.raises(InputError, match="2 ways are more than the 1 classes of tiny's test set"):
+        train(tmp_path / "run")
+
+
+def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny_pixels, tmp_path):
+    with pytest.raises(InputError, match=r"meta-step 1 had no task with finite numbers.*lower inner\.step_size"):
+        train(tmp_path, DIVERGING)
+    assert runlog.read(tmp_path) == [] and checkpoints.describe(tmp_path) is None
+    state = initial_state(DIVERGING)
+    start, pixels = on_all((state, tiny_pixels), devices_for(DIVERGING.outer.tasks))
+    after, report = jax.jit(training.meta_step(DIVERGING))(start, pixels)
+    assert int(report.tasks) == 0 and int(after.step) == 1
+    assert_same_bits(replace(after, step=state.step), state)
+
+
+def test_progress_is_measured_on_tasks_with_finite_numbers():
+    numbers = jnp.array([1.0, jnp.nan, 3.0, 5.0])
+    status = jnp.array([0, 7, 0, 3], jnp.int32)
+    report = MetaGradient(jnp.float32(0.5), {}, jnp.float32(0.25), jnp.float32(3), numbers, 2 * numbers, status)
+    progress = training._progress(PRESET, TrainState({}, (), jnp.int32(4)), report, 1.5)
+    assert (progress.inner_residual, progress.linear_residual, progress.tasks) == (3.0, 6.0, 3)
+    assert progress.statuses == {"CONVERGED": 2, "NONFINITE": 1, "MAX_STEPS": 1}
+
+
+def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
+    classes = dataset(tiny_pixels).test
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(PRESET.seed), 1), EVALUATION_TASKS)
+    accuracies = np.asarray(jax.jit(evaluation.task_accuracies(PRESET))((whole.run.theta, classes.pixels), keys))
+    result = whole.run.evaluation
+    assert result.accuracy == pytest.approx(accuracies.mean())
+    assert result.interval == pytest.approx(1.96 * accuracies.std(ddof=1) / EVALUATION_TASKS**0.5)
+
+
+def test_a_run_a_folder_and_parameters_are_evaluated_alike(whole):
+    run = whole.run
+    for what, preset in ((run, None), (run.directory, PRESET), (str(run.directory), PRESET), (run.theta, PRESET)):
+        assert imaml.evaluate(what, preset, tasks=EVALUATION_TASKS) == run.evaluation
+
+
+def test_parameters_without_a_preset_are_refused(whole):
+    with pytest.raises(InputError, match="pass the preset as well"):
+        imaml.evaluate(whole.run.theta)
+
+
+def test_an_empty_folder_cannot_be_evaluated(tmp_path):
+    with pytest.raises(InputError, match=f"there is no run in {tmp_path}"):
+        imaml.evaluate(tmp_path)
+
+
+def test_one_task_has_no_interval(whole):
+    with pytest.raises(InputError, match="at least 2 tasks, got 1"):
+        imaml.evaluate(whole.run, tasks=1)
