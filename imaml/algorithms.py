@@ -51,7 +51,8 @@ class MetaGradient:
     Attributes:
         value: mean query loss over the tasks that count.
         gradient: mean hypergradient, a pytree like θ; zero where no task counts.
-        accuracy: fraction of query examples whose largest output is their label (mean over those tasks).
+        accuracy: fraction of query examples whose largest output is their label, mean over those tasks; NaN where
+            labels are not integers, as in regression.
         tasks: how many tasks count: those whose numbers are all finite.
         inner_residual: ‖∇loss + λ(φ − θ)‖ of each task, ``[batch]``.
         linear_residual: the adjoint system's true relative residual, ``[batch]``; zero without a system.
@@ -108,6 +109,8 @@ def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, 
 
 
 def _accuracy(outputs, labels):
+    if not jnp.issubdtype(labels.dtype, jnp.integer):  # regression
+        return jnp.full((), jnp.nan, outputs.dtype)
     return (outputs.argmax(-1) == labels).mean(dtype=outputs.dtype)
 
 

@@ -85,6 +85,7 @@ def test_linear_regression_is_its_closed_form():
     out = check_closed_form()
     assert int(out.tasks) == 2
     assert (out.inner_residual < 100 * EPS).all() and (out.linear_residual < 100 * EPS).all()
+    assert jnp.isnan(out.accuracy)  # targets are no labels
 
 
 def test_adapting_to_a_linear_regression_finds_the_closed_form():
