@@ -48,5 +48,6 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _accumulator(a: PyTree) -> jnp.dtype:
-    dtypes = [jnp.dtype(jnp.float32), *(leaf.dtype for leaf in jax.tree.leaves(a))]
+    floats = (leaf.dtype for leaf in jax.tree.leaves(a) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    dtypes = [jnp.dtype(jnp.float32), *floats]
     return max(dtypes, key=lambda dtype: dtype.itemsize)

@@ -50,7 +50,7 @@ class Status(enum.IntEnum):
 
     @property
     def ok(self) -> bool:
-        """Whether the result may be used without a second thought."""
+        """Whether no failure was found; after BUDGET_USED the residual tells how far the budget went."""
         return self <= Status.BUDGET_USED
 
     @property
@@ -107,7 +107,8 @@ class LinearInfo:
 
     Attributes:
         solution: x, a pytree like b.
-        residual_norm: the true ‖b − Ax‖₂ / ‖b‖₂, from one product of its own; 0 where b = 0.
+        residual_norm: the true ‖b − Ax‖₂ / ‖b‖₂, from one product of its own; 0 where b = 0. For ``Proximal`` it is
+            that of the scaled system (D A D)u = D b, which is the same number where λ is one for all parameters.
         iterations: the iterations the solver was allowed; it took all of them where no ``tol`` was set.
         status: a :class:`Status` as an int32 scalar.
     """

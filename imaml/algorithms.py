@@ -53,7 +53,7 @@ class MetaGradient:
         gradient: mean hypergradient, a pytree like θ; zero where no task counts.
         accuracy: fraction of query examples whose largest output is their label, mean over those tasks; NaN where
             labels are not integers, as in regression.
-        tasks: how many tasks count: those whose numbers are all finite.
+        tasks: how many tasks count, those whose numbers are all finite; an int32 scalar.
         inner_residual: ‖∇loss + λ(φ − θ)‖ of each task, ``[batch]``.
         linear_residual: the adjoint system's true relative residual, ``[batch]``; zero without a system.
         status: the worse :class:`bilevel.Status` of each task, int32 ``[batch]``.
@@ -71,8 +71,9 @@ class MetaGradient:
 def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, Task], MetaGradient]:
     """The meta-gradient of a batch of tasks, for one's own loop.
 
-    Tasks are taken one after another, so memory is that of one task. A task whose numbers are not finite
-    is left out of the mean and seen in ``status``; the other tasks' numbers are as they would be without it.
+    Tasks are taken one after another, so memory is that of one task; sums over them are kept in float32 at
+    least. A task whose numbers are not finite is left out of the mean and seen in ``status``; the other tasks'
+    numbers are as they would be without it.
 
     Args:
         learner: network, loss, λ, solver and method.
@@ -89,20 +90,22 @@ def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, 
     def one_task(theta, totals, task):
         out = hypergradient(theta, bl.theta_itself, task)
         finite = _all_finite((out.value, out.gradient))
-        measured = (out.value, out.gradient, _accuracy(out.aux, task.query_y), jnp.ones_like(out.value))
-        totals = jax.tree.map(lambda total, new: total + jnp.where(finite, new, 0), totals, measured)
+        measured = (out.value, out.gradient, _accuracy(out.aux, task.query_y), jnp.int32(1))
+        totals = jax.tree.map(lambda t, new: t + jnp.where(finite, new, 0).astype(t.dtype), totals, measured)
         linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.residual_norm
         status = jnp.where(finite, out.status, jnp.int32(bl.Status.NONFINITE))
         return totals, (out.inner.residual_norm, linear_residual, status)
 
     def gradient(theta, tasks):
-        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(theta)))
-        totals = (zero, jax.tree.map(jnp.zeros_like, theta), zero, zero)
+        wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), theta)
+        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(wide)))
+        totals = (zero, wide, zero, jnp.int32(0))
         totals, reports = jax.lax.scan(lambda totals, task: one_task(theta, totals, task), totals, tasks)
         if axis is not None:
             totals = jax.lax.psum(totals, axis)
         *sums, count = totals
         value, mean, accuracy = jax.tree.map(lambda total: total / jnp.maximum(count, 1).astype(total.dtype), sums)
+        mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
         return MetaGradient(value, mean, accuracy, count, *reports)
 
     return gradient

@@ -76,7 +76,9 @@ def _read(path):
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: train first, or name the folder of a run") from None
     except Exception as error:  # a damaged archive can raise nearly anything
-        raise InputError(f"{path} cannot be read as a checkpoint ({error}): delete it, or use another --out") from error
+        raise InputError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or was written by another version ({error})"
+        ) from error
     return arrays, description
 
 

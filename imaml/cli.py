@@ -1,10 +1,11 @@
 """The command line: ``imaml train``, ``imaml evaluate``, ``imaml presets``.
 
-Everything that can be found wrong with what was typed is found before JAX starts, and said in one sentence
-with exit code 2. This module only parses and prints.
+What is wrong with what was typed, or with the files that it names, is said in one sentence with exit code 2,
+before anything is written. This module only parses and prints.
 """
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ EPILOG = "Every setting of a preset can be changed: --strength 0.5 --inner.steps
 
 
 TRAIN_OPTIONS = ("--data", "--out", "--meta-steps", "--help")
+"""Those of ``imaml train`` beside the settings of its preset."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,6 +82,8 @@ def _split(words):
         value = value if equals else next(rest, None)
         if value is None or value.startswith("--"):
             raise InputError(f"{option} needs a value")
+        if near := difflib.get_close_matches(option, TRAIN_OPTIONS, n=1, cutoff=0.7):
+            raise InputError(f"there is no option {option}: did you mean {near[0]}?")
         overrides.append((option[2:], value))
     return known, overrides
 
@@ -87,7 +91,7 @@ def _split(words):
 def _chosen(options, overrides):
     from imaml.presets import override, preset, presets
 
-    chosen = preset(options.preset or presets()[0])
+    chosen = preset(presets()[0] if options.preset is None else options.preset)
     if options.meta_steps is not None:
         overrides = [*overrides, ("outer.steps", options.meta_steps)]
     for path, value in overrides:

@@ -60,25 +60,34 @@ def evaluate(
         data: the folder of the dataset's archives, for a dataset that is not embedded.
 
     Raises:
-        InputError: for a folder without a whole checkpoint, data that cannot be used, or θ without a preset.
+        InputError: for a folder without a whole checkpoint, data that cannot be used or are not those the run
+            was trained on, or θ without a preset.
     """
     theta: Any = run
+    fingerprint = None
     if isinstance(run, str | Path):
-        preset, theta = _restore(Path(run), preset)
+        preset, theta, fingerprint = _restore(Path(run), preset)
     elif not isinstance(run, dict):
         preset, theta = preset or run.preset, run.theta
     if preset is None:
         raise InputError("parameters alone do not say what they are for: pass the preset as well")
-    return evaluate_classes(theta, preset, datasets.load(preset.dataset, data).test, tasks)
+    dataset = datasets.load(preset.dataset, data)
+    if fingerprint not in (None, dataset.fingerprint()):
+        raise InputError(
+            f"{run} was trained on other data than this {preset.dataset}, so its held-out classes may be among those "
+            "it was trained on; glyphs differ between versions of matplotlib"
+        )
+    return evaluate_classes(theta, preset, dataset.test, tasks)
 
 
 def _restore(directory, preset):
-    """The preset and θ of the checkpoint in a folder."""
+    """The preset and θ of the checkpoint in a folder, and the fingerprint of the data it was trained on."""
     description = checkpoints.describe(directory)
     if description is None:
         raise InputError(f"there is no run in {directory}: it holds no {checkpoints.FILE}")
     preset = preset or restore(description["preset"], description["config"])
-    return preset, checkpoints.load(directory, initial_state(preset))[0].theta
+    fingerprint = description["data"] if preset.dataset == description["config"]["dataset"] else None
+    return preset, checkpoints.load(directory, initial_state(preset))[0].theta, fingerprint
 
 
 def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: int) -> Evaluation:

@@ -1,9 +1,9 @@
 """Networks as pairs of pure functions, with convolutions that stay fast when every task has its own weights.
 
-Under ``vmap`` or ``map`` over tasks each task carries its own kernel. XLA's convolution then becomes a
-grouped one, some ten times slower on a CPU than the same arithmetic as one matrix product. So a stride-2
-convolution is written here as patches times a matrix, and the patches are slices of a reshape into even
-and odd rows and columns: no gather, hence no scatter in the gradient.
+XLA's own convolution of a few small images is some ten times slower on a CPU than the same arithmetic as one
+matrix product, and under ``vmap`` over tasks, each with its own kernel, it becomes a grouped one, slower still.
+So a stride-2 convolution is written here as patches times a matrix, and the patches are slices of a reshape
+into even and odd rows and columns: no gather, hence no scatter in the gradient.
 """
 
 import math

@@ -48,8 +48,9 @@ def _draw_accuracy(axes, log: list[Progress], evaluation, chance):
     _smoothed(axes, log, [p.accuracy for p in log], BLUE, "training classes")
     axes.axhline(chance, color=GREY, linestyle=":", label=f"chance {chance:.0%}")
     if evaluation:
+        step = log[-1].step if log else 0
         axes.errorbar(
-            log[-1].step, evaluation["accuracy"], evaluation["interval"], color=ORANGE, marker="o", capsize=4, zorder=5,
+            step, evaluation["accuracy"], evaluation["interval"], color=ORANGE, marker="o", capsize=4, zorder=5,
             label=f"held-out classes {evaluation['accuracy']:.1%} ± {evaluation['interval']:.1%}",
         )  # fmt: skip
     axes.set_ylim(0, 1)
@@ -72,7 +73,10 @@ def _draw_residuals(axes, log):
 
 
 def _smoothed(axes, log, values, color, label):
-    """Every value faintly, and the running mean of a fiftieth of the run."""
+    """Every value faintly, and the running mean of a fiftieth of the run; an empty line where the log was lost."""
+    if not log:
+        axes.plot([], [], color=color, label=label)
+        return
     steps, values = np.array([p.step for p in log]), np.array(values)
     axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
     width = max(1, len(values) // 50)

@@ -1,8 +1,8 @@
 """One frozen record for each published setting, with its citation and, in words, where it departs from it.
 
 A preset holds the very objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``), so there
-is no second list of options to keep in step: every field of every one of them can be set on the command
-line as ``--field.subfield VALUE``.
+is no second list of options to keep in step: every number and switch of every one of them can be set on the
+command line as ``--field.subfield VALUE``.
 """
 
 import dataclasses
@@ -115,6 +115,9 @@ class Preset:
 
     def __post_init__(self):
         _check(0 < self.strength < float("inf"), f"strength (λ) must be above 0 and finite, got {self.strength}")
+        _check(type(self.inner) is bl.GradientDescent, f"inner must be a GradientDescent, got {self.inner}")
+        plain = type(self.linear) is bl.CG and self.linear.preconditioner is None
+        _check(plain, f"linear must be a CG without a preconditioner, got {self.linear}")
         _check(self.inner.tol is None, "inner.tol must be None: a preset spends its budget of inner steps")
         # JAX drops what lies above 32 bits: a larger seed would silently be another one.
         _check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
@@ -135,7 +138,10 @@ class Preset:
         )
 
     def deviations(self) -> tuple[str, ...]:
-        """Where this preset departs from its citation, a sentence each."""
+        """Where the preset of this name departs from its citation, a sentence each.
+
+        They speak of the preset as it is published here, not of settings that were changed since.
+        """
         return self.departures
 
     def config(self) -> dict[str, Any]:
@@ -170,9 +176,11 @@ def restore(name: str, config: dict[str, Any]) -> Preset:
         InputError: for an unknown name, or settings this version does not know.
     """
     try:
-        return _with_settings(preset(name), config)
+        restored = _with_settings(preset(name), config)
     except (TypeError, AttributeError) as error:
         raise InputError(f"the settings of {name} were saved by another version: {error}") from error
+    _check(restored.config() == config, f"the settings of {name} were saved by another version, which had others")
+    return restored
 
 
 def _with_settings(record, config):
@@ -224,8 +232,8 @@ def _parse(path, text, present):
         value = kind(text)
     except ValueError:
         raise InputError(f"--{path} takes {what}, got {text!r}") from None
-    # Steps and counts are int32 in compiled loops.
-    _check(math.isfinite(value) if kind is float else abs(value) < 2**31, f"--{path} is out of range: {text!r}")
+    # Beyond this no count fits the compiled loops, and no seed a key.
+    _check(math.isfinite(value) if kind is float else abs(value) < 2**32, f"--{path} is out of range: {text!r}")
     return value
 
 
@@ -255,7 +263,7 @@ _SMALL_STRENGTH = (
 )
 _SHORT = (
     "Sized for minutes on two cores: 32 filters for 64, 4 tasks in a meta-step, 15 query images of each class in "
-    "training (evaluation takes 1, as published), Adam from 0.01 to 0 along half a cosine."
+    "training (evaluation takes 1, as published), Adam from 0.01 to 0 along half a cosine in some thousand meta-steps."
 )
 
 _GLYPHS = Preset(

@@ -39,15 +39,15 @@ class LogWriter:
 
     def __init__(self, directory: Path, step: int):
         path = directory / FILE
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        kept = [entry for entry in read(directory) if entry.step <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(_line(entry) for entry in kept))
         temporary.replace(path)
         self._stream = path.open("a", buffering=1)
 
     def write(self, progress: Progress) -> None:
         """Append one line."""
-        self._stream.write(json.dumps(asdict(progress)) + "\n")
+        self._stream.write(_line(progress))
 
     def __enter__(self):
         return self
@@ -57,11 +57,19 @@ class LogWriter:
 
 
 def read(directory: Path) -> list[Progress]:
-    """All steps in the log, in order; a last line that was cut off is left out."""
-    return [Progress(**json.loads(line)) for line in _whole_lines(directory / FILE)]
+    """All steps in the log, in order; lines that were cut off or damaged are left out."""
+    path = directory / FILE
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    entries = (_parsed(line) for line in lines)
+    return [entry for entry in entries if entry is not None]
 
 
-def _whole_lines(path):
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _line(progress):
+    return json.dumps(asdict(progress)) + "\n"
+
+
+def _parsed(line):
+    try:
+        return Progress(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

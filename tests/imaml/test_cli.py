@@ -72,7 +72,7 @@ def complaint(arguments, capsys):
         ("presets glyps", "there is no preset 'glyps'"),
         ("train --inner.step 3", "there is no setting --inner.step: did you mean --inner.steps?"),
         ("train --inner.step=3", "there is no setting --inner.step: did you mean --inner.steps?"),
-        ("train --meta-step 3", "there is no setting --meta-step"),
+        ("train --meta-step 3", "there is no option --meta-step: did you mean --meta-steps?"),
         ("train --strength", "--strength needs a value"),
         ("train --strength --seed 3", "--strength needs a value"),
         ("train --strength strong", "--strength takes a number, got 'strong'"),

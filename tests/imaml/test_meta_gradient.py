@@ -394,3 +394,14 @@ def test_two_devices_give_what_one_gives(clean, softmax_theta, softmax_tasks):
     for name in ("value", "gradient", "accuracy", "tasks", "inner_residual", "linear_residual", "status"):
         # The order of a sum of eight differs, and each program rounds in its own way.
         np.testing.assert_allclose(flat(getattr(spread, name)), flat(getattr(clean, name)), rtol=1e-10, atol=100 * EPS)
+
+
+def test_bfloat16_parameters_keep_their_type_and_sums_are_wider():
+    learner = Learner(mlp((3, 2)).apply, bl.GradientDescent(0.1, 2), bl.Implicit(bl.CG(2)), strength=1.0)
+    theta = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp((3, 2)).init(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (300, 4, 3), jnp.bfloat16)
+    y = jnp.tile(jnp.array([0, 1, 0, 1]), (300, 1))
+    out = meta_gradient(learner)(theta, Task(x, y, x, y))
+    assert {leaf.dtype for leaf in jax.tree.leaves(out.gradient)} == {jnp.dtype(jnp.bfloat16)}
+    assert out.value.dtype == jnp.float32
+    assert int(out.tasks) == 300  # bfloat16 counts to 256

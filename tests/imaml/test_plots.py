@@ -40,6 +40,11 @@ def test_a_run_of_any_length_gives_a_picture_of_sensible_size(steps, evaluated, 
     assert [other.name for other in tmp_path.glob("*.png")] == [PICTURE]
 
 
+def test_a_run_whose_log_was_lost_still_has_a_picture(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"evaluation": {"accuracy": 0.8, "interval": 0.02}}))
+    assert png_size(learning_curve(tmp_path, ways=5))
+
+
 def test_the_curve_shows_the_log(tmp_path):
     write_log(tmp_path, 5)
     before = learning_curve(tmp_path, ways=5).read_bytes()

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import bilevel as bl
 import imaml
 from imaml.errors import InputError
 from imaml.presets import override, restore, settings
@@ -170,3 +171,17 @@ def test_an_inner_tolerance_is_refused():
     chosen = imaml.preset(DEFAULT)
     with pytest.raises(InputError, match=r"inner\.tol must be None"):
         dataclasses.replace(chosen, inner=dataclasses.replace(chosen.inner, tol=1e-3))
+
+
+@pytest.mark.parametrize("change", [{"linear": bl.NormalCG(5)}, {"linear": bl.CG(5, preconditioner=lambda r: r)}])
+def test_what_a_config_cannot_hold_is_refused(change):
+    with pytest.raises(InputError, match="linear must be a CG without a preconditioner"):
+        dataclasses.replace(imaml.preset(imaml.presets()[0]), **change)
+
+
+def test_a_config_with_a_setting_less_is_refused():
+    preset = imaml.preset(imaml.presets()[0])
+    config = preset.config()
+    del config["strength"]
+    with pytest.raises(InputError, match="saved by another version"):
+        restore(preset.name, config)

@@ -50,6 +50,16 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     assert steps(tmp_path) == [1, 2]
 
 
+def test_damaged_lines_are_left_out_and_stop_nothing(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    file = tmp_path / runlog.FILE
+    first, _, third = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + b'{"step": \xff\n' + b"[]\n" + third)
+    assert steps(tmp_path) == [1, 3]
+    write(tmp_path, [4], start=3)
+    assert steps(tmp_path) == [1, 3, 4]
+
+
 def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path):
     write(tmp_path, [1, 2, 3, 4])
     write(tmp_path, [3, 4, 5], start=2)

@@ -267,6 +267,12 @@ def test_a_run_on_other_data_is_refused(whole, tiny_pixels, monkeypatch):
         train(whole.run.directory)
 
 
+def test_a_run_is_not_evaluated_on_other_data_than_its_own(whole, tiny_pixels, monkeypatch):
+    monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset(tiny_pixels ^ 1))
+    with pytest.raises(InputError, match="was trained on other data"):
+        imaml.evaluate(whole.run.directory, PRESET, EVALUATION_TASKS)
+
+
 @pytest.mark.parametrize(
     "other, message",
     [
