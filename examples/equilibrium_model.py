@@ -45,8 +45,10 @@ def main(picture="equilibrium_model.png"):
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
     score = bl.FixedPointIteration(60)(problem.condition, jnp.zeros((len(grid), WIDTH)), found.theta, grid).w
     plt.contourf(axis, axis, np.asarray(score @ found.theta["out"]).reshape(80, 80), 20, cmap="RdBu")
-    plt.scatter(*np.asarray(x).T, c=np.asarray(labels), cmap="RdBu", edgecolors="k", s=15)
+    plt.colorbar(label="score: its sign tells the spiral")
+    plt.scatter(*np.asarray(x).T, c=np.asarray(labels), cmap="RdBu", edgecolors="k", s=25)
     plt.title(f"loss {float(found.history.value[0]):.2f} → {float(found.history.value[-1]):.3f}")
+    plt.gca().set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal")
     plt.savefig(picture, dpi=120)
     accuracy = float(jnp.mean(labels * (found.w @ found.theta["out"]) > 0))
     return float(found.history.value[0]), float(found.history.value[-1]), accuracy

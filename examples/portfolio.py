@@ -38,19 +38,19 @@ def loss(w, theta, data):
 
 def main(picture="portfolio.png"):
     data, theta = load(), {"aversion": jnp.float32(-2.0), "tilt": jnp.zeros(ASSETS)}
-    condition = bl.Projected(choose, bl.jaxopt_projection("projection_simplex"), step_size=0.2)
-    problem = bl.Problem(condition, loss)
+    problem = bl.Problem(bl.Projected(choose, bl.jaxopt_projection("projection_simplex"), step_size=0.2), loss)
     solver, method = bl.FixedPointIteration(200), bl.Implicit(bl.LU())
     weights, init = [], jnp.full(ASSETS, 1 / ASSETS)
     watch = lambda step, theta, out: weights.append(np.asarray(out.inner.w))  # noqa: E731
     found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.02), 100, callback=watch)
 
-    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    left.stackplot(range(len(weights)), np.transpose(weights))
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    names = [f"asset {k}" if weights[-1][k] > 0 else None for k in range(ASSETS)]
+    left.stackplot(range(len(weights)), np.transpose(weights), labels=names)
+    left.legend(loc="upper right", ncols=2)
     left.set(xlabel="outer step", ylabel="weight of each asset", ylim=(0, 1))
     right.plot(found.history.value)
     right.set(xlabel="outer step", ylabel="loss on later returns")
-    plt.tight_layout()
     plt.savefig(picture, dpi=120)
     return float(found.history.value[0]), float(found.history.value[-1]), float(weights[-1].sum())
 

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKS = {
     "ridge_penalty": lambda theta, first, last, best: last <= best + 1e-3 < first,
     "feature_penalties": lambda first, last, real, noise: last < first and noise > real + 0.5,
-    "hyper_cleaning": lambda before, after, judged: after > before + 0.05 and judged > 0.8,
+    "hyper_cleaning": lambda noisy, learned, right, judged: learned > max(noisy + 0.1, right - 0.02) and judged > 0.9,
     "distillation": lambda first, last, accuracy: last < 0.5 * first and accuracy > 0.85,
     "equilibrium_model": lambda first, last, accuracy: last < 0.5 * first and accuracy > 0.9,
     "portfolio": lambda first, last, total: last < first and abs(total - 1) < 1e-5,
