@@ -30,7 +30,9 @@ def descend(condition, init, theta, data):
 
 
 def flops(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+    cost = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    assert cost is not None
+    return cost["flops"]
 
 
 def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
