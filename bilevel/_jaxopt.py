@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 REVERSE_ONLY = {
+    "kl_projection_birkhoff",
+    "kl_projection_transport",
     "projection_affine_set",
     "projection_birkhoff",
     "projection_box_section",
@@ -44,6 +46,15 @@ REVERSE_ONLY = {
     "projection_transport",
 }
 """Projections that solve a problem of their own, which jaxopt differentiates backwards only."""
+
+OPTIONS = {
+    # Its check reads a number, which no trace has.
+    "projection_polyhedron": {"check_feasible": False},
+    # The semi-dual's derivative is zero: jaxopt stops the gradient of its simplex projection (`_max_l2`).
+    "projection_birkhoff": {"use_semi_dual": False},
+    "projection_transport": {"use_semi_dual": False},
+}
+"""What a function must be told where its own default cannot be traced, or not be differentiated."""
 
 # Which of jaxopt's solvers fits a condition, and by which of a condition's functions it is told apart.
 _FITTING = {

@@ -388,7 +388,8 @@ def jaxopt_projection(projection: Callable | str, params: Callable[[PyTree, PyTr
     """A projection of `jaxopt.projection` as :class:`Projected` takes it.
 
     Args:
-        projection: the function, or its name (``"projection_simplex"``), which spares an import of jaxopt.
+        projection: its name (``"projection_simplex"``), which spares an import of jaxopt and sets the options
+            that a derivative needs; or the function, or a ``functools.partial`` of it that sets others.
         params: ``params(theta, data)``, what jaxopt calls ``hyperparams`` (a radius, a pair of bounds, …);
             None for the function's own default.
 
@@ -405,7 +406,7 @@ def jaxopt_projection(projection: Callable | str, params: Callable[[PyTree, PyTr
         [0.6, 0.8]
     """
     function = _from_jaxopt(projection, "projection")
-    if getattr(function, "__name__", None) in _reverse_only():
+    if getattr(_unwrapped(function), "__name__", None) in _reverse_only():
         function = _with_forward_mode(function)
 
     def project(w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
@@ -455,7 +456,12 @@ def _from_jaxopt(function, module):
     if not hasattr(known, function):
         names = [name for name in dir(known) if name.startswith(module) or name.startswith("kl_" + module)]
         raise ValueError(f"jaxopt.{module} has no {function!r}; it has {', '.join(names)}")
-    return getattr(known, function)
+    options = _jaxopt.OPTIONS.get(function, {})
+    return functools.partial(getattr(known, function), **options) if options else getattr(known, function)
+
+
+def _unwrapped(function):
+    return _unwrapped(function.func) if isinstance(function, functools.partial) else function
 
 
 def _reverse_only():
@@ -468,8 +474,8 @@ def _with_forward_mode(function):
     """A function that knows only its vjp, with a jvp: its Jacobian, row by row. JAX cannot transpose such a vjp."""
 
     @jax.custom_jvp
-    def both(w, params):
-        return function(w, params)
+    def both(*arguments):
+        return function(*arguments)
 
     @both.defjvp
     def push_forward(primals, tangents):

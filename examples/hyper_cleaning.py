@@ -41,12 +41,9 @@ def main(picture="hyper_cleaning.png"):
     solver, method = bl.GradientDescent(1.0, steps=30, momentum=0.8), bl.Implicit(bl.CG(maxiter=10))
     theta, init = jnp.zeros(300), jnp.zeros((64, 10))
     found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.3), 60)
-
-    def accuracy(theta):
-        w = bl.GradientDescent(1.0, 300, momentum=0.8)(problem.condition, init, theta, data).w
-        return float(jnp.mean(jnp.argmax(x @ w, axis=1) == y))
-
-    scores = [accuracy(t) for t in (theta, found.theta, jnp.where(wrong, -30.0, 30.0))]  # sigmoid: weights 0 and 1
+    train = lambda theta: bl.GradientDescent(1.0, 300, momentum=0.8)(problem.condition, init, theta, data).w  # noqa: E731
+    choices = theta, found.theta, jnp.where(wrong, -30.0, 30.0)  # the last by sigmoid: weights 0 and 1
+    scores = [float(jnp.mean(jnp.argmax(x @ train(choice), axis=1) == y)) for choice in choices]
     weights, bins = np.asarray(jax.nn.sigmoid(found.theta)), np.linspace(0, 1, 26)
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     left.hist([weights[~wrong], weights[wrong]], bins, label=["right label", "wrong label"])

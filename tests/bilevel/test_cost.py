@@ -1,0 +1,80 @@
+"""A hypergradient costs its parts: the inner solve, the adjoint system with one product more, the outer gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+from bilevel import _jaxopt
+
+SAMPLES, FEATURES, STEPS = 400, 300, 10
+
+
+def fit(w, theta, data):
+    x, y = data
+    return jnp.mean(jax.nn.softplus(-y * (x @ w))) + 0.5 * jnp.sum(jnp.exp(theta) * w**2)
+
+
+def outer(w, theta, data):
+    x, y = data
+    return jnp.mean(jax.nn.softplus(-y[:100] * (x[:100] @ w)))
+
+
+def descend(condition, init, theta, data):
+    """Gradient descent without a loop: XLA counts a loop's body once, whatever its length."""
+    w = init
+    for _ in range(STEPS):
+        w = w - 0.1 * condition.residual(w, theta, data)
+    return w
+
+
+def flops(function, *arguments):
+    cost = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    assert cost is not None
+    return cost["flops"]
+
+
+def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SAMPLES, FEATURES))
+    data = jnp.asarray(x), jnp.asarray(np.sign(x @ rng.normal(size=FEATURES)))
+    theta, w = jnp.full(FEATURES, -3.0), jnp.asarray(rng.normal(size=FEATURES))
+    condition = bl.Stationary(fit)
+
+    def inner(theta, w):
+        found = descend(condition, w, theta, data)
+        return found, condition.residual(found, theta, data)
+
+    def adjoint(theta, w, b):  # CG's loop is counted once here and in the whole; the next test counts its rounds
+        matvec = jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
+        v = _jaxopt.solve_cg(matvec, b, maxiter=20, tol=0.0)
+        return v, b - matvec(v)
+
+    def pull_back(theta, w, v):
+        return jax.vjp(lambda theta: condition.residual(w, theta, data), theta)[1](v)
+
+    hypergradient = bl.value_and_hypergradient(bl.Problem(condition, outer), descend, bl.Implicit(bl.CG(20)))
+    whole = flops(lambda theta, w: hypergradient(theta, w, data), theta, w)
+    parts = {
+        "inner": flops(inner, theta, w),
+        "adjoint": flops(adjoint, theta, w, w),
+        "outer": flops(lambda theta, w: jax.value_and_grad(outer, (0, 1))(w, theta, data), theta, w),
+        "pull back": flops(pull_back, theta, w, w),
+    }
+    assert whole <= 1.05 * sum(parts.values()), (whole, parts)
+    assert whole > parts["inner"] + parts["outer"]  # the count sees what it should
+
+
+@pytest.mark.parametrize("maxiter", [1, 7])
+def test_an_adjoint_solve_spends_its_iterations_and_two_products(maxiter):
+    products = []
+    diagonal = jnp.linspace(1.0, 50.0, 300)
+
+    def matvec(v):
+        jax.debug.callback(lambda: products.append(None))
+        return diagonal * v
+
+    bl.CG(maxiter)(matvec, jnp.ones(300))
+    jax.effects_barrier()
+    assert maxiter < len(products) <= maxiter + 2  # the start's residual, and the true one at the end
