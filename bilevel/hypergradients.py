@@ -81,8 +81,7 @@ class Implicit:
         matvec = adjoint_matvec(condition, inner.w, theta, data)
         scaling = condition.scaling(theta, data)
         adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, condition.symmetric, linear_init)
-        _, pull_back = jax.vjp(lambda t: condition.residual(inner.w, t, data), theta)
-        (through_w,) = pull_back(adjoint)
+        through_w = _pull_to_theta(condition, inner.w, theta, data, adjoint)
         return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, info)
 
 
@@ -247,8 +246,7 @@ class FirstOrder:
         inner = _solve_once(problem, solver, theta, init, data)
         value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
         adjoint = outer_w if scaling is None else tree.scale(scaling, tree.scale(scaling, outer_w))
-        _, pull_back = jax.vjp(lambda t: condition.residual(inner.w, t, data), theta)
-        (through_w,) = pull_back(adjoint)
+        through_w = _pull_to_theta(condition, inner.w, theta, data, adjoint)
         return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, None)
 
 
@@ -391,6 +389,11 @@ def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
             f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: "
             "use NormalCG, GMRES, BiCGStab or LU, or declare the condition symmetric where it is"
         )
+
+
+def _pull_to_theta(condition, w, theta, data, adjoint):
+    """Bᵀ·adjoint, B = ∂F/∂θ."""
+    return jax.vjp(lambda theta: condition.residual(w, theta, data), theta)[1](adjoint)[0]
 
 
 def _like(scaling, w):
