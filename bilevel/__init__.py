@@ -33,10 +33,10 @@ from bilevel.conditions import (
     theta_itself,
 )
 from bilevel.estimators import EvolutionStrategies, FiniteDifference, ValuePenalty
+from bilevel.failures import HypergradientError, check_status
 from bilevel.hypergradients import (
     FirstOrder,
     ForwardUnrolled,
-    HypergradientError,
     Implicit,
     Method,
     OneStep,
@@ -112,6 +112,7 @@ __all__ = [
     "Status",
     "Unrolled",
     "ValuePenalty",
+    "check_status",
     "choose_linear",
     "implicit_layer",
     "jaxopt_projection",

@@ -74,7 +74,8 @@ class FiniteDifference:
 
         value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
         adjoint, info = solve_scaled(self.linear, matvec, outer_w, condition.scaling(theta, data), True, linear_init)
-        through_w = along(lambda w: jax.grad(condition.potential, argnums=1)(w, theta, data), adjoint)
+        slope = jax.grad(condition.potential, argnums=1, allow_int=True)
+        through_w = along(lambda w: tree.with_zeros(slope(w, theta, data), theta), adjoint)
         return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, info)
 
 
@@ -121,8 +122,9 @@ class ValuePenalty:
         inner = _solve(solver, condition, init, theta, data)
         pulled = _solve(solver, Stationary(leaning), inner.w, theta, data)
         value, aux, _, _ = outer_derivatives(problem, inner.w, theta, data)
-        slope = jax.grad(leaning, argnums=1)(pulled.w, theta, data)
-        plain = jax.grad(condition.potential, argnums=1)(inner.w, theta, data)
+        slope = jax.grad(leaning, argnums=1, allow_int=True)(pulled.w, theta, data)
+        plain = jax.grad(condition.potential, argnums=1, allow_int=True)(inner.w, theta, data)
+        slope, plain = tree.with_zeros(slope, theta), tree.with_zeros(plain, theta)
         gradient = tree.scale(self.penalty, tree.subtract(slope, plain))
         inner = replace(inner, status=jnp.maximum(inner.status, pulled.status))
         return Hypergradient(value, gradient, aux, inner, None)
@@ -170,10 +172,11 @@ class EvolutionStrategies:
 
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         del linear_init  # no linear system
-        flat, unravel = ravel_pytree(theta)
+        floats, join = tree.split_floating(theta)
+        flat, unravel = ravel_pytree(floats)
 
         def value_at(flat):
-            theta = unravel(flat)
+            theta = join(unravel(flat))
             inner = _solve(solver, problem.condition, init, theta, data)
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, aux, inner
@@ -184,7 +187,7 @@ class EvolutionStrategies:
 
         value, aux, inner = value_at(flat)
         gradient = jnp.mean(jax.lax.map(slope_along, self._directions(flat)), axis=0)
-        return Hypergradient(value, unravel(gradient), aux, inner, None)
+        return Hypergradient(value, tree.with_zeros(join(unravel(gradient)), theta), aux, inner, None)
 
     def _directions(self, flat):
         """Orthogonal rows of length √d, drawn anew where θ changes."""

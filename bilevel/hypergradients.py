@@ -9,7 +9,6 @@ a :class:`Hypergradient`. Nothing here looks at a status: that is for the host, 
 :func:`value_and_hypergradient`.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +16,11 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+import optax
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
+from bilevel.failures import advise, check_policy, check_status
 from bilevel.linear import as_float, solve_differentiably
 from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
@@ -41,18 +41,6 @@ class Method(Protocol):
         data: PyTree,
         linear_init: PyTree | None = None,
     ) -> Hypergradient: ...
-
-
-class HypergradientError(RuntimeError):
-    """A solve that did not end well, where numbers were concrete enough to see it.
-
-    Attributes:
-        result: the :class:`Hypergradient` that was refused.
-    """
-
-    def __init__(self, message: str, result: Hypergradient):
-        super().__init__(message)
-        self.result = result
 
 
 @dataclass(frozen=True)
@@ -79,8 +67,10 @@ class Implicit:
         inner = solve_implicitly(condition, solver, self.linear, theta, starting_point(init, theta, data), data)
         value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
         matvec = adjoint_matvec(condition, inner.w, theta, data)
-        scaling = condition.scaling(theta, data)
-        adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, condition.symmetric, linear_init)
+        scaling, symmetric = condition.scaling(theta, data), is_gradient(condition)
+        adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, symmetric, linear_init)
+        if condition.symmetric and not symmetric:
+            info = _doubting_symmetry(info, matvec, condition, inner.w, theta, data)
         through_w = _pull_to_theta(condition, inner.w, theta, data, adjoint)
         return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, info)
 
@@ -117,9 +107,9 @@ class Unrolled:
             value, aux = outer_with_aux(problem)(w, theta, data)
             return value, (aux, w)
 
-        (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True)(theta)
-        residual = problem.condition.residual(w, theta, data)
-        return Hypergradient(value, gradient, aux, solvers.report(residual, w, solver.steps), None)
+        (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
+        inner = solvers.report(problem.condition.residual(w, theta, data), w, solver.steps)
+        return Hypergradient(value, tree.with_zeros(gradient, theta), aux, inner, None)
 
     def _check(self, solver):
         if not isinstance(solver, IterativeSolver) or solver.tol is not None:
@@ -165,13 +155,16 @@ class ForwardUnrolled:
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         del linear_init  # no linear system
 
-        def outer(theta):
+        floats, join = tree.split_floating(theta)
+
+        def outer(floats):
+            theta = join(floats)
             inner = solvers.solve(solver, problem.condition, starting_point(init, theta, data), theta, data)
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, (value, aux, inner)
 
-        gradient, (value, aux, inner) = jax.jacfwd(outer, has_aux=True)(theta)
-        return Hypergradient(value, gradient, aux, inner, None)
+        gradient, (value, aux, inner) = jax.jacfwd(outer, has_aux=True)(floats)
+        return Hypergradient(value, tree.with_zeros(join(gradient), theta), aux, inner, None)
 
 
 @dataclass(frozen=True)
@@ -209,7 +202,8 @@ class OneStep:
 
         value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
         (through_w,) = jax.vjp(step, theta)[1](outer_w)
-        return Hypergradient(value, tree.add(outer_theta, through_w), aux, inner, None)
+        gradient = tree.add(outer_theta, tree.with_zeros(through_w, theta))
+        return Hypergradient(value, gradient, aux, inner, None)
 
 
 @dataclass(frozen=True)
@@ -284,21 +278,19 @@ def value_and_hypergradient(
         >>> round(float(out.value), 5), round(float(out.gradient), 5)  # w*, −data / (1 + theta)²
         (1.0, -0.5)
     """
-    if on_failure not in ("raise", "warn", "ignore"):
-        raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
+    check_policy(on_failure)
 
     @partial(jax.jit, static_argnames="init_function")
     def compiled(theta, init, data, linear_init, init_function):
         return method(problem, solver, theta, init_function or init, data, linear_init)
 
     def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
-        theta, data = jax.tree.map(jnp.asarray, (theta, data))
+        theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
         if callable(init):
             out = compiled(theta, None, data, linear_init, init_function=init)
         else:
             out = compiled(theta, jax.tree.map(jnp.asarray, init), data, linear_init, init_function=None)
-        if on_failure != "ignore":
-            judge(out, on_failure)
+        check_status(out, on_failure, partial(advise, problem.condition, theta, data))
         return out
 
     return hypergradient
@@ -331,8 +323,8 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
     check_symmetry(linear, condition)
 
     def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
-        theta, data = jax.tree.map(jnp.asarray, (theta, data))
-        start = jax.tree.map(jnp.asarray, starting_point(init, theta, data))
+        theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
+        start = starting_point(init, theta, data)
         return solve_implicitly(condition, solver, linear, theta, start, data).w
 
     return layer
@@ -349,7 +341,7 @@ def solve_implicitly(
 
     def tangent_solve(jacobian, tangent):
         scaling = condition.scaling(theta, data)
-        return solve_scaled(linear, jacobian, tangent, scaling, condition.symmetric)[0]
+        return solve_scaled(linear, jacobian, tangent, scaling, is_gradient(condition))[0]
 
     w, (residual_norm, steps, status) = jax.lax.custom_root(
         lambda w: condition.residual(w, theta, data), jax.lax.stop_gradient(init), find, tangent_solve, has_aux=True
@@ -358,11 +350,27 @@ def solve_implicitly(
 
 
 def adjoint_matvec(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> Callable[[PyTree], PyTree]:
-    """u ↦ (∂F/∂w)ᵀ u, linearised once: forwards where A is symmetric, which is cheaper, else backwards."""
-    if condition.symmetric:
+    """u ↦ (∂F/∂w)ᵀ u, linearised once: forwards where A is a Hessian, which is cheaper, else backwards."""
+    if is_gradient(condition):
         return jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
     _, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
     return lambda u: pull_back(u)[0]
+
+
+def is_gradient(condition: Condition) -> bool:
+    """Whether F is the gradient of an objective, and A symmetric for that reason and not because it is said to be."""
+    return hasattr(condition, "potential")
+
+
+def _doubting_symmetry(info, matvec, condition, w, theta, data):
+    """NONSYMMETRIC where Aᵀu and Au differ for a random u, of a condition that was declared symmetric."""
+    u = jax.lax.stop_gradient(optax.tree.random_like(jax.random.key(0), w))
+    _, forwards = jax.jvp(lambda w: condition.residual(w, theta, data), (w,), (u,))
+    backwards = matvec(u)
+    apart = tree.norm(tree.subtract(forwards, backwards))
+    rounding = jnp.sqrt(jnp.finfo(apart.dtype).eps) * tree.norm(forwards)
+    doubtful = jax.lax.stop_gradient(apart > rounding) & (info.status != Status.NONFINITE)
+    return replace(info, status=jnp.where(doubtful, jnp.int32(Status.NONSYMMETRIC), info.status))
 
 
 def solve_scaled(
@@ -393,15 +401,44 @@ def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
 
 def _pull_to_theta(condition, w, theta, data, adjoint):
     """Bᵀ·adjoint, B = ∂F/∂θ."""
-    return jax.vjp(lambda theta: condition.residual(w, theta, data), theta)[1](adjoint)[0]
+    (through_w,) = jax.vjp(lambda theta: condition.residual(w, theta, data), theta)[1](adjoint)
+    return tree.with_zeros(through_w, theta)
 
 
 def _like(scaling, w):
     return tree.scale(scaling, jax.tree.map(jnp.ones_like, w))
 
 
-def starting_point(init, theta, data):
-    return init(theta, data) if callable(init) else init
+def outer_variables(theta: PyTree) -> PyTree:
+    """θ as arrays; a leaf that is not floating is carried along without a derivative.
+
+    Raises:
+        TypeError: for a complex leaf.
+    """
+    theta = jax.tree.map(jnp.asarray, theta)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: a derivative in a "
+                "complex variable has two conventions; write it as its real and imaginary part"
+            )
+    return theta
+
+
+def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
+    """``init`` or what it makes of θ and data, as arrays that can be differentiated.
+
+    Raises:
+        TypeError: for a leaf that is not floating.
+    """
+    start = jax.tree.map(jnp.asarray, init(theta, data) if callable(init) else init)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
+        if not tree.is_floating(leaf):
+            raise TypeError(
+                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write it "
+                "as a float (0.0), keep what is counted or masked in data, and a complex variable as two real ones"
+            )
+    return start
 
 
 def _solve_once(problem, solver, theta, init, data):
@@ -420,29 +457,6 @@ def outer_with_aux(problem):
 
 def outer_derivatives(problem, w, theta, data):
     """Value, aux, ∂outer/∂w and ∂outer/∂θ."""
-    differentiate = jax.value_and_grad(outer_with_aux(problem), argnums=(0, 1), has_aux=True)
+    differentiate = jax.value_and_grad(outer_with_aux(problem), argnums=(0, 1), has_aux=True, allow_int=True)
     (value, aux), (outer_w, outer_theta) = differentiate(w, theta, data)
-    return value, aux, outer_w, outer_theta
-
-
-def judge(out, on_failure):
-    """Raise or warn about a failed status, if the numbers are there to be seen."""
-    statuses = {"inner": out.inner.status}
-    if out.linear is not None:
-        statuses["linear"] = out.linear.status
-    if any(isinstance(status, Tracer) for status in statuses.values()):
-        return
-    failures = [f"{stage} solve, {_named(status)}" for stage, status in statuses.items() if not _worst(status).ok]
-    if not failures:
-        return
-    if on_failure == "raise":
-        raise HypergradientError("; ".join(failures), out)
-    warnings.warn("; ".join(failures), RuntimeWarning, stacklevel=4)
-
-
-def _worst(status):
-    return Status(int(jnp.max(status)))
-
-
-def _named(status):
-    return f"{_worst(status).name}: {_worst(status).message}"
+    return value, aux, outer_w, tree.with_zeros(outer_theta, theta)

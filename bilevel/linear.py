@@ -2,11 +2,12 @@
 
 A solver is a frozen value, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree.
 jaxopt returns x and nothing else, and a recursive residual can be wrong by orders of magnitude in float32,
-so each solve ends with one product of its own that gives the true residual and the status.
+so each solve ends with one product of its own, from which :mod:`bilevel.diagnosis` has the true residual and the
+status.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from bilevel import tree
+from bilevel import diagnosis, tree
 from bilevel.conditions import Condition
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Status
 
@@ -52,8 +53,7 @@ class CG:
         _check_iterative(self)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        options = {"maxiter": self.maxiter, "M": self.preconditioner}
-        return _iterate("solve_cg", self, matvec, b, init, options, Status.NEGATIVE_CURVATURE)
+        return _iterate("solve_cg", self, matvec, b, init, self.maxiter, definite=True)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ class NormalCG:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         # ‖Aᵀr‖ bounds no ‖r‖ without knowledge of A: only rounding stops the recursion.
-        options = {"maxiter": self.maxiter, "M": self.preconditioner, "tol": _recursive_tol(None, b)}
-        return _iterate("solve_normal_cg", self, matvec, b, init, options, Status.SINGULAR)
+        return _iterate("solve_normal_cg", self, matvec, b, init, self.maxiter, tol=_recursive_tol(None, b))
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,7 @@ class GMRES:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         restart = min(self.restart, self.maxiter)
-        options = {"maxiter": -(-self.maxiter // restart), "M": self.preconditioner, "restart": restart}
-        return _iterate("solve_gmres", self, matvec, b, init, options, Status.SINGULAR)
+        return _iterate("solve_gmres", self, matvec, b, init, -(-self.maxiter // restart), restart=restart)
 
 
 @dataclass(frozen=True)
@@ -179,8 +177,7 @@ class BiCGStab:
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         # It divides by ‖Ar‖² and ends in 0/0 on the way from eps to eps²: rounding size is where it stops.
         tol = max(_recursive_tol(self.tol, b), _eps(b))
-        options = {"maxiter": self.maxiter, "M": self.preconditioner, "tol": tol}
-        return _iterate("solve_bicgstab", self, matvec, b, init, options, Status.SINGULAR)
+        return _iterate("solve_bicgstab", self, matvec, b, init, self.maxiter, tol=tol)
 
 
 @dataclass(frozen=True)
@@ -294,8 +291,8 @@ class Neumann:
 
         first = tree.scale(self.step_size, b_unit)
         x = jax.lax.fori_loop(1, self.terms, advance, first if init is None else advance(0, init_unit))
-        info = _report(regularised, b_unit, x, self.tol, self.terms, Status.MAX_STEPS, Status.NONFINITE)
-        return _from_unit(unit, x, info)
+        found = diagnosis.found(regularised, b_unit, x)
+        return _from_unit(unit, diagnosis.report(b_unit, found, self.tol, self.terms))
 
 
 @dataclass(frozen=True)
@@ -340,9 +337,8 @@ class Nystrom:
         unit, b_unit, _ = _to_unit(b, None)
         flat, unravel = ravel_pytree(b_unit)
         x = unravel(self._woodbury(lambda v: ravel_pytree(matvec(unravel(v)))[0], flat))
-        regularised = _with_ridge(matvec, self.ridge)
-        info = _report(regularised, b_unit, x, self.tol, self.rank, Status.MAX_STEPS, Status.SINGULAR)
-        return _from_unit(unit, x, info)
+        found = diagnosis.found(_with_ridge(matvec, self.ridge), b_unit, x)
+        return _from_unit(unit, diagnosis.report(b_unit, found, self.tol, self.rank, breakdown=Status.SINGULAR))
 
     def _woodbury(self, matvec, b):
         normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
@@ -428,17 +424,32 @@ def as_float(count: jax.Array) -> jax.Array:
     return jnp.asarray(count).astype(jnp.float32)
 
 
-def _iterate(name, solver, matvec, b, init, options, breakdown):
-    """One of jaxopt's iterative solvers on b / ‖b‖, with the report on what it found."""
+def _iterate(name, solver, matvec, b, init, budget, definite=False, **options):
+    """One of jaxopt's iterative solvers on b / ‖b‖, with the report on what it found.
+
+    ``definite`` is for a method that is right for positive definite operators alone, and finds out which are not.
+    """
     from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
 
     regularised = _with_ridge(matvec, solver.ridge)
     unit, b_unit, init_unit = _to_unit(b, init)
-    options = {"tol": _recursive_tol(solver.tol, b)} | options
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes widths in its arithmetic
-        x = getattr(_jaxopt, name)(regularised, b_unit, init=init_unit, **options)
-    info = _report(regularised, b_unit, x, solver.tol, solver.maxiter, Status.MAX_STEPS, breakdown)
-    return _from_unit(unit, x, info)
+    operator, right = _widely(regularised, b), tree.widened(b_unit)
+    start = None if init is None else tree.widened(init_unit)
+    precondition = None if solver.preconditioner is None else _widely(solver.preconditioner, b)
+    options = {"tol": _recursive_tol(solver.tol, b), "M": precondition, "init": start} | options
+    algorithm = getattr(_jaxopt, name)
+
+    def solve(maxiter):
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes widths in its arithmetic
+            if definite:
+                x, negative = diagnosis.watch_curvature(algorithm, operator, right, maxiter=maxiter, **options)
+            else:
+                x, negative = algorithm(operator, right, maxiter=maxiter, **options), None
+        return tree.like(x, b), negative
+
+    found = diagnosis.found_within(solve, regularised, b_unit, budget, solver.tol)
+    breakdown = Status.NEGATIVE_CURVATURE if definite else Status.SINGULAR
+    return _from_unit(unit, diagnosis.report(b_unit, found, solver.tol, solver.maxiter, breakdown=breakdown))
 
 
 def _factorise(name, solver, matvec, b, breakdown):
@@ -452,10 +463,15 @@ def _factorise(name, solver, matvec, b, breakdown):
     def flat_matvec(v):  # solve_cholesky materialises in the default dtype, whatever b's is
         return ravel_pytree(regularised(unravel(v.astype(flat.dtype))))[0]
 
-    x = unravel(getattr(_jaxopt, name)(flat_matvec, flat))
+    found = diagnosis.found(regularised, b_unit, unravel(getattr(_jaxopt, name)(flat_matvec, flat)))
     # Backward stable: the residual is a few n·eps unless the matrix has no inverse in this precision.
-    info = _report(regularised, b_unit, x, _eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)
-    return _from_unit(unit, x, info)
+    info = diagnosis.report(b_unit, found, _eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)
+    return _from_unit(unit, info)
+
+
+def _widely(matvec, like):
+    """A map on trees like ``like``, on vectors as wide as sums over them: in bfloat16 a recursion goes astray."""
+    return lambda v: tree.widened(matvec(tree.like(v, like)))
 
 
 def _check_iterative(solver):
@@ -484,9 +500,9 @@ def _to_unit(b, init):
     return unit, tree.scale(1 / unit, b), None if init is None else tree.scale(1 / unit, init)
 
 
-def _from_unit(unit, x, info):
-    solution = tree.scale(unit, x)
-    return solution, LinearInfo(solution, info.residual_norm, info.iterations, info.status)
+def _from_unit(unit, info):
+    solution = tree.scale(unit, info.solution)
+    return solution, replace(info, solution=solution)
 
 
 def _recursive_tol(tol, b):
@@ -499,34 +515,3 @@ def _recursive_tol(tol, b):
 
 def _eps(b):
     return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b)), default=0.0)
-
-
-def _no_curvature(x, product):
-    """Whether ⟨x, Ax⟩ < √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich)."""
-    curvature = tree.vdot(x, product)
-    bound = tree.norm(x) * tree.norm(product) * jnp.sqrt(jnp.finfo(curvature.dtype).eps)
-    return curvature < bound
-
-
-def _report(matvec, b, x, tol, iterations, failure=Status.MAX_STEPS, breakdown=Status.NEGATIVE_CURVATURE):
-    """The true residual of x, one product, and what follows from it; not differentiated.
-
-    ``failure`` is what a residual above ``tol`` means, ``breakdown`` what it means that x is not finite while
-    A and b are: the product with what is finite of x tells these apart.
-    """
-    x, b = jax.lax.stop_gradient((x, b))
-    whole = jnp.isfinite(tree.norm(x))
-    size = tree.norm(b)
-    product = jax.lax.stop_gradient(matvec(jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)))
-    residual = tree.norm(tree.subtract(b, product)) / jnp.where(size > 0, size, jnp.ones_like(size))
-    sound = jnp.isfinite(residual)
-    if tol is None:
-        status = jnp.int32(Status.BUDGET_USED)
-    else:
-        status = jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), jnp.int32(failure))
-    if breakdown is Status.NEGATIVE_CURVATURE:
-        status = jnp.where(_no_curvature(x, product), jnp.int32(breakdown), status)
-    status = jnp.where(whole, status, jnp.int32(breakdown))
-    status = jnp.where(sound, status, jnp.int32(Status.NONFINITE))
-    residual = jnp.where(whole, residual, jnp.full_like(residual, jnp.inf))
-    return LinearInfo(x, residual, jnp.asarray(iterations, jnp.int32), status)

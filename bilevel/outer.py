@@ -7,6 +7,7 @@ are then as good as many from nothing. With one step of each it is the single-lo
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,7 +16,8 @@ import optax
 
 from bilevel import tree
 from bilevel.conditions import Problem
-from bilevel.hypergradients import Method, Start, judge, starting_point
+from bilevel.failures import advise, check_policy, check_status
+from bilevel.hypergradients import Method, Start, outer_variables, starting_point
 from bilevel.solvers import InnerSolver
 from bilevel.types import Hypergradient, PyTree, Status
 
@@ -110,20 +112,20 @@ def minimize(
     """
     if steps < 1:
         raise ValueError(f"minimize needs steps of at least 1, got {steps}")
-    theta = jax.tree.map(jnp.asarray, theta)
+    check_policy(on_failure)
+    theta = outer_variables(theta)
     batches = itertools.islice(data if isinstance(data, Iterator) else itertools.repeat(data), steps)
     step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
     state, records, w = optimizer.init(theta), [], None
     for number, batch in enumerate(batches):
         batch = jax.tree.map(jnp.asarray, batch)
         if w is None:
-            w = jax.tree.map(jnp.asarray, starting_point(init, theta, batch))
+            w = starting_point(init, theta, batch)
             adjoint = jax.tree.map(jnp.zeros_like, w)
         moved, state, adjoint, record, out = step(theta, state, w, adjoint, batch)
         if callback is not None:
             callback(number, theta, out)
-        if on_failure != "ignore":
-            judge(out, on_failure)
+        check_status(out, on_failure, partial(advise, problem.condition, theta, batch))
         theta, w = moved, out.inner.w
         records.append(record)
     if not records:

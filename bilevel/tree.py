@@ -1,11 +1,13 @@
 """Linear algebra on pytrees, as far as ``optax.tree`` lacks it.
 
 Reductions accumulate in float32 at least, in the widest dtype among the leaves: a bfloat16 network has a
-million terms in one inner product.
+million terms in one inner product. θ may hold leaves that are not floating, a count or a mask: they have no derivative
+and are left as they are.
 """
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,11 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 def norm(a: PyTree) -> jax.Array:
     """‖a‖₂ over all leaves, divided through by the largest entry so that no square overflows or vanishes."""
     dtype = _accumulator(a)
-    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(a) if leaf.size]
+    a = [leaf for leaf in jax.tree.leaves(a) if is_floating(leaf)]
+    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in a if leaf.size]
     peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
-    scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) / unit, a)
+    scaled = [leaf.astype(dtype) / unit for leaf in a]
     return unit * jnp.sqrt(vdot(scaled, scaled))
 
 
@@ -34,20 +37,54 @@ def scale(factor: PyTree, a: PyTree) -> PyTree:
     """``factor · a``: leaf by leaf where ``factor`` is a tree like ``a``, else one scalar for all leaves."""
     if jax.tree.structure(factor) != jax.tree.structure(a):
         factor = jax.tree.map(lambda _: factor, a)
-    return jax.tree.map(lambda f, leaf: jnp.asarray(f, leaf.dtype) * leaf, factor, a)
+    return jax.tree.map(lambda f, leaf: jnp.asarray(f, leaf.dtype) * leaf if is_floating(leaf) else leaf, factor, a)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
     """``a + b``."""
-    return jax.tree.map(jnp.add, a, b)
+    return jax.tree.map(lambda x, y: x + y if is_floating(x) else x, a, b)
 
 
 def subtract(a: PyTree, b: PyTree) -> PyTree:
     """``a - b``."""
-    return jax.tree.map(jnp.subtract, a, b)
+    return jax.tree.map(lambda x, y: x - y if is_floating(x) else x, a, b)
+
+
+def like(a: PyTree, template: PyTree) -> PyTree:
+    """``a`` in the dtypes of another tree."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), a, template)
+
+
+def widened(a: PyTree) -> PyTree:
+    """Every leaf in the dtype that reductions over ``a`` accumulate in."""
+    dtype = _accumulator(a)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), a)
+
+
+def is_floating(leaf: jax.Array) -> bool:
+    """Whether a leaf can have a derivative."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def with_zeros(cotangent: PyTree, like: PyTree) -> PyTree:
+    """A derivative with zeros of a leaf's own dtype where JAX has float0, for what is not floating."""
+    return jax.tree.map(lambda leaf, d: d if is_floating(leaf) else jnp.zeros_like(leaf), like, cotangent)
+
+
+def split_floating(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+    """The floating leaves of a tree, and the function that puts such leaves back among the others."""
+    leaves, structure = jax.tree.flatten(a)
+    floating = [is_floating(leaf) for leaf in leaves]
+
+    def join(floats):
+        floats = iter(floats)
+        mixed = [next(floats) if at else leaf for leaf, at in zip(leaves, floating, strict=True)]
+        return jax.tree.unflatten(structure, mixed)
+
+    return [leaf for leaf, at in zip(leaves, floating, strict=True) if at], join
 
 
 def _accumulator(a: PyTree) -> jnp.dtype:
-    floats = (leaf.dtype for leaf in jax.tree.leaves(a) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    floats = (leaf.dtype for leaf in jax.tree.leaves(a) if is_floating(leaf))
     dtypes = [jnp.dtype(jnp.float32), *floats]
     return max(dtypes, key=lambda dtype: dtype.itemsize)

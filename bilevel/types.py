@@ -5,6 +5,7 @@ an array, because JAX calls it with tracers and placeholders when it unflattens.
 """
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,13 +69,13 @@ _MESSAGES = {
     Status.CONVERGED: "the tolerance was met, by the true residual.",
     Status.BUDGET_USED: "the budget was spent as asked; look at residual_norm, or set tol to have it judged.",
     Status.STAGNATION: (
-        "the solver's own recursion met tol and the true residual does not: this precision reaches no "
+        "the solver stopped by its own recursion and the true residual does not meet tol: this precision reaches no "
         "further; use float64, a preconditioner, or a larger tol."
     ),
     Status.MAX_STEPS: "tol was not met within the budget: allow more steps, precondition, or loosen tol.",
     Status.NONSYMMETRIC: "the condition is declared symmetric and is not: check the residual, or declare a Root.",
     Status.NEGATIVE_CURVATURE: (
-        "the solution's quadratic form is negative, so the operator is not positive definite: increase the "
+        "a direction of negative curvature was met, so the operator is not positive definite: increase the "
         "regularisation (λ), solve the inner problem further, or use LU, which needs no definiteness."
     ),
     Status.SINGULAR: "the linear system is singular: add a ridge or a strongly convex term to the inner problem.",
@@ -140,10 +141,16 @@ class Hypergradient:
 
     @property
     def status(self) -> jax.Array:
-        """The worse of the inner and the linear status, an int32 scalar."""
-        if self.linear is None:
-            return self.inner.status
-        return jnp.maximum(self.inner.status, self.linear.status)
+        """The worst of the inner and the linear status and of NONFINITE numbers, int32, a scalar for each task."""
+        numbers = jnp.where(self.finite((self.value, self.gradient)), jnp.int32(0), jnp.int32(Status.NONFINITE))
+        status = jnp.maximum(self.inner.status, numbers)
+        return status if self.linear is None else jnp.maximum(status, self.linear.status)
+
+    def finite(self, numbers: PyTree) -> jax.Array:
+        """Whether all entries of a part of this record are finite, a bool for each task."""
+        tasks = jnp.shape(self.value)
+        leaves = [jnp.isfinite(leaf).reshape(*tasks, -1).all(axis=-1) for leaf in jax.tree.leaves(numbers)]
+        return functools.reduce(jnp.logical_and, leaves, jnp.ones(tasks, bool))
 
 
 class LinearSolver(Protocol):

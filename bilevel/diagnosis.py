@@ -1,0 +1,191 @@
+"""What the answer of a linear solve says of the solve and of its operator.
+
+jaxopt's solvers return x alone. What they saw on the way is found out here at the price of one product: the true
+residual, whether the solver stopped by its own recursion or for want of budget, and whether conjugate gradients
+met a direction in which the operator is not positive definite.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.types import LinearInfo, MatVec, PyTree, Status
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Found:
+    """A solver's x and what is known of it.
+
+    Attributes:
+        x: the solution, a pytree like b.
+        product: Ax; A·0 where x is not finite, so that a NaN in it is one of A.
+        defect: SINGULAR or NEGATIVE_CURVATURE as an int32 scalar, of an operator that ought to be positive definite
+            and shows that it is not; 0 where it shows nothing.
+        stopped: whether more budget would not have changed x.
+    """
+
+    x: PyTree
+    product: PyTree
+    defect: jax.Array
+    stopped: jax.Array
+
+
+def found(matvec: MatVec, b: PyTree, x: PyTree, negative: jax.Array | None = None) -> Found:
+    """x with its product, of a solve that ran its course; ``negative`` as :func:`watch_curvature` gives it."""
+    whole = jnp.isfinite(tree.norm(x))
+    x_or_zero = jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)
+    if negative is None:
+        return Found(x, matvec(x_or_zero), jnp.int32(0), jnp.bool_(False))
+
+    def unfinished(carry):
+        turn, product, _ = carry
+        return (turn == 0) | ((turn == 1) & (negative | _flat(x_or_zero, product)))
+
+    def advance(carry):  # one program for both products: the second is made where the first leaves a doubt
+        turn, product, _ = carry
+        new = matvec(jax.tree.map(lambda first, second: jnp.where(turn == 0, first, second), x_or_zero, b))
+        product = jax.tree.map(lambda new, old: jnp.where(turn == 0, new, old), new, product)
+        return turn + 1, product, tree.norm(new)
+
+    start = (jnp.int32(0), jax.tree.map(jnp.zeros_like, b), jnp.zeros_like(tree.norm(b)))
+    _, product, size = jax.lax.while_loop(unfinished, advance, start)
+    return Found(x, product, _defect(x_or_zero, product, size, negative), jnp.bool_(False))
+
+
+def _flat(x, product):
+    """Whether ⟨x, Ax⟩ ≤ √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich)."""
+    curvature, rounding = _curvature(x, product)
+    return (curvature <= rounding) & (tree.norm(x) > 0)
+
+
+def _defect(x, product, size, negative):
+    """x is a null direction if Ax is nothing against ‖A‖‖x‖, for which ``size`` = ‖Ab‖ stands; else A is indefinite."""
+    eps = jnp.finfo(size.dtype).eps
+    null = tree.norm(product) <= jnp.sqrt(eps) * size * tree.norm(x)
+    kind = jnp.where(null & (tree.norm(x) > 0), jnp.int32(Status.SINGULAR), jnp.int32(Status.NEGATIVE_CURVATURE))
+    return jnp.where(_flat(x, product) | negative, kind, jnp.int32(0))
+
+
+def _curvature(x, product):
+    """⟨x, Ax⟩, and the size below which its sign tells nothing."""
+    curvature = tree.vdot(x, product)
+    return curvature, tree.norm(x) * tree.norm(product) * jnp.sqrt(jnp.finfo(curvature.dtype).eps)
+
+
+def found_within(
+    solve: Callable[[int | jax.Array], tuple[PyTree, jax.Array | None]],
+    matvec: MatVec,
+    b: PyTree,
+    budget: int,
+    tol: float | None,
+) -> Found:
+    """What ``solve(budget)`` found; where that fails ``tol``, whether the solver had stopped by itself.
+
+    It had if one iteration less gives the same x to the bit. Only where the first run failed is there a second.
+    """
+    if tol is None:
+        return found(matvec, b, *solve(budget))
+
+    def unfinished(carry):
+        turn, first = carry
+        return (turn == 0) | ((turn == 1) & ~(relative_residual(b, first.product) <= tol))
+
+    def advance(carry):
+        turn, first = carry
+        again = found(matvec, b, *solve(budget - turn))
+        first = jax.tree.map(lambda new, old: jnp.where(turn == 0, new, old), again, first)
+        return turn + 1, replace(first, stopped=(turn == 1) & _equal(again.x, first.x))
+
+    shapes = jax.eval_shape(lambda: found(matvec, b, *solve(budget)))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), nothing))[1]
+
+
+def _equal(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jnp.stack([jnp.bool_(True), *(jnp.array_equal(x, y) for x, y in pairs)]).all()
+
+
+def relative_residual(b: PyTree, product: PyTree) -> jax.Array:
+    """‖b − Ax‖ / ‖b‖, without the division where b = 0."""
+    size = tree.norm(b)
+    return tree.norm(tree.subtract(b, product)) / jnp.where(size > 0, size, jnp.ones_like(size))
+
+
+def report(
+    b: PyTree,
+    found: Found,
+    tol: float | None,
+    iterations: int,
+    failure: Status = Status.MAX_STEPS,
+    breakdown: Status = Status.NONFINITE,
+) -> LinearInfo:
+    """The true residual of x and what follows from it; not differentiated.
+
+    Args:
+        b: the right-hand side.
+        found: x and what is known of it.
+        tol: what the relative residual is judged by; None for no judgement.
+        iterations: the solver's budget.
+        failure: what a residual above ``tol`` means where the budget ended the solve.
+        breakdown: what it means that x is not finite while A and b are.
+    """
+    b, found = jax.lax.stop_gradient((b, found))
+    residual = relative_residual(b, found.product)
+    sound, whole = jnp.isfinite(residual), jnp.isfinite(tree.norm(found.x))
+    status = _judged(residual, tol, found.stopped, failure)
+    status = jnp.where(found.defect > 0, found.defect, status)
+    status = jnp.where(whole, status, jnp.int32(breakdown))
+    status = jnp.where(sound, status, jnp.int32(Status.NONFINITE))
+    residual = jnp.where(whole, residual, jnp.full_like(residual, jnp.inf))
+    return LinearInfo(found.x, residual, jnp.asarray(iterations, jnp.int32), status)
+
+
+def _judged(residual, tol, stopped, failure):
+    if tol is None:
+        return jnp.int32(Status.BUDGET_USED)
+    fallen_short = jnp.where(stopped, jnp.int32(Status.STAGNATION), jnp.int32(failure))
+    return jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), fallen_short)
+
+
+def watch_curvature(
+    solve: Callable[..., PyTree],
+    matvec: MatVec,
+    b: PyTree,
+    init: PyTree | None = None,
+    M: Callable[[PyTree], PyTree] | None = None,
+    **options,
+) -> tuple[PyTree, jax.Array]:
+    """The x of a conjugate gradient solver, and whether it met a direction p with ⟨p, Ap⟩ < 0.
+
+    The solver is given pairs (v, mark): it carries the mark along with its vectors and knows nothing of it. The mark
+    is so small that its square is lost beside ‖r‖², so every other number stays what it would be. It enters with
+    the step after the one that met the curvature; that of the last step shows only in ⟨x, Ax⟩.
+    """
+    dtype = jnp.result_type(jnp.float32 if not jax.tree.leaves(b) else jax.tree.leaves(b)[0])
+    eps = float(jnp.finfo(dtype).eps)
+
+    def watching(pair):
+        direction, _ = pair
+        product = matvec(direction)
+        curvature, rounding = _curvature(direction, product)
+        squared = tree.vdot(direction, direction)
+        # CG multiplies by ‖r‖² / ⟨p, Ap⟩, so that eps⁴ is left, whatever the size of A.
+        mark = jnp.where(curvature < -rounding, eps**4 * curvature / jnp.where(squared > 0, squared, 1), 0)
+        return _without_null_direction(direction, product, eps), mark.astype(dtype)
+
+    unmarked = jnp.zeros((), dtype)
+    start = jax.tree.map(jnp.zeros_like, b) if init is None else init
+    precondition = None if M is None else lambda pair: (M(pair[0]), pair[1])
+    x, mark = solve(watching, (b, unmarked), init=(start, unmarked), M=precondition, **options)
+    return x, mark != 0
+
+
+def _without_null_direction(direction, product, eps):
+    """Ap, or εp where Ap = 0: x then runs far along p instead of to infinity, and ⟨x, Ax⟩ tells of it."""
+    null = tree.norm(product) == 0
+    return jax.tree.map(lambda new, old: jnp.where(null, jnp.asarray(eps, old.dtype) * old, new), product, direction)

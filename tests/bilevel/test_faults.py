@@ -1,0 +1,364 @@
+"""Numerical faults: each is told by its status, its stage and its remedy; no wrong number passes for a right one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bilevel as bl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+NAMES = [status.name for status in bl.Status]
+
+
+def system(diagonal, dtype=jnp.float64):
+    """A diagonal operator and a right-hand side of ones."""
+    diagonal = jnp.asarray(diagonal, dtype)
+    return lambda v: diagonal * v, jnp.ones_like(diagonal)
+
+
+def status_of(info):
+    return bl.Status(int(info.status)).name
+
+
+def rotated(eigenvalues, dtype, seed=0):
+    """A dense symmetric matrix with these eigenvalues and a random right-hand side."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))[0]
+    matrix = jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T, dtype)
+    return lambda v: matrix @ v, jnp.asarray(rng.normal(size=len(eigenvalues)), dtype)
+
+
+class TestIndefinite:
+    """CG divides by ⟨p, Ap⟩ and says nothing of its sign; the answer may even be right."""
+
+    @pytest.mark.parametrize("steps", [2, 3, 20])
+    def test_a_negative_direction_on_the_way_is_told_where_the_solution_does_not_show_it(self, steps):
+        matvec, b = system([2.0, -1.0, 0.5])  # ⟨x, Ax⟩ = ½ − 1 + 2 > 0 at the solution
+        x, info = bl.CG(steps)(matvec, b)
+        assert status_of(info) == "NEGATIVE_CURVATURE"
+        assert float(jnp.vdot(x, matvec(x))) > 0 or steps == 2
+
+    @pytest.mark.parametrize("diagonal", [[1.0, -1.0], [1.0, -3.0], [-1.0, -1.0]])
+    def test_a_saddle(self, diagonal):
+        assert status_of(bl.CG(4)(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+    def test_the_mark_changes_no_number_of_the_solve(self, dtype):
+        from bilevel import _jaxopt
+
+        matvec, b = rotated(np.linspace(-1, 5, 12), dtype)
+        unit = b / jnp.linalg.norm(b.astype(jnp.float64)).astype(dtype)
+        eps = float(jnp.finfo(dtype).eps)
+        with jax.numpy_dtype_promotion("standard"):
+            plain = jax.jit(lambda b: _jaxopt.solve_cg(matvec, b, maxiter=6, tol=eps**2))(unit)
+            watched, info = jax.jit(lambda b: bl.CG(6)(matvec, b))(unit)
+        assert status_of(info) == "NEGATIVE_CURVATURE"
+        np.testing.assert_allclose(np.asarray(watched, float), np.asarray(plain, float), rtol=20 * eps, atol=20 * eps)
+
+    def test_definite_operators_of_any_scale_are_not_suspected(self):
+        for scale in (1e-12, 1.0, 1e12):
+            for dtype in (jnp.float32, jnp.float64):
+                matvec, b = rotated(scale * np.logspace(0, 3, 12), dtype)
+                assert status_of(bl.CG(30)(matvec, b)[1]) == "BUDGET_USED"
+
+    def test_the_error_names_the_regularisation_that_mends_it(self):
+        # Curvatures 1 − 3 and 1: λ = 1 misses positive definiteness by 2.
+        def loss(w, theta, data):
+            return 0.5 * jnp.sum(jnp.array([-3.0, 0.0]) * w**2) + jnp.sum(w)
+
+        def at_the_saddle(condition, init, theta, data):
+            return jnp.array([0.5, -1.0]) + theta * jnp.array([-0.5, 1.0])
+
+        problem = bl.Problem(bl.Proximal(loss, 1.0), lambda w, theta, data: jnp.sum(w))
+        function = bl.value_and_hypergradient(problem, at_the_saddle, bl.Implicit(bl.CG(5)))
+        with pytest.raises(bl.HypergradientError, match=r"NEGATIVE_CURVATURE.*at most -2: a λ larger by 2,"):
+            function(jnp.zeros(2), jnp.zeros(2), None)
+
+
+class TestSingular:
+    @pytest.mark.parametrize("solver", [bl.CG(5), bl.LU()])
+    @pytest.mark.parametrize("diagonal", [[1.0, 0.0], [0.0, 0.0]])
+    def test_a_null_direction(self, solver, diagonal):
+        assert status_of(solver(*system(diagonal))[1]) == "SINGULAR"
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+    def test_no_penalty_and_fewer_samples_than_parameters(self, dtype):
+        rng = np.random.default_rng(0)
+        x, b = jnp.asarray(rng.normal(size=(5, 12)), dtype), jnp.asarray(rng.normal(size=12), dtype)
+        for solver in (bl.CG(8), bl.LU()):
+            assert status_of(solver(lambda v: x.T @ (x @ v), b)[1]) == "SINGULAR"
+
+
+class TestShortOfTheTolerance:
+    def test_a_budget_that_ends_is_told_from_a_recursion_that_lies(self):
+        # κ = 1e6 in float32: CG's own residual falls below tol, the true one stays above eps·κ = 0.1.
+        matvec, b = rotated(np.logspace(0, 6, 60), jnp.float32)
+        _, short = bl.CG(5, tol=1e-5)(matvec, b)
+        _, long = bl.CG(3000, tol=1e-5)(matvec, b)
+        assert status_of(short) == "MAX_STEPS" and status_of(long) == "STAGNATION"
+        assert float(long.residual_norm) > 1e-3
+
+    def test_no_second_run_where_the_first_met_its_tolerance(self):
+        calls = []
+
+        def counted(v):
+            jax.debug.callback(lambda: calls.append(1))
+            return jnp.array([1.0, 2.0, 3.3]) * v
+
+        bl.CG(3, tol=1e-10)(counted, jnp.ones(3))
+        jax.effects_barrier()
+        met = len(calls)
+        bl.CG(2, tol=1e-10)(counted, jnp.ones(3))
+        jax.effects_barrier()
+        assert met == 5  # where it starts, three steps, the true residual
+        assert len(calls) - met == 4 + 3  # two steps, and one where these fell short
+
+    def test_an_inner_solve_that_ends_early_is_told(self):
+        problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+        function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3, tol=1e-6), bl.Implicit(bl.CG(1)))
+        with pytest.raises(bl.HypergradientError, match="inner solve, MAX_STEPS") as caught:
+            function(1.0, 0.0, None)
+        assert float(caught.value.result.inner.residual_norm) == 0.125
+
+
+class TestNotSymmetric:
+    """Root(symmetric=True) on [[1, 5], [0, 1]]: by its transpose the gradient is (−14, 56), without it (56, −14)."""
+
+    @staticmethod
+    def problem(matrix):
+        condition = bl.Root(lambda w, theta, data: jnp.asarray(matrix) @ w - theta, symmetric=True)
+        return bl.Problem(condition, lambda w, theta, data: -14 * w[0] - 14 * w[1])
+
+    @pytest.mark.parametrize("linear", [bl.CG(2), bl.LU(), bl.Cholesky(), bl.GMRES(2)])
+    def test_a_false_declaration_is_found_out(self, linear):
+        exact = lambda condition, init, theta, data: jnp.linalg.solve(jnp.array([[1.0, 5.0], [0.0, 1.0]]), theta)  # noqa: E731
+        function = bl.value_and_hypergradient(self.problem([[1.0, 5.0], [0.0, 1.0]]), exact, bl.Implicit(linear))
+        with pytest.raises(bl.HypergradientError, match="NONSYMMETRIC: the condition is declared symmetric") as caught:
+            function(jnp.ones(2), jnp.zeros(2), None)
+        if isinstance(linear, bl.LU | bl.GMRES):  # they need no symmetry, and are given the transpose
+            np.testing.assert_allclose(caught.value.result.gradient, [-14.0, 56.0], rtol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+    def test_a_true_declaration_is_not_doubted(self, dtype):
+        rng = np.random.default_rng(0)
+        basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+        matrix = jnp.asarray(basis @ np.diag(np.logspace(0, 5, 6)) @ basis.T, dtype)
+        condition = bl.Root(lambda w, theta, data: matrix @ w - theta, symmetric=True)
+        problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w))
+        solver = lambda condition, init, theta, data: jnp.linalg.solve(matrix, theta)  # noqa: E731
+        out = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()))(jnp.ones(6, dtype), matrix[0], None)
+        assert status_of(out) == "BUDGET_USED" or status_of(out) == "CONVERGED"
+
+    def test_the_layer_uses_the_transpose_all_the_same(self):
+        matrix = jnp.array([[1.0, 5.0], [0.0, 1.0]])
+        solver = lambda condition, init, theta, data: jnp.linalg.solve(matrix, theta)  # noqa: E731
+        layer = bl.implicit_layer(self.problem(matrix).condition, solver, bl.LU())
+        jacobian = jax.jacrev(lambda theta: layer(theta, jnp.zeros(2), None))(jnp.ones(2))
+        np.testing.assert_allclose(jacobian, np.linalg.inv(matrix), rtol=1e-14)
+
+
+def poisoned(stage):
+    """A problem whose numbers turn to NaN in one stage."""
+
+    def objective(w, theta, data):
+        return 0.5 * (w - theta) ** 2 * (jnp.nan if stage == "loss" else 1.0) + data * w
+
+    def outer(w, theta, data):
+        bad = jnp.nan if stage == "outer" else 1.0
+        # The square root has no derivative at zero: a value of 0 and a gradient of ∞.
+        return w * bad + (jnp.sqrt(theta - 1.0) if stage == "gradient" else 0.0)
+
+    return bl.Problem(bl.Stationary(objective), outer)
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize(
+        ("stage", "named"),
+        [("data", "inner solve"), ("loss", "inner solve"), ("outer", "outer function"), ("gradient", "gradient")],
+    )
+    @pytest.mark.parametrize("method", [bl.Implicit(bl.CG(2)), bl.Unrolled(), bl.ForwardUnrolled()])
+    def test_the_first_stage_is_named(self, stage, named, method):
+        function = bl.value_and_hypergradient(poisoned(stage), bl.GradientDescent(0.5, 40), method)
+        data = jnp.nan if stage == "data" else 0.0
+        with pytest.raises(bl.HypergradientError, match=f"^{named}, NONFINITE: [^;]*$") as caught:
+            function(1.0, 0.0, data)
+        assert status_of(caught.value.result) == "NONFINITE"
+
+    def test_a_product_that_is_not_finite_is_the_linear_solve(self):
+        def residual(w, theta, data):  # finite, with a derivative that is not
+            return jnp.sqrt(jnp.abs(w - theta))
+
+        problem = bl.Problem(bl.Root(residual), lambda w, theta, data: w)
+        function = bl.value_and_hypergradient(problem, lambda c, init, theta, data: theta, bl.Implicit(bl.GMRES(2)))
+        with pytest.raises(bl.HypergradientError, match=r"^linear solve, NONFINITE"):
+            function(1.0, 0.0, None)
+
+    def test_theta_is_not_moved(self):
+        import optax
+
+        found = bl.minimize(
+            poisoned("gradient"),
+            1.0,
+            0.0,
+            0.0,
+            bl.GradientDescent(0.5, 40),
+            bl.Implicit(bl.CG(1)),
+            optax.sgd(0.1),
+            steps=2,
+            on_failure="ignore",
+        )
+        assert float(found.theta) == 1.0
+
+
+class TestBatches:
+    """One bad task among eight: told, and the others' numbers the same to the bit."""
+
+    @staticmethod
+    def function(on_failure="raise"):
+        condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum(data * w**2) - jnp.sum(theta * w))
+        problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**2))
+        return bl.value_and_hypergradient(problem, bl.HessianFree(3), bl.Implicit(bl.CG(4)), on_failure)
+
+    @pytest.mark.parametrize(
+        ("bad", "status"), [(jnp.nan, "NONFINITE"), (-1.0, "NEGATIVE_CURVATURE"), (0.0, "SINGULAR")]
+    )
+    def test_the_others_do_not_change(self, bad, status):
+        curvatures = jnp.asarray(np.random.default_rng(0).uniform(1, 3, size=(8, 3)))
+        batch = jax.jit(jax.vmap(self.function(), in_axes=(None, None, 0)))
+        good = batch(jnp.ones(3), jnp.zeros(3), curvatures)
+        out = batch(jnp.ones(3), jnp.zeros(3), curvatures.at[5, 1].set(bad))
+        others = np.arange(8) != 5
+        np.testing.assert_array_equal(out.gradient[others], good.gradient[others])
+        assert NAMES[int(out.status[5])] == status and (np.asarray(out.status)[others] <= bl.Status.BUDGET_USED).all()
+
+    def test_policies(self):
+        curvatures = jnp.ones((8, 3)).at[jnp.array([2, 5]), 1].set(jnp.nan)
+        out = jax.vmap(self.function(), in_axes=(None, None, 0))(jnp.ones(3), jnp.zeros(3), curvatures)
+        with pytest.raises(bl.HypergradientError, match=r"^inner solve, NONFINITE in 2 of 8 tasks \(2, 5\): "):
+            bl.check_status(out)
+        with pytest.warns(RuntimeWarning, match="2 of 8"):
+            bl.check_status(out, "warn")
+        bl.check_status(out, "ignore")
+        with pytest.raises(ValueError, match='must be "raise", "warn" or "ignore", got \'shout\''):
+            bl.check_status(out, "shout")
+
+
+LEAVES = st.sampled_from(
+    [
+        np.float64(0.7),
+        np.array([0.3, -0.2], np.float32),
+        np.int64(3),
+        np.array([True, False]),
+        np.zeros((0,)),
+        np.zeros((2, 0), np.int32),
+    ]
+)
+TREES = st.recursive(
+    LEAVES, lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.sampled_from("ab"), inside)
+)
+METHODS = [
+    bl.Implicit(bl.CG(2)),
+    bl.Unrolled(),
+    bl.ForwardUnrolled(),
+    bl.OneStep(),
+    bl.FiniteDifference(bl.CG(2)),
+    bl.ValuePenalty(10.0),
+    bl.EvolutionStrategies(2),
+]
+
+
+class TestLeaves:
+    """What has no derivative is carried along, in any tree, by any method."""
+
+    @staticmethod
+    def problem():
+        def pull(theta):
+            floats = [leaf for leaf in jax.tree.leaves(theta) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            return sum((jnp.sum(leaf.astype(jnp.float64) ** 2) for leaf in floats), jnp.zeros(()))
+
+        def objective(w, theta, data):
+            return 0.5 * (w["w"] - pull(theta)) ** 2
+
+        return bl.Problem(bl.Stationary(objective), lambda w, theta, data: w["w"])
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_any_method(self, method):
+        self.check(
+            {"x": jnp.array([0.3, -0.2]), "n": 3, "mask": jnp.array([True, False]), "none": jnp.zeros(0)}, method
+        )
+
+    @settings(max_examples=8, deadline=None, derandomize=True)
+    @given(theta=TREES)
+    def test_any_tree(self, theta):
+        self.check(theta, bl.Implicit(bl.CG(2)))
+
+    def check(self, theta, method):
+        function = bl.value_and_hypergradient(self.problem(), bl.GradientDescent(1.0, 1), method)
+        theta = jax.tree.map(jnp.asarray, theta)
+        out = function(theta, {"w": 0.0, "empty": jnp.zeros(0)}, {"count": 1, "none": jnp.zeros(0, bool)})
+        assert jax.tree.structure(out.gradient) == jax.tree.structure(theta)
+        for leaf, slope in zip(jax.tree.leaves(theta), jax.tree.leaves(out.gradient), strict=True):
+            assert slope.dtype == leaf.dtype and slope.shape == leaf.shape
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                assert not slope.any()
+            else:  # d w/dθ = 2θ; differences are good to the cube root of eps squared, two pairs span both directions
+                np.testing.assert_allclose(slope, 2 * leaf, rtol=1e-6, atol=1e-9)
+
+    def test_the_layer_carries_them_too(self):
+        layer = bl.implicit_layer(self.problem().condition, bl.GradientDescent(1.0, 1), bl.CG(1))
+        slope = jax.grad(lambda x: layer({"x": x, "n": 3}, {"w": 0.0}, None)["w"])(0.7)
+        assert float(slope) == pytest.approx(1.4)
+
+    def test_complex_and_integer_variables_are_refused_with_the_reason(self):
+        function = bl.value_and_hypergradient(self.problem(), bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1)))
+        with pytest.raises(TypeError, match=r"outer variables are real, got complex128 at theta\['z'\]: .*imaginary"):
+            function({"z": 1j}, {"w": 0.0}, None)
+        with pytest.raises(TypeError, match=r"inner variables are floating point, got int64 at init\['w'\]"):
+            function({"x": 1.0}, {"w": 0}, None)
+        with pytest.raises(TypeError, match="inner variables are floating point, got complex128"):
+            function({"x": 1.0}, lambda theta, data: {"w": 1j}, None)
+
+    def test_complex_data_is_data(self):
+        problem = bl.Problem(
+            bl.Stationary(lambda w, theta, data: 0.5 * jnp.abs(data["z"]) ** 2 * w**2 - theta * w),
+            lambda w, theta, data: w,
+        )
+        function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.2, 200), bl.Implicit(bl.CG(1)))
+        assert float(function(1.0, 0.0, {"z": 1j + 1, "steps": 3}).gradient) == pytest.approx(0.5)
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("x64", [True, False])
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+    def test_they_are_kept(self, dtype, x64):
+        if dtype == jnp.float64 and not x64:
+            pytest.skip("there is no float64 without x64")
+        with jax.enable_x64(x64):
+            condition = bl.Proximal(lambda w, theta, data: jnp.sum((w["a"] - data) ** 2), 1.0)
+            problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w["a"] * w["a"]))
+            function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.25, 30), bl.Implicit(bl.CG(2)))
+            theta = {"a": jnp.array([1.0, -2.0], dtype)}
+            out = function(theta, bl.theta_itself, jnp.ones(2, dtype))
+            assert out.gradient["a"].dtype == out.inner.w["a"].dtype == dtype
+            sums = jnp.float64 if dtype == jnp.float64 else jnp.float32
+            assert out.inner.residual_norm.dtype == out.linear.residual_norm.dtype == sums
+            # w = (2·data + θ)/3, and the gradient 2w/3.
+            expected = 2 / 3 * (2 + np.array([1.0, -2.0])) / 3
+            eps = float(jnp.finfo(dtype).eps)
+            np.testing.assert_allclose(np.asarray(out.gradient["a"], float), expected, rtol=8 * eps, atol=8 * eps)
+
+    def test_mixed_leaves_keep_each_its_own(self):
+        condition = bl.Stationary(
+            lambda w, theta, data: (
+                0.5 * (w["wide"] - theta["wide"]) ** 2 + 0.5 * ((w["slim"] - theta["slim"]) ** 2).astype(jnp.float64)
+            )
+        )
+        problem = bl.Problem(condition, lambda w, theta, data: w["wide"] * w["slim"].astype(jnp.float64))
+        theta = {"wide": jnp.array(2.0), "slim": jnp.array(3.0, jnp.float32)}
+        function = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(2)))
+        out = function(theta, jax.tree.map(jnp.zeros_like, theta), None)
+        assert jax.tree.map(lambda leaf: leaf.dtype, out.gradient) == jax.tree.map(lambda leaf: leaf.dtype, theta)
+        assert float(out.gradient["wide"]) == pytest.approx(3.0) and float(out.gradient["slim"]) == pytest.approx(2.0)
