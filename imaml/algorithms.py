@@ -89,12 +89,11 @@ def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, 
 
     def one_task(theta, totals, task):
         out = hypergradient(theta, bl.theta_itself, task)
-        finite = _all_finite((out.value, out.gradient))
+        finite = out.status != bl.Status.NONFINITE
         measured = (out.value, out.gradient, _accuracy(out.aux, task.query_y), jnp.int32(1))
         totals = jax.tree.map(lambda t, new: t + jnp.where(finite, new, 0).astype(t.dtype), totals, measured)
         linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.residual_norm
-        status = jnp.where(finite, out.status, jnp.int32(bl.Status.NONFINITE))
-        return totals, (out.inner.residual_norm, linear_residual, status)
+        return totals, (out.inner.residual_norm, linear_residual, out.status)
 
     def gradient(theta, tasks):
         wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), theta)
@@ -115,7 +114,3 @@ def _accuracy(outputs, labels):
     if not jnp.issubdtype(labels.dtype, jnp.integer):  # regression
         return jnp.full((), jnp.nan, outputs.dtype)
     return (outputs.argmax(-1) == labels).mean(dtype=outputs.dtype)
-
-
-def _all_finite(tree):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
