@@ -402,10 +402,10 @@ class Jaxopt:
         object.__setattr__(self, "options", tuple(options.items()))
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
-        from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
+        from bilevel import _jaxopt_solvers  # jaxopt takes a second to import: only when it is used
 
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
-            w, steps, tol = _jaxopt.run_solver(self.solver, dict(self.options), condition, init, theta, data)
+            w, steps, tol = _jaxopt_solvers.run_solver(self.solver, dict(self.options), condition, init, theta, data)
             w = jax.tree.map(lambda leaf, start: leaf.astype(start.dtype), w, init)
         return report(condition.residual(w, theta, data), w, steps, tol)
 

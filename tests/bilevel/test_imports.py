@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "types": set(),
     "tree": {"types"},
-    "conditions": {"tree", "types", "_jaxopt"},
+    "conditions": {"tree", "types", "_jaxopt", "_projections"},
     "linear": {"conditions", "tree", "types", "_jaxopt"},
-    "solvers": {"conditions", "tree", "types", "_jaxopt"},
+    "solvers": {"conditions", "tree", "types", "_jaxopt_solvers"},
     "hypergradients": {"solvers", "linear", "conditions", "tree", "types"},
     "estimators": {"hypergradients", "solvers", "linear", "conditions", "tree", "types"},
     "outer": {"estimators", "hypergradients", "solvers", "linear", "conditions", "tree", "types"},
     "_jaxopt": set(),
+    "_projections": {"_jaxopt"},
+    "_jaxopt_solvers": {"_jaxopt", "tree", "types"},
     "certificates": {"conditions", "tree", "types"},
     "verify": {"conditions", "tree", "types"},
 }
