@@ -185,12 +185,18 @@ def _program(condition, init, theta, data):
     primal, unravel = ravel_pytree(init[0])
     objective = _quadratic(lambda x: condition.objective(unravel(x), theta, data), primal)
     constraints = (condition.equality, condition.inequality)
-    return objective, *(None if c is None else _affine(c, init[0], theta, data) for c in constraints)
+    program = objective, *(None if c is None else _affine(c, init[0], theta, data) for c in constraints)
+    return jax.tree.map(lambda leaf: leaf.astype(float), program)  # OSQP mixes in the default dtype
 
 
 def _like(init, *parts):
     """The raveled x, ν and μ as w."""
-    return tuple(None if like is None else ravel_pytree(like)[1](part) for like, part in zip(init, parts, strict=True))
+
+    def unravel(like, part):
+        flat, back = ravel_pytree(like)
+        return back(part.astype(flat.dtype))
+
+    return tuple(None if like is None else unravel(like, part) for like, part in zip(init, parts, strict=True))
 
 
 def _quadratic_program(condition, init, theta, data):

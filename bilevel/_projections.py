@@ -24,8 +24,9 @@ def polyhedron(x, hyperparams, tol=None):
     equal, b, unequal, h = hyperparams
     solver = jaxopt.OSQP(matvec_Q=lambda _, y: y, check_primal_dual_infeasability=False, tol=_tolerance(x, tol))
     fixed = jax.lax.stop_gradient({"params_obj": (None, -x), "params_eq": (equal, b), "params_ineq": (unequal, h)})
+    fixed = jax.tree.map(lambda leaf: leaf.astype(float), fixed)  # OSQP mixes in the default dtype
     found = solver.run(None, **fixed).params
-    active = found.dual_ineq > jax.lax.stop_gradient(h) - fixed["params_ineq"][0] @ found.primal
+    active = found.dual_ineq > fixed["params_ineq"][1] - fixed["params_ineq"][0] @ found.primal
     rows = jnp.concatenate([equal, jnp.where(active[:, None], unequal, 0)])
     point = affine_set(x, (rows, jnp.concatenate([b, jnp.where(active, h, 0)])))
     return _feasible(point, jnp.maximum(unequal @ point - h, 0), h)
@@ -50,7 +51,7 @@ def box_section(x, hyperparams, tol=None):
     squares = inside @ inside
     tau = (c - weights @ jnp.where(free, x, bound)) / jnp.where(squares > 0, squares, 1)
     point = jnp.where(free, x + tau * weights, bound)
-    return _feasible(point, jnp.abs(weights @ point - c), c)
+    return _feasible(point, jnp.abs(weights @ jnp.clip(point, low, high) - c), c)
 
 
 def transport(similarity, marginals, tol=None):
