@@ -28,7 +28,7 @@ def run_solver(solver, options, condition, init, theta, data):
     w, state = cls(**given, **(defaults | options)).run(setting.start, **setting.arguments)
     counts = (getattr(state, name, None) for name in ("iter_num", "num_fun_eval"))
     steps = next((count for count in counts if count is not None), 0)
-    tol = options.get("tol", fields.get("tol"))  # the stochastic solvers' 0 means that they spend their budget
+    tol = options.get("tol", fields.get("tol"))  # by 0, the default of some, they spend their budget
     return setting.unpack(w), steps, float(tol) if tol else None
 
 
@@ -73,7 +73,7 @@ def _fitting(cls, condition):
     kind = next(name for name in _SETTINGS if hasattr(condition, name))
     fitting = _SETTINGS[kind]
     for name in (base.__name__ for base in cls.__mro__):
-        if name in fitting:
+        if name in fitting and cls.__name__ not in _REFUSED:
             return name, fitting[name]
     reason = f": {_REFUSED[cls.__name__]}" if cls.__name__ in _REFUSED else ""
     raise ValueError(

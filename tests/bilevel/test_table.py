@@ -53,7 +53,7 @@ LINEAR = {
     "BiCGStab": bl.BiCGStab(8),
     "LU": bl.LU(),
     "Cholesky": bl.Cholesky(),
-    "Neumann": bl.Neumann(60, tol=1e-9),
+    "Neumann": bl.Neumann(100, tol=1e-9),
     "Nystrom": bl.Nystrom(5, ridge=1e-6),
 }
 PENALTY, SIGMA = 1e5, 1e-3
@@ -215,16 +215,20 @@ def function_of(case, method, solver, linear):
     return value_and_gradient
 
 
-def shifted(theta):
-    return jnp.stack([theta - 0.03, theta + 0.05])
+def points(theta):
+    return jnp.stack([theta, theta - 0.03, theta + 0.05])
 
 
 def evaluate(value_and_gradient, theta):
-    """What the transformations give: one forward pass along all directions makes the Hessian of the gradient."""
-    (value, gradient), push, status = jax.linearize(value_and_gradient, theta, has_aux=True)
-    slope, hessian = jax.vmap(push)(jnp.eye(theta.size))
-    mapped = jax.vmap(lambda theta: value_and_gradient(theta)[0])(shifted(theta))
-    return {"grad": (value, gradient), "jvp": slope, "hessian": hessian, "vmap": mapped}, status
+    """What the transformations give, all under vmap: one forward pass makes the Hessian of the gradient."""
+
+    def at(theta):
+        primals, push, status = jax.linearize(value_and_gradient, theta, has_aux=True)
+        return primals, *jax.vmap(push)(jnp.eye(theta.size)), status
+
+    mapped, slope, hessian, status = jax.vmap(at)(points(theta))
+    grad = jax.tree.map(lambda leaf: leaf[0], mapped)
+    return {"grad": grad, "jvp": slope[0], "hessian": hessian[0], "vmap": mapped}, jnp.max(status)
 
 
 def results(condition, method, solvers, linears):
@@ -264,7 +268,7 @@ def exact(condition):
     def derivatives(theta):
         both = jax.value_and_grad(case.value)
         hessian = jax.hessian(case.value)(theta)
-        return {"grad": both(theta), "jvp": both(theta)[1], "hessian": hessian, "vmap": jax.vmap(both)(shifted(theta))}
+        return {"grad": both(theta), "jvp": both(theta)[1], "hessian": hessian, "vmap": jax.vmap(both)(points(theta))}
 
     return derivatives(theta)
 
@@ -276,38 +280,38 @@ def one_term(condition, method, solver):
     S is the rate of one step of descent, or λ⁻¹; the identity where there is a mapping.
     """
     case = case_of(condition)
-    scale = jnp.ones(2)
-    if method == "OneStep" and case_of(condition).condition.symmetric:
-        scale = jnp.full(2, SOLVERS[solver].step_size)
-    elif method == "FirstOrder" and case.condition.symmetric:
-        strength = case.condition.strength
-        scale = 1 / (strength(case.theta, case.data) * jnp.ones(2) if callable(strength) else jnp.full(2, strength))
+    declared = case.condition
+
+    def scale(theta):
+        if not declared.symmetric:
+            return 1.0
+        if method == "OneStep":
+            return SOLVERS[solver].step_size
+        return 1 / (declared.strength(theta, case.data) if callable(declared.strength) else declared.strength)
 
     def value_and_gradient(theta):
         w = case.exact(theta, case.data)
         g, h = jax.grad(case.outer, argnums=(0, 1))(w, theta, case.data)
-        slope = jax.jacobian(case.condition.residual, argnums=1)(w, theta, case.data)
-        scaled = scale * g if case.condition.symmetric else g
-        return case.value(theta), h - slope.T @ scaled
+        slope = jax.jacobian(declared.residual, argnums=1)(w, theta, case.data)
+        return case.value(theta), h - slope.T @ (scale(theta) * g)
 
     theta = jnp.asarray(case.theta)
-    mapped = jax.vmap(value_and_gradient)(shifted(theta)) if "learned" not in condition else None
-    return {"grad": value_and_gradient(theta), "vmap": mapped}
+    return {"grad": value_and_gradient(theta), "vmap": jax.vmap(value_and_gradient)(points(theta))}
+
+
+BY_CHOICE = {"FiniteDifference": 1e-8, "ValuePenalty": 20 / PENALTY, "EvolutionStrategies": 10 * SIGMA**2}
 
 
 def tolerance(combination):
     """100·eps·κ³: three solves in a row in a Hessian. What is approximate by choice says by how much."""
     bound = 100 * float(np.finfo(np.float64).eps) * case_of(combination.condition).kappa ** 3
     if combination.solver in ("HessianFree", "Anderson", "Jaxopt"):
-        bound = 20 * NEAR  # the residual over the smallest singular value, with the slopes of the outer function
+        # The residual over the smallest singular value, with the slopes of the outer function; an iterate's second
+        # derivatives converge like k²·ρᵏ where it does like ρᵏ.
+        bound = (1000 if combination.method == "ForwardUnrolled" else 20) * NEAR
     if combination.linear == "Nystrom":
         bound = 2e-5  # a ridge of 1e-6 over the smallest eigenvalue squared, twice in a Hessian
-    return max(
-        bound,
-        {"FiniteDifference": 1e-8, "ValuePenalty": 20 / PENALTY, "EvolutionStrategies": 1e-5}.get(
-            combination.method, 0.0
-        ),
-    )
+    return max(bound, BY_CHOICE.get(combination.method, 0.0))
 
 
 def error(actual, expected):
@@ -323,7 +327,10 @@ def test_what_can_meet_the_closed_form_does(condition, method):
     here = [c for c in PRODUCT if (c.condition, c.method) == (condition, method) and verdict(c) != "refused"]
     solvers, linears = (list(dict.fromkeys(getattr(c, name) for c in here)) for name in ("solver", "linear"))
     seen = set()
-    for solver, linear, (found, status) in results(condition, method, solvers, linears):
+    # jaxopt's rule for the derivative of the simplex mixes widths, and runs where no context of ours reaches it.
+    with jax.numpy_dtype_promotion("standard" if condition == "Projected" else "strict"):
+        found_there = list(results(condition, method, solvers, linears))
+    for solver, linear, (found, status) in found_there:
         reference = one_term(condition, method, solver) if method in ("OneStep", "FirstOrder") else exact(condition)
         for transform in TRANSFORMS:
             combination = Combination(condition, solver, method, linear, transform)
