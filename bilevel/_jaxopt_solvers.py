@@ -25,7 +25,7 @@ def run_solver(solver, options, condition, init, theta, data):
     given = setting.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})  # bilevel differentiates
     # By jaxopt's default a loop that it does not differentiate is a scan of all its steps, for someone else to.
     defaults = setting.defaults | ({"unroll": False} if "unroll" in fields else {})
-    w, state = cls(**given, **(defaults | options)).run(setting.start, **setting.arguments)
+    w, state = cls(**given, **(defaults | options)).run(setting.start, *setting.arguments)
     counts = (getattr(state, name, None) for name in ("iter_num", "num_fun_eval"))
     steps = next((count for count in counts if count is not None), 0)
     tol = options.get("tol", fields.get("tol"))  # by 0, the default of some, they spend their budget
@@ -46,8 +46,8 @@ class _Setting(NamedTuple):
 
     given: dict
     """The functions that its constructor is given."""
-    arguments: dict
-    """Of ``run``, beside the start."""
+    arguments: tuple
+    """Of ``run``, after the start; by position, as θ and data have other names in the user's functions."""
     start: PyTree
     unpack: Callable[[PyTree], PyTree] = lambda w: w
     """From what it returns to w."""
@@ -87,7 +87,7 @@ def _with(function, argument="fun", **defaults):
 
     def make(condition, init, theta, data):
         given = {argument: getattr(condition, function)}
-        return _Setting(given, {"theta": theta, "data": data}, init, defaults=defaults)
+        return _Setting(given, (theta, data), init, defaults=defaults)
 
     return make
 
@@ -103,7 +103,7 @@ def _proximal_gradient(condition, init, theta, data):
     def prox(w, outer, scaling=1.0):
         return condition.prox(w, *outer, scaling)
 
-    arguments = {"hyperparams_prox": (theta, data), "theta": theta, "data": data}
+    arguments = (theta, data), theta, data
     return _Setting({"fun": condition.objective, "prox": prox}, arguments, init)
 
 
@@ -123,12 +123,12 @@ def _block_coordinate_descent(condition, init, theta, data):
             )
         return moved
 
-    arguments = {"hyperparams_prox": (theta, data), "theta": theta, "data": data}
+    arguments = (theta, data), theta, data
     return _Setting({"fun": condition.objective, "block_prox": prox}, arguments, init)
 
 
 def _projected_gradient(condition, init, theta, data):
-    arguments = {"hyperparams_proj": (theta, data), "theta": theta, "data": data}
+    arguments = (theta, data), theta, data
     given = {"fun": condition.objective, "projection": lambda w, outer: condition.projection(w, *outer)}
     return _Setting(given, arguments, init)
 
@@ -137,7 +137,7 @@ def _mirror_descent(condition, init, theta, data):
     def euclidean(w, slope, step, outer):
         return condition.projection(tree.subtract(w, tree.scale(step, slope)), *outer)
 
-    arguments = {"hyperparams_proj": (theta, data), "theta": theta, "data": data}
+    arguments = (theta, data), theta, data
     defaults = {"projection_grad": euclidean, "stepsize": condition.step_size}
     return _Setting({"fun": condition.objective}, arguments, init, defaults=defaults)
 
@@ -151,17 +151,15 @@ def _box(condition, init, theta, data):
 
 
 def _bounded(condition, init, theta, data):
-    arguments = {"bounds": _box(condition, init, theta, data), "theta": theta, "data": data}
+    arguments = _box(condition, init, theta, data), theta, data
     return _Setting({"fun": condition.objective}, arguments, init)
 
 
 def _box_quadratic(condition, init, theta, data):
     start, unravel = ravel_pytree(init)
-    arguments = {
-        "params_obj": _quadratic(lambda w: condition.objective(unravel(w), theta, data), start),
-        "params_ineq": tuple(ravel_pytree(bound)[0] for bound in _box(condition, init, theta, data)),
-    }
-    return _Setting({}, arguments, start, unravel)
+    objective = _quadratic(lambda w: condition.objective(unravel(w), theta, data), start)
+    bounds = tuple(ravel_pytree(bound)[0] for bound in _box(condition, init, theta, data))
+    return _Setting({}, (objective, bounds), start, unravel)
 
 
 def _quadratic(objective, like):
@@ -200,16 +198,15 @@ def _like(init, *parts):
 
 
 def _quadratic_program(condition, init, theta, data):
-    names = ("params_obj", "params_eq", "params_ineq")
-    parts = zip(names, _program(condition, init, theta, data), strict=True)
-    arguments = {name: part for name, part in parts if part is not None}
+    arguments = _program(condition, init, theta, data)
     return _Setting({}, arguments, None, lambda w: _like(init, w.primal, w.dual_eq, w.dual_ineq))
 
 
 def _equality_program(condition, init, theta, data):
     if condition.inequality is not None:
         raise ValueError("jaxopt's EqualityConstrainedQP knows no inequality: use OSQP or BoxOSQP")
-    return _quadratic_program(condition, init, theta, data)
+    setting = _quadratic_program(condition, init, theta, data)
+    return setting._replace(arguments=setting.arguments[:2])
 
 
 def _two_sided_program(condition, init, theta, data):
@@ -219,11 +216,7 @@ def _two_sided_program(condition, init, theta, data):
     count = 0 if equal is None else equal[1].size
     upper = jnp.concatenate([bound for _, bound in rows])
     lower = jnp.where(jnp.arange(upper.size) < count, upper, -jnp.inf)
-    arguments = {
-        "params_obj": objective,
-        "params_eq": jnp.concatenate([matrix for matrix, _ in rows]),
-        "params_ineq": (lower, upper),
-    }
+    arguments = objective, jnp.concatenate([matrix for matrix, _ in rows]), (lower, upper)
 
     def unpack(solution):
         above, below = solution.dual_ineq

@@ -143,6 +143,7 @@ class EvolutionStrategies:
 
     Raises:
         ValueError: for fewer than one pair or a scale that is not positive.
+        TypeError: when called, for an entry of θ that is no floating-point number.
 
     Source: Metz et al. (2019), Understanding and correcting pathologies in the training of learned optimizers;
     orthogonal directions: Choromanski et al. (2018).
@@ -170,6 +171,7 @@ class EvolutionStrategies:
 
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         del linear_init  # no linear system
+        _check_floating("EvolutionStrategies", theta)
         flat, unravel = ravel_pytree(theta)
 
         def value_at(flat):
@@ -204,4 +206,13 @@ def _check_potential(name, condition):
         raise ValueError(
             f"{name} differentiates an inner objective, and {type(condition).__name__} is no gradient of one: use "
             "Stationary or Proximal, or Implicit, which takes any condition"
+        )
+
+
+def _check_floating(name, theta):
+    others = {str(leaf.dtype) for leaf in jax.tree.leaves(theta) if not jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if others:
+        raise TypeError(
+            f"{name} moves every entry of θ, which need be floating-point numbers, got {', '.join(sorted(others))}: "
+            "put what is not learned into data"
         )

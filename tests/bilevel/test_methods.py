@@ -146,6 +146,11 @@ def test_evolution_strategies_with_few_pairs_are_unbiased():
     assert np.all(standard_error > 0)
 
 
+def test_evolution_strategies_move_no_integers():
+    with pytest.raises(TypeError, match="got int64: put what is not learned into data"):
+        gradient(descent_problem(), bl.GradientDescent(RATE, 1), bl.EvolutionStrategies(1), {"a": 1.0, "n": 2})
+
+
 def test_methods_hand_on_aux_and_work_under_vmap():
     case = ridge()
     problem = bl.Problem(case.condition, lambda w, theta, data: (case.outer(w, theta, data), w), has_aux=True)

@@ -319,6 +319,23 @@ def test_what_a_solver_of_jaxopt_asks_for(name, inner, init, message):
         bl.Jaxopt(name, **options)(inner, jax.tree.map(jnp.asarray, init), jnp.asarray(SLOPE), None)
 
 
+@pytest.mark.parametrize(
+    ("name", "inner", "options"),
+    [
+        ("FixedPointIteration", bl.FixedPoint(lambda w, t, d: 0.5 * w + t), {}),
+        ("Broyden", bl.Root(lambda w, t, d: 0.5 * w - t), {}),
+        (
+            "ProjectedGradient",
+            bl.Projected(lambda w, t, d: 0.25 * (w - 2 * t) ** 2, lambda w, t, d: w),
+            {"stepsize": 1.0},
+        ),
+    ],
+)
+def test_the_names_of_a_functions_arguments_are_its_own_affair(name, inner, options):
+    out = bl.solve(bl.Jaxopt(name, tol=1e-9, maxiter=200, **options), inner, 0.0, jnp.array(1.5), None)
+    assert float(out.w) == pytest.approx(3.0, abs=1e-8)
+
+
 def test_a_set_that_is_no_box_is_told():
     ball = bl.Projected(valley, bl.jaxopt_projection("projection_l2_ball"), 0.4)
     out = bl.Jaxopt("LBFGSB", tol=1e-6)(ball, jnp.zeros(2), jnp.asarray(SLOPE), None)
