@@ -272,7 +272,7 @@ def results(condition, method, solvers, linears, twice):
             yield (
                 solver,
                 "none",
-                jax.jit(functools.partial(evaluate, function_of(case, method, SOLVERS[solver], None)))(theta),
+                jax.jit(functools.partial(evaluate, function_of(case, method, SOLVERS[solver], None), twice))(theta),
             )
         return
     # FiniteDifference looks at its solver's class, so that each is a program of its own.
