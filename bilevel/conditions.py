@@ -493,9 +493,10 @@ def _both_ways(function, *arguments):
 
     @both.defjvp
     def push_forward(primals, tangents):
-        out, pull_back = jax.vjp(function, *primals)
-        flat, unravel = ravel_pytree(out)
-        rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))
+        with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its rules too
+            out, pull_back = jax.vjp(function, *primals)
+            flat, unravel = ravel_pytree(out)
+            rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))
         moved = [
             jnp.tensordot(row, t.astype(row.dtype), axes=t.ndim).astype(flat.dtype)
             for row, t in zip(jax.tree.leaves(rows), jax.tree.leaves(tangents), strict=True)
