@@ -41,9 +41,8 @@ def box_section(x, hyperparams, tol=None):
 
     fixed = jax.lax.stop_gradient({"low": low, "high": high, "x": x, "weights": weights, "c": c})
     ends = ((bound - fixed["x"]) / fixed["weights"] for bound in (fixed["low"], fixed["high"]))
-    solver = jaxopt.Bisection(
-        excess, jnp.min(next(ends)), jnp.max(next(ends)), maxiter=100, tol=_tolerance(x, tol), check_bracket=False
-    )
+    bracket: dict = {"lower": jnp.min(next(ends)), "upper": jnp.max(next(ends)), "check_bracket": False}
+    solver = jaxopt.Bisection(excess, maxiter=100, tol=_tolerance(x, tol), **bracket)
     moved = fixed["x"] + jax.lax.stop_gradient(solver.run(None, **fixed).params).astype(x.dtype) * fixed["weights"]
     free = (moved > fixed["low"]) & (moved < fixed["high"])
     bound = jnp.where(moved > fixed["low"], high, low)
