@@ -6,6 +6,7 @@ structure, so that a solver that cannot work on it is refused before anything ru
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -273,7 +274,7 @@ class Projected:
 
     def mapping(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """P(w − η∇objective), whose fixed point is the solution."""
-        return self.projection(_descend(self, w, theta, data), theta, data)
+        return _both_ways(self.projection, _descend(self, w, theta, data), theta, data)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return tree.subtract(w, self.mapping(w, theta, data))
@@ -321,7 +322,11 @@ class ProximalGradient:
 
     def mapping(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """prox(w − η∇objective), whose fixed point is the solution."""
-        return self.prox(_descend(self, w, theta, data), theta, data, self.step_size)
+
+        def prox(w, theta, data):
+            return self.prox(w, theta, data, self.step_size)
+
+        return _both_ways(prox, _descend(self, w, theta, data), theta, data)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return tree.subtract(w, self.mapping(w, theta, data))
@@ -384,20 +389,30 @@ class KKT:
         return w
 
 
-def jaxopt_projection(projection: Callable | str, params: Callable[[PyTree, PyTree], PyTree] | None = None) -> Residual:
+def jaxopt_projection(
+    projection: Callable | str,
+    params: Callable[[PyTree, PyTree], PyTree] | None = None,
+    tol: float | None = None,
+) -> Residual:
     """A projection of `jaxopt.projection` as :class:`Projected` takes it.
 
+    By name those that have no formula (polyhedron, affine set, box section, transport, Birkhoff and their KL
+    kin) are exact to rounding and differentiable to any order; where no point satisfies the constraints they give
+    NaN. A function is taken as it is.
+
     Args:
-        projection: its name (``"projection_simplex"``), which spares an import of jaxopt and sets the options
-            that a derivative needs; or the function, or a ``functools.partial`` of it that sets others.
+        projection: its name (``"projection_simplex"``), which spares an import of jaxopt; or the function, or a
+            ``functools.partial`` of it.
         params: ``params(theta, data)``, what jaxopt calls ``hyperparams`` (a radius, a pair of bounds, …);
             None for the function's own default.
+        tol: for a name that has no formula: how far the iteration goes that finds which constraints hold with
+            equality; None for √eps of w's dtype. A constraint nearer than this is on one side or the other.
 
     Returns:
         ``projection(w, theta, data)``.
 
     Raises:
-        ValueError: for a name that `jaxopt.projection` does not have.
+        ValueError: for a name that `jaxopt.projection` does not have, and for a ``tol`` that nothing takes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -406,8 +421,10 @@ def jaxopt_projection(projection: Callable | str, params: Callable[[PyTree, PyTr
         [0.6, 0.8]
     """
     function = _from_jaxopt(projection, "projection")
-    if getattr(_unwrapped(function), "__name__", None) in _reverse_only():
-        function = _with_forward_mode(function)
+    if tol is not None:
+        if "tol" not in inspect.signature(function).parameters:
+            raise ValueError(f"{projection} iterates to no tolerance, got tol={tol}: leave it None")
+        function = functools.partial(function, tol=tol)
 
     def project(w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
@@ -450,28 +467,25 @@ def jaxopt_prox(
 def _from_jaxopt(function, module):
     if callable(function):
         return function
-    from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
+    from bilevel import _jaxopt, _projections  # jaxopt takes a second to import: only when it is used
 
     known = getattr(_jaxopt, module)
     if not hasattr(known, function):
         names = [name for name in dir(known) if name.startswith(module) or name.startswith("kl_" + module)]
         raise ValueError(f"jaxopt.{module} has no {function!r}; it has {', '.join(names)}")
-    options = _jaxopt.OPTIONS.get(function, {})
-    return functools.partial(getattr(known, function), **options) if options else getattr(known, function)
+    return _projections.BY_NAME.get(function) or getattr(known, function)
 
 
-def _unwrapped(function):
-    return _unwrapped(function.func) if isinstance(function, functools.partial) else function
+def _both_ways(function, *arguments):
+    """``function(*arguments)``, differentiable forwards too where a ``jax.custom_vjp`` in it knows the way back alone.
 
-
-def _reverse_only():
-    from bilevel import _jaxopt
-
-    return _jaxopt.REVERSE_ONLY
-
-
-def _with_forward_mode(function):
-    """A function that knows only its vjp, with a jvp: its Jacobian, row by row. JAX cannot transpose such a vjp."""
+    jaxopt's projections that solve a problem of their own are such functions, and JAX can neither push a tangent
+    through one nor transpose its vjp. The tangent is then the Jacobian's, which is pulled back row by row: n vjps,
+    and first derivatives only.
+    """
+    if not _holds_custom_vjp(jax.make_jaxpr(function)(*arguments).jaxpr):
+        return function(*arguments)
+    function, captured = jax.closure_convert(function, *arguments)  # a custom_jvp may close over no tracer
 
     @jax.custom_jvp
     def both(*arguments):
@@ -479,13 +493,29 @@ def _with_forward_mode(function):
 
     @both.defjvp
     def push_forward(primals, tangents):
-        out, pull_back = jax.vjp(function, *primals)
-        flat, unravel = ravel_pytree(out)
-        rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))
-        moved = jax.tree.map(lambda row, t: jnp.tensordot(row, t, axes=t.ndim), rows, tangents)
-        return out, unravel(functools.reduce(jnp.add, jax.tree.leaves(moved)))
+        with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its rules too
+            out, pull_back = jax.vjp(function, *primals)
+            flat, unravel = ravel_pytree(out)
+            rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))
+        moved = [
+            jnp.tensordot(row, t.astype(row.dtype), axes=t.ndim).astype(flat.dtype)
+            for row, t in zip(jax.tree.leaves(rows), jax.tree.leaves(tangents), strict=True)
+            if t.dtype != jax.dtypes.float0  # of an integer
+        ]
+        return out, unravel(functools.reduce(jnp.add, moved))
 
-    return both
+    return both(*arguments, *captured)
+
+
+def _holds_custom_vjp(jaxpr):
+    """Whether a jaxpr calls a ``jax.custom_vjp``, at whatever depth."""
+    for equation in jaxpr.eqns:
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns"))
+        if equation.primitive.name.startswith("custom_vjp_call") or any(
+            _holds_custom_vjp(value) for value in inner if hasattr(value, "eqns")
+        ):
+            return True
+    return False
 
 
 def _check_step_size(name, step_size):

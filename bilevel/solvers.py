@@ -367,13 +367,20 @@ class Jaxopt:
     ===================================================  ================================================
     condition                                            jaxopt solvers
     ===================================================  ================================================
-    Stationary, Proximal                                 GradientDescent, LBFGS, BFGS, NonlinearCG, … (``fun``)
-    Root                                                 Broyden (``fun``), LevenbergMarquardt, GaussNewton
+    Stationary, Proximal                                 GradientDescent, LBFGS, BFGS, NonlinearCG, ArmijoSGD,
+                                                         PolyakSGD, OptaxSolver, ScipyMinimize
+    Root                                                 Broyden, LevenbergMarquardt, GaussNewton, Bisection,
+                                                         ScipyRootFinding, ScipyLeastSquares
     FixedPoint                                           FixedPointIteration, AndersonAcceleration
-    Projected                                            ProjectedGradient
-    ProximalGradient                                     ProximalGradient
-    KKT with a quadratic objective, affine constraints   OSQP, EqualityConstrainedQP
+    Projected                                            ProjectedGradient, MirrorDescent; onto a box LBFGSB,
+                                                         ScipyBoundedMinimize and, for a quadratic, BoxCDQP
+    ProximalGradient                                     ProximalGradient; BlockCoordinateDescent for a
+                                                         composite linear objective and one prox for all entries
+    KKT with a quadratic objective, affine constraints   OSQP, BoxOSQP, EqualityConstrainedQP
     ===================================================  ================================================
+
+    A box's bounds are read off its projection. MirrorDescent steps as its option ``projection_grad(w, slope, step,
+    (theta, data))`` says. SciPy's run outside of a trace only: solve with them first, and differentiate there.
 
     jaxopt's own ``tol`` stops it; the status judges the condition's true residual by the same number.
 
@@ -402,10 +409,11 @@ class Jaxopt:
         object.__setattr__(self, "options", tuple(options.items()))
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
-        from bilevel import _jaxopt  # jaxopt takes a second to import: only when it is used
+        from bilevel import _jaxopt_solvers  # jaxopt takes a second to import: only when it is used
 
+        init = jax.tree.map(jnp.asarray, init)
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
-            w, steps, tol = _jaxopt.run_solver(self.solver, dict(self.options), condition, init, theta, data)
+            w, steps, tol = _jaxopt_solvers.run_solver(self.solver, dict(self.options), condition, init, theta, data)
             w = jax.tree.map(lambda leaf, start: leaf.astype(start.dtype), w, init)
         return report(condition.residual(w, theta, data), w, steps, tol)
 
