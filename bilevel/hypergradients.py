@@ -172,7 +172,8 @@ class OneStep:
     """One step from the solution, differentiated in θ alone: dw/dθ ≈ ∂step(w*, θ)/∂θ, w* held fixed.
 
     No linear system and no second derivative in w. The error is that of a contraction's first iterate: it is
-    small where one step of the solver forgets nearly everything, as a quasi-Newton map does.
+    small where one step of the solver forgets nearly everything, as a quasi-Newton map does. Differentiated again,
+    w* still stands fixed: a second derivative needs :class:`Implicit`.
 
     Raises:
         ValueError: when called, for a solver whose step is no function of w and θ alone.
@@ -211,7 +212,8 @@ class FirstOrder:
     """The adjoint system with A's second derivatives left out, so that nothing is to be solved.
 
     For :class:`Proximal`, A = H + λI is taken as λI: with θ as the centre the gradient is ∇_w outer at the
-    solution, first-order MAML. For a condition with a mapping, A = I − ∂mapping/∂w is taken as I.
+    solution, first-order MAML. For a condition with a mapping, A = I − ∂mapping/∂w is taken as I. Differentiated
+    again, w* stands fixed: a second derivative needs :class:`Implicit`.
 
     Raises:
         ValueError: when called, for a condition whose A has no such part.

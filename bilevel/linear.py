@@ -6,6 +6,7 @@ so each solve ends with one product of its own, from which :mod:`bilevel.diagnos
 status.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -414,9 +415,18 @@ def solve_differentiably(
         return x, (info.residual_norm, as_float(info.iterations), as_float(info.status))
 
     x, (residual_norm, iterations, status) = jax.lax.custom_linear_solve(
-        matvec, b, partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
+        matvec, _tied(b), partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
     )
+    x = _tied(x)
     return x, LinearInfo(x, residual_norm, iterations.astype(jnp.int32), status.astype(jnp.int32))
+
+
+def _tied(v):
+    """``v`` with every leaf a function of all: JAX's rules for a solve want a derivative in each leaf or in none."""
+    entries = [leaf.ravel()[0] for leaf in jax.tree.leaves(v) if leaf.size]
+    if len(entries) < 2:
+        return v
+    return jax.tree.map(lambda leaf: functools.reduce(lambda sum, x: sum + 0 * x.astype(leaf.dtype), entries, leaf), v)
 
 
 def as_float(count: jax.Array) -> jax.Array:

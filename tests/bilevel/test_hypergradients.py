@@ -262,3 +262,21 @@ def test_unrolled_refuses_steps_there_are_not(last):
 def test_unrolled_refuses_a_loop_of_unknown_length(solver):
     with pytest.raises(ValueError, match=r"use .* with tol=None, or Implicit"):
         bl.value_and_hypergradient(unrolled_problem(), solver, bl.Unrolled())(jnp.ones(2), jnp.zeros(2), None)
+
+
+@pytest.mark.parametrize("second", [lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))])
+def test_a_second_derivative_of_one_leaf_among_several(second):
+    matrix = jnp.array([[3.0, 1.0], [-1.0, 2.0]])
+
+    def residual(w, theta, data):
+        rest = matrix @ jnp.stack(w) - jnp.stack([theta**2, theta])
+        return rest[0], rest[1]
+
+    def exact(condition, init, theta, data):
+        w = jnp.linalg.solve(matrix, jnp.stack([theta**2, theta]))
+        return w[0], w[1]
+
+    layer = bl.implicit_layer(bl.Root(residual), exact, bl.LU())
+    # w₀ = (2θ² − θ)/7, and (w₀²)″ = (48θ² − 24θ + 2)/49.
+    actual = second(lambda theta: layer(theta, (0.0, 0.0), None)[0] ** 2)(1.3)
+    assert float(actual) == pytest.approx((48 * 1.3**2 - 24 * 1.3 + 2) / 49, rel=1e-12)
