@@ -20,7 +20,8 @@ ALLOWED = {
     "outer": {"estimators", "hypergradients", "solvers", "linear", "conditions", "tree", "types"},
     "_jaxopt": set(),
     "certificates": {"conditions", "tree", "types"},
-    "verify": {"conditions", "tree", "types"},
+    "oracles": {"conditions", "tree", "types"},
+    "verify": {"oracles", "conditions", "tree", "types"},
 }
 
 
