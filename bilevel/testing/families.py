@@ -381,14 +381,14 @@ def _regression(family, options, closed_form):
 @functools.cache
 def _regression_problem(family, w_layout, theta_layout):
     del w_layout, theta_layout
+    losses = {
+        "ridge": lambda predicted, y: 0.5 * (predicted - y) ** 2,
+        "logistic": lambda predicted, y: jnp.logaddexp(0.0, -y * predicted),
+    }
 
     def objective(w, theta, data):
         flat = flatten(w)
-        predicted = data["x"] @ flat
-        if family == "ridge":
-            loss = 0.5 * (predicted - data["y"]) ** 2
-        else:
-            loss = jnp.logaddexp(0.0, -data["y"] * predicted)
+        loss = losses[family](data["x"] @ flat, data["y"])
         return jnp.mean(loss) + 0.5 * jnp.sum(jnp.exp(flatten(theta)) * flat**2)
 
     return Problem(Stationary(objective, positive_definite=True), outer)

@@ -6,8 +6,8 @@ flat, well conditioned problems with seed 0, and a failing example prints as the
 Example:
     >>> from hypothesis import given, settings
     >>> import jax, numpy as np, bilevel as bl
-    >>> @settings(max_examples=5, deadline=None, derandomize=True, database=None)
-    ... @given(ridge_problems(w_layouts=("flat",), theta_layouts=("flat",)))
+    >>> @settings(max_examples=3, deadline=None, derandomize=True, database=None)
+    ... @given(ridge_problems(sizes=(3,), w_layouts=("flat",), theta_layouts=("flat",)))
     ... def test_my_method(case):
     ...     function = bl.value_and_hypergradient(case.problem, case.solver, bl.Implicit(bl.CG(maxiter=10)))
     ...     out = function(case.theta, case.init, case.data)
@@ -105,6 +105,23 @@ lasso_problems = _strategy(families.lasso)
 kkt_problems = _strategy(families.kkt, inequality=(False, True))
 
 
-def problems(**options: Sequence) -> st.SearchStrategy[Case]:
-    """Any of the families, each drawn as its own strategy draws it with the same options."""
-    ...
+def problems(
+    sizes: Sequence[int] = (3, 4),
+    conditions: Sequence[float] = (2.0, 10.0, 100.0),
+    dtypes: Sequence[str] | None = None,
+    w_layouts: Sequence[str] = LAYOUTS,
+) -> st.SearchStrategy[Case]:
+    """Any of the families, each drawn as its own strategy draws it."""
+    strategies = (
+        quadratic_problems,
+        ridge_problems,
+        logistic_problems,
+        imaml_problems,
+        fixed_point_problems,
+        root_problems,
+        box_problems,
+        simplex_problems,
+        lasso_problems,
+        kkt_problems,
+    )
+    return st.one_of([strategy(sizes, conditions, dtypes, w_layouts) for strategy in strategies])
