@@ -145,8 +145,8 @@ def assert_case(
         >>> assert_case(families.ridge(dtype="float32", seed=1), method=bl.Implicit(bl.CG(maxiter=10)))
     """
     __tracebackhide__ = True
-    method = case.method if method is None else method
-    solver = case.solver if solver is None else solver
+    method = method or case.method
+    solver = solver or case.solver
     rtol = case.rtol if rtol is None else rtol
     out = run(case.problem, solver, method, case.theta, case.init, case.data)
     found = {"theta": (out, case.gradient)}
@@ -226,9 +226,9 @@ class _Comparison:
     def _undecided(self, oracle):
         worst = int(np.argmax(self.uncertainty))
         return (
-            f"{oracle} cannot decide at {self.labels[worst]}: its own uncertainty, {self.uncertainty[worst]:.3g}, is above "
-            f"the tolerance of {self.tolerance:.3g}. Is there a kink, or a singular system? Else take another oracle, "
-            "or a larger rtol"
+            f"{oracle} cannot decide at {self.labels[worst]}: its own uncertainty, {self.uncertainty[worst]:.3g}, is "
+            f"above the tolerance of {self.tolerance:.3g}. Is there a kink, or a singular system? Else take another "
+            "oracle, or a larger rtol"
         )
 
 

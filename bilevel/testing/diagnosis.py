@@ -7,6 +7,7 @@ h − BᵀA⁻ᵀg. Only a number that fits to a hundredth of the error counts a
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel import oracles
@@ -111,7 +112,7 @@ def _terms(problem, theta, data, reference):
     matrix = oracles.jacobian(problem.condition, w, theta, data)
     if np.linalg.cond(matrix) * oracles.EPS >= 1:
         return direct, reference.derivatives - direct, None
-    wrong = g.rebuild(np.linalg.solve(matrix, np.asarray(g.vector)))
+    wrong = g.rebuild(jnp.asarray(np.linalg.solve(matrix, np.asarray(g.vector))))
     pull_back = jax.vjp(lambda theta: problem.condition.residual(w, theta, data), theta)[1]
     through = reference.directions @ np.asarray(oracles.flatten(pull_back(wrong)[0]).vector)
     return direct, reference.derivatives - direct, -through

@@ -49,7 +49,7 @@ def assert_condition(
     __tracebackhide__ = True
     condition = problem.condition if isinstance(problem, Problem) else problem
     for oracle, (error, message) in _condition_checks(condition, theta, w, data, solved, rtol):
-        judge(Check(type(condition).__name__, "", oracle, error, rtol, message), record)
+        judge(Check(type(condition).__name__, "", oracle, float(error), rtol, message), record)
 
 
 def _condition_checks(condition, theta, w, data, solved, rtol):
