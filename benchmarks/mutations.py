@@ -40,41 +40,142 @@ class Mutation(NamedTuple):
 
 
 _ENDING = "tree.subtract(outer_theta, through_w), aux, inner, info)"
+_FIXED_POINT = """("FixedPoint", self.strong_convexity)
+
+    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return tree.subtract(w,"""
 MUTATIONS = (
     Mutation("adjoint term's sign", "hypergradients.py", _ENDING, _ENDING.replace("subtract", "add")),
-    Mutation("direct term lost", "hypergradients.py", _ENDING, _ENDING.replace("outer_theta,", "tree.scale(0, outer_theta),")),
-    Mutation("half the adjoint term", "hypergradients.py", _ENDING, _ENDING.replace("through_w)", "tree.scale(0.5, through_w))")),
+    Mutation(
+        "direct term lost", "hypergradients.py", _ENDING, _ENDING.replace("outer_theta,", "tree.scale(0, outer_theta),")
+    ),
+    Mutation(
+        "half the adjoint term",
+        "hypergradients.py",
+        _ENDING,
+        _ENDING.replace("through_w)", "tree.scale(0.5, through_w))"),
+    ),
     Mutation("transpose dropped", "hypergradients.py", "if condition.symmetric:", "if True:"),
-    Mutation("transpose dropped in the layer", "hypergradients.py", "tangent, scaling, condition.symmetric)", "tangent, scaling, True)"),
-    Mutation("B at a wrong argument", "hypergradients.py", "condition.residual(w, theta, data), theta)[1](adjoint)", "condition.residual(adjoint, theta, data), theta)[1](adjoint)"),
+    Mutation(
+        "transpose dropped in the layer",
+        "hypergradients.py",
+        "tangent, scaling, condition.symmetric)",
+        "tangent, scaling, True)",
+    ),
+    Mutation(
+        "B at a wrong argument",
+        "hypergradients.py",
+        "condition.residual(w, theta, data), theta)[1](adjoint)",
+        "condition.residual(adjoint, theta, data), theta)[1](adjoint)",
+    ),
     Mutation("scaling D missing once", "hypergradients.py", "    v = tree.scale(scaling, u)\n", "    v = u\n"),
-    Mutation("scaling D missing in the product", "hypergradients.py", "return tree.scale(scaling, matvec(tree.scale(scaling, u)))", "return matvec(tree.scale(scaling, u))"),
-    Mutation("linear_init ignored", "hypergradients.py", "solve_differentiably(linear, matvec, b, symmetric, init)\n", "solve_differentiably(linear, matvec, b, symmetric)\n"),
-    Mutation("one step short", "hypergradients.py", "fori_loop(0, last, advance, state)[0]", "fori_loop(1, last, advance, state)[0]"),
+    Mutation(
+        "scaling D missing in the product",
+        "hypergradients.py",
+        "return tree.scale(scaling, matvec(tree.scale(scaling, u)))",
+        "return matvec(tree.scale(scaling, u))",
+    ),
+    Mutation(
+        "linear_init ignored",
+        "hypergradients.py",
+        "solve_differentiably(linear, matvec, b, symmetric, init)\n",
+        "solve_differentiably(linear, matvec, b, symmetric)\n",
+    ),
+    Mutation(
+        "one step short",
+        "hypergradients.py",
+        "fori_loop(0, last, advance, state)[0]",
+        "fori_loop(1, last, advance, state)[0]",
+    ),
     Mutation("truncation without its cut", "hypergradients.py", "if last < solver.steps:", "if False:"),
-    Mutation("init's derivative lost", "hypergradients.py", "w = self._inner(problem.condition, solver, theta, starting_point(init, theta, data), data)", "w = self._inner(problem.condition, solver, theta, jax.lax.stop_gradient(starting_point(init, theta, data)), data)"),
-    Mutation("tangent of w lost", "hypergradients.py", "problem)(inner.w, theta, data)", "problem)(jax.lax.stop_gradient(inner.w), theta, data)"),
-    Mutation("OneStep's sign", "hypergradients.py", "tree.add(outer_theta, through_w)", "tree.subtract(outer_theta, through_w)"),
-    Mutation("FirstOrder's sign", "hypergradients.py", "tree.subtract(outer_theta, through_w), aux, inner, None)", "tree.add(outer_theta, through_w), aux, inner, None)"),
-    Mutation("λ dropped", "conditions.py", "pull = tree.scale(self._strength(theta, data), tree.subtract(w, self.center(theta, data)))", "pull = tree.subtract(w, self.center(theta, data))"),
-    Mutation("fixed point's sign", "conditions.py", '("FixedPoint", self.strong_convexity)\n\n    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:\n        return tree.subtract(w,', '("FixedPoint", self.strong_convexity)\n\n    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:\n        return tree.add(w,'),
-    Mutation("complementarity without its multiplier", "conditions.py", "jax.tree.map(jnp.multiply, unequal, inequality)", "inequality"),
-    Mutation("multiplier's sign", "conditions.py", "pull_back((jnp.ones_like(objective), equal, unequal))", "pull_back((jnp.ones_like(objective), jax.tree.map(jnp.negative, equal), unequal))"),
-    Mutation("ascent in place of descent", "conditions.py", "return tree.subtract(w, tree.scale(condition.step_size, slope))", "return tree.add(w, tree.scale(condition.step_size, slope))"),
-    Mutation("prox with half its step", "conditions.py", "theta, data, self.step_size)", "theta, data, 0.5 * self.step_size)"),
-    Mutation("stale iterate", "solvers.py", "return report(residual(state[0]), state[0], steps=solver.steps)", "return report(residual(state[0]), init, steps=solver.steps)"),
+    Mutation(
+        "init's derivative lost",
+        "hypergradients.py",
+        "solver, theta, starting_point(init, theta, data)",
+        "solver, theta, jax.lax.stop_gradient(starting_point(init, theta, data))",
+    ),
+    Mutation(
+        "tangent of w lost",
+        "hypergradients.py",
+        "problem)(inner.w, theta, data)",
+        "problem)(jax.lax.stop_gradient(inner.w), theta, data)",
+    ),
+    Mutation(
+        "OneStep's sign",
+        "hypergradients.py",
+        "tree.add(outer_theta, through_w)",
+        "tree.subtract(outer_theta, through_w)",
+    ),
+    Mutation(
+        "FirstOrder's sign",
+        "hypergradients.py",
+        "tree.subtract(outer_theta, through_w), aux, inner, None)",
+        "tree.add(outer_theta, through_w), aux, inner, None)",
+    ),
+    Mutation(
+        "λ dropped", "conditions.py", "pull = tree.scale(self._strength(theta, data), ", "pull = tree.scale(1.0, "
+    ),
+    Mutation("fixed point's sign", "conditions.py", _FIXED_POINT, _FIXED_POINT.replace("subtract", "add")),
+    Mutation(
+        "complementarity without its multiplier",
+        "conditions.py",
+        "jax.tree.map(jnp.multiply, unequal, inequality)",
+        "inequality",
+    ),
+    Mutation(
+        "multiplier's sign",
+        "conditions.py",
+        "pull_back((jnp.ones_like(objective), equal, unequal))",
+        "pull_back((jnp.ones_like(objective), jax.tree.map(jnp.negative, equal), unequal))",
+    ),
+    Mutation(
+        "ascent in place of descent",
+        "conditions.py",
+        "return tree.subtract(w, tree.scale(condition.step_size, slope))",
+        "return tree.add(w, tree.scale(condition.step_size, slope))",
+    ),
+    Mutation(
+        "prox with half its step", "conditions.py", "theta, data, self.step_size)", "theta, data, 0.5 * self.step_size)"
+    ),
+    Mutation(
+        "stale iterate",
+        "solvers.py",
+        "return report(residual(state[0]), state[0], steps=solver.steps)",
+        "return report(residual(state[0]), init, steps=solver.steps)",
+    ),
     Mutation("Anderson's mix reversed", "solvers.py", "step = slope + mix @", "step = slope - mix @"),
-    Mutation("line search backwards", "solvers.py", "return tree.add(w, tree.scale(size, direction))", "return tree.subtract(w, tree.scale(size, direction))"),
+    Mutation(
+        "line search backwards",
+        "solvers.py",
+        "return tree.add(w, tree.scale(size, direction))",
+        "return tree.subtract(w, tree.scale(size, direction))",
+    ),
     Mutation("ridge forgotten", "linear.py", "    if not ridge:\n", "    if True:\n"),
-    Mutation("preconditioner twice", "linear.py", '"M": self.preconditioner}\n        return _iterate("solve_cg"', '"M": self.preconditioner and (lambda r: self.preconditioner(self.preconditioner(r)))}\n        return _iterate("solve_cg"'),
+    Mutation(
+        "preconditioner twice",
+        "linear.py",
+        'self.preconditioner}\n        return _iterate("solve_cg"',
+        "self.preconditioner and (lambda r: self.preconditioner(self.preconditioner(r)))}\n"
+        '        return _iterate("solve_cg"',
+    ),
     Mutation("one product skipped", "linear.py", "tree.subtract(b_unit, regularised(x))", "b_unit"),
     Mutation("unit not scaled back", "linear.py", "solution = tree.scale(unit, x)", "solution = x"),
-    Mutation("float32 in a float64 solve", "linear.py", "x = unravel(getattr(_jaxopt, name)(flat_matvec, flat))", "x = unravel(getattr(_jaxopt, name)(flat_matvec, flat).astype(jnp.float32).astype(flat.dtype))"),
+    Mutation(
+        "float32 in a float64 solve",
+        "linear.py",
+        "(flat_matvec, flat))",
+        "(flat_matvec, flat).astype(jnp.float32).astype(flat.dtype))",
+    ),
     Mutation("Woodbury without its ridge", "linear.py", "inner, factor.T @ b)) / self.ridge", "inner, factor.T @ b))"),
     Mutation("differences doubled", "estimators.py", "tree.scale(0.5 / epsilon,", "tree.scale(1 / epsilon,"),
-    Mutation("penalty forgotten", "estimators.py", "tree.scale(self.penalty, tree.subtract(slope, plain))", "tree.subtract(slope, plain)"),
+    Mutation(
+        "penalty forgotten",
+        "estimators.py",
+        "tree.scale(self.penalty, tree.subtract(slope, plain))",
+        "tree.subtract(slope, plain)",
+    ),
     Mutation("samples doubled", "estimators.py", "/ (2 * self.scale)", "/ self.scale"),
-)  # fmt: skip
+)
 
 
 def main() -> int:
@@ -127,7 +228,18 @@ def _run_kit(copy: Path) -> tuple[float, str]:
         "JAX_COMPILATION_CACHE_DIR": str(copy / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "pytest_bilevel", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=short",
+        "-p",
+        "pytest_bilevel",
+        "-p",
+        "no:cacheprovider",
+    ]
     start = time.perf_counter()
     done = subprocess.run(
         [*command, "-c", os.devnull, "--rootdir", str(copy), str(copy / SUITE.name)],

@@ -6,7 +6,7 @@ sure enough to decide is a failure too: an assertion that cannot fail proves not
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -113,10 +113,10 @@ def assert_hypergradient(
             reference.uncertainty,
             *_tolerances(out, rtol, atol),
         )
-        check = compared.check(describe(problem), repr(method), f"{name}, of {reference.question}", out)
+        check = compared.check(describe(problem), abbreviate(method), f"{name}, of {reference.question}", out)
         if check.message and compared.decided:
             cause = likely_cause(problem, theta, init, data, out, reference, compared.rtol)
-            check = Check(**{**vars(check), "message": f"{check.message}\n  {cause}"})
+            check = replace(check, message=f"{check.message}\n  {cause}")
         judge(check, record)
 
 
@@ -145,22 +145,21 @@ def assert_case(
         >>> assert_case(families.ridge(dtype="float32", seed=1), method=bl.Implicit(bl.CG(maxiter=10)))
     """
     __tracebackhide__ = True
-    method = method or case.method
-    solver = solver or case.solver
     rtol = case.rtol if rtol is None else rtol
-    out = run(case.problem, solver, method, case.theta, case.init, case.data)
+    method = method or case.method
+    out = run(case.problem, solver or case.solver, method, case.theta, case.init, case.data)
     found = {"theta": (out, case.gradient)}
     if isinstance(out, Hypergradient):
         found = {"w": (out.inner.w, case.w), "value": (out.value, case.value), "theta": (out.gradient, case.gradient)}
     for name, (got, expected) in found.items():
         expected, labels = _vector(expected), _labels(expected, name)
         compared = _Comparison(labels, _vector(got), expected, np.zeros_like(expected), rtol, 1e-3 * rtol)
-        check = compared.check(repr(case), repr(method), "closed form", out, _SUBJECTS[name])
+        check = compared.check(repr(case), abbreviate(method), "closed form", out, _SUBJECTS[name])
         if check.message and name == "theta":
             with jax.enable_x64(True):
                 reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
             cause = likely_cause(case.problem, case.theta, case.init, case.data, out, reference, rtol)
-            check = Check(**{**vars(check), "message": f"{check.message}\n  {cause}"})
+            check = replace(check, message=f"{check.message}\n  {cause}")
         judge(check, record)
 
 
@@ -273,6 +272,23 @@ def describe(problem: Problem) -> str:
     """A problem in a few words: its condition and the name of its outer function."""
     outer = getattr(problem.outer, "__name__", type(problem.outer).__name__)
     return f"{type(problem.condition).__name__}, {outer.strip('<>')}"
+
+
+def abbreviate(value: object) -> str:
+    """A method or solver as one would type it: a function by its name, a record without its defaults.
+
+    Example:
+        >>> import bilevel as bl
+        >>> abbreviate(bl.Implicit(bl.CG(maxiter=5)))
+        'Implicit(linear=CG(maxiter=5))'
+    """
+    if isinstance(value, functools.partial):
+        return abbreviate(value.func)
+    if not is_dataclass(value) or isinstance(value, type):
+        return getattr(value, "__name__", repr(value))
+    told = {field.name: getattr(value, field.name) for field in fields(value)}
+    told = {field.name: told[field.name] for field in fields(value) if told[field.name] != field.default}
+    return f"{type(value).__name__}({', '.join(f'{name}={abbreviate(part)}' for name, part in told.items())})"
 
 
 def judge(check: Check, record: Record | None) -> None:

@@ -63,37 +63,35 @@ def _mistakes(problem, theta, init, data, out, reference, got) -> Iterator[tuple
     """Sentences and the derivatives that the mistake in each would give, the plainest first."""
     exact = reference.derivatives
     yield "the sign of the whole gradient is flipped", -exact
-    if isinstance(out, Hypergradient):
-        at_w = _theorem(problem, theta, data, out.inner.w, reference)
-        if at_w is not None:
-            yield (
-                f"the inner problem is not solved: ‖F‖ = {float(out.inner.residual_norm):.3g}, and this is the right "
-                "answer for such a w; allow the solver more steps",
-                at_w,
-            )
     direct, through, untransposed = _terms(problem, theta, data, reference)
     yield "the sign of the term through w is flipped", direct - through
     yield "the term through w is missing: only ∂outer/∂θ is there", direct
     yield "the direct term ∂outer/∂θ is missing", through
     if untransposed is not None:
         yield "the linear system is solved with ∂F/∂w in place of its transpose", direct + untransposed
-    start = init(theta, data) if callable(init) else init
-    at_start = None if start is None else _theorem(problem, theta, data, start, reference)
-    if at_start is not None:
-        yield "it is taken at init, not at the inner solution", at_start
     factor = _factor(got - direct, through)
     yield f"the term through w is multiplied by {factor:.4g}", direct + factor * through
     factor = _factor(got, exact)
     yield f"the whole gradient is multiplied by {factor:.4g}", factor * exact
+    if isinstance(out, Hypergradient):
+        yield (
+            f"the inner problem is not solved: ‖F‖ = {float(out.inner.residual_norm):.3g}, and this is the right "
+            "answer for such a w; allow the solver more steps",
+            _theorem(problem, theta, data, out.inner.w, reference),
+        )
+    start = init(theta, data) if callable(init) else init
+    if start is not None:
+        yield "it is taken at init, not at the inner solution", _theorem(problem, theta, data, start, reference)
 
 
 def _theorem(problem, theta, data, w, reference):
-    """The implicit function theorem at any w; None where A cannot be written out or inverted."""
+    """The implicit function theorem at any w; NaN, which fits nothing, where A cannot be written out or inverted."""
+    unknown = np.full_like(reference.derivatives, np.nan)
     try:
         found = oracles.dense(problem, None, theta, None, data, directions=reference.directions, w=w)
     except oracles.OracleError:
-        return None
-    return found.derivatives if np.isfinite(found.uncertainty).all() else None
+        return unknown
+    return found.derivatives if np.isfinite(found.uncertainty).all() else unknown
 
 
 def _terms(problem, theta, data, reference):

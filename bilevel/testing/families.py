@@ -234,8 +234,13 @@ def general_matrix(rng: np.random.Generator, size: int, condition: float) -> np.
 
 
 def contraction_complement(rng: np.random.Generator, size: int, condition: float) -> np.ndarray:
-    """I − cU with an orthogonal U and c = (κ − 1)/(κ + 1), so that κ bounds its condition number."""
-    return np.eye(size) - (condition - 1) / (condition + 1) * orthogonal(rng, size)
+    """I − cU with c = (κ − 1)/(κ + 1), so that κ bounds its condition number; U turns planes by 0.7 to 2.4 radians."""
+    turn = np.eye(size)
+    for i in range(0, size - 1, 2):
+        angle = rng.uniform(0.7, 2.4)
+        turn[i : i + 2, i : i + 2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    basis = orthogonal(rng, size)
+    return np.eye(size) - (condition - 1) / (condition + 1) * basis @ turn @ basis.T
 
 
 def _theta(rng, size):

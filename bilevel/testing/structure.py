@@ -64,7 +64,7 @@ def _condition_checks(condition, theta, w, data, solved, rtol):
             return
         place = oracles.flatten(w, "w")
         f, basis = np.asarray(oracles.flatten(residual).vector), _basis(place.vector.size)
-        matrix = basis @ _products(condition, place, theta, data, basis)
+        matrix = _products(condition, place, theta, data, basis)
     labels = place.labels if len(basis) == place.vector.size else [f"direction {i}" for i in range(len(basis))]
     yield "finite", _finite(name, f, place.labels, matrix)
     if solved:
@@ -72,7 +72,8 @@ def _condition_checks(condition, theta, w, data, solved, rtol):
     if condition.symmetric:
         yield "symmetric", _symmetric(name, matrix, labels, rtol)
     mu = condition.strong_convexity
-    mu = float(mu(theta, data)) if callable(mu) else mu
+    if callable(mu):
+        mu = float(mu(theta, data))  # type: ignore[arg-type]  # an array of one number
     if condition.positive_definite or mu is not None:
         yield "positive definite", _definite(name, matrix, mu, rtol)
 
@@ -126,10 +127,11 @@ def _basis(entries):
 
 
 def _products(condition, place, theta, data, basis):
-    """A·basisᵀ, one tangent for each row."""
+    """basis·A·basisᵀ, one tangent for each row."""
 
     def residual(vector):
         return oracles.flatten(condition.residual(place.rebuild(vector), theta, data)).vector
 
     product = jax.linearize(residual, place.vector)[1]
-    return np.asarray(jax.jit(lambda rows: jax.lax.map(product, rows))(jnp.asarray(basis))).T
+    rows = jnp.asarray(basis)
+    return np.asarray(jax.jit(lambda rows: rows @ jax.lax.map(product, rows).T)(rows))
