@@ -1,6 +1,6 @@
 """The test kit on the library itself: small, fixed, and made of public functions alone.
 
-`mutations.py` runs it against copies of `bilevel` with a fault in each. It is also a test of this repository.
+`mutations.py` runs it against copies of `bilevel` with a fault in each.
 """
 
 from functools import partial
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 from bilevel.testing import families
@@ -63,7 +64,7 @@ def preconditioned(problem, solver, theta, init, data):
     matrix = data["matrix"] + jnp.sin(angle) * data["tilt"]
 
     def invert(tree):
-        flat, unravel = jax.flatten_util.ravel_pytree(tree)
+        flat, unravel = ravel_pytree(tree)
         return unravel(jnp.linalg.solve(matrix, flat))
 
     return bl.Implicit(bl.CG(1, preconditioner=invert))(problem, solver, theta, init, data)

@@ -474,7 +474,8 @@ def _project_on_box(flat, theta, data):
     return jnp.clip(flat, -radius, radius)
 
 
-_project_on_simplex = jaxopt_projection("projection_simplex", params=_exponential)
+def _project_on_simplex(flat, theta, data):
+    return jaxopt_projection("projection_simplex", params=_exponential)(flat, theta, data)
 
 
 @functools.cache
