@@ -104,14 +104,15 @@ def assert_hypergradient(
     if not names or not set(names) <= set(ORACLES):
         raise ValueError(f"against takes {', '.join(ORACLES)}, got {against!r}")
     out = run(problem, solver, method, theta, init, data)
+    gradient = _gradient(out, theta)
     for name in names:
         reference = ORACLES[name](problem, solver, theta, init, data)
         compared = _Comparison(
             reference.labels,
-            reference.directions @ _vector(out.gradient if isinstance(out, Hypergradient) else out),
+            reference.directions @ _vector(gradient),
             reference.derivatives,
             reference.uncertainty,
-            *_tolerances(out, rtol, atol),
+            *_tolerances(gradient, rtol, atol),
         )
         check = compared.check(describe(problem), abbreviate(method), f"{name}, of {reference.question}", out)
         if check.message and compared.decided:
@@ -146,11 +147,11 @@ def assert_case(
     """
     __tracebackhide__ = True
     rtol = case.rtol if rtol is None else rtol
-    method = method or case.method
-    out = run(case.problem, solver or case.solver, method, case.theta, case.init, case.data)
-    found = {"theta": (out, case.gradient)}
+    solver, method = solver or case.solver, method or case.method
+    out = run(case.problem, solver, method, case.theta, case.init, case.data)
+    found = {"theta": (_gradient(out, case.theta), case.gradient)}
     if isinstance(out, Hypergradient):
-        found = {"w": (out.inner.w, case.w), "value": (out.value, case.value), "theta": (out.gradient, case.gradient)}
+        found = {"w": (out.inner.w, case.w), "value": (out.value, case.value)} | found
     for name, (got, expected) in found.items():
         expected, labels = _vector(expected), _labels(expected, name)
         compared = _Comparison(labels, _vector(got), expected, np.zeros_like(expected), rtol, 1e-3 * rtol)
@@ -209,7 +210,7 @@ class _Comparison:
         missed = np.abs(self.got - self.expected)
         missed = np.where(np.isfinite(missed), missed, np.inf)
         worst = int(missed.argmax()) if missed.size else 0
-        error = missed.max(initial=0.0) / max(self.scale, self.atol)
+        error = missed.max(initial=0.0) / max(self.scale, self.atol, np.finfo(float).tiny)
         check = functools.partial(Check, problem, method, oracle, float(error), self.rtol)
         if not self.decided:
             return check(self._undecided(oracle))
@@ -245,8 +246,20 @@ def _status(status):
     return Status(int(status)).name
 
 
-def _tolerances(out, rtol, atol):
+def _gradient(out, theta):
+    """The gradient in what a method returned, which must be a tree like θ."""
     gradient = out.gradient if isinstance(out, Hypergradient) else out
+    got, wanted = (jax.tree.structure(gradient), _shapes(gradient)), (jax.tree.structure(theta), _shapes(theta))
+    if got != wanted:
+        raise AssertionError(f"the gradient is no tree like theta: got {got}, expected {wanted}")
+    return gradient
+
+
+def _shapes(tree):
+    return [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _tolerances(gradient, rtol, atol):
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=oracles.EPS)
     rtol = 10 * eps**0.5 if rtol is None else rtol
@@ -255,8 +268,9 @@ def _tolerances(out, rtol, atol):
 
 def _vector(tree):
     """The inexact leaves in float64, as the oracles flatten them."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    return np.concatenate([np.zeros(0), *[leaf.astype(np.float64).ravel() for leaf in leaves]])
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    inexact = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return np.concatenate([np.zeros(0), *[leaf.astype(np.float64).ravel() for leaf in inexact]])
 
 
 def _labels(tree, name):

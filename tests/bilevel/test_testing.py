@@ -111,6 +111,11 @@ def test_a_singular_system_is_not_decided_and_does_not_pass():
         )
 
 
+def test_a_gradient_of_another_shape_fails():
+    with pytest.raises(AssertionError, match="the gradient is no tree like theta: got"):
+        check(lambda problem, solver, theta, init, data: jnp.zeros(4))
+
+
 def test_an_unknown_oracle_is_refused():
     with pytest.raises(ValueError, match="against takes finite_differences, unrolled, dense, got 'oracle'"):
         check(EXACT, against="oracle")
