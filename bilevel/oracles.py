@@ -18,7 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,7 @@ def finite_differences(
     with double_precision():
         theta, data, start = as_double(theta), as_double(data), _start(init)
         point = flatten(theta, "theta")
-        directions, labels = _directions(directions, point)
+        directions, labels = choose_directions(directions, point)
         w = jax.jit(lambda theta, data: solve(problem.condition, solver, theta, start, data))(theta, data)
         solution = _polished(problem.condition, w, theta, data) if polish in (None, True) else None
         if polish and solution is None:
@@ -234,7 +234,7 @@ def unrolled(
     with double_precision():
         theta, data, start = as_double(theta), as_double(data), _start(init)
         point = flatten(theta, "theta")
-        directions, labels = _directions(directions, point)
+        directions, labels = choose_directions(directions, point)
 
         def run(vector):
             theta = point.rebuild(vector)
@@ -297,34 +297,72 @@ def dense(
     with double_precision():
         theta, data = as_double(theta), as_double(data)
         point = flatten(theta, "theta")
-        directions, labels = _directions(directions, point)
+        directions, labels = choose_directions(directions, point)
         question: Question = "the formula at this w"
         if w is None:
+            if solver is None:
+                raise ValueError("dense needs a solver, or the w at which the theorem is applied")
             start = _start(init)
             w = jax.jit(lambda theta, data: solve(problem.condition, solver, theta, start, data))(theta, data)
             solution = _polished(problem.condition, w, theta, data)
             if solution is not None:
                 w, question = solution, "the solution"
         w = as_double(w)
-        place = flatten(w)
-        if place.vector.size > DENSE:
-            raise OracleError(f"A is {place.vector.size} × {place.vector.size}: it is written out up to {DENSE}")
-        a, b, g, h = (np.asarray(part) for part in _parts(problem, place, point, data, jnp.asarray(directions)))
-        adjoint, kappa = _adjoint(a, g)
-        derivatives = h - adjoint @ b
-        size = np.abs(h) + np.linalg.norm(adjoint) * np.linalg.norm(b, axis=0)
-        uncertainty = 100 * EPS * kappa * size if kappa * EPS < 1 else np.full(len(directions), np.inf)
-        return _reference(
-            "dense", question, theta, data, problem, w, directions, labels, derivatives, uncertainty, kappa
-        )
+        parts = linearise(problem, w, theta, data, directions)
+        v, kappa = adjoint(parts.a, parts.g)
+        slack = 100 * EPS * kappa * parts.size(v) if kappa < math.inf else np.full(len(directions), math.inf)
+        return _reference("dense", question, theta, data, problem, w, directions, labels, parts.total(v), slack, kappa)
 
 
-def jacobian(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> np.ndarray:
-    """A = ∂F/∂w written out, ``[n, n]`` in float64."""
+class Linearised(NamedTuple):
+    """The derivatives that the implicit function theorem is made of, at one point, as numpy arrays.
+
+    Attributes:
+        a: ∂F/∂w, ``[n, n]``.
+        b: ∂F/∂θ along the directions, ``[n, m]``.
+        g: ∂outer/∂w, ``[n]``.
+        h: ∂outer/∂θ along the directions, ``[m]``.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    g: np.ndarray
+    h: np.ndarray
+
+    def total(self, adjoint: np.ndarray) -> np.ndarray:
+        """h − Bᵀ·adjoint along the directions, ``[m]``."""
+        return self.h - adjoint @ self.b
+
+    def size(self, adjoint: np.ndarray) -> np.ndarray:
+        """The size of the terms that :meth:`total` adds, ``[m]``."""
+        return np.abs(self.h) + np.linalg.norm(adjoint) * np.linalg.norm(self.b, axis=0)
+
+
+def linearise(problem: Problem, w: PyTree, theta: PyTree, data: PyTree, directions: np.ndarray) -> Linearised:
+    """A, Bd, g and h·d at ``w``, column by column from tangents, in float64.
+
+    Raises:
+        OracleError: for more than :data:`DENSE` unknowns.
+    """
     with double_precision():
         w, theta, data = as_double(w), as_double(theta), as_double(data)
-        place = flatten(w)
-        return np.asarray(jax.jit(lambda v: jax.jacfwd(_flat_residual(condition, place, theta, data))(v))(place.vector))
+        place, point = flatten(w), flatten(theta)
+        if place.vector.size > DENSE:
+            raise OracleError(f"A is {place.vector.size} × {place.vector.size}: it is written out up to {DENSE}")
+        parts = _parts(problem, place, point, data, jnp.asarray(directions))
+        return Linearised(*(np.asarray(part) for part in parts))
+
+
+def adjoint(a: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, float]:
+    """A⁻ᵀg and the condition number of A, infinite where A is singular; the least solution stands in there."""
+    if not a.size:
+        return g, 1.0
+    if not (np.isfinite(a).all() and np.isfinite(g).all()):
+        return np.full_like(g, math.nan), math.inf
+    kappa = float(np.linalg.cond(a))
+    if kappa * EPS < 1:
+        return np.linalg.solve(a.T, g), kappa
+    return np.linalg.lstsq(a.T, g)[0], math.inf
 
 
 def random_directions(entries: int, count: int, seed: int = 0) -> np.ndarray:
@@ -343,7 +381,7 @@ def _start(init):
     return as_double(init)
 
 
-def _outer(problem):
+def _outer(problem) -> Callable[..., Any]:
     if not problem.has_aux:
         return problem.outer
     return lambda w, theta, data: problem.outer(w, theta, data)[0]
@@ -353,8 +391,8 @@ def _flat_residual(condition, place, theta, data):
     return lambda vector: flatten(condition.residual(place.rebuild(vector), theta, data)).vector
 
 
-def _directions(directions, point):
-    """Directions as an array, and what they are called; None for coordinates stands for the identity."""
+def choose_directions(directions, point):
+    """Directions as an array, and what they are called; None stands for coordinates, or random ones of a large θ."""
     entries = point.vector.size
     if directions is None and entries <= COORDINATES:
         return np.eye(entries), point.labels
@@ -481,15 +519,3 @@ def _parts(problem, place, point, data, directions):
         return jax.jacfwd(residual)(flat, vector), b.T, jax.jacfwd(outer)(flat, vector), h
 
     return parts(place.vector, point.vector, directions)
-
-
-def _adjoint(a, g):
-    """A⁻ᵀg and the condition number of A, infinite where A is singular; the least solution stands in there."""
-    if not a.size:
-        return g, 1.0
-    if not (np.isfinite(a).all() and np.isfinite(g).all()):
-        return np.full_like(g, math.nan), math.inf
-    kappa = float(np.linalg.cond(a))
-    if kappa * EPS < 1:
-        return np.linalg.solve(a.T, g), kappa
-    return np.linalg.lstsq(a.T, g)[0], kappa
