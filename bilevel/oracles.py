@@ -79,7 +79,19 @@ class Flat(NamedTuple):
 
     vector: jax.Array
     rebuild: Callable[[jax.Array], PyTree]
-    labels: tuple[str, ...]
+    names: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of each inexact leaf."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each entry is called."""
+        places = ((leaf, index) for leaf, shape in self.names for index in np.ndindex(shape))
+        return tuple(f"{leaf}{list(index) if index else ''}" for leaf, index in places)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The name of the leaf that each entry belongs to."""
+        return tuple(leaf for leaf, shape in self.names for _ in range(math.prod(shape)))
 
 
 @contextlib.contextmanager
@@ -114,11 +126,7 @@ def flatten(tree: PyTree, name: str = "") -> Flat:
     leaves = [leaf for _, leaf in paths]
     moving = [number for number, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     ends = np.cumsum([leaves[number].size for number in moving])[:-1]
-    labels = tuple(
-        f"{name}{jax.tree_util.keystr(path)}{list(index) if index else ''}"
-        for path, leaf in (paths[number] for number in moving)
-        for index in np.ndindex(leaf.shape)
-    )
+    names = tuple((f"{name}{jax.tree_util.keystr(path)}", leaf.shape) for path, leaf in (paths[i] for i in moving))
 
     def rebuild(vector):
         parts = dict(zip(moving, jnp.split(vector, ends) if moving else [], strict=True))
@@ -126,7 +134,19 @@ def flatten(tree: PyTree, name: str = "") -> Flat:
         return jax.tree.unflatten(structure, new)
 
     vector = jnp.concatenate([leaves[number].ravel() for number in moving]) if moving else jnp.zeros(0)
-    return Flat(vector, rebuild, labels)
+    return Flat(vector, rebuild, names)
+
+
+def vector_of(tree: PyTree) -> np.ndarray:
+    """The inexact leaves of ``tree`` as one numpy vector in float64."""
+    with double_precision():
+        return np.asarray(flatten(as_double(tree)).vector)
+
+
+def derivatives_of(gradient: PyTree, theta: PyTree) -> np.ndarray:
+    """The entries of ``gradient``, a tree like θ, where θ is inexact: those of integer leaves are no numbers."""
+    moves = [jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) for leaf in jax.tree.leaves(theta)]
+    return vector_of([leaf for leaf, moving in zip(jax.tree.leaves(gradient), moves, strict=True) if moving])
 
 
 def solve(condition: Condition, solver: Callable, theta: PyTree, init: PyTree | Callable, data: PyTree) -> PyTree:
@@ -395,17 +415,23 @@ def choose_directions(directions, point):
     """Directions as an array, and what they are called; None stands for coordinates, or random ones of a large θ."""
     entries = point.vector.size
     if directions is None and entries <= COORDINATES:
-        return np.eye(entries), point.labels
+        directions = np.eye(entries)
     directions = random_directions(entries, DIRECTIONS) if directions is None else np.asarray(directions, np.float64)
     if directions.ndim != 2 or directions.shape[1] != entries:
         raise ValueError(f"directions need the shape [m, {entries}], one entry for each of θ, got {directions.shape}")
+    if _are_coordinates(directions):
+        return directions, point.labels
     return directions, tuple(f"direction {number}" for number in range(len(directions)))
 
 
+def _are_coordinates(directions):
+    return len(directions) == directions.shape[1] and np.array_equal(directions, np.eye(len(directions)))
+
+
 def _reference(name, question, theta, data, problem, w, directions, labels, derivatives, uncertainty, kappa=None):
-    residual = flatten(problem.condition.residual(w, theta, data)).vector
+    residual = jax.jit(lambda w, t, d: flatten(problem.condition.residual(w, t, d)).vector)(w, theta, data)
     gradient = None
-    if len(directions) == directions.shape[1] and np.array_equal(directions, np.eye(len(directions))):
+    if _are_coordinates(directions):
         zeros = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0 * leaf, theta)
         gradient = jax.tree.map(np.asarray, flatten(zeros).rebuild(jnp.asarray(derivatives)))
     return Reference(

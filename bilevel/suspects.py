@@ -91,7 +91,7 @@ def place(setting: Setting, out: Hypergradient) -> Place | None:
     zeroth = _zeroth(problem.condition, w, theta, data)
     if out.linear is None:
         return Place(parts, v, zeroth, None, None)
-    reported = _flat(out.linear.solution)
+    reported = oracles.vector_of(out.linear.solution)
     scale = np.ones_like(v) if zeroth is None else zeroth**-0.5
     size = np.linalg.norm(scale * parts.g)
     residual = float(np.linalg.norm(scale * (parts.g - parts.a.T @ reported)) / size) if size > 0 else 0.0
@@ -191,7 +191,7 @@ def _suspicions(setting: Setting, at: Place, out: Hypergradient) -> Iterator[tup
 
 def _factor(at, out, setting):
     """A constant multiple, where there is more than one derivative to tell it by."""
-    ours = setting.directions @ flat_like(out.gradient, setting.theta)
+    ours = setting.directions @ oracles.derivatives_of(out.gradient, setting.theta)
     formula = at.formula
     if len(ours) > 1 and (length := formula @ formula) > 0:
         factor = float(ours @ formula / length)
@@ -209,7 +209,7 @@ def _other_points(setting, out):
 
 def _is_the_solvers(setting, out, eps):
     """Whether the method's w is what the solver returns: else its error is no fault of the solver's."""
-    theirs, ours = _flat(setting.solved()), _flat(out.inner.w)
+    theirs, ours = oracles.vector_of(setting.solved()), oracles.vector_of(out.inner.w)
     condition_slack = 1e3 * eps**0.5  # float32 iterates drift from float64 ones
     return np.linalg.norm(theirs - ours) <= condition_slack * (1 + np.linalg.norm(theirs))
 
@@ -227,18 +227,7 @@ def _zeroth(condition, w, theta, data):
         if jax.tree.structure(scaling) != jax.tree.structure(w):
             scaling = jax.tree.map(lambda _: scaling, w)
         full = jax.tree.map(lambda factor, leaf: jnp.asarray(factor, jnp.float64) * jnp.ones_like(leaf), scaling, w)
-        return _flat(full) ** -2.0
-
-
-def _flat(tree):
-    with oracles.double_precision():
-        return np.asarray(oracles.flatten(oracles.as_double(tree)).vector)
-
-
-def flat_like(gradient, theta):
-    """The gradient's entries where θ is inexact: the derivatives of integer leaves are no numbers."""
-    moving = jax.tree.map(lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact), theta)
-    return _flat(jax.tree.map(lambda new, old, moves: new if moves else old, gradient, theta, moving))
+        return oracles.vector_of(full) ** -2.0
 
 
 def converged(status) -> bool:

@@ -134,7 +134,7 @@ def check_hypergradient(
         raise ValueError(f"against takes {', '.join(ORACLES)}, got {', '.join(sorted(unknown))}")
     theta, data = jax.tree.map(jnp.asarray, (theta, data))
     out = _run(method, problem, solver, theta, init, data)
-    gradient, eps = suspects.flat_like(out.gradient, theta), _eps(theta)
+    gradient, eps = oracles.derivatives_of(out.gradient, theta), _eps(theta)
     setting = suspects.Setting(problem, solver, theta, init, data, _choose(directions, gradient))
     ours = setting.directions @ gradient
     found = {name: _ask(ORACLES[name], setting) for name in against}
