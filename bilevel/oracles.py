@@ -18,7 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,19 @@ class Flat(NamedTuple):
 
     vector: jax.Array
     rebuild: Callable[[jax.Array], PyTree]
-    labels: tuple[str, ...]
+    names: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of each inexact leaf."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each entry is called."""
+        places = ((leaf, index) for leaf, shape in self.names for index in np.ndindex(shape))
+        return tuple(f"{leaf}{list(index) if index else ''}" for leaf, index in places)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The name of the leaf that each entry belongs to."""
+        return tuple(leaf for leaf, shape in self.names for _ in range(math.prod(shape)))
 
 
 @contextlib.contextmanager
@@ -114,11 +126,7 @@ def flatten(tree: PyTree, name: str = "") -> Flat:
     leaves = [leaf for _, leaf in paths]
     moving = [number for number, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     ends = np.cumsum([leaves[number].size for number in moving])[:-1]
-    labels = tuple(
-        f"{name}{jax.tree_util.keystr(path)}{list(index) if index else ''}"
-        for path, leaf in (paths[number] for number in moving)
-        for index in np.ndindex(leaf.shape)
-    )
+    names = tuple((f"{name}{jax.tree_util.keystr(path)}", leaf.shape) for path, leaf in (paths[i] for i in moving))
 
     def rebuild(vector):
         parts = dict(zip(moving, jnp.split(vector, ends) if moving else [], strict=True))
@@ -126,7 +134,19 @@ def flatten(tree: PyTree, name: str = "") -> Flat:
         return jax.tree.unflatten(structure, new)
 
     vector = jnp.concatenate([leaves[number].ravel() for number in moving]) if moving else jnp.zeros(0)
-    return Flat(vector, rebuild, labels)
+    return Flat(vector, rebuild, names)
+
+
+def vector_of(tree: PyTree) -> np.ndarray:
+    """The inexact leaves of ``tree`` as one numpy vector in float64."""
+    with double_precision():
+        return np.asarray(flatten(as_double(tree)).vector)
+
+
+def derivatives_of(gradient: PyTree, theta: PyTree) -> np.ndarray:
+    """The entries of ``gradient``, a tree like θ, where θ is inexact: those of integer leaves are no numbers."""
+    moves = [jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) for leaf in jax.tree.leaves(theta)]
+    return vector_of([leaf for leaf, moving in zip(jax.tree.leaves(gradient), moves, strict=True) if moving])
 
 
 def solve(condition: Condition, solver: Callable, theta: PyTree, init: PyTree | Callable, data: PyTree) -> PyTree:
@@ -180,7 +200,7 @@ def finite_differences(
     with double_precision():
         theta, data, start = as_double(theta), as_double(data), _start(init)
         point = flatten(theta, "theta")
-        directions, labels = _directions(directions, point)
+        directions, labels = choose_directions(directions, point)
         w = jax.jit(lambda theta, data: solve(problem.condition, solver, theta, start, data))(theta, data)
         solution = _polished(problem.condition, w, theta, data) if polish in (None, True) else None
         if polish and solution is None:
@@ -234,7 +254,7 @@ def unrolled(
     with double_precision():
         theta, data, start = as_double(theta), as_double(data), _start(init)
         point = flatten(theta, "theta")
-        directions, labels = _directions(directions, point)
+        directions, labels = choose_directions(directions, point)
 
         def run(vector):
             theta = point.rebuild(vector)
@@ -297,34 +317,72 @@ def dense(
     with double_precision():
         theta, data = as_double(theta), as_double(data)
         point = flatten(theta, "theta")
-        directions, labels = _directions(directions, point)
+        directions, labels = choose_directions(directions, point)
         question: Question = "the formula at this w"
         if w is None:
+            if solver is None:
+                raise ValueError("dense needs a solver, or the w at which the theorem is applied")
             start = _start(init)
             w = jax.jit(lambda theta, data: solve(problem.condition, solver, theta, start, data))(theta, data)
             solution = _polished(problem.condition, w, theta, data)
             if solution is not None:
                 w, question = solution, "the solution"
         w = as_double(w)
-        place = flatten(w)
-        if place.vector.size > DENSE:
-            raise OracleError(f"A is {place.vector.size} × {place.vector.size}: it is written out up to {DENSE}")
-        a, b, g, h = (np.asarray(part) for part in _parts(problem, place, point, data, jnp.asarray(directions)))
-        adjoint, kappa = _adjoint(a, g)
-        derivatives = h - adjoint @ b
-        size = np.abs(h) + np.linalg.norm(adjoint) * np.linalg.norm(b, axis=0)
-        uncertainty = 100 * EPS * kappa * size if kappa * EPS < 1 else np.full(len(directions), np.inf)
-        return _reference(
-            "dense", question, theta, data, problem, w, directions, labels, derivatives, uncertainty, kappa
-        )
+        parts = linearise(problem, w, theta, data, directions)
+        v, kappa = adjoint(parts.a, parts.g)
+        slack = 100 * EPS * kappa * parts.size(v) if kappa < math.inf else np.full(len(directions), math.inf)
+        return _reference("dense", question, theta, data, problem, w, directions, labels, parts.total(v), slack, kappa)
 
 
-def jacobian(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> np.ndarray:
-    """A = ∂F/∂w written out, ``[n, n]`` in float64."""
+class Linearised(NamedTuple):
+    """The derivatives that the implicit function theorem is made of, at one point, as numpy arrays.
+
+    Attributes:
+        a: ∂F/∂w, ``[n, n]``.
+        b: ∂F/∂θ along the directions, ``[n, m]``.
+        g: ∂outer/∂w, ``[n]``.
+        h: ∂outer/∂θ along the directions, ``[m]``.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    g: np.ndarray
+    h: np.ndarray
+
+    def total(self, adjoint: np.ndarray) -> np.ndarray:
+        """h − Bᵀ·adjoint along the directions, ``[m]``."""
+        return self.h - adjoint @ self.b
+
+    def size(self, adjoint: np.ndarray) -> np.ndarray:
+        """The size of the terms that :meth:`total` adds, ``[m]``."""
+        return np.abs(self.h) + np.linalg.norm(adjoint) * np.linalg.norm(self.b, axis=0)
+
+
+def linearise(problem: Problem, w: PyTree, theta: PyTree, data: PyTree, directions: np.ndarray) -> Linearised:
+    """A, Bd, g and h·d at ``w``, column by column from tangents, in float64.
+
+    Raises:
+        OracleError: for more than :data:`DENSE` unknowns.
+    """
     with double_precision():
         w, theta, data = as_double(w), as_double(theta), as_double(data)
-        place = flatten(w)
-        return np.asarray(jax.jit(lambda v: jax.jacfwd(_flat_residual(condition, place, theta, data))(v))(place.vector))
+        place, point = flatten(w), flatten(theta)
+        if place.vector.size > DENSE:
+            raise OracleError(f"A is {place.vector.size} × {place.vector.size}: it is written out up to {DENSE}")
+        parts = _parts(problem, place, point, data, jnp.asarray(directions))
+        return Linearised(*(np.asarray(part) for part in parts))
+
+
+def adjoint(a: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, float]:
+    """A⁻ᵀg and the condition number of A, infinite where A is singular; the least solution stands in there."""
+    if not a.size:
+        return g, 1.0
+    if not (np.isfinite(a).all() and np.isfinite(g).all()):
+        return np.full_like(g, math.nan), math.inf
+    kappa = float(np.linalg.cond(a))
+    if kappa * EPS < 1:
+        return np.linalg.solve(a.T, g), kappa
+    return np.linalg.lstsq(a.T, g)[0], math.inf
 
 
 def random_directions(entries: int, count: int, seed: int = 0) -> np.ndarray:
@@ -343,7 +401,7 @@ def _start(init):
     return as_double(init)
 
 
-def _outer(problem):
+def _outer(problem) -> Callable[..., Any]:
     if not problem.has_aux:
         return problem.outer
     return lambda w, theta, data: problem.outer(w, theta, data)[0]
@@ -353,21 +411,27 @@ def _flat_residual(condition, place, theta, data):
     return lambda vector: flatten(condition.residual(place.rebuild(vector), theta, data)).vector
 
 
-def _directions(directions, point):
-    """Directions as an array, and what they are called; None for coordinates stands for the identity."""
+def choose_directions(directions, point):
+    """Directions as an array, and what they are called; None stands for coordinates, or random ones of a large θ."""
     entries = point.vector.size
     if directions is None and entries <= COORDINATES:
-        return np.eye(entries), point.labels
+        directions = np.eye(entries)
     directions = random_directions(entries, DIRECTIONS) if directions is None else np.asarray(directions, np.float64)
     if directions.ndim != 2 or directions.shape[1] != entries:
         raise ValueError(f"directions need the shape [m, {entries}], one entry for each of θ, got {directions.shape}")
+    if _are_coordinates(directions):
+        return directions, point.labels
     return directions, tuple(f"direction {number}" for number in range(len(directions)))
 
 
+def _are_coordinates(directions):
+    return len(directions) == directions.shape[1] and np.array_equal(directions, np.eye(len(directions)))
+
+
 def _reference(name, question, theta, data, problem, w, directions, labels, derivatives, uncertainty, kappa=None):
-    residual = flatten(problem.condition.residual(w, theta, data)).vector
+    residual = jax.jit(lambda w, t, d: flatten(problem.condition.residual(w, t, d)).vector)(w, theta, data)
     gradient = None
-    if len(directions) == directions.shape[1] and np.array_equal(directions, np.eye(len(directions))):
+    if _are_coordinates(directions):
         zeros = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0 * leaf, theta)
         gradient = jax.tree.map(np.asarray, flatten(zeros).rebuild(jnp.asarray(derivatives)))
     return Reference(
@@ -481,15 +545,3 @@ def _parts(problem, place, point, data, directions):
         return jax.jacfwd(residual)(flat, vector), b.T, jax.jacfwd(outer)(flat, vector), h
 
     return parts(place.vector, point.vector, directions)
-
-
-def _adjoint(a, g):
-    """A⁻ᵀg and the condition number of A, infinite where A is singular; the least solution stands in there."""
-    if not a.size:
-        return g, 1.0
-    if not (np.isfinite(a).all() and np.isfinite(g).all()):
-        return np.full_like(g, math.nan), math.inf
-    kappa = float(np.linalg.cond(a))
-    if kappa * EPS < 1:
-        return np.linalg.solve(a.T, g), kappa
-    return np.linalg.lstsq(a.T, g)[0], kappa

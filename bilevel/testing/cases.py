@@ -49,17 +49,17 @@ class Case:
     margin: float
     _closed_form: ClosedForm = field(repr=False)
     _arrange: Callable[[np.ndarray], PyTree] = field(repr=False)
-    _suggest: Callable[[], tuple[Any, Any]] = field(repr=False)
+    _suggest: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]] = field(repr=False)
 
     def __repr__(self) -> str:
         return self.recipe
 
     @property
-    def solver(self) -> Any:
+    def solver(self) -> Callable[..., Any]:
         return self._suggest()[0]
 
     @property
-    def method(self) -> Any:
+    def method(self) -> Callable[..., Any]:
         return self._suggest()[1]
 
     @property

@@ -21,7 +21,11 @@ ALLOWED = {
     "_jaxopt": set(),
     "certificates": {"conditions", "tree", "types"},
     "oracles": {"conditions", "tree", "types"},
-    "verify": {"oracles", "conditions", "tree", "types"},
+    "tables": set(),
+    "examine": {"oracles", "tables", "conditions", "tree", "types"},
+    "suspects": {"oracles", "tables", "conditions", "tree", "types"},
+    "verify": {"suspects", "oracles", "tables", "conditions", "tree", "types"},
+    "compare": {"oracles", "tables", "conditions", "tree", "types"},
 }
 # The test kit shares no gradient code with the methods it checks; it is handed those, or asks `bilevel` for them by
 # their public names while a case suggests one.
