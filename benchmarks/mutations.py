@@ -167,7 +167,7 @@ MUTATIONS = (
         "(flat_matvec, flat).astype(jnp.float32).astype(flat.dtype))",
     ),
     Mutation("Woodbury without its ridge", "linear.py", "inner, factor.T @ b)) / self.ridge", "inner, factor.T @ b))"),
-    Mutation("differences doubled", "estimators.py", "tree.scale(0.5 / epsilon,", "tree.scale(1 / epsilon,"),
+    Mutation("sign after differences", "estimators.py", _ENDING, _ENDING.replace("subtract", "add")),
     Mutation(
         "penalty forgotten",
         "estimators.py",
