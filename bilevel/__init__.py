@@ -18,6 +18,7 @@ Example:
     <Status.CONVERGED: 0>
 """
 
+from bilevel.compare import MethodComparison, MethodReport, compare_methods
 from bilevel.conditions import (
     KKT,
     Condition,
@@ -33,6 +34,7 @@ from bilevel.conditions import (
     theta_itself,
 )
 from bilevel.estimators import EvolutionStrategies, FiniteDifference, ValuePenalty
+from bilevel.examine import Check, ConditionReport, check_condition
 from bilevel.failures import HypergradientError, check_status
 from bilevel.hypergradients import (
     FirstOrder,
@@ -68,6 +70,7 @@ from bilevel.solvers import (
     solve,
 )
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, Solution, Status
+from bilevel.verify import Comparison, HypergradientReport, check_hypergradient
 
 __all__ = [
     "CG",
@@ -76,8 +79,11 @@ __all__ = [
     "LU",
     "Anderson",
     "BiCGStab",
+    "Check",
     "Cholesky",
+    "Comparison",
     "Condition",
+    "ConditionReport",
     "EvolutionStrategies",
     "FiniteDifference",
     "FirstOrder",
@@ -89,6 +95,7 @@ __all__ = [
     "History",
     "Hypergradient",
     "HypergradientError",
+    "HypergradientReport",
     "Implicit",
     "InnerSolver",
     "Jaxopt",
@@ -96,6 +103,8 @@ __all__ = [
     "LinearInfo",
     "LinearSolver",
     "Method",
+    "MethodComparison",
+    "MethodReport",
     "Minimum",
     "Neumann",
     "NormalCG",
@@ -112,8 +121,11 @@ __all__ = [
     "Status",
     "Unrolled",
     "ValuePenalty",
+    "check_condition",
+    "check_hypergradient",
     "check_status",
     "choose_linear",
+    "compare_methods",
     "implicit_layer",
     "jaxopt_projection",
     "jaxopt_prox",

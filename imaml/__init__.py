@@ -9,6 +9,7 @@ from imaml.evaluation import Evaluation, evaluate
 from imaml.presets import Preset, preset, presets
 from imaml.tasks import Episode, Task
 from imaml.training import Run, train
+from imaml.verification import Verification, verify
 
 __all__ = [
     "Episode",
@@ -19,9 +20,11 @@ __all__ = [
     "Preset",
     "Run",
     "Task",
+    "Verification",
     "evaluate",
     "meta_gradient",
     "preset",
     "presets",
     "train",
+    "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``imaml train``, ``imaml evaluate``, ``imaml presets``.
+"""The command line: ``imaml train``, ``imaml evaluate``, ``imaml presets``, ``imaml verify``.
 
 What is wrong with what was typed, or with the files that it names, is said in one sentence with exit code 2,
 before anything is written. This module only parses and prints.
@@ -20,7 +20,10 @@ TRAIN_OPTIONS = ("--data", "--out", "--meta-steps", "--help")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what cannot be used, 130 or 143 when stopped."""
+    """Run one command and return its exit code.
+
+    0; 1 for a check that failed; 2 for what cannot be used; 130 or 143 when stopped.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     command = words[0] if words else ""
     program = f"imaml {command}".rstrip()
@@ -64,6 +67,11 @@ def _parser():
         "--tasks", metavar="N", type=int, default=600, help="held-out tasks (default: the paper's 600)"
     )
     evaluate.set_defaults(run=_evaluate)
+
+    verify = commands.add_parser("verify", help="check a preset's meta-gradient at its real size", allow_abbrev=False)
+    verify.add_argument("preset", nargs="?", metavar="PRESET", help="as for train")
+    verify.add_argument("--data", metavar="DIR", help="as for train")
+    verify.set_defaults(run=_verify)
 
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
     presets.add_argument("preset", nargs="?", metavar="NAME")
@@ -140,6 +148,19 @@ def _evaluate(options, _):
 
     print(evaluate(options.run_directory, tasks=options.tasks, data=options.data))
     return 0
+
+
+def _verify(options, _):
+    from imaml.presets import preset, presets
+
+    chosen = preset(presets()[0] if options.preset is None else options.preset)
+    _start_jax()
+    from imaml.progress import Reporter
+    from imaml.verification import verify
+
+    verification = verify(chosen, options.data, on_event=Reporter().event)
+    print(verification)
+    return 0 if verification.ok else 1
 
 
 def _presets(options, _):

@@ -26,7 +26,11 @@ class Network:
 
 
 def conv4(
-    ways: int, filters: int = 64, image_shape: tuple[int, int, int] = (28, 28, 1), kernel_gain: float = 1.0
+    ways: int,
+    filters: int = 64,
+    image_shape: tuple[int, int, int] = (28, 28, 1),
+    kernel_gain: float = 1.0,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
 ) -> Network:
     """Four blocks of 3×3 convolution (stride 2), batch normalisation and ReLU, then a linear layer.
 
@@ -43,6 +47,7 @@ def conv4(
             it changes is how far a kernel is from being another one. At a larger gain the kernels' gradients
             and curvature are smaller (by the gain, and by its square), so that a task adapts more by its
             linear layer, and I + H/λ is better conditioned.
+        activation: what ends each block; a smooth one gives a network without kinks.
 
     Returns:
         A :class:`Network` from images ``[batch, height, width, channels]`` to logits ``[batch, ways]``.
@@ -58,7 +63,7 @@ def conv4(
 
     def apply(parameters, x):
         for i in range(len(inputs)):
-            x = _block(parameters[f"block{i}"], x)
+            x = activation(_block(parameters[f"block{i}"], x))
         return _dense(parameters["head"], x.reshape(len(x), -1))
 
     return Network(init, apply)
@@ -121,7 +126,7 @@ def _block_init(key, channels, filters, gain):
 def _block(parameters, x):
     # No bias before a batch normalisation: it would be subtracted with the mean.
     x = convolution(x, parameters["kernel"])
-    return jax.nn.relu(batch_normalise(x, parameters["scale"], parameters["offset"]))
+    return batch_normalise(x, parameters["scale"], parameters["offset"])
 
 
 def _dense_init(key, inputs, outputs):

@@ -8,8 +8,11 @@ command line as ``--field.subfield VALUE``.
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import jax
 
 import bilevel as bl
 from imaml import networks
@@ -36,9 +39,9 @@ class Conv4:
         _check(self.filters >= 1, f"network.filters must be at least 1, got {self.filters}")
         _check(self.kernel_gain > 0, f"network.kernel_gain must be above 0, got {self.kernel_gain}")
 
-    def build(self, ways: int) -> networks.Network:
+    def build(self, ways: int, activation: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> networks.Network:
         """The pair of functions for ``ways`` classes."""
-        return networks.conv4(ways, self.filters, kernel_gain=self.kernel_gain)
+        return networks.conv4(ways, self.filters, kernel_gain=self.kernel_gain, activation=activation)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ LAYERS = (
     {"algorithms"},
     {"presets"},
     {"meta_step"},
-    {"evaluation"},
+    {"evaluation", "verification"},
     {"training"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,153 @@
+"""The test kit on the library itself: small, fixed, and made of public functions alone.
+
+`mutations.py` runs it against copies of `bilevel` with a fault in each.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bilevel as bl
+from bilevel.testing import families
+
+LAYOUTS = {"w": "dict", "theta": "tuple"}
+QUADRATIC = families.quadratic(**LAYOUTS)
+FIXED_POINT = families.fixed_point(condition=2.0, **LAYOUTS)
+IMAML = families.imaml(w="dict")
+RIDGE_SHIFT = 0.05
+CASES = {
+    "quadratic": QUADRATIC,
+    "root": families.root(**LAYOUTS),
+    "fixed point": FIXED_POINT,
+    "ridge": families.ridge(w="dict", theta="scalar"),
+    "imaml": IMAML,
+    "imaml, λ each": families.imaml(strength="each", w="dict"),
+    "box": families.box(**LAYOUTS),
+    "simplex": families.simplex(**LAYOUTS),
+    "lasso": families.lasso(**LAYOUTS),
+    "kkt": families.kkt(inequality=True, **LAYOUTS),
+}
+
+
+def layer_method(linear, problem, solver, theta, init, data):
+    """The gradient by jax.grad through implicit_layer."""
+    layer = bl.implicit_layer(problem.condition, solver, linear)
+    return jax.grad(lambda theta: problem.outer(layer(theta, init, data), theta, data))(theta)
+
+
+def shifted(linear, problem, solver, theta, init, data):
+    """The system of a weaker objective, L − ½ρ‖w‖², with a ridge of ρ: the same A, the same gradient."""
+
+    def weaker(w, theta, data):
+        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
+        return problem.condition.objective(w, theta, data) - 0.5 * RIDGE_SHIFT * squares
+
+    def solve(condition, init, theta, data):
+        return bl.solve(solver, problem.condition, init, theta, data)
+
+    return bl.Implicit(linear)(bl.Problem(bl.Stationary(weaker), problem.outer), solve, theta, init, data)
+
+
+def warm(problem, solver, theta, init, data):
+    """One CG step from the exact adjoint: exact, unless the start is ignored."""
+    exact = bl.Implicit(bl.Cholesky())(problem, solver, theta, init, data).linear.solution
+    return bl.Implicit(bl.CG(1))(problem, solver, theta, init, data, exact)
+
+
+def preconditioned(problem, solver, theta, init, data):
+    """One CG step with A⁻¹ for a preconditioner: exact, unless that is applied more or less than once."""
+    angle = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(theta)]) @ data["direction"]
+    matrix = data["matrix"] + jnp.sin(angle) * data["tilt"]
+
+    def invert(tree):
+        flat, unravel = ravel_pytree(tree)
+        return unravel(jnp.linalg.solve(matrix, flat))
+
+    return bl.Implicit(bl.CG(1, preconditioner=invert))(problem, solver, theta, init, data)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family(hypergradient, name):
+    hypergradient.assert_case(CASES[name])
+
+
+METHODS = {
+    "CG": (IMAML, None, bl.Implicit(bl.CG(8))),
+    "CG, warm": (QUADRATIC, None, warm),
+    "CG, preconditioned": (QUADRATIC, None, preconditioned),
+    "CG, ridge": (QUADRATIC, None, partial(shifted, bl.CG(8, ridge=RIDGE_SHIFT))),
+    "Cholesky, ridge": (QUADRATIC, None, partial(shifted, bl.Cholesky(ridge=RIDGE_SHIFT))),
+    "GMRES": (FIXED_POINT, None, bl.Implicit(bl.GMRES(6))),
+    "Neumann": (FIXED_POINT, None, bl.Implicit(bl.Neumann(120))),
+    "layer": (FIXED_POINT, None, partial(layer_method, bl.LU())),
+    "layer, scaled": (IMAML, None, partial(layer_method, bl.Cholesky())),
+    "Unrolled": (IMAML, None, bl.Unrolled()),
+    "ForwardUnrolled": (FIXED_POINT, None, bl.ForwardUnrolled()),
+    "Anderson": (FIXED_POINT, bl.Anderson(8), bl.Implicit(bl.LU())),
+    "HessianFree": (IMAML, bl.HessianFree(8), bl.Implicit(bl.CG(8))),
+    # κ = 1: Q = I, and one step from anywhere ends at the solution.
+    "OneStep": (families.lasso(condition=1.0), None, bl.OneStep()),
+    "FirstOrder": (families.lasso(condition=1.0), None, bl.FirstOrder()),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method(hypergradient, name):
+    case, solver, method = METHODS[name]
+    hypergradient.assert_case(case, solver, method)
+
+
+# What each leaves by its own account: eps^⅔·κ from rounding, κ/ρ, κ·ρ of the ridge, σ²·κ, with a factor of 100.
+ESTIMATORS = {
+    "FiniteDifference": (bl.FiniteDifference(bl.CG(8)), 4e-8),
+    "ValuePenalty": (bl.ValuePenalty(1e5), 1e-2),
+    "Nystrom": (bl.Implicit(bl.Nystrom(rank=3, ridge=1e-6)), 1e-3),
+    "EvolutionStrategies": (bl.EvolutionStrategies(pairs=4, scale=1e-3), 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator(hypergradient, name):
+    method, rtol = ESTIMATORS[name]
+    hypergradient.assert_case(QUADRATIC, method=method, rtol=rtol)
+
+
+def test_unfinished_steps_with_a_start_that_depends_on_theta(hypergradient):
+    def start(theta, data):
+        return jax.tree.map(lambda leaf: 3.0 * jnp.sin(leaf), theta)
+
+    solver = bl.GradientDescent(0.5, steps=3)
+    hypergradient.assert_hypergradient(
+        IMAML.problem, IMAML.theta, start, IMAML.data, solver, bl.Unrolled(), against="unrolled", rtol=1e-10
+    )
+
+
+def test_the_last_steps_alone(hypergradient):
+    """The last two of five steps are two steps from where three have led."""
+    problem, theta, data = QUADRATIC.problem, QUADRATIC.theta, QUADRATIC.data
+    middle = bl.GradientDescent(0.5, 3)(problem.condition, *jax.tree.map(jnp.asarray, (QUADRATIC.init, theta, data))).w
+
+    def method(problem, solver, theta, init, data):
+        start = jax.tree.map(jnp.asarray, QUADRATIC.init)
+        return bl.Unrolled(last=2)(problem, bl.GradientDescent(0.5, 5), theta, start, data)
+
+    hypergradient.assert_hypergradient(
+        problem, theta, middle, data, bl.GradientDescent(0.5, 2), method, against="unrolled", rtol=1e-10
+    )
+
+
+def test_conditions_are_what_they_say(hypergradient):
+    for name in ("quadratic", "ridge", "imaml, λ each", "kkt"):
+        case = CASES[name]
+        hypergradient.assert_condition(case.problem, case.theta, case.w, case.data, rtol=1e-9)
+
+
+def test_float32_stays_float32(hypergradient):
+    case = families.ridge(dtype="float32")
+    hypergradient.assert_case(case)
+    function = bl.value_and_hypergradient(case.problem, case.solver, case.method)
+    assert function(case.theta, case.init, case.data).gradient.dtype == np.float32

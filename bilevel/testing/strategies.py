@@ -1,0 +1,127 @@
+"""Hypothesis strategies that draw bilevel problems with a known answer, for the tests of your own method or solver.
+
+Shapes are drawn from few, so that what was compiled for one example serves others. Shrinking goes towards small,
+flat, well conditioned problems with seed 0, and a failing example prints as the call that makes it again.
+
+Example:
+    >>> from hypothesis import given, settings
+    >>> import jax, numpy as np, bilevel as bl
+    >>> @settings(max_examples=3, deadline=None, derandomize=True, database=None)
+    ... @given(ridge_problems(sizes=(3,), w_layouts=("flat",), theta_layouts=("flat",)))
+    ... def test_my_method(case):
+    ...     function = bl.value_and_hypergradient(case.problem, case.solver, bl.Implicit(bl.CG(maxiter=10)))
+    ...     out = function(case.theta, case.init, case.data)
+    ...     np.testing.assert_allclose(out.gradient, case.gradient, atol=case.rtol * abs(case.gradient).max())
+    >>> test_my_method()
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from hypothesis import strategies as st
+
+from bilevel.testing import families
+from bilevel.testing.cases import LAYOUTS, Case
+
+__all__ = [
+    "box_problems",
+    "fixed_point_problems",
+    "imaml_problems",
+    "kkt_problems",
+    "lasso_problems",
+    "logistic_problems",
+    "problems",
+    "quadratic_problems",
+    "ridge_problems",
+    "root_problems",
+    "simplex_problems",
+]
+
+
+@st.composite
+def _problems(
+    draw: st.DrawFn,
+    family: Callable[..., Case],
+    sizes: Sequence[int],
+    conditions: Sequence[float],
+    dtypes: Sequence[str] | None,
+    w_layouts: Sequence[str],
+    theta_layouts: Sequence[str] | None,
+    more: dict[str, Sequence],
+) -> Case:
+    options = {"size": sizes, "condition": conditions, "dtype": dtypes or _available(), "w": w_layouts, **more}
+    if theta_layouts:
+        options["theta"] = theta_layouts
+    drawn = {name: draw(st.sampled_from(values), label=name) for name, values in options.items()}
+    return family(**drawn, seed=draw(st.integers(0, 2**32 - 1), label="seed"))
+
+
+def _available():
+    """float64 only where JAX has it: elsewhere it would be rounded to float32 in silence."""
+    return ("float64", "float32") if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else ("float32",)
+
+
+def _strategy(family, theta_layouts=(*LAYOUTS, "scalar"), **more):
+    def strategy(
+        sizes: Sequence[int] = (3, 4),
+        conditions: Sequence[float] = (2.0, 10.0, 100.0),
+        dtypes: Sequence[str] | None = None,
+        w_layouts: Sequence[str] = LAYOUTS,
+        theta_layouts: Sequence[str] | None = theta_layouts,
+        **choices: Sequence,
+    ) -> st.SearchStrategy[Case]:
+        unknown = choices.keys() - more.keys()
+        if unknown:
+            raise TypeError(f"{strategy.__name__} knows no {', '.join(sorted(unknown))}")
+        return _problems(family, sizes, conditions, dtypes, w_layouts, theta_layouts, more | choices)
+
+    strategy.__name__ = strategy.__qualname__ = f"{family.__name__}_problems"
+    strategy.__doc__ = f"""{family.__doc__.splitlines()[0]}
+
+    Args:
+        sizes: what the number of inner variables is drawn from, each at least 3.
+        conditions: the condition numbers aimed at.
+        dtypes: of all arrays; None for float32, and float64 where ``jax_enable_x64`` is set.
+        w_layouts: trees of the inner variables.
+        theta_layouts: trees of the outer variables.
+        choices: {", ".join(f"``{name}``" for name in more) or "none"}.
+
+    Returns:
+        a strategy of :class:`~bilevel.testing.Case`.
+    """
+    return strategy
+
+
+quadratic_problems = _strategy(families.quadratic)
+ridge_problems = _strategy(families.ridge)
+logistic_problems = _strategy(families.logistic)
+imaml_problems = _strategy(families.imaml, theta_layouts=None, strength=("one", "each"))
+fixed_point_problems = _strategy(families.fixed_point)
+root_problems = _strategy(families.root)
+box_problems = _strategy(families.box)
+simplex_problems = _strategy(families.simplex)
+lasso_problems = _strategy(families.lasso)
+kkt_problems = _strategy(families.kkt, inequality=(False, True))
+
+
+def problems(
+    sizes: Sequence[int] = (3, 4),
+    conditions: Sequence[float] = (2.0, 10.0, 100.0),
+    dtypes: Sequence[str] | None = None,
+    w_layouts: Sequence[str] = LAYOUTS,
+) -> st.SearchStrategy[Case]:
+    """Any of the families, each drawn as its own strategy draws it."""
+    strategies = (
+        quadratic_problems,
+        ridge_problems,
+        logistic_problems,
+        imaml_problems,
+        fixed_point_problems,
+        root_problems,
+        box_problems,
+        simplex_problems,
+        lasso_problems,
+        kkt_problems,
+    )
+    return st.one_of([strategy(sizes, conditions, dtypes, w_layouts) for strategy in strategies])

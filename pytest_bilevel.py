@@ -1,0 +1,102 @@
+"""The pytest plugin: a fixture ``hypergradient`` and the option ``--hypergradient-report``.
+
+It stands beside the package, not in it: to import any part of `bilevel` is to import JAX, which takes a second that
+a test run should not pay unless a test asks for the fixture.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+PROPERTY = "hypergradient"
+"""Under this name a test's checks are among its report's ``user_properties``, which pytest-xdist carries home."""
+_FIXTURE: pytest.StashKey = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bilevel", "hypergradients")
+    group.addoption(
+        "--hypergradient-report", action="store_true", help="list what the hypergradient fixture checked, and how well"
+    )
+
+
+@pytest.fixture(scope="session")
+def hypergradient(request: pytest.FixtureRequest):
+    """The assertions of bilevel.testing, in float64; what they check is listed by --hypergradient-report."""
+    # One object for the session, because Hypothesis rejects fixtures that are made anew for each test.
+    from bilevel.testing.fixture import Hypergradients
+
+    request.config.stash[_FIXTURE] = fixture = Hypergradients()
+    return fixture
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Set-up, call and tear-down in float64 for a test that asks for the fixture, and for no other."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if "hypergradient" not in getattr(item, "fixturenames", ()) or "hypergradient" in parameters:
+        return (yield)
+    import jax
+
+    with jax.enable_x64(True):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hands the checks of a test to its report."""
+    try:
+        return (yield)
+    finally:
+        fixture = item.config.stash.get(_FIXTURE, None)
+        if fixture is not None:
+            item.user_properties.extend((PROPERTY, row) for row in fixture.take())
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.getoption("hypergradient_report"):
+        return
+    rows = [
+        (report.nodeid, value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == PROPERTY
+    ]
+    terminalreporter.section("hypergradients checked")
+    if not rows:
+        terminalreporter.write_line("none: no test used the fixture")
+    for line in _table(sorted(rows, key=lambda row: row[0])):
+        terminalreporter.write_line(line)
+
+
+def _table(rows) -> Iterator[str]:
+    """Each test on a line of its own, and under it the worst of its checks, in columns."""
+    if not rows:
+        return
+    head = ("", "worst error", "rtol", "checks", "method", "against", "problem")
+    cells = [
+        (
+            "ok" if row["ok"] else "WRONG",
+            f"{row['error']:.1e}",
+            f"{row['rtol']:.1e}",
+            str(row["checks"]),
+            row["method"],
+            row["oracle"],
+            row["problem"],
+        )
+        for _, row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    last = None
+    yield _line(head, widths)
+    for (test, _), row in zip(rows, cells, strict=True):
+        if test != last:
+            yield test
+        last = test
+        yield _line(row, widths)
+
+
+def _line(cells, widths):
+    return "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

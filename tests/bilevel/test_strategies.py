@@ -1,0 +1,130 @@
+"""The closed forms of the test kit against what knows nothing of them: differences, a dense solve, each other."""
+
+import functools
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+
+from bilevel import oracles, testing
+from bilevel.testing import families, strategies
+from bilevel.testing.cases import LAYOUTS, arrange, flatten
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+few = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)
+VARIANTS = {
+    **{name: (family, {}) for name, family in families.FAMILIES.items()},
+    "imaml, λ each": (families.imaml, {"strength": "each"}),
+    "kkt, inequalities": (families.kkt, {"inequality": True}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@few(max_examples=10)
+@given(
+    seed=hypothesis.strategies.integers(0, 2**32 - 1), condition=hypothesis.strategies.sampled_from([2.0, 10.0, 100.0])
+)
+def test_the_gradient_is_the_difference_quotient_of_the_closed_form(name, seed, condition):
+    family, options = VARIANTS[name]
+    case = family(seed=seed, condition=condition, **options)
+    theta, step = flatten(case.theta, np), 1e-4
+
+    def slope(row, step):
+        ahead, behind = (case._value(theta + sign * step * row) for sign in (1, -1))
+        return (ahead - behind) / (2 * step)
+
+    # Richardson: off by O(step⁴), with a fifth derivative like κ⁵ at the most; rounding is eps·κ·|value| / step.
+    rows = np.eye(theta.size)
+    found = np.array([(4 * slope(row, step / 2) - slope(row, step)) / 3 for row in rows])
+    expected = flatten(case.gradient, np)
+    rounding = 10 * np.finfo(float).eps * case.condition_number * (1 + abs(case.value)) / step
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max() + rounding)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_closed_form_solves_the_condition_and_agrees_with_a_dense_solve(name):
+    family, options = VARIANTS[name]
+    case = family(w="dict", theta="dict", seed=3, **options)
+    reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
+    size = 1 + np.abs(flatten(case.w, np)).max()
+    assert reference.residual_norm <= 100 * np.finfo(float).eps * case.condition_number * size
+    found, expected = flatten(reference.gradient, np), flatten(case.gradient, np)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=case.rtol * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_case_suggests_finds_its_answer(name):
+    family, options = VARIANTS[name]
+    testing.assert_case(family(w="tuple", theta="tuple", seed=5, **options))
+
+
+@pytest.mark.parametrize("family", [families.fixed_point, families.root])
+def test_what_should_not_be_symmetric_is_not(family):
+    for seed in range(10):
+        matrix = family(seed=seed).data["matrix"]
+        assert np.linalg.norm(matrix - matrix.T) > 0.1 * np.linalg.norm(matrix)
+
+
+@pytest.mark.parametrize("family", [families.box, families.simplex, families.lasso])
+def test_a_margin_holds(family):
+    """Within the margin every w − η∇ has the same active set, so that the projection there is affine."""
+    for seed in range(20):
+        case = family(seed=seed)
+        assert case.margin > 0.01
+        with oracles.double_precision():
+            condition = case.problem.condition
+            at = case.w - condition.step_size * jax.grad(condition.objective)(case.w, case.theta, case.data)
+            project = getattr(condition, "projection", None) or functools.partial(condition.prox, step_size=1.0)
+            moves = 0.9 * case.margin * np.random.default_rng(seed).uniform(-1, 1, (5, at.size)) / at.size
+            here = np.asarray(project(at, case.theta, case.data))
+            for move in moves:
+                ahead, behind = (np.asarray(project(at + s * move, case.theta, case.data)) for s in (1, -1))
+                np.testing.assert_allclose(ahead - here, here - behind, atol=1e-14)
+
+
+@few(max_examples=30)
+@given(case=strategies.problems())
+def test_a_case_is_printed_as_the_call_that_makes_it(case):
+    again = eval(repr(case), vars(families).copy())
+    assert repr(again) == repr(case)
+    assert again.problem is case.problem  # so that what was compiled for it serves again
+    for one, other in zip(jax.tree.leaves(case.data), jax.tree.leaves(again.data), strict=True):
+        np.testing.assert_array_equal(one, other)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((case.theta, case.init, case.data))}
+    assert dtypes == {case.dtype}
+
+
+@few(max_examples=4)
+@given(case=strategies.ridge_problems(sizes=(3,), w_layouts=("dict",), theta_layouts=("scalar",)))
+def test_a_strategy_draws_both_dtypes_and_the_default_method_meets_its_tolerance(case):
+    testing.assert_case(case)
+
+
+def test_float64_is_drawn_only_where_jax_has_it():
+    with jax.enable_x64(False):
+        hypothesis.find(strategies.ridge_problems(), lambda case: case.dtype == np.float32, settings=few())
+        with pytest.raises(hypothesis.errors.NoSuchExample):
+            hypothesis.find(
+                strategies.ridge_problems(), lambda case: case.dtype == np.float64, settings=few(max_examples=20)
+            )
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "scalar"])
+def test_a_layout_keeps_the_order_of_entries(layout):
+    vector = np.arange(1.0 if layout == "scalar" else 4.0)
+    np.testing.assert_array_equal(flatten(arrange(vector, layout), np), vector)
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": 2}, {"condition": 0.5}, {"dtype": "float16"}, {"w": "scalar"}, {"theta": "x"}]
+)
+def test_options_that_make_no_case_are_refused(options):
+    with pytest.raises(ValueError, match="got Options"):
+        families.quadratic(**options)
+
+
+def test_a_strategy_refuses_a_choice_it_does_not_have():
+    with pytest.raises(TypeError, match="ridge_problems knows no inequality"):
+        strategies.ridge_problems(inequality=(True,))

@@ -1,0 +1,196 @@
+"""The assertions: what is right passes, what is wrong fails with its place, its numbers and its cause."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+from bilevel import oracles, testing
+from bilevel.testing import families
+from bilevel.testing.diagnosis import likely_cause
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CASE = families.fixed_point(w="dict", theta="dict", condition=2.0)
+EXACT = bl.Implicit(bl.LU())
+
+
+def check(method, solver=None, case=CASE, **options):
+    solver = solver or case.solver
+    options = {"against": "dense"} | options
+    testing.assert_hypergradient(case.problem, case.theta, case.init, case.data, solver, method, **options)
+
+
+def faulty(change):
+    """A method whose gradient is ``change(right, direct)``: of the right one, and its part ∂outer/∂θ."""
+
+    def method(problem, solver, theta, init, data):
+        out = EXACT(problem, solver, theta, init, data)
+        direct = jax.grad(problem.outer, argnums=1)(out.inner.w, theta, data)
+        return jax.tree.map(change, out.gradient, direct)
+
+    return method
+
+
+def untransposed(problem, solver, theta, init, data):
+    """A u = g, as if A were symmetric."""
+    symmetric = bl.FixedPoint(problem.condition.mapping, symmetric=True)
+    return bl.Implicit(bl.LU())(bl.Problem(symmetric, problem.outer), solver, theta, init, data)
+
+
+@pytest.mark.parametrize("against", ["finite_differences", "dense", "unrolled", ("dense", "unrolled")])
+def test_what_is_right_passes(against):
+    check(EXACT, against=against)
+
+
+FAULTS = {
+    "the sign of the whole gradient is flipped": faulty(lambda right, direct: -right),
+    "the sign of the term through w is flipped": faulty(lambda right, direct: 2 * direct - right),
+    "the term through w is missing": faulty(lambda right, direct: direct),
+    "the direct term ∂outer/∂θ is missing": faulty(lambda right, direct: right - direct),
+    "the term through w is multiplied by 0.5": faulty(lambda right, direct: direct + 0.5 * (right - direct)),
+    "the whole gradient is multiplied by 3": faulty(lambda right, direct: 3 * right),
+    "with ∂F/∂w in place of its transpose": untransposed,
+    "none that is known": faulty(lambda right, direct: right**2 + 1),
+    "a NaN or an infinity; θ, data": faulty(lambda right, direct: right * jnp.nan),
+}
+
+
+@functools.cache
+def reference():
+    return oracles.dense(CASE.problem, None, CASE.theta, None, CASE.data, w=CASE.w)
+
+
+@pytest.mark.parametrize("cause", FAULTS)
+def test_a_mistake_is_told_by_what_it_gives(cause):
+    where = CASE.problem, CASE.theta, CASE.init, CASE.data
+    out = FAULTS[cause](CASE.problem, CASE.solver, *jax.tree.map(jnp.asarray, where[1:]))
+    assert cause in likely_cause(*where, out, reference(), CASE.rtol)
+
+
+@pytest.mark.parametrize("cause", ["the sign of the whole gradient is flipped", "a NaN or an infinity; θ, data"])
+def test_what_is_wrong_fails_with_its_cause(cause):
+    with pytest.raises(AssertionError, match=re.escape(cause)):
+        check(FAULTS[cause])
+
+
+def test_the_message_names_leaf_coordinate_numbers_oracle_and_error():
+    def one_off(problem, solver, theta, init, data):
+        gradient = EXACT(problem, solver, theta, init, data).gradient
+        return {**gradient, "weight": gradient["weight"].at[1, 0].add(1.0)}
+
+    expected = float(CASE.gradient["weight"][1, 0])
+    with pytest.raises(AssertionError) as caught:
+        check(one_off)
+    message = str(caught.value)
+    pattern = r"wrong at theta\['weight'\]\[1, 0\]: got (\S+), expected (\S+) \(dense, of the solution\)"
+    got, wanted = (float(number) for number in re.search(pattern, message).groups())
+    assert got == pytest.approx(expected + 1, rel=1e-7) and wanted == pytest.approx(expected, rel=1e-7)
+    assert "1 of 4 are off" in message
+
+
+def test_an_unfinished_inner_solve_is_told_from_a_wrong_method():
+    with pytest.raises(AssertionError, match=r"the inner problem is not solved: ‖F‖ = .* allow the solver more steps"):
+        check(EXACT, solver=bl.FixedPointIteration(2))
+
+
+def test_an_unfinished_linear_solve_is_told_from_a_wrong_method():
+    with pytest.raises(AssertionError, match=r"the linear solve left .* of its right-hand side"):
+        check(bl.Implicit(bl.GMRES(1)))
+
+
+def test_a_singular_system_is_not_decided_and_does_not_pass():
+    singular = bl.Stationary(lambda w, theta, data: 0.5 * w[0] ** 2 - w[0] * theta)
+    problem = bl.Problem(singular, lambda w, theta, data: w[0] + w[1])
+    with pytest.raises(AssertionError, match="cannot decide at theta: its own uncertainty"):
+        testing.assert_hypergradient(
+            problem, 1.0, jnp.zeros(2), None, bl.GradientDescent(1.0, 2), bl.OneStep(), against="dense"
+        )
+
+
+def test_a_gradient_of_another_shape_fails():
+    with pytest.raises(AssertionError, match="the gradient is no tree like theta: got"):
+        check(lambda problem, solver, theta, init, data: jnp.zeros(4))
+
+
+def test_an_unknown_oracle_is_refused():
+    with pytest.raises(ValueError, match="against takes finite_differences, unrolled, dense, got 'oracle'"):
+        check(EXACT, against="oracle")
+
+
+def test_a_case_tells_a_wrong_solution_from_a_wrong_gradient():
+    with pytest.raises(AssertionError, match=r"the inner solution is wrong at w\['"):
+        testing.assert_case(CASE, solver=bl.FixedPointIteration(3))
+    with pytest.raises(AssertionError, match="the sign of the term through w is flipped"):
+        testing.assert_case(CASE, method=FAULTS["the sign of the term through w is flipped"])
+
+
+def test_more_than_64_outer_variables_are_checked_along_directions():
+    condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - jnp.sum(jnp.sin(theta))) ** 2))
+    problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**3))
+    place = problem, jnp.linspace(0.0, 1.0, 70), jnp.zeros(2), None, bl.GradientDescent(1.0, 1)
+    testing.assert_hypergradient(*place, EXACT, against="dense")
+    with pytest.raises(AssertionError, match=r"wrong at direction \d.*of 8 are off[^@]*the sign of the whole gradient"):
+        testing.assert_hypergradient(*place, faulty(lambda right, direct: -right), against="dense")
+
+
+A = np.array([[2.0, 1.0], [0.0, 2.0]])
+
+
+def affine(w, theta, data):
+    return {"a": A @ w["a"] - theta}
+
+
+def at(w):
+    return jnp.array([3.0, 2.0]), {"a": jnp.asarray(w)}, None  # θ; the solution is w = (1, 1)
+
+
+def test_a_condition_that_is_what_it_says_passes():
+    testing.assert_condition(bl.Root(affine, positive_definite=True, strong_convexity=1.5), *at([1.0, 1.0]))
+    testing.assert_condition(bl.Problem(bl.Root(affine), lambda w, theta, data: 0.0), *at([5.0, 1.0]), solved=False)
+
+
+def stretched(w, theta, data):
+    return {"a": jnp.array([1.0, -0.5]) * (w["a"] - 1)}
+
+
+CONDITIONS = {
+    "not solved at w: ‖F‖ = 0.2": (bl.Root(affine), [1.1, 1.0]),
+    "declared symmetric and is not: ∂F/∂w is 1.0 at (w['a'][0], w['a'][1]) and 0.0": (
+        bl.Root(affine, symmetric=True),
+        [1.0, 1.0],
+    ),
+    "declared positive definite, and has a direction u with ⟨u, (∂F/∂w)u⟩ = -0.5": (
+        bl.Root(stretched, positive_definite=True),
+        [1.0, 1.0],
+    ),
+    "declares a strong_convexity of 1.6, and the smallest curvature found is 1.5": (
+        bl.Root(affine, strong_convexity=1.6),
+        [1.0, 1.0],
+    ),
+    "the residual at w['a'][1] is inf": (bl.Root(lambda w, theta, data: {"a": w["a"] / (w["a"] - theta)}), [1.0, 2.0]),
+    "its derivative ∂F/∂w is not": (bl.Root(lambda w, theta, data: {"a": jnp.sqrt(jnp.abs(w["a"]))}), [0.0, 1.0]),
+    "the residual is no tree like w": (bl.Root(lambda w, theta, data: w["a"]), [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("message", CONDITIONS)
+def test_a_condition_that_is_not_what_it_says_fails(message):
+    condition, w = CONDITIONS[message]
+    theta = jnp.array([3.0, 2.0])
+    data = {"a": jnp.asarray(w)}
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        testing.assert_condition(condition, theta, data, None)
+
+
+def test_a_large_condition_is_probed():
+    size = 1200
+    weights = jnp.linspace(1.0, 2.0, size)
+    right = bl.Root(lambda w, theta, data: weights * w, symmetric=True, positive_definite=True)
+    testing.assert_condition(right, None, jnp.zeros(size), None)
+    twisted = bl.Root(lambda w, theta, data: weights * w + 0.1 * jnp.roll(w, 1), symmetric=True)
+    with pytest.raises(AssertionError, match=r"declared symmetric and is not: ∂F/∂w is .* at \(direction "):
+        testing.assert_condition(twisted, None, jnp.zeros(size), None)
