@@ -55,11 +55,11 @@ MUTATIONS = (
         _ENDING,
         _ENDING.replace("through_w)", "tree.scale(0.5, through_w))"),
     ),
-    Mutation("transpose dropped", "hypergradients.py", "if condition.symmetric:", "if True:"),
+    Mutation("transpose dropped", "hypergradients.py", "if is_gradient(condition):", "if True:"),
     Mutation(
         "transpose dropped in the layer",
         "hypergradients.py",
-        "tangent, scaling, condition.symmetric)",
+        "tangent, scaling, is_gradient(condition))",
         "tangent, scaling, True)",
     ),
     Mutation(
@@ -103,8 +103,8 @@ MUTATIONS = (
     Mutation(
         "OneStep's sign",
         "hypergradients.py",
-        "tree.add(outer_theta, through_w)",
-        "tree.subtract(outer_theta, through_w)",
+        "tree.add(outer_theta, tree.with_zeros(through_w, theta))",
+        "tree.subtract(outer_theta, tree.with_zeros(through_w, theta))",
     ),
     Mutation(
         "FirstOrder's sign",
@@ -154,12 +154,13 @@ MUTATIONS = (
     Mutation(
         "preconditioner twice",
         "linear.py",
-        'self.preconditioner}\n        return _iterate("solve_cg"',
-        "self.preconditioner and (lambda r: self.preconditioner(self.preconditioner(r)))}\n"
-        '        return _iterate("solve_cg"',
+        "_widely(solver.preconditioner, b)",
+        "_widely(lambda r: solver.preconditioner(solver.preconditioner(r)), b)",
     ),
     Mutation("one product skipped", "linear.py", "tree.subtract(b_unit, regularised(x))", "b_unit"),
-    Mutation("unit not scaled back", "linear.py", "solution = tree.scale(unit, x)", "solution = x"),
+    Mutation(
+        "unit not scaled back", "linear.py", "solution = tree.scale(unit, info.solution)", "solution = info.solution"
+    ),
     Mutation(
         "float32 in a float64 solve",
         "linear.py",
