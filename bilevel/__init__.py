@@ -18,6 +18,7 @@ Example:
     <Status.CONVERGED: 0>
 """
 
+from bilevel.certificates import Certificate, CertificateKind, Finding, certify
 from bilevel.conditions import (
     KKT,
     Condition,
@@ -56,6 +57,7 @@ from bilevel.linear import (
     Nystrom,
     choose_linear,
 )
+from bilevel.lipschitz import HALF_SQUARED, LOGISTIC, SOFTMAX, Ball, LinearLoss, Lipschitz
 from bilevel.outer import History, Minimum, minimize
 from bilevel.solvers import (
     Anderson,
@@ -72,13 +74,20 @@ from bilevel.types import Hypergradient, LinearInfo, LinearSolver, Solution, Sta
 __all__ = [
     "CG",
     "GMRES",
+    "HALF_SQUARED",
     "KKT",
+    "LOGISTIC",
     "LU",
+    "SOFTMAX",
     "Anderson",
+    "Ball",
     "BiCGStab",
+    "Certificate",
+    "CertificateKind",
     "Cholesky",
     "Condition",
     "EvolutionStrategies",
+    "Finding",
     "FiniteDifference",
     "FirstOrder",
     "FixedPoint",
@@ -94,7 +103,9 @@ __all__ = [
     "Jaxopt",
     "LinearChoice",
     "LinearInfo",
+    "LinearLoss",
     "LinearSolver",
+    "Lipschitz",
     "Method",
     "Minimum",
     "Neumann",
@@ -112,6 +123,7 @@ __all__ = [
     "Status",
     "Unrolled",
     "ValuePenalty",
+    "certify",
     "choose_linear",
     "implicit_layer",
     "jaxopt_projection",

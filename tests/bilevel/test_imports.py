@@ -19,7 +19,10 @@ ALLOWED = {
     "estimators": {"hypergradients", "solvers", "linear", "conditions", "tree", "types"},
     "outer": {"estimators", "hypergradients", "solvers", "linear", "conditions", "tree", "types"},
     "_jaxopt": set(),
-    "certificates": {"conditions", "tree", "types"},
+    "lipschitz": {"types"},
+    "spectrum": {"tree", "types"},
+    "error_bounds": {"lipschitz", "spectrum", "conditions", "tree", "types"},
+    "certificates": {"error_bounds", "lipschitz", "conditions", "tree", "types"},
     "verify": {"conditions", "tree", "types"},
 }
 
