@@ -122,7 +122,7 @@ class Certificate:
 
 
 _SENTENCES = {
-    Finding.NONFINITE: "NaN or infinity among the figures: the inner solution, the adjoint or a constant is not finite.",
+    Finding.NONFINITE: "NaN or infinity among the figures: in the inner solution, the adjoint or a constant.",
     Finding.CURVATURE: (
         "The declared strong convexity is disproved: a direction of less curvature was found at the inner solution."
     ),
@@ -208,10 +208,7 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
     system = system_at(problem, theta, data)
     w = out.inner.w
     algebra = linear_algebra(system, w, linear)
-    if out.linear is None:
-        v = algebra.solve_transposed(jax.grad(system.outer)(w, theta))
-    else:
-        v = out.linear.solution
+    v = algebra.solve_transposed(jax.grad(system.outer)(w, theta)) if out.linear is None else out.linear.solution
     here = newton_step(system, algebra, w, v)
     there = newton_step(system, algebra, *here.target())
 
@@ -229,10 +226,11 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
     found = {
         Finding.NONFINITE: ~jnp.isfinite(error + remainder),
         Finding.CURVATURE: constants.disproved,
-        Finding.UNPROVED: ~constants.convex & ~jnp.isfinite(bound),
+        Finding.UNPROVED: jnp.bool_(not constants.convex) & ~jnp.isfinite(bound),
         Finding.NONLINEAR: ~(remainder <= NONLINEARITY * estimate),
         Finding.SLOPPY: _sloppy(here, at_here),
-        Finding.OTHER_GRADIENT: (out.linear is not None) & (distance(out.gradient, here.gradient) > at_here.rounding),
+        Finding.OTHER_GRADIENT: jnp.bool_(out.linear is not None)
+        & (distance(out.gradient, here.gradient) > at_here.rounding),
         Finding.ROUNDING: error <= rounding,
     }
     findings = sum(jnp.where(there_is, jnp.int32(finding), jnp.int32(0)) for finding, there_is in found.items())

@@ -77,11 +77,11 @@ class Lipschitz:
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """The mean over m rows of ℓ(xᵢw), with |ℓ″| ≤ curvature and |ℓ‴| ≤ third in Euclidean operator norms.
+    """The mean over m rows of φ(xᵢw), with |φ″| ≤ curvature and |φ‴| ≤ third in Euclidean operator norms.
 
     Args:
-        curvature: the largest ‖∇²ℓ‖.
-        third: the largest ‖∇³ℓ‖.
+        curvature: the largest ‖∇²φ‖.
+        third: the largest ‖∇³φ‖.
     """
 
     curvature: float
@@ -98,7 +98,7 @@ class LinearLoss:
     def hessian_times(self, x: jax.Array, v: jax.Array) -> jax.Array:
         """The Lipschitz constant of w ↦ ∇²v, third·‖Xᵀ diag(‖xᵢv‖) X‖/m. v: ``[features]`` or ``[features, classes]``.
 
-        By Hölder |Σ ∇³ℓ[xᵢv, xᵢa, xᵢb]| ≤ third·Σ ‖xᵢv‖‖xᵢa‖‖xᵢb‖, a quadratic form for a = b.
+        By Hölder |Σ ∇³φ[xᵢv, xᵢa, xᵢb]| ≤ third·Σ ‖xᵢv‖‖xᵢa‖‖xᵢb‖, a quadratic form for a = b.
         """
         return self.third * _squared_norm(x, jnp.linalg.norm((x @ v).reshape(len(x), -1), axis=1)) / len(x)
 
