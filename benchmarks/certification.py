@@ -17,7 +17,7 @@ the bound. Ratios leave out those with a true error below 1000·eps·(L/μ)·(�
 digits as the figure it judges. Their number is printed.
 
 Required: no violation, before or after correction; median bound/true at most 20; estimate/true in [½, 2] for 98 % of
-what passed its own test. The order of the correction is a least-squares line through unlike problems, near 2 and not exact.
+what passed its own test. The order of the correction is that of a least-squares line through unlike problems.
 """
 
 import argparse

@@ -223,6 +223,7 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
     error, remainder = distance(out.gradient, corrected), distance(corrected, there.corrected())
     rounding = jnp.minimum(at_here.rounding, at_there.rounding)
     estimate, bound = jnp.maximum(error, rounding), bound_of(out.gradient)
+    differs = distance(out.gradient, here.gradient) > at_here.rounding
     found = {
         Finding.NONFINITE: ~jnp.isfinite(error + remainder),
         Finding.CURVATURE: constants.disproved,
