@@ -230,8 +230,7 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
         Finding.UNPROVED: jnp.bool_(not constants.convex) & ~jnp.isfinite(bound),
         Finding.NONLINEAR: ~(remainder <= NONLINEARITY * estimate),
         Finding.SLOPPY: _sloppy(here, at_here),
-        Finding.OTHER_GRADIENT: jnp.bool_(out.linear is not None)
-        & (distance(out.gradient, here.gradient) > at_here.rounding),
+        Finding.OTHER_GRADIENT: jnp.bool_(out.linear is not None) & differs,
         Finding.ROUNDING: error <= rounding,
     }
     findings = sum(jnp.where(there_is, jnp.int32(finding), jnp.int32(0)) for finding, there_is in found.items())

@@ -57,8 +57,8 @@ class System(NamedTuple):
 def system_at(problem: Problem, theta: PyTree, data: PyTree) -> System:
     """The problem's residual and outer function at θ and data."""
 
-    def outer(w, theta):
-        value = problem.outer(w, theta, data)
+    def outer(w, theta) -> Any:
+        value: Any = problem.outer(w, theta, data)
         return value[0] if problem.has_aux else value
 
     return System(lambda w, theta: problem.condition.residual(w, theta, data), outer, theta, data)
