@@ -103,7 +103,7 @@ def draw(family, features, key):
     keys = iter(jax.random.split(key, 12))
     shape = (features, family.classes) if family.classes else (features,)
     spread = 10 ** (jax.random.uniform(next(keys)) * jnp.log10(30.0))
-    scales = spread ** (-2 * jnp.arange(features) / (features - 1))
+    scales = spread ** (-2.0 * jnp.arange(float(features)) / (features - 1.0))
     x = jax.random.normal(next(keys), (TRAIN + VALIDATION, features)) * scales
     noise = jax.random.normal(next(keys), (TRAIN + VALIDATION, *shape[1:]))
     score = x @ (2 * jax.random.normal(next(keys), shape) / scales.reshape(-1, *[1] * (len(shape) - 1)) ** 0.5) + noise
