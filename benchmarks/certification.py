@@ -1,6 +1,6 @@
 """How good certificates are: thousands of drawn problems, each certified and compared with its exact hypergradient.
 
-    python -m benchmarks.certification [--cases 10000] [--seed 0] [--out FILE]
+    python -m benchmarks.certification [--cases 10000] [--seed 0] [--out FILE] [--families …] [--sizes …]
 
 Drawn for each case: standard normal features, the j-th scaled by κ^(−j/(n−1)) with √κ log-uniform in [1, 30], a linear
 truth with noise, 40 training and 30 validation rows (3 or 20 unknowns, with four classes 3 × 4 or 6 × 4), a penalty or
@@ -22,6 +22,7 @@ what passed its own test. The order of the correction is that of a least-squares
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -145,7 +146,7 @@ def conjugate_gradients(steps):
             return (
                 x + rate * p,
                 rest,
-                rest + jnp.where(moves, jnp.vdot(rest, rest) / jnp.where(moves, size, 1.0), 0) * p,
+                rest + jnp.where(moves, jnp.vdot(rest, rest) / jnp.where(moves, size, 1.0), 0.0) * p,
             )
 
         x = jnp.zeros_like(b) if init is None else init
@@ -166,7 +167,7 @@ def reference(family, theta, init, data):
 
     def newton(_, w):
         direction = jnp.linalg.solve(jax.hessian(potential)(w), jax.grad(potential)(w))
-        rates = 0.5 ** jnp.arange(BACKTRACKS)
+        rates = 0.5 ** jnp.arange(float(BACKTRACKS))
         values = jax.vmap(lambda rate: potential(w - rate * direction))(rates)
         return w - rates[jnp.argmin(values)] * direction
 
@@ -201,7 +202,7 @@ def judge(family, features, key):
     }  # fmt: skip
 
 
-def certify_all(cases, seed, families=tuple(FAMILIES), sizes=(3, 20)):
+def certify_all(cases, seed, families, sizes):
     """Every case's figures, ``{family: {figure: [cases]}}``."""
     rows, groups = {}, len(families) * len(sizes)
     for i, (name, family) in enumerate((name, FAMILIES[name]) for name in families):
@@ -212,6 +213,7 @@ def certify_all(cases, seed, families=tuple(FAMILIES), sizes=(3, 20)):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), count)
             unknowns = min(features, 6) if family.classes else features
             parts.append(jax.jit(jax.vmap(lambda key, f=family, n=unknowns: judge(f, n, key)))(keys))
+        print(f"{name}: done", file=sys.stderr, flush=True)
         rows[name] = {figure: np.concatenate([np.asarray(part[figure]) for part in parts]) for figure in parts[0]}
     return rows
 
@@ -266,16 +268,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[3, 20], help="features")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "certification.json")
     options = parser.parse_args()
+    # XLA's threads can wait for each other for good where many small matrices are factorised at once.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)  # twelve programs: compiling them is most of the time
     begin = time.perf_counter()
-    rows = certify_all(options.cases, options.seed)
-    everything = {figure: np.concatenate([row[figure] for row in rows.values()]) for figure in rows["ridge"]}
+    rows = certify_all(options.cases, options.seed, options.families, options.sizes)
+    everything = {
+        figure: np.concatenate([row[figure] for row in rows.values()]) for figure in rows[options.families[0]]
+    }
     result = {name: summarise(row) for name, row in (rows | {"all": everything}).items()}
     record = {
-        "command": f"python -m benchmarks.certification --cases {options.cases} --seed {options.seed}",
+        "command": " ".join(["python -m benchmarks.certification", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "bilevel": "0.1.0"},
         "machine": f"{platform.machine()}, {jax.default_backend()}",
         "seconds": round(time.perf_counter() - begin, 1),
@@ -283,7 +291,7 @@ def main():
         "result": result,
     }
     for name, figures in result.items():
-        print(name, *(f"  {figure:28} {_shown(value)}" for figure, value in figures.items()), sep="\n")
+        print(f"{name}:", *(f"  {figure:28} {_shown(value)}" for figure, value in figures.items()), sep="\n")
     print(record["command"], record["versions"], f"{record['seconds']} s", sep="\n")
     print(*record["failures"] or ["every requirement is met"], sep="\n")
     options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -67,7 +67,7 @@ class Certificate:
 
     Attributes:
         kind: a :class:`CertificateKind` as an int32 scalar.
-        estimate: the first-order estimate of ‖out.gradient − G*‖, at least the rounding floor.
+        estimate: the first-order estimate of ‖out.gradient − G*‖, between the rounding floor and the bound.
         bound: the bound of the same error: proved where ``kind`` is CERTIFIED; infinite where there is none.
         gradient: the corrected gradient, a pytree like θ, whose error is of second order in the inner error.
         corrected_bound: the bound of the corrected gradient's error.
@@ -222,7 +222,8 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
 
     error, remainder = distance(out.gradient, corrected), distance(corrected, there.corrected())
     rounding = jnp.minimum(at_here.rounding, at_there.rounding)
-    estimate, bound = jnp.maximum(error, rounding), bound_of(out.gradient)
+    bound = bound_of(out.gradient)
+    estimate = jnp.minimum(jnp.maximum(error, rounding), bound)
     differs = distance(out.gradient, here.gradient) > at_here.rounding
     found = {
         Finding.NONFINITE: ~jnp.isfinite(error + remainder),
