@@ -22,12 +22,12 @@ what passed its own test. The order of the correction is that of a least-squares
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -212,7 +212,9 @@ def certify_all(cases, seed, families, sizes):
             count = cases // groups + (index < cases % groups)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), count)
             unknowns = min(features, 6) if family.classes else features
-            parts.append(jax.jit(jax.vmap(lambda key, f=family, n=unknowns: judge(f, n, key)))(keys))
+            one = partial(judge, family, unknowns)
+            # Not vmapped: XLA's threads can wait for each other for good in factorisations of many small matrices.
+            parts.append(jax.jit(partial(jax.lax.map, one))(keys))
         print(f"{name}: done", file=sys.stderr, flush=True)
         rows[name] = {figure: np.concatenate([np.asarray(part[figure]) for part in parts]) for figure in parts[0]}
     return rows
@@ -272,8 +274,6 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=[3, 20], help="features")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "certification.json")
     options = parser.parse_args()
-    # XLA's threads can wait for each other for good where many small matrices are factorised at once.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)  # twelve programs: compiling them is most of the time
     begin = time.perf_counter()
