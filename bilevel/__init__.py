@@ -18,6 +18,7 @@ Example:
     <Status.CONVERGED: 0>
 """
 
+from bilevel.certificates import Certificate, CertificateKind, Finding, certify
 from bilevel.compare import MethodComparison, MethodReport, compare_methods
 from bilevel.conditions import (
     KKT,
@@ -58,6 +59,7 @@ from bilevel.linear import (
     Nystrom,
     choose_linear,
 )
+from bilevel.lipschitz import HALF_SQUARED, LOGISTIC, SOFTMAX, Ball, LinearLoss, Lipschitz
 from bilevel.outer import History, Minimum, minimize
 from bilevel.solvers import (
     Anderson,
@@ -75,16 +77,23 @@ from bilevel.verify import Comparison, HypergradientReport, check_hypergradient
 __all__ = [
     "CG",
     "GMRES",
+    "HALF_SQUARED",
     "KKT",
+    "LOGISTIC",
     "LU",
+    "SOFTMAX",
     "Anderson",
+    "Ball",
     "BiCGStab",
+    "Certificate",
+    "CertificateKind",
     "Check",
     "Cholesky",
     "Comparison",
     "Condition",
     "ConditionReport",
     "EvolutionStrategies",
+    "Finding",
     "FiniteDifference",
     "FirstOrder",
     "FixedPoint",
@@ -101,7 +110,9 @@ __all__ = [
     "Jaxopt",
     "LinearChoice",
     "LinearInfo",
+    "LinearLoss",
     "LinearSolver",
+    "Lipschitz",
     "Method",
     "MethodComparison",
     "MethodReport",
@@ -121,6 +132,7 @@ __all__ = [
     "Status",
     "Unrolled",
     "ValuePenalty",
+    "certify",
     "check_condition",
     "check_hypergradient",
     "check_status",

@@ -23,13 +23,16 @@ ALLOWED = {
     "_jaxopt": set(),
     "_projections": {"_jaxopt"},
     "_jaxopt_solvers": {"_jaxopt", "tree", "types"},
-    "certificates": {"conditions", "tree", "types"},
     "oracles": {"conditions", "tree", "types"},
     "tables": set(),
     "examine": {"oracles", "tables", "conditions", "tree", "types"},
     "suspects": {"oracles", "tables", "conditions", "tree", "types"},
     "verify": {"suspects", "oracles", "tables", "conditions", "tree", "types"},
     "compare": {"oracles", "tables", "conditions", "tree", "types"},
+    "lipschitz": {"types"},
+    "spectrum": {"tree", "types"},
+    "error_bounds": {"lipschitz", "spectrum", "conditions", "tree", "types"},
+    "certificates": {"error_bounds", "lipschitz", "conditions", "tree", "types"},
 }
 # The test kit shares no gradient code with the methods it checks; it is handed those, or asks `bilevel` for them by
 # their public names while a case suggests one.

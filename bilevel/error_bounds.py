@@ -1,0 +1,358 @@
+"""The numbers of a certificate: a step of Newton's method on the inner and the adjoint equation, and error bounds.
+
+With the Lagrangian outer − ⟨F, v⟩ all of it is one function: its derivative in w is the adjoint's residual g − Aᵀv,
+its derivative in θ the hypergradient h − Bᵀv. The formulas stand in :mod:`bilevel.certificates`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+import jax.scipy.sparse.linalg
+from jax.flatten_util import ravel_pytree
+
+from bilevel import spectrum, tree
+from bilevel.conditions import Problem, Proximal, theta_itself
+from bilevel.lipschitz import Ball
+from bilevel.spectrum import Spectrum
+from bilevel.types import LinearSolver, MatVec, PyTree
+
+DENSE_LIMIT = 500
+"""Unknowns up to which A is factorised where no linear solver is given: n products and n² memory."""
+ROUNDING = 16.0
+"""Allowance for rounding: F, g − Aᵀv and h − Bᵀv may each be off by 16·eps times the size of their terms."""
+
+
+class System(NamedTuple):
+    """A problem at one θ, as functions of w and v."""
+
+    residual: Callable[[PyTree, PyTree], PyTree]
+    """F(w, θ)."""
+    outer: Callable[[PyTree, PyTree], jax.Array]
+    """outer(w, θ)."""
+    theta: PyTree
+    data: PyTree
+
+    def lagrangian(self, w: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
+        """g − Aᵀv and h − Bᵀv, the derivatives of outer − ⟨F, v⟩ in w and θ."""
+        of_outer = jax.grad(self.outer, (0, 1))(w, self.theta)
+        return tree.subtract(of_outer, jax.vjp(self.residual, w, self.theta)[1](v))
+
+    def jacobian(self, w: PyTree) -> tuple[PyTree, MatVec, MatVec]:
+        """F(w), u ↦ Au and u ↦ Aᵀu."""
+        value, forward = jax.linearize(lambda w: self.residual(w, self.theta), w)
+        pull_back = jax.vjp(lambda w: self.residual(w, self.theta), w)[1]
+        return value, forward, lambda u: pull_back(u)[0]
+
+    def mixed(self, w: PyTree) -> Callable[[PyTree], PyTree]:
+        """u ↦ Bᵀu."""
+        pull_back = jax.vjp(lambda theta: self.residual(w, theta), self.theta)[1]
+        return lambda u: pull_back(u)[0]
+
+
+def system_at(problem: Problem, theta: PyTree, data: PyTree) -> System:
+    """The problem's residual and outer function at θ and data."""
+
+    def outer(w, theta) -> Any:
+        value: Any = problem.outer(w, theta, data)
+        return value[0] if problem.has_aux else value
+
+    return System(lambda w, theta: problem.condition.residual(w, theta, data), outer, theta, data)
+
+
+class LinearAlgebra(NamedTuple):
+    """Solves with A at one w, and the spectrum of A at any."""
+
+    solve: MatVec
+    solve_transposed: MatVec
+    spectrum: Callable[[PyTree], Spectrum]
+    dense: bool
+
+
+def linear_algebra(system: System, w: PyTree, linear: LinearSolver | None) -> LinearAlgebra:
+    """By a factorisation where no solver is given and A is small, else from products alone."""
+    _, forward, transpose = system.jacobian(w)
+    flat, unravel = ravel_pytree(w)
+    if linear is None and flat.size <= DENSE_LIMIT:
+        factors = jax.scipy.linalg.lu_factor(spectrum.matrix(forward, w))
+
+        def solve(b, trans=0):
+            return unravel(jax.scipy.linalg.lu_solve(factors, ravel_pytree(b)[0], trans=trans))
+
+        def dense_spectrum(w):
+            return spectrum.dense_spectrum(spectrum.matrix(system.jacobian(w)[1], w))
+
+        return LinearAlgebra(solve, lambda b: solve(b, trans=1), dense_spectrum, True)
+
+    use = _gmres if linear is None else linear
+
+    def probed_spectrum(w):
+        return spectrum.probed_spectrum(*system.jacobian(w)[1:], w)
+
+    return LinearAlgebra(lambda b: use(forward, b)[0], lambda b: use(transpose, b)[0], probed_spectrum, False)
+
+
+def _gmres(matvec, b):
+    """To the square root of the precision: the correction needs few digits, its remainder is judged apart."""
+    with jax.numpy_dtype_promotion("standard"):  # JAX's GMRES mixes widths in its arithmetic
+        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=_eps(b) ** 0.5, restart=30, maxiter=20)
+
+
+class Step(NamedTuple):
+    """A point (w, v), its residuals, and the step of Newton's method from there."""
+
+    w: PyTree
+    v: PyTree
+    residual: PyTree
+    """r₁ = F(w)."""
+    defect: PyTree
+    """r₂ = g − Aᵀv."""
+    gradient: PyTree
+    """G = h − Bᵀv."""
+    step_w: PyTree
+    """ε₁."""
+    step_v: PyTree
+    """ε_v."""
+    change: PyTree
+    """ΔG."""
+    adjoint_target: PyTree
+    """∂_w[g − Aᵀv]ε₁ − r₂, the right-hand side for ε_v."""
+    unsolved_w: PyTree
+    """r₁ − Aε₁: what the linear solve left over."""
+    unsolved_v: PyTree
+    """The same for ε_v."""
+    product: PyTree
+    """Aw, whose size tells that of F's terms."""
+
+    def target(self) -> tuple[PyTree, PyTree]:
+        """w − ε₁ and v − ε_v."""
+        return tree.subtract(self.w, self.step_w), tree.subtract(self.v, self.step_v)
+
+    def corrected(self) -> PyTree:
+        """G − ΔG."""
+        return tree.subtract(self.gradient, self.change)
+
+
+def newton_step(system: System, algebra: LinearAlgebra, w: PyTree, v: PyTree) -> Step:
+    """The step from (w, v), solved with the A that ``algebra`` holds: elsewhere than there it is a simplified one."""
+    residual, forward, transpose = system.jacobian(w)
+    step_w = algebra.solve(residual)
+    (defect, gradient), (moved_defect, moved_gradient) = jax.jvp(lambda w: system.lagrangian(w, v), (w,), (step_w,))
+    adjoint_target = tree.subtract(moved_defect, defect)
+    step_v = algebra.solve_transposed(adjoint_target)
+    return Step(
+        w=w,
+        v=v,
+        residual=residual,
+        defect=defect,
+        gradient=gradient,
+        step_w=step_w,
+        step_v=step_v,
+        change=tree.subtract(moved_gradient, system.mixed(w)(step_v)),
+        adjoint_target=adjoint_target,
+        unsolved_w=tree.subtract(residual, forward(step_w)),
+        unsolved_v=tree.subtract(adjoint_target, transpose(step_v)),
+        product=forward(w),
+    )
+
+
+class Bounds(NamedTuple):
+    """What is known of the exact solution from one point, as scalars; infinite where nothing is."""
+
+    radius: jax.Array
+    """Of ‖w − w*‖."""
+    gradient: jax.Array
+    """Of ‖(h − Bᵀv) − G*‖."""
+    rounding: jax.Array
+    """The share of it that rounding in the residuals would have at the exact solution."""
+    residual_rounding: jax.Array
+    """Of r₁."""
+    defect_rounding: jax.Array
+    """Of r₂."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Every constant of the bound, as a number or a function of a ball.
+
+    Attributes:
+        known: by name, as in :class:`Lipschitz`, with ``strong_convexity`` where that is known.
+        system: the problem at θ.
+        here: A's spectrum at the inner solution.
+        algebra: where A's spectrum elsewhere comes from.
+        probed: names of those that are no more than probed.
+        disproved: whether the declared strong convexity is.
+    """
+
+    known: dict[str, Any]
+    system: System
+    here: Spectrum
+    algebra: LinearAlgebra
+    probed: tuple[str, ...]
+    disproved: jax.Array
+
+    @property
+    def convex(self) -> bool:
+        return "strong_convexity" in self.known
+
+    @staticmethod
+    def complete(problem: Problem, system: System, algebra: LinearAlgebra, declared: dict, step: Step) -> "Constants":
+        """What is declared, what structure tells, and probes at one point for the rest."""
+        known = _from_structure(problem, system, step.w) | declared
+        probes = _probes(known, system, step, algebra.dense)
+        here = algebra.spectrum(step.w)
+        probed = tuple(probes)
+        if "strong_convexity" in known:
+            least = known["strong_convexity"]
+            least = least(system.theta, system.data) if callable(least) else least
+            known["strong_convexity"] = least = jnp.asarray(least).astype(here.norm.dtype)
+            disproved = ~(here.lowest >= least * (1 - 100 * jnp.finfo(here.norm.dtype).eps)) | ~(least > 0)
+        else:
+            disproved = jnp.bool_(problem.condition.positive_definite) & (here.lowest < 0)
+            if not (algebra.dense and here.norm.dtype == jnp.float64):
+                probed += ("smallest singular value",)
+        return Constants(known | probes, system, here, algebra, probed, disproved)
+
+    def bounds(self, step: Step) -> Bounds:
+        """The bound of the error at one point, from its residuals and what rounding may have done to them."""
+        system, norm = self.system, tree.norm
+        dtype, eps = norm(step.w).dtype, ROUNDING * _eps(step.w, step.gradient)
+        of_w, of_v = norm(step.w), norm(step.v)
+        rounding_1 = eps * (self.here.norm * of_w + norm(tree.subtract(step.residual, step.product)))
+        radius, inverse = self._enclose(step, rounding_1)
+        ball = Ball(step.w, radius, step.v)
+
+        def value(name):
+            constant = self.known[name]
+            return jnp.asarray(constant(ball, system.theta, system.data) if callable(constant) else constant, dtype)
+
+        outer_w, outer_theta, mixed = value("outer_w"), value("outer_theta"), value("mixed")
+        adjoint = value("adjoint") if "adjoint" in self.known else value("jacobian") * of_v
+        if "mixed_norm" in self.known:
+            mixed_norm = value("mixed_norm")
+        else:
+            mixed_norm = _mixed_norm(system, step.w).astype(dtype) + _times(mixed, radius)
+        slope = outer_theta + mixed * of_v
+        rounding_2 = eps * (norm(step.defect) + self.here.norm * of_v + outer_w * of_w)
+        rounding_3 = eps * (norm(step.gradient).astype(dtype) + mixed_norm * of_v + outer_theta * of_w)
+
+        def total(radius, defect):
+            through_v = _times(mixed_norm, inverse * (_times(outer_w + adjoint, radius) + defect))
+            return _times(slope, radius) + through_v + rounding_3
+
+        return Bounds(
+            radius=radius,
+            gradient=total(radius, norm(step.defect) + rounding_2),
+            rounding=total(inverse * rounding_1, rounding_2),
+            residual_rounding=rounding_1,
+            defect_rounding=rounding_2,
+        )
+
+    def _enclose(self, step, rounding):
+        """Bounds of ‖w − w*‖ and of ‖A*⁻¹‖."""
+        residual = tree.norm(step.residual) + rounding
+        if self.convex:
+            mu = self.known["strong_convexity"]
+            return residual / mu, 1 / mu
+        here = self.algebra.spectrum(step.w)
+        inverse = 1 / here.smallest
+        length = tree.norm(step.step_w) + inverse * (tree.norm(step.unsolved_w) + rounding)
+        rho = self.known["jacobian"]
+        if callable(rho):
+            rho = rho(Ball(step.w, 2 * length, step.v), self.system.theta, self.system.data)
+        product = _times(jnp.asarray(rho, length.dtype), inverse * length)
+        root = jnp.sqrt(jnp.maximum(1 - 2 * product, jnp.zeros_like(product)))
+        holds = product <= 0.5
+        nothing = jnp.full_like(product, jnp.inf)
+        return jnp.where(holds, 2 * length / (1 + root), nothing), jnp.where(holds, inverse / root, nothing)
+
+
+def distance(a: PyTree, b: PyTree) -> jax.Array:
+    """‖a − b‖."""
+    return tree.norm(tree.subtract(a, b))
+
+
+def _times(constant, size):
+    """constant · size, where a constant of zero holds whatever the size."""
+    return jnp.where(constant == 0, jnp.zeros_like(size), constant * size)
+
+
+def _eps(*trees):
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
+
+
+def _mixed_norm(system, w):
+    """‖B‖ from the matrix BBᵀ, up to rounding."""
+    pull_back = system.mixed(w)
+    _, push = jax.linearize(lambda theta: system.residual(w, theta), system.theta)
+    gram = spectrum.matrix(lambda u: push(pull_back(u)), w)
+    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[-1], jnp.zeros((), gram.dtype)))
+
+
+def _from_structure(problem, system, w):
+    """The constants that follow from what does not use θ."""
+    theta, data, condition = system.theta, system.data, problem.condition
+    known = {}
+    if not _uses_second(system.outer, w, theta):
+        known["outer_theta"] = 0.0
+    if not _uses_second(system.residual, w, theta):
+        known |= {"mixed": 0.0, "mixed_norm": 0.0}
+    elif isinstance(condition, Proximal):
+        strength = condition.strength if callable(condition.strength) else lambda *_: condition.strength
+        fixed = not _uses_second(lambda w, theta: strength(theta, data), w, theta)
+        if fixed and not _uses_second(lambda w, theta: condition.objective(w, theta, data), w, theta):
+            known["mixed"] = 0.0  # B = −λ ∂center/∂θ, whatever w is
+            if condition.center is theta_itself:
+                strengths = [jnp.max(jnp.asarray(leaf)) for leaf in jax.tree.leaves(strength(theta, data))]
+                known["mixed_norm"] = functools.reduce(jnp.maximum, strengths)
+    return known
+
+
+def _uses_second(function, first, second):
+    """Whether a function's program reads its second argument anywhere; True where in doubt."""
+    jaxpr = jax.make_jaxpr(function)(first, second).jaxpr
+    inputs = jaxpr.invars[len(jax.tree.leaves(first)) :]
+    read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | {id(o) for o in jaxpr.outvars}
+    return any(id(variable) in read for variable in inputs)
+
+
+def _probes(known, system, step, dense):
+    """Derivatives at one point in place of constants that nobody declared: each is a lower bound of its constant."""
+    w, v = step.w, step.v
+
+    def at(function):
+        return spectrum.norm(jax.linearize(function, w)[1], w)
+
+    probes = {}
+    if "outer_w" not in known:
+        probes["outer_w"] = at(lambda w: jax.grad(system.outer)(w, system.theta))
+    if "outer_theta" not in known:
+        probes["outer_theta"] = at(lambda w: jax.grad(system.outer, 1)(w, system.theta))
+    if "jacobian" not in known and "strong_convexity" not in known:
+        probes["jacobian"] = _probe_jacobian(system, w, step.step_w)
+    if "adjoint" not in known and "jacobian" not in known:
+        probes["adjoint"] = at(lambda w: system.jacobian(w)[2](v))
+    if "mixed" not in known:
+        size = tree.norm(v)
+        probes["mixed"] = at(lambda w: system.mixed(w)(v)) / jnp.where(size > 0, size, jnp.ones_like(size))
+    if "mixed_norm" not in known and not dense:
+        probes["mixed_norm"] = spectrum.norm(system.mixed(w), w)
+    return probes
+
+
+def _probe_jacobian(system, w, direction):
+    """‖∂A in the direction of the step‖, for a step of length one."""
+    size = tree.norm(direction)
+    unit = tree.scale(1 / jnp.where(size > 0, size, jnp.ones_like(size)), direction)
+
+    def change(u):
+        def product(w):
+            return jax.jvp(lambda w: system.residual(w, system.theta), (w,), (u,))[1]
+
+        return jax.jvp(product, (w,), (unit,))[1]
+
+    return spectrum.norm(change, w)
