@@ -28,8 +28,8 @@ from types import ModuleType
 import numpy as np
 
 from imaml.datasets.cache import cache_directory, cached
-from imaml.datasets.download import Unreachable, fetch
 from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.datasets.web import Unreachable, fetch
 from imaml.errors import InputError
 from imaml.files import alone_in
 
