@@ -2,11 +2,14 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import archives`: those that faults are tried on
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 

@@ -253,9 +253,7 @@ sys.exit(cli.main(["train", "--out", folder]))
 """
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_a_process_that_is_killed_or_stopped_is_gone_on_with_to_the_bit(number, code, whole, tmp_path, tiny_pixels):
     folder, pixels = tmp_path / "run", tmp_path / "pixels.npy"
     np.save(pixels, tiny_pixels)
