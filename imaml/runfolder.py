@@ -1,13 +1,6 @@
 """The folder of a run, and all that is ever written to it, by the one process that holds it.
 
-| file | what it is |
-|---|---|
-| `checkpoint-NNNNNNNN.npz` | the state after so many meta-steps: the last ones and the best |
-| `metrics.jsonl` | the log |
-| `result.json` | the evaluation at the end |
-| `lock` | who writes here now |
-
-The log is on disk before the checkpoint that it leads to, and cut back to the checkpoint that is gone on from: each
+docs/architecture.md lists what it holds. The log is on disk before the checkpoint that it leads to, and cut back to the checkpoint that is gone on from: each
 meta-step stands in it once.
 """
 

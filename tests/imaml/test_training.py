@@ -9,14 +9,18 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import bilevel as bl
 import imaml
@@ -340,6 +344,33 @@ def test_tasks_that_cannot_be_drawn_are_refused_before_anything_is_written_or_co
     with pytest.raises(InputError, match=message):
         train(tmp_path / "run", other)
     assert not (tmp_path / "run").exists() and len(traces) == traced
+
+
+counts = st.integers(-1, 14)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@example(ways=12, shots=3, queries=3, training_queries=3, tasks=1)  # the most that there is
+@given(ways=counts, shots=counts, queries=counts, training_queries=counts, tasks=st.integers(-1, 3))
+def test_whatever_cannot_be_drawn_is_refused_before_anything_is_compiled(ways, shots, queries, training_queries, tasks):
+    possible = 2 <= ways <= 12 and shots >= 1 and tasks >= 1
+    possible = possible and all(number >= 1 and shots + number <= 6 for number in (queries, training_queries))
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(training, "RunFolder", reached := Mock(side_effect=Reached))
+        patch.setattr(jax, "jit", compiled := Mock())
+        try:
+            outer = replace(PRESET.outer, queries=training_queries, tasks=tasks)
+            train(Path(folder) / "run", replace(PRESET, episode=Episode(ways, shots, queries), outer=outer))
+        except Reached:
+            assert possible
+        except InputError as error:
+            assert not possible and re.search(r"-?\d", str(error))
+        assert reached.called == possible and not compiled.called
+        assert not list(Path(folder).iterdir())
+
+
+class Reached(Exception):
+    """The checks are behind; what follows writes and compiles."""
 
 
 def test_held_out_classes_too_few_are_refused_before_training(tiny_pixels, monkeypatch, tmp_path):
