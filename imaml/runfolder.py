@@ -1,7 +1,7 @@
 """The folder of a run, and all that is ever written to it, by the one process that holds it.
 
-docs/architecture.md lists what it holds. The log is on disk before the checkpoint that it leads to, and cut back to the checkpoint that is gone on from: each
-meta-step stands in it once.
+docs/architecture.md lists the files. The log is on disk before the checkpoint that it leads to, and cut back to the
+checkpoint that is gone on from: each meta-step stands in it once.
 """
 
 import json
