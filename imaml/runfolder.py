@@ -35,12 +35,13 @@ class RunFolder:
     def __init__(self, directory: Path, description: dict, keep: int, seconds: float, on_event: Callable[[str], None]):
         self._directory, self._description, self._keep = directory, description, keep
         self._seconds, self._on_event = seconds, on_event
-        self._open = ExitStack()
 
     def __enter__(self):
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._open.enter_context(alone_in(self._directory))
-        sweep(self._directory)
+        with ExitStack() as opened:
+            opened.enter_context(alone_in(self._directory))
+            sweep(self._directory)
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *exception):

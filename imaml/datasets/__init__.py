@@ -30,12 +30,14 @@ def load(name: str, directory: str | Path | None = None) -> ImageDataset:
             )
         return glyphs.load()
     if name == "omniglot":
-        if directory is None and not omniglot.default_directory().is_dir():
-            raise InputError(
-                "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: fetch them "
-                "with 'imaml data omniglot', or name the folder that holds them with --data DIR"
-            )
-        return omniglot.load(directory or omniglot.default_directory())
+        if directory is None:
+            directory = omniglot.default_directory()
+            if not directory.is_dir():
+                raise InputError(
+                    "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: "
+                    "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
+                )
+        return omniglot.load(directory)
     raise _unknown(name)
 
 
