@@ -53,13 +53,15 @@ class RunFolder:
         Raises:
             InputError: where the folder holds a run with other settings or data, or nothing but damaged checkpoints.
         """
-        found = checkpoints.newest(self._directory, self._set_aside)
-        if found is not None:
-            self._compare(found)
-        self._saved_step = found.step if found else 0
-        self._saved_at = time.monotonic()
+        damaged = []
+        found = checkpoints.newest(self._directory, lambda path, message: damaged.append((path, message)))
+        state, self._saved_step = (self._restored(found, initial), found.step) if found else (initial, 0)
+        for path, message in damaged:  # nothing was touched before it was clear that this run goes on here
+            self._on_event(f"{message}; it is set aside, the one before is taken")
+            checkpoints.set_aside(path)
         self._log = self._open.enter_context(LogWriter(self._directory, self._saved_step))
-        return found.restore(initial) if found else initial
+        self._saved_at = time.monotonic()
+        return state
 
     def record(self, progress: Progress, state: Any) -> None:
         """Log a meta-step, and save the state that it led to if it is time for it."""
@@ -81,11 +83,8 @@ class RunFolder:
         record = json.dumps(self._description | result, indent=2) + "\n"
         write_whole(self._directory / RESULT, lambda stream: stream.write(record.encode()))
 
-    def _set_aside(self, path, message):
-        self._on_event(f"{message}; it is set aside, the one before is taken")
-        checkpoints.set_aside(path)
-
-    def _compare(self, found: Checkpoint):
+    def _restored(self, found: Checkpoint, initial):
+        """The checkpoint's state, once it is found to be of this very run."""
         saved, wanted = found.description, self._description
         if differences := _differences(saved["config"], wanted["config"]):
             raise InputError(
@@ -96,6 +95,7 @@ class RunFolder:
             raise InputError(f"{self._directory} holds a run on other data than this: use another --out, or delete it")
         if differences := _differences(saved["versions"], wanted["versions"]):
             self._on_event(f"going on with other versions, so bits may differ ({'; '.join(differences)})")
+        return found.restore(initial)
 
 
 def _differences(saved, wanted, prefix=""):

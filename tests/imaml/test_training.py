@@ -493,6 +493,15 @@ def test_a_damaged_checkpoint_is_told_and_set_aside_and_the_run_ends_with_the_sa
     assert_same_run(tmp_path, whole)
 
 
+def test_a_run_that_is_refused_is_left_as_it_is(tmp_path):
+    train(tmp_path, checkpoint_seconds=0.0)
+    (tmp_path / f"checkpoint-{STEPS:08}.npz").write_bytes(b"")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"strength: 0\.1 → 0\.7"):
+        train(tmp_path, replace(PRESET, strength=0.7))
+    assert contents(tmp_path) == before
+
+
 def test_an_evaluation_says_that_it_takes_the_checkpoint_before_a_damaged_one(tmp_path):
     train(tmp_path, checkpoint_seconds=0.0)
     (tmp_path / f"checkpoint-{STEPS:08}.npz").write_bytes(b"")
