@@ -1,8 +1,13 @@
-"""The state of a run on disk: one file, written whole or not at all, that knows what it belongs to."""
+"""The state of a run on disk: files written whole or not at all, each of which knows what it belongs to.
+
+A run's folder holds its last checkpoints and the best one. Best is by the loss that :func:`save` is told, which in
+training is the mean query loss on *training* classes: held-out classes never choose anything.
+"""
 
 import json
-import os
-import tempfile
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,85 +15,172 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imaml import arrays
 from imaml.errors import InputError
 
-FILE = "checkpoint.npz"
-FORMAT = 1
+FORMAT = 2
+KEEP = 2
+_NAME = re.compile(r"checkpoint-(\d+)\.npz", re.ASCII)
 
 
-def save(directory: Path, state: Any, description: dict) -> None:
-    """Write ``state`` (any pytree of arrays) and a JSON-able ``description`` of its run.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole.
 
-    The file is complete under another name before it takes its place, and the folder is flushed: after a
-    crash there is the old checkpoint or the new one.
+    Attributes:
+        path: its file.
+        description: what :func:`save` was given, and ``step``, ``loss``, ``leaves`` (path, type and shape of each).
+        leaves: the arrays of the state, in order.
+    """
+
+    path: Path
+    description: dict
+    leaves: list[np.ndarray]
+
+    @property
+    def step(self) -> int:
+        """Meta-steps done."""
+        return self.description["step"]
+
+    @property
+    def loss(self) -> float:
+        """What the best one has the least of."""
+        return self.description["loss"]
+
+    def restore(self, like: Any) -> Any:
+        """The state, in the structure of ``like``, to the bit.
+
+        Raises:
+            InputError: for a state whose leaves have other names, types or shapes.
+        """
+        wanted = _leaves(like)
+        if self.description["leaves"] != wanted:
+            pairs = zip(self.description["leaves"], wanted, strict=False)
+            here = next((f"{_shown(old)} → {_shown(new)}" for old, new in pairs if old != new), "their number")
+            raise InputError(f"{self.path} holds a state of another shape than this preset's ({here})")
+        like_leaves, structure = jax.tree.flatten(like)
+        return jax.tree.unflatten(structure, map(_unpacked, self.leaves, like_leaves))
+
+
+def save(
+    directory: Path, step: int, state: Any, description: dict, loss: float = float("inf"), keep: int = KEEP
+) -> None:
+    """Write ``state``, any pytree of arrays and random keys, and what it belongs to; then let go of older ones.
+
+    Args:
+        directory: the run's folder.
+        step: meta-steps done, which the file is named by.
+        state: floats of any kind, bfloat16 among them, integers, booleans, typed keys.
+        description: any JSON-able facts of its run.
+        loss: by which the best is known.
+        keep: the last so many stay, and the best one besides.
 
     Raises:
-        OSError: where the folder cannot be written; the old checkpoint stands.
+        OSError: where the folder cannot be written; the old checkpoints stand.
     """
-    arrays: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    arrays["description"] = np.array(json.dumps({"format": FORMAT} | description))
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=FILE, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, directory / FILE)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _flush(directory)
+    facts = {"format": FORMAT, "step": step, "loss": loss, "leaves": _leaves(state)} | description
+    contents = {f"leaf{i}": _packed(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    arrays.write(directory / f"checkpoint-{step:08}.npz", {"description": np.array(json.dumps(facts)), **contents})
+    _let_go(directory, keep)
 
 
-def load(directory: Path, like: Any) -> tuple[Any, dict]:
-    """The state, in the structure, shapes and dtypes of ``like``, and its description.
+def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda path, message: None) -> Checkpoint | None:
+    """The last checkpoint that is whole; None in a folder without any.
+
+    Args:
+        directory: a run's folder.
+        on_damaged: told of each later one that is not whole, and of what is wrong with it, if this one is.
 
     Raises:
-        InputError: for a damaged file, or a state of another structure.
+        InputError: where there are some and all are damaged, or one is of another version.
+        OSError: where one cannot be read.
     """
-    arrays, description = _read(directory / FILE)
-    leaves, structure = jax.tree.flatten(like)
-    saved = [arrays.get(f"leaf{i}") for i in range(len(arrays))]
-    wanted = [np.asarray(leaf) for leaf in leaves]
-    if [_kind(a) for a in saved] != [_kind(a) for a in wanted]:
-        raise InputError(f"{directory / FILE} holds a state of another shape than this preset's: use another --out")
-    restored = [jnp.asarray(array) for array in saved]
-    return jax.tree.unflatten(structure, restored), description
+    damaged = {}
+    for _, path in reversed(_files(directory)):
+        try:
+            whole = _read(path)
+        except arrays.DamagedFile as error:
+            damaged[path] = f"{path} is damaged ({error})"
+            continue
+        except FileNotFoundError:  # who reads holds no lock: the run has gone on, and this one has gone
+            return newest(directory, on_damaged)
+        for later, message in damaged.items():
+            on_damaged(later, message)
+        return whole
+    if damaged:
+        raise InputError(f"{directory} holds no whole checkpoint: {'; '.join(damaged.values())}; use another folder")
+    return None
 
 
-def describe(directory: Path) -> dict | None:
-    """The description of the checkpoint in ``directory``; None where there is none.
+def best(directory: Path) -> Checkpoint | None:
+    """The whole checkpoint of the least loss, the later one of equals; None in a folder without any."""
+    whole = []
+    for _, path in _files(directory):
+        try:
+            whole.append(_read(path))
+        except (arrays.DamagedFile, FileNotFoundError):
+            continue
+    return min(whole, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step), default=None)
 
-    Raises:
-        InputError: for a damaged file.
-    """
-    path = directory / FILE
-    return _read(path)[1] if path.exists() else None
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it counts as none and is not lost."""
+    path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def _files(directory):
+    """The checkpoints of a folder with their steps, the oldest first."""
+    names = directory.iterdir() if directory.is_dir() else ()
+    return sorted((int(match[1]), path) for path in names if (match := _NAME.fullmatch(path.name)))
 
 
 def _read(path):
+    contents = arrays.read(path)
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        description = json.loads(str(arrays.pop("description")))
-        if description["format"] != FORMAT:
-            raise ValueError("another format")
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}: train first, or name the folder of a run") from None
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise InputError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or was written by another version ({error})"
-        ) from error
-    return arrays, description
+        description = json.loads(str(contents.pop("description")))
+        version = description["format"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise arrays.DamagedFile(f"it does not describe itself ({error})") from error
+    if version != FORMAT:
+        raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
+    return Checkpoint(path, description, [contents[f"leaf{i}"] for i in range(len(contents))])
 
 
-def _flush(directory):
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _let_go(directory, keep):
+    """Remove all but the last ``keep`` and the best one that is whole; called when the last is on disk."""
+    spared = best(directory)
+    for _, path in _files(directory)[:-keep]:
+        if spared is not None and path != spared.path:
+            path.unlink(missing_ok=True)
 
 
-def _kind(array):
-    return None if array is None else (array.shape, array.dtype)
+def _leaves(state):
+    """Path, type and shape of each leaf, as JSON gives them back."""
+    named = jax.tree_util.tree_leaves_with_path(state)
+    return [
+        [jax.tree_util.keystr(path, simple=True, separator="/"), str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in named
+    ]
+
+
+def _packed(leaf):
+    """The leaf as an array of a type that numpy's files know: keys as their data, bfloat16 as its bits."""
+    if _is_key(leaf):
+        return np.asarray(jax.random.key_data(leaf))
+    array = np.asarray(leaf)
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.itemsize}")
+
+
+def _unpacked(array, like):
+    if _is_key(like):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+    return jnp.asarray(array.view(like.dtype))
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shown(leaf):
+    path, dtype, shape = leaf
+    return f"{path} {dtype}{shape}"

@@ -1,4 +1,4 @@
-"""The command line: ``imaml train``, ``imaml evaluate``, ``imaml presets``, ``imaml verify``.
+"""The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify`` and ``data``.
 
 What is wrong with what was typed, or with the files that it names, is said in one sentence with exit code 2,
 before anything is written. This module only parses and prints.
@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 from imaml.errors import InputError
+from imaml.interruption import exit_on_sigterm
+from imaml.versions import versions
 
 USAGE_ERROR = 2
 EPILOG = "Every setting of a preset can be changed: --strength 0.5 --inner.steps 32; 'imaml presets NAME' lists them."
 
 
-TRAIN_OPTIONS = ("--data", "--out", "--meta-steps", "--help")
+TRAIN_OPTIONS = ("--data", "--out", "--meta-steps", "--keep-checkpoints", "--help")
 """Those of ``imaml train`` beside the settings of its preset."""
 
 
@@ -30,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         words, overrides = _split(words) if command == "train" else (words, [])
         options = _parser().parse_args(words)
-        return options.run(options, overrides)
+        with exit_on_sigterm():
+            return options.run(options, overrides)
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
     except OSError as error:
@@ -51,6 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     parser = _Parser(prog="imaml", description="Few-shot learning with implicit MAML.")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a preset, or resume", epilog=EPILOG, allow_abbrev=False)
@@ -58,6 +62,9 @@ def _parser():
     train.add_argument("--data", metavar="DIR", help="the folder of the dataset's archives, where it is not embedded")
     train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
+    train.add_argument(
+        "--keep-checkpoints", metavar="K", type=int, default=2, help="the last K stay, and the best (default: 2)"
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run on held-out classes", allow_abbrev=False)
@@ -65,6 +72,9 @@ def _parser():
     evaluate.add_argument("--data", metavar="DIR", help="as for train")
     evaluate.add_argument(
         "--tasks", metavar="N", type=int, default=600, help="held-out tasks (default: the paper's 600)"
+    )
+    evaluate.add_argument(
+        "--best", action="store_true", help="the checkpoint of least loss on training classes, not the last one"
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -76,7 +86,18 @@ def _parser():
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
     presets.add_argument("preset", nargs="?", metavar="NAME")
     presets.set_defaults(run=_presets)
+
+    data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
+    data.add_argument("dataset", metavar="NAME", help="omniglot")
+    data.add_argument("--dir", metavar="DIR", type=Path, help="where to put them; default: where train looks for them")
+    data.add_argument("--url", metavar="URL", help="a mirror: the address of the folder that holds them")
+    data.set_defaults(run=_data)
     return parser
+
+
+def _version():
+    found = versions()
+    return f"imaml {found.pop('imaml')} ({', '.join(f'{name} {number}' for name, number in found.items())})"
 
 
 def _split(words):
@@ -130,7 +151,10 @@ def _train(options, overrides):
     reporter = Reporter()
     print(f"{chosen.name}: implicit MAML on {chosen.dataset}, in {directory}", flush=True)
     try:
-        run = train(chosen, directory, options.data, on_event=reporter.event, on_progress=reporter.step)
+        run = train(
+            chosen, directory, options.data, on_event=reporter.event, on_progress=reporter.step,
+            keep_checkpoints=options.keep_checkpoints,
+        )  # fmt: skip
     finally:
         reporter.finish()
     picture = learning_curve(directory, chosen.episode.ways)
@@ -146,7 +170,8 @@ def _evaluate(options, _):
     _start_jax()
     from imaml.evaluation import evaluate
 
-    print(evaluate(options.run_directory, tasks=options.tasks, data=options.data))
+    run = options.run_directory
+    print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print))
     return 0
 
 
@@ -176,4 +201,18 @@ def _presets(options, _):
     print("\nwhere it departs from the citation")
     for sentence in chosen.deviations():
         print(f"  - {sentence}")
+    return 0
+
+
+def _data(options, _):
+    from imaml.datasets import download
+    from imaml.progress import Reporter
+
+    reporter = Reporter()
+    try:
+        folder = download(options.dataset, options.dir, options.url, reporter.event, reporter.transfer)
+    finally:
+        reporter.finish()
+    named = "" if options.dir is None else f" --data {folder}"
+    print(f"{options.dataset} is whole in {folder}; train on it: imaml train omniglot-5way-1shot-gd{named}")
     return 0

@@ -1,5 +1,6 @@
 """The paper's protocol: accuracy over many held-out tasks, with the interval of their mean."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,6 @@ from imaml.presets import Preset, restore
 
 if TYPE_CHECKING:
     from imaml.training import Run
-
-EVALUATION_STREAM = 1
-"""Folded into the seed: evaluation tasks are never those of training, and the same at every evaluation."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,12 @@ class Evaluation:
 
 
 def evaluate(
-    run: "str | Path | Run | dict", preset: Preset | None = None, tasks: int = 600, data: str | Path | None = None
+    run: "str | Path | Run | dict",
+    preset: Preset | None = None,
+    tasks: int = 600,
+    data: str | Path | None = None,
+    best: bool = False,
+    on_event: Callable[[str], None] = warnings.warn,
 ) -> Evaluation:
     """Accuracy on the held-out classes, by the protocol of the paper: 600 tasks, as many queries as shots.
 
@@ -58,6 +61,8 @@ def evaluate(
         preset: the settings; needed with θ, and otherwise the run's own by default.
         tasks: how many.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
+        best: of a folder, the whole checkpoint with the least loss on training classes instead of the last one.
+        on_event: told where the last checkpoint is damaged and the one before is taken.
 
     Raises:
         InputError: for a folder without a whole checkpoint, data that cannot be used or are not those the run
@@ -66,7 +71,7 @@ def evaluate(
     theta: Any = run
     fingerprint = None
     if isinstance(run, str | Path):
-        preset, theta, fingerprint = _restore(Path(run), preset)
+        preset, theta, fingerprint = _restore(Path(run), preset, best, on_event)
     elif not isinstance(run, dict):
         preset, theta = preset or run.preset, run.theta
     if preset is None:
@@ -80,14 +85,18 @@ def evaluate(
     return evaluate_classes(theta, preset, dataset.test, tasks)
 
 
-def _restore(directory, preset):
-    """The preset and θ of the checkpoint in a folder, and the fingerprint of the data it was trained on."""
-    description = checkpoints.describe(directory)
-    if description is None:
-        raise InputError(f"there is no run in {directory}: it holds no {checkpoints.FILE}")
+def _restore(directory, preset, best, on_event):
+    """The preset and θ of a checkpoint in a folder, and the fingerprint of the data it was trained on."""
+    if best:
+        found = checkpoints.best(directory)
+    else:
+        found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; the one before is taken"))
+    if found is None:
+        raise InputError(f"there is no run in {directory}: it holds no whole checkpoint")
+    description = found.description
     preset = preset or restore(description["preset"], description["config"])
     fingerprint = description["data"] if preset.dataset == description["config"]["dataset"] else None
-    return preset, checkpoints.load(directory, initial_state(preset))[0].theta, fingerprint
+    return preset, found.restore(initial_state(preset)).theta, fingerprint
 
 
 def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: int) -> Evaluation:
@@ -99,9 +108,9 @@ def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: 
     preset.episode.check(classes, preset.dataset)
     if tasks < 2:
         raise InputError(f"an interval needs at least 2 tasks, got {tasks}")
-    stream = jax.random.fold_in(jax.random.key(preset.seed), EVALUATION_STREAM)
     spread = over_tasks(task_accuracies(preset), devices_for(tasks), SPREAD)
-    accuracies = np.asarray(jax.jit(spread)((theta, jnp.asarray(classes.pixels)), jax.random.split(stream, tasks)))
+    keys = jax.random.split(preset.keys.test, tasks)
+    accuracies = np.asarray(jax.jit(spread)((theta, jnp.asarray(classes.pixels)), keys))
     interval = 1.96 * accuracies.std(ddof=1) / np.sqrt(tasks)
     return Evaluation(float(accuracies.mean()), float(interval), 1 / preset.episode.ways, tasks)
 

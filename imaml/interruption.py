@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,23 +27,44 @@ def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[S
         on_request: called when the first one comes.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield request
-        return
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in watched}
+    before = _handlers(signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
         request.received = signal.Signals(number)
-        for watched_number, handler in before.items():
-            signal.signal(watched_number, handler)
+        for watched, handler in before.items():
+            signal.signal(watched, handler)
         with contextlib.suppress(RuntimeError):  # what prints may not, where the signal came amid another print
             on_request()
 
-    for number in watched:
-        signal.signal(number, note)
-    try:
+    with _handled_by(note, before):
         yield request
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM unwinds the stack as SIGINT does, so that nothing half-written is left; exit code 143."""
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    with _handled_by(leave, _handlers(signal.SIGTERM)):
+        yield
+
+
+def _handlers(*numbers):
+    return {number: signal.getsignal(number) for number in numbers}
+
+
+@contextmanager
+def _handled_by(handler, before):
+    """While inside, ``handler`` stands in for those of ``before``."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

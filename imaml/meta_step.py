@@ -12,9 +12,6 @@ from imaml.algorithms import MetaGradient, meta_gradient
 from imaml.devices import AXIS, SHARED, SPREAD, devices_for, over_tasks
 from imaml.presets import Outer, Preset
 
-TRAINING_STREAM = 0
-"""Folded into the seed; evaluation has another."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -24,11 +21,13 @@ class TrainState:
     Attributes:
         theta: the parameters that are learned.
         optimizer: the state of Adam.
-        step: meta-steps done, an int32 scalar; with the seed it decides the tasks of the next one.
+        key: of the training tasks, a typed key that stays the same.
+        step: meta-steps done, an int32 scalar; with the key it decides the tasks of the next one.
     """
 
     theta: dict
     optimizer: Any
+    key: jax.Array
     step: jax.Array
 
 
@@ -47,8 +46,8 @@ def optimizer(outer: Outer) -> optax.GradientTransformation:
 
 def initial_state(preset: Preset) -> TrainState:
     """θ drawn by the seed, and an optimiser that has seen nothing."""
-    theta = preset.network.build(preset.episode.ways).init(jax.random.key(preset.seed))
-    return TrainState(theta, optimizer(preset.outer).init(theta), jnp.int32(0))
+    theta = preset.network.build(preset.episode.ways).init(preset.keys.init)
+    return TrainState(theta, optimizer(preset.outer).init(theta), preset.keys.train, jnp.int32(0))
 
 
 def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainState, MetaGradient]]:
@@ -69,8 +68,7 @@ def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainSt
     spread = over_tasks(on_each_device, devices_for(outer.tasks), _LAYOUT)
 
     def step(state, pixels):
-        stream = jax.random.fold_in(jax.random.key(preset.seed), TRAINING_STREAM)
-        keys = jax.random.split(jax.random.fold_in(stream, state.step), outer.tasks)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), outer.tasks)
         report = spread((state.theta, pixels), keys)
         updates, memory = optimizer(outer).update(report.gradient, state.optimizer, state.theta)
         theta = optax.apply_updates(state.theta, updates)
@@ -78,6 +76,6 @@ def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainSt
         theta, memory = jax.tree.map(
             lambda new, old: jnp.where(usable, new, old), (theta, memory), (state.theta, state.optimizer)
         )
-        return TrainState(theta, memory, state.step + 1), report
+        return TrainState(theta, memory, state.key, state.step + 1), report
 
     return step

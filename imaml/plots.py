@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from imaml import runlog
+from imaml.files import write_whole
 from imaml.runlog import Progress
 
 PICTURE = "learning_curve.png"
@@ -37,9 +38,7 @@ def learning_curve(directory: Path, ways: int) -> Path:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     path = directory / PICTURE
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
     return path
 
 

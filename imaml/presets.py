@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -84,6 +84,20 @@ class Outer:
         _check(0 <= self.final_fraction <= 1, f"outer.final_fraction must lie in [0, 1], got {self.final_fraction}")
 
 
+class Keys(NamedTuple):
+    """The three independent streams of random numbers of a run.
+
+    Attributes:
+        init: of the first parameters.
+        train: of the training tasks; with the number of a meta-step it decides that step's tasks.
+        test: of the evaluation tasks, which are the same at every evaluation.
+    """
+
+    init: jax.Array
+    train: jax.Array
+    test: jax.Array
+
+
 @dataclass(frozen=True)
 class Preset:
     """Everything that decides the numbers of a run.
@@ -139,6 +153,11 @@ class Preset:
             method=bl.Implicit(self.linear),
             strength=self.strength,
         )
+
+    @property
+    def keys(self) -> Keys:
+        """All randomness of a run, split from the seed here and nowhere else."""
+        return Keys(*jax.random.split(jax.random.key(self.seed), 3))
 
     def deviations(self) -> tuple[str, ...]:
         """Where the preset of this name departs from its citation, a sentence each.

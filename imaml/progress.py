@@ -14,12 +14,13 @@ MEMORY = 0.95
 
 
 class Reporter:
-    """Shows events and meta-steps on ``stream``."""
+    """Shows events, meta-steps and transfers on ``stream``."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
         self._bar = self._stream.isatty()
         self._shown = float("-inf")
+        self._unfinished = False
         self._first: Progress | None = None
         self._loss = self._accuracy = 0.0
 
@@ -39,10 +40,18 @@ class Reporter:
             self._shown = now
             self._show(progress)
 
+    def transfer(self, done: int, total: int | None) -> None:
+        """Bytes that are there; only a terminal is shown them, and the last ones always."""
+        now = time.monotonic()
+        if self._bar and (done == total or now - self._shown >= BAR_SECONDS):
+            self._shown = now
+            self._renew(f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else ""))
+
     def finish(self) -> None:
         """Leave the bar as it is and go to a new line."""
-        if self._bar and self._first is not None:
+        if self._unfinished:
             print(file=self._stream, flush=True)
+        self._unfinished = False
         self._first = None
 
     def _show(self, progress):
@@ -54,7 +63,11 @@ class Reporter:
         width = min(30, shutil.get_terminal_size().columns - len(text) - 4)
         filled = round(width * progress.step / progress.steps)
         bar = f"[{'━' * filled}{' ' * (width - filled)}] " if width > 4 else ""
-        print(f"\r{bar}{text}\x1b[K", end="", file=self._stream, flush=True)
+        self._renew(f"{bar}{text}")
+
+    def _renew(self, line):
+        print(f"\r{line}\x1b[K", end="", file=self._stream, flush=True)
+        self._unfinished = True
 
 
 def _time_left(first, progress):

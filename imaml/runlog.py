@@ -1,10 +1,16 @@
 """The log of a run: one JSON line for each meta-step, which plots and tables are made from."""
 
 import json
+import os
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from imaml.files import write_whole
+
 FILE = "metrics.jsonl"
+RECENT = 100
+"""Meta-steps whose mean loss is called the recent one."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,24 @@ class LogWriter:
     def __init__(self, directory: Path, step: int):
         path = directory / FILE
         kept = [entry for entry in read(directory) if entry.step <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(entry) for entry in kept))
-        temporary.replace(path)
+        write_whole(path, lambda stream: stream.write("".join(map(_line, kept)).encode()))
+        self._losses = deque((entry.loss for entry in kept), maxlen=RECENT)
         self._stream = path.open("a", buffering=1)
 
     def write(self, progress: Progress) -> None:
         """Append one line."""
         self._stream.write(_line(progress))
+        self._losses.append(progress.loss)
+
+    def sync(self) -> None:
+        """All lines are on disk when this returns."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean loss of the last ``RECENT`` steps; infinite before so many are done, when it is mostly noise."""
+        return sum(self._losses) / RECENT if len(self._losses) == RECENT else float("inf")
 
     def __enter__(self):
         return self

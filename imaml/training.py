@@ -4,7 +4,6 @@ The loop asks for the numbers of a step only when the next one is under way, so 
 nothing.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ import jax
 import numpy as np
 
 import bilevel as bl
-from imaml import checkpoints, datasets
+from imaml import datasets
 from imaml.algorithms import MetaGradient
+from imaml.checkpoints import KEEP
 from imaml.datasets.images import ImageDataset
 from imaml.devices import devices_for, on_all
 from imaml.errors import InputError
@@ -25,9 +25,9 @@ from imaml.evaluation import Evaluation, evaluate_classes
 from imaml.interruption import stop_on_signals
 from imaml.meta_step import TrainState, initial_state, meta_step
 from imaml.presets import Preset
-from imaml.runlog import LogWriter, Progress
-
-RESULT = "result.json"
+from imaml.runfolder import RunFolder
+from imaml.runlog import Progress
+from imaml.versions import versions
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
     """A run that has come to an end or was stopped.
 
     Attributes:
-        directory: its folder: the checkpoint, ``metrics.jsonl``, ``result.json``.
+        directory: its folder: checkpoints, ``metrics.jsonl``, ``result.json``.
         preset: its settings.
         theta: the learned parameters.
         step: meta-steps done.
@@ -62,9 +62,11 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
+    keep_checkpoints: int = KEEP,
 ) -> Run:
-    """Train, or go on from the checkpoint in ``directory``; at the end evaluate on held-out classes.
+    """Train, or go on from the last whole checkpoint in ``directory``; at the end evaluate on held-out classes.
 
+    A run that was stopped or killed and gone on with gives the same bits as one that was not, on the same machine.
     SIGINT and SIGTERM end the step, save, and return an unfinished :class:`Run`.
 
     Args:
@@ -75,40 +77,43 @@ def train(
         on_progress: called after every meta-step.
         evaluation_tasks: held-out tasks at the end.
         checkpoint_seconds: save no more often than this.
+        keep_checkpoints: how many of the last checkpoints stay; the best one, by its mean query loss over the last
+            meta-steps on training classes, stays besides.
 
     Raises:
-        InputError: for data or settings that cannot be used, or training that diverged.
-        OSError: for a folder that cannot be written.
+        InputError: for data or settings that cannot be used, a folder that another process is training in, or
+            training that diverged.
+        OSError: for a disk that is full or a folder that cannot be written; the last checkpoint stands.
     """
     directory = Path(directory)
+    if keep_checkpoints < 1:
+        raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
     on_event(f"reading {preset.dataset}")
     dataset = datasets.load(preset.dataset, data)
     check(preset, dataset)
-    description = {"preset": preset.name, "config": preset.config(), "data": dataset.fingerprint()}
-    start = state = _resume(directory, initial_state(preset), description)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-        stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop,
-        LogWriter(directory, int(start.step)) as log,
-    ):
-        started = saved = time.monotonic()
-        for state, report in _steps(preset, start, dataset.train.pixels, on_event):
-            now = time.monotonic()
-            progress = _progress(preset, state, report, now - started)
-            log.write(progress)
-            on_progress(progress)
-            if now - saved > checkpoint_seconds:
-                checkpoints.save(directory, state, description)
-                saved = now
-            if stop:
-                break
-        checkpoints.save(directory, state, description)
-    finished = int(state.step) == preset.outer.steps
+    description = {
+        "preset": preset.name,
+        "config": preset.config(),
+        "data": dataset.fingerprint(),
+        "versions": versions() | {"devices": f"{devices_for(preset.outer.tasks)} {jax.default_backend()}"},
+    }
     evaluation = None
-    if finished and not stop:
-        on_event(f"evaluating on {evaluation_tasks} tasks of held-out classes")
-        evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
-        _write_result(directory, description | {"evaluation": asdict(evaluation)})
+    with RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event) as folder:
+        start = state = folder.resume(initial_state(preset))
+        with stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop:
+            started = time.monotonic()
+            for state, report in _steps(preset, start, dataset.train.pixels, on_event):
+                progress = _progress(preset, state, report, time.monotonic() - started)
+                folder.record(progress, state)
+                on_progress(progress)
+                if stop:
+                    break
+            folder.save(int(state.step), state)
+        finished = int(state.step) == preset.outer.steps
+        if finished and not stop:
+            on_event(f"evaluating on {evaluation_tasks} tasks of held-out classes")
+            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
+            folder.finish({"evaluation": asdict(evaluation)})
     return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
 
 
@@ -116,32 +121,6 @@ def check(preset: Preset, dataset: ImageDataset) -> None:
     """Raise InputError where the dataset cannot fill the preset's tasks, in training or in evaluation."""
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     preset.episode.check(dataset.test, f"{dataset.name}'s test set")
-
-
-def _resume(directory, initial, description):
-    """The state to go on from: the checkpoint's if there is one and it is of this very run."""
-    found = checkpoints.describe(directory)
-    if found is None:
-        return initial
-    differences = _differences(found["config"], description["config"])
-    if differences:
-        raise InputError(
-            f"{directory} holds a run with other settings ({'; '.join(differences)}): use another --out, or delete it"
-        )
-    if found["data"] != description["data"]:
-        raise InputError(f"{directory} holds a run on other data than this: use another --out, or delete it")
-    return checkpoints.load(directory, initial)[0]
-
-
-def _differences(saved, wanted, prefix=""):
-    found = []
-    for name in sorted(set(saved) | set(wanted)):
-        old, new = saved.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name}: there {old}, here {new}")
-    return found
 
 
 def _steps(preset, state, pixels, on_event) -> Iterator[tuple[TrainState, MetaGradient]]:
@@ -183,9 +162,3 @@ def _progress(preset, state, report, seconds):
 def _median(values):
     finite = np.asarray(values)[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else float("inf")
-
-
-def _write_result(directory, record):
-    temporary = directory / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(directory / RESULT)

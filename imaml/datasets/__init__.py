@@ -1,12 +1,15 @@
 """Few-shot datasets: classes of small images, split into training and held-out classes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from imaml.datasets import glyphs, omniglot
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.errors import InputError
 
-__all__ = ["ImageClasses", "ImageDataset", "load"]
+__all__ = ["ImageClasses", "ImageDataset", "download", "load"]
+
+NAMES = ("glyphs", "omniglot")
 
 
 def load(name: str, directory: str | Path | None = None) -> ImageDataset:
@@ -14,7 +17,7 @@ def load(name: str, directory: str | Path | None = None) -> ImageDataset:
 
     Args:
         name: ``"glyphs"``, embedded, or ``"omniglot"``.
-        directory: the folder of Omniglot's two official archives.
+        directory: the folder of Omniglot's two official archives; by default where :func:`download` put them.
 
     Raises:
         InputError: for an unknown name, a folder where none is needed or none where one is, or archives
@@ -28,9 +31,36 @@ def load(name: str, directory: str | Path | None = None) -> ImageDataset:
         return glyphs.load()
     if name == "omniglot":
         if directory is None:
-            raise InputError(
-                "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: "
-                "name the folder that holds them with --data DIR"
-            )
+            directory = omniglot.default_directory()
+            if not directory.is_dir():
+                raise InputError(
+                    "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: "
+                    "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
+                )
         return omniglot.load(directory)
-    raise InputError(f"there is no dataset {name!r}: known are glyphs and omniglot")
+    raise _unknown(name)
+
+
+def download(
+    name: str,
+    directory: str | Path | None = None,
+    url: str | None = None,
+    on_event: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Path:
+    """Fetch and check the official files of a dataset that is not embedded; see :func:`.omniglot.download`.
+
+    Returns:
+        The folder that holds them: ``directory``, or the one where :func:`load` looks for them by default.
+    """
+    if name == "glyphs":
+        raise InputError("glyphs are embedded: there is nothing to fetch")
+    if name != "omniglot":
+        raise _unknown(name)
+    folder = Path(directory) if directory is not None else omniglot.default_directory()
+    omniglot.download(folder, url or omniglot.URL, on_event, on_progress)
+    return folder
+
+
+def _unknown(name):
+    return InputError(f"there is no dataset {name!r}: known are {' and '.join(NAMES)}")

@@ -19,7 +19,7 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,11 @@ from types import ModuleType
 
 import numpy as np
 
-from imaml.datasets.cache import cached
+from imaml.datasets.cache import cache_directory, cached
 from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.datasets.web import Unreachable, fetch
 from imaml.errors import InputError
+from imaml.files import alone_in
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ ARCHIVES = (
     _Archive("images_background", 964, "0a1bc63751a4c84e73a57aad0374cf4172faaa4f18b108869426de584d4b41b5"),
     _Archive("images_evaluation", 659, "66a879024f66d84f509bc18fe9e03e4c1aa4778443eda76bc13131ebda5561ee"),
 )
+URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"  # the official place of both
 DRAWINGS = 20  # of every character
 DRAWN_SIZE, SIZE = 105, 28  # pixels, as drawn and as used in few-shot learning
 TRAIN_CHARACTERS = 1200  # and 423 for test: the counts of MAML and iMAML
@@ -64,6 +67,7 @@ _MOST_ARCHIVE_BYTES = 32 * 1024 * 1024  # official: under 10 MB
 
 _DRAWING = re.compile(r"[^/]+/[^/]+/character\d\d/\d{4}_\d\d\.png", re.ASCII)
 _LITTER = re.compile(r"(.*/)?(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.DOTALL)
+_Where = Path | str  # of an archive: its path, or the address that it is fetched from
 _UNIT = 2**22  # of Pillow's fixed point for 8-bit pictures
 _PNG_HEADER = struct.Struct(">8s4x4sII")
 _AGAIN = "download it again from https://github.com/brendenlake/omniglot (folder python)"
@@ -102,6 +106,66 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
         key.update(hashlib.sha256(content).digest())
     arrays = cached(f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}", lambda: _decode(contents))
     return _split(arrays["pixels"], [str(label) for label in arrays["labels"]])
+
+
+def default_directory() -> Path:
+    """Where :func:`download` puts the archives, and where they are looked for, when no folder is named."""
+    return cache_directory() / "omniglot"
+
+
+def download(
+    directory: Path,
+    url: str = URL,
+    on_event: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> None:
+    """Put both official archives into ``directory``; what is there and whole stays, what was begun is gone on with.
+
+    Each archive is checked as :func:`load` does before it gets its name: there is Omniglot or nothing.
+
+    Args:
+        directory: made where it does not exist.
+        url: of the folder with the archives, for a mirror.
+        on_event: told in a phrase what happens.
+        on_progress: told the bytes of an archive that are there, and how many it has where that is known.
+
+    Raises:
+        InputError: where the archives cannot be fetched, with what to put where by hand, or are not Omniglot's.
+        OSError: where the folder cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with alone_in(directory):
+        for archive in ARCHIVES:
+            path, source = directory / archive.file, f"{url.rstrip('/')}/{archive.file}"
+            if _is_whole(archive, path, on_event):
+                continue
+            on_event(f"fetching {source}")
+            try:
+                check = functools.partial(_verify, archive, source)
+                fetch(source, path, check, _MOST_ARCHIVE_BYTES, on_progress)
+            except Unreachable as error:
+                files = " and ".join(f"{URL}/{each.file}" for each in ARCHIVES)
+                raise InputError(
+                    f"{error}; try again later, which goes on from what has come, or fetch {files} "
+                    f"where there is a network and put them into {directory}"
+                ) from error
+
+
+def _is_whole(archive: _Archive, path: Path, on_event: Callable[[str], None]) -> bool:
+    if not path.exists():
+        return False
+    try:
+        _verify(archive, path, _read_file(path))
+    except InputError as error:
+        on_event(str(error))
+        return False
+    on_event(f"{path} is there and whole")
+    return True
+
+
+def _verify(archive: _Archive, path: _Where, content: bytes) -> None:
+    """Raise InputError where ``content``, from ``path``, is not the official archive's."""
+    _pixels(archive, path, _drawings(archive, path, content))
 
 
 def _split(pixels: np.ndarray, labels: list[str]) -> ImageDataset:
@@ -156,7 +220,7 @@ def _label(member: str) -> str:
 
 
 @contextmanager
-def _refusing(path: Path, what: str) -> Iterator[None]:
+def _refusing(path: _Where, what: str) -> Iterator[None]:
     """Damaged bytes make zipfile, zlib and Pillow raise nearly anything; a person gets one kind of error."""
     try:
         yield
@@ -166,7 +230,7 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{path}: {what}; {_AGAIN}") from error
 
 
-def _drawings(archive: _Archive, path: Path, content: bytes) -> dict[str, bytes]:
+def _drawings(archive: _Archive, path: _Where, content: bytes) -> dict[str, bytes]:
     """The PNG bytes of every drawing by member path, once the whole container is found in order."""
     with _refusing(path, "truncated, damaged or not a zip archive"), zipfile.ZipFile(io.BytesIO(content)) as container:
         members = [info for info in container.infolist() if _counts(path, info)]
@@ -175,7 +239,7 @@ def _drawings(archive: _Archive, path: Path, content: bytes) -> dict[str, bytes]
         return {info.filename: _read_member(path, container, info) for info in members}
 
 
-def _counts(path: Path, info: zipfile.ZipInfo) -> bool:
+def _counts(path: _Where, info: zipfile.ZipInfo) -> bool:
     """Whether a member is content; folders and litter are not. Unsafe ones are refused whatever they are."""
     name = info.filename
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
@@ -189,7 +253,7 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 100 else name[:97] + "...")
 
 
-def _check_names(archive: _Archive, path: Path, names: list[str]) -> None:
+def _check_names(archive: _Archive, path: _Where, names: list[str]) -> None:
     for name in names:
         if not (_DRAWING.fullmatch(name) and name.startswith(f"{archive.folder}/")):
             layout = f"{archive.folder}/ALPHABET/characterNN/xxxx_yy.png"
@@ -205,7 +269,7 @@ def _check_names(archive: _Archive, path: Path, names: list[str]) -> None:
             raise InputError(f"{path}: {count} drawings of {_shown(label)} instead of {DRAWINGS}; {_AGAIN}")
 
 
-def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
+def _check_sizes(path: _Where, members: list[zipfile.ZipInfo]) -> None:
     for info in members:
         if info.file_size > _MOST_DRAWING_BYTES:
             size = f"declares {info.file_size:,} bytes, a drawing has less than {_MOST_DRAWING_BYTES:,}"
@@ -219,14 +283,14 @@ def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
         raise InputError(f"{path}: its members declare {limit}; do not use it, {_AGAIN}")
 
 
-def _read_member(path: Path, container: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+def _read_member(path: _Where, container: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     # zipfile inflates no more than the declared size, which is bounded, and raises BadZipFile where the
     # checksum is another: a member that declares less than it holds ends there.
     with _refusing(path, f"member {_shown(info.filename)} is damaged or encrypted"), container.open(info) as stream:
         return stream.read(_MOST_DRAWING_BYTES)
 
 
-def _pixels(archive: _Archive, path: Path, drawings: dict[str, bytes]) -> np.ndarray:
+def _pixels(archive: _Archive, path: _Where, drawings: dict[str, bytes]) -> np.ndarray:
     """uint8 ``[characters, 20, 28, 28, 1]``, ink bright on 0, of drawings whose content hash is the right one."""
     pillow = _pillow()
     digest = hashlib.sha256()
@@ -244,7 +308,7 @@ def _pixels(archive: _Archive, path: Path, drawings: dict[str, bytes]) -> np.nda
     return 255 - np.stack(small)[..., np.newaxis]
 
 
-def _grey(pillow: ModuleType, path: Path, name: str, png: bytes) -> bytes:
+def _grey(pillow: ModuleType, path: _Where, name: str, png: bytes) -> bytes:
     """The 105 x 105 bytes of one drawing, row by row: paper 255, ink 0."""
     signature, chunk, width, height = _PNG_HEADER.unpack_from(png)
     if signature != b"\x89PNG\r\n\x1a\n" or chunk != b"IHDR":
@@ -257,7 +321,7 @@ def _grey(pillow: ModuleType, path: Path, name: str, png: bytes) -> bytes:
     return image.convert("L").tobytes()
 
 
-def _check_drawn(path: Path, name: str, size: tuple[int, int]) -> None:
+def _check_drawn(path: _Where, name: str, size: tuple[int, int]) -> None:
     if size != (DRAWN_SIZE, DRAWN_SIZE):
         pixels = f"{size[0]} x {size[1]} pixels instead of {DRAWN_SIZE} x {DRAWN_SIZE}"
         raise InputError(f"{path}: member {_shown(name)} has {pixels}; {_AGAIN}")

@@ -1,9 +1,15 @@
-"""What the tests of imaml share: where the real archives are, and a cache of one's own."""
+"""What the tests of imaml share: where the real archives are, a cache of one's own, disks that are full or sealed."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import archives`: those that faults are tried on
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 
@@ -26,3 +32,51 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "cache"
     monkeypatch.setenv("IMAML_CACHE", str(directory))
     return directory
+
+
+def mount(*words: str | Path) -> None:
+    """``mount`` these, or skip the test: only the superuser may."""
+    try:
+        done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of half a megabyte; skips where none can be made."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", "size=512k", "none", folder)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Callable[[dict[str, bytes]], AbstractContextManager[Path]]:
+    """``with sealed(contents) as folder:`` has files in a folder that nothing can be written to."""
+
+    def seal_by_permissions(folder):
+        folder.chmod(0o555)
+        return lambda: folder.chmod(0o755)
+
+    def seal_by_mount(folder):  # permissions do not hold the superuser back
+        mount("--bind", folder, folder)
+        mount("-o", "remount,bind,ro", folder)
+        return lambda: subprocess.run(["umount", str(folder)], check=True)
+
+    @contextmanager
+    def seal(contents):
+        folder = tmp_path / "sealed"
+        folder.mkdir()
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        undo = (seal_by_permissions if os.geteuid() else seal_by_mount)(folder)
+        try:
+            yield folder
+        finally:
+            undo()
+
+    return seal

@@ -1,5 +1,6 @@
 """The command line as a person would mistype it, and once for real: started, interrupted, resumed, ended."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import imaml
-from imaml import checkpoints, cli, runlog
+from imaml import checkpoints, cli, files, runlog
 from imaml.datasets import glyphs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,15 +84,22 @@ def complaint(arguments, capsys):
         ("train --outer.queries 1 --episode.ways 13", "13 ways are more than the 12 classes of glyphs's training set"),
         ("train --outer.queries 1 --episode.shots 6", "6 shots and 1 queries are more than the 6 images"),
         ("train --data here", "glyphs are embedded and take no data folder"),
+        ("train --keep-checkpoints none", "invalid int value: 'none'"),
+        ("train --keep-checkpoints 0 --outer.queries 1", "at least 1 checkpoint must be kept, got 0"),
+        ("train --keep-checkpoint 3", "there is no option --keep-checkpoint: did you mean --keep-checkpoints?"),
         ("train --out", "expected one argument"),
         ("train one two", "unrecognized arguments: two"),
         ("trian", "invalid choice: 'trian'"),
         ("", "required: COMMAND"),
         ("evaluate", "required: RUN"),
-        ("evaluate .", "there is no run in .: it holds no checkpoint.npz"),
+        ("evaluate .", "there is no run in .: it holds no whole checkpoint"),
+        ("evaluate . --best", "there is no run in .: it holds no whole checkpoint"),
         ("evaluate nowhere", "there is no run in nowhere"),
         ("evaluate . --tasks many", "invalid int value: 'many'"),
         ("evaluate . --task 3", "unrecognized arguments: --task 3"),
+        ("data", "required: NAME"),
+        ("data omniglt", "there is no dataset 'omniglt': known are glyphs and omniglot"),
+        ("data glyphs", "glyphs are embedded: there is nothing to fetch"),
     ],
 )
 def test_a_slip_is_answered_in_one_sentence_and_nothing_is_written(arguments, expected, here, capsys):
@@ -100,7 +108,8 @@ def test_a_slip_is_answered_in_one_sentence_and_nothing_is_written(arguments, ex
 
 
 def test_a_preset_that_needs_archives_says_so(here, capsys):
-    assert "name the folder that holds them with --data DIR" in complaint(["train", OMNIGLOT], capsys)
+    said = complaint(["train", OMNIGLOT], capsys)
+    assert "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in said
     assert list(here.iterdir()) == []
 
 
@@ -117,11 +126,38 @@ def test_a_truncated_archive_is_named(here, capsys):
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(here, capsys):
-    file = here / checkpoints.FILE
+    file = here / "checkpoint-00000007.npz"
     file.write_bytes(b"PK\x03\x04" + bytes(40))
-    assert f"{checkpoints.FILE} cannot be read as a checkpoint" in complaint([*FEW_QUERIES, "--out", "."], capsys)
-    assert f"{checkpoints.FILE} cannot be read as a checkpoint" in complaint(["evaluate", "."], capsys)
-    assert [path.name for path in here.iterdir()] == [checkpoints.FILE] and file.stat().st_size == 44
+    for command in ([*FEW_QUERIES, "--out", "."], ["evaluate", "."]):
+        assert ". holds no whole checkpoint: checkpoint-00000007.npz is damaged" in complaint(command, capsys)
+    assert {path.name for path in here.iterdir()} == {file.name, files.LOCK} and file.stat().st_size == 44
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"config": {"sharpness": 1}}, "were saved by another version: "),
+        ({"preset": "glyphs-5way-1shot-dg"}, f"there is no preset 'glyphs-5way-1shot-dg': did you mean {DEFAULT}?"),
+    ],
+)
+def test_a_run_of_settings_that_are_not_known_here_is_refused(change, expected, here, capsys):
+    description = {"preset": DEFAULT, "config": imaml.preset(DEFAULT).config(), "data": "", "versions": {}}
+    checkpoints.save(here, 1, {}, description | change)
+    assert expected in complaint(["evaluate", "."], capsys)
+
+
+def test_a_run_in_use_is_refused_with_who_uses_it_and_can_be_read(here, capsys):
+    with files.alone_in(here):
+        said = complaint([*FEW_QUERIES, "--out", "."], capsys)
+        assert f". is in use by process {os.getpid()} on " in said
+        assert "there is no run in ." in complaint(["evaluate", "."], capsys)  # looked for, not waited for
+
+
+def test_a_read_only_folder_is_named_before_anything_is_compiled(here, sealed, capsys, monkeypatch):
+    monkeypatch.setattr("imaml.training.meta_step", lambda preset: pytest.fail("compiles"))
+    with sealed({}) as folder:
+        said = complaint([*FEW_QUERIES, "--out", str(folder)], capsys)
+        assert said.endswith(f": {folder / files.LOCK}") and ("Read-only" in said or "denied" in said)
 
 
 def test_a_file_in_the_folders_place_is_named(here, capsys):
@@ -144,6 +180,35 @@ def test_an_interruption_outside_of_training_exits_with_130(here, capsys, monkey
     monkeypatch.setattr("imaml.training.train", interrupted)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_sigterm_outside_of_training_unwinds_and_exits_with_143(here, monkeypatch):
+    unwound = []
+
+    def terminated(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            unwound.append(True)
+
+    def unhandled(number, frame):  # in place of the end of the whole test run
+        raise AssertionError("SIGTERM would have ended the process at once")
+
+    monkeypatch.setattr("imaml.training.train", terminated)
+    before = signal.signal(signal.SIGTERM, unhandled)
+    try:
+        assert code_of(["train"]) == 143
+        assert unwound == [True] and signal.getsignal(signal.SIGTERM) is unhandled
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_version_is_told_with_those_it_rests_on(capsys):
+    assert code_of(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("imaml ") and f"python {sys.version.split()[0]}" in said and f"numpy {np.__version__}" in said
+    )
 
 
 def test_presets_lists_the_names(capsys):
@@ -195,12 +260,12 @@ def interrupt_at_first_step(folder, cache):
 
 
 def test_training_interrupted_exits_130_and_the_same_command_ends_it(tmp_path, glyph_cache):
+    run = tmp_path / "run"
     code, output = interrupt_at_first_step(tmp_path, glyph_cache)
     assert code == 130, output
     assert "of 400 and saved; the same command goes on from there" in output
-    stopped = len(runlog.read(tmp_path / "run"))
-    assert 1 <= stopped < 400
-    assert (tmp_path / "run" / checkpoints.FILE).exists()
+    stopped = len(runlog.read(run))
+    assert 1 <= stopped == checkpoints.newest(run).step < 400
     done = subprocess.run(
         COMMAND, cwd=tmp_path, env=environment(glyph_cache), capture_output=True, encoding="utf-8", timeout=PATIENCE,
         check=False,
@@ -208,5 +273,6 @@ def test_training_interrupted_exits_130_and_the_same_command_ends_it(tmp_path, g
     assert (done.returncode, done.stderr) == (0, ""), done
     assert "test accuracy " in done.stdout and "(chance 20%)" in done.stdout
     assert f"step {stopped + 1}/400" in done.stdout
-    assert [entry.step for entry in runlog.read(tmp_path / "run")] == list(range(1, 401))
-    assert (tmp_path / "run" / "learning_curve.png").exists()
+    assert [entry.step for entry in runlog.read(run)] == list(range(1, 401))
+    assert (run / "learning_curve.png").exists()
+    assert json.loads((run / "result.json").read_text())["versions"]["python"] == sys.version.split()[0]

@@ -7,13 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "imaml"
 LAYERS = (
-    {"errors", "runlog", "interruption", "networks"},
+    {"errors", "interruption", "networks", "versions"},
+    {"files"},
+    {"arrays", "runlog"},
     {"checkpoints", "datasets", "devices", "plots", "problem", "progress"},
     {"tasks"},
     {"algorithms"},
     {"presets"},
     {"meta_step"},
     {"evaluation", "verification"},
+    {"runfolder"},
     {"training"},
     {"cli"},
     {"__main__"},
@@ -48,8 +51,8 @@ def test_imports_point_to_earlier_layers(path):
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "datasets").glob("*.py")), ids=lambda path: path.stem)
-def test_datasets_know_of_nothing_but_errors(path):
-    assert imported_modules(path) <= {"datasets", "errors"}
+def test_datasets_know_of_nothing_but_files_and_errors(path):
+    assert imported_modules(path) <= {"datasets", "arrays", "files", "errors"}
 
 
 def test_every_module_has_a_layer():

@@ -1,10 +1,8 @@
 """Omniglot's archives: the real ones once, and every fault on tiny ones of the same layout.
 
-The tiny archives (3 and 2 characters, random drawings) have content hashes of their own, computed here
-from Pillow's pixels; everything that is checked on the real ones is checked on them, in milliseconds.
+The tiny archives and random damage come from archives.py.
 """
 
-import hashlib
 import io
 import os
 import random
@@ -20,30 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import BACKGROUND, EVALUATION, LABELS, TRAIN_CHARACTERS, Tiny, damage, expected, pack, png
+from PIL import Image
 
 from imaml.datasets import omniglot
 from imaml.errors import InputError
 
-Image = pytest.importorskip("PIL.Image", reason="drawings are decoded by Pillow")
-
-BACKGROUND, EVALUATION = "images_background", "images_evaluation"
-# In sorted order the second archive's come first: pooling must sort, not append.
-LABELS = {
-    BACKGROUND: ["Mu/character01", "Mu/character02", "Nu_(x)/character01"],
-    EVALUATION: ["Alpha_b/character01", "Gamma/character01"],
-}
 # Of the split, its labels and pixels, as first read from the official archives. Another value is another
 # data set: checkpoints made before would be refused.
 REAL_FINGERPRINT = "9f484b36f34d756483889625cdd4b58c397a838c3c6b0a676449fc4b56636daa"
-
-Members = dict[str, bytes]
-
-
-def png(pixels: np.ndarray, mode: str = "1") -> bytes:
-    """A PNG of ``[height, width]`` zeros and 255s."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert("L").convert(mode, dither=Image.Dither.NONE).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -54,65 +37,11 @@ def header(width: int, height: int) -> bytes:
     return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
 
 
-def drawings(folder: str) -> Members:
-    """Twenty drawings of every label: blocks of ink, so that shrinking has something to do."""
-    generator = np.random.default_rng(len(folder) + len(LABELS[folder]))
-    members = {}
-    for number, label in enumerate(LABELS[folder], start=1):
-        for drawing in range(1, 21):
-            blocks = generator.random((15, 15)) < 0.7
-            pixels = np.kron(blocks, np.ones((7, 7), bool)).astype(np.uint8) * 255
-            members[f"{folder}/{label}/{number:04d}_{drawing:02d}.png"] = png(pixels)
-    return members
-
-
-def content_hash(members: Members) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(members):
-        digest.update(name.encode() + b"\n" + Image.open(io.BytesIO(members[name])).convert("L").tobytes())
-    return digest.hexdigest()
-
-
-def pack(path: Path, members: Members, compression: int = zipfile.ZIP_DEFLATED) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-
-
-class Tiny:
-    """A folder with both tiny archives, and their members to be tampered with."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.members = {folder: drawings(folder) for folder in LABELS}
-        directory.mkdir()
-        for folder in LABELS:
-            self.pack(folder)
-
-    def path(self, folder: str = EVALUATION) -> Path:
-        return self.directory / f"{folder}.zip"
-
-    def pack(self, folder: str = EVALUATION, **options) -> None:
-        pack(self.path(folder), self.members[folder], **options)
-
-    def name(self, index: int = 7) -> str:
-        return list(self.members[EVALUATION])[index]
-
-    def replace(self, content: bytes) -> None:
-        self.members[EVALUATION][self.name()] = content
-        self.pack()
-
-    def append(self, info: str | zipfile.ZipInfo, content: bytes = b"x", folder: str = EVALUATION) -> None:
-        with zipfile.ZipFile(self.path(folder), "a") as archive:
-            archive.writestr(info, content)
-
-
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> Tiny:
     folder = Tiny(tmp_path / "data")
-    archives = [omniglot._Archive(name, len(LABELS[name]), content_hash(folder.members[name])) for name in LABELS]
-    monkeypatch.setattr(omniglot, "ARCHIVES", tuple(archives))
-    monkeypatch.setattr(omniglot, "TRAIN_CHARACTERS", 3)
+    monkeypatch.setattr(omniglot, "ARCHIVES", expected(folder.members))
+    monkeypatch.setattr(omniglot, "TRAIN_CHARACTERS", TRAIN_CHARACTERS)
     return folder
 
 
@@ -507,19 +436,6 @@ def test_other_names_of_the_right_form(tiny: Tiny, fresh_cache: Path):
 
 
 # Random damage
-
-
-def damage(content: bytes, source: random.Random, start: int, end: int) -> bytes:
-    """``content`` with one fault between ``start`` and ``end``: a flipped bit, a cut, zeros, or what follows lost."""
-    at = source.randrange(start, end)
-    until = min(at + source.choice([1, 4, 50, 1000]), end)
-    kind = source.choice(["flip", "flip", "cut", "zero", "truncate", "random"])
-    if kind == "flip":
-        return content[:at] + bytes([content[at] ^ 1 << source.randrange(8)]) + content[at + 1 :]
-    if kind == "truncate":
-        return content[:at]
-    filling = {"cut": b"", "zero": bytes(until - at), "random": source.randbytes(until - at)}[kind]
-    return content[:at] + filling + content[until:]
 
 
 def refused_or_unharmed(tiny: Tiny, fresh_cache: Path, fingerprint: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 import bilevel as bl
@@ -59,6 +60,17 @@ def test_learner_is_made_of_the_presets_own_parts():
 def test_training_tasks_differ_from_the_others_by_their_queries_alone(name):
     chosen = override(imaml.preset(name), "outer.queries", "7")
     assert chosen.training_episode == dataclasses.replace(chosen.episode, queries=7)
+
+
+def test_the_streams_of_a_run_share_no_key_and_come_from_its_seed():
+    chosen = imaml.preset(DEFAULT)
+    streams = [chosen.keys, dataclasses.replace(chosen, seed=1).keys]
+    # Besides, those of the first meta-steps, and what the other two are split into.
+    derived = [jax.random.fold_in(streams[0].train, step) for step in range(3)]
+    split = [key for stream in (streams[0].init, streams[0].test) for key in jax.random.split(stream, 3)]
+    keys = [*streams[0], *streams[1], *derived, *split]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(keys)
+    assert all((a == b).all() for a, b in zip(streams[0], imaml.preset(DEFAULT).keys, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,6 +95,21 @@ def test_an_event_takes_a_line_of_its_own_below_the_bar(clock):
     assert terminal.getvalue().endswith("\x1b[K\nevaluating …\n")
 
 
+def test_a_transfer_renews_its_line_on_a_terminal_and_is_silent_elsewhere(clock):
+    for stream, shown in (
+        (Terminal(), ["0.0 MB of 2.0 MB", "1.0 MB of 2.0 MB", "2.0 MB of 2.0 MB"]),
+        (io.StringIO(), []),
+    ):
+        reporter = Reporter(stream)
+        for done in range(0, 2_000_001, 100_000):  # a hundredth of a second each, the last one always shown
+            reporter.transfer(done, 2_000_000)
+            clock[0] += 0.0101
+        reporter.finish()
+        assert [
+            line.removesuffix("\x1b[K\n").removesuffix("\x1b[K") for line in stream.getvalue().split("\r")[1:]
+        ] == shown
+
+
 @pytest.mark.parametrize(
     "seconds, text", [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3723, "1:02:03")]
 )

@@ -1,6 +1,7 @@
 """The log: what was written is read, a line cut off by a crash is not, and resuming leaves each step once."""
 
 import json
+import os
 
 import pytest
 
@@ -80,7 +81,29 @@ def test_a_failing_rewrite_leaves_the_old_log(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("pathlib.Path.replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        LogWriter(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("imaml.files.os.replace", fail)
+        with pytest.raises(OSError, match="no space"):
+            LogWriter(tmp_path, 1)
     assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_the_log_is_on_disk_after_a_sync(tmp_path, monkeypatch):
+    flushed = []
+    with LogWriter(tmp_path, 0) as log:
+        log.write(progress(1))
+        monkeypatch.setattr("imaml.runlog.os.fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+        log.sync()
+    assert flushed == [(tmp_path / runlog.FILE).stat().st_ino]
+
+
+def test_the_recent_loss_is_a_mean_over_the_last_steps_and_goes_on_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "RECENT", 3)
+    seen = []
+    for first, last in ((1, 2), (3, 5)):  # resumed after the second step
+        with LogWriter(tmp_path, first - 1) as log:
+            for step in range(first, last + 1):
+                log.write(progress(step, loss=2.0**-step))
+                seen.append(log.recent_loss)
+    infinity = float("inf")  # of two steps it is mostly noise
+    assert seen == [infinity, infinity, (1 / 2 + 1 / 4 + 1 / 8) / 3, (1 / 4 + 1 / 8 + 1 / 16) / 3, 7 / 32 / 3]

@@ -1,21 +1,30 @@
 """Training: a run ends with an evaluation, stops when told, and resumed is to the bit what it would have been."""
 
+import errno
 import functools
 import json
 import logging
+import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import bilevel as bl
 import imaml
-from imaml import InputError, checkpoints, datasets, evaluation, networks, runlog, training
+from imaml import InputError, checkpoints, datasets, evaluation, files, networks, runfolder, runlog, training
 from imaml.algorithms import MetaGradient
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.devices import devices_for, on_all
@@ -25,6 +34,8 @@ from imaml.presets import Outer
 from imaml.tasks import Episode
 
 STEPS, STOP_AT, EVALUATION_TASKS = 6, 3, 4
+DEFAULTS = {"evaluation_tasks": EVALUATION_TASKS, "checkpoint_seconds": float("inf")}
+"""The end is saved anyway; what is saved before shall not hang on how fast the machine is."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,12 @@ def traces(tiny_pixels):
 
 
 def train(directory, preset=PRESET, **options):
-    return imaml.train(preset, directory, **{"evaluation_tasks": EVALUATION_TASKS, **options})
+    return imaml.train(preset, directory, **(DEFAULTS | options))
+
+
+def stop_at(step, number=signal.SIGTERM):
+    """What is called after each meta-step, and sends this process a signal after that one."""
+    return lambda progress: signal.raise_signal(number) if progress.step == step else None
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +116,24 @@ def whole(tmp_path_factory, traces):
 
 
 def saved_state(directory):
-    return checkpoints.load(directory, initial_state(PRESET))[0]
+    return checkpoints.newest(directory).restore(initial_state(PRESET))
+
+
+def plain(leaf):
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 
 
 def assert_same_bits(one, other):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(plain(a), plain(b)), one, other)
+
+
+def contents(directory):
+    """Every file of a folder but the lock, which says who was last in it."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != files.LOCK}
 
 
 def assert_same_run(directory, whole):
-    """θ, the optimiser and the step to the bit; the log with each step once, and the same numbers."""
+    """θ, the optimiser, the key and the step to the bit; the log with each step once, and the same numbers."""
     assert_same_bits(saved_state(directory), saved_state(whole.run.directory))
     logs = [[replace(p, seconds=0.0) for p in runlog.read(d)] for d in (directory, whole.run.directory)]
     assert logs[0] == logs[1]
@@ -131,14 +156,10 @@ def test_a_run_learns(whole):
 
 
 def test_its_result_is_on_disk_with_what_it_belongs_to(whole):
-    result = json.loads((whole.run.directory / training.RESULT).read_text())
+    result = json.loads((whole.run.directory / runfolder.RESULT).read_text())
     assert result["evaluation"] == asdict(whole.run.evaluation)
     assert result["config"] == PRESET.config()
-    assert sorted(path.name for path in whole.run.directory.iterdir()) == [
-        checkpoints.FILE,
-        runlog.FILE,
-        training.RESULT,
-    ]
+    assert sorted(contents(whole.run.directory)) == [f"checkpoint-{STEPS:08}.npz", runlog.FILE, runfolder.RESULT]
 
 
 def test_the_log_has_one_line_for_each_step_and_is_what_was_shown(whole):
@@ -172,9 +193,9 @@ def test_each_step_draws_tasks_of_its_own(whole, tiny_pixels):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_the_rest_is_done_later_to_the_bit(number, whole, tmp_path):
-    stopped = train(tmp_path, on_progress=lambda p: signal.raise_signal(number) if p.step == STOP_AT else None)
+    stopped = train(tmp_path, on_progress=stop_at(STOP_AT, number))
     assert (stopped.step, stopped.finished, stopped.stopped_by) == (STOP_AT, False, number)
-    assert stopped.evaluation is None and not (tmp_path / training.RESULT).exists()
+    assert stopped.evaluation is None and not (tmp_path / runfolder.RESULT).exists()
     assert int(saved_state(tmp_path).step) == STOP_AT
     resumed = train(tmp_path)
     assert resumed.evaluation == whole.run.evaluation
@@ -219,15 +240,48 @@ def test_a_second_signal_acts_at_once(tmp_path, interruptible):
         train(tmp_path, on_progress=twice)
 
 
+CHILD = """
+import functools, importlib, os, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)  # as in the tests
+sys.path.insert(0, sys.argv[1])
+import test_training as tests
+from imaml import cli, datasets, progress, training
+folder, pixels, number = sys.argv[2:]
+importlib.import_module("imaml.presets")._PRESETS = {tests.PRESET.name: tests.PRESET}
+datasets.load = lambda name, data=None: tests.dataset(np.load(pixels))
+training.train = functools.partial(training.train, checkpoint_seconds=0.0)
+progress.Reporter.step = lambda self, p: p.step == tests.STOP_AT and os.kill(os.getpid(), int(number))
+cli._start_jax = lambda: None
+sys.exit(cli.main(["train", "--out", folder]))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_process_that_is_killed_or_stopped_is_gone_on_with_to_the_bit(number, code, whole, tmp_path, tiny_pixels):
+    folder, pixels = tmp_path / "run", tmp_path / "pixels.npy"
+    np.save(pixels, tiny_pixels)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, here, folder, pixels, str(number.value)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(here.parents[1])}, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done
+    assert checkpoints.newest(folder).step == STOP_AT
+    assert train(folder).evaluation == whole.run.evaluation
+    assert_same_run(folder, whole)
+
+
 def test_a_crash_loses_only_what_came_after_the_checkpoint(whole, tmp_path):
     def crash(progress):
-        if progress.step == STOP_AT:
+        if progress.step == STOP_AT + 1:
             raise RuntimeError("crash")
 
+    train(tmp_path, on_progress=stop_at(STOP_AT))
     with pytest.raises(RuntimeError, match="crash"):
-        train(tmp_path, on_progress=crash, checkpoint_seconds=0.0)
-    assert int(saved_state(tmp_path).step) == STOP_AT - 1  # the log is a step ahead
-    assert len(runlog.read(tmp_path)) == STOP_AT
+        train(tmp_path, on_progress=crash)
+    assert int(saved_state(tmp_path).step) == STOP_AT  # the log is a step ahead
+    assert len(runlog.read(tmp_path)) == STOP_AT + 1
     train(tmp_path)
     assert_same_run(tmp_path, whole)
 
@@ -235,28 +289,30 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(whole, tmp_path):
 def test_a_finished_run_called_again_only_evaluates(whole, traces):
     seen, events, traced = [], [], len(traces)
     before = saved_state(whole.run.directory)
+    files_before = contents(whole.run.directory)
     again = train(whole.run.directory, on_progress=seen.append, on_event=events.append)
     assert (again.finished, again.evaluation) == (True, whole.run.evaluation)
     assert (seen, len(traces)) == ([], traced)
     assert not any("compiling" in event for event in events)
     assert_same_run(whole.run.directory, whole)
     assert_same_bits(saved_state(whole.run.directory), before)
+    assert contents(whole.run.directory) == files_before
 
 
 @pytest.mark.parametrize(
     "other, difference",
     [
-        (replace(PRESET, strength=0.7), "strength: there 0.1, here 0.7"),
-        (replace(PRESET, outer=replace(PRESET.outer, steps=9)), "outer.steps: there 6, here 9"),
-        (replace(PRESET, network=Flat(hidden=5)), "network.hidden: there 4, here 5"),
-        (replace(PRESET, seed=3), "seed: there 0, here 3"),
+        (replace(PRESET, strength=0.7), "strength: 0.1 → 0.7"),
+        (replace(PRESET, outer=replace(PRESET.outer, steps=9)), "outer.steps: 6 → 9"),
+        (replace(PRESET, network=Flat(hidden=5)), "network.hidden: 4 → 5"),
+        (replace(PRESET, seed=3), "seed: 0 → 3"),
     ],
 )
 def test_a_run_with_other_settings_is_refused_and_they_are_named(other, difference, whole):
-    before = (whole.run.directory / checkpoints.FILE).read_bytes()
+    before = contents(whole.run.directory)
     with pytest.raises(InputError, match=re.escape(f"a run with other settings ({difference})")):
         train(whole.run.directory, other)
-    assert (whole.run.directory / checkpoints.FILE).read_bytes() == before
+    assert contents(whole.run.directory) == before
 
 
 def test_a_run_on_other_data_is_refused(whole, tiny_pixels, monkeypatch):
@@ -281,10 +337,40 @@ def test_a_run_is_not_evaluated_on_other_data_than_its_own(whole, tiny_pixels, m
         (replace(PRESET, episode=Episode(2, 4, 3)), "4 shots and 3 queries .* tiny's test set"),
     ],
 )
-def test_tasks_that_cannot_be_drawn_are_refused_before_anything_is_written(other, message, tmp_path):
+def test_tasks_that_cannot_be_drawn_are_refused_before_anything_is_written_or_compiled(
+    other, message, tmp_path, traces
+):
+    traced = len(traces)
     with pytest.raises(InputError, match=message):
         train(tmp_path / "run", other)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and len(traces) == traced
+
+
+counts = st.integers(-1, 14)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@example(ways=12, shots=3, queries=3, training_queries=3, tasks=1)  # the most that there is
+@given(ways=counts, shots=counts, queries=counts, training_queries=counts, tasks=st.integers(-1, 3))
+def test_whatever_cannot_be_drawn_is_refused_before_anything_is_compiled(ways, shots, queries, training_queries, tasks):
+    possible = 2 <= ways <= 12 and shots >= 1 and tasks >= 1
+    possible = possible and all(number >= 1 and shots + number <= 6 for number in (queries, training_queries))
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(training, "RunFolder", reached := Mock(side_effect=Reached))
+        patch.setattr(jax, "jit", compiled := Mock())
+        try:
+            outer = replace(PRESET.outer, queries=training_queries, tasks=tasks)
+            train(Path(folder) / "run", replace(PRESET, episode=Episode(ways, shots, queries), outer=outer))
+        except Reached:
+            assert possible
+        except InputError as error:
+            assert not possible and re.search(r"-?\d", str(error))
+        assert reached.called == possible and not compiled.called
+        assert not list(Path(folder).iterdir())
+
+
+class Reached(Exception):
+    """The checks are behind; what follows writes and compiles."""
 
 
 def test_held_out_classes_too_few_are_refused_before_training(tiny_pixels, monkeypatch, tmp_path):
@@ -298,7 +384,7 @@ def test_held_out_classes_too_few_are_refused_before_training(tiny_pixels, monke
 def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny_pixels, tmp_path):
     with pytest.raises(InputError, match=r"meta-step 1 had no task with finite numbers.*lower inner\.step_size"):
         train(tmp_path, DIVERGING)
-    assert runlog.read(tmp_path) == [] and checkpoints.describe(tmp_path) is None
+    assert runlog.read(tmp_path) == [] and checkpoints.newest(tmp_path) is None
     state = initial_state(DIVERGING)
     start, pixels = on_all((state, tiny_pixels), devices_for(DIVERGING.outer.tasks))
     after, report = jax.jit(training.meta_step(DIVERGING))(start, pixels)
@@ -310,14 +396,14 @@ def test_progress_is_measured_on_tasks_with_finite_numbers():
     numbers = jnp.array([1.0, jnp.nan, 3.0, 5.0])
     status = jnp.array([0, 7, 0, 3], jnp.int32)
     report = MetaGradient(jnp.float32(0.5), {}, jnp.float32(0.25), jnp.float32(3), numbers, 2 * numbers, status)
-    progress = training._progress(PRESET, TrainState({}, (), jnp.int32(4)), report, 1.5)
+    progress = training._progress(PRESET, TrainState({}, (), PRESET.keys.train, jnp.int32(4)), report, 1.5)
     assert (progress.inner_residual, progress.linear_residual, progress.tasks) == (3.0, 6.0, 3)
     assert progress.statuses == {"CONVERGED": 2, "NONFINITE": 1, "MAX_STEPS": 1}
 
 
 def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
     classes = dataset(tiny_pixels).test
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(PRESET.seed), 1), EVALUATION_TASKS)
+    keys = jax.random.split(PRESET.keys.test, EVALUATION_TASKS)
     accuracies = np.asarray(jax.jit(evaluation.task_accuracies(PRESET))((whole.run.theta, classes.pixels), keys))
     result = whole.run.evaluation
     assert result.accuracy == pytest.approx(accuracies.mean())
@@ -343,3 +429,135 @@ def test_an_empty_folder_cannot_be_evaluated(tmp_path):
 def test_one_task_has_no_interval(whole):
     with pytest.raises(InputError, match="at least 2 tasks, got 1"):
         imaml.evaluate(whole.run, tasks=1)
+
+
+# What goes wrong with a folder
+
+
+def stop_halfway(directory):
+    train(directory, on_progress=stop_at(STOP_AT))
+    assert checkpoints.newest(directory).step == STOP_AT
+
+
+@pytest.mark.parametrize("room", [0, 30_000])  # for nothing, and for the log but no checkpoint
+def test_a_full_disk_ends_the_run_and_the_old_checkpoint_stands(room, small_disk, whole):
+    stop_halfway(small_disk)
+    before = (small_disk / f"checkpoint-{STOP_AT:08}.npz").read_bytes()
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
+        while True:
+            stream.write(bytes(4096))
+    os.truncate(ballast, ballast.stat().st_size - room)
+    with pytest.raises(OSError) as caught:
+        train(small_disk)
+    assert caught.value.errno == errno.ENOSPC
+    assert (small_disk / f"checkpoint-{STOP_AT:08}.npz").read_bytes() == before
+    ballast.unlink()
+    train(small_disk)
+    assert_same_run(small_disk, whole)
+
+
+def test_a_read_only_run_is_not_trained_but_evaluated(whole, sealed):
+    files_before = contents(whole.run.directory)
+    with sealed(files_before) as folder:
+        with pytest.raises(OSError) as caught:
+            train(folder)
+        assert caught.value.errno in (errno.EROFS, errno.EACCES)
+        assert imaml.evaluate(folder, tasks=EVALUATION_TASKS, preset=PRESET) == whole.run.evaluation
+        assert contents(folder) == files_before
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(whole, tmp_path):
+    refusals = []
+
+    def intrude(progress):
+        with pytest.raises(InputError, match=f"{tmp_path} is in use by process {os.getpid()} on ") as caught:
+            train(tmp_path)
+        refusals.append(caught)
+
+    train(tmp_path, on_progress=intrude)
+    assert len(refusals) == STEPS
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_is_told_and_set_aside_and_the_run_ends_with_the_same_bits(whole, tmp_path):
+    train(tmp_path, checkpoint_seconds=0.0, keep_checkpoints=3)
+    damaged = tmp_path / f"checkpoint-{STEPS:08}.npz"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    events = []
+    train(tmp_path, on_event=events.append)
+    (told,) = [event for event in events if "damaged" in event]
+    assert told.startswith(f"{damaged} is damaged (") and told.endswith("set aside, the one before is taken")
+    assert (tmp_path / f"{damaged.name}.damaged").read_bytes() == content[: len(content) // 2]
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_is_refused_is_left_as_it_is(tmp_path):
+    train(tmp_path, checkpoint_seconds=0.0)
+    (tmp_path / f"checkpoint-{STEPS:08}.npz").write_bytes(b"")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"strength: 0\.1 → 0\.7"):
+        train(tmp_path, replace(PRESET, strength=0.7))
+    assert contents(tmp_path) == before
+
+
+def test_an_evaluation_says_that_it_takes_the_checkpoint_before_a_damaged_one(tmp_path):
+    train(tmp_path, checkpoint_seconds=0.0)
+    (tmp_path / f"checkpoint-{STEPS:08}.npz").write_bytes(b"")
+    before = contents(tmp_path)
+    with pytest.warns(UserWarning, match="is damaged .* the one before is taken"):
+        imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS)
+    assert contents(tmp_path) == before
+
+
+def test_the_last_checkpoints_and_the_best_are_kept_and_the_best_can_be_evaluated(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(runlog, "RECENT", 1)
+    losses = {p.step: p.loss for p in whole.seen}
+    last = next(step for step in range(2, STEPS + 1) if losses[step] > losses[step - 1])  # so not the best
+    train(tmp_path, checkpoint_seconds=0.0, keep_checkpoints=1, on_progress=stop_at(last))
+    best = min(range(1, last), key=losses.get)
+    names = {name for name in contents(tmp_path) if name.endswith(".npz")}
+    assert names == {f"checkpoint-{step:08}.npz" for step in (best, last)}
+    # The tasks that are evaluated on have no say in it: the loss is that of the training tasks in the log.
+    assert checkpoints.best(tmp_path).loss == losses[best]
+    theta = checkpoints.best(tmp_path).restore(initial_state(PRESET)).theta
+    expected = imaml.evaluate(theta, PRESET, EVALUATION_TASKS)
+    assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS, best=True) == expected
+
+
+def test_leftovers_of_a_killed_process_are_swept_when_the_run_goes_on(tmp_path):
+    stop_halfway(tmp_path)
+    ours, foreign = tmp_path / ".checkpoint-00000004.npz.0123456789abcdef.imaml-tmp", tmp_path / ".mine"
+    ours.touch(), foreign.touch()
+    train(tmp_path)
+    assert not ours.exists() and foreign.exists()
+
+
+def test_other_versions_are_told_and_do_not_stop_a_run(whole, tmp_path, monkeypatch):
+    stop_halfway(tmp_path)
+    versions = training.versions()
+    monkeypatch.setattr(training, "versions", lambda: versions | {"jax": "9.9"})
+    events = []
+    train(tmp_path, on_event=events.append)
+    assert f"going on with other versions, so bits may differ (jax: {versions['jax']} → 9.9)" in events
+
+
+def test_a_checkpoint_says_what_it_belongs_to(whole):
+    description = checkpoints.newest(whole.run.directory).description
+    assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
+    assert description["data"] == datasets.load("tiny").fingerprint()
+    assert {"python", "jax", "jaxlib", "numpy", "imaml", "devices"} == set(description["versions"])
+    leaves = [path for path, _, _ in description["leaves"]]
+    assert {"key", "step"} <= set(leaves) and {path.split("/")[0] for path in leaves} == {
+        "theta", "optimizer", "key", "step"
+    }  # fmt: skip
+
+
+def test_a_hundred_steps_are_one_trace(traces, tiny_pixels):
+    preset, traced = replace(PRESET, outer=replace(PRESET.outer, steps=100)), len(traces)
+    steps = training._steps(preset, initial_state(preset), tiny_pixels, lambda message: None)
+    # Each number is asked for before the step after the next is begun, as in a run: devices that meet in a sum
+    # need a thread each, and a hundred steps under way would leave them none.
+    assert [int(state.step) for state, _ in steps] == list(range(1, 101))
+    assert len(traces) - traced == 1
