@@ -37,8 +37,6 @@ STATIONARY = 1e-9
 """‖F‖ at which the inner problem counts as solved: differences over 1e-3 then carry some 1e-6 of it."""
 LONG = 1000
 """CG iterations for an exact solve."""
-VERIFICATION_STREAM = 2
-"""Folded into the seed; training and evaluation have others."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,8 @@ def verify(
     dataset = datasets.load(preset.dataset, data)
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     with jax.enable_x64(True):
-        key = jax.random.fold_in(jax.random.key(preset.seed), VERIFICATION_STREAM)
-        task = _as_double(preset.training_episode.sample(jnp.asarray(dataset.train.pixels), key))
-        theta = _as_double(preset.network.build(preset.episode.ways).init(jax.random.key(preset.seed)))
+        task = _as_double(preset.training_episode.sample(jnp.asarray(dataset.train.pixels), preset.keys.train))
+        theta = _as_double(preset.network.build(preset.episode.ways).init(preset.keys.init))
         on_event("solving the adjoint system of the preset's own φ to rounding")
         checks = list(check_system(preset.learner, theta, task))
         twin = replace(preset.learner, apply=preset.network.build(preset.episode.ways, _softplus).apply)
