@@ -177,7 +177,7 @@ def certify(
         ValueError: for a strong convexity that is not positive, or a linear solver that needs a symmetry the
             condition does not have.
 
-    Source: Pedregosa (2016), theorem 2; Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
+    Source: Pedregosa (2016); Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
 
     Example:
         >>> import jax.numpy as jnp
