@@ -223,9 +223,9 @@ def certify_all(cases, seed, families, sizes):
 def summarise(row):
     """The study's figures for some cases, as numbers that go into JSON."""
     above = row["true"] > row["floor"]
-    bound = (row["bound"] / row["true"])[above]
+    bound = row["bound"][above] / row["true"][above]
     tested = above & row["first"]
-    ratio = (row["estimate"] / row["true"])[tested]
+    ratio = row["estimate"][tested] / row["true"][tested]
     gain = tested & (row["corrected"] > row["floor"])  # the corrected gradient has an error that can be measured
     relative, after = (np.log10(row[name][gain] / row["size"][gain]) for name in ("true", "corrected"))
     return {
@@ -239,7 +239,7 @@ def summarise(row):
         "tested": int(np.sum(tested)),
         "estimate/true": _quantiles(ratio, (0.01, 0.5, 0.99)),
         "estimate within 2": float(np.mean((ratio >= 0.5) & (ratio <= 2))) if ratio.size else None,
-        "gain of correction": _quantiles((row["true"] / row["corrected"])[gain], (0.1, 0.5, 0.9)),
+        "gain of correction": _quantiles(row["true"][gain] / row["corrected"][gain], (0.1, 0.5, 0.9)),
         "order of correction": _slope(relative, after),
     }
 

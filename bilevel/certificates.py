@@ -31,8 +31,11 @@ from bilevel.error_bounds import Bounds, Constants, Step, distance, linear_algeb
 from bilevel.lipschitz import Lipschitz
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
-NONLINEARITY = 0.5
-"""How large what is left after the correction may be against the estimate, for that to be called first order."""
+NONLINEARITY = 0.25
+"""How large what is left after the correction may be against the estimate, for that to be called first order.
+
+To third order the estimate is then within 0.8 and 1.33 times the error, which leaves room up to a factor of two.
+"""
 SLOPPINESS = 0.1
 """The relative residual up to which a linear solve of the correction is good enough."""
 
@@ -174,7 +177,7 @@ def certify(
         ValueError: for a strong convexity that is not positive, or a linear solver that needs a symmetry the
             condition does not have.
 
-    Source: Pedregosa (2016), theorem 2; Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
+    Source: Pedregosa (2016); Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
 
     Example:
         >>> import jax.numpy as jnp
