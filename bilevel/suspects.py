@@ -1,12 +1,14 @@
-"""What is wrong with a gradient that differs from its references: each suspicion a formula, tried in turn.
+"""What is wrong with a gradient: each suspicion a formula, tried in turn; the one that gives the same number is named.
 
-All is judged at the w that the method itself returned, with A, B, g and h written out: an error of w, an
-unfinished linear solve and a wrong formula then leave different traces.
+All is judged at the w that the method itself returned, with A, B, g and h written out: an error of w, an unfinished
+linear solve and a wrong formula then leave different traces. Where A is too large or singular, what is left are the
+suspicions that need no more than a reference and ∂outer/∂θ.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,28 +18,88 @@ import numpy as np
 from bilevel import oracles
 from bilevel.conditions import Problem
 from bilevel.tables import figure
-from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.types import Hypergradient, LinearInfo, PyTree
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the method was called with, and the directions in θ that are compared."""
+class Answer:
+    """What a method was asked, what it returned, and the directions in θ along which that is judged."""
 
     problem: Problem
     solver: Callable
     theta: PyTree
     init: Any
     data: PyTree
+    out: Hypergradient | PyTree
     directions: np.ndarray
+
+    @cached_property
+    def derivatives(self) -> np.ndarray:
+        """The method's own, along the directions."""
+        gradient = self.out.gradient if isinstance(self.out, Hypergradient) else self.out
+        return self.directions @ oracles.derivatives_of(gradient, self.theta)
+
+    @cached_property
+    def w(self) -> PyTree:
+        """The inner solution that the method reports; the solver's where it returned the bare gradient."""
+        return self.out.inner.w if isinstance(self.out, Hypergradient) else self.solved()
+
+    @property
+    def linear(self) -> LinearInfo | None:
+        """The linear solve that the method reports."""
+        return self.out.linear if isinstance(self.out, Hypergradient) else None
+
+    @property
+    def eps(self) -> float:
+        """Of the narrowest float in θ."""
+        return oracles.eps_of(self.theta)
+
+    @cached_property
+    def place(self) -> "Place | None":
+        """The theorem at ``w``; None where A is too large, singular or not finite."""
+        found = self._theorem(self.w)
+        if found is None:
+            return None
+        parts, v = found
+        zeroth = _zeroth(self.problem.condition, self.w, self.theta, self.data)
+        if self.linear is None:
+            return Place(parts, v, zeroth, None, None)
+        reported = oracles.vector_of(self.linear.solution)
+        scale = np.ones_like(v) if zeroth is None else zeroth**-0.5
+        size = np.linalg.norm(scale * parts.g)
+        residual = float(np.linalg.norm(scale * (parts.g - parts.a.T @ reported)) / size) if size > 0 else 0.0
+        return Place(parts, v, zeroth, reported, residual)
 
     def at(self, w: PyTree) -> np.ndarray | None:
         """The theorem's derivatives at ``w``; None where A is too large or singular."""
+        found = self._theorem(w)
+        return None if found is None else found[0].total(found[1])
+
+    def _theorem(self, w) -> tuple[oracles.Linearised, np.ndarray] | None:
         try:
             parts = oracles.linearise(self.problem, w, self.theta, self.data, self.directions)
         except oracles.OracleError:
             return None
         v, kappa = oracles.adjoint(parts.a, parts.g)
-        return parts.total(v) if kappa < np.inf else None
+        return (parts, v) if kappa < np.inf else None
+
+    def direct(self, w: PyTree) -> np.ndarray:
+        """h·d, the derivatives of outer in θ at ``w``."""
+        with oracles.double_precision():
+            w, theta, data = (oracles.as_double(part) for part in (w, self.theta, self.data))
+            point = oracles.flatten(theta)
+
+            def outer(vector):
+                value = self.problem.outer(w, point.rebuild(vector), data)
+                return value[0] if self.problem.has_aux else value  # type: ignore[index]
+
+            return self.directions @ np.asarray(jax.grad(outer)(point.vector))
+
+    def residual_norm(self) -> float:
+        """‖F‖ at ``w``, in float64."""
+        with oracles.double_precision():
+            w, theta, data = (oracles.as_double(part) for part in (self.w, self.theta, self.data))
+            return float(np.linalg.norm(oracles.vector_of(self.problem.condition.residual(w, theta, data))))
 
     def solved(self, solver: Callable | None = None) -> PyTree:
         """What the solver returns in float64; or another solver."""
@@ -78,144 +140,156 @@ class Place:
         return self.parts.total(self.v)
 
 
-def place(setting: Setting, out: Hypergradient) -> Place | None:
-    """The theorem at ``out.inner.w``; None where A is too large, singular or not finite."""
-    problem, theta, data, w = setting.problem, setting.theta, setting.data, out.inner.w
-    try:
-        parts = oracles.linearise(problem, w, theta, data, setting.directions)
-    except oracles.OracleError:
-        return None
-    v, kappa = oracles.adjoint(parts.a, parts.g)
-    if not kappa < np.inf:
-        return None
-    zeroth = _zeroth(problem.condition, w, theta, data)
-    if out.linear is None:
-        return Place(parts, v, zeroth, None, None)
-    reported = oracles.vector_of(out.linear.solution)
-    scale = np.ones_like(v) if zeroth is None else zeroth**-0.5
-    size = np.linalg.norm(scale * parts.g)
-    residual = float(np.linalg.norm(scale * (parts.g - parts.a.T @ reported)) / size) if size > 0 else 0.0
-    return Place(parts, v, zeroth, reported, residual)
-
-
-def tells_the_truth(at: Place, out: Hypergradient, eps: float) -> bool:
+def tells_the_truth(answer: Answer) -> bool:
     """Whether the reported linear residual is the true one, up to a factor of two and rounding."""
-    return at.residual is not None and at.residual <= 2 * float(out.linear.residual_norm) + 100 * eps  # type: ignore
+    at, linear = answer.place, answer.linear
+    if at is None or at.residual is None or linear is None:
+        return False
+    return at.residual <= 2 * float(linear.residual_norm) + 100 * answer.eps
 
 
-def name(
-    setting: Setting, at: Place | None, ours: np.ndarray, close: Callable[[np.ndarray], bool], comparisons, out, eps
-) -> str:
-    """One sentence: who is wrong, how, and what to do.
+def likely_cause(
+    answer: Answer, explains: Callable[[np.ndarray], bool], references: Sequence[oracles.Reference]
+) -> str | None:
+    """What is wrong and what to do, without a full stop; None where nothing fits.
 
     Args:
-        setting: of the comparison.
-        at: the theorem at the method's w.
-        ours: the method's derivatives.
-        close: whether ``ours`` is within what is allowed of some other derivatives.
-        comparisons: with the references.
-        out: the method's report.
-        eps: of its dtype.
+        answer: one that is wrong.
+        explains: whether other derivatives are so close to the answer's that they explain it.
+        references: what it differs from, along the same directions.
     """
-    if not np.isfinite(ours).all():
-        return "the gradient is not finite: see check_condition at the inner solution."
-    having_a_say = [entry for entry in comparisons if entry.counts]
-    if not having_a_say:
-        return "no reference could answer here, so nothing is known; see the notes, and check_condition."
-    residual = float(np.max(out.inner.residual_norm))
-    if at is not None:
-        if close(at.formula) and _is_the_solvers(setting, out, eps):
-            return (
-                f"the formula is right and the inner problem is not solved: ‖F‖ = {figure(residual)} at w, whose error "
-                "this is; allow more steps, lower tol, or compare with a larger rtol."
-            )
-        if at.reported is not None and close(at.parts.total(at.reported)) and tells_the_truth(at, out, eps):
-            return (
-                f"the linear solve is not finished: its true residual is {figure(at.residual)}; allow more "
-                "iterations, precondition, or use LU."
-            )
-    steps = [entry for entry in comparisons if entry.name == "unrolled" and entry.reference]
-    if steps and steps[0].agrees:
+    if not np.isfinite(answer.derivatives).all():
+        return f"a NaN or an infinity; {_not_finite(answer)}"
+    at = answer.place
+    if at is not None and explains(at.formula):
+        return _about_the_solution(answer, explains)
+    if at is not None and at.reported is not None and explains(at.parts.total(at.reported)) and tells_the_truth(answer):
         return (
-            f"this is the derivative of the solver's steps, which have not converged (‖F‖ = {figure(residual)}): allow "
-            "more steps for that of the solution, or compare with 'unrolled' alone."
+            f"the linear solve is not finished: its true residual is {figure(at.residual)}; allow more iterations, "
+            "precondition, or use LU"
         )
-    if at is not None:
-        for suspicion, derivatives in _suspicions(setting, at, out):
-            if close(derivatives) and not _near(derivatives, at.formula):
-                return f"the formula is wrong: {suspicion}."
-    if len(having_a_say) > 1 and not all(agree(entry, having_a_say[0]) for entry in having_a_say[1:]):
-        return "the references disagree with each other: a kink may be near; see check_condition."
-    names = ", ".join(entry.name for entry in having_a_say)
-    if at is None:
+    if any(entry.name == "unrolled" and explains(entry.derivatives) for entry in references):
         return (
-            f"the gradient differs from {names}, and A cannot be written out or is singular: whether the formula or "
-            f"the inner solution (‖F‖ = {figure(residual)}) is to blame is not known."
+            f"this is the derivative of the solver's steps, which have not converged (‖F‖ = "
+            f"{figure(answer.residual_norm())}): allow more steps for that of the solution, or compare with 'unrolled' "
+            "alone"
         )
-    return f"the references ({names}) do not contradict each other, and the method does: its formula is wrong, or " + (
-        "it is an approximation."
-    )
+    for suspicion, derivatives in _suspicions(answer, references):
+        if explains(derivatives):
+            return suspicion
+    if at is None and answer.linear is not None and (left := float(answer.linear.residual_norm)) > answer.eps**0.5:
+        return f"the linear solve left {figure(left)} of its right-hand side; allow it more iterations, or precondition"
+    return None
 
 
-def agree(one, other) -> bool:
-    """Whether two comparisons' references are equal within what was allowed to the method."""
-    a, b = one.reference, other.reference
-    room = one.tolerances + other.tolerances
-    return bool((np.abs(a.derivatives - b.derivatives) <= room).all())
+def _about_the_solution(answer, explains):
+    """The formula is right at the method's w."""
+    if _is_the_solvers(answer):
+        return (
+            f"the formula is right and the inner problem is not solved: ‖F‖ = {figure(answer.residual_norm())} at w, "
+            "whose error this is; allow more steps, lower tol, or compare with a larger rtol"
+        )
+    for suspicion, derivatives in _elsewhere(answer):
+        if explains(derivatives):
+            return suspicion
+    return "the formula is right, at a w that is not the solver's"
 
 
-def _suspicions(setting: Setting, at: Place, out: Hypergradient) -> Iterator[tuple[str, np.ndarray]]:
+def _not_finite(answer):
+    """Where along the way numbers stop being finite."""
+    with oracles.double_precision():
+        theta, data, w = (oracles.as_double(tree) for tree in (answer.theta, answer.data, answer.w))
+        stages = {
+            "θ": theta,
+            "the inner solution": w,
+            "the inner residual": answer.problem.condition.residual(w, theta, data),
+            "the outer value": answer.problem.outer(w, theta, data),
+        }
+    if np.isnan(oracles.vector_of(data)).any():  # an infinity may be a bound
+        return "the data have one already"
+    for stage, value in stages.items():
+        if not np.isfinite(oracles.vector_of(value)).all():
+            return f"{stage} has one already"
+    return "θ, data, w, residual and outer value are finite: a derivative or a solve is not; see check_condition"
+
+
+def _suspicions(answer: Answer, references) -> Iterator[tuple[str, np.ndarray]]:
     """What may have been computed instead, the likelier first."""
+    at = answer.place
+    terms = list(_terms(answer, references))
+    for direct, through in terms:
+        yield "the sign of the whole gradient is flipped", -direct - through
+        yield "the sign of the term through w is flipped", direct - through
+        yield "the term through w is missing: only ∂outer/∂θ is there", direct
+        yield "the direct term ∂outer/∂θ is missing", through
+    if at is not None:
+        yield from _other_systems(at)
+    yield from _elsewhere(answer)
+    if len(answer.derivatives) > 1:  # any one number is a multiple of another
+        for direct, through in terms:
+            factor = _factor(answer.derivatives, direct + through)
+            yield f"the whole gradient is multiplied by {factor:.4g}", factor * (direct + through)
+            factor = _factor(answer.derivatives - direct, through)
+            yield f"the term through w is multiplied by {factor:.4g}", direct + factor * through
+
+
+def _terms(answer, references):
+    """h·d and what is added to it: by the theorem, by the reported adjoint, and in each reference."""
+    at = answer.place
+    if at is not None:
+        for v in (at.v, at.reported):
+            if v is not None:
+                yield at.parts.h, -(v @ at.parts.b)
+    for entry in references:
+        direct = answer.direct(entry.w)
+        yield direct, entry.derivatives - direct
+
+
+def _other_systems(at):
+    """Another matrix in place of Aᵀ."""
     parts = at.parts
-    adjoints = [at.v] if at.reported is None else [at.v, at.reported]
-    for v in adjoints:
-        implicit = v @ parts.b
-        yield "the sign of the implicit term is flipped (it is h − Bᵀv)", parts.h + implicit
-        yield "its sign is flipped", implicit - parts.h
-        yield "the direct term ∂outer/∂θ is missing", -implicit
-    yield "the implicit term is missing: only ∂outer/∂θ is there", parts.h
     transposed, kappa = oracles.adjoint(parts.a.T, parts.g)
     if kappa < np.inf:
-        yield "a transpose is dropped: it solves Av = g, where the adjoint system is Aᵀv = g", parts.total(transposed)
+        sentence = "a transpose is dropped: the linear system is solved with ∂F/∂w in place of its transpose"
+        yield sentence, parts.total(transposed)
     if at.zeroth is not None:
         without, kappa = oracles.adjoint(parts.a - np.diag(at.zeroth), parts.g)
         if kappa < np.inf:
             yield "the term λI (or I, of a mapping) is dropped from A", parts.total(without)
         yield "second derivatives are left out of A: a first-order approximation", parts.total(parts.g / at.zeroth)
-    for where, w in _other_points(setting, out):
-        derivatives = setting.at(w)
+
+
+def _elsewhere(answer):
+    """The theorem at another w."""
+    for where, w in _other_points(answer):
+        derivatives = answer.at(w)
         if derivatives is not None:
             yield f"it is taken at {where}, not at the solver's w", derivatives
-    yield from _factor(at, out, setting)
 
 
-def _factor(at, out, setting):
-    """A constant multiple, where there is more than one derivative to tell it by."""
-    ours = setting.directions @ oracles.derivatives_of(out.gradient, setting.theta)
-    formula = at.formula
-    if len(ours) > 1 and (length := formula @ formula) > 0:
-        factor = float(ours @ formula / length)
-        yield f"it is off by a constant factor of {factor:.6g}", factor * formula
-
-
-def _other_points(setting, out):
-    solver = setting.solver
-    yield "the initial point", setting.start()
-    budget = next((field for field in ("steps", "maxiter") if hasattr(solver, field)), None)
-    if dataclasses.is_dataclass(solver) and budget and (steps := int(np.max(out.inner.steps))) > 0:
+def _other_points(answer):
+    solver = answer.solver
+    yield "the initial point", answer.start()
+    fields = [field.name for field in dataclasses.fields(solver)] if dataclasses.is_dataclass(solver) else []
+    budget = next((name for name in ("steps", "maxiter") if name in fields), None)
+    if budget is None:
+        return
+    taken = answer.out.inner.steps if isinstance(answer.out, Hypergradient) else getattr(solver, budget)
+    if (steps := int(np.max(taken))) > 0:
         earlier = dataclasses.replace(solver, **{budget: steps - 1})  # type: ignore[type-var]
-        yield "the iterate before the last", setting.solved(earlier)
+        yield "the iterate before the last", answer.solved(earlier)
 
 
-def _is_the_solvers(setting, out, eps):
+def _is_the_solvers(answer):
     """Whether the method's w is what the solver returns: else its error is no fault of the solver's."""
-    theirs, ours = oracles.vector_of(setting.solved()), oracles.vector_of(out.inner.w)
-    condition_slack = 1e3 * eps**0.5  # float32 iterates drift from float64 ones
-    return np.linalg.norm(theirs - ours) <= condition_slack * (1 + np.linalg.norm(theirs))
+    theirs, ours = oracles.vector_of(answer.solved()), oracles.vector_of(answer.w)
+    slack = 1e3 * answer.eps**0.5  # float32 iterates drift from float64 ones
+    return np.linalg.norm(theirs - ours) <= slack * (1 + np.linalg.norm(theirs))
 
 
-def _near(one, other):
-    return np.abs(one - other).max(initial=0) <= 1e-12 * np.abs(other).max(initial=0)
+def _factor(ours, theirs):
+    size = theirs @ theirs
+    return float(ours @ theirs / size) if size > 0 else 0.0
 
 
 def _zeroth(condition, w, theta, data):
@@ -228,8 +302,3 @@ def _zeroth(condition, w, theta, data):
             scaling = jax.tree.map(lambda _: scaling, w)
         full = jax.tree.map(lambda factor, leaf: jnp.asarray(factor, jnp.float64) * jnp.ones_like(leaf), scaling, w)
         return oracles.vector_of(full) ** -2.0
-
-
-def converged(status) -> bool:
-    """Whether a tol was set and met."""
-    return int(np.max(status)) == Status.CONVERGED
