@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import oracles
 from bilevel.conditions import Condition, Problem
-from bilevel.examine import check_condition
-from bilevel.suspects import Answer, likely_cause
-from bilevel.tables import label
 from bilevel.testing.cases import Case
 from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.verify import oracles
+from bilevel.verify.examine import check_condition
+from bilevel.verify.suspects import Answer, likely_cause
+from bilevel.verify.tables import label
 
 FIT = 1e-2
 """How much of the error an explanation may leave over."""

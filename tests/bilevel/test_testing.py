@@ -83,9 +83,10 @@ def test_the_message_names_leaf_coordinate_numbers_oracle_and_error():
     assert "1 of 4 are off" in message
 
 
-def test_an_unfinished_inner_solve_is_told_from_a_wrong_method():
+@pytest.mark.parametrize("method", [EXACT, faulty(lambda right, direct: right)], ids=["reported", "bare gradient"])
+def test_an_unfinished_inner_solve_is_told_from_a_wrong_method(method):
     with pytest.raises(AssertionError, match=r"the inner problem is not solved: ‖F‖ = .* allow more steps"):
-        check(EXACT, solver=bl.FixedPointIteration(2))
+        check(method, solver=bl.FixedPointIteration(2))
 
 
 def test_an_unfinished_linear_solve_is_told_from_a_wrong_method():

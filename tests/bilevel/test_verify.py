@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel.examine import lanczos
+from bilevel.verify.examine import lanczos
 
 NEWTON = problems.newton
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import oracles
 from bilevel.conditions import Problem
-from bilevel.tables import figure
 from bilevel.types import Hypergradient, LinearInfo, PyTree
+from bilevel.verify import oracles
+from bilevel.verify.tables import figure
 
 
 @dataclass(frozen=True)

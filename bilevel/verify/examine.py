@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import oracles
 from bilevel.conditions import Problem
-from bilevel.oracles import Flat, flatten
-from bilevel.tables import figure, table, wrapped
 from bilevel.types import PyTree
+from bilevel.verify import oracles
+from bilevel.verify.oracles import Flat, flatten
+from bilevel.verify.tables import figure, table, wrapped
 
 THETA = "θ in the condition"
 LANCZOS = 40

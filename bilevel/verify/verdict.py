@@ -1,9 +1,4 @@
-"""Is this hypergradient right? Checks for a person, of a condition and of a method.
-
-:func:`check_condition` looks at one point: what the implicit function theorem asks for, and does it hold here?
-:func:`check_hypergradient` sets a method's gradient beside the references of :mod:`bilevel.oracles` and says which
-side is wrong, and how. Methods are arguments; no gradient code is shared with them.
-"""
+"""A method's gradient beside the references: do they agree, and if not, which side is wrong, and how?"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import oracles, suspects
 from bilevel.conditions import Problem
-from bilevel.oracles import OracleError, Reference
-from bilevel.suspects import Answer
-from bilevel.tables import figure, table, wrapped
 from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.verify import oracles, suspects
+from bilevel.verify.oracles import OracleError, Reference
+from bilevel.verify.suspects import Answer
+from bilevel.verify.tables import figure, table, wrapped
 
 
 @dataclass(frozen=True)
