@@ -18,8 +18,18 @@ Example:
     <Status.CONVERGED: 0>
 """
 
-from bilevel.certificates import Certificate, CertificateKind, Finding, certify
-from bilevel.compare import MethodComparison, MethodReport, compare_methods
+from bilevel.certificates import (
+    HALF_SQUARED,
+    LOGISTIC,
+    SOFTMAX,
+    Ball,
+    Certificate,
+    CertificateKind,
+    Finding,
+    LinearLoss,
+    Lipschitz,
+    certify,
+)
 from bilevel.conditions import (
     KKT,
     Condition,
@@ -35,7 +45,6 @@ from bilevel.conditions import (
     theta_itself,
 )
 from bilevel.estimators import EvolutionStrategies, FiniteDifference, ValuePenalty
-from bilevel.examine import Check, ConditionReport, check_condition
 from bilevel.failures import HypergradientError, check_status
 from bilevel.hypergradients import (
     FirstOrder,
@@ -59,7 +68,6 @@ from bilevel.linear import (
     Nystrom,
     choose_linear,
 )
-from bilevel.lipschitz import HALF_SQUARED, LOGISTIC, SOFTMAX, Ball, LinearLoss, Lipschitz
 from bilevel.outer import History, Minimum, minimize
 from bilevel.solvers import (
     Anderson,
@@ -72,7 +80,17 @@ from bilevel.solvers import (
     solve,
 )
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, Solution, Status
-from bilevel.verify import Comparison, HypergradientReport, check_hypergradient
+from bilevel.verify import (
+    Check,
+    Comparison,
+    ConditionReport,
+    HypergradientReport,
+    MethodComparison,
+    MethodReport,
+    check_condition,
+    check_hypergradient,
+    compare_methods,
+)
 
 __all__ = [
     "CG",

@@ -7,9 +7,8 @@ Nothing here is imported by `bilevel` itself, and Hypothesis only with :mod:`bil
 import importlib
 
 from bilevel.testing import families
-from bilevel.testing.assertions import Check, assert_case, assert_hypergradient
+from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
 from bilevel.testing.cases import Case
-from bilevel.testing.structure import assert_condition
 
 __all__ = ["Case", "Check", "assert_case", "assert_condition", "assert_hypergradient", "families", "strategies"]
 

@@ -1,4 +1,4 @@
-"""Assertions on a hypergradient: each says where it failed, by how much, and the likely cause.
+"""Assertions on a hypergradient and on a condition: each says where it failed, by how much, and the likely cause.
 
 They take the method and the solver as arguments and share no gradient code with them. A reference that is not
 sure enough to decide is a failure too: an assertion that cannot fail proves nothing.
@@ -6,23 +6,22 @@ sure enough to decide is a failure too: an assertion that cannot fail proves not
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import oracles
-from bilevel.conditions import Problem
+from bilevel.conditions import Condition, Problem
 from bilevel.testing.cases import Case
-from bilevel.testing.diagnosis import likely_cause
 from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.verify import oracles
+from bilevel.verify.examine import check_condition
+from bilevel.verify.suspects import Answer, likely_cause
+from bilevel.verify.tables import label
 
-ORACLES = {
-    "finite_differences": oracles.finite_differences,
-    "unrolled": oracles.unrolled,
-    "dense": oracles.dense,
-}
+FIT = 1e-2
+"""How much of the error an explanation may leave over."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +99,21 @@ def assert_hypergradient(
         AssertionError: the hypergradient is wrong at theta['a']: got 8.0, ...
     """
     __tracebackhide__ = True
-    names = (against,) if isinstance(against, str) else tuple(against)
-    if not names or not set(names) <= set(ORACLES):
-        raise ValueError(f"against takes {', '.join(ORACLES)}, got {against!r}")
+    asked = oracles.chosen(against)
     out = run(problem, solver, method, theta, init, data)
     gradient = _gradient(out, theta)
-    for name in names:
-        reference = ORACLES[name](problem, solver, theta, init, data)
+    for name, oracle in asked.items():
+        reference = oracle(problem, solver, theta, init, data)
+        answer = Answer(problem, solver, theta, init, data, out, reference.directions)
         compared = _Comparison(
             reference.labels,
-            reference.directions @ _vector(gradient),
+            answer.derivatives,
             reference.derivatives,
             reference.uncertainty,
             *_tolerances(gradient, rtol, atol),
         )
-        check = compared.check(describe(problem), abbreviate(method), f"{name}, of {reference.question}", out)
-        if check.message and compared.decided:
-            cause = likely_cause(problem, theta, init, data, out, reference, compared.rtol)
-            check = replace(check, message=f"{check.message}\n  {cause}")
-        judge(check, record)
+        check = compared.check(describe(problem), label(method), f"{name}, of {reference.question}", out)
+        judge(_with_cause(check, answer, reference) if compared.decided else check, record)
 
 
 def assert_case(
@@ -153,15 +148,65 @@ def assert_case(
     if isinstance(out, Hypergradient):
         found = {"w": (out.inner.w, case.w), "value": (out.value, case.value)} | found
     for name, (got, expected) in found.items():
-        expected, labels = _vector(expected), _labels(expected, name)
-        compared = _Comparison(labels, _vector(got), expected, np.zeros_like(expected), rtol, 1e-3 * rtol)
-        check = compared.check(repr(case), abbreviate(method), "closed form", out, _SUBJECTS[name])
+        labels, expected = _labels(expected, name), oracles.vector_of(expected)
+        exact = np.zeros_like(expected)
+        compared = _Comparison(labels, oracles.vector_of(got), expected, exact, rtol, 1e-3 * rtol)
+        check = compared.check(repr(case), label(method), "closed form", out, _SUBJECTS[name])
         if check.message and name == "theta":
-            with jax.enable_x64(True):
-                reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
-            cause = likely_cause(case.problem, case.theta, case.init, case.data, out, reference, rtol)
-            check = replace(check, message=f"{check.message}\n  {cause}")
+            reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
+            question = case.problem, solver, case.theta, case.init, case.data
+            check = _with_cause(check, Answer(*question, out, reference.directions), reference)
         judge(check, record)
+
+
+def assert_condition(
+    problem: Problem | Condition,
+    theta: PyTree,
+    w: PyTree,
+    data: PyTree,
+    solved: bool = True,
+    rtol: float = 1e-5,
+    record: Record | None = None,
+) -> None:
+    """Assert that a condition is what it says of itself at w: finite, solved, symmetric, positive definite.
+
+    These are rows of :func:`~bilevel.check_condition`. A = ∂F/∂w is written out up to 1000 unknowns; beyond, products
+    with it stand for it, which can disprove symmetry and definiteness, and prove neither.
+
+    Args:
+        problem: a condition, or a problem that has one.
+        theta: outer variables.
+        w: where to look, a tree like the inner variables.
+        data: of the problem.
+        solved: whether w is meant to be the solution: Newton's step from it, ‖A⁻¹F‖, is then at most
+            ``rtol·(1 + ‖w‖)``; beyond 1000 unknowns ‖F‖ is.
+        rtol: also what symmetry may be missed by, relative to ‖A‖.
+        record: called with each :class:`Check`, before it is asserted.
+
+    Raises:
+        AssertionError: naming what was declared, the coordinates and the numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bilevel as bl
+        >>> twisted = bl.Root(lambda w, theta, data: jnp.array([[1.0, 5.0], [0.0, 1.0]]) @ w - theta, symmetric=True)
+        >>> assert_condition(twisted, jnp.zeros(2), jnp.zeros(2), None)
+        Traceback (most recent call last):
+          ...
+        AssertionError: Root, symmetry: declared symmetric and is not: ∂F/∂w is 5.0 at (w[0], w[1]) and 0.0 at ...
+    """
+    __tracebackhide__ = True
+    if not isinstance(problem, Problem):
+        problem = Problem(problem, lambda w, theta, data: jnp.zeros(()))
+    condition = problem.condition
+    asserted = ["finite", *["residual"] * solved, *["symmetry"] * condition.symmetric]
+    asserted += [*["curvature"] * condition.positive_definite, "strong convexity"]
+    name = type(condition).__name__
+    for row in check_condition(problem, theta, w, data, rtol).checks:
+        if row.name in asserted or (row.name in ("leaves", "structure") and not row.ok):
+            error = row.value or 0.0 if row.name in ("residual", "symmetry") else 0.0 if row.ok else np.inf
+            message = "" if row.ok else f"{name}, {row.name}: {row.found}\n  {row.remedy}"
+            judge(Check(name, "", row.name, error, rtol, message), record)
 
 
 _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "the hypergradient"}
@@ -260,49 +305,34 @@ def _shapes(tree):
 
 
 def _tolerances(gradient, rtol, atol):
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=oracles.EPS)
-    rtol = 10 * eps**0.5 if rtol is None else rtol
+    rtol = 10 * oracles.eps_of(gradient) ** 0.5 if rtol is None else rtol
     return rtol, 1e-3 * rtol if atol is None else atol
 
 
-def _vector(tree):
-    """The inexact leaves in float64, as the oracles flatten them."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    inexact = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return np.concatenate([np.zeros(0), *[leaf.astype(np.float64).ravel() for leaf in inexact]])
-
-
 def _labels(tree, name):
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return [
-        f"{name}{jax.tree_util.keystr(path)}{list(index) if index else ''}"
-        for path, leaf in paths
-        for index in np.ndindex(np.shape(leaf))
-    ]
+    with oracles.double_precision():
+        return oracles.flatten(oracles.as_double(tree), name).labels
+
+
+def _with_cause(check, answer, reference):
+    """The check, and where it failed what the mistake looks like."""
+    if check.ok:
+        return check
+    error = np.linalg.norm(answer.derivatives - reference.derivatives)
+
+    def explains(derivatives):
+        return bool(np.linalg.norm(answer.derivatives - derivatives) <= FIT * error)
+
+    cause = likely_cause(answer, explains, [reference]) or (
+        "none that is known; it fits no flipped sign, lost transpose, lost term or unfinished solve"
+    )
+    return replace(check, message=f"{check.message}\n  likely cause: {cause}")
 
 
 def describe(problem: Problem) -> str:
     """A problem in a few words: its condition and the name of its outer function."""
     outer = getattr(problem.outer, "__name__", type(problem.outer).__name__)
     return f"{type(problem.condition).__name__}, {outer.strip('<>')}"
-
-
-def abbreviate(value: object) -> str:
-    """A method or solver as one would type it: a function by its name, a record without its defaults.
-
-    Example:
-        >>> import bilevel as bl
-        >>> abbreviate(bl.Implicit(bl.CG(maxiter=5)))
-        'Implicit(linear=CG(maxiter=5))'
-    """
-    if isinstance(value, functools.partial):
-        return abbreviate(value.func)
-    if not is_dataclass(value) or isinstance(value, type):
-        return getattr(value, "__name__", repr(value))
-    told = {field.name: getattr(value, field.name) for field in fields(value)}
-    told = {field.name: told[field.name] for field in fields(value) if told[field.name] != field.default}
-    return f"{type(value).__name__}({', '.join(f'{name}={abbreviate(part)}' for name, part in told.items())})"
 
 
 def judge(check: Check, record: Record | None) -> None:

@@ -1,11 +1,10 @@
 """What the pytest fixture ``hypergradient`` is: the assertions in float64, each remembered for the report."""
 
-from bilevel import oracles
 from bilevel.conditions import Condition, Problem
-from bilevel.testing.assertions import Check, assert_case, assert_hypergradient
+from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
 from bilevel.testing.cases import Case
-from bilevel.testing.structure import assert_condition
 from bilevel.types import PyTree
+from bilevel.verify import oracles
 
 
 class Hypergradients:

@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel import oracles
+from bilevel.verify import oracles
 
 ORACLES = {"finite differences": oracles.finite_differences, "unrolled": oracles.unrolled, "dense": oracles.dense}
 

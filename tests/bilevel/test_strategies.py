@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from bilevel import oracles, testing
+from bilevel import testing
 from bilevel.testing import families, strategies
 from bilevel.testing.cases import LAYOUTS, arrange, flatten
+from bilevel.verify import oracles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 few = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import oracles
 from bilevel.conditions import Problem
-from bilevel.oracles import Flat, flatten
-from bilevel.tables import figure, table, wrapped
 from bilevel.types import PyTree
+from bilevel.verify import oracles
+from bilevel.verify.oracles import Flat, flatten
+from bilevel.verify.tables import figure, table, wrapped
 
 THETA = "θ in the condition"
 LANCZOS = 40
@@ -68,7 +68,8 @@ def check_condition(
 
     ==================  =====================================================================================
     leaves              no complex ones; integer ones are named, they get no gradient
-    finite              θ, w, data, F, the outer value and its derivatives
+    structure           F is a tree like w
+    finite              θ, w, F, the outer value and its derivatives
     captured θ          no closure or global of the functions holds an array of θ, unseen by any derivative
     residual            ‖A⁻¹F‖ / (1 + ‖w‖), how far the solution is; ‖F‖ / (1 + ‖w‖) where A is large
     symmetry            |⟨u, Av⟩ − ⟨Au, v⟩| / (‖u‖‖Av‖) of random u, v against what is declared
@@ -99,20 +100,23 @@ def check_condition(
     leaves = _leaves(theta, w, data)
     if not leaves.ok:
         return ConditionReport((leaves,))
-    tol = _default_tol(w) if tol is None else tol
+    tol = oracles.eps_of(w) ** 0.5 if tol is None else tol
     captured = _captured(problem, theta)
     with oracles.double_precision():
+        structure = _structure(problem.condition, theta, w, data)
+        if not structure.ok:
+            return ConditionReport((leaves, structure, captured))
         view = _View.of(problem, theta, w, data)
         finite = _finite(view, theta, w, data)
         if not finite.ok:
-            return ConditionReport((leaves, finite, captured))
+            return ConditionReport((leaves, structure, finite, captured))
         spectrum = _Spectrum.of(view, problem.condition.symmetric)
-        symmetry = _symmetry(view, problem.condition, tol)
+        symmetry = _symmetry(view, spectrum, problem.condition, tol)
         symmetric = problem.condition.symmetric and symmetry.ok
         rows = [_residual(view, spectrum, tol), symmetry]
         rows += _curvature(spectrum, problem.condition, symmetric, theta, data)
         rows += [_theta_used(view), _w_used(view), _kinks(view, tol)]
-    return ConditionReport((leaves, finite, captured, *rows))
+    return ConditionReport((leaves, structure, finite, captured, *rows))
 
 
 @dataclass(frozen=True)
@@ -190,28 +194,39 @@ def _leaves(theta, w, data):
     return Check("leaves", True, f"without a gradient, not float: {', '.join(integers)}" if integers else "real")
 
 
+def _structure(condition, theta, w, data):
+    theta, w, data = (oracles.as_double(part) for part in (theta, w, data))
+    residual = jax.eval_shape(condition.residual, w, theta, data)
+    got, wanted = ((jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in (residual, w))
+    if got == wanted:
+        return Check("structure", True, "the residual is a tree like w")
+    found = f"the residual is no tree like w: got {got}, expected {wanted}"
+    return Check("structure", False, found, "return one number of F for each of w, in a tree like w.")
+
+
 def _finite(view, theta, w, data):
-    wrong = [
-        name
-        for name, leaf in _named_leaves(theta=theta, w=w, data=data)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all())
-    ]
-    if not wrong:
-        slopes = view.outer_slopes(view.w, view.theta)
-        back = view.transposed(view.w, view.theta, view.residual(view.w, view.theta))
-        values = {
-            "F": view.residual(view.w, view.theta),
-            "outer": view.outer(view.w, view.theta),
-            "∂outer/∂w": slopes[0],
-            "∂outer/∂θ": slopes[1],
-            "(∂F/∂w)ᵀF": back[0],
-            "(∂F/∂θ)ᵀF": back[1],
-        }
-        wrong = [name for name, value in values.items() if not bool(jnp.isfinite(value).all())]
+    """Data that are not finite are named where they do harm: an infinity may be a bound."""
+    residual = view.residual(view.w, view.theta)
+    slopes = view.outer_slopes(view.w, view.theta)
+    back = view.transposed(view.w, view.theta, residual)
+    outer = view.outer(view.w, view.theta)
+    names = ("outer", "∂outer/∂w", "∂outer/∂θ", "(∂F/∂w)ᵀF", "(∂F/∂θ)ᵀF")
+    values = dict(zip(names, (outer, *slopes, *back), strict=True))
+    wrong = list(_not_finite(theta=theta, w=w))
+    broken = np.flatnonzero(~np.isfinite(residual))
+    broken = [f"F ({residual[broken[0]]} at {view.place.labels[broken[0]]})"] if broken.size else []
+    broken += [name for name, value in values.items() if not bool(jnp.isfinite(value).all())]
+    wrong += [*_not_finite(data=data), *broken] if broken else []
     if not wrong:
         return Check("finite", True, "all values and derivatives")
     remedy = "look for a division by zero, a log or a root at zero (its derivative too), or data that is not finite."
     return Check("finite", False, f"NaN or infinite: {', '.join(wrong)}", remedy)
+
+
+def _not_finite(**trees):
+    for name, leaf in _named_leaves(**trees):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+            yield name
 
 
 def _captured(problem, theta):
@@ -260,11 +275,6 @@ def _is_filled(cell):
         return cell.cell_contents is not None
     except ValueError:
         return False
-
-
-def _default_tol(w):
-    floats = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(w)]
-    return max((float(jnp.finfo(d).eps) ** 0.5 for d in floats if jnp.issubdtype(d, jnp.inexact)), default=1e-8)
 
 
 # --- A -------------------------------------------------------------------------------------------------------------
@@ -337,10 +347,12 @@ def _residual(view, spectrum, tol):
         what = "‖A⁻¹F‖ / (1 + ‖w‖)"
     remedy = f"solve the inner problem to {figure(tol)} there (more steps, a smaller tol): the hypergradient is off by "
     remedy += "a multiple of ‖F‖."
-    return Check("residual", distance <= tol, f"‖F‖ = {figure(size)}; {what} = {figure(distance)}", remedy, size)
+    found = f"‖F‖ = {figure(size)}; {what} = {figure(distance)}"
+    found += "" if distance <= tol else f", above {figure(tol)}"
+    return Check("residual", distance <= tol, found, remedy, distance)
 
 
-def _symmetry(view, condition, tol):
+def _symmetry(view, spectrum, condition, tol):
     worst = 0.0
     for seed in range(3):
         u, v = view.random(2 * seed + 1, view.w), view.random(2 * seed + 2, view.w)
@@ -348,13 +360,24 @@ def _symmetry(view, condition, tol):
         size = float(jnp.linalg.norm(u) * jnp.maximum(jnp.linalg.norm(forward), jnp.linalg.norm(back)))
         worst = max(worst, abs(float(u @ forward - u @ back)) / size if size > 0 else 0.0)
     symmetric = worst <= tol
-    found = (
-        f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)} of ‖u‖‖Av‖; declared {'' if condition.symmetric else 'not '}symmetric"
-    )
-    if symmetric and not condition.symmetric:
-        found += ", though it seems to be"
+    seen = f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)} of ‖u‖‖Av‖"
+    if condition.symmetric and not symmetric:
+        found = f"declared symmetric and is not: {_most_apart(view, spectrum.matrix) or seen}"
+    else:
+        found = f"{seen}; declared {'' if condition.symmetric else 'not '}symmetric"
+        found += ", though it seems to be" if symmetric and not condition.symmetric else ""
     remedy = "declare the condition with symmetric=False (a Root) and solve by NormalCG, GMRES or LU, or mend F."
     return Check("symmetry", symmetric or not condition.symmetric, found, remedy, worst)
+
+
+def _most_apart(view, matrix):
+    """The two entries of A that should be equal and differ most; None where A is not written out."""
+    if matrix is None:
+        return None
+    apart = np.abs(matrix - matrix.T)
+    i, j = sorted(np.unravel_index(apart.argmax(), apart.shape))
+    row, column = view.place.labels[i], view.place.labels[j]
+    return f"∂F/∂w is {matrix[i, j]:.6} at ({row}, {column}) and {matrix[j, i]:.6} at ({column}, {row})"
 
 
 def _curvature(spectrum, condition, symmetric, theta, data):
@@ -370,8 +393,10 @@ def _curvature(spectrum, condition, symmetric, theta, data):
     ok, remedy = True, ""
     if exact and spectrum.weakest <= rounding:
         ok, remedy = False, "A is singular: add a ridge or a strongly convex term to the inner problem."
-    elif claims_definite and spectrum.low < -rounding:
+    elif claims_definite and spectrum.low <= (0.0 if condition.positive_definite else -rounding):
         ok = False
+        if condition.positive_definite:
+            found = f"declared positive definite, and ⟨u, Au⟩ = {figure(spectrum.low)}‖u‖² for a u: {found}"
         remedy = (
             f"A is not positive definite, so that CG does not apply and w is no minimum: increase λ by more than "
             f"{figure(-spectrum.low)}, solve the inner problem further, or use LU."

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 
-from bilevel import oracles, tables
 from bilevel.conditions import Condition, Problem
 from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.verify import oracles, tables
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def compare_methods(
 ) -> MethodComparison:
     """Run each method on one problem, and measure.
 
-    The reference is the dense solve at the inner solution (:func:`bilevel.oracles.dense`), or finite differences
+    The reference is the dense solve at the inner solution (:func:`bilevel.verify.oracles.dense`), or finite differences
     where A is too large; its own uncertainty is said beside it. Each method is compiled once and timed ``runs``
     times; products are counted in a run of their own, by a tick in the tangent of w wherever the residual is
     differentiated. A method that takes other derivatives (of ``potential``) is counted as far as it asks F.

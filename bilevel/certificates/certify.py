@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
+from bilevel.certificates.error_bounds import Bounds, Constants, Step, distance, linear_algebra, newton_step, system_at
+from bilevel.certificates.lipschitz import Lipschitz
 from bilevel.conditions import Problem, StrongConvexity
-from bilevel.error_bounds import Bounds, Constants, Step, distance, linear_algebra, newton_step, system_at
-from bilevel.lipschitz import Lipschitz
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
 NONLINEARITY = 0.25

@@ -1,7 +1,7 @@
 """The numbers of a certificate: a step of Newton's method on the inner and the adjoint equation, and error bounds.
 
 With the Lagrangian outer − ⟨F, v⟩ all of it is one function: its derivative in w is the adjoint's residual g − Aᵀv,
-its derivative in θ the hypergradient h − Bᵀv. The formulas stand in :mod:`bilevel.certificates`.
+its derivative in θ the hypergradient h − Bᵀv. The formulas stand in :mod:`bilevel.certificates.certify`.
 """
 
 import functools
@@ -15,10 +15,11 @@ import jax.scipy.linalg
 import jax.scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
-from bilevel import spectrum, tree
+from bilevel import tree
+from bilevel.certificates import spectrum
+from bilevel.certificates.lipschitz import Ball
+from bilevel.certificates.spectrum import Spectrum
 from bilevel.conditions import Problem, Proximal, theta_itself
-from bilevel.lipschitz import Ball
-from bilevel.spectrum import Spectrum
 from bilevel.types import LinearSolver, MatVec, PyTree
 
 DENSE_LIMIT = 500

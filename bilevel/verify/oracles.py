@@ -16,7 +16,7 @@ on the host, on concrete values; they cast everything inexact to float64 and lea
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -147,6 +147,12 @@ def derivatives_of(gradient: PyTree, theta: PyTree) -> np.ndarray:
     """The entries of ``gradient``, a tree like θ, where θ is inexact: those of integer leaves are no numbers."""
     moves = [jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) for leaf in jax.tree.leaves(theta)]
     return vector_of([leaf for leaf, moving in zip(jax.tree.leaves(gradient), moves, strict=True) if moving])
+
+
+def eps_of(tree: PyTree) -> float:
+    """Of the narrowest float in ``tree``; of float64 where it has none."""
+    floats = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]
+    return max((float(jnp.finfo(d).eps) for d in floats if jnp.issubdtype(d, jnp.inexact)), default=EPS)
 
 
 def solve(condition: Condition, solver: Callable, theta: PyTree, init: PyTree | Callable, data: PyTree) -> PyTree:
@@ -389,6 +395,25 @@ def random_directions(entries: int, count: int, seed: int = 0) -> np.ndarray:
     """``[count, entries]`` orthonormal rows (as many as there are entries, at most)."""
     normal = np.random.default_rng(seed).normal(size=(entries, min(count, entries)))
     return np.linalg.qr(normal)[0].T
+
+
+ORACLES: dict[str, Callable[..., Reference]] = {
+    "finite_differences": finite_differences,
+    "unrolled": unrolled,
+    "dense": dense,
+}
+
+
+def chosen(against: str | Sequence[str]) -> dict[str, Callable[..., Reference]]:
+    """The oracles of one or several names.
+
+    Raises:
+        ValueError: for an oracle that does not exist, or none.
+    """
+    names = (against,) if isinstance(against, str) else tuple(against)
+    if not names or not set(names) <= set(ORACLES):
+        raise ValueError(f"against takes {', '.join(ORACLES)}, got {against!r}")
+    return {name: ORACLES[name] for name in names}
 
 
 # --- What the oracles share ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Text tables: what the records of verification print as."""
 
 import dataclasses
+import functools
 import textwrap
 from collections.abc import Sequence
 
@@ -35,6 +36,8 @@ def label(value: object) -> str:
         >>> label(Implicit(CG(5))), label(GMRES(5, ridge=0.1))
         ('Implicit(CG(5))', 'GMRES(5, ridge=0.1)')
     """
+    if isinstance(value, functools.partial):
+        return label(value.func)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return getattr(value, "__name__", None) or (
             value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)
