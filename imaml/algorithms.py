@@ -49,11 +49,12 @@ class MetaGradient:
     """The mean over tasks of the hypergradient, with what each task reported.
 
     Attributes:
-        value: mean query loss over the tasks that count.
-        gradient: mean hypergradient, a pytree like θ; zero where no task counts.
-        accuracy: fraction of query examples whose largest output is their label, mean over those tasks; NaN where
-            labels are not integers, as in regression.
-        tasks: how many tasks count, those whose numbers are all finite; an int32 scalar.
+        value: mean query loss over the tasks whose numbers are finite.
+        gradient: mean hypergradient over the tasks that count, a pytree like θ; zero where none does.
+        accuracy: fraction of query examples whose largest output is their label, over the tasks of ``value``; NaN
+            where labels are not integers, as in regression.
+        tasks: how many tasks count: their numbers are finite, and their linear residual is at most 1, which that of
+            no answer at all is; an int32 scalar.
         inner_residual: ‖∇loss + λ(φ − θ)‖ of each task, ``[batch]``.
         linear_residual: the adjoint system's true relative residual, ``[batch]``; zero without a system.
         status: the worse :class:`bilevel.Status` of each task, int32 ``[batch]``.
@@ -72,8 +73,9 @@ def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, 
     """The meta-gradient of a batch of tasks, for one's own loop.
 
     Tasks are taken one after another, so memory is that of one task; sums over them are kept in float32 at
-    least. A task whose numbers are not finite is left out of the mean and seen in ``status``; the other tasks'
-    numbers are as they would be without it.
+    least. A task whose numbers are not finite, or whose adjoint solve went so far astray that zero is a better answer
+    (a relative residual above 1), is left out of the gradient and seen in ``status`` and ``linear_residual``; the
+    other tasks' numbers are as they would be without it.
 
     Args:
         learner: network, loss, λ, solver and method.
@@ -89,25 +91,35 @@ def meta_gradient(learner: Learner, axis: str | None = None) -> Callable[[dict, 
 
     def one_task(theta, totals, task):
         out = hypergradient(theta, bl.theta_itself, task)
-        finite = out.status != bl.Status.NONFINITE
-        measured = (out.value, out.gradient, _accuracy(out.aux, task.query_y), jnp.int32(1))
-        totals = jax.tree.map(lambda t, new: t + jnp.where(finite, new, 0).astype(t.dtype), totals, measured)
         linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.residual_norm
+        finite = out.status != bl.Status.NONFINITE
+        usable = finite & (linear_residual <= 1)
+        numbers = (out.value, _accuracy(out.aux, task.query_y), jnp.int32(1))
+        totals = _added(totals, ((numbers, finite), ((out.gradient, jnp.int32(1)), usable)))
         return totals, (out.inner.residual_norm, linear_residual, out.status)
 
     def gradient(theta, tasks):
         wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), theta)
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(wide)))
-        totals = (zero, wide, zero, jnp.int32(0))
+        totals = ((zero, zero, jnp.int32(0)), (wide, jnp.int32(0)))
         totals, reports = jax.lax.scan(lambda totals, task: one_task(theta, totals, task), totals, tasks)
         if axis is not None:
             totals = jax.lax.psum(totals, axis)
-        *sums, count = totals
-        value, mean, accuracy = jax.tree.map(lambda total: total / jnp.maximum(count, 1).astype(total.dtype), sums)
+        (value, accuracy, finite), (total, usable) = totals
+        value, accuracy = (sum / jnp.maximum(finite, 1).astype(sum.dtype) for sum in (value, accuracy))
+        mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable, 1).astype(sum.dtype), total)
         mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
-        return MetaGradient(value, mean, accuracy, count, *reports)
+        return MetaGradient(value, mean, accuracy, usable, *reports)
 
     return gradient
+
+
+def _added(totals, measured):
+    """Each total with what was measured, where that counts."""
+    return tuple(
+        jax.tree.map(lambda t, new, counts=counts: t + jnp.where(counts, new, 0).astype(t.dtype), total, new)
+        for total, (new, counts) in zip(totals, measured, strict=True)
+    )
 
 
 def _accuracy(outputs, labels):

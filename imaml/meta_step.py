@@ -56,7 +56,7 @@ def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainSt
     Returns:
         ``step(state, pixels) -> (state, report)``, pure; pixels are the training classes', uint8
         ``[classes, samples, height, width, channels]``. Tasks are spread over all local devices, as far as
-        their number divides. Where no task gave finite numbers θ and the optimiser stay as they are.
+        their number divides. Where no task's gradient counts θ and the optimiser stay as they are.
     """
     outer, episode = preset.outer, preset.training_episode
     gradient = meta_gradient(preset.learner, axis=AXIS)

@@ -22,7 +22,7 @@ class Progress:
         steps: meta-steps of the run.
         loss: mean query loss, in nats.
         accuracy: mean query accuracy after adaptation, on training classes, in [0, 1].
-        tasks: tasks whose numbers were finite; the others are left out of the means.
+        tasks: tasks whose gradient counted: finite, and of a linear solve that is no worse than none.
         inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖.
         linear_residual: the same of the adjoint system's true relative residual.
         statuses: how many tasks ended with which :class:`bilevel.Status`.

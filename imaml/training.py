@@ -140,7 +140,7 @@ def _steps(preset, state, pixels, on_event) -> Iterator[tuple[TrainState, MetaGr
 
 
 def _progress(preset, state, report, seconds):
-    if not int(report.tasks):
+    if (np.asarray(report.status) == bl.Status.NONFINITE).all():
         raise InputError(
             f"meta-step {int(state.step)} had no task with finite numbers, so θ was not updated: training has "
             "diverged; lower inner.step_size or outer.learning_rate, or raise strength"
