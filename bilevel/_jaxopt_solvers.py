@@ -25,7 +25,10 @@ def run_solver(solver, options, condition, init, theta, data):
     given = setting.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})  # bilevel differentiates
     # By jaxopt's default a loop that it does not differentiate is a scan of all its steps, for someone else to.
     defaults = setting.defaults | ({"unroll": False} if "unroll" in fields else {})
-    w, state = cls(**given, **(defaults | options)).run(setting.start, *setting.arguments)
+    solver = cls(**given, **(defaults | options))
+    if isinstance(solver, jaxopt.OSQP):  # it always tells the solver inside of it to differentiate, backwards only
+        solver._box_osqp.implicit_diff = False
+    w, state = solver.run(setting.start, *setting.arguments)
     counts = (getattr(state, name, None) for name in ("iter_num", "num_fun_eval"))
     steps = next((count for count in counts if count is not None), 0)
     tol = options.get("tol", fields.get("tol"))  # by 0, the default of some, they spend their budget
