@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "imaml"
 LAYERS = (
-    {"errors", "interruption", "networks", "versions"},
+    {"errors", "interruption", "networks", "rollcall", "versions"},
     {"files"},
     {"arrays", "runlog"},
     {"checkpoints", "datasets", "devices", "plots", "problem", "progress"},
-    {"tasks"},
+    {"processes", "tasks"},
     {"algorithms"},
     {"presets"},
     {"meta_step"},
