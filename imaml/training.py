@@ -117,7 +117,7 @@ def train(
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
-                if number := gathered(np.int32(stop.received or 0)).max():
+                if number := gathered(np.array(stop.received or 0, np.int32)).max():
                     stop.received = Signals(number)
                     break
             folder.save(int(state.step), state)
