@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
-from imaml.devices import from_first
 from imaml.errors import InputError
-from imaml.rollcall import TOKEN_BYTES, Listener, RollCall, call
+from imaml.rollcall import RollCall, call, free_port, receive_number, send_number, wait_for_calls
 
 MEETING_SECONDS = 300
 """For which a process waits for the others, before the run and after it."""
@@ -77,9 +75,10 @@ def joined(processes: Processes | None) -> Iterator[None]:
     if processes is None or processes.count == 1:
         yield
         return
-    _initialize(processes)
-    roll = RollCall(_lines(processes), lambda lost: _end(processes, lost))
+    lines, address = _meet(processes)
+    roll = RollCall(lines, lambda lost: _end(processes, lost))
     try:
+        _initialize(processes, address)
         yield
     except BaseException as error:
         if not isinstance(error, InputError | OSError | KeyboardInterrupt | SystemExit):
@@ -96,32 +95,27 @@ def leave(code: int) -> None:
         _exit(code)
 
 
-def _initialize(processes):
+def _meet(processes):
+    """The lines of the roll call, and the address of JAX's own coordinator, which is told over them."""
+    host, port = processes.host, int(processes.coordinator.rpartition(":")[2])
+    if processes.index == 0:
+        lines, its_port = wait_for_calls(port, processes.count, MEETING_SECONDS), free_port()
+        send_number(lines, its_port)
+    else:
+        lines = call(host, port, processes.index, processes.count, MEETING_SECONDS)
+        its_port = receive_number(lines)
+    return lines, f"[{host}]:{its_port}" if ":" in host else f"{host}:{its_port}"
+
+
+def _initialize(processes, address):
     # One CPU device for each process: gloo's collectives know processes, not devices.
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    try:
-        jax.distributed.initialize(
-            processes.coordinator, processes.count, processes.index,
-            initialization_timeout=MEETING_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=MEETING_SECONDS,
-        )  # fmt: skip
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the {processes.count} processes do not meet at {processes.coordinator}: {reason}") from error
-
-
-def _lines(processes):
-    listener = Listener() if processes.index == 0 else None
-    number, token = from_first(
-        (np.int32(listener.port), np.frombuffer(listener.token, np.uint8))
-        if listener
-        else (np.int32(0), np.zeros(TOKEN_BYTES, np.uint8))
-    )
-    if listener:
-        return listener.lines(processes.count, MEETING_SECONDS)
-    return call(processes.host, int(number), token.tobytes(), processes.index, MEETING_SECONDS)
+    jax.distributed.initialize(
+        address, processes.count, processes.index, initialization_timeout=MEETING_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=MEETING_SECONDS,
+    )  # fmt: skip
 
 
 def _end(processes, lost):

@@ -5,16 +5,20 @@ says at once who it was, whatever killed it. What keeps its line and does nothin
 power) is found by the heartbeats of JAX's own runtime instead.
 """
 
-import hmac
-import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
-TOKEN_BYTES = 16
+from imaml.errors import InputError
+
+_GREETING = b"imaml train\n"
 _WORD = 4
 _FAREWELL = b"\xff" * _WORD
+_ANSWER_SECONDS = 10.0
+"""For which process 0 waits for the next word of one who has called."""
 
 
 class RollCall:
@@ -38,9 +42,10 @@ class RollCall:
             _hang_up(line)
 
     def _watch(self):
-        with selectors.DefaultSelector() as selector:
+        with ExitStack() as opened:
+            selector = opened.enter_context(selectors.DefaultSelector())
             for process, line in self._lines.items():
-                selector.register(line, selectors.EVENT_READ, process)
+                selector.register(opened.enter_context(line), selectors.EVENT_READ, process)
             while selector.get_map():
                 for key, _ in selector.select():
                     word = _heard(self._lines[key.data])
@@ -58,53 +63,89 @@ class RollCall:
         self._on_loss(lost)
 
 
-class Listener:
-    """Where process 0 waits for the others' lines.
-
-    Attributes:
-        port: chosen by the kernel, on all interfaces.
-        token: what a caller must know, so that a stranger is not taken for a process.
-    """
-
-    def __init__(self):
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
-        self.port: int = self._server.getsockname()[1]
-        self.token = secrets.token_bytes(TOKEN_BYTES)
-
-    def lines(self, processes: int, seconds: float) -> dict[int, socket.socket]:
-        """The lines of processes 1 to ``processes`` − 1, once all have called.
-
-        Raises:
-            TimeoutError: where nobody calls for so many seconds.
-        """
-        lines: dict[int, socket.socket] = {}
-        self._server.settimeout(seconds)
-        with self._server:
-            while len(lines) < processes - 1:
-                line, _ = self._server.accept()
-                line.settimeout(seconds)
-                token, caller = _heard(line, TOKEN_BYTES), _heard(line)
-                if hmac.compare_digest(token, self.token):
-                    lines[int.from_bytes(caller)] = line
-                else:
-                    line.close()
-        return lines
-
-
-def call(host: str, port: int, token: bytes, process: int, seconds: float) -> dict[int, socket.socket]:
-    """The line of ``process`` to process 0, whose listener is at ``host`` and ``port``.
+def wait_for_calls(port: int, processes: int, seconds: float) -> dict[int, socket.socket]:
+    """On process 0: the lines of processes 1 to ``processes`` − 1, once all have called at ``port``.
 
     Raises:
-        OSError: where it cannot be reached within so many seconds.
+        InputError: where the port is taken, some do not call within so many seconds, or they do not fit together.
     """
-    line = socket.create_connection((host, port), seconds)
-    line.sendall(token + process.to_bytes(_WORD))
+    lines: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + seconds
+    with ExitStack() as opened:
+        server = opened.enter_context(_server(port))
+        while missing := sorted(set(range(1, processes)) - set(lines)):
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                line, _ = server.accept()
+            except TimeoutError:
+                raise InputError(f"processes {missing} have not called at port {port} in {seconds:.0f} s") from None
+            opened.enter_context(line).settimeout(_ANSWER_SECONDS)
+            if _heard(line, len(_GREETING)) != _GREETING:  # a stranger
+                line.close()
+                continue
+            caller, of = (int.from_bytes(_heard(line)) for _ in range(2))
+            if of != processes or caller not in missing:
+                raise InputError(f"a process {caller} of {of} has called, where {missing} of {processes} were missing")
+            lines[caller] = line
+        server.close()
+        opened.pop_all()  # the lines stay
+    return lines
+
+
+def call(host: str, port: int, process: int, processes: int, seconds: float) -> dict[int, socket.socket]:
+    """On another process: its line to process 0, who waits for it at ``port`` of ``host``, or soon will.
+
+    Raises:
+        InputError: where it cannot be reached within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            line = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.01))
+            break
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or time.monotonic() > deadline:
+                raise InputError(f"process 0 does not answer at port {port} of {host}: {error}") from error
+            time.sleep(0.2)  # it may start later than this one
+    line.settimeout(seconds)
+    line.sendall(_GREETING + process.to_bytes(_WORD) + processes.to_bytes(_WORD))
     return {0: line}
 
 
-def _heard(line, size=_WORD):
+def send_number(lines: dict[int, socket.socket], number: int) -> None:
+    """From process 0 to all others, before the roll call begins."""
+    for line in lines.values():
+        _say(line, number.to_bytes(_WORD))
+
+
+def receive_number(lines: dict[int, socket.socket]) -> int:
+    """What process 0 has sent.
+
+    Raises:
+        InputError: where it has hung up instead.
+    """
+    word = _heard(lines[0])
+    if not word:
+        raise InputError("process 0 has gone before all had met: its own output says why")
+    return int.from_bytes(word)
+
+
+def free_port() -> int:
+    """One on which nobody listens now."""
+    with _server(0) as server:
+        return server.getsockname()[1]
+
+
+def _server(port):
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise InputError(f"process 0 cannot listen at port {port}: {error.strerror}") from error
+
+
+def _heard(line, size=_WORD) -> bytes:
     """The next bytes, or none where the line is dead."""
     try:
         return line.recv(size, socket.MSG_WAITALL)

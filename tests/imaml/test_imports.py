@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "imaml"
 LAYERS = (
-    {"errors", "interruption", "networks", "rollcall", "versions"},
-    {"files"},
+    {"errors", "interruption", "networks", "versions"},
+    {"files", "rollcall"},
     {"arrays", "runlog"},
-    {"checkpoints", "datasets", "devices", "plots", "problem", "progress"},
-    {"processes", "tasks"},
+    {"checkpoints", "datasets", "devices", "plots", "problem", "processes", "progress"},
+    {"tasks"},
     {"algorithms"},
     {"presets"},
     {"meta_step"},

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from imaml.devices import check_shares, global_mesh
 from imaml.meta_step import initial_state
 from imaml.presets import _PRESETS, Outer
 from imaml.processes import Processes
-from imaml.rollcall import Listener, RollCall, call
+from imaml.rollcall import RollCall, call, free_port, receive_number, send_number, wait_for_calls
 from imaml.tasks import Episode
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -114,11 +115,6 @@ def start(tiny_pixels, tmp_path_factory):
     return start
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def ended(process):
     """Its exit code, and what it said on stdout and stderr."""
     out, err = process.communicate(timeout=PATIENCE)
@@ -197,10 +193,10 @@ def test_two_processes_interrupted_twice_give_what_one_gives(story, tiny_pixels,
     assert [code for code, _, _ in story.done] == [0, 0], story.done
     monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset(tiny_pixels))
     alone = imaml.train(PRESET, tmp_path / "run", devices=1, evaluation_tasks=4)
-    # Both programs sum the same two terms, and each rounds in its own way: to 100 ε of the terms. Adam moves a parameter
-    # by its rate times a ratio of gradients, where a sum that cancels to a hundredth of its terms has 100 times that
-    # error. Another batch of tasks would move it by the rate itself, in each step.
-    rounding = 100 * np.finfo(np.float32).eps
+    # Both programs sum the same two terms, each rounding in its own way: to 100 ε of the terms. Adam moves a
+    # parameter by its rate times a ratio of gradients, where a sum that cancels to a hundredth of its terms
+    # has 100 times that error. Another batch of tasks would move it by the rate itself, in each step.
+    rounding = 100 * float(np.finfo(np.float32).eps)
     apart = STEPS * PRESET.outer.learning_rate * 100 * rounding
     saved = whole_checkpoint(story.directory).restore(initial_state(PRESET))
     jax.tree.map(lambda *both: np.testing.assert_allclose(*both, rounding, apart), alone.theta, saved.theta)
@@ -277,13 +273,24 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
         training._check_alike({"config": {}, "data": "of this process"})
 
 
+def meeting(*callers, processes=3, seconds=10.0):
+    """What process 0 and each of the callers get of ``(process, processes)`` who meet: a line or an exception."""
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(wait_for_calls, port, processes, seconds)
+        others = [pool.submit(call, "127.0.0.1", port, *caller, seconds) for caller in callers]
+        return [future.exception() or future.result() for future in (first, *others)]
+
+
 @pytest.fixture
 def crowd():
-    """Three processes' roll calls in one: by number, and in a queue who hears of whose loss."""
-    listener, heard = Listener(), queue.SimpleQueue()
-    lines = {number: call("127.0.0.1", listener.port, listener.token, number, 10.0) for number in (1, 2)}
-    lines[0] = listener.lines(3, 10.0)
-    return {n: RollCall(line, lambda lost, n=n: heard.put((n, lost))) for n, line in lines.items()}, heard
+    """Three processes' roll calls in one, by number, and a queue that tells who hears of whose loss."""
+    heard = queue.SimpleQueue()
+    lines = meeting((1, 3), (2, 3))
+    rolls = [RollCall(line, lambda lost, n=n: heard.put((n, lost))) for n, line in enumerate(lines)]
+    yield rolls, heard
+    for roll in rolls:
+        roll.close(well=True)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -303,9 +310,45 @@ def test_a_farewell_is_no_loss(crowd):
         heard.get(timeout=0.3)
 
 
+def test_who_is_missing_is_told():
+    said, line = meeting((2, 3), seconds=0.5)
+    assert isinstance(said, InputError) and str(said).startswith("processes [1] have not called at port ")
+    with line[0], pytest.raises(InputError, match="process 0 has gone before all had met"):
+        receive_number(line)
+
+
+@pytest.mark.parametrize("caller", [(1, 4), (3, 3), (0, 3)])
+def test_processes_that_do_not_fit_together_are_refused(caller):
+    said, line = meeting(caller)
+    line[0].close()
+    assert str(said) == f"a process {caller[0]} of {caller[1]} has called, where [1, 2] of 3 were missing"
+
+
 def test_a_stranger_is_not_taken_for_a_process():
-    listener = Listener()
-    call("127.0.0.1", listener.port, bytes(16), 1, 10.0)
-    mine = call("127.0.0.1", listener.port, listener.token, 1, 10.0)
-    lines = listener.lines(2, 10.0)
-    assert lines[1].getpeername()[1] == mine[0].getsockname()[1]
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(wait_for_calls, port, 2, 10.0)
+        with knock(port) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1")
+            mine = call("127.0.0.1", port, 1, 2, 10.0)
+            lines = first.result()
+    with lines[1], mine[0]:
+        send_number(lines, 4711)
+        assert receive_number(mine) == 4711
+
+
+def knock(port):
+    """A connection to who listens there, or soon will."""
+    while True:
+        with suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), 10.0)
+        time.sleep(0.01)
+
+
+def test_nobody_to_meet_and_a_port_that_is_taken_are_told():
+    with pytest.raises(InputError, match="process 0 does not answer at port"):
+        call("127.0.0.1", free_port(), 1, 2, 0.1)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"process 0 cannot listen at port {port}: Address already in use"):
+            wait_for_calls(port, 2, 0.1)
