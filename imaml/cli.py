@@ -6,26 +6,39 @@ before anything is written. This module only parses and prints.
 
 import argparse
 import difflib
+import io
 import sys
 from pathlib import Path
 
+from imaml.devices import check_shares
 from imaml.errors import InputError
 from imaml.interruption import exit_on_sigterm
+from imaml.processes import Processes, joined, leave
 from imaml.versions import versions
 
 USAGE_ERROR = 2
 EPILOG = "Every setting of a preset can be changed: --strength 0.5 --inner.steps 32; 'imaml presets NAME' lists them."
 
 
-TRAIN_OPTIONS = ("--data", "--out", "--meta-steps", "--keep-checkpoints", "--help")
+TRAIN_OPTIONS = (
+    "--data", "--out", "--meta-steps", "--keep-checkpoints", "--devices", "--coordinator", "--processes",
+    "--process-id", "--help",
+)  # fmt: skip
 """Those of ``imaml train`` beside the settings of its preset."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 1 for a check that failed; 2 for what cannot be used; 130 or 143 when stopped.
+    0; 1 for a check that failed; 2 for what cannot be used; 75 where another process of the run was lost; 130 or 143
+    when stopped.
     """
+    code = _run(arguments)
+    leave(code)
+    return code
+
+
+def _run(arguments):
     words = sys.argv[1:] if arguments is None else arguments
     command = words[0] if words else ""
     program = f"imaml {command}".rstrip()
@@ -65,6 +78,12 @@ def _parser():
     train.add_argument(
         "--keep-checkpoints", metavar="K", type=int, default=2, help="the last K stay, and the best (default: 2)"
     )
+    train.add_argument(
+        "--devices", metavar="N", type=_devices, help="of each process, or 'all' (default: as many as divide the tasks)"
+    )
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="where the processes meet: a port of process 0")
+    train.add_argument("--processes", metavar="N", type=int, help="that train together; start the command in each")
+    train.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0; process 0 writes")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run on held-out classes", allow_abbrev=False)
@@ -93,6 +112,14 @@ def _parser():
     data.add_argument("--url", metavar="URL", help="a mirror: the address of the folder that holds them")
     data.set_defaults(run=_data)
     return parser
+
+
+def _devices(text):
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a number from 1 or 'all', got {text!r}")
+    return int(text)
 
 
 def _version():
@@ -128,6 +155,18 @@ def _chosen(options, overrides):
     return chosen
 
 
+def _processes(options, tasks):
+    """What the options say of processes, if anything, and whether the tasks can be shared out to them."""
+    given = {"--coordinator": options.coordinator, "--processes": options.processes, "--process-id": options.process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise InputError(f"{', '.join(given)} belong together: {' and '.join(missing)} missing")
+    processes = None if missing else Processes(*given.values())
+    devices = options.devices if isinstance(options.devices, int) else 1
+    check_shares(tasks, processes.count if processes else 1, devices)
+    return processes
+
+
 def _start_jax():
     """All cores, and compiled programs kept between runs."""
     import jax
@@ -142,27 +181,35 @@ def _start_jax():
 
 def _train(options, overrides):
     chosen = _chosen(options, overrides)
+    processes = _processes(options, chosen.outer.tasks)
     _start_jax()
+    with joined(processes):
+        return _train_here(options, chosen, writes=processes is None or processes.index == 0)
+
+
+def _train_here(options, chosen, writes):
+    """This process's share of the training; who does not write does not speak either, but of what went wrong."""
     from imaml.plots import learning_curve
     from imaml.progress import Reporter
     from imaml.training import train
 
     directory = options.out or Path("runs") / chosen.name
-    reporter = Reporter()
-    print(f"{chosen.name}: implicit MAML on {chosen.dataset}, in {directory}", flush=True)
+    reporter = Reporter(sys.stdout if writes else io.StringIO())
+    tell = print if writes else lambda *_, **__: None
+    tell(f"{chosen.name}: implicit MAML on {chosen.dataset}, in {directory}", flush=True)
     try:
         run = train(
-            chosen, directory, options.data, on_event=reporter.event, on_progress=reporter.step,
-            keep_checkpoints=options.keep_checkpoints,
+            chosen, directory, options.data, devices=options.devices, on_event=reporter.event,
+            on_progress=reporter.step, keep_checkpoints=options.keep_checkpoints,
         )  # fmt: skip
     finally:
         reporter.finish()
-    picture = learning_curve(directory, chosen.episode.ways)
+    picture = learning_curve(directory, chosen.episode.ways) if writes else None
     if run.stopped_by is not None:
-        print(f"stopped at step {run.step} of {chosen.outer.steps} and saved; the same command goes on from there")
+        tell(f"stopped at step {run.step} of {chosen.outer.steps} and saved; the same command goes on from there")
         return 128 + run.stopped_by
-    print(run.evaluation)
-    print(f"learning curve: {picture}")
+    tell(run.evaluation)
+    tell(f"learning curve: {picture}")
     return 0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from imaml import checkpoints, datasets
 from imaml.datasets.images import ImageClasses
-from imaml.devices import SPREAD, devices_for, over_tasks
+from imaml.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.errors import InputError
 from imaml.meta_step import initial_state
 from imaml.presets import Preset, restore
@@ -108,9 +108,10 @@ def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: 
     preset.episode.check(classes, preset.dataset)
     if tasks < 2:
         raise InputError(f"an interval needs at least 2 tasks, got {tasks}")
-    spread = over_tasks(task_accuracies(preset), devices_for(tasks), SPREAD)
+    mesh = local_mesh(tasks)
+    spread = over_tasks(task_accuracies(preset), mesh, SPREAD)
     keys = jax.random.split(preset.keys.test, tasks)
-    accuracies = np.asarray(jax.jit(spread)((theta, jnp.asarray(classes.pixels)), keys))
+    accuracies = np.asarray(jax.jit(spread)(on_all((theta, classes.pixels), mesh), keys))
     interval = 1.96 * accuracies.std(ddof=1) / np.sqrt(tasks)
     return Evaluation(float(accuracies.mean()), float(interval), 1 / preset.episode.ways, tasks)
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from imaml.algorithms import MetaGradient, meta_gradient
-from imaml.devices import AXIS, SHARED, SPREAD, devices_for, over_tasks
+from imaml.devices import AXIS, SHARED, SPREAD, global_mesh, over_tasks
 from imaml.presets import Outer, Preset
 
 
@@ -50,13 +51,19 @@ def initial_state(preset: Preset) -> TrainState:
     return TrainState(theta, optimizer(preset.outer).init(theta), preset.keys.train, jnp.int32(0))
 
 
-def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainState, MetaGradient]]:
+def meta_step(
+    preset: Preset, mesh: Mesh | None = None
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, MetaGradient]]:
     """One step of the outer loop: draw tasks, meta-gradient, Adam.
+
+    Args:
+        preset: the settings.
+        mesh: over which tasks are spread; default: all devices, as far as their number divides the tasks.
 
     Returns:
         ``step(state, pixels) -> (state, report)``, pure; pixels are the training classes', uint8
-        ``[classes, samples, height, width, channels]``. Tasks are spread over all local devices, as far as
-        their number divides. Where no task's gradient counts θ and the optimiser stay as they are.
+        ``[classes, samples, height, width, channels]``. Where no task's gradient counts θ and the
+        optimiser stay as they are.
     """
     outer, episode = preset.outer, preset.training_episode
     gradient = meta_gradient(preset.learner, axis=AXIS)
@@ -65,7 +72,7 @@ def meta_step(preset: Preset) -> Callable[[TrainState, jax.Array], tuple[TrainSt
         theta, pixels = fixed
         return gradient(theta, episode.batch(pixels, keys, preset.rotations.train))
 
-    spread = over_tasks(on_each_device, devices_for(outer.tasks), _LAYOUT)
+    spread = over_tasks(on_each_device, mesh or global_mesh(outer.tasks), _LAYOUT)
 
     def step(state, pixels):
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), outer.tasks)

@@ -98,6 +98,29 @@ class RunFolder:
         return found.restore(initial)
 
 
+class Elsewhere:
+    """Stands in for a :class:`RunFolder` in the processes that do not write: another one holds the folder."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def resume(self, initial: Any) -> Any:
+        """``initial``: its structure is what receives the state."""
+        return initial
+
+    def record(self, progress: Progress, state: Any) -> None:
+        """Nothing."""
+
+    def save(self, step: int, state: Any) -> None:
+        """Nothing."""
+
+    def finish(self, result: dict) -> None:
+        """Nothing."""
+
+
 def _differences(saved, wanted, prefix=""):
     """Where two nested dictionaries differ: ``inner.steps: 16 → 32``."""
     found = []

@@ -4,10 +4,12 @@ The loop asks for the numbers of a step only when the next one is under way, so 
 nothing.
 """
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from signal import Signals
 
@@ -19,13 +21,13 @@ from imaml import datasets
 from imaml.algorithms import MetaGradient
 from imaml.checkpoints import KEEP
 from imaml.datasets.images import ImageDataset
-from imaml.devices import devices_for, on_all
+from imaml.devices import everywhere, from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.errors import InputError
 from imaml.evaluation import Evaluation, evaluate_classes
 from imaml.interruption import stop_on_signals
 from imaml.meta_step import TrainState, initial_state, meta_step
 from imaml.presets import Preset
-from imaml.runfolder import RunFolder
+from imaml.runfolder import Elsewhere, RunFolder
 from imaml.runlog import Progress
 from imaml.versions import versions
 
@@ -58,6 +60,7 @@ def train(
     directory: str | Path,
     data: str | Path | None = None,
     *,
+    devices: int | str | None = None,
     on_event: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     evaluation_tasks: int = 600,
@@ -67,12 +70,15 @@ def train(
     """Train, or go on from the last whole checkpoint in ``directory``; at the end evaluate on held-out classes.
 
     A run that was stopped or killed and gone on with gives the same bits as one that was not, on the same machine.
-    SIGINT and SIGTERM end the step, save, and return an unfinished :class:`Run`.
+    SIGINT and SIGTERM end the step, save, and return an unfinished :class:`Run`. Where JAX runs in several processes,
+    each calls this: they share out the tasks, stop at the same step whichever of them is told to, and process 0 alone
+    reads and writes the folder.
 
     Args:
         preset: the settings; a checkpoint made with others is refused.
         directory: the run's folder, made where it does not exist.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
+        devices: of each process, over which tasks are spread, or ``"all"``; default: as many as divide the tasks.
         on_event: told in a phrase what takes time: reading data, compiling, evaluating.
         on_progress: called after every meta-step.
         evaluation_tasks: held-out tasks at the end.
@@ -81,8 +87,8 @@ def train(
             meta-steps on training classes, stays besides.
 
     Raises:
-        InputError: for data or settings that cannot be used, a folder that another process is training in, or
-            training that diverged.
+        InputError: for data or settings that cannot be used or that differ between processes, tasks that cannot be
+            shared out, a folder that another process is training in, or training that diverged.
         OSError: for a disk that is full or a folder that cannot be written; the last checkpoint stands.
     """
     directory = Path(directory)
@@ -91,22 +97,28 @@ def train(
     on_event(f"reading {preset.dataset}")
     dataset = datasets.load(preset.dataset, data)
     check(preset, dataset)
+    mesh = global_mesh(preset.outer.tasks, devices)
     description = {
         "preset": preset.name,
         "config": preset.config(),
         "data": dataset.fingerprint(),
-        "versions": versions() | {"devices": f"{devices_for(preset.outer.tasks)} {jax.default_backend()}"},
+        "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
     }
+    _check_alike({name: description[name] for name in ("config", "data")})
     evaluation = None
-    with RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event) as folder:
-        start = state = folder.resume(initial_state(preset))
+    first = is_first()
+    with (
+        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event) if first else Elsewhere()
+    ) as folder:
+        start = state = from_first(folder.resume(initial_state(preset)))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop:
             started = time.monotonic()
-            for state, report in _steps(preset, start, dataset.train.pixels, on_event):
+            for state, report in _steps(preset, mesh, start, dataset.train.pixels, on_event):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
-                if stop:
+                if number := gathered(np.array(stop.received or 0, np.int32)).max():
+                    stop.received = Signals(number)
                     break
             folder.save(int(state.step), state)
         finished = int(state.step) == preset.outer.steps
@@ -123,20 +135,30 @@ def check(preset: Preset, dataset: ImageDataset) -> None:
     preset.episode.check(dataset.test, f"{dataset.name}'s test set")
 
 
-def _steps(preset, state, pixels, on_event) -> Iterator[tuple[TrainState, MetaGradient]]:
+def _check_alike(facts):
+    """Raise InputError where another process has other facts: it would compute another run's share."""
+    digest = np.frombuffer(sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
+    others = [number for number, other in enumerate(gathered(digest)) if (other != digest).any()]
+    if others:
+        raise InputError(f"processes {others} were started with other settings or data than this one")
+
+
+def _steps(preset, mesh, state, pixels, on_event) -> Iterator[tuple[TrainState, MetaGradient]]:
     """The state and report after each remaining step, handed on when the next one is under way."""
     remaining = preset.outer.steps - int(state.step)
     if remaining <= 0:
         return
     on_event("compiling the meta-step")
-    state, pixels = on_all((state, pixels), devices_for(preset.outer.tasks))
-    step = jax.jit(meta_step(preset))
+    state, pixels = on_all((state, pixels), mesh)
+    step = jax.jit(meta_step(preset, mesh), out_shardings=everywhere(mesh))
     done = step(state, pixels)
     for _ in range(remaining - 1):
         under_way = step(done[0], pixels)
-        yield done
+        if jax.process_count() > 1:  # what processes do together, gloo wants done one after another
+            jax.block_until_ready(under_way)
+        yield here(done)
         done = under_way
-    yield done
+    yield here(done)
 
 
 def _progress(preset, state, report, seconds):

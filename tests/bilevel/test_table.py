@@ -400,7 +400,7 @@ def test_the_table_is_the_whole_product():
     counts = {kind: sum(verdict(c) == kind for c in PRODUCT) for kind in ("exact", "refused", "told", "off", "left")}
     pairs = len(METHODS) - len(WITH_LINEAR) + len(WITH_LINEAR) * len(LINEAR)
     assert sum(counts.values()) == len(set(PRODUCT)) == len(CASES) * len(SOLVERS) * pairs * len(TRANSFORMS)
-    assert (counts["left"] == 0) == (WHOLE == tuple(CASES))
+    assert (counts["left"] == 0) == (tuple(CASES) == WHOLE)
     assert min(counts[kind] for kind in ("exact", "refused", "told", "off")) > 0, counts
     assert all(any(holds(c) for c in PRODUCT) for _, _, holds in RULES)
 

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "imaml"
 LAYERS = (
     {"errors", "interruption", "networks", "versions"},
-    {"files"},
+    {"files", "rollcall"},
     {"arrays", "runlog"},
-    {"checkpoints", "datasets", "devices", "plots", "problem", "progress"},
+    {"checkpoints", "datasets", "devices", "plots", "problem", "processes", "progress"},
     {"tasks"},
     {"algorithms"},
     {"presets"},

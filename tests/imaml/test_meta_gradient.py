@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 import imaml
 from imaml import Learner, MetaGradient, Task, algorithms, meta_gradient
-from imaml.devices import AXIS, SHARED, SPREAD, over_tasks
+from imaml.devices import AXIS, SHARED, SPREAD, local_mesh, over_tasks
 from imaml.networks import Network, mlp
 from imaml.presets import Conv4
 from imaml.problem import task_problem
@@ -389,7 +389,7 @@ def test_two_devices_give_what_one_gives(clean, softmax_theta, softmax_tasks):
         pytest.skip("needs two devices")
     gradient = meta_gradient(softmax_learner(20, bl.Implicit(bl.CG(4))), axis=AXIS)
     layout = MetaGradient(SHARED, SHARED, SHARED, SHARED, SPREAD, SPREAD, SPREAD)
-    spread = jax.jit(over_tasks(gradient, 2, layout))(softmax_theta, softmax_tasks)
+    spread = jax.jit(over_tasks(gradient, local_mesh(2), layout))(softmax_theta, softmax_tasks)
     assert len(spread.status.sharding.device_set) == 2
     for name in ("value", "gradient", "accuracy", "tasks", "inner_residual", "linear_residual", "status"):
         # The order of a sum of eight differs, and each program rounds in its own way.

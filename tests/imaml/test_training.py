@@ -27,7 +27,7 @@ import imaml
 from imaml import InputError, checkpoints, datasets, evaluation, files, networks, runfolder, runlog, training
 from imaml.algorithms import MetaGradient
 from imaml.datasets.images import ImageClasses, ImageDataset
-from imaml.devices import devices_for, on_all
+from imaml.devices import global_mesh, on_all
 from imaml.interruption import stop_on_signals
 from imaml.meta_step import TrainState, initial_state
 from imaml.presets import Outer
@@ -73,8 +73,8 @@ def traces(tiny_pixels):
     meta_step, accuracies, over_tasks = training.meta_step, evaluation.task_accuracies, evaluation.over_tasks
 
     @functools.cache
-    def counting(preset):
-        step = meta_step(preset)
+    def counting(preset, mesh=None):
+        step = meta_step(preset, mesh)
 
         def meta_step_of_test(*inputs):
             counted.append(preset)
@@ -187,7 +187,7 @@ def test_each_step_draws_tasks_of_its_own(whole, tiny_pixels):
         jax.jit(training.meta_step(PRESET)),
         [replace(initial_state(PRESET), step=jnp.int32(i)) for i in (0, 1)],
     )
-    values = [float(step(*on_all((s, tiny_pixels), devices_for(PRESET.outer.tasks)))[1].value) for s in states]
+    values = [float(step(*on_all((s, tiny_pixels), global_mesh(PRESET.outer.tasks)))[1].value) for s in states]
     assert values[0] == whole.seen[0].loss != values[1]
 
 
@@ -386,7 +386,7 @@ def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny
         train(tmp_path, DIVERGING)
     assert runlog.read(tmp_path) == [] and checkpoints.newest(tmp_path) is None
     state = initial_state(DIVERGING)
-    start, pixels = on_all((state, tiny_pixels), devices_for(DIVERGING.outer.tasks))
+    start, pixels = on_all((state, tiny_pixels), global_mesh(DIVERGING.outer.tasks))
     after, report = jax.jit(training.meta_step(DIVERGING))(start, pixels)
     assert int(report.tasks) == 0 and int(after.step) == 1
     assert_same_bits(replace(after, step=state.step), state)
@@ -556,7 +556,9 @@ def test_a_checkpoint_says_what_it_belongs_to(whole):
 
 def test_a_hundred_steps_are_one_trace(traces, tiny_pixels):
     preset, traced = replace(PRESET, outer=replace(PRESET.outer, steps=100)), len(traces)
-    steps = training._steps(preset, initial_state(preset), tiny_pixels, lambda message: None)
+    steps = training._steps(
+        preset, global_mesh(preset.outer.tasks), initial_state(preset), tiny_pixels, lambda message: None
+    )
     # Each number is asked for before the step after the next is begun, as in a run: devices that meet in a sum
     # need a thread each, and a hundred steps under way would leave them none.
     assert [int(state.step) for state, _ in steps] == list(range(1, 101))
