@@ -128,9 +128,11 @@ def _end(processes, lost):
 
 
 def _exit(code):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # whoever read the output may have gone too
+        os._exit(code)
 
 
 def _check(condition, message):
