@@ -285,7 +285,7 @@ _SMALL_STRENGTH = (
 )
 _SHORT = (
     "Sized for minutes on two cores: 32 filters for 64, 4 tasks in a meta-step, 15 query images of each class in "
-    "training (evaluation takes 1, as published), Adam from 0.01 to 0 along half a cosine in some thousand meta-steps."
+    "training (evaluation takes 1, as published), Adam from 0.005 to 0 along half a cosine in some thousand meta-steps."
 )
 
 _GLYPHS = Preset(
@@ -297,7 +297,7 @@ _GLYPHS = Preset(
     strength=0.1,
     inner=bl.GradientDescent(step_size=0.2, steps=16),
     linear=bl.CG(maxiter=5),
-    outer=Outer(learning_rate=1e-2, tasks=4, queries=15, steps=3000, final_fraction=0.0),
+    outer=Outer(learning_rate=5e-3, tasks=4, queries=15, steps=3000, final_fraction=0.0),
     departures=(
         "Characters drawn from fonts stand for Omniglot's handwriting, and whole scripts are held out.",
         _STIFF_KERNELS,
