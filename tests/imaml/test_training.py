@@ -166,7 +166,8 @@ def test_the_log_has_one_line_for_each_step_and_is_what_was_shown(whole):
     log = runlog.read(whole.run.directory)
     assert [entry.step for entry in log] == list(range(1, STEPS + 1))
     assert log == whole.seen
-    assert all(entry.tasks == sum(entry.statuses.values()) == PRESET.outer.tasks for entry in log)
+    # A task whose linear solve ends worse than none has a status and does not count.
+    assert all(entry.tasks <= sum(entry.statuses.values()) == PRESET.outer.tasks for entry in log)
     assert all(np.isfinite([entry.loss, entry.inner_residual, entry.linear_residual]).all() for entry in log)
 
 
