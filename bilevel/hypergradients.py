@@ -163,7 +163,9 @@ class ForwardUnrolled:
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, (value, aux, inner)
 
-        gradient, (value, aux, inner) = jax.jacfwd(outer, has_aux=True)(floats)
+        # JAX makes no Jacobian in nothing at all.
+        slope = jax.jacfwd(outer, has_aux=True) if floats else lambda floats: (floats, outer(floats)[1])
+        gradient, (value, aux, inner) = slope(floats)
         return Hypergradient(value, tree.with_zeros(join(gradient), theta), aux, inner, None)
 
 
@@ -264,7 +266,7 @@ def value_and_hypergradient(
     Returns:
         ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, pure and compiled once per
         shape. ``init`` is a pytree like w, or a function ``init(theta, data)``; ``linear_init`` starts the
-        adjoint solve (an earlier ``out.linear.solution``).
+        adjoint solve (an earlier ``out.linear.solution``); zeros are none.
 
     Raises:
         ValueError: for a combination that makes no sense, with those that do.
@@ -382,7 +384,7 @@ def solve_scaled(
     if scaling is None:
         return solve_differentiably(linear, matvec, b, symmetric, init)
     scaled_b = tree.scale(scaling, b)
-    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
+    scaled_init = None if init is None else _scaled_start(init, scaling, scaled_b)
 
     def scaled_matvec(u):
         return tree.scale(scaling, matvec(tree.scale(scaling, u)))
@@ -390,6 +392,13 @@ def solve_scaled(
     u, info = solve_differentiably(linear, scaled_matvec, scaled_b, symmetric, scaled_init, start_at_b=True)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
+
+
+def _scaled_start(init, scaling, scaled_b):
+    """D⁻¹·init; zeros say nothing of the solution, and D·b is nearer."""
+    known = tree.norm(init) > 0
+    scaled = jax.tree.map(jnp.divide, init, _like(scaling, init))
+    return jax.tree.map(lambda start, b: jnp.where(known, start, b), scaled, scaled_b)
 
 
 def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
