@@ -290,10 +290,9 @@ def value_and_hypergradient(
 
     def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
         theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        if callable(init):
-            out = compiled(theta, None, data, linear_init, init_function=init)
-        else:
-            out = compiled(theta, jax.tree.map(jnp.asarray, init), data, linear_init, init_function=None)
+        function, start = (init, None) if callable(init) else (None, jax.tree.map(jnp.asarray, init))
+        theta, start, data, linear_init = tree.varying_alike(theta, start, data, linear_init)
+        out = compiled(theta, start, data, linear_init, init_function=function)
         check_status(out, on_failure, partial(advise, problem.condition, theta, data))
         return out
 
@@ -328,7 +327,7 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
 
     def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
         theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        start = starting_point(init, theta, data)
+        theta, start, data = tree.varying_alike(theta, starting_point(init, theta, data), data)
         return solve_implicitly(condition, solver, linear, theta, start, data).w
 
     return layer
@@ -341,7 +340,9 @@ def solve_implicitly(
 
     def find(_, init):
         solution = solvers.solve(solver, condition, init, theta, data)
-        return solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+        return tree.varying_alike(
+            solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+        )
 
     def tangent_solve(jacobian, tangent):
         scaling = condition.scaling(theta, data)

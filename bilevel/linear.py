@@ -416,7 +416,7 @@ def solve_differentiably(
 
     def find(matvec, b, init=None):  # the start belongs to this system, not to its transpose
         x, info = linear(matvec, b, b if init is None and start_at_b else init)
-        return x, (info.residual_norm, as_float(info.iterations), as_float(info.status))
+        return tree.varying_alike(x, (info.residual_norm, as_float(info.iterations), as_float(info.status)))
 
     x, (residual_norm, iterations, status) = jax.lax.custom_linear_solve(
         matvec, _tied(b), partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
@@ -486,7 +486,8 @@ def _factorise(name, solver, matvec, b, breakdown):
 
 def _widely(matvec, like):
     """A map on trees like ``like``, on vectors as wide as sums over them: in bfloat16 a recursion goes astray."""
-    return lambda v: tree.widened(matvec(tree.like(v, like)))
+    # A basis vector of a dense solver varies over no axis of a mesh, where matvec may.
+    return lambda v: tree.widened(matvec(tree.like(tree.varying_alike(v, like)[0], like)))
 
 
 def _check_iterative(solver):

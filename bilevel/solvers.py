@@ -351,7 +351,7 @@ def truncated_newton(matvec: MatVec, slope: PyTree, steps: int) -> PyTree:
         now = tree.vdot(r, r)
         return x, r, tree.add(r, tree.scale(now / squared, p)), now, step + 1, positive
 
-    carry = (start, minus, minus, first, jnp.int32(0), jnp.bool_(True))
+    carry = tree.varying_alike(start, minus, minus, first, jnp.int32(0), jnp.bool_(True))
     return tree.scale(unit, jax.lax.while_loop(unfinished, advance, carry)[0])
 
 
@@ -368,8 +368,8 @@ def _line_search(potential, w, slope, direction, halvings):
         size, tries = carry
         return (tries < halvings) & ~(potential(moved(size)) <= here + 1e-4 * size * promise + slack)
 
-    one = jnp.ones((), promise.dtype)
-    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), (one, jnp.int32(0)))
+    _, *start = tree.varying_alike(w, jnp.ones((), promise.dtype), jnp.int32(0))
+    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), tuple(start))
     found = (tries < halvings) | (potential(moved(size)) <= here)
     return jax.tree.map(lambda new, old: jnp.where(found, new, old), moved(size), w)
 

@@ -66,6 +66,24 @@ def eps(a: PyTree) -> float:
     return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(a)), default=0.0)
 
 
+def varying_alike(*trees: PyTree) -> tuple[PyTree, ...]:
+    """The trees with every leaf varying over each mesh axis that one of them varies over, inside of ``shard_map``.
+
+    There JAX sums a derivative over the devices where it is taken in what all of them share: of an inner objective
+    this would be the sum over all tasks.
+    """
+    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
+    return jax.tree.map(lambda leaf: _vary(leaf, axes - _varying(leaf)), trees)
+
+
+def _varying(leaf):
+    return jax.typeof(leaf).manual_axis_type.varying
+
+
+def _vary(leaf, axes):
+    return jax.lax.pcast(leaf, tuple(axes), to="varying") if axes else leaf
+
+
 def is_floating(leaf: jax.Array) -> bool:
     """Whether a leaf can have a derivative."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
