@@ -163,7 +163,9 @@ class ForwardUnrolled:
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, (value, aux, inner)
 
-        gradient, (value, aux, inner) = jax.jacfwd(outer, has_aux=True)(floats)
+        # JAX makes no Jacobian in nothing at all.
+        slope = jax.jacfwd(outer, has_aux=True) if floats else lambda floats: (floats, outer(floats)[1])
+        gradient, (value, aux, inner) = slope(floats)
         return Hypergradient(value, tree.with_zeros(join(gradient), theta), aux, inner, None)
 
 
@@ -264,7 +266,7 @@ def value_and_hypergradient(
     Returns:
         ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, pure and compiled once per
         shape. ``init`` is a pytree like w, or a function ``init(theta, data)``; ``linear_init`` starts the
-        adjoint solve (an earlier ``out.linear.solution``).
+        adjoint solve (an earlier ``out.linear.solution``); zeros are none.
 
     Raises:
         ValueError: for a combination that makes no sense, with those that do.
@@ -288,10 +290,9 @@ def value_and_hypergradient(
 
     def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
         theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        if callable(init):
-            out = compiled(theta, None, data, linear_init, init_function=init)
-        else:
-            out = compiled(theta, jax.tree.map(jnp.asarray, init), data, linear_init, init_function=None)
+        function, start = (init, None) if callable(init) else (None, jax.tree.map(jnp.asarray, init))
+        theta, start, data, linear_init = tree.varying_alike(theta, start, data, linear_init)
+        out = compiled(theta, start, data, linear_init, init_function=function)
         check_status(out, on_failure, partial(advise, problem.condition, theta, data))
         return out
 
@@ -326,7 +327,7 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
 
     def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
         theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        start = starting_point(init, theta, data)
+        theta, start, data = tree.varying_alike(theta, starting_point(init, theta, data), data)
         return solve_implicitly(condition, solver, linear, theta, start, data).w
 
     return layer
@@ -339,7 +340,9 @@ def solve_implicitly(
 
     def find(_, init):
         solution = solvers.solve(solver, condition, init, theta, data)
-        return solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+        return tree.varying_alike(
+            solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+        )
 
     def tangent_solve(jacobian, tangent):
         scaling = condition.scaling(theta, data)
@@ -382,7 +385,7 @@ def solve_scaled(
     if scaling is None:
         return solve_differentiably(linear, matvec, b, symmetric, init)
     scaled_b = tree.scale(scaling, b)
-    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
+    scaled_init = None if init is None else _scaled_start(init, scaling, scaled_b)
 
     def scaled_matvec(u):
         return tree.scale(scaling, matvec(tree.scale(scaling, u)))
@@ -390,6 +393,13 @@ def solve_scaled(
     u, info = solve_differentiably(linear, scaled_matvec, scaled_b, symmetric, scaled_init, start_at_b=True)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
+
+
+def _scaled_start(init, scaling, scaled_b):
+    """D⁻¹·init; zeros say nothing of the solution, and D·b is nearer."""
+    known = tree.norm(init) > 0
+    scaled = jax.tree.map(jnp.divide, init, _like(scaling, init))
+    return jax.tree.map(lambda start, b: jnp.where(known, start, b), scaled, scaled_b)
 
 
 def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
