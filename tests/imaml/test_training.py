@@ -70,7 +70,7 @@ def dataset(pixels):
 def traces(tiny_pixels):
     """The tiny dataset in place of any other, programs made once for all tests, and a count of their traces."""
     counted, tiny = [], dataset(tiny_pixels)
-    meta_step, accuracies, over_tasks = training.meta_step, evaluation.task_accuracies, evaluation.over_tasks
+    meta_step, scores, over_tasks = training.meta_step, evaluation.task_scores, evaluation.over_tasks
 
     @functools.cache
     def counting(preset, mesh=None):
@@ -85,7 +85,7 @@ def traces(tiny_pixels):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None: tiny)
         patch.setattr(training, "meta_step", counting)
-        patch.setattr(evaluation, "task_accuracies", functools.cache(accuracies))
+        patch.setattr(evaluation, "task_scores", functools.cache(scores))
         patch.setattr(evaluation, "over_tasks", functools.cache(over_tasks))
         yield counted
 
@@ -142,9 +142,11 @@ def assert_same_run(directory, whole):
 def test_a_run_ends_evaluated_against_chance(whole):
     run = whole.run
     assert (run.step, run.finished, run.stopped_by) == (STEPS, True, None)
-    assert (run.evaluation.chance, run.evaluation.tasks) == (0.5, EVALUATION_TASKS)
-    assert 0 <= run.evaluation.accuracy <= 1 and run.evaluation.interval >= 0
-    assert "(chance 50%)" in str(run.evaluation)
+    (found,) = run.evaluations  # the network has no normalisation
+    assert (found.metric, found.normalisation) == ("accuracy", "none")
+    assert (found.chance, found.tasks) == (0.5, EVALUATION_TASKS)
+    assert 0 <= found.accuracy == found.value <= 1 and found.interval >= 0
+    assert str(found).endswith("(chance 50%)")
     assert_same_bits(run.theta, saved_state(run.directory).theta)
 
 
@@ -157,7 +159,7 @@ def test_a_run_learns(whole):
 
 def test_its_result_is_on_disk_with_what_it_belongs_to(whole):
     result = json.loads((whole.run.directory / runfolder.RESULT).read_text())
-    assert result["evaluation"] == asdict(whole.run.evaluation)
+    assert result["evaluations"] == [asdict(found) for found in whole.run.evaluations]
     assert result["config"] == PRESET.config()
     assert sorted(contents(whole.run.directory)) == [f"checkpoint-{STEPS:08}.npz", runlog.FILE, runfolder.RESULT]
 
@@ -196,10 +198,10 @@ def test_each_step_draws_tasks_of_its_own(whole, tiny_pixels):
 def test_a_signal_stops_after_the_step_and_the_rest_is_done_later_to_the_bit(number, whole, tmp_path):
     stopped = train(tmp_path, on_progress=stop_at(STOP_AT, number))
     assert (stopped.step, stopped.finished, stopped.stopped_by) == (STOP_AT, False, number)
-    assert stopped.evaluation is None and not (tmp_path / runfolder.RESULT).exists()
+    assert stopped.evaluations == () and not (tmp_path / runfolder.RESULT).exists()
     assert int(saved_state(tmp_path).step) == STOP_AT
     resumed = train(tmp_path)
-    assert resumed.evaluation == whole.run.evaluation
+    assert resumed.evaluations == whole.run.evaluations
     assert_same_run(tmp_path, whole)
 
 
@@ -269,7 +271,7 @@ def test_a_process_that_is_killed_or_stopped_is_gone_on_with_to_the_bit(number, 
     )  # fmt: skip
     assert done.returncode == code, done
     assert checkpoints.newest(folder).step == STOP_AT
-    assert train(folder).evaluation == whole.run.evaluation
+    assert train(folder).evaluations == whole.run.evaluations
     assert_same_run(folder, whole)
 
 
@@ -292,7 +294,7 @@ def test_a_finished_run_called_again_only_evaluates(whole, traces):
     before = saved_state(whole.run.directory)
     files_before = contents(whole.run.directory)
     again = train(whole.run.directory, on_progress=seen.append, on_event=events.append)
-    assert (again.finished, again.evaluation) == (True, whole.run.evaluation)
+    assert (again.finished, again.evaluations) == (True, whole.run.evaluations)
     assert (seen, len(traces)) == ([], traced)
     assert not any("compiling" in event for event in events)
     assert_same_run(whole.run.directory, whole)
@@ -405,8 +407,8 @@ def test_progress_is_measured_on_tasks_with_finite_numbers():
 def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
     classes = dataset(tiny_pixels).test
     keys = jax.random.split(PRESET.keys.test, EVALUATION_TASKS)
-    accuracies = np.asarray(jax.jit(evaluation.task_accuracies(PRESET))((whole.run.theta, classes.pixels), keys))
-    result = whole.run.evaluation
+    scores = jax.jit(evaluation.task_scores(PRESET))((whole.run.theta, classes.pixels), keys)
+    accuracies, (result,) = np.asarray(scores)[:, 0], whole.run.evaluations
     assert result.accuracy == pytest.approx(accuracies.mean())
     assert result.interval == pytest.approx(1.96 * accuracies.std(ddof=1) / EVALUATION_TASKS**0.5)
 
@@ -414,7 +416,7 @@ def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
 def test_a_run_a_folder_and_parameters_are_evaluated_alike(whole):
     run = whole.run
     for what, preset in ((run, None), (run.directory, PRESET), (str(run.directory), PRESET), (run.theta, PRESET)):
-        assert imaml.evaluate(what, preset, tasks=EVALUATION_TASKS) == run.evaluation
+        assert imaml.evaluate(what, preset, tasks=EVALUATION_TASKS) == run.evaluations
 
 
 def test_parameters_without_a_preset_are_refused(whole):
@@ -464,7 +466,7 @@ def test_a_read_only_run_is_not_trained_but_evaluated(whole, sealed):
         with pytest.raises(OSError) as caught:
             train(folder)
         assert caught.value.errno in (errno.EROFS, errno.EACCES)
-        assert imaml.evaluate(folder, tasks=EVALUATION_TASKS, preset=PRESET) == whole.run.evaluation
+        assert imaml.evaluate(folder, tasks=EVALUATION_TASKS, preset=PRESET) == whole.run.evaluations
         assert contents(folder) == files_before
 
 
