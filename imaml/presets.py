@@ -239,7 +239,7 @@ def _sinusoid(shots: int) -> Preset:
         departures=_OWN_SINUSOID,
         baselines=Baselines(
             maml=Adaptation(bl.GradientDescent(step_size=0.01, steps=1)),
-            reptile=Adaptation(bl.GradientDescent(step_size=0.01, steps=5), test_steps=32),
+            reptile=Adaptation(bl.GradientDescent(step_size=0.02, steps=10), test_steps=32),
         ),
     )
 
