@@ -207,7 +207,7 @@ class Preset:
         test_steps: inner steps in evaluation; 0 for as many as in training.
         citation: the publication it follows.
         departures: where it does something else, and why, a sentence each.
-        baselines: the other algorithms' inner loops, as published for this kind of task.
+        baselines: the other algorithms' inner loops, after what is published for this kind of task.
     """
 
     name: str
@@ -252,7 +252,7 @@ class Preset:
         return name if self.fidelity == "paper" else f"{name} as the authors' public code computes it"
 
     def using(self, algorithm: str) -> "Preset":
-        """This preset with another algorithm, and with that one's published inner loop; all else stays equal.
+        """This preset with another algorithm, and with that one's inner loop; all else stays equal.
 
         Raises:
             InputError: for an unknown algorithm, or one that is not known for this preset.
@@ -330,15 +330,15 @@ _FIXED = ("name", "dataset", "fidelity", *_NO_SETTINGS)
 
 _EQUAL = (
     "A comparison with the preset it is made from: network and its initialisation, outer loop, query images and length "
-    "are that preset's, and only the inner loop is the publication's."
+    "are that preset's, and the inner loop alone follows the publication."
 )
 _AS_A_BASELINE = {
     "maml": (_EQUAL,),
     "fomaml": (_EQUAL,),
     "reptile": (
         _EQUAL,
-        "Plain descent on all support and query images of a training task stands for the published Adam on batches of "
-        "them, so the accuracy and loss in the log are of images that were learned from.",
+        "Plain descent, at a rate of ours, on all support and query examples of a training task stands for the "
+        "published Adam on batches of them: accuracy and loss in the log are of examples that were learned from.",
         "Adam moves θ along the mean of θ − φ, for the published step of a fixed size.",
     ),
 }
@@ -410,10 +410,11 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
 
 
 def settings(chosen: Preset) -> dict[str, Any]:
-    """Every setting that can be overridden, by its dotted path, with its present value."""
+    """Every setting that can be overridden and has a part in the numbers, by its dotted path, with its value."""
     found: dict[str, Any] = {}
     for name, value in _fields(chosen).items():
-        if name in _FIXED or value is None:
+        idle = chosen.algorithm != "imaml" and name in ("strength", "linear")
+        if name in _FIXED or idle or value is None:
             continue
         if dataclasses.is_dataclass(value):
             found |= {f"{name}.{inner}": v for inner, v in _fields(value).items() if isinstance(v, bool | int | float)}

@@ -154,6 +154,13 @@ def test_another_algorithm_changes_the_inner_loop_and_the_words_alone():
     assert maml.using("maml") is maml
 
 
+def test_what_another_algorithm_has_no_use_for_is_no_setting_of_it():
+    maml = imaml.preset(DEFAULT).using("maml")
+    assert set(settings(maml)) == {path for path in SETTINGS if path != "strength" and not path.startswith("linear.")}
+    with pytest.raises(InputError, match="there is no setting --strength"):
+        override(maml, "strength", "1")
+
+
 def test_published_inner_loops_differ_between_training_and_evaluation():
     maml, reptile = (imaml.preset(DEFAULT).using(algorithm) for algorithm in ("maml", "reptile"))
     assert (maml.learner.solver.steps, maml.test_learner.solver.steps) == (1, 3)
