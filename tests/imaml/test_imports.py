@@ -17,7 +17,7 @@ LAYERS = (
     {"meta_step"},
     {"evaluation", "verification"},
     {"runfolder"},
-    {"training"},
+    {"training", "reproduction"},
     {"cli"},
     {"__main__"},
 )
