@@ -86,6 +86,9 @@ class Unrolled:
     Args:
         last: differentiate the last ``last`` steps only; None for all.
         checkpoint: recompute each step in the backward pass and keep only the iterates.
+        first_order: take each step's residual as a constant, so that no second derivative is made and no iterate
+            kept. What is left of the inner solution's derivative is that of ``init``: with MAML's start at θ this is
+            first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
 
     Raises:
         ValueError: for ``last`` below one or above the solver's steps, and for a solver that has no steps
@@ -96,6 +99,7 @@ class Unrolled:
 
     last: int | None = None
     checkpoint: bool = False
+    first_order: bool = False
 
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         del linear_init  # no linear system
@@ -122,7 +126,8 @@ class Unrolled:
 
     def _inner(self, condition, solver, theta, init, data):
         def advance(_, state):
-            return solver.update(state, condition.residual(state[0], theta, data))
+            slope = condition.residual(state[0], theta, data)
+            return solver.update(state, jax.lax.stop_gradient(slope) if self.first_order else slope)
 
         last = solver.steps if self.last is None else self.last
         state = jax.lax.fori_loop(0, solver.steps - last, advance, solver.start(init))
