@@ -9,7 +9,7 @@ Everything is float64, the mean is over tasks, and errors are relative to the ex
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -50,9 +50,7 @@ class GradientErrors:
     steps: tuple[int, ...]
     curves: tuple[Curve, ...]
     condition_number: float
-    problem: str = field(
-        default=f"linear regression of {UNKNOWNS} unknowns on {SAMPLES} samples, λ = {STRENGTH}, {TASKS} tasks, float64"
-    )
+    problem: str
 
     def __getitem__(self, method: str) -> tuple[float, ...]:
         """The errors of a method."""
@@ -105,6 +103,7 @@ def gradient_errors(
         tuple(steps),
         tuple(Curve(name, tuple(errors)) for name, errors in curves.items()),
         float(np.mean(np.array(largest) / np.array(least))),
+        f"linear regression of {UNKNOWNS} unknowns on {SAMPLES} samples, λ = {STRENGTH}, {tasks} tasks, float64",
     )
 
 

@@ -163,7 +163,7 @@ def time_of(log: list[runlog.Progress]) -> tuple[float, int]:
     """Seconds of training in a log, and the number of processes that wrote it.
 
     Each process counts from its own start, so a fall in the count is where another one went on, and the last count of
-    each is what it took. What a process did beyond the checkpoint that was gone on from is not in the log, and not here.
+    each is what it took. What a process did beyond the checkpoint that was gone on from is not in the log, nor here.
     """
     total, stretches = 0.0, 0
     for entry, following in zip(log, [*log[1:], None], strict=True):
@@ -174,17 +174,14 @@ def time_of(log: list[runlog.Progress]) -> tuple[float, int]:
 
 def command_of(name: str, config: dict[str, Any]) -> str:
     """The command that trains with these settings: a preset's name, and every setting that differs from it."""
-    from imaml.presets import preset, settings
+    from imaml.presets import preset, restore, settings
 
-    here = {path: value for path, value in settings(preset(name)).items()}
-    changed = [f"--{path} {shlex.quote(str(_at(config, path)))}" for path in here if _at(config, path) != here[path]]
-    return " ".join(["imaml train", name, *changed])
-
-
-def _at(config, path):
-    for part in path.split("."):
-        config = config[part]
-    return config
+    wanted = settings(restore(name, config))
+    begun = preset(name).using(config.get("algorithm", "imaml"))
+    words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]
+    here = settings(begun)
+    words += [f"--{path} {shlex.quote(str(value))}" for path, value in wanted.items() if here[path] != value]
+    return " ".join(["imaml train", name, *words])
 
 
 def this_machine(devices: str = "") -> str:
