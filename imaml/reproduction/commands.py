@@ -87,10 +87,13 @@ def _lines(found):
     ours = {cell: [] for cell in TABLE_2}
     for row in rows(found):
         if row.evaluation:
-            ours[row.cell].append((100 * row.evaluation["value"], 100 * row.evaluation["interval"]))
+            value, interval = (100 * row.evaluation[name] for name in ("value", "interval"))
+            ours[row.cell].append((value, interval, row.evaluation["normalisation"] == "support set"))
     names = {cell: f"{ROWS[cell.algorithm]}, {cell.ways}-way {cell.shots}-shot" for cell in TABLE_2}
     unrun = {cell: "" if ours[cell] else " (not run)" for cell in TABLE_2}
-    return [(names[cell] + unrun[cell], *printed, ours[cell]) for cell, printed in TABLE_2.items()]
+    return [
+        (names[cell] + unrun[cell], printed.accuracy, printed.interval, ours[cell]) for cell, printed in TABLE_2.items()
+    ]
 
 
 def _figure_2a(directory, form, on_event):

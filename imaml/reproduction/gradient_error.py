@@ -11,7 +11,7 @@ Everything is float64, the mean is over tasks, and errors are relative to the ex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +62,9 @@ def draw(tasks: int = TASKS, seed: int = 0) -> tuple[np.ndarray, Task]:
     random = np.random.default_rng(seed)
     scales = DECAY ** -np.linspace(0, 1, UNKNOWNS)
     theta = random.normal(size=UNKNOWNS)
-    x = random.normal(size=(tasks, 2 * SAMPLES, UNKNOWNS)) * scales
+    x: Any = random.normal(size=(tasks, 2 * SAMPLES, UNKNOWNS)) * scales
     truths = theta + random.normal(size=(tasks, UNKNOWNS))
-    y = np.einsum("tsu,tu->ts", x, truths) + NOISE * random.normal(size=x.shape[:2])
+    y: Any = np.einsum("tsu,tu->ts", x, truths) + NOISE * random.normal(size=x.shape[:2])
     return theta, Task(x[:, :SAMPLES], y[:, :SAMPLES], x[:, SAMPLES:], y[:, SAMPLES:])
 
 

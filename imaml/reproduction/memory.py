@@ -6,11 +6,13 @@ its arguments and results.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import bilevel as bl
+from imaml.errors import InputError
 from imaml.networks import Network, conv4
 from imaml.problem import cross_entropy, task_problem
 from imaml.tasks import Task
@@ -54,6 +56,9 @@ def memory(
         ways: classes of a task.
         shots: support and query images of each.
         on_event: told in a phrase what comes next.
+
+    Raises:
+        InputError: where the backend does not tell.
     """
     network = network or conv4(ways)
     problem = task_problem(network.apply, cross_entropy, 2.0)  # no number of λ changes a size
@@ -69,7 +74,8 @@ def memory(
 
 
 def _task_shapes(images):
-    x, y = jax.ShapeDtypeStruct((images, *IMAGE), jnp.float32), jax.ShapeDtypeStruct((images,), jnp.int32)
+    x: Any = jax.ShapeDtypeStruct((images, *IMAGE), jnp.float32)
+    y: Any = jax.ShapeDtypeStruct((images,), jnp.int32)
     return Task(x, y, x, y)
 
 
@@ -77,6 +83,8 @@ def _temporary(problem, solver, method, shapes):
     hypergradient = bl.value_and_hypergradient(problem, solver, method, on_failure="ignore")
     program = jax.jit(lambda theta, task: hypergradient(theta, bl.theta_itself, task).gradient)
     analysis = program.lower(*shapes).compile().memory_analysis()
+    if analysis is None:
+        raise InputError(f"XLA says nothing of a program's memory on {jax.default_backend()}: try JAX_PLATFORMS=cpu")
     return int(analysis.temp_size_in_bytes)
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from imaml.files import write_whole
 
 BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#c05621", "#718096", "#2f855a"
-LIGHT_BLUE, PALE_BLUE = "#5a9bd8", "#9cc4ea"
+DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"
 
 
 def gradient_error(path: Path, steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> Path:
-    """Figure 2a: relative errors over inner gradient steps, the lines named at their ends."""
+    """Figure 2a: relative errors over inner gradient steps."""
     figure, axes = _figure(6.6, 4.2)
-    for (name, errors), style in zip(curves.items(), _styles(curves), strict=True):
-        axes.plot(steps, errors, marker="o", markersize=4, label=name, **style)
+    shades = iter((PALE_BLUE, LIGHT_BLUE, BLUE, DARK_BLUE))  # of implicit MAML, darker for more CG steps
+    for name, errors in curves.items():
+        color = ORANGE if name == "MAML" else next(shades)
+        axes.plot(steps, errors, marker="o", markersize=4, label=name, color=color)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_title("Error of the meta-gradient")
@@ -41,35 +43,28 @@ def memory(path: Path, steps: Sequence[int], temporary: Mapping[str, Sequence[in
     return _finish(figure, axes, steps, path)
 
 
-def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[float, float]]]]) -> Path:
+def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[float, float, bool]]]]) -> Path:
     """Table 2 as a picture: a line for each cell, the paper's number with its interval, and ours where there are any.
 
     Args:
         path: of the PNG.
-        lines: name, the paper's accuracy and interval, and ours (accuracy and interval each), all in per cent.
+        lines: name, the paper's accuracy and interval, and ours: accuracy, interval and whether that one was by the
+            support set's statistics, each; numbers in per cent.
     """
     figure, axes = _figure(7.4, 0.28 * len(lines) + 1.4)
     for height, (_, accuracy, interval, ours) in enumerate(reversed(lines)):
         axes.errorbar(accuracy, height, xerr=interval, color=GREY, marker="o", markersize=5, capsize=3)
-        for number, found in enumerate(ours):
-            axes.errorbar(
-                found[0], height - 0.16 * (number + 1), xerr=found[1], color=(BLUE, ORANGE)[number % 2], marker="D",
-                markersize=4, capsize=3,
-            )  # fmt: skip
+        for number, (value, width, by_support) in enumerate(ours, start=1):
+            color, place = ORANGE if by_support else BLUE, height - 0.7 * number / (len(ours) + 1)
+            axes.errorbar(value, place, xerr=width, color=color, marker="D", markersize=4, capsize=3)
     axes.set_yticks(range(len(lines)), [line[0] for line in reversed(lines)])
     axes.set_title("Omniglot, test accuracy with 95 % intervals")
     axes.set_xlabel("%")
-    axes.errorbar([], [], xerr=[], color=GREY, marker="o", markersize=5, label="the paper")
-    axes.errorbar([], [], xerr=[], color=BLUE, marker="D", markersize=4, label="ours, first evaluation")
-    axes.errorbar([], [], xerr=[], color=ORANGE, marker="D", markersize=4, label="ours, second evaluation")
-    axes.legend(framealpha=0.9, edgecolor="none", loc="lower left")
+    axes.plot([], [], color=GREY, marker="o", markersize=5, label="the paper")
+    axes.plot([], [], color=BLUE, marker="D", markersize=4, label="ours, normalised over the query batch")
+    axes.plot([], [], color=ORANGE, marker="D", markersize=4, label="ours, by the support set's statistics")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return _save(figure, axes, path)
-
-
-def _styles(names):
-    """MAML in one colour, implicit MAML in shades of another, darker for more CG steps."""
-    shades = iter((PALE_BLUE, LIGHT_BLUE, BLUE, "#1a3f6b"))
-    return [{"color": ORANGE, "linewidth": 2.0} if name == "MAML" else {"color": next(shades)} for name in names]
 
 
 def _figure(width, height):
