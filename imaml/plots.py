@@ -85,8 +85,9 @@ def _draw_loss(axes, log):
 
 def _draw_residuals(axes, log):
     axes.set_title("residuals, median over tasks")
-    _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: ‖∇loss + λ(φ − θ)‖")
-    _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
+    _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: gradient of the inner objective")
+    if not log or any(p.linear_residual for p in log):  # other algorithms solve no linear system
+        _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
     axes.set_yscale("log")
     axes.legend(framealpha=0.9, edgecolor="none")
 

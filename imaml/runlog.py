@@ -23,8 +23,9 @@ class Progress:
         loss: mean query loss, in nats, or the mean squared error.
         accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None of a regression.
         tasks: tasks whose gradient counted: finite, and of a linear solve that is no worse than none.
-        inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖.
-        linear_residual: the same of the adjoint system's true relative residual.
+        inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖, or of ‖∇loss‖ where the
+            algorithm has no λ.
+        linear_residual: the same of the adjoint system's true relative residual; 0 where there is no such system.
         statuses: how many tasks ended with which :class:`bilevel.Status`.
         seconds: wall time since this process began to train.
     """
