@@ -56,7 +56,7 @@ def table_2(records: Sequence[Record], form: str = "terminal") -> str:
 def _words(row):
     cell, record, evaluation, number = row
     printed = TABLE_2[cell]
-    left = (ROWS[cell.algorithm], f"{cell.ways}-way {cell.shots}-shot", f"{printed.accuracy} ± {printed.interval}")
+    left = (ROWS[cell.algorithm], f"{cell.ways}-way {cell.shots}-shot", printed.text)
     if record is None:
         return (*left, NOT_RUN, *[""] * (len(HEADER) - len(left) - 1))
     return (
