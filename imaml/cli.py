@@ -1,4 +1,4 @@
-"""The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify`` and ``data``.
+"""The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
 
 What is wrong with what was typed, or with the files that it names, is said in one sentence with exit code 2,
 before anything is written. This module only parses and prints.
@@ -22,6 +22,9 @@ EPILOG = (
     "--algorithm maml, fomaml or reptile trains that one with all else equal but the inner loop."
 )
 
+REPRODUCE_EPILOG = (
+    "table2 reads the records of runs ('imaml record' makes one); figure2a is computed in seconds, figure2b in minutes."
+)
 
 TRAIN_OPTIONS = (
     "--data", "--out", "--meta-steps", "--keep-checkpoints", "--devices", "--coordinator", "--processes",
@@ -111,6 +114,28 @@ def _parser():
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
     presets.add_argument("preset", nargs="?", metavar="NAME")
     presets.set_defaults(run=_presets)
+
+    record = commands.add_parser(
+        "record", help="keep what a finished run came to, in one small file", allow_abbrev=False
+    )
+    record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
+    record.add_argument("--out", metavar="DIR", type=Path, help="the folder that keeps records; default: records")
+    record.add_argument("--note", metavar="TEXT", default="", help="what a reader should know besides")
+    record.add_argument("--hardware", metavar="TEXT", help="that it was trained on, in words; default: this machine")
+    record.set_defaults(run=_record)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="the paper's table or figures beside ours", epilog=REPRODUCE_EPILOG, allow_abbrev=False
+    )
+    reproduce.add_argument("work", metavar="NAME", help="table2, figure2a or figure2b")
+    reproduce.add_argument(
+        "--records", metavar="DIR", type=Path, help="of the runs in table2; default: those that come with the package"
+    )
+    reproduce.add_argument(
+        "--out", metavar="DIR", type=Path, help="a folder for the picture, and for what was measured"
+    )
+    reproduce.add_argument("--format", metavar="FORM", default="terminal", help="terminal (default) or markdown")
+    reproduce.set_defaults(run=_reproduce)
 
     data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
     data.add_argument("dataset", metavar="NAME", help="omniglot")
@@ -264,6 +289,25 @@ def _presets(options, _):
         for algorithm in list(ALGORITHMS)[1:]:
             other = chosen.using(algorithm)
             print(f"  --algorithm {algorithm}  ({other.title}, {_inner_loop(other)})")
+    return 0
+
+
+def _record(options, _):
+    from imaml.reproduction.commands import record
+
+    print(record(options.run_directory, options.out, options.note, options.hardware))
+    return 0
+
+
+def _reproduce(options, _):
+    from imaml.reproduction.commands import check, reproduce
+
+    check(options.work, options.records, options.format)
+    _start_jax()
+    from imaml.progress import Reporter
+
+    reporter = Reporter(sys.stderr)  # so that a table can be sent to a file
+    print(reproduce(options.work, options.records, options.out, options.format, reporter.event))
     return 0
 
 
