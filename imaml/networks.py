@@ -94,7 +94,10 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         ``[batch, ⌈height/2⌉, ⌈width/2⌉, filters]``.
     """
-    return patches(x) @ kernel
+    neighbours = patches(x)
+    # As one matrix: with its axes apart, the kernel's gradient takes a tenth longer.
+    product = neighbours.reshape(-1, neighbours.shape[-1]) @ kernel
+    return product.reshape(*neighbours.shape[:-1], -1)
 
 
 def patches(x: jax.Array) -> jax.Array:
