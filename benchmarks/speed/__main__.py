@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speed import report, runs
-from benchmarks.speed.harness import Contender, Missing, Process, alternate, machine
+from benchmarks.speed.harness import Contender, Missing, Process, alternate, machine, ratio
 from benchmarks.speed.workloads import ITEMS
 
 OURS = Contender("bilevel and imaml", "ours", "meta-gradient", ours=True)
@@ -96,11 +96,15 @@ def floor(options) -> bool:
 
 def tasks(options) -> bool:
     """Seconds per task over their number."""
-    item = ITEMS["W1"]
-    contenders = [dataclasses.replace(OURS, label=f"{count} tasks", changes=(("tasks", count),)) for count in TASKS]
-    record = alternate(item, contenders, options.rounds)
+    changes = {f"{count} tasks": (("tasks", count),) for count in TASKS}
+    contenders = [dataclasses.replace(OURS, label=label, changes=change) for label, change in changes.items()]
+    record = alternate(ITEMS["W1"], contenders, options.rounds)
+    seconds = {label: [s / changes[label][0][1] for s in times] for label, times in record["seconds"].items()}
+    reference = seconds[contenders[0].label]
+    ratios = {label: ratio(times, reference) for label, times in seconds.items()}
+    record |= {"seconds": seconds, "ratios": ratios, "seconds_are": "per task"}
     report.save("speed-tasks", record)
-    report.show("per number of tasks", record)
+    report.show("seconds a task", record)
     return True
 
 
@@ -178,9 +182,11 @@ def _relative(found, exact):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("items", nargs="*", choices=[*ITEMS], help="of few-shot or linear; default: all")
+    parser.add_argument("items", nargs="*", metavar="ITEM", help="of few-shot (W1, W2) or linear (ridge, logistic)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
+    if unknown := set(options.items) - set(ITEMS):
+        parser.error(f"there is no item {', '.join(unknown)}; known: {', '.join(ITEMS)}")
     try:
         return 0 if SUITES[options.suite](options) else 1
     except Missing as error:

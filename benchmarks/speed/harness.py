@@ -64,12 +64,14 @@ class Process:
         return self
 
     def __exit__(self, *_):
-        assert self._child.stdin is not None
+        assert self._child.stdin is not None and self._child.stdout is not None
         self._child.stdin.close()
+        self._child.stdout.close()
         try:
             self._child.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._child.kill()
+            self._child.wait()
 
     def _answer(self) -> dict:
         assert self._child.stdout is not None

@@ -7,7 +7,7 @@ import numpy as np
 import bilevel as bl
 from benchmarks.speed.workloads import FewShot, Linear
 from imaml.algorithms import Learner, meta_gradient
-from imaml.devices import AXIS, over_tasks, use_all_cores
+from imaml.devices import AXIS, SHARED, global_mesh, over_tasks, use_all_cores
 from imaml.networks import conv4
 from imaml.tasks import Task
 
@@ -42,12 +42,9 @@ def _spread(learner, theta, tasks, count):
     """The same over all devices, as `imaml train` does it; where there is but one, nothing."""
     if jax.device_count() == 1 or count % jax.device_count():
         return {}
-    from imaml.devices import global_mesh
-    from imaml.meta_step import _LAYOUT
-
     gradient = meta_gradient(learner, axis=AXIS)
-    spread = jax.jit(over_tasks(gradient, global_mesh(count), _LAYOUT))
-    return {"on all devices": lambda: _flat(jax.block_until_ready(spread(theta, tasks)).gradient)}
+    spread = jax.jit(over_tasks(lambda theta, tasks: gradient(theta, tasks).gradient, global_mesh(count), SHARED))
+    return {"on all devices": lambda: _flat(jax.block_until_ready(spread(theta, tasks)))}
 
 
 def _parts(learner, theta, tasks):
