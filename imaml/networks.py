@@ -138,7 +138,10 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
     Returns:
         ``[batch, ⌈height/stride⌉, ⌈width/stride⌉, filters]``.
     """
-    return (patches(x) if stride == 2 else dense_patches(x)) @ kernel
+    neighbours = patches(x) if stride == 2 else dense_patches(x)
+    # As one matrix: with its axes apart, the kernel's gradient takes a tenth longer.
+    product = neighbours.reshape(-1, neighbours.shape[-1]) @ kernel
+    return product.reshape(*neighbours.shape[:-1], -1)
 
 
 def dense_patches(x: jax.Array) -> jax.Array:
