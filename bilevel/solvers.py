@@ -21,6 +21,7 @@ from bilevel.conditions import Condition
 from bilevel.types import MatVec, PyTree, Solution, Status
 
 InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
+"""``solver(condition, init, theta, data) -> w``, or a :class:`Solution`; any function of that kind is one."""
 
 
 @runtime_checkable
