@@ -21,10 +21,10 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     # of this project, in extensions/
+    "docstrings",
     "gallery",
     "mathml",
     "refusals",
-    "reexported",
 ]
 exclude_patterns = ["extensions", "generated/*.md"]
 default_role = "code"
@@ -33,7 +33,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!bilevel|imaml).*")]  # names of other pr
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.strikethrough"]
+suppress_warnings = ["ref.python"]  # several records have an attribute w: a name in their docstrings is no link
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -9,7 +9,6 @@ al. 2019, equations 3 to 6). Its adjoint system is (I + H/λ)g = v, H the Hessia
 from collections.abc import Callable
 
 import jax
-import optax
 
 import bilevel as bl
 
@@ -21,6 +20,8 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats, of integer ``labels`` [batch] under ``logits`` [batch, ways]."""
+    import optax  # optax takes a while to import: only when it is used
+
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

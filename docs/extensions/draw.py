@@ -16,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of a backend
 
-STYLES = {"dark": ["dark_background"], "light": []}
+STYLES = {"dark": ["dark_background", {"axes.prop_cycle": plt.rcParams["axes.prop_cycle"]}], "light": []}
+"""Lines keep their colours: text that speaks of them is right for both."""
 
 
 def main(example: str, folder: str) -> None:

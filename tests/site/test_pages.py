@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from blocks import ROOT, blocks, pages
 
 PACKAGES = ("bilevel", "bilevel.testing", "imaml", "imaml.datasets")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-HEAVY = {"jaxopt", "matplotlib", "rich", "scipy", "sklearn", "hypothesis", "pytest", "PIL", "flax", "equinox"}
+HEAVY = {"jaxopt", "optax", "matplotlib", "rich", "scipy", "sklearn", "hypothesis", "pytest", "PIL", "flax", "equinox"}
 """What only some of the work needs, and what takes its time to import."""
 
 
@@ -68,7 +69,7 @@ def described(module: str) -> set[str]:
     body = ast.parse(Path(importlib.import_module(module).__file__).read_text()).body
     return {
         node.targets[0].id
-        for node, after in zip(body, body[1:], strict=False)
+        for node, after in itertools.pairwise(body)
         if isinstance(node, ast.Assign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
 
