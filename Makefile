@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: $(VENV)/installed
 	$(BIN)/imaml train $(ARGS)
@@ -16,6 +16,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Every warning is an error, and every link inside of the site is checked. The examples run, for their pictures.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
 
 # Each stamp stands for an installation that went through; it is made anew when the requirements change.
 $(VENV)/installed: pyproject.toml
@@ -32,5 +37,9 @@ $(VENV)/installed-dev: $(VENV)/installed-testing
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build docs/generated

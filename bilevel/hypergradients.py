@@ -16,7 +16,6 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
@@ -374,6 +373,8 @@ def is_gradient(condition: Condition) -> bool:
 
 def _doubting_symmetry(info, matvec, condition, w, theta, data):
     """NONSYMMETRIC where Aᵀu and Au differ for a random u, of a condition that was declared symmetric."""
+    import optax  # optax takes a while to import: only when it is used
+
     u = jax.lax.stop_gradient(optax.tree.random_like(jax.random.key(0), w))
     _, forwards = jax.jvp(lambda w: condition.residual(w, theta, data), (w,), (u,))
     backwards = matvec(u)

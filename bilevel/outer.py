@@ -8,11 +8,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel import tree
 from bilevel.conditions import Problem
@@ -20,6 +19,9 @@ from bilevel.failures import advise, check_policy, check_status
 from bilevel.hypergradients import Method, Start, outer_variables, starting_point
 from bilevel.solvers import InnerSolver
 from bilevel.types import Hypergradient, PyTree, Status
+
+if TYPE_CHECKING:
+    import optax
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +67,7 @@ def minimize(
     data: PyTree | Iterator[PyTree],
     solver: InnerSolver,
     method: Method,
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     steps: int,
     warm_start: bool = True,
     callback: Callable[[int, PyTree, Hypergradient], None] | None = None,
@@ -105,6 +107,7 @@ def minimize(
     optimization that enables stochastic and global variance reduction algorithms.
 
     Example:
+        >>> import optax
         >>> from bilevel import CG, GradientDescent, Implicit, Stationary
         >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
         >>> problem = Problem(condition, lambda w, theta, data: 0.5 * (w - data) ** 2)
@@ -154,6 +157,8 @@ def _as_after_a_step(variables):
 
 def _compiled_step(problem, solver, method, optimizer, cold_start):
     """One outer step as a pure function; ``cold_start`` is where each inner solve begins, None for the last w."""
+
+    import optax  # optax takes a while to import: only when it is used
 
     update = optax.with_extra_args_support(optimizer).update
 

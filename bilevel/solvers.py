@@ -9,18 +9,21 @@ Any function with the same arguments that returns w, or a Solution, is a solver 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.types import MatVec, PyTree, Solution, Status
 
+if TYPE_CHECKING:
+    import optax
+
 InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
+"""``solver(condition, init, theta, data) -> w``, or a :class:`Solution`; any function of that kind is one."""
 
 
 @runtime_checkable
@@ -59,7 +62,7 @@ class Optax:
             transformation that asks for the objective's value.
     """
 
-    transformation: optax.GradientTransformation
+    transformation: "optax.GradientTransformation"
     steps: int
     tol: float | None = None
 
@@ -73,6 +76,8 @@ class Optax:
         return init, self.transformation.init(init)
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        import optax  # optax takes a while to import: only when it is used
+
         w, memory = state
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
             updates, memory = self._transformed(residual, memory, w)

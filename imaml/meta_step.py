@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from imaml.algorithms import MetaGradient, meta_gradient
 from imaml.devices import AXIS, SHARED, SPREAD, global_mesh, over_tasks
 from imaml.settings import Outer, Preset
+
+if TYPE_CHECKING:
+    import optax
 
 
 @jax.tree_util.register_dataclass
@@ -40,8 +42,10 @@ _LAYOUT = MetaGradient(**_FIELDS)
 """Of a report, over the devices: means are equal on all of them, the tasks' own numbers are not."""
 
 
-def optimizer(outer: Outer) -> optax.GradientTransformation:
+def optimizer(outer: Outer) -> "optax.GradientTransformation":
     """Adam (Kingma and Ba 2015) with the preset's rate, constant or along half a cosine."""
+    import optax  # optax takes a while to import: only when it is used
+
     rate = optax.cosine_decay_schedule(outer.learning_rate, outer.steps, alpha=outer.final_fraction)
     return optax.adam(rate, eps=outer.epsilon)
 
@@ -64,6 +68,8 @@ def meta_step(preset: Preset, mesh: Mesh | None = None) -> Callable[[TrainState,
         ``[classes, samples, height, width, channels]``, of curves it is empty. Where no task's gradient counts θ and
         the optimiser stay as they are.
     """
+    import optax
+
     outer, episode = preset.outer, preset.training_episode
     gradient = meta_gradient(preset.learner, axis=AXIS, at_once=outer.at_once)
 

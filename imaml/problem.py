@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import bilevel as bl
 
@@ -23,6 +22,8 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats, of integer ``labels`` [batch] under ``logits`` [batch, ways]."""
+    import optax  # optax takes a while to import: only when it is used
+
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

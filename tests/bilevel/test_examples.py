@@ -18,7 +18,12 @@ CHECKS = {
     "distillation": lambda first, last, accuracy: last < 0.5 * first and accuracy > 0.85,
     "equilibrium_model": lambda first, last, accuracy: last < 0.5 * first and accuracy > 0.9,
     "portfolio": lambda first, last, total: last < first and abs(total - 1) < 1e-5,
+    "equinox_features": lambda first, last: last < 0.25 * first,
+    "flax_sinusoids": lambda first, last: last < 0.75 * first,
 }
+NEEDS = {"equinox_features": "equinox", "flax_sinusoids": "flax"}
+SHORTER = {"flax_sinusoids": {"steps": 200}}
+"""Where the picture wants a longer run than the check."""
 
 
 def test_every_example_is_checked_and_short():
@@ -29,13 +34,15 @@ def test_every_example_is_checked_and_short():
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"its model is one of {NEEDS[name]}: pip install '.[{NEEDS[name]}]'")
     matplotlib.use("Agg")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     picture = tmp_path / "picture.png"
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        out = module.main(picture)
+        out = module.main(picture, **SHORTER.get(name, {}))
     plt.close("all")
     assert CHECKS[name](*out), out
     assert picture.stat().st_size > 5000

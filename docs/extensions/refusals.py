@@ -1,0 +1,85 @@
+"""Every refusal of both packages, read from the `raise` statements of the source, as a page to be included.
+
+The messages name the cause and the remedy themselves; a list that is kept by hand would miss the next one.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+DOCS = Path(__file__).parents[1]
+ROOT = DOCS.parent
+REFUSALS = ("ValueError", "TypeError", "InputError")
+CHECKS = ("_check", "check")
+"""Helpers that raise their second argument where the first is false."""
+
+
+class Refusal(NamedTuple):
+    """One `raise`: its kind, its message with the blanks as they stand in the source, and where."""
+
+    kind: str
+    message: str
+    place: str
+
+
+def setup(app):
+    app.connect("builder-inited", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def write(app):
+    (DOCS / "generated").mkdir(exist_ok=True)
+    for package in ("bilevel", "imaml"):
+        (DOCS / "generated" / f"refusals-{package}.md").write_text(page(package))
+
+
+def page(package: str) -> str:
+    """A table of all refusals of a package, in the order of its modules."""
+    rows = [f"| `{r.place}` | {r.kind} | {_escaped(r.message)} |" for r in refusals(ROOT / package)]
+    return "\n".join(["| where | kind | message |", "|---|---|---|", *rows, ""])
+
+
+def refusals(package: Path) -> Iterator[Refusal]:
+    """All refusals of a package whose message stands in the `raise` itself."""
+    for path in sorted(package.rglob("*.py")):
+        if path.parent.name == "testing":  # assertions fail by AssertionError, and say what they found
+            continue
+        tree = ast.parse(path.read_text())
+        place = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
+        for node in ast.walk(tree):
+            found = _raised(node)
+            if found is not None:
+                yield Refusal(*found, place.removesuffix(".__init__"))
+
+
+def _raised(node):
+    """Kind and message of a statement that refuses something, or None."""
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+        kind, arguments = node.exc.func.id, node.exc.args
+        if kind in REFUSALS and arguments and (message := _text(arguments[0])):
+            return kind, message
+    named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CHECKS
+    if named and len(node.args) == 2 and (message := _text(node.args[1])):
+        return "InputError", message
+    return None
+
+
+def _text(node):
+    """A string as it stands in the source, with `…` where a value goes; None for what is no string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = _text(node.left), _text(node.right)
+        return None if None in parts else "".join(parts)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # "…".replace(…)
+        return _text(node.func.value)
+    return None
+
+
+def _escaped(text):
+    for mark in "\\|*_`<[":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("\n", " ")

@@ -1,0 +1,121 @@
+"""Links lead somewhere, public names stand on an API page, the gallery shows every example, the list of refusals is."""
+
+import ast
+import importlib
+import inspect
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from blocks import ROOT, blocks, pages
+
+PACKAGES = ("bilevel", "bilevel.testing", "imaml", "imaml.datasets")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEAVY = {"jaxopt", "optax", "matplotlib", "rich", "scipy", "sklearn", "hypothesis", "pytest", "PIL", "flax", "equinox"}
+"""What only some of the work needs, and what takes its time to import."""
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_inside_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in LINK.findall(re.sub(r"`[^`\n]*`", "", text)):
+        if re.match(r"\w+:", target):  # to another site
+            continue
+        name, _, anchor = target.partition("#")
+        goal = (page.parent / name).resolve() if name else page
+        assert goal.exists(), target
+        assert not anchor or anchor in anchors(goal), target
+
+
+def documented() -> set[str]:
+    """Dotted names that the API pages hand to autodoc; a module with its members stands for all of them."""
+    found = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for block in blocks(page):
+            module = ""
+            for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", block.text, flags=re.MULTILINE):
+                if directive == "currentmodule":
+                    module = name
+                elif directive == "automodule":
+                    found.add(name)
+                    found |= {f"{name}.{member}" for member in public(name)}
+                elif directive.startswith("auto"):
+                    found.add(name if name.startswith(("bilevel.", "imaml.")) else f"{module}.{name}")
+    return found
+
+
+def public(module: str) -> list[str]:
+    """A module's ``__all__``, or what is defined in it and has a public name."""
+    names = vars(importlib.import_module(module))
+    return names.get("__all__") or [
+        name for name, value in names.items() if name[0] != "_" and getattr(value, "__module__", None) == module
+    ]
+
+
+def described(module: str) -> set[str]:
+    """Names below whose assignment a string stands, in a module's source."""
+    body = ast.parse(Path(importlib.import_module(module).__file__).read_text()).body
+    return {
+        node.targets[0].id
+        for node, after in itertools.pairwise(body)
+        if isinstance(node, ast.Assign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_on_an_api_page(package):
+    missing = {f"{package}.{name}" for name in public(package)} - documented()
+    assert not missing, "write them into a page in docs/api/"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_has_a_docstring(package):
+    module = importlib.import_module(package)
+    constants = described("bilevel.certificates.lipschitz") | described("bilevel.solvers")
+    for name in public(package):
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
+            text = inspect.getdoc(value) or ""
+            assert len(text) > 20 and not text.startswith(f"{name}("), name  # a dataclass writes itself such a one
+        else:
+            assert name in constants, f"{name} needs a string below its assignment"
+
+
+def test_the_gallery_shows_every_example():
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        shown = [f"generated/{example.stem}-{mode}.png" in gallery for mode in ("light", "dark")]
+        assert all(shown) and f"../examples/{example.name}" in gallery, example.stem
+
+
+def test_refusals_are_read_from_the_source():
+    sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+    import refusals
+
+    bilevel, imaml = (refusals.page(package) for package in ("bilevel", "imaml"))
+    assert "Unrolled(last=…) needs between 1 and the solver's … steps" in bilevel
+    assert "outer.steps must be at least 1, got …" in imaml  # raised by a helper
+    raises = sum(len(re.findall(r"raise (ValueError|TypeError)\(", p.read_text())) for p in sources("bilevel"))
+    assert bilevel.count("\n") - 2 == raises
+
+
+def sources(package: str) -> list[Path]:
+    return [path for path in (ROOT / package).rglob("*.py") if path.parent.name != "testing"]
+
+
+def test_importing_both_packages_imports_nothing_heavy():
+    code = f"import sys, bilevel, imaml, imaml.cli; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
