@@ -249,7 +249,7 @@ def test_what_is_no_setting_cannot_be_overridden(path):
         ("episode.ways", "1", "at least 2 ways"),
         # What the generic layer refuses with a ValueError of its own:
         ("inner.steps", "-1", "GradientDescent needs steps"),
-        ("inner.step_size", "0", "GradientDescent needs a step_size above 0"),
+        ("inner.step_size", "0", "GradientDescent needs a finite step_size above 0"),
         ("inner.momentum", "1", "a momentum in [0, 1)"),
         ("linear.maxiter", "0", "CG needs maxiter of at least 1, got 0"),
         ("linear.ridge", "-1", "CG needs ridge of at least 0, got -1.0"),
