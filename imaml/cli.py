@@ -241,8 +241,7 @@ def _train_here(options, chosen, writes):
     if run.stopped_by is not None:
         tell(f"stopped at step {run.step} of {chosen.outer.steps} and saved; the same command goes on from there")
         return 128 + run.stopped_by
-    for evaluation in run.evaluations:
-        tell(evaluation)
+    tell(run.evaluation)
     tell(f"learning curve: {picture}")
     return 0
 
@@ -252,8 +251,7 @@ def _evaluate(options, _):
     from imaml.evaluation import evaluate
 
     run = options.run_directory
-    for evaluation in evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print):
-        print(evaluation)
+    print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print))
     return 0
 
 

@@ -6,7 +6,7 @@ the other query images. Or it takes mean and variance of the support set alone. 
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Evaluation:
         tasks: how many tasks.
         normalisation: what batch normalisation took its statistics of when it judged the query set:
             ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without.
+        beside: the same tasks judged by the other normalisation, the support set's, where this is the published one.
     """
 
     metric: str
@@ -54,6 +55,17 @@ class Evaluation:
     chance: float | None
     tasks: int
     normalisation: str
+    beside: "Evaluation | None" = None
+
+    @property
+    def each(self) -> "tuple[Evaluation, ...]":
+        """This one and the one beside it, each alone."""
+        return (replace(self, beside=None), *(() if self.beside is None else (self.beside,)))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Each as a plain dictionary, for JSON."""
+        fields = [asdict(evaluation) for evaluation in self.each]
+        return [{name: value for name, value in entry.items() if name != "beside"} for entry in fields]
 
     @property
     def accuracy(self) -> float:
@@ -61,6 +73,9 @@ class Evaluation:
         return self.value if self.metric == "accuracy" else float("nan")
 
     def __str__(self) -> str:
+        return "\n".join(evaluation._sentence() for evaluation in self.each)
+
+    def _sentence(self):
         if self.chance is None:
             what, level = f"{self.value:.3f} ± {self.interval:.3f} on {self.tasks} tasks", ""
         else:
@@ -76,11 +91,11 @@ def evaluate(
     data: str | Path | None = None,
     best: bool = False,
     on_event: Callable[[str], None] = warnings.warn,
-) -> tuple[Evaluation, ...]:
+) -> Evaluation:
     """Accuracy on the held-out classes, by the protocol of the paper: 600 tasks, as many queries as shots.
 
-    Where the network normalises over batches there are two evaluations of the same tasks: with the query batch, as
-    published, then with the support set's statistics. Of a regression it is the mean squared error.
+    Where the network normalises over batches the same tasks are judged twice: with the query batch, as published, and
+    ``beside`` that with the support set's statistics. Of a regression it is the mean squared error.
 
     Args:
         run: a run's folder, a :class:`imaml.Run`, or parameters θ.
@@ -125,8 +140,8 @@ def _restore(directory, preset, best, on_event):
     return preset, found.restore(initial_state(preset)).theta, fingerprint
 
 
-def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> tuple[Evaluation, ...]:
-    """θ on ``tasks`` tasks drawn from ``classes``, or curves, by the preset's seed; the published protocol first.
+def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> Evaluation:
+    """θ on ``tasks`` tasks drawn from ``classes``, or curves, by the preset's seed.
 
     Raises:
         InputError: where the classes cannot fill a task, or for fewer than two tasks.
@@ -141,9 +156,10 @@ def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> t
     means, intervals = scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
     found = zip(normalisations(preset), means, intervals, strict=True)
     metric, chance = preset.episode.metric, preset.episode.chance
-    return tuple(
+    published, *others = (
         Evaluation(metric, float(mean), float(interval), chance, tasks, name) for name, mean, interval in found
     )
+    return replace(published, beside=next(iter(others), None))
 
 
 def normalisations(preset: Preset) -> tuple[str, ...]:

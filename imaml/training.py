@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -44,7 +44,7 @@ class Run:
         step: meta-steps done.
         finished: whether all meta-steps were done; if not, the same call resumes.
         stopped_by: the signal that stopped it, or None.
-        evaluations: on held-out tasks, where it finished, the published protocol first; else empty.
+        evaluation: on held-out tasks, where it finished; else None.
     """
 
     directory: Path
@@ -53,7 +53,7 @@ class Run:
     step: int
     finished: bool
     stopped_by: Signals | None
-    evaluations: tuple[Evaluation, ...]
+    evaluation: Evaluation | None
 
 
 def train(
@@ -106,7 +106,7 @@ def train(
         "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
     }
     _check_alike({name: description[name] for name in ("config", "data")})
-    evaluations = ()
+    evaluation = None
     first = is_first()
     with (
         RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event, partial(completed, preset))
@@ -127,9 +127,9 @@ def train(
         finished = int(state.step) == preset.outer.steps
         if finished and not stop:
             on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
-            evaluations = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
-            folder.finish({"evaluations": [asdict(evaluation) for evaluation in evaluations]})
-    return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluations)
+            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
+            folder.finish({"evaluations": evaluation.records()})
+    return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
 
 
 def check(preset: Preset, dataset: ImageDataset | SinusoidDataset) -> None:

@@ -205,7 +205,7 @@ def test_two_processes_interrupted_twice_give_what_one_gives(story, tiny_pixels,
     for one, two in steps:
         assert (one.step, one.tasks) == (two.step, two.tasks)
         assert one.loss == pytest.approx(two.loss, rel=100 * rounding)
-    assert f"test accuracy {alone.evaluations[0].accuracy:.2%}" in story.done[0][1]
+    assert f"test accuracy {alone.evaluation.accuracy:.2%}" in story.done[0][1]
 
 
 def test_only_process_0_writes_and_speaks(story):

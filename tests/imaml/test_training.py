@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -143,7 +143,7 @@ def assert_same_run(directory, whole):
 def test_a_run_ends_evaluated_against_chance(whole):
     run = whole.run
     assert (run.step, run.finished, run.stopped_by) == (STEPS, True, None)
-    (found,) = run.evaluations  # the network has no normalisation
+    found = run.evaluation  # the network has no normalisation
     assert (found.metric, found.normalisation) == ("accuracy", "none")
     assert (found.chance, found.tasks) == (0.5, EVALUATION_TASKS)
     assert 0 <= found.accuracy == found.value <= 1 and found.interval >= 0
@@ -160,7 +160,7 @@ def test_a_run_learns(whole):
 
 def test_its_result_is_on_disk_with_what_it_belongs_to(whole):
     result = json.loads((whole.run.directory / runfolder.RESULT).read_text())
-    assert result["evaluations"] == [asdict(found) for found in whole.run.evaluations]
+    assert result["evaluations"] == whole.run.evaluation.records()
     assert result["config"] == PRESET.config()
     assert sorted(contents(whole.run.directory)) == [f"checkpoint-{STEPS:08}.npz", runlog.FILE, runfolder.RESULT]
 
@@ -199,10 +199,10 @@ def test_each_step_draws_tasks_of_its_own(whole, tiny_pixels):
 def test_a_signal_stops_after_the_step_and_the_rest_is_done_later_to_the_bit(number, whole, tmp_path):
     stopped = train(tmp_path, on_progress=stop_at(STOP_AT, number))
     assert (stopped.step, stopped.finished, stopped.stopped_by) == (STOP_AT, False, number)
-    assert stopped.evaluations == () and not (tmp_path / runfolder.RESULT).exists()
+    assert stopped.evaluation is None and not (tmp_path / runfolder.RESULT).exists()
     assert int(saved_state(tmp_path).step) == STOP_AT
     resumed = train(tmp_path)
-    assert resumed.evaluations == whole.run.evaluations
+    assert resumed.evaluation == whole.run.evaluation
     assert_same_run(tmp_path, whole)
 
 
@@ -272,7 +272,7 @@ def test_a_process_that_is_killed_or_stopped_is_gone_on_with_to_the_bit(number, 
     )  # fmt: skip
     assert done.returncode == code, done
     assert checkpoints.newest(folder).step == STOP_AT
-    assert train(folder).evaluations == whole.run.evaluations
+    assert train(folder).evaluation == whole.run.evaluation
     assert_same_run(folder, whole)
 
 
@@ -295,7 +295,7 @@ def test_a_finished_run_called_again_only_evaluates(whole, traces):
     before = saved_state(whole.run.directory)
     files_before = contents(whole.run.directory)
     again = train(whole.run.directory, on_progress=seen.append, on_event=events.append)
-    assert (again.finished, again.evaluations) == (True, whole.run.evaluations)
+    assert (again.finished, again.evaluation) == (True, whole.run.evaluation)
     assert (seen, len(traces)) == ([], traced)
     assert not any("compiling" in event for event in events)
     assert_same_run(whole.run.directory, whole)
@@ -350,15 +350,15 @@ def test_a_regression_is_trained_logged_and_evaluated_by_its_error(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None: sinusoid.load(data))
         run = train(tmp_path, preset)
-        (found,) = run.evaluations
-        assert imaml.evaluate(tmp_path, tasks=EVALUATION_TASKS) == run.evaluations
+        found = run.evaluation
+        assert imaml.evaluate(tmp_path, tasks=EVALUATION_TASKS) == run.evaluation
     assert (found.metric, found.normalisation, found.chance) == ("mean squared error", "none", None)
     assert np.isnan(found.accuracy) and found.value > 0.01
     assert str(found) == f"test mean squared error {found.value:.3f} ± {found.interval:.3f} on 4 tasks"
     log = runlog.read(tmp_path)
     assert len(log) == 3 and all(entry.accuracy is None and entry.loss > 0 for entry in log)
     result = json.loads((tmp_path / runfolder.RESULT).read_text())
-    assert result["evaluations"] == [asdict(found)] and result["config"]["algorithm"] == "imaml"
+    assert result["evaluations"] == found.records() and result["config"]["algorithm"] == "imaml"
     # By hand: adapt to each of the same tasks, and take the error of the query points.
     apply = preset.learner.apply
 
@@ -379,7 +379,9 @@ def test_both_normalisations_are_evaluated_and_named(tiny_pixels):
     preset = replace(imaml.preset("glyphs-5way-1shot-gd"), network=Conv4(filters=2), inner=bl.GradientDescent(0.1, 1))
     preset = replace(preset, episode=Episode(ways=3, shots=1, queries=2))
     theta = initial_state(preset).theta
-    batch, support = imaml.evaluate(theta, preset, tasks=EVALUATION_TASKS)
+    found = imaml.evaluate(theta, preset, tasks=EVALUATION_TASKS)
+    batch, support = found.each
+    assert (found.accuracy, found.beside) == (batch.accuracy, support) and str(found) == f"{batch}\n{support}"
     assert (batch.normalisation, support.normalisation) == ("query batch", "support set")
     assert str(batch).endswith("batch normalisation over the query batch, as published (transductive)")
     assert str(support).endswith("batch normalisation by the support set's statistics")
@@ -487,7 +489,7 @@ def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
     classes = dataset(tiny_pixels).test
     keys = jax.random.split(PRESET.keys.test, EVALUATION_TASKS)
     scores = jax.jit(evaluation.task_scores(PRESET))((whole.run.theta, classes.pixels), keys)
-    accuracies, (result,) = np.asarray(scores)[:, 0], whole.run.evaluations
+    accuracies, result = np.asarray(scores)[:, 0], whole.run.evaluation
     assert result.accuracy == pytest.approx(accuracies.mean())
     assert result.interval == pytest.approx(1.96 * accuracies.std(ddof=1) / EVALUATION_TASKS**0.5)
 
@@ -495,7 +497,7 @@ def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
 def test_a_run_a_folder_and_parameters_are_evaluated_alike(whole):
     run = whole.run
     for what, preset in ((run, None), (run.directory, PRESET), (str(run.directory), PRESET), (run.theta, PRESET)):
-        assert imaml.evaluate(what, preset, tasks=EVALUATION_TASKS) == run.evaluations
+        assert imaml.evaluate(what, preset, tasks=EVALUATION_TASKS) == run.evaluation
 
 
 def test_parameters_without_a_preset_are_refused(whole):
@@ -545,7 +547,7 @@ def test_a_read_only_run_is_not_trained_but_evaluated(whole, sealed):
         with pytest.raises(OSError) as caught:
             train(folder)
         assert caught.value.errno in (errno.EROFS, errno.EACCES)
-        assert imaml.evaluate(folder, tasks=EVALUATION_TASKS, preset=PRESET) == whole.run.evaluations
+        assert imaml.evaluate(folder, tasks=EVALUATION_TASKS, preset=PRESET) == whole.run.evaluation
         assert contents(folder) == files_before
 
 
