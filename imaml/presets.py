@@ -144,7 +144,7 @@ def _omniglot(ways: int, shots: int) -> tuple[Preset, Preset]:
     length = (
         f"{tasks} tasks in a meta-step, {queries} query images of each class in training (evaluation takes as many as "
         f"shots, as published), Adam from 0.003 to 0 along half a cosine in {steps:,} meta-steps: a run "
-        "of 5-way 1-shot at an inner rate of 0.2 and 0.005 for Adam fell back to 60 % after a thousand meta-steps."
+        "of 5-way 1-shot at an inner rate of 0.2 and 0.005 for Adam fell from 93 % to 60 % on its training tasks."
     )
     carried = () if (ways, shots) == (5, 1) else (_CARRIED_OVER,)
     chosen = Preset(

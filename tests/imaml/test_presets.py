@@ -9,6 +9,8 @@ import pytest
 import bilevel as bl
 import imaml
 from imaml.errors import InputError
+from imaml.evaluation import normalisations, task_scores
+from imaml.meta_step import initial_state, meta_step
 from imaml.presets import override, restore, settings
 
 NAMES = imaml.presets()
@@ -259,6 +261,29 @@ def test_values_that_cannot_be_used_are_refused_with_what_was_typed(path, text, 
     with pytest.raises(InputError) as error:
         override(imaml.preset(DEFAULT), path, text)
     assert message in str(error.value)
+
+
+KINDS = (
+    "glyphs-5way-1shot-hf", "omniglot-5way-1shot-reference-code",
+    "miniimagenet-5way-1shot-gd", "sinusoid-10shot-gd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, algorithm", [*((name, "imaml") for name in KINDS), ("miniimagenet-5way-1shot-gd", "maml")]
+)
+def test_a_meta_step_and_an_evaluation_can_be_made_of_a_preset_at_its_real_size(name, algorithm):
+    chosen = imaml.preset(name).using(algorithm)
+    state = jax.eval_shape(lambda: initial_state(chosen))
+    source = ()
+    if name in IMAGES:
+        source = jax.ShapeDtypeStruct((100, 40, *chosen.network.image_shape), "uint8")
+    after, report = jax.eval_shape(meta_step(chosen), state, source)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+    assert report.status.shape == (chosen.outer.tasks,)
+    keys = jax.eval_shape(lambda: jax.random.split(chosen.keys.test, 6))
+    scores = jax.eval_shape(task_scores(chosen), (state.theta, source), keys)
+    assert scores.shape == (6, len(normalisations(chosen)))
 
 
 def test_seeds_that_jax_would_confuse_are_refused():
