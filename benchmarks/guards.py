@@ -129,7 +129,7 @@ GUARDS = (
         "singular operator: a factorisation's residual",
         f"{FAULTS}::TestSingular",
         "bilevel/linear.py",
-        "info = diagnosis.report(b_unit, found, _eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)",
+        "info = diagnosis.report(b_unit, found, tree.eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)",
         "info = diagnosis.report(b_unit, found, None, flat.size, Status.SINGULAR, Status.NONFINITE)",
     ),
     _guard(
@@ -227,7 +227,7 @@ GUARDS = (
         "A = cI: a recursion at its end",
         LINEAR,
         "bilevel/linear.py",
-        "return max(0.5 * (tol or 0.0), _eps(b) ** 2)",
+        "return max(0.5 * (tol or 0.0), tree.eps(b) ** 2)",
         "return 0.5 * (tol or 0.0)",
     ),
     _guard(

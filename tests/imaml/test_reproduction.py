@@ -73,7 +73,8 @@ def test_seconds_are_summed_over_the_processes_that_went_on(seconds, expected, t
 
 @pytest.mark.parametrize("algorithm, row", [("imaml", "imaml-gd"), ("maml", "maml"), ("reptile", "reptile")])
 def test_a_records_command_makes_the_same_settings(algorithm, row, tmp_path):
-    changed = dataclasses.replace(OMNIGLOT.using(algorithm), strength=0.25, seed=7)
+    chosen = OMNIGLOT.using(algorithm)
+    changed = dataclasses.replace(chosen, outer=dataclasses.replace(chosen.outer, learning_rate=0.25), seed=7)
     run = finished_run(tmp_path / "run", preset=changed)
     made = records.of_run(run)
     assert made.cell == paper.Cell(row, 5, 1)
