@@ -176,16 +176,21 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
             updates, next_state = update(
                 out.gradient, state, theta, value=out.value, grad=out.gradient, value_fn=value_fn
             )
-        moved = tree.with_others(optax.apply_updates(theta, updates), theta)
+            moved = tree.with_others(optax.apply_updates(theta, updates), theta)
         size = tree.norm(out.gradient)
         sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
         after, before = (moved, next_state, out.inner.w, next_adjoint), (theta, state, w, adjoint)
-        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+        kept = jax.tree.map(partial(_either, sound), after, before)
         linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.residual_norm
         record = History(out.value, size, out.inner.residual_norm, linear, out.status)
         return *kept, record, out
 
     return step
+
+
+def _either(sound, new, old):
+    """``new`` in the dtype of ``old``, or ``old``: an optimiser's state for an integer would turn to float."""
+    return jnp.where(sound, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
 
 def _with_hypergradient(solve):

@@ -9,6 +9,7 @@ import pytest
 from problems import newton
 
 import bilevel as bl
+from bilevel import _jaxopt
 
 RNG = np.random.default_rng(0)
 HALF = RNG.normal(size=(4, 4))
@@ -180,6 +181,69 @@ def test_the_lasso_by_its_support(per_feature):
     jacobian[np.ix_(support, support)] = -inverse * (np.sign(w) * np.exp(theta))[support]
     slopes = (WEIGHTS + 0.6 * w) @ jacobian
     np.testing.assert_allclose(out.gradient, slopes if per_feature else slopes.sum(), rtol=1e-10, atol=1e-12)
+
+
+PENALTIES = {
+    "prox_none": lambda t: None,
+    "prox_lasso": lambda t: jnp.exp(t[0]),
+    "prox_non_negative_lasso": lambda t: jnp.exp(t[0]),
+    "prox_elastic_net": lambda t: (jnp.exp(t[0]), jnp.exp(t[1])),
+    "prox_group_lasso": lambda t: jnp.exp(t[0]),
+    "prox_ridge": lambda t: jnp.exp(t[0]),
+    "prox_non_negative_ridge": lambda t: jnp.exp(t[0]),
+    "make_prox_from_projection": lambda t: jnp.exp(t[0]),
+}
+
+
+def operator(name):
+    if name != "make_prox_from_projection":
+        return name
+    return _jaxopt.prox.make_prox_from_projection(_jaxopt.projection.projection_l2_ball)
+
+
+def test_every_prox_of_jaxopt_stands_in_the_table():
+    assert set(PENALTIES) == {name for name in dir(_jaxopt.prox) if name.startswith(("prox_", "make_prox"))}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_proximal_operators_with_theta_in_penalty_and_objective_against_differences(name):
+    prox = bl.jaxopt_prox(operator(name), params=lambda theta, data: PENALTIES[name](theta))
+    condition = bl.ProximalGradient(lambda w, theta, data: objective(w, theta, data * (1 + 0.1 * theta[1])), prox, STEP)
+    theta, step = jnp.array([-1.0, 0.3]), 1e-5
+    out = hypergradient(condition, theta)
+
+    @jax.jit
+    @jax.vmap
+    def value(theta):
+        return outer(SOLVER(condition, jnp.zeros(4), theta, jnp.asarray(TARGET)).w, theta, None)
+
+    ahead, behind = (value(theta + sign * step * jnp.eye(2)) for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)  # error step²/6 from the third derivative, 1e-13/step from the solve
+    np.testing.assert_allclose(out.gradient, expected, rtol=1e-6, atol=1e-8)
+    felt = np.abs(out.gradient) > 1e-4  # far above what the comparison allows
+    assert felt[1] and felt[0] == (name != "prox_none")
+
+
+def test_the_lasso_with_a_penalty_for_each_feature_against_another_library():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(3)
+    x, theta = rng.normal(size=(40, 4)), np.log([0.1, 0.9, 0.3, 0.2])
+    y = x @ TARGET + 0.1 * rng.normal(size=40)
+
+    def by_coordinates(theta):  # scaled columns make one penalty of several
+        lasso = sklearn.Lasso(alpha=1.0, fit_intercept=False, tol=1e-12, max_iter=100_000)
+        return lasso.fit(x / np.exp(theta), y).coef_ / np.exp(theta)
+
+    prox = bl.jaxopt_prox("prox_lasso", lambda theta, data: jnp.exp(theta))
+    condition = bl.ProximalGradient(lambda w, theta, data: 0.5 * jnp.mean((x @ w - y) ** 2), prox, 0.3)
+    out = hypergradient(condition, jnp.asarray(theta))
+    np.testing.assert_allclose(out.inner.w, by_coordinates(theta), atol=1e-5)  # the root of its duality gap
+    assert 0 < np.count_nonzero(out.inner.w) < 4
+    # w is affine in exp(θ) on a fixed support: step²/6 from the third derivative, some 1e-6/step from the other w.
+    step = 1e-2
+    rows = [[outer(by_coordinates(theta + sign * step * row), None, None) for sign in (1, -1)] for row in np.eye(4)]
+    expected = [(ahead - behind) / (2 * step) for ahead, behind in rows]
+    np.testing.assert_allclose(out.gradient, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_logistic_penalty_per_feature_against_differences():
