@@ -5,7 +5,7 @@
 Omniglot 5-way 1-shot with the 64-filter network. The base is what the paper's text and tables say, read to the letter:
 λ = 2 on the *mean* support loss, 16 steps of gradient descent at rate 0.1 (the rate of the authors' code; the paper
 names none), 5 steps of conjugate gradients, as many query images as shots, Adam at 0.001. Each variant changes one
-factor; ``combined`` changes those together that helped.
+factor.
 
 A variant is one record in ``benchmarks/results/paper_study``, written when it ends. One that is there is not run
 again, so the study can be run in pieces: with ``--minutes`` no variant is begun after so many.
