@@ -47,7 +47,9 @@ def row(record: dict) -> tuple[str, ...]:
 
 
 def _off(probe):
-    """By the correction of ``bl.certify``; in brackets where the certificate says that it is no first-order one."""
+    """By the correction of ``bl.certify``, if it was asked; in brackets where it says that it is no first-order one."""
+    if "correction" not in probe:
+        return "—"
     share = probe["correction"] / probe["gradient"]
     return f"{share:.0%}" if probe["first_order"] else f"({share:.0%})"
 

@@ -17,7 +17,7 @@ from imaml.networks import Network, conv4
 from imaml.problem import cross_entropy, task_problem
 from imaml.tasks import Task
 
-STEPS = (16, 64, 250, 1000)
+STEPS = (16, 128, 1000)
 WAYS, SHOTS, IMAGE = 20, 5, (28, 28, 1)
 METHODS: Mapping[str, bl.Method] = {
     "iMAML, 5 CG steps": bl.Implicit(bl.CG(5)),
