@@ -147,13 +147,13 @@ class Proximal:
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """The function whose gradient in w is the residual, a scalar."""
-        away = tree.subtract(w, self.center(theta, data))
+        away = self._away(w, theta, data)
         pull = tree.vdot(away, tree.scale(self._strength(theta, data), away))
         value = self.objective(w, theta, data)
         return value + 0.5 * pull.astype(value.dtype)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-        pull = tree.scale(self._strength(theta, data), tree.subtract(w, self.center(theta, data)))
+        pull = tree.scale(self._strength(theta, data), self._away(w, theta, data))
         return tree.add(jax.grad(self.objective)(w, theta, data), pull)
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
@@ -162,6 +162,16 @@ class Proximal:
             lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
             jax.tree.map(jnp.asarray, self._strength(theta, data)),
         )
+
+    def _away(self, w, theta, data):
+        center = self.center(theta, data)
+        expected, got = jax.tree.structure(w), jax.tree.structure(center)
+        if got != expected:
+            raise ValueError(
+                f"Proximal pulls w towards a centre that is a tree like it, {expected}, got {got}: give "
+                "center(theta, data), which is theta itself by default"
+            )
+        return tree.subtract(w, center)
 
     def _strength(self, theta, data):
         return self.strength(theta, data) if callable(self.strength) else self.strength
@@ -375,7 +385,8 @@ class KKT:
         value, pull_back = jax.vjp(lambda x: self._functions(x, theta, data), x)
         objective, equality, inequality = value
         (stationarity,) = pull_back((jnp.ones_like(objective), equal, unequal))
-        return stationarity, equality, jax.tree.map(jnp.multiply, unequal, inequality)
+        residual = stationarity, equality, jax.tree.map(jnp.multiply, unequal, inequality)
+        return jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(residual))  # a named tuple stays one
 
     def _functions(self, x, theta, data):
         constraints = [None if f is None else f(x, theta, data) for f in (self.equality, self.inequality)]

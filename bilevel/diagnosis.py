@@ -52,6 +52,7 @@ def found(matvec: MatVec, b: PyTree, x: PyTree, negative: jax.Array | None = Non
         return turn + 1, product, tree.norm(new)
 
     start = (jnp.int32(0), jax.tree.map(jnp.zeros_like, b), jnp.zeros_like(tree.norm(b)))
+    start = tree.varying_alike(b, *start)[1:]
     _, product, size = jax.lax.while_loop(unfinished, advance, start)
     return Found(x, product, _defect(x_or_zero, product, size, negative), jnp.bool_(False))
 
@@ -102,7 +103,8 @@ def found_within(
 
     shapes = jax.eval_shape(lambda: found(matvec, b, *solve(budget)))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), nothing))[1]
+    start = tree.varying_alike(b, jnp.int32(0), nothing)[1:]
+    return jax.lax.while_loop(unfinished, advance, start)[1]
 
 
 def _equal(a, b):
@@ -178,7 +180,7 @@ def watch_curvature(
         mark = jnp.where(curvature < -rounding, eps**4 * curvature / jnp.where(squared > 0, squared, 1), 0)
         return _without_null_direction(direction, product, eps), mark.astype(dtype)
 
-    unmarked = jnp.zeros((), dtype)
+    _, unmarked = tree.varying_alike(b, jnp.zeros((), dtype))
     start = jax.tree.map(jnp.zeros_like, b) if init is None else init
     precondition = None if M is None else lambda pair: (M(pair[0]), pair[1])
     x, mark = solve(watching, (b, unmarked), init=(start, unmarked), M=precondition, **options)

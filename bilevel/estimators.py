@@ -64,7 +64,7 @@ class FiniteDifference:
         def along(function, u):
             """d function(w + εu)/dε at 0, of length ‖u‖."""
             size, reach = tree.norm(u), 1 + tree.norm(inner.w)
-            step = jnp.finfo(size.dtype).eps ** (1 / 3) if self.step is None else self.step
+            step = tree.eps(inner.w) ** (1 / 3) if self.step is None else self.step
             epsilon = step * reach / jnp.where(size > 0, size, jnp.ones_like(size))
             ahead, behind = (function(tree.add(inner.w, tree.scale(e, u))) for e in (epsilon, -epsilon))
             return tree.scale(0.5 / epsilon, tree.subtract(ahead, behind))
@@ -173,10 +173,10 @@ class EvolutionStrategies:
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         del linear_init  # no linear system
         floats, join = tree.split_floating(theta)
-        flat, unravel = ravel_pytree(floats)
+        flat, unravel = ravel_pytree(tree.widened(floats))
 
         def value_at(flat):
-            theta = join(unravel(flat))
+            theta = join(tree.like(unravel(flat), floats))
             inner = _solve(solver, problem.condition, init, theta, data)
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, aux, inner
@@ -187,7 +187,9 @@ class EvolutionStrategies:
 
         value, aux, inner = value_at(flat)
         gradient = jnp.mean(jax.lax.map(slope_along, self._directions(flat)), axis=0)
-        return Hypergradient(value, tree.with_zeros(join(unravel(gradient)), theta), aux, inner, None)
+        return Hypergradient(
+            value, tree.with_zeros(join(tree.like(unravel(gradient), floats)), theta), aux, inner, None
+        )
 
     def _directions(self, flat):
         """Orthogonal rows of length √d, drawn anew where θ changes."""

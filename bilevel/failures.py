@@ -31,6 +31,9 @@ class HypergradientError(RuntimeError):
         super().__init__(message)
         self.result = result
 
+    def __reduce__(self):  # an exception is pickled as the arguments it hands on, which lack the result
+        return type(self), (str(self), self.result)
+
 
 def check_policy(on_failure: Policy) -> None:
     """Raise ValueError for a policy that does not exist."""

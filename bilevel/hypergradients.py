@@ -85,6 +85,9 @@ class Unrolled:
     Args:
         last: differentiate the last ``last`` steps only; None for all.
         checkpoint: recompute each step in the backward pass and keep only the iterates.
+        first_order: take each step's residual as a constant, so that no second derivative is made and no iterate
+            kept. What is left of the inner solution's derivative is that of ``init``: with MAML's start at θ this is
+            first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
 
     Raises:
         ValueError: for ``last`` below one or above the solver's steps, and for a solver that has no steps
@@ -95,6 +98,7 @@ class Unrolled:
 
     last: int | None = None
     checkpoint: bool = False
+    first_order: bool = False
 
     def __call__(self, problem, solver, theta, init, data, linear_init=None) -> Hypergradient:
         del linear_init  # no linear system
@@ -121,7 +125,8 @@ class Unrolled:
 
     def _inner(self, condition, solver, theta, init, data):
         def advance(_, state):
-            return solver.update(state, condition.residual(state[0], theta, data))
+            slope = condition.residual(state[0], theta, data)
+            return solver.update(state, jax.lax.stop_gradient(slope) if self.first_order else slope)
 
         last = solver.steps if self.last is None else self.last
         state = jax.lax.fori_loop(0, solver.steps - last, advance, solver.start(init))
@@ -162,7 +167,9 @@ class ForwardUnrolled:
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, (value, aux, inner)
 
-        gradient, (value, aux, inner) = jax.jacfwd(outer, has_aux=True)(floats)
+        # JAX makes no Jacobian in nothing at all.
+        slope = jax.jacfwd(outer, has_aux=True) if floats else lambda floats: (floats, outer(floats)[1])
+        gradient, (value, aux, inner) = slope(floats)
         return Hypergradient(value, tree.with_zeros(join(gradient), theta), aux, inner, None)
 
 
@@ -263,7 +270,7 @@ def value_and_hypergradient(
     Returns:
         ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, pure and compiled once per
         shape. ``init`` is a pytree like w, or a function ``init(theta, data)``; ``linear_init`` starts the
-        adjoint solve (an earlier ``out.linear.solution``).
+        adjoint solve (an earlier ``out.linear.solution``); zeros are none.
 
     Raises:
         ValueError: for a combination that makes no sense, with those that do.
@@ -287,10 +294,9 @@ def value_and_hypergradient(
 
     def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
         theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        if callable(init):
-            out = compiled(theta, None, data, linear_init, init_function=init)
-        else:
-            out = compiled(theta, jax.tree.map(jnp.asarray, init), data, linear_init, init_function=None)
+        function, start = (init, None) if callable(init) else (None, jax.tree.map(jnp.asarray, init))
+        theta, start, data, linear_init = tree.varying_alike(theta, start, data, linear_init)
+        out = compiled(theta, start, data, linear_init, init_function=function)
         check_status(out, on_failure, partial(advise, problem.condition, theta, data))
         return out
 
@@ -325,7 +331,7 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
 
     def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
         theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        start = starting_point(init, theta, data)
+        theta, start, data = tree.varying_alike(theta, starting_point(init, theta, data), data)
         return solve_implicitly(condition, solver, linear, theta, start, data).w
 
     return layer
@@ -338,7 +344,9 @@ def solve_implicitly(
 
     def find(_, init):
         solution = solvers.solve(solver, condition, init, theta, data)
-        return solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+        return tree.varying_alike(
+            solution.w, (solution.residual_norm, as_float(solution.steps), as_float(solution.status))
+        )
 
     def tangent_solve(jacobian, tangent):
         scaling = condition.scaling(theta, data)
@@ -383,7 +391,7 @@ def solve_scaled(
     if scaling is None:
         return solve_differentiably(linear, matvec, b, symmetric, init)
     scaled_b = tree.scale(scaling, b)
-    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
+    scaled_init = None if init is None else _scaled_start(init, scaling, scaled_b)
 
     def scaled_matvec(u):
         return tree.scale(scaling, matvec(tree.scale(scaling, u)))
@@ -391,6 +399,13 @@ def solve_scaled(
     u, info = solve_differentiably(linear, scaled_matvec, scaled_b, symmetric, scaled_init, start_at_b=True)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
+
+
+def _scaled_start(init, scaling, scaled_b):
+    """D⁻¹·init; zeros say nothing of the solution, and D·b is nearer."""
+    known = tree.norm(init) > 0
+    scaled = jax.tree.map(jnp.divide, init, _like(scaling, init))
+    return jax.tree.map(lambda start, b: jnp.where(known, start, b), scaled, scaled_b)
 
 
 def check_symmetry(linear: LinearSolver, condition: Condition) -> None:

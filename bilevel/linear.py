@@ -177,7 +177,7 @@ class BiCGStab:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         # It divides by ‖Ar‖² and ends in 0/0 on the way from eps to eps²: rounding size is where it stops.
-        tol = max(_recursive_tol(self.tol, b), _eps(b))
+        tol = max(_recursive_tol(self.tol, b), tree.eps(b))
         return _iterate("solve_bicgstab", self, matvec, b, init, self.maxiter, tol=tol)
 
 
@@ -336,19 +336,23 @@ class Nystrom:
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         del init  # a projection starts from nothing
         unit, b_unit, _ = _to_unit(b, None)
-        flat, unravel = ravel_pytree(b_unit)
-        x = unravel(self._woodbury(lambda v: ravel_pytree(matvec(unravel(v)))[0], flat))
+        flat, unravel = ravel_pytree(tree.widened(b_unit))
+        wide = _widely(matvec, b)
+        x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b))
+        x = tree.like(unravel(x), b)
         found = diagnosis.found(_with_ridge(matvec, self.ridge), b_unit, x)
         return _from_unit(unit, diagnosis.report(b_unit, found, self.tol, self.rank, breakdown=Status.SINGULAR))
 
-    def _woodbury(self, matvec, b):
+    def _woodbury(self, matvec, b, eps):
         normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
         sketch, _ = jnp.linalg.qr(normal)
         columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
         # W may be singular where A is: its eigenvalues at rounding size carry nothing and are left out.
         core = sketch.T @ columns
         values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
-        kept = values > 10 * b.size * jnp.finfo(b.dtype).eps * jnp.max(jnp.abs(values))
+        # Sums of b.size terms are rounded in b's dtype, each product in that of the leaves.
+        rounding = max(10 * b.size * float(jnp.finfo(b.dtype).eps), 2 * eps)
+        kept = values > rounding * jnp.max(jnp.abs(values))
         root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), jnp.zeros_like(values))
         factor = columns @ (vectors * root)  # H_r = factor·factorᵀ
         inner = self.ridge * jnp.eye(factor.shape[1], dtype=b.dtype) + factor.T @ factor
@@ -383,7 +387,7 @@ def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice
         ('CG', 'Stationary is symmetric: conjugate gradients need one product an iteration and four vectors.')
     """
     name = type(condition).__name__
-    size = None if w is None else sum(leaf.size for leaf in jax.tree.leaves(w))
+    size = None if w is None else sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(w))  # of a number, 1
     if size is not None and size <= DENSE_LIMIT:
         if condition.symmetric and condition.positive_definite:
             return LinearChoice(Cholesky(), f"{name} is positive definite with {size} unknowns: factorise it.")
@@ -412,7 +416,7 @@ def solve_differentiably(
 
     def find(matvec, b, init=None):  # the start belongs to this system, not to its transpose
         x, info = linear(matvec, b, b if init is None and start_at_b else init)
-        return x, (info.residual_norm, as_float(info.iterations), as_float(info.status))
+        return tree.varying_alike(x, (info.residual_norm, as_float(info.iterations), as_float(info.status)))
 
     x, (residual_norm, iterations, status) = jax.lax.custom_linear_solve(
         matvec, _tied(b), partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
@@ -468,20 +472,22 @@ def _factorise(name, solver, matvec, b, breakdown):
 
     regularised = _with_ridge(matvec, solver.ridge)
     unit, b_unit, _ = _to_unit(b, None)
-    flat, unravel = ravel_pytree(b_unit)
+    flat, unravel = ravel_pytree(tree.widened(b_unit))  # LAPACK factorises nothing below float32
 
     def flat_matvec(v):  # solve_cholesky materialises in the default dtype, whatever b's is
-        return ravel_pytree(regularised(unravel(v.astype(flat.dtype))))[0]
+        return ravel_pytree(_widely(regularised, b)(unravel(v.astype(flat.dtype))))[0]
 
-    found = diagnosis.found(regularised, b_unit, unravel(getattr(_jaxopt, name)(flat_matvec, flat)))
+    x = tree.like(unravel(getattr(_jaxopt, name)(flat_matvec, flat)), b)
+    found = diagnosis.found(regularised, b_unit, x)
     # Backward stable: the residual is a few n·eps unless the matrix has no inverse in this precision.
-    info = diagnosis.report(b_unit, found, _eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)
+    info = diagnosis.report(b_unit, found, tree.eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)
     return _from_unit(unit, info)
 
 
 def _widely(matvec, like):
     """A map on trees like ``like``, on vectors as wide as sums over them: in bfloat16 a recursion goes astray."""
-    return lambda v: tree.widened(matvec(tree.like(v, like)))
+    # A basis vector of a dense solver varies over no axis of a mesh, where matvec may.
+    return lambda v: tree.widened(matvec(tree.like(tree.varying_alike(v, like)[0], like)))
 
 
 def _check_iterative(solver):
@@ -520,8 +526,4 @@ def _recursive_tol(tol, b):
 
     Below eps² nothing is left to gain, and the squares that the recursion divides by would underflow to 0/0.
     """
-    return max(0.5 * (tol or 0.0), _eps(b) ** 2)
-
-
-def _eps(b):
-    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b)), default=0.0)
+    return max(0.5 * (tol or 0.0), tree.eps(b) ** 2)

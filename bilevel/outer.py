@@ -85,19 +85,22 @@ def minimize(
         data: a pytree, or an iterator of pytrees of one shape, one for each step; the loop ends with it.
         solver: finds the inner solution.
         method: differentiates it.
-        optimizer: an ``optax.GradientTransformation``.
+        optimizer: an ``optax.GradientTransformation``. One that asks for ``value``, ``grad`` and ``value_fn`` (a line
+            search, Polyak's step) is given them; each evaluation is then an inner solve and an adjoint system.
         steps: outer steps.
         warm_start: start each inner and adjoint solve from the last one's solution; else from ``init``. Where
             ``init`` depends on θ and its derivative counts (MAML), set it to False.
         callback: called with the step's number, the θ it was taken at, and the :class:`Hypergradient`; it may
             raise to stop.
-        on_failure: what to do on a failed status. A gradient that is not finite is never applied.
+        on_failure: what to do on a failed status. A gradient that is not finite is never applied, and no solve
+            starts from the step that had it.
 
     Returns:
         a :class:`Minimum`.
 
     Raises:
         ValueError: for fewer than one step, or data that ends before the first.
+        TypeError: for data that can be iterated over and is no iterator, such as a loader of batches.
         HypergradientError: on a failed status, with ``on_failure="raise"``.
 
     Source: warm starts and the single loop: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel
@@ -116,24 +119,40 @@ def minimize(
     if steps < 1:
         raise ValueError(f"minimize needs steps of at least 1, got {steps}")
     check_policy(on_failure)
-    theta = outer_variables(theta)
-    batches = itertools.islice(data if isinstance(data, Iterator) else itertools.repeat(data), steps)
+    theta = _as_after_a_step(outer_variables(theta))
+    batches = itertools.islice(_batches(data), steps)
     step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
     state, records, w = optimizer.init(theta), [], None
     for number, batch in enumerate(batches):
         batch = jax.tree.map(jnp.asarray, batch)
         if w is None:
-            w = starting_point(init, theta, batch)
+            w = _as_after_a_step(starting_point(init, theta, batch))
             adjoint = jax.tree.map(jnp.zeros_like, w)
-        moved, state, adjoint, record, out = step(theta, state, w, adjoint, batch)
+        moved, state, w, adjoint, record, out = step(theta, state, w, adjoint, batch)
         if callback is not None:
             callback(number, theta, out)
         check_status(out, on_failure, partial(advise, problem.condition, theta, batch))
-        theta, w = moved, out.inner.w
+        theta = moved
         records.append(record)
     if not records:
         raise ValueError("minimize needs data for at least one step, got an iterator that is empty")
-    return Minimum(theta, w, jax.tree.map(lambda *entries: jnp.stack(entries), *records))
+    return Minimum(theta, out.inner.w, jax.tree.map(lambda *entries: jnp.stack(entries), *records))
+
+
+def _batches(data):
+    if isinstance(data, Iterator):
+        return data
+    if jax.tree_util.all_leaves([data]) and hasattr(data, "__iter__") and not hasattr(data, "__array__"):
+        raise TypeError(
+            f"minimize takes data as a pytree or as an iterator of them, got {type(data).__name__}, which is neither: "
+            "hand it iter(...) of it, or a generator that goes over it again and again"
+        )
+    return itertools.repeat(data)
+
+
+def _as_after_a_step(variables):
+    """Arrays of no weak type, as a step leaves them: a Python number would be traced anew at the second."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), variables)
 
 
 def _compiled_step(problem, solver, method, optimizer, cold_start):
@@ -141,22 +160,44 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
 
     import optax  # optax takes a while to import: only when it is used
 
+    update = optax.with_extra_args_support(optimizer).update
+
+    def solve(theta, w, adjoint, data):
+        if cold_start is None:
+            return method(problem, solver, theta, w, data, adjoint)
+        return method(problem, solver, theta, cold_start, data, None)
+
     @jax.jit
     def step(theta, state, w, adjoint, data):
-        if cold_start is None:
-            out = method(problem, solver, theta, w, data, adjoint)
-        else:
-            out = method(problem, solver, theta, cold_start, data, None)
+        out = solve(theta, w, adjoint, data)
+        next_adjoint = adjoint if out.linear is None else out.linear.solution
+        value_fn = _with_hypergradient(lambda theta: solve(theta, out.inner.w, next_adjoint, data))
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
-            updates, next_state = optimizer.update(out.gradient, state, theta)
-        moved = optax.apply_updates(theta, updates)
+            updates, next_state = update(
+                out.gradient, state, theta, value=out.value, grad=out.gradient, value_fn=value_fn
+            )
+        moved = tree.with_others(optax.apply_updates(theta, updates), theta)
         size = tree.norm(out.gradient)
         sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
-        moved, next_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (moved, next_state), (theta, state)
-        )
+        after, before = (moved, next_state, out.inner.w, next_adjoint), (theta, state, w, adjoint)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
         linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.residual_norm
         record = History(out.value, size, out.inner.residual_norm, linear, out.status)
-        return moved, next_state, adjoint if out.linear is None else out.linear.solution, record, out
+        return *kept, record, out
 
     return step
+
+
+def _with_hypergradient(solve):
+    """The outer value as a function of θ whose derivative is the hypergradient, whatever method made it."""
+
+    @jax.custom_vjp
+    def value(theta):
+        return solve(theta).value
+
+    def forwards(theta):
+        out = solve(theta)
+        return out.value, out.gradient
+
+    value.defvjp(forwards, lambda gradient, slope: (tree.scale(slope, gradient),))
+    return lambda theta: value(theta)

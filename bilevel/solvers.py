@@ -8,7 +8,7 @@ Any function with the same arguments that returns w, or a Solution, is a solver 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
@@ -52,13 +52,14 @@ class Optax:
     """Descent on the inner objective with any optax transformation.
 
     Args:
-        transformation: an ``optax.GradientTransformation``; it is given F, the inner gradient.
+        transformation: an ``optax.GradientTransformation``; it is given F, the inner gradient, and w.
         steps: the budget, in gradients.
         tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure. With a tol the loop's
             length is known only at run time, so its iterations cannot be differentiated backwards.
 
     Raises:
-        ValueError: for a negative budget or tol, and, when called, for a condition that is no gradient.
+        ValueError: for a negative budget or tol, and, when called, for a condition that is no gradient and a
+            transformation that asks for the objective's value.
     """
 
     transformation: "optax.GradientTransformation"
@@ -79,8 +80,19 @@ class Optax:
 
         w, memory = state
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
-            updates, memory = self.transformation.update(residual, memory, w)
+            updates, memory = self._transformed(residual, memory, w)
         return optax.apply_updates(w, updates), memory
+
+    def _transformed(self, residual, memory, w):
+        try:
+            return self.transformation.update(residual, memory, w)
+        except TypeError as error:
+            if "required keyword-only argument" not in str(error):
+                raise
+            raise ValueError(
+                f"Optax gives a transformation the gradient and w, and this one asks for more ({error}): use one that "
+                'does not, such as optax.adam, or HessianFree or Jaxopt("LBFGS") for a line search'
+            ) from error
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         return iterate(self, condition, init, theta, data)
@@ -97,7 +109,7 @@ class GradientDescent:
         momentum: Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
 
     Raises:
-        ValueError: for a step size that is not positive, a momentum outside [0, 1), a negative budget or
+        ValueError: for a step size that is not positive and finite, a momentum outside [0, 1), a negative budget or
             tol, and, when called, for a condition that is no gradient.
 
     Example:
@@ -116,9 +128,9 @@ class GradientDescent:
 
     def __post_init__(self):
         _check_budget("GradientDescent", self.steps, self.tol)
-        if not self.step_size > 0 or not 0 <= self.momentum < 1:
+        if not 0 < self.step_size < float("inf") or not 0 <= self.momentum < 1:
             raise ValueError(
-                "GradientDescent needs a step_size above 0 and a momentum in [0, 1), "
+                "GradientDescent needs a finite step_size above 0 and a momentum in [0, 1), "
                 f"got {self.step_size} and {self.momentum}"
             )
 
@@ -226,22 +238,22 @@ class Anderson:
         _check_maps("Anderson", condition)
 
     def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
-        flat = ravel_pytree(init)[0]
+        flat = ravel_pytree(tree.widened(init))[0]
         # More differences than unknowns depend on each other, and their mix is undetermined.
-        differences = jnp.zeros((min(self.history, flat.size), flat.size), flat.dtype)
+        differences = jnp.zeros((max(1, min(self.history, flat.size)), flat.size), flat.dtype)
         return init, (flat, jnp.zeros_like(flat), differences, differences, jnp.int32(0))
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
         w, (last_w, last_residual, steps_w, steps_residual, count) = state
-        flat, unravel = ravel_pytree(w)
-        slope = ravel_pytree(residual)[0]
+        flat, unravel = ravel_pytree(tree.widened(w))
+        slope = ravel_pytree(tree.widened(residual))[0]
         known = count > 0  # the first residual has no predecessor to differ from
         slot = (count - 1) % steps_w.shape[0]
         steps_w = steps_w.at[slot].set(jnp.where(known, flat - last_w, steps_w[slot]))
         steps_residual = steps_residual.at[slot].set(jnp.where(known, slope - last_residual, steps_residual[slot]))
         mix = _least_squares(steps_residual, slope)
         step = slope + mix @ (steps_w - steps_residual)
-        return unravel(flat - step), (flat, slope, steps_w, steps_residual, count + 1)
+        return tree.like(unravel(flat - step), w), (flat, slope, steps_w, steps_residual, count + 1)
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         return iterate(self, condition, init, theta, data)
@@ -323,8 +335,10 @@ def truncated_newton(matvec: MatVec, slope: PyTree, steps: int) -> PyTree:
     """A descent direction d ≈ −H⁻¹ slope by CG, cut off where the curvature turns out not to be positive."""
     eps = float(jnp.finfo(tree.norm(slope).dtype).eps)
     start = jax.tree.map(jnp.zeros_like, slope)
-    minus = tree.scale(-1, slope)
-    first = tree.vdot(slope, slope)
+    size = tree.norm(slope)
+    unit = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
+    minus = tree.scale(-1 / unit, slope)  # so that no square overflows or vanishes
+    first = tree.vdot(minus, minus)
 
     def unfinished(carry):
         _, _, _, squared, step, positive = carry
@@ -342,8 +356,8 @@ def truncated_newton(matvec: MatVec, slope: PyTree, steps: int) -> PyTree:
         now = tree.vdot(r, r)
         return x, r, tree.add(r, tree.scale(now / squared, p)), now, step + 1, positive
 
-    carry = (start, minus, minus, first, jnp.int32(0), jnp.bool_(True))
-    return jax.lax.while_loop(unfinished, advance, carry)[0]
+    carry = tree.varying_alike(start, minus, minus, first, jnp.int32(0), jnp.bool_(True))
+    return tree.scale(unit, jax.lax.while_loop(unfinished, advance, carry)[0])
 
 
 def _line_search(potential, w, slope, direction, halvings):
@@ -359,8 +373,8 @@ def _line_search(potential, w, slope, direction, halvings):
         size, tries = carry
         return (tries < halvings) & ~(potential(moved(size)) <= here + 1e-4 * size * promise + slack)
 
-    one = jnp.ones((), promise.dtype)
-    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), (one, jnp.int32(0)))
+    _, *start = tree.varying_alike(w, jnp.ones((), promise.dtype), jnp.int32(0))
+    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), tuple(start))
     found = (tries < halvings) | (potential(moved(size)) <= here)
     return jax.tree.map(lambda new, old: jnp.where(found, new, old), moved(size), w)
 
@@ -465,8 +479,21 @@ def solve(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree
     """Run any solver; what returns a bare w is given its residual here."""
     found = solver(condition, init, theta, data)
     if isinstance(found, Solution):
-        return found
-    return report(condition.residual(found, theta, data), found, steps=0)
+        return replace(found, w=_like_start(found.w, init))
+    w = _like_start(found, init)
+    return report(condition.residual(w, theta, data), w, steps=0)
+
+
+def _like_start(w, init):
+    """w in the dtypes of the start; ValueError where it is another tree or has other shapes."""
+    got, expected = (jax.tree.map(jnp.shape, variables) for variables in (w, init))
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(variables)] for variables in (w, init)]
+    if jax.tree.structure(w) != jax.tree.structure(init) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"an inner solver returns w, a pytree like init of shapes {expected}, or a bl.Solution that holds one; "
+            f"got shapes {got}: return w alone, and give init the shapes of the solution"
+        )
+    return tree.like(jax.tree.map(jnp.asarray, w), jax.tree.map(jnp.asarray, init))
 
 
 def _check_budget(name, steps, tol):

@@ -61,6 +61,29 @@ def widened(a: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), a)
 
 
+def eps(a: PyTree) -> float:
+    """The coarsest machine epsilon among the leaves; 0 where there are none."""
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(a)), default=0.0)
+
+
+def varying_alike(*trees: PyTree) -> tuple[PyTree, ...]:
+    """The trees with every leaf varying over each mesh axis that one of them varies over, inside of ``shard_map``.
+
+    There JAX sums a derivative over the devices where it is taken in what all of them share: of an inner objective
+    this would be the sum over all tasks.
+    """
+    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
+    return jax.tree.map(lambda leaf: _vary(leaf, axes - _varying(leaf)), trees)
+
+
+def _varying(leaf):
+    return jax.typeof(leaf).manual_axis_type.varying
+
+
+def _vary(leaf, axes):
+    return jax.lax.pcast(leaf, tuple(axes), to="varying") if axes else leaf
+
+
 def is_floating(leaf: jax.Array) -> bool:
     """Whether a leaf can have a derivative."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -69,6 +92,11 @@ def is_floating(leaf: jax.Array) -> bool:
 def with_zeros(cotangent: PyTree, like: PyTree) -> PyTree:
     """A derivative with zeros of a leaf's own dtype where JAX has float0, for what is not floating."""
     return jax.tree.map(lambda leaf, d: d if is_floating(leaf) else jnp.zeros_like(leaf), like, cotangent)
+
+
+def with_others(a: PyTree, like: PyTree) -> PyTree:
+    """``a``, with the leaves of another tree where they are not floating."""
+    return jax.tree.map(lambda leaf, other: leaf if is_floating(other) else other, a, like)
 
 
 def split_floating(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:

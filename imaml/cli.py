@@ -1,4 +1,4 @@
-"""The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify`` and ``data``.
+"""The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
 
 What is wrong with what was typed, or with the files that it names, is said in one sentence with exit code 2,
 before anything is written. This module only parses and prints.
@@ -17,8 +17,14 @@ from imaml.processes import Processes, joined, leave
 from imaml.versions import versions
 
 USAGE_ERROR = 2
-EPILOG = "Every setting of a preset can be changed: --strength 0.5 --inner.steps 32; 'imaml presets NAME' lists them."
+EPILOG = (
+    "Every setting of a preset can be changed: --strength 0.5 --inner.steps 32; 'imaml presets NAME' lists them. "
+    "--algorithm maml, fomaml or reptile trains that one with all else equal but the inner loop."
+)
 
+REPRODUCE_EPILOG = (
+    "table2 reads the records of runs ('imaml record' makes one); figure2a is computed in seconds, figure2b in minutes."
+)
 
 TRAIN_OPTIONS = (
     "--data", "--out", "--meta-steps", "--keep-checkpoints", "--devices", "--coordinator", "--processes",
@@ -66,13 +72,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser():
-    parser = _Parser(prog="imaml", description="Few-shot learning with implicit MAML.")
+    parser = _Parser(
+        prog="imaml",
+        description="Few-shot learning with implicit MAML, and MAML, first-order MAML and Reptile beside it.",
+    )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a preset, or resume", epilog=EPILOG, allow_abbrev=False)
     train.add_argument("preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no data")
-    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's archives, where it is not embedded")
+    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, where it is not embedded")
     train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -86,7 +95,7 @@ def _parser():
     train.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0; process 0 writes")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="accuracy of a run on held-out classes", allow_abbrev=False)
+    evaluate = commands.add_parser("evaluate", help="accuracy or error of a run on held-out tasks", allow_abbrev=False)
     evaluate.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a run")
     evaluate.add_argument("--data", metavar="DIR", help="as for train")
     evaluate.add_argument(
@@ -105,6 +114,28 @@ def _parser():
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
     presets.add_argument("preset", nargs="?", metavar="NAME")
     presets.set_defaults(run=_presets)
+
+    record = commands.add_parser(
+        "record", help="keep what a finished run came to, in one small file", allow_abbrev=False
+    )
+    record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
+    record.add_argument("--out", metavar="DIR", type=Path, help="the folder that keeps records; default: records")
+    record.add_argument("--note", metavar="TEXT", default="", help="what a reader should know besides")
+    record.add_argument("--hardware", metavar="TEXT", help="that it was trained on, in words; default: this machine")
+    record.set_defaults(run=_record)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="the paper's table or figures beside ours", epilog=REPRODUCE_EPILOG, allow_abbrev=False
+    )
+    reproduce.add_argument("work", metavar="NAME", help="table2, figure2a or figure2b")
+    reproduce.add_argument(
+        "--records", metavar="DIR", type=Path, help="of the runs in table2; default: those that come with the package"
+    )
+    reproduce.add_argument(
+        "--out", metavar="DIR", type=Path, help="a folder for the picture, and for what was measured"
+    )
+    reproduce.add_argument("--format", metavar="FORM", default="terminal", help="terminal (default) or markdown")
+    reproduce.set_defaults(run=_reproduce)
 
     data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
     data.add_argument("dataset", metavar="NAME", help="omniglot")
@@ -150,7 +181,8 @@ def _chosen(options, overrides):
     chosen = preset(presets()[0] if options.preset is None else options.preset)
     if options.meta_steps is not None:
         overrides = [*overrides, ("outer.steps", options.meta_steps)]
-    for path, value in overrides:
+    # The algorithm first: it brings its own inner loop, whose settings others may then change.
+    for path, value in sorted(overrides, key=lambda pair: pair[0] != "algorithm"):
         chosen = override(chosen, path, value)
     return chosen
 
@@ -193,10 +225,11 @@ def _train_here(options, chosen, writes):
     from imaml.progress import Reporter
     from imaml.training import train
 
-    directory = options.out or Path("runs") / chosen.name
+    name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
+    directory = options.out or Path("runs") / name
     reporter = Reporter(sys.stdout if writes else io.StringIO())
     tell = print if writes else lambda *_, **__: None
-    tell(f"{chosen.name}: implicit MAML on {chosen.dataset}, in {directory}", flush=True)
+    tell(f"{chosen.name}: {chosen.title} on {chosen.dataset}, in {directory}", flush=True)
     try:
         run = train(
             chosen, directory, options.data, devices=options.devices, on_event=reporter.event,
@@ -204,7 +237,7 @@ def _train_here(options, chosen, writes):
         )  # fmt: skip
     finally:
         reporter.finish()
-    picture = learning_curve(directory, chosen.episode.ways) if writes else None
+    picture = learning_curve(directory, getattr(chosen.episode, "ways", None)) if writes else None
     if run.stopped_by is not None:
         tell(f"stopped at step {run.step} of {chosen.outer.steps} and saved; the same command goes on from there")
         return 128 + run.stopped_by
@@ -236,6 +269,7 @@ def _verify(options, _):
 
 
 def _presets(options, _):
+    from imaml.algorithms import ALGORITHMS
     from imaml.presets import preset, presets, settings
 
     if options.preset is None:
@@ -248,7 +282,36 @@ def _presets(options, _):
     print("\nwhere it departs from the citation")
     for sentence in chosen.deviations():
         print(f"  - {sentence}")
+    if chosen.baselines is not None:
+        print("\nother algorithms, each with its own inner loop and all else equal")
+        for algorithm in list(ALGORITHMS)[1:]:
+            other = chosen.using(algorithm)
+            print(f"  --algorithm {algorithm}  ({other.title}, {_inner_loop(other)})")
     return 0
+
+
+def _record(options, _):
+    from imaml.reproduction.commands import record
+
+    print(record(options.run_directory, options.out, options.note, options.hardware))
+    return 0
+
+
+def _reproduce(options, _):
+    from imaml.reproduction.commands import check, reproduce
+
+    check(options.work, options.records, options.format)
+    _start_jax()
+    from imaml.progress import Reporter
+
+    reporter = Reporter(sys.stderr)  # so that a table can be sent to a file
+    print(reproduce(options.work, options.records, options.out, options.format, reporter.event))
+    return 0
+
+
+def _inner_loop(chosen):
+    tested = f", {chosen.test_steps} in evaluation" if chosen.test_steps else ""
+    return f"steps of size {chosen.inner.step_size:g}: {chosen.inner.steps}{tested}"
 
 
 def _data(options, _):

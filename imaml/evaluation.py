@@ -1,8 +1,12 @@
-"""The paper's protocol: accuracy over many held-out tasks, with the interval of their mean."""
+"""The paper's protocol: accuracy, or error, over many held-out tasks, with the interval of their mean.
+
+Batch normalisation may see the whole query batch, as published: a query image's class is then judged with the help of
+the other query images. Or it takes mean and variance of the support set alone. Every evaluation says which.
+"""
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,39 +15,73 @@ import jax.numpy as jnp
 import numpy as np
 
 from imaml import checkpoints, datasets
-from imaml.datasets.images import ImageClasses
 from imaml.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.errors import InputError
 from imaml.meta_step import initial_state
-from imaml.presets import Preset, restore
+from imaml.presets import restore
+from imaml.settings import Preset
 
 if TYPE_CHECKING:
     from imaml.training import Run
 
 
+QUERY_BATCH, SUPPORT_SET, NO_NORMALISATION = "query batch", "support set", "none"
+"""What batch normalisation takes its mean and variance of, when the query set is judged."""
+_EXPLAINED = {
+    QUERY_BATCH: "; batch normalisation over the query batch, as published (transductive)",
+    SUPPORT_SET: "; batch normalisation by the support set's statistics",
+    NO_NORMALISATION: "",
+}
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on the query images of tasks from held-out classes.
+    """How well the query examples of held-out tasks are answered.
 
     Attributes:
-        accuracy: mean over tasks, in [0, 1].
+        metric: what is measured: ``"accuracy"``, in [0, 1], or ``"mean squared error"``.
+        value: its mean over tasks.
         interval: half the width of its 95 % interval, 1.96 · standard deviation / √tasks.
-        chance: what guessing reaches, 1 / ways.
+        chance: the accuracy of guessing, 1 / ways; None for an error.
         tasks: how many tasks.
-        normalisation: which images batch normalisation saw when it judged the query set.
+        normalisation: what batch normalisation took its statistics of when it judged the query set:
+            ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without.
+        beside: the same tasks judged by the other normalisation, the support set's, where this is the published one.
     """
 
-    accuracy: float
+    metric: str
+    value: float
     interval: float
-    chance: float
+    chance: float | None
     tasks: int
-    normalisation: str = "query batch, as published (transductive)"
+    normalisation: str
+    beside: "Evaluation | None" = None
+
+    @property
+    def each(self) -> "tuple[Evaluation, ...]":
+        """This one and the one beside it, each alone."""
+        return (replace(self, beside=None), *(() if self.beside is None else (self.beside,)))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Each as a plain dictionary, for JSON."""
+        fields = [asdict(evaluation) for evaluation in self.each]
+        return [{name: value for name, value in entry.items() if name != "beside"} for entry in fields]
+
+    @property
+    def accuracy(self) -> float:
+        """The value where it is an accuracy, else NaN."""
+        return self.value if self.metric == "accuracy" else float("nan")
 
     def __str__(self) -> str:
-        return (
-            f"test accuracy {self.accuracy:.2%} ± {self.interval:.2%} on {self.tasks} tasks of held-out classes "
-            f"(chance {self.chance:.0%}); batch normalisation over the {self.normalisation}"
-        )
+        return "\n".join(evaluation._sentence() for evaluation in self.each)
+
+    def _sentence(self):
+        if self.chance is None:
+            what, level = f"{self.value:.3f} ± {self.interval:.3f} on {self.tasks} tasks", ""
+        else:
+            what = f"{self.value:.2%} ± {self.interval:.2%} on {self.tasks} tasks of held-out classes"
+            level = f" (chance {self.chance:.0%})"
+        return f"test {self.metric} {what}{level}{_EXPLAINED[self.normalisation]}"
 
 
 def evaluate(
@@ -55,6 +93,9 @@ def evaluate(
     on_event: Callable[[str], None] = warnings.warn,
 ) -> Evaluation:
     """Accuracy on the held-out classes, by the protocol of the paper: 600 tasks, as many queries as shots.
+
+    Where the network normalises over batches the same tasks are judged twice: with the query batch, as published, and
+    ``beside`` that with the support set's statistics. Of a regression it is the mean squared error.
 
     Args:
         run: a run's folder, a :class:`imaml.Run`, or parameters θ.
@@ -99,8 +140,8 @@ def _restore(directory, preset, best, on_event):
     return preset, found.restore(initial_state(preset)).theta, fingerprint
 
 
-def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: int) -> Evaluation:
-    """Accuracy of θ on ``tasks`` tasks drawn from ``classes`` by the preset's seed.
+def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> Evaluation:
+    """θ on ``tasks`` tasks drawn from ``classes``, or curves, by the preset's seed.
 
     Raises:
         InputError: where the classes cannot fill a task, or for fewer than two tasks.
@@ -109,20 +150,39 @@ def evaluate_classes(theta: dict, preset: Preset, classes: ImageClasses, tasks: 
     if tasks < 2:
         raise InputError(f"an interval needs at least 2 tasks, got {tasks}")
     mesh = local_mesh(tasks)
-    spread = over_tasks(task_accuracies(preset), mesh, SPREAD)
+    spread = over_tasks(task_scores(preset), mesh, SPREAD)
     keys = jax.random.split(preset.keys.test, tasks)
-    accuracies = np.asarray(jax.jit(spread)(on_all((theta, classes.pixels), mesh), keys))
-    interval = 1.96 * accuracies.std(ddof=1) / np.sqrt(tasks)
-    return Evaluation(float(accuracies.mean()), float(interval), 1 / preset.episode.ways, tasks)
+    scores = np.asarray(jax.jit(spread)(on_all((theta, classes.source), mesh), keys))
+    means, intervals = scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
+    found = zip(normalisations(preset), means, intervals, strict=True)
+    metric, chance = preset.episode.metric, preset.episode.chance
+    published, *others = (
+        Evaluation(metric, float(mean), float(interval), chance, tasks, name) for name, mean, interval in found
+    )
+    return replace(published, beside=next(iter(others), None))
 
 
-def task_accuracies(preset: Preset) -> Callable[[tuple[dict, jax.Array], jax.Array], jax.Array]:
-    """``accuracies((theta, pixels), keys [tasks]) -> float32 [tasks]``: adapt to each task's support set, judge."""
-    learner = preset.learner
+def normalisations(preset: Preset) -> tuple[str, ...]:
+    """What a preset is evaluated with, the published protocol first."""
+    return (NO_NORMALISATION,) if preset.functions.apply_beside is None else (QUERY_BATCH, SUPPORT_SET)
 
-    def accuracy(theta, pixels, key):
-        task = preset.episode.sample(pixels, key, preset.rotations.test)
-        outputs = learner.apply(learner.adapt(theta, task).w, task.query_x)
-        return (outputs.argmax(-1) == task.query_y).mean(dtype=jnp.float32)
 
-    return lambda fixed, keys: jax.lax.map(lambda key: accuracy(*fixed, key), keys)
+def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.Array]:
+    """``scores((theta, source), keys [tasks]) -> float32 [tasks, normalisations]``: adapt to each task, and judge."""
+    learner, beside, together = preset.test_learner, preset.functions.apply_beside, preset.outer.at_once
+
+    def score(outputs, y):
+        if preset.episode.metric == "accuracy":
+            return (outputs.argmax(-1) == y).mean(dtype=jnp.float32)
+        return jnp.square(outputs - y).mean(dtype=jnp.float32)
+
+    def scores(theta, source, key):
+        task = preset.episode.sample(source, key, preset.turns(training=False))
+        phi = learner.adapt(theta, task).w
+        outputs = [learner.apply(phi, task.query_x)]
+        if beside is not None:
+            outputs.append(beside(phi, task.query_x, task.support_x))
+        return jnp.stack([score(each, task.query_y) for each in outputs])
+
+    batch = {"batch_size": together} if together > 1 else {}
+    return lambda fixed, keys: jax.lax.map(lambda key: scores(*fixed, key), keys, **batch)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from imaml.algorithms import MetaGradient, meta_gradient
 from imaml.devices import AXIS, SHARED, SPREAD, global_mesh, over_tasks
-from imaml.presets import Outer, Preset
+from imaml.settings import Outer, Preset
 
 if TYPE_CHECKING:
     import optax
@@ -46,18 +46,17 @@ def optimizer(outer: Outer) -> "optax.GradientTransformation":
     """Adam (Kingma and Ba 2015) with the preset's rate, constant or along half a cosine."""
     import optax  # optax takes a while to import: only when it is used
 
-    return optax.adam(optax.cosine_decay_schedule(outer.learning_rate, outer.steps, alpha=outer.final_fraction))
+    rate = optax.cosine_decay_schedule(outer.learning_rate, outer.steps, alpha=outer.final_fraction)
+    return optax.adam(rate, eps=outer.epsilon)
 
 
 def initial_state(preset: Preset) -> TrainState:
     """θ drawn by the seed, and an optimiser that has seen nothing."""
-    theta = preset.network.build(preset.episode.ways).init(preset.keys.init)
+    theta = preset.functions.init(preset.keys.init)
     return TrainState(theta, optimizer(preset.outer).init(theta), preset.keys.train, jnp.int32(0))
 
 
-def meta_step(
-    preset: Preset, mesh: Mesh | None = None
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, MetaGradient]]:
+def meta_step(preset: Preset, mesh: Mesh | None = None) -> Callable[[TrainState, Any], tuple[TrainState, MetaGradient]]:
     """One step of the outer loop: draw tasks, meta-gradient, Adam.
 
     Args:
@@ -65,24 +64,24 @@ def meta_step(
         mesh: over which tasks are spread; default: all devices, as far as their number divides the tasks.
 
     Returns:
-        ``step(state, pixels) -> (state, report)``, pure; pixels are the training classes', uint8
-        ``[classes, samples, height, width, channels]``. Where no task's gradient counts θ and the
-        optimiser stay as they are.
+        ``step(state, source) -> (state, report)``, pure; of images the source is the training classes' pixels, uint8
+        ``[classes, samples, height, width, channels]``, of curves it is empty. Where no task's gradient counts θ and
+        the optimiser stay as they are.
     """
     import optax
 
     outer, episode = preset.outer, preset.training_episode
-    gradient = meta_gradient(preset.learner, axis=AXIS)
+    gradient = meta_gradient(preset.learner, axis=AXIS, at_once=outer.at_once)
 
     def on_each_device(fixed, keys):
-        theta, pixels = fixed
-        return gradient(theta, episode.batch(pixels, keys, preset.rotations.train))
+        theta, source = fixed
+        return gradient(theta, episode.batch(source, keys, preset.turns(training=True)))
 
     spread = over_tasks(on_each_device, mesh or global_mesh(outer.tasks), _LAYOUT)
 
-    def step(state, pixels):
+    def step(state, source):
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), outer.tasks)
-        report = spread((state.theta, pixels), keys)
+        report = spread((state.theta, source), keys)
         updates, memory = optimizer(outer).update(report.gradient, state.optimizer, state.theta)
         theta = optax.apply_updates(state.theta, updates)
         usable = report.tasks > 0

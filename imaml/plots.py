@@ -13,12 +13,12 @@ PICTURE = "learning_curve.png"
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
 
 
-def learning_curve(directory: Path, ways: int) -> Path:
-    """Draw loss, accuracy and residuals over the meta-steps of the run in ``directory``.
+def learning_curve(directory: Path, ways: int | None) -> Path:
+    """Draw accuracy, loss and residuals over the meta-steps of the run in ``directory``.
 
     Args:
         directory: a run's folder, with its log and, if it ended, its result.
-        ways: classes of a task, for the chance level.
+        ways: classes of a task, for the chance level; None of a regression, which has no accuracy.
 
     Returns:
         The path of the PNG.
@@ -26,14 +26,18 @@ def learning_curve(directory: Path, ways: int) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    log = runlog.read(directory)
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    log, evaluations = runlog.read(directory), _evaluations(directory)
+    panels = 2 if ways is None else 3
+    figure = Figure(figsize=(11 * panels / 3, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, loss, residuals = figure.subplots(1, 3)
-    _draw_accuracy(accuracy, log, _evaluation(directory), 1 / ways)
-    _draw_loss(loss, log)
+    *first, loss, residuals = figure.subplots(1, panels)
+    if ways is None:
+        _draw_error(loss, log, evaluations)
+    else:
+        _draw_accuracy(first[0], log, evaluations, 1 / ways)
+        _draw_loss(loss, log)
     _draw_residuals(residuals, log)
-    for axes in (accuracy, loss, residuals):
+    for axes in (*first, loss, residuals):
         axes.set_xlabel("meta-step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -42,19 +46,35 @@ def learning_curve(directory: Path, ways: int) -> Path:
     return path
 
 
-def _draw_accuracy(axes, log: list[Progress], evaluation, chance):
+def _draw_accuracy(axes, log: list[Progress], evaluations, chance):
     axes.set_title("query accuracy after adaptation")
     _smoothed(axes, log, [p.accuracy for p in log], BLUE, "training classes")
     axes.axhline(chance, color=GREY, linestyle=":", label=f"chance {chance:.0%}")
-    if evaluation:
-        step = log[-1].step if log else 0
-        axes.errorbar(
-            step, evaluation["accuracy"], evaluation["interval"], color=ORANGE, marker="o", capsize=4, zorder=5,
-            label=f"held-out classes {evaluation['accuracy']:.1%} ± {evaluation['interval']:.1%}",
-        )  # fmt: skip
+    for evaluation, marker in zip(evaluations, "os", strict=False):
+        by = {"query batch": ", query batch", "support set": ", support statistics"}.get(
+            evaluation["normalisation"], ""
+        )
+        _draw_evaluation(axes, log, evaluation, marker, f"held-out classes{by} {{value:.1%}} ± {{interval:.1%}}")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(loc="center right", framealpha=0.9, edgecolor="none")
+
+
+def _draw_error(axes, log, evaluations):
+    axes.set_title("query mean squared error after adaptation")
+    _smoothed(axes, log, [p.loss for p in log], BLUE, "training curves")
+    for evaluation in evaluations:
+        _draw_evaluation(axes, log, evaluation, "o", "test curves {value:.3f} ± {interval:.3f}")
+    axes.set_yscale("log")
+    axes.legend(framealpha=0.9, edgecolor="none")
+
+
+def _draw_evaluation(axes, log, evaluation, marker, label):
+    step = log[-1].step if log else 0
+    axes.errorbar(
+        step, evaluation["value"], evaluation["interval"], color=ORANGE, marker=marker, capsize=4, zorder=5,
+        label=label.format(**evaluation),
+    )  # fmt: skip
 
 
 def _draw_loss(axes, log):
@@ -65,8 +85,9 @@ def _draw_loss(axes, log):
 
 def _draw_residuals(axes, log):
     axes.set_title("residuals, median over tasks")
-    _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: ‖∇loss + λ(φ − θ)‖")
-    _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
+    _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: gradient of the inner objective")
+    if not log or any(p.linear_residual for p in log):  # other algorithms solve no linear system
+        _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
     axes.set_yscale("log")
     axes.legend(framealpha=0.9, edgecolor="none")
 
@@ -83,6 +104,10 @@ def _smoothed(axes, log, values, color, label):
     axes.plot(steps[width - 1 :], means, color=color, linewidth=1.8, label=label)
 
 
-def _evaluation(directory):
+def _evaluations(directory):
+    """What a run came to, in this version's words."""
     path = directory / "result.json"
-    return json.loads(path.read_text())["evaluation"] if path.exists() else None
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if former := result.get("evaluation"):  # of a version that evaluated with the query batch alone
+        return [{"value": former["accuracy"], "interval": former["interval"], "normalisation": "query batch"}]
+    return result.get("evaluations", [])

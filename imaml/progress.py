@@ -33,7 +33,8 @@ class Reporter:
         """One meta-step; shown if the last one was shown long enough ago, or it is the last."""
         memory = MEMORY if self._first else 0.0
         self._loss += (1 - memory) * (progress.loss - self._loss)
-        self._accuracy += (1 - memory) * (progress.accuracy - self._accuracy)
+        if progress.accuracy is not None:
+            self._accuracy += (1 - memory) * (progress.accuracy - self._accuracy)
         self._first = self._first or progress
         now = time.monotonic()
         if progress.step == progress.steps or now - self._shown >= (BAR_SECONDS if self._bar else LINE_SECONDS):
@@ -56,7 +57,8 @@ class Reporter:
 
     def _show(self, progress):
         time_left = _time_left(self._first, progress)
-        text = f"step {progress.step}/{progress.steps}  loss {self._loss:.3f}  accuracy {self._accuracy:.1%}{time_left}"
+        accuracy = "" if progress.accuracy is None else f"  accuracy {self._accuracy:.1%}"
+        text = f"step {progress.step}/{progress.steps}  loss {self._loss:.3f}{accuracy}{time_left}"
         if not self._bar:
             print(text, file=self._stream, flush=True)
             return

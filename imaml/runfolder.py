@@ -30,11 +30,20 @@ class RunFolder:
         keep: how many of the last checkpoints stay, besides the best.
         seconds: checkpoint no more often than this.
         on_event: told in a phrase what is worth knowing.
+        completed: adds to the ``config`` of a checkpoint what a former version of the settings lacks.
     """
 
-    def __init__(self, directory: Path, description: dict, keep: int, seconds: float, on_event: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        description: dict,
+        keep: int,
+        seconds: float,
+        on_event: Callable[[str], None],
+        completed: Callable[[dict], dict] = lambda config: config,
+    ):
         self._directory, self._description, self._keep = directory, description, keep
-        self._seconds, self._on_event = seconds, on_event
+        self._seconds, self._on_event, self._completed = seconds, on_event, completed
 
     def __enter__(self):
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -86,7 +95,7 @@ class RunFolder:
     def _restored(self, found: Checkpoint, initial):
         """The checkpoint's state, once it is found to be of this very run."""
         saved, wanted = found.description, self._description
-        if differences := _differences(saved["config"], wanted["config"]):
+        if differences := _differences(self._completed(saved["config"]), wanted["config"]):
             raise InputError(
                 f"{self._directory} holds a run with other settings ({'; '.join(differences)}): "
                 "use another --out, or delete it"

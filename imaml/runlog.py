@@ -20,11 +20,12 @@ class Progress:
     Attributes:
         step: meta-steps done, this one included.
         steps: meta-steps of the run.
-        loss: mean query loss, in nats.
-        accuracy: mean query accuracy after adaptation, on training classes, in [0, 1].
+        loss: mean query loss, in nats, or the mean squared error.
+        accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None of a regression.
         tasks: tasks whose gradient counted: finite, and of a linear solve that is no worse than none.
-        inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖.
-        linear_residual: the same of the adjoint system's true relative residual.
+        inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖, or of ‖∇loss‖ where the
+            algorithm has no λ.
+        linear_residual: the same of the adjoint system's true relative residual; 0 where there is no such system.
         statuses: how many tasks ended with which :class:`bilevel.Status`.
         seconds: wall time since this process began to train.
     """
@@ -32,7 +33,7 @@ class Progress:
     step: int
     steps: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     tasks: int
     inner_residual: float
     linear_residual: float

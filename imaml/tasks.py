@@ -5,11 +5,12 @@ meta-step: a training run does no work on the host between two steps.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from imaml.datasets.images import ImageClasses
+from imaml.datasets import sinusoid
 from imaml.errors import InputError
 
 
@@ -39,6 +40,7 @@ class Episode:
         ways: classes in a task, N.
         shots: support images of each class, K.
         queries: query images of each class; the published protocol takes as many as shots.
+        bright_paper: ink 0 on paper 1, as the authors' public code has it, for ink 1 on paper 0.
 
     Raises:
         InputError: for a count below one, or fewer than two ways.
@@ -47,6 +49,9 @@ class Episode:
     ways: int
     shots: int
     queries: int
+    bright_paper: bool = False
+
+    metric, kind = "accuracy", "classes"
 
     def __post_init__(self):
         if self.ways < 2 or self.shots < 1 or self.queries < 1:
@@ -55,8 +60,18 @@ class Episode:
                 f"got {self.ways} ways, {self.shots} shots and {self.queries} queries"
             )
 
-    def check(self, classes: ImageClasses, name: str) -> None:
-        """Raise InputError, with the numbers, where ``classes`` cannot fill a task."""
+    @property
+    def outputs(self) -> int:
+        """Of the network: a logit for each class."""
+        return self.ways
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1 / self.ways
+
+    def check(self, classes: Any, name: str) -> None:
+        """Raise InputError, with the numbers, where ``classes``, an :class:`ImageClasses`, cannot fill a task."""
         if self.ways > len(classes):
             raise InputError(f"{self.ways} ways are more than the {len(classes)} classes of {name}")
         if self.shots + self.queries > classes.samples:
@@ -80,6 +95,7 @@ class Episode:
         chosen = jax.random.choice(class_key, pixels.shape[0], (self.ways,), replace=False)
         images = jax.vmap(self._draw, in_axes=(0, 0))(pixels[chosen], jax.random.split(sample_key, self.ways))
         images = images.astype(jnp.float32) / 255
+        images = 1 - images if self.bright_paper else images
         if rotate:
             images = jax.vmap(_turn)(images, jax.random.randint(turn_key, (self.ways,), 0, 4))
         support, query = images[:, : self.shots], images[:, self.shots :]
@@ -93,6 +109,42 @@ class Episode:
     def _draw(self, images, key):
         """Different images of one class, those of the support first."""
         return images[jax.random.choice(key, len(images), (self.shots + self.queries,), replace=False)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How tasks are drawn from the sinusoids: regression on a few points of a curve.
+
+    Args:
+        shots: points to adapt to.
+        queries: points to be judged by.
+
+    Raises:
+        InputError: for a count below one.
+    """
+
+    shots: int
+    queries: int
+
+    metric, kind = "mean squared error", "curves"
+    outputs = 1
+    chance = None
+
+    def __post_init__(self):
+        if self.shots < 1 or self.queries < 1:
+            raise InputError(f"a task needs at least 1 shot and 1 query, got {self.shots} and {self.queries}")
+
+    def check(self, classes: Any, name: str) -> None:
+        """There is always another point."""
+
+    def sample(self, source: object, key: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task; ``source`` and ``rotate`` are those of :class:`Episode` and nothing here."""
+        x, y = sinusoid.draw(key, self.shots + self.queries)
+        return Task(x[: self.shots], y[: self.shots], x[self.shots :], y[self.shots :])
+
+    def batch(self, source: object, keys: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task for each key: a :class:`Task` whose arrays have a leading axis of that length."""
+        return jax.vmap(lambda key: self.sample(source, key))(keys)
 
 
 def _turn(images, quarter_turns):

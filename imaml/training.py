@@ -8,7 +8,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from signal import Signals
@@ -20,15 +21,15 @@ import bilevel as bl
 from imaml import datasets
 from imaml.algorithms import MetaGradient
 from imaml.checkpoints import KEEP
-from imaml.datasets.images import ImageDataset
+from imaml.datasets import ImageDataset, SinusoidDataset
 from imaml.devices import everywhere, from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.errors import InputError
 from imaml.evaluation import Evaluation, evaluate_classes
 from imaml.interruption import stop_on_signals
 from imaml.meta_step import TrainState, initial_state, meta_step
-from imaml.presets import Preset
 from imaml.runfolder import Elsewhere, RunFolder
 from imaml.runlog import Progress
+from imaml.settings import Preset, completed
 from imaml.versions import versions
 
 
@@ -43,7 +44,7 @@ class Run:
         step: meta-steps done.
         finished: whether all meta-steps were done; if not, the same call resumes.
         stopped_by: the signal that stopped it, or None.
-        evaluation: accuracy on held-out classes, where it finished.
+        evaluation: on held-out tasks, where it finished; else None.
     """
 
     directory: Path
@@ -108,12 +109,14 @@ def train(
     evaluation = None
     first = is_first()
     with (
-        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event) if first else Elsewhere()
+        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event, partial(completed, preset))
+        if first
+        else Elsewhere()
     ) as folder:
         start = state = from_first(folder.resume(initial_state(preset)))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop:
             started = time.monotonic()
-            for state, report in _steps(preset, mesh, start, dataset.train.pixels, on_event):
+            for state, report in _steps(preset, mesh, start, dataset.train.source, on_event):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
@@ -123,13 +126,13 @@ def train(
             folder.save(int(state.step), state)
         finished = int(state.step) == preset.outer.steps
         if finished and not stop:
-            on_event(f"evaluating on {evaluation_tasks} tasks of held-out classes")
+            on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
             evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
-            folder.finish({"evaluation": asdict(evaluation)})
+            folder.finish({"evaluations": evaluation.records()})
     return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
 
 
-def check(preset: Preset, dataset: ImageDataset) -> None:
+def check(preset: Preset, dataset: ImageDataset | SinusoidDataset) -> None:
     """Raise InputError where the dataset cannot fill the preset's tasks, in training or in evaluation."""
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     preset.episode.check(dataset.test, f"{dataset.name}'s test set")
@@ -143,17 +146,17 @@ def _check_alike(facts):
         raise InputError(f"processes {others} were started with other settings or data than this one")
 
 
-def _steps(preset, mesh, state, pixels, on_event) -> Iterator[tuple[TrainState, MetaGradient]]:
+def _steps(preset, mesh, state, source, on_event) -> Iterator[tuple[TrainState, MetaGradient]]:
     """The state and report after each remaining step, handed on when the next one is under way."""
     remaining = preset.outer.steps - int(state.step)
     if remaining <= 0:
         return
     on_event("compiling the meta-step")
-    state, pixels = on_all((state, pixels), mesh)
+    state, source = on_all((state, source), mesh)
     step = jax.jit(meta_step(preset, mesh), out_shardings=everywhere(mesh))
-    done = step(state, pixels)
+    done = step(state, source)
     for _ in range(remaining - 1):
-        under_way = step(done[0], pixels)
+        under_way = step(done[0], source)
         if jax.process_count() > 1:  # what processes do together, gloo wants done one after another
             jax.block_until_ready(under_way)
         yield here(done)
@@ -165,20 +168,25 @@ def _progress(preset, state, report, seconds):
     if (np.asarray(report.status) == bl.Status.NONFINITE).all():
         raise InputError(
             f"meta-step {int(state.step)} had no task with finite numbers, so θ was not updated: training has "
-            "diverged; lower inner.step_size or outer.learning_rate, or raise strength"
+            f"diverged; lower {_suspects(preset)}"
         )
     statuses = Counter(bl.Status(int(status)).name for status in np.asarray(report.status))
     return Progress(
         step=int(state.step),
         steps=preset.outer.steps,
         loss=float(report.value),
-        accuracy=float(report.accuracy),
+        accuracy=float(report.accuracy) if preset.episode.metric == "accuracy" else None,
         tasks=int(report.tasks),
         inner_residual=_median(report.inner_residual),
         linear_residual=_median(report.linear_residual),
         statuses=dict(statuses),
         seconds=seconds,
     )
+
+
+def _suspects(preset):
+    inner = "inner.step_size or " if isinstance(preset.inner, bl.GradientDescent) else ""
+    return f"{inner}outer.learning_rate" + (", or raise strength" if preset.algorithm == "imaml" else "")
 
 
 def _median(values):

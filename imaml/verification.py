@@ -7,7 +7,7 @@ Two questions are kept apart, because the inner problem of a preset is not solve
 2. Is that system the derivative of the inner solution? The inner problem is solved to rounding and the implicit
    gradient compared with central differences of the re-solved problem, and with MAML unrolled over more and more
    steps, which nears it. A network with ReLU has no such solution (descent ends between two kinks), so these two
-   are made on its twin: the same sizes and the same task, with softplus(10x)/10 for ReLU.
+   are made on its twin: the same sizes and the same task, with softplus(10x)/10 for ReLU and means for maxima.
 """
 
 import itertools
@@ -26,7 +26,8 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 from imaml import datasets
 from imaml.algorithms import Learner, meta_gradient
-from imaml.presets import Preset
+from imaml.errors import InputError
+from imaml.settings import Preset
 from imaml.tasks import Task
 
 SOLVED = 1e-8
@@ -85,25 +86,24 @@ def verify(
         on_event: told in a phrase what comes next.
 
     Raises:
-        InputError: for data that cannot be used.
+        InputError: for data that cannot be used, and a preset whose gradient is not the paper's.
     """
     begin = time.monotonic()
+    if preset.algorithm != "imaml" or preset.fidelity != "paper":
+        raise InputError(f"verify compares with the paper's equations, and {preset.name} is of {preset.title}")
     on_event(f"reading {preset.dataset}")
     dataset = datasets.load(preset.dataset, data)
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     with jax.enable_x64(True):
-        task = _as_double(preset.training_episode.sample(jnp.asarray(dataset.train.pixels), preset.keys.train))
-        theta = _as_double(preset.network.build(preset.episode.ways).init(preset.keys.init))
+        source = jax.tree.map(jnp.asarray, dataset.train.source)
+        task = _as_double(preset.training_episode.sample(source, preset.keys.train))
+        theta = _as_double(preset.functions.init(preset.keys.init))
         on_event("solving the adjoint system of the preset's own φ to rounding")
         checks = list(check_system(preset.learner, theta, task))
-        twin = replace(preset.learner, apply=preset.network.build(preset.episode.ways, _softplus).apply)
+        twin = replace(preset.learner, apply=preset.network.smooth_twin(preset.episode.outputs).apply)
         checks += check_solution(twin, theta, task, steps, directions, on_event)
         size = ravel_pytree(theta)[0].size
     return Verification(preset.name, size, tuple(checks), time.monotonic() - begin)
-
-
-def _softplus(x):
-    return jax.nn.softplus(10 * x) / 10
 
 
 def _as_double(tree):
@@ -256,7 +256,9 @@ class _Unrolled:
 
     def __init__(self, learner: Learner, theta: dict, task: Task):
         self._theta, self._task = theta, task
-        rate = min(learner.solver.step_size, 1 / _largest_curvature(learner, theta, task))  # type: ignore[attr-defined]
+        rate = 1 / _largest_curvature(learner, theta, task)
+        if isinstance(learner.solver, bl.GradientDescent):
+            rate = min(learner.solver.step_size, rate)
         step, problem = bl.GradientDescent(rate, steps=1), learner.problem
 
         @jax.jit

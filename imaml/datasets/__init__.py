@@ -1,26 +1,28 @@
-"""Few-shot datasets: classes of small images, split into training and held-out classes."""
+"""Few-shot datasets: classes of small images, split into training and held-out classes, and families of curves."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from imaml.datasets import glyphs, omniglot
+from imaml.datasets import glyphs, miniimagenet, omniglot, sinusoid
 from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.datasets.sinusoid import SinusoidDataset
 from imaml.errors import InputError
 
-__all__ = ["ImageClasses", "ImageDataset", "download", "load"]
+__all__ = ["ImageClasses", "ImageDataset", "SinusoidDataset", "download", "load"]
 
-NAMES = ("glyphs", "omniglot")
+NAMES = ("glyphs", "omniglot", "miniimagenet", "sinusoid")
 
 
-def load(name: str, directory: str | Path | None = None) -> ImageDataset:
+def load(name: str, directory: str | Path | None = None) -> ImageDataset | SinusoidDataset:
     """The dataset of that name.
 
     Args:
-        name: ``"glyphs"``, embedded, or ``"omniglot"``.
-        directory: the folder of Omniglot's two official archives; by default where :func:`download` put them.
+        name: ``"glyphs"``, embedded; ``"sinusoid"``, drawn; ``"omniglot"`` or ``"miniimagenet"``, from files.
+        directory: the folder of those files: Omniglot's two official archives, by default where :func:`download` put
+            them; Mini-ImageNet's images and split.
 
     Raises:
-        InputError: for an unknown name, a folder where none is needed or none where one is, or archives
+        InputError: for an unknown name, a folder where none is needed or none where one is, or files
             that are missing or damaged.
     """
     if name == "glyphs":
@@ -38,6 +40,14 @@ def load(name: str, directory: str | Path | None = None) -> ImageDataset:
                     "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
                 )
         return omniglot.load(directory)
+    if name == "miniimagenet":
+        if directory is None:
+            raise InputError(
+                f"miniimagenet needs its images: name the folder that holds {miniimagenet.LAYOUT}, with --data DIR"
+            )
+        return miniimagenet.load(directory)
+    if name == "sinusoid":
+        return sinusoid.load(directory)
     raise _unknown(name)
 
 
@@ -55,6 +65,12 @@ def download(
     """
     if name == "glyphs":
         raise InputError("glyphs are embedded: there is nothing to fetch")
+    if name == "sinusoid":
+        raise InputError("sinusoids are drawn: there is nothing to fetch")
+    if name == "miniimagenet":
+        raise InputError(
+            f"miniimagenet may not be handed on: ask for it, and name the folder that holds {miniimagenet.LAYOUT}"
+        )
     if name != "omniglot":
         raise _unknown(name)
     folder = Path(directory) if directory is not None else omniglot.default_directory()
@@ -63,4 +79,4 @@ def download(
 
 
 def _unknown(name):
-    return InputError(f"there is no dataset {name!r}: known are {' and '.join(NAMES)}")
+    return InputError(f"there is no dataset {name!r}: known are {', '.join(NAMES)}")

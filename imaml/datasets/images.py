@@ -1,4 +1,4 @@
-"""What every image dataset hands on: classes of small grey images, split once and for all.
+"""What every image dataset hands on: classes of small images, split once and for all.
 
 A few-shot dataset is an array indexed ``[class, sample]``. Train and test hold different classes; the
 split belongs to the dataset, not to a run, and its fingerprint goes into every checkpoint, so that no
@@ -15,7 +15,7 @@ from imaml.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class ImageClasses:
-    """Classes of images: ``pixels`` is uint8 ``[classes, samples, height, width, channels]``, ink bright on 0."""
+    """Classes of images: ``pixels`` is uint8 ``[classes, samples, height, width, channels]``; ink is bright on 0."""
 
     pixels: np.ndarray
     labels: tuple[str, ...]
@@ -36,6 +36,11 @@ class ImageClasses:
     def samples(self) -> int:
         """Images in each class."""
         return self.pixels.shape[1]
+
+    @property
+    def source(self) -> np.ndarray:
+        """What tasks are drawn from inside a compiled program: the pixels."""
+        return self.pixels
 
 
 @dataclass(frozen=True, eq=False)

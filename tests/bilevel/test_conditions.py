@@ -1,5 +1,7 @@
 """Every condition, differentiated where its solution is known or where differences of it are."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -265,6 +267,36 @@ def test_an_inactive_inequality_leaves_the_derivative_unchanged():
 def test_kkt_refuses_a_w_that_is_no_such_triple():
     with pytest.raises(ValueError, match=r"needs w = \(x, ν, μ\), got"):
         quadratic_program().residual((jnp.zeros(4), None, jnp.zeros(2)), PROGRAM, None)
+
+
+class Triple(NamedTuple):
+    x: object
+    equal: object
+    unequal: object
+
+
+def test_kkt_keeps_a_named_tuple():
+    def known(condition, init, theta, data):  # x = θ − ν with Σx = 1
+        force = (jnp.sum(theta) - 1) / 2
+        parts = (theta - force, force, None)
+        return Triple(*parts) if isinstance(init, Triple) else parts
+
+    condition = bl.KKT(
+        lambda x, theta, data: 0.5 * jnp.sum((x - theta) ** 2), equality=lambda x, theta, data: jnp.sum(x) - 1
+    )
+    problem = bl.Problem(condition, lambda w, theta, data: w.x[0] ** 2 if isinstance(w, Triple) else w[0][0] ** 2)
+    function = bl.value_and_hypergradient(problem, known, bl.Implicit(bl.LU()))
+    for start in (Triple(jnp.zeros(2), 0.0, None), (jnp.zeros(2), 0.0, None)):
+        out = function(jnp.array([3.0, 0.5]), start, None)
+        np.testing.assert_allclose(out.gradient, [1.75, -1.75], rtol=1e-14)  # x₀ = (θ₀ − θ₁ + 1)/2
+        assert isinstance(out.inner.w, type(start))
+
+
+def test_a_centre_of_another_tree_is_refused_with_the_remedy():
+    condition = bl.Proximal(lambda w, theta, data: jnp.sum(w**2), 1.0)
+    for function in (condition.residual, condition.potential):
+        with pytest.raises(ValueError, match=r"pulls w towards a centre .* got .*'log'.*: give center"):
+            function(jnp.zeros(2), {"w": jnp.zeros(2), "log": 0.0}, None)
 
 
 def test_three_levels_against_a_closed_form():

@@ -1,5 +1,7 @@
 """Numerical faults: each is told by its status, its stage and its remedy; no wrong number passes for a right one."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +215,16 @@ class TestNotFinite:
         assert float(found.theta) == 1.0
 
 
+def test_an_error_survives_the_way_from_another_process():
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+    function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3, tol=1e-6), bl.Implicit(bl.CG(1)))
+    with pytest.raises(bl.HypergradientError) as caught:
+        function(1.0, 0.0, None)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+    assert float(copy.result.inner.residual_norm) == 0.125
+
+
 class TestBatches:
     """One bad task among eight: told, and the others' numbers the same to the bit."""
 
@@ -290,6 +302,10 @@ class TestLeaves:
             {"x": jnp.array([0.3, -0.2]), "n": 3, "mask": jnp.array([True, False]), "none": jnp.zeros(0)}, method
         )
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_nothing_that_has_a_derivative(self, method):
+        self.check({"n": 3, "nothing": None}, method)
+
     @settings(max_examples=8, deadline=None, derandomize=True)
     @given(theta=TREES)
     def test_any_tree(self, theta):
@@ -349,6 +365,28 @@ class TestDtypes:
             expected = 2 / 3 * (2 + np.array([1.0, -2.0])) / 3
             eps = float(jnp.finfo(dtype).eps)
             np.testing.assert_allclose(np.asarray(out.gradient["a"], float), expected, rtol=8 * eps, atol=8 * eps)
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize(
+        "method",
+        [
+            bl.Implicit(bl.LU()),
+            bl.Implicit(bl.Cholesky()),
+            bl.Implicit(bl.Nystrom(2, ridge=1e-3)),
+            bl.FiniteDifference(bl.CG(2)),
+            bl.EvolutionStrategies(2, scale=0.5),
+        ],
+        ids=["LU", "Cholesky", "Nystrom", "FiniteDifference", "EvolutionStrategies"],
+    )
+    def test_every_method_takes_narrow_ones(self, dtype, method):
+        # w = θ, on which a difference is exact but for its roundings; the value is ½‖θ‖² and its slope θ.
+        condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
+        problem = bl.Problem(condition, lambda w, theta, data: 0.5 * jnp.sum(w * w))
+        theta = jnp.array([1.5, -0.625], dtype)
+        out = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), method)(theta, 0 * theta, None)
+        assert out.gradient.dtype == dtype
+        bound = 4 * float(jnp.finfo(dtype).eps) ** (2 / 3)  # as far as a difference goes
+        np.testing.assert_allclose(np.asarray(out.gradient, float), [1.5, -0.625], rtol=bound)
 
     def test_mixed_leaves_keep_each_its_own(self):
         condition = bl.Stationary(

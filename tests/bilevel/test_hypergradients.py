@@ -99,6 +99,59 @@ def test_jit_and_vmap_give_the_same_numbers(name):
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], batched.gradient), single.gradient, case.tolerance)
 
 
+@pytest.mark.parametrize(
+    ("solver", "method"),
+    [
+        (bl.GradientDescent(0.3, 20), bl.Unrolled()),
+        (bl.GradientDescent(0.3, 200, tol=1e-9), bl.Implicit(bl.CG(3, tol=1e-9))),
+        (bl.HessianFree(6), bl.Implicit(bl.LU())),
+    ],
+    ids=["unrolled", "cg", "lu"],
+)
+def test_under_shard_map_each_task_has_its_own_gradient(solver, method):
+    # JAX sums a derivative over the devices where it is taken in what they share: here the start, θ, or data.
+    def objective(w, theta, data):
+        return 0.5 * jnp.sum((w - theta) ** 2) + 0.05 * data * jnp.sum(w**4)
+
+    problem = bl.Problem(bl.Stationary(objective), lambda w, theta, data: jnp.sum(w**2))
+    function = bl.value_and_hypergradient(problem, solver, method)
+    mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
+    each, every = jax.sharding.PartitionSpec("task"), jax.sharding.PartitionSpec()
+    thetas, strengths, start = jnp.array([[1.0, 2.0], [2.0, 3.0]]), jnp.array([1.0, 2.0]), jnp.zeros(2)
+
+    def own(thetas, strengths):
+        return function(thetas[0], start, strengths[0]).gradient[None]
+
+    def shared(theta, strengths):
+        return function(theta, start, strengths[0]).gradient[None]
+
+    out = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(each, each), out_specs=each))(thetas, strengths)
+    expected = [function(theta, start, strength).gradient for theta, strength in zip(thetas, strengths, strict=True)]
+    np.testing.assert_allclose(out, expected, rtol=1e-12)
+    out = jax.jit(jax.shard_map(shared, mesh=mesh, in_specs=(every, each), out_specs=each))(thetas[0], strengths)
+    expected = [function(thetas[0], start, strength).gradient for strength in strengths]
+    np.testing.assert_allclose(out, expected, rtol=1e-12)
+
+
+def test_the_layer_under_shard_map_takes_its_derivative_as_jax_does():
+    condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta * data) ** 2))
+    layer = bl.implicit_layer(condition, bl.GradientDescent(1.0, 1), bl.CG(2))
+    mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
+    each, every = jax.sharding.PartitionSpec("task"), jax.sharding.PartitionSpec()
+
+    def total(theta, data):  # Σ_tasks ‖θ·data‖²
+        losses = jax.shard_map(
+            lambda theta, data: jnp.sum(layer(theta, jnp.zeros(2), data[0]) ** 2)[None],
+            mesh=mesh,
+            in_specs=(every, each),
+            out_specs=each,
+        )
+        return jnp.sum(losses(theta, data))
+
+    slope = jax.jit(jax.grad(total))(jnp.array([1.0, -2.0]), jnp.array([1.0, 3.0]))
+    np.testing.assert_allclose(slope, 2 * np.array([1.0, -2.0]) * (1 + 9), rtol=1e-13)
+
+
 def test_one_trace_per_shape():
     traces = []
 

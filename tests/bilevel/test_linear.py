@@ -229,6 +229,11 @@ def test_nystrom_is_exact_where_the_operator_has_no_more_than_its_rank():
     assert int(info.status) == bl.Status.MAX_STEPS
 
 
+def test_the_choice_counts_a_number_as_one_unknown():
+    condition = bl.Root(lambda w, theta, data: w["a"] - theta)
+    assert " has 3 unknowns" in bl.choose_linear(condition, {"a": 0.0, "b": np.zeros(2)}).reason
+
+
 def test_the_choice_follows_the_structure_and_says_why():
     def objective(w, theta, data):
         return jnp.sum(w**2)

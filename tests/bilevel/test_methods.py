@@ -39,6 +39,24 @@ def test_forward_and_backward_unrolling_are_the_same_number(solver, init):
     np.testing.assert_allclose(forward.value, backward.value, rtol=1e-14)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "solver",
+    [bl.GradientDescent(RATE, STEPS), bl.GradientDescent(RATE, STEPS, momentum=0.5), bl.Optax(optax.sgd(RATE), STEPS)],
+    ids=["gd", "momentum", "optax"],
+)
+def test_first_order_unrolling_keeps_the_derivative_of_the_start_alone(solver, checkpoint):
+    method = bl.Unrolled(first_order=True, checkpoint=checkpoint)
+    from_theta = gradient(descent_problem(), solver, method, THETA, bl.theta_itself)
+    np.testing.assert_allclose(from_theta.gradient, from_theta.inner.w, rtol=1e-14)  # ∇½‖w‖² = w, and dw/dinit = I
+    full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.theta_itself)
+    np.testing.assert_array_equal(from_theta.inner.w, full.inner.w)
+    assert np.abs(full.gradient - from_theta.gradient).max() > 0.01
+    # θ in the objective alone has no derivative left, and θ in the outer function keeps its own.
+    problem = bl.Problem(descent_problem().condition, lambda w, theta, data: w @ w + theta @ theta)
+    np.testing.assert_allclose(gradient(problem, solver, method, THETA).gradient, 2 * THETA, rtol=1e-14)
+
+
 def test_forward_unrolling_takes_a_tol():
     out = gradient(descent_problem(), bl.GradientDescent(0.4, 500, tol=1e-12), bl.ForwardUnrolled(), THETA)
     np.testing.assert_allclose(out.gradient, THETA / EIGENVALUES**2, rtol=1e-10)

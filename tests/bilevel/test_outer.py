@@ -1,5 +1,7 @@
 """The outer loop: it arrives, warm starts pay, and nothing broken is applied."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from problems import newton, ridge
 
 import bilevel as bl
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EIGENVALUES = np.array([1.0, 4.0])
 TARGET = np.array([1.0, -2.0])
 
@@ -90,7 +93,8 @@ def test_data_from_an_iterator_one_for_each_step_and_it_may_end():
     assert seen[0][1] == pytest.approx(0.5 * np.sum(TARGET**2))
 
 
-def test_one_trace_for_all_steps():
+@pytest.mark.parametrize("start", [np.ones(2), 1.0], ids=["array", "number"])
+def test_one_trace_for_all_steps(start):
     traces = []
 
     def inner(w, theta, data):
@@ -101,9 +105,8 @@ def test_one_trace_for_all_steps():
         traces.clear()
         declared = bl.Problem(bl.Stationary(inner), lambda w, theta, data: jnp.sum(w**2))
         method = bl.Implicit(bl.CG(1))
-        bl.minimize(
-            declared, jnp.ones(2), jnp.zeros(2), None, bl.GradientDescent(0.5, 2), method, optax.adam(0.1), steps
-        )
+        solver, init = bl.GradientDescent(0.5, 2), 0.0 * start
+        bl.minimize(declared, start, init, None, solver, method, optax.adam(0.1), steps)
         return len(traces)
 
     assert count(1) == count(20)
@@ -118,6 +121,92 @@ def test_theta_is_not_moved_by_what_is_not_finite():
     data = iter([TARGET, np.full(2, np.nan)])
     with pytest.raises(bl.HypergradientError, match="NONFINITE"):
         run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 3, data=data)
+
+
+def test_one_bad_batch_leaves_no_trace():
+    def fit(w, theta, data):
+        return 0.5 * w @ (EIGENVALUES * w) - w @ theta + 0.1 * w @ data
+
+    def go(batches):
+        problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: 0.5 * jnp.sum((w - TARGET) ** 2))
+        solver, method = bl.GradientDescent(0.3, 2), bl.Implicit(bl.Neumann(2, 0.2))
+        start = (jnp.zeros(2), jnp.zeros(2))
+        return bl.minimize(problem, *start, batches, solver, method, optax.adam(0.1), 9, on_failure="ignore")
+
+    good = [TARGET * k for k in range(4)]
+    out = go(iter([good[0], np.full(2, np.nan), *good[1:]]))
+    np.testing.assert_array_equal(out.theta, go(iter(good)).theta)
+    assert [int(status) for status in out.history.status] == [1, 7, 1, 1, 1]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_first_step_of_a_warm_start_is_that_of_a_cold_one(steps):
+    # One step of conjugate gradients, so that it matters where they start.
+    stiff = bl.Proximal(lambda w, theta, data: 1.5 * w @ (EIGENVALUES * w) - w @ jnp.array([1.0, 2.0]), 1.0)
+    declared = bl.Problem(stiff, lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
+    solver, method = bl.GradientDescent(0.1, 20), bl.Implicit(bl.CG(1))
+    arguments = (declared, jnp.ones(2), jnp.zeros(2), TARGET, solver, method, optax.sgd(1.0), steps)
+    warm, cold = bl.minimize(*arguments), bl.minimize(*arguments, warm_start=False)
+    alone = bl.value_and_hypergradient(declared, solver, method)(jnp.ones(2), jnp.zeros(2), TARGET)
+    for out in (warm, cold):
+        assert float(out.history.gradient_norm[0]) == pytest.approx(float(jnp.linalg.norm(alone.gradient)), rel=1e-13)
+    assert (steps == 1) == bool(np.allclose(warm.theta, cold.theta, rtol=1e-12))
+
+
+IMPLICIT = bl.Implicit(bl.CG(2))
+WITH_PLATEAUS = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "method"),
+    [
+        (optax.lbfgs(), 12, bl.OneStep()),
+        (optax.polyak_sgd(), 200, IMPLICIT),
+        (WITH_PLATEAUS, 400, IMPLICIT),
+    ],
+    ids=["lbfgs", "polyak", "plateau"],
+)
+def test_an_optimiser_that_asks_for_the_value_is_given_it(optimizer, steps, method):
+    # A mapping that forgets everything, for which one step is exact: w = θ / D.
+    forgetful = bl.FixedPoint(lambda w, theta, data: theta / EIGENVALUES, symmetric=True)
+    declared = bl.Problem(forgetful, problem().outer)
+    start = (jnp.zeros(2), jnp.zeros(2), TARGET)
+    out = bl.minimize(declared, *start, bl.FixedPointIteration(1), method, optimizer, steps)
+    np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw(0.1, weight_decay=0.9), optax.sgd(0.1)], ids=["adamw", "sgd"])
+def test_what_is_no_float_stays_as_it_was(optimizer):
+    declared = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta["x"]) ** 2)), problem().outer)
+    theta = {"x": jnp.ones(2), "count": 3, "mask": jnp.array([True, False]), "nothing": None}
+    solver, method = bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1))
+    out = bl.minimize(declared, theta, jnp.zeros(2), TARGET, solver, method, optimizer, 5)
+    assert int(out.theta["count"]) == 3 and out.theta["mask"].tolist() == [True, False]
+    assert out.theta["nothing"] is None and float(jnp.abs(out.theta["x"] - 1).min()) > 0.01
+
+
+def test_a_callback_is_given_the_step_as_it_was_taken_and_its_exception_is_the_callers():
+    seen = []
+
+    def stop(step, theta, out):
+        seen.append((step, np.asarray(theta), np.asarray(out.gradient)))
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 10, optax.sgd(0.5), callback=stop)
+    assert [step for step, *_ in seen] == [0, 1, 2]
+    for (_, theta, slope), (_, moved, _) in itertools.pairwise(seen):
+        np.testing.assert_allclose(moved, theta - 0.5 * slope, rtol=1e-14)
+
+
+def test_a_loader_is_refused_with_the_remedy():
+    class Loader:
+        def __iter__(self):
+            return iter([TARGET])
+
+    with pytest.raises(TypeError, match=r"got Loader, which is neither: hand it iter\(...\)"):
+        run(bl.GradientDescent(0.3, 4), bl.Implicit(bl.CG(2)), 3, data=Loader())
 
 
 def test_the_ridge_penalty_where_the_slope_vanishes():

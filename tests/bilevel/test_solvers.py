@@ -74,6 +74,43 @@ def test_any_function_is_a_solver_and_is_judged_by_its_residual():
     assert float(out.residual_norm) == 0 and int(out.status) == bl.Status.BUDGET_USED
 
 
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda theta: {"w": theta}, r"\{'w': \(2,\)\}"),
+        (lambda theta: (theta, 3), r"\(\(2,\), \(\)\)"),
+        (lambda theta: jnp.zeros(3), r"\(3,\)"),
+        (lambda theta: None, "None"),
+        (lambda theta: bl.Solution(theta[0], theta[0], 1, bl.Status.CONVERGED), r"\(\)"),
+    ],
+    ids=["tree", "aux", "shape", "None", "Solution"],
+)
+def test_a_function_that_returns_something_else_is_told(returned, got):
+    problem = bl.Problem(condition(), lambda w, theta, data: jnp.sum(w))
+    function = bl.value_and_hypergradient(problem, lambda c, init, theta, data: returned(theta), bl.Implicit(bl.LU()))
+    with pytest.raises(ValueError, match=rf"like init of shapes \(2,\), .* got shapes {got}: return w alone"):
+        function(jnp.ones(2), jnp.zeros(2), None)
+
+
+def test_a_function_may_return_numpy_in_another_precision():
+    out = bl.solve(lambda *_: np.array([1.0, 2.0], np.float32), condition(), jnp.zeros(2), jnp.ones(2), None)
+    assert out.w.dtype == jnp.float64 and out.w.tolist() == [1.0, 2.0]
+
+
+def test_a_transformation_that_asks_for_the_value_is_refused_with_others():
+    with pytest.raises(ValueError, match=r"asks for more .*'value'.*: use one that does not"):
+        bl.Optax(optax.polyak_sgd(), 3)(condition(), jnp.zeros(2), jnp.ones(2), None)
+
+
+@pytest.mark.parametrize("rates", [optax.cosine_decay_schedule(0.3, 8), optax.linear_schedule(0.3, 0.1, 8)])
+def test_a_schedule_is_followed_step_for_step(rates):
+    theta, w = jnp.array([1.0, 2.0]), jnp.zeros(2)
+    for step in range(8):
+        w = w - float(rates(step)) * (DIAGONAL * w - theta)
+    out = bl.Optax(optax.sgd(rates), 8)(condition(), jnp.zeros(2), theta, None)
+    np.testing.assert_allclose(out.w, w, rtol=1e-6)  # optax counts and decays in float32
+
+
 def test_float32_stays_float32():
     theta = jnp.ones(2, jnp.float32)
     inner = bl.Stationary(lambda w, theta, data: jnp.sum((w - theta) ** 2))
@@ -93,6 +130,8 @@ def test_descent_on_a_root_is_refused_with_the_right_ones(solver):
     [
         lambda: bl.GradientDescent(0.1, -1),
         lambda: bl.GradientDescent(-0.1, 1),
+        lambda: bl.GradientDescent(float("inf"), 1),
+        lambda: bl.GradientDescent(float("nan"), 1),
         lambda: bl.GradientDescent(0.1, 1, tol=-1.0),
         lambda: bl.GradientDescent(0.1, 1, momentum=1.0),
         lambda: bl.Optax(optax.sgd(0.1), -1),
@@ -128,6 +167,25 @@ def test_anderson_beats_the_plain_iteration_where_both_converge():
     assert int(fast.steps) < int(plain.steps) / 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_anderson_mixes_in_single_precision_and_keeps_narrow_and_mixed_leaves(dtype):
+    mapping = bl.FixedPoint(lambda w, theta, data: jax.tree.map(lambda leaf, t: 0.5 * jnp.cos(leaf) + t, w, theta))
+    theta = {"slim": jnp.array([0.2, -0.4], dtype), "wide": jnp.array(0.3, jnp.float32), "none": jnp.zeros(0, dtype)}
+    out = bl.Anderson(12)(mapping, jax.tree.map(jnp.zeros_like, theta), theta, None)
+    assert jax.tree.map(lambda leaf: leaf.dtype, out.w) == jax.tree.map(lambda leaf: leaf.dtype, theta)
+    for name, leaf in out.w.items():
+        bound = 8 * float(jnp.finfo(leaf.dtype).eps)  # a few roundings of numbers near one
+        w = np.asarray(leaf, float)
+        np.testing.assert_allclose(w, 0.5 * np.cos(w) + np.asarray(theta[name], float), atol=bound)
+
+
+def test_anderson_on_no_unknowns_and_from_the_solution():
+    mapping = bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta)
+    assert bl.Anderson(3)(mapping, jnp.zeros(0), jnp.zeros(0), None).w.shape == (0,)
+    out = bl.Anderson(7, history=30)(mapping, jnp.full(2, 2.0), jnp.ones(2), None)
+    assert out.w.tolist() == [2.0, 2.0] and float(out.residual_norm) == 0
+
+
 def test_fixed_point_iteration_is_its_formula():
     mapping = bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta)
     out = bl.FixedPointIteration(10)(mapping, jnp.zeros(()), jnp.array(1.0), None)
@@ -139,6 +197,18 @@ def test_hessian_free_is_newton_where_cg_has_as_many_steps_as_unknowns():
     out = bl.HessianFree(3, cg_steps=4, tol=1e-10)(case.condition, case.init, case.theta, case.data)
     assert int(out.status) == bl.Status.CONVERGED and int(out.steps) <= 2
     np.testing.assert_allclose(out.w, case.exact(case.theta, case.data), rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e25])
+def test_hessian_free_takes_the_same_steps_whatever_the_size_of_the_objective(size):
+    # In single precision, where the squares of such slopes are zero or infinite.
+    valley = bl.Stationary(lambda w, theta, data: data * (0.5 * jnp.sum((w - theta) ** 2) + 0.25 * jnp.sum(w**4)))
+    theta = jnp.array([1.0, 2.0], jnp.float32)
+    one, scaled = (
+        bl.HessianFree(6)(valley, jnp.zeros(2, jnp.float32), theta, jnp.float32(factor)).w for factor in (1.0, size)
+    )
+    np.testing.assert_allclose(scaled, one, rtol=1e-5)
+    np.testing.assert_allclose(one + one**3, theta, rtol=1e-5)
 
 
 def test_hessian_free_passes_a_saddle_and_walks_down_a_curved_valley():

@@ -277,7 +277,9 @@ def test_lanczos_finds_the_ends_of_a_spectrum():
 
 def test_a_theta_that_is_only_in_the_initial_point_is_found():
     report = bl.check_condition(stationary(lambda w, theta, data: 0.5 * (w - 1.0) ** 2), 3.0, 1.0, None)
-    assert failed(report) == ["θ in the condition"] and "Unrolled" in report["θ in the condition"].remedy
+    assert failed(report) == ["θ in the condition"]
+    assert "nowhere but in the initial point" in report["θ in the condition"].found
+    assert "Unrolled" in report["θ in the condition"].remedy
 
 
 def test_an_unused_leaf_and_an_ignored_w_are_found():

@@ -98,7 +98,16 @@ def complaint(arguments, capsys):
         ("evaluate . --tasks many", "invalid int value: 'many'"),
         ("evaluate . --task 3", "unrecognized arguments: --task 3"),
         ("data", "required: NAME"),
-        ("data omniglt", "there is no dataset 'omniglt': known are glyphs and omniglot"),
+        ("data omniglt", "there is no dataset 'omniglt': known are glyphs, omniglot, miniimagenet, sinusoid"),
+        ("data sinusoid", "sinusoids are drawn: there is nothing to fetch"),
+        ("data miniimagenet", "miniimagenet may not be handed on: ask for it, and name the folder that holds images/"),
+        ("train miniimagenet-5way-1shot-gd", "miniimagenet needs its images: name the folder that holds images/"),
+        ("train miniimagenet-5way-1shot-gd --data nowhere", "nowhere: no such folder; name the one that holds images/"),
+        ("train sinusoid-5shot-gd --data here", "sinusoids are drawn and take no data folder"),
+        ("train --strength 2 --algorithm maml", "there is no setting --strength"),
+        ("train --algorithm mmal", "there is no algorithm 'mmal': did you mean maml?"),
+        ("train glyphs-5way-1shot-hf --inner.step_size 1", "there is no setting --inner.step_size"),
+        ("verify omniglot-5way-1shot-reference-code", "verify compares with the paper's equations"),
         ("data glyphs", "glyphs are embedded: there is nothing to fetch"),
     ],
 )
@@ -224,6 +233,23 @@ def test_presets_shows_one_in_full(name, capsys):
     assert shown.startswith(f"{name}\n") and chosen.citation in shown
     assert f"  --inner.steps {chosen.inner.steps}\n" in shown and f"  --seed {chosen.seed}\n" in shown
     assert all(sentence in shown for sentence in chosen.deviations())
+    assert ("--algorithm reptile  (Reptile, steps of size" in shown) == (chosen.baselines is not None)
+
+
+@pytest.mark.parametrize("words", ["--inner.steps 3 --algorithm maml", "--algorithm=maml --inner.steps=3"])
+def test_an_algorithm_is_trained_in_a_folder_of_its_own_with_what_was_typed(words, here, monkeypatch, capsys):
+    asked = []
+
+    def train(preset, directory, *_, **__):
+        asked.append((preset, directory))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imaml.training.train", train)
+    assert cli.main(["train", *words.split()]) == 130
+    ((preset, directory),) = asked
+    assert (preset.algorithm, preset.inner.steps, preset.inner.step_size) == ("maml", 3, 0.4)
+    assert directory == Path("runs") / f"{DEFAULT}-maml"
+    assert f"{DEFAULT}: MAML on glyphs, in runs/{DEFAULT}-maml" in capsys.readouterr().out
 
 
 # --- For real ------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ LAYERS = (
     {"checkpoints", "datasets", "devices", "plots", "problem", "processes", "progress"},
     {"tasks"},
     {"algorithms"},
-    {"presets"},
-    {"meta_step"},
+    {"settings"},
+    {"meta_step", "presets"},
     {"evaluation", "verification"},
     {"runfolder"},
-    {"training"},
+    {"training", "reproduction"},
     {"cli"},
     {"__main__"},
 )
@@ -55,5 +55,11 @@ def test_datasets_know_of_nothing_but_files_and_errors(path):
     assert imported_modules(path) <= {"datasets", "arrays", "files", "errors"}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "reproduction").glob("*.py")), ids=lambda path: path.stem)
+def test_reproduction_imports_earlier_layers(path):
+    others = imported_modules(path) - {"reproduction"}
+    assert {name: layer(name) for name in others if layer(name) >= layer("reproduction")} == {}
+
+
 def test_every_module_has_a_layer():
-    assert {path.stem for path in MODULES} | {"datasets"} == set().union(*LAYERS)
+    assert {path.stem for path in MODULES} | {"datasets", "reproduction"} == set().union(*LAYERS)

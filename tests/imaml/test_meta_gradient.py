@@ -377,6 +377,30 @@ def test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit(
         np.testing.assert_array_equal(flat(getattr(out, name)), flat(getattr(without, name)))
 
 
+def test_an_adjoint_worse_than_none_is_left_out():
+    """A = diag(2, −1) with v = (1.41, 1): ⟨r, Ar⟩ is nearly 0 for the first r, and one step of CG runs far off."""
+
+    def weighted_squares(outputs, weights):
+        return (0.5 * weights * outputs[:, 0] ** 2).sum()
+
+    learner = Learner(
+        lambda w, x: x @ w["w"], bl.GradientDescent(1e-6, 1), bl.Implicit(bl.CG(1)), 1.0, weighted_squares
+    )
+    theta = {"w": jnp.array([[1.41], [1.0]])}
+    curvatures = jnp.array([[1.0, 1.0], [1.0, -2.0], [1.0, 1.0]])  # H of each task; I + H of the second is the A above
+    axes, ones = jnp.broadcast_to(jnp.eye(2), (3, 2, 2)), jnp.ones((3, 2))
+    tasks = Task(axes, curvatures, axes, ones)
+    out = meta_gradient(learner)(theta, tasks)
+    good = meta_gradient(learner)(theta, jax.tree.map(lambda array: array[::2], tasks))
+    assert float(out.linear_residual[1]) > 100 and float(out.linear_residual[0]) < 1e-10
+    # The curvature of the last direction shows in ⟨x, Ax⟩ at most, and here it does not: the residual alone tells.
+    assert bl.Status(int(out.status[1])) is bl.Status.BUDGET_USED
+    assert int(out.tasks) == 2
+    np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])
+    # Its numbers are finite, and so its loss counts: ½‖φ‖² of each, after one step of 1e-6.
+    np.testing.assert_allclose(float(out.value), 0.5 * (1.41**2 + 1), rtol=1e-5)
+
+
 def test_where_no_task_counts_the_gradient_is_zero(batch_gradient, softmax_theta, softmax_tasks):
     broken = replace(softmax_tasks, query_x=jnp.full_like(softmax_tasks.query_x, jnp.nan))
     out = batch_gradient(softmax_theta, broken)

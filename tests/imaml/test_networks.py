@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imaml.networks import batch_normalise, conv4, convolution, mlp
+from imaml.networks import batch_normalise, conv4, convolution, max_pool, mean_pool, mlp, smooth_relu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,6 +43,33 @@ def test_convolution_is_xlas_in_value_and_derivative(shape, x64):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_convolution_at_stride_1_is_xlas_in_value_and_derivative(shape, x64):
+    random = np.random.default_rng(sum(shape))
+    x, kernel = random.normal(size=shape), random.normal(size=(9 * shape[-1], FILTERS))
+
+    def reference(x, kernel):
+        weights = kernel.reshape(3, 3, x.shape[-1], -1)
+        return jax.lax.conv_general_dilated(x, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    ours = jax.jit(lambda *inputs: value_and_pull_back(lambda x, k: convolution(x, k, stride=1), *inputs))(x, kernel)
+    theirs = jax.jit(lambda *inputs: value_and_pull_back(reference, *inputs))(x, kernel)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=100 * 25 * max(x.size, kernel.size) * EPS)
+
+
+def test_pooling_takes_each_square_and_leaves_an_odd_row_and_column_out():
+    x = np.random.default_rng(0).normal(size=(2, 5, 7, 3))
+    squares = np.stack([x[:, i:4:2, j:6:2] for i in range(2) for j in range(2)])
+    np.testing.assert_array_equal(max_pool(x), squares.max(0))
+    np.testing.assert_allclose(mean_pool(x), squares.mean(0), rtol=1e-14)
+
+
+def test_the_smooth_relu_is_near_it(x64):
+    x = jnp.linspace(-3, 3, 601)
+    assert 0 < np.max(smooth_relu(x) - np.maximum(x, 0)) <= np.log(2) / 10 + 1e-12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_convolution_halves_each_side_rounded_up(shape):
     batch, height, width, channels = shape
     out = jax.eval_shape(convolution, jnp.zeros(shape), jnp.zeros((9 * channels, FILTERS)))
@@ -55,6 +82,29 @@ def test_batch_normalise_takes_moments_over_all_but_channels(x64):
     expected = scale * (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) + offset
     # Sums over 60 numbers below 10, and a deviation of two.
     np.testing.assert_allclose(batch_normalise(*map(jnp.asarray, (x, scale, offset))), expected, atol=60 * 10 * EPS)
+
+
+def test_rows_that_do_not_count_are_normalised_by_those_that_do(x64):
+    random = np.random.default_rng(0)
+    x, scale, offset = random.normal(3, 2, (7, 5, 3, 2)), np.array([0.5, 2.0]), np.array([-1.0, 7.0])
+    seen = x[:4]
+    expected = scale * (x - seen.mean((0, 1, 2))) / np.sqrt(seen.var((0, 1, 2)) + 1e-5) + offset
+    found = batch_normalise(*map(jnp.asarray, (x, scale, offset)), counted=4)
+    np.testing.assert_allclose(found, expected, atol=60 * 10 * EPS)
+
+
+@pytest.mark.parametrize("pool", [None, max_pool], ids=["stride", "pooling"])
+def test_beside_a_support_set_a_query_image_alone_is_judged_as_in_a_batch(pool, x64):
+    network = conv4(3, 2, (16, 16, 1), pool=pool)
+    parameters = network.init(jax.random.key(0))
+    support, queries = (jax.random.uniform(jax.random.key(i), (6, 16, 16, 1)) for i in (1, 2))
+    beside, apply = jax.jit(network.apply_beside), jax.jit(network.apply)
+    together, alone = beside(parameters, queries, support), beside(parameters, queries[:1], support)
+    np.testing.assert_allclose(together[:1], alone, rtol=0, atol=1e-10)
+    # Over the query batch it is not: the other images have a say. The support set's own logits are its batch's.
+    assert np.abs(apply(parameters, queries)[:1] - apply(parameters, queries[:1])).max() > 1e-3
+    np.testing.assert_allclose(beside(parameters, support, support), apply(parameters, support), rtol=0, atol=1e-10)
+    assert np.abs(together - apply(parameters, queries)).max() > 1e-3
 
 
 def test_batch_normalise_of_a_constant_channel_is_its_offset():
@@ -71,6 +121,13 @@ def test_conv4_maps_images_of_any_size_to_one_logit_for_each_class(image_shape, 
     assert parameters["head"]["kernel"].shape == (2 * features, 5)
     out = jax.eval_shape(network.apply, parameters, jnp.zeros((10, *image_shape)))
     assert (out.shape, out.dtype) == ((10, 5), jnp.float32)
+
+
+def test_conv4_of_mini_imagenet_has_its_published_size():
+    network = conv4(ways=5, filters=32, image_shape=(84, 84, 3), pool=max_pool)
+    parameters = jax.eval_shape(network.init, jax.random.key(0))
+    assert parameters["head"]["kernel"].shape == (5 * 5 * 32, 5)
+    assert jax.eval_shape(network.apply, parameters, jnp.zeros((10, 84, 84, 3))).shape == (10, 5)
 
 
 def test_conv4_of_the_paper_has_its_published_size():

@@ -11,14 +11,20 @@ import pytest
 from imaml.plots import PICTURE, learning_curve
 from imaml.runlog import LogWriter, Progress
 
+BY = {"query batch": 0.0, "support set": 0.1}
 PACKAGE = Path(__file__).resolve().parents[2] / "imaml"
 
 
-def write_log(directory, steps, linear_residual=1e-2):
+def write_log(directory, steps, linear_residual=1e-2, regression=False):
     with LogWriter(directory, 0) as log:
         for step in range(1, steps + 1):
-            accuracy = 1 - 0.8 / step
+            accuracy = None if regression else 1 - 0.8 / step
             log.write(Progress(step, steps, 1.6 / step, accuracy, 4, 0.1, linear_residual, {}, float(step)))
+
+
+def write_result(directory):
+    found = [{"value": 0.8 - worse, "interval": 0.02, "normalisation": by} for by, worse in BY.items()]
+    (directory / "result.json").write_text(json.dumps({"evaluations": found}))
 
 
 def png_size(path):
@@ -31,7 +37,7 @@ def png_size(path):
 def test_a_run_of_any_length_gives_a_picture_of_sensible_size(steps, evaluated, tmp_path):
     write_log(tmp_path, steps)
     if evaluated:
-        (tmp_path / "result.json").write_text(json.dumps({"evaluation": {"accuracy": 0.8, "interval": 0.02}}))
+        write_result(tmp_path)
     path = learning_curve(tmp_path, ways=5)
     assert path == tmp_path / PICTURE
     width, height = png_size(path)
@@ -41,7 +47,7 @@ def test_a_run_of_any_length_gives_a_picture_of_sensible_size(steps, evaluated, 
 
 
 def test_a_run_whose_log_was_lost_still_has_a_picture(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps({"evaluation": {"accuracy": 0.8, "interval": 0.02}}))
+    write_result(tmp_path)
     assert png_size(learning_curve(tmp_path, ways=5))
 
 
@@ -55,6 +61,23 @@ def test_the_curve_shows_the_log(tmp_path):
 def test_a_method_without_a_linear_system_is_drawn(tmp_path):
     write_log(tmp_path, 10, linear_residual=0.0)
     png_size(learning_curve(tmp_path, ways=5))
+
+
+def test_a_result_of_a_former_version_is_drawn(tmp_path):
+    write_log(tmp_path, 10)
+    without = learning_curve(tmp_path, ways=5).read_bytes()
+    (tmp_path / "result.json").write_text(json.dumps({"evaluation": {"accuracy": 0.8, "interval": 0.02}}))
+    assert learning_curve(tmp_path, ways=5).read_bytes() != without
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_regression_is_drawn_without_an_accuracy(evaluated, tmp_path):
+    write_log(tmp_path, 10, regression=True)
+    if evaluated:
+        found = {"value": 0.8, "interval": 0.02, "normalisation": "none"}
+        (tmp_path / "result.json").write_text(json.dumps({"evaluations": [found]}))
+    width, height = png_size(learning_curve(tmp_path, ways=None))
+    assert width < 1200 and 300 <= height <= 1500
 
 
 def test_plots_do_without_jax():

@@ -9,16 +9,25 @@ import pytest
 import bilevel as bl
 import imaml
 from imaml.errors import InputError
+from imaml.evaluation import normalisations, task_scores
+from imaml.meta_step import initial_state, meta_step
 from imaml.presets import override, restore, settings
 
 NAMES = imaml.presets()
 DEFAULT = NAMES[0]
-SETTINGS = {
-    "episode.ways", "episode.shots", "episode.queries", "rotations.train", "rotations.test", "network.filters",
-    "network.kernel_gain", "strength", "inner.step_size", "inner.steps", "inner.momentum", "linear.maxiter",
-    "linear.ridge", "outer.learning_rate", "outer.queries", "outer.tasks", "outer.steps", "outer.final_fraction",
-    "seed",
+SHARED_SETTINGS = {
+    "episode.shots", "episode.queries", "strength", "inner.steps", "linear.maxiter", "linear.ridge",
+    "outer.learning_rate", "outer.queries", "outer.tasks", "outer.steps", "outer.final_fraction", "outer.epsilon",
+    "outer.at_once", "seed", "algorithm", "test_steps",
 }  # fmt: skip
+OF_IMAGES = {
+    "episode.ways", "episode.bright_paper", "network.filters", "network.kernel_gain", "network.head_gain",
+    "network.head_bias", "network.pooling",
+}  # fmt: skip
+OF_DESCENT, OF_NEWTON = {"inner.step_size", "inner.momentum"}, {"inner.cg_steps", "inner.halvings"}
+SETTINGS = SHARED_SETTINGS | OF_IMAGES | OF_DESCENT | {"rotations.train", "rotations.test"}
+"""Of the default."""
+IMAGES = [name for name in NAMES if not name.startswith("sinusoid")]
 
 
 def test_the_default_is_embedded_and_first():
@@ -34,7 +43,7 @@ def test_a_preset_is_found_by_its_own_name_and_cites(name):
     assert all(sentence.strip() for sentence in chosen.deviations())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_a_presets_name_tells_its_ways_and_shots(name):
     chosen = imaml.preset(name)
     assert f"{chosen.dataset}-{chosen.episode.ways}way-{chosen.episode.shots}shot-" in name
@@ -75,7 +84,11 @@ def test_the_streams_of_a_run_share_no_key_and_come_from_its_seed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_are_these_paths(name):
-    assert set(settings(imaml.preset(name))) == SETTINGS
+    expected = SHARED_SETTINGS | (OF_IMAGES if name in IMAGES else {"network.hidden"})
+    expected |= OF_NEWTON if name.endswith("-hf") else OF_DESCENT
+    if "glyphs" in name or "omniglot" in name:
+        expected |= {"rotations.train", "rotations.test"}
+    assert set(settings(imaml.preset(name))) == expected
 
 
 @pytest.mark.parametrize("path", sorted(SETTINGS))
@@ -100,6 +113,75 @@ def test_override_changes_that_setting_alone(path, text, value):
 def test_a_config_restores_its_preset_through_json(name):
     chosen = override(override(imaml.preset(name), "inner.steps", "3"), "outer.learning_rate", "0.1")
     assert restore(name, json.loads(json.dumps(chosen.config()))) == chosen
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
+@pytest.mark.parametrize("name", ["glyphs-5way-1shot-hf", "sinusoid-5shot-gd"])
+def test_a_config_of_another_algorithm_restores_it(algorithm, name):
+    chosen = override(imaml.preset(name).using(algorithm), "inner.steps", "3")
+    assert restore(name, json.loads(json.dumps(chosen.config()))) == chosen
+
+
+FORMER = {
+    "name": "omniglot-5way-1shot-gd", "dataset": "omniglot", "episode": {"ways": 5, "shots": 1, "queries": 1},
+    "rotations": {"train": True, "test": True}, "network": {"filters": 64, "kernel_gain": 10.0}, "strength": 0.1,
+    "inner": {"step_size": 0.1, "steps": 16, "tol": None, "momentum": 0.0},
+    "linear": {"maxiter": 5, "tol": None, "ridge": 0.0, "preconditioner": None},
+    "outer": {
+        "learning_rate": 0.003, "tasks": 8, "queries": 15, "steps": 5000, "final_fraction": 0.0,
+    },
+    "seed": 0,
+}  # fmt: skip
+"""What was saved before there were algorithms, fidelities and other networks."""
+
+
+def test_settings_saved_before_a_field_existed_are_the_same_settings_still():
+    assert restore(FORMER["name"], FORMER) == imaml.preset(FORMER["name"])
+
+
+def test_a_field_that_was_not_saved_is_what_was_done_then_not_what_the_preset_does_now():
+    reference = imaml.preset("omniglot-5way-1shot-reference-code")
+    restored = restore(reference.name, FORMER | {"name": reference.name})
+    assert (restored.network.head_bias, restored.outer.epsilon, restored.fidelity) == (0.0, 1e-8, "paper")
+    assert reference.network.head_bias > 0 and reference.outer.epsilon > 1e-8
+
+
+def test_another_algorithm_changes_the_inner_loop_and_the_words_alone():
+    chosen = imaml.preset("omniglot-20way-1shot-gd")
+    maml = chosen.using("maml")
+    assert (maml.inner, maml.algorithm) == (bl.GradientDescent(0.1, 5), "maml")
+    changed = {name for name, value in chosen.config().items() if maml.config()[name] != value}
+    assert changed == {"algorithm", "inner"}
+    assert "1703.03400" in maml.citation and "comparison" in maml.deviations()[0]
+    assert maml.using("maml") is maml
+
+
+def test_what_another_algorithm_has_no_use_for_is_no_setting_of_it():
+    maml = imaml.preset(DEFAULT).using("maml")
+    assert set(settings(maml)) == {path for path in SETTINGS if path != "strength" and not path.startswith("linear.")}
+    with pytest.raises(InputError, match="there is no setting --strength"):
+        override(maml, "strength", "1")
+
+
+def test_published_inner_loops_differ_between_training_and_evaluation():
+    maml, reptile = (imaml.preset(DEFAULT).using(algorithm) for algorithm in ("maml", "reptile"))
+    assert (maml.learner.solver.steps, maml.test_learner.solver.steps) == (1, 3)
+    assert (reptile.learner.solver.steps, reptile.test_learner.solver.steps) == (5, 50)
+
+
+def test_what_does_not_go_together_is_refused():
+    hessian_free = imaml.preset("glyphs-5way-1shot-hf")
+    with pytest.raises(InputError, match="inner must be a GradientDescent for MAML, got HessianFree"):
+        dataclasses.replace(hessian_free, algorithm="maml")
+    reference = imaml.preset("omniglot-5way-1shot-reference-code")
+    with pytest.raises(InputError, match="has no inner loop for maml"):
+        reference.using("maml")
+    with pytest.raises(InputError, match="the reference code has implicit MAML alone"):
+        dataclasses.replace(reference, algorithm="reptile")
+    with pytest.raises(InputError, match="start from another preset as published"):
+        hessian_free.using("maml").using("reptile")
+    with pytest.raises(InputError, match="there is no fidelity 'papers': did you mean paper"):
+        dataclasses.replace(reference, fidelity="papers")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +213,8 @@ def test_an_unknown_setting_is_answered_with_the_nearest_and_all(path, near):
 
 
 @pytest.mark.parametrize(
-    "path", ["name", "dataset", "citation", "departures", "inner", "linear.tol", "", "inner.steps.x"]
+    "path",
+    ["name", "dataset", "fidelity", "citation", "departures", "baselines", "inner", "linear.tol", "", "inner.steps.x"],
 )
 def test_what_is_no_setting_cannot_be_overridden(path):
     with pytest.raises(InputError, match="there is no setting"):
@@ -141,6 +224,12 @@ def test_what_is_no_setting_cannot_be_overridden(path):
 @pytest.mark.parametrize(
     "path, text, message",
     [
+        ("algorithm", "mmal", "there is no algorithm 'mmal': did you mean maml? known: imaml, maml, fomaml, reptile"),
+        ("outer.at_once", "0", "outer.at_once must be at least 1, got 0"),
+        ("outer.epsilon", "0", "outer.epsilon must be above 0, got 0.0"),
+        ("network.head_gain", "0", "network.head_gain must be above 0, got 0.0"),
+        ("network.head_bias", "-1", "network.head_bias must be at least 0, got -1.0"),
+        ("test_steps", "-1", "test_steps must be at least 0, got -1"),
         ("inner.steps", "many", "--inner.steps takes a whole number, got 'many'"),
         ("inner.steps", "1.5", "--inner.steps takes a whole number, got '1.5'"),
         ("strength", "", "--strength takes a number, got ''"),
@@ -162,7 +251,7 @@ def test_what_is_no_setting_cannot_be_overridden(path):
         ("episode.ways", "1", "at least 2 ways"),
         # What the generic layer refuses with a ValueError of its own:
         ("inner.steps", "-1", "GradientDescent needs steps"),
-        ("inner.step_size", "0", "GradientDescent needs a step_size above 0"),
+        ("inner.step_size", "0", "GradientDescent needs a finite step_size above 0"),
         ("inner.momentum", "1", "a momentum in [0, 1)"),
         ("linear.maxiter", "0", "CG needs maxiter of at least 1, got 0"),
         ("linear.ridge", "-1", "CG needs ridge of at least 0, got -1.0"),
@@ -172,6 +261,29 @@ def test_values_that_cannot_be_used_are_refused_with_what_was_typed(path, text, 
     with pytest.raises(InputError) as error:
         override(imaml.preset(DEFAULT), path, text)
     assert message in str(error.value)
+
+
+KINDS = (
+    "glyphs-5way-1shot-hf", "omniglot-5way-1shot-reference-code",
+    "miniimagenet-5way-1shot-gd", "sinusoid-10shot-gd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, algorithm", [*((name, "imaml") for name in KINDS), ("miniimagenet-5way-1shot-gd", "maml")]
+)
+def test_a_meta_step_and_an_evaluation_can_be_made_of_a_preset_at_its_real_size(name, algorithm):
+    chosen = imaml.preset(name).using(algorithm)
+    state = jax.eval_shape(lambda: initial_state(chosen))
+    source = ()
+    if name in IMAGES:
+        source = jax.ShapeDtypeStruct((100, 40, *chosen.network.image_shape), "uint8")
+    after, report = jax.eval_shape(meta_step(chosen), state, source)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+    assert report.status.shape == (chosen.outer.tasks,)
+    keys = jax.eval_shape(lambda: jax.random.split(chosen.keys.test, 6))
+    scores = jax.eval_shape(task_scores(chosen), (state.theta, source), keys)
+    assert scores.shape == (6, len(normalisations(chosen)))
 
 
 def test_seeds_that_jax_would_confuse_are_refused():

@@ -70,6 +70,13 @@ def test_a_line_shows_loss_accuracy_and_the_time_left(clock):
     assert second == "step 11/100  loss 1.250  accuracy 50.0%  2:58 left"  # 89 steps of 2 s
 
 
+def test_a_regression_shows_no_accuracy(clock):
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    reporter.step(progress(1, loss=1.25, accuracy=None))
+    assert stream.getvalue() == "step 1/100  loss 1.250\n"
+
+
 def test_numbers_shown_are_running_means(clock):
     stream = io.StringIO()
     reporter = Reporter(stream)

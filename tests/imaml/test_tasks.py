@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imaml.datasets import sinusoid
 from imaml.datasets.images import ImageClasses
 from imaml.errors import InputError
-from imaml.tasks import Episode, Task
+from imaml.tasks import Curve, Episode, Task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -116,6 +117,13 @@ def test_rotation_draws_the_same_images(drawn, turned):
     np.testing.assert_array_equal(identities(drawn.support_x), identities(turned.support_x))
 
 
+def test_bright_paper_turns_black_and_white(drawn):
+    key = jax.random.split(jax.random.key(0), TASKS)[0]
+    bright = Episode(3, 2, 1, bright_paper=True).sample(marked_pixels(), key)
+    # As numbers: a compiled program may divide by 255 in another way.
+    np.testing.assert_allclose(bright.query_x, 1 - drawn.query_x[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("ways, shots, queries", [(1, 1, 1), (2, 0, 1), (2, 1, 0), (-5, 1, 1)])
 def test_counts_below_the_least_are_refused_with_the_numbers(ways, shots, queries):
     with pytest.raises(InputError, match=f"got {ways} ways, {shots} shots and {queries} queries"):
@@ -155,3 +163,45 @@ def test_any_counts_are_refused_or_give_a_task_of_that_shape(ways, shots, querie
     assert [leaf.shape for leaf in jax.tree.leaves(task)] == [
         shapes.support_x, shapes.support_y, shapes.query_x, shapes.query_y
     ]  # fmt: skip
+
+
+# --- Sinusoids -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def curves():
+    return jax.jit(lambda keys: Curve(shots=5, queries=20).batch((), keys))(jax.random.split(jax.random.key(0), 400))
+
+
+def test_a_tasks_points_lie_on_one_curve(curves):
+    x, y = (np.concatenate([a, b], 1)[..., 0] for a, b in ((curves.support_x, curves.query_x),
+                                                           (curves.support_y, curves.query_y)))  # fmt: skip
+    assert x.shape == y.shape == (400, 25) and x.dtype == np.float32
+    amplitudes, phases = [], []
+    for points, values in zip(x.astype(float), y.astype(float), strict=True):  # a sin(x − b) = p sin x + q cos x
+        basis = np.stack([np.sin(points), np.cos(points)], 1)
+        (p, q), residual, *_ = np.linalg.lstsq(basis, values, rcond=None)
+        assert residual[0] < 25 * (5 * 1e-6) ** 2 * 10
+        amplitudes.append(np.hypot(p, q)), phases.append(np.arctan2(-q, p) % (2 * np.pi))
+    # Uniform: of 400, the least and the most lie within 3 % of the ends but with probability 0.97^400, 5e-6.
+    for found, (low, high) in ((amplitudes, sinusoid.AMPLITUDES), (phases, sinusoid.PHASES), (x, sinusoid.INPUTS)):
+        assert low - 1e-3 <= np.min(found) < low + 0.03 * (high - low)
+        assert high - 0.03 * (high - low) < np.max(found) <= high + 1e-3
+
+
+def test_a_curve_is_a_function_of_its_key(curves):
+    again = Curve(shots=5, queries=20).sample((), jax.random.split(jax.random.key(0), 400)[7])
+    np.testing.assert_allclose(again.query_y, curves.query_y[7], atol=1e-5)
+    assert np.abs(curves.query_y[7] - curves.query_y[8]).max() > 0.1
+
+
+def test_sinusoids_have_a_fingerprint_and_no_folder():
+    assert sinusoid.load().fingerprint() == sinusoid.load().fingerprint()
+    with pytest.raises(InputError, match="take no data folder"):
+        sinusoid.load("somewhere")
+
+
+@pytest.mark.parametrize("shots, queries", [(0, 1), (1, 0)])
+def test_a_curve_without_points_is_refused(shots, queries):
+    with pytest.raises(InputError, match=f"got {shots} and {queries}"):
+        Curve(shots, queries)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -26,11 +26,12 @@ import bilevel as bl
 import imaml
 from imaml import InputError, checkpoints, datasets, evaluation, files, networks, runfolder, runlog, training
 from imaml.algorithms import MetaGradient
+from imaml.datasets import sinusoid
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.devices import global_mesh, on_all
 from imaml.interruption import stop_on_signals
 from imaml.meta_step import TrainState, initial_state
-from imaml.presets import Outer
+from imaml.presets import Conv4, Outer
 from imaml.tasks import Episode
 
 STEPS, STOP_AT, EVALUATION_TASKS = 6, 3, 4
@@ -70,7 +71,7 @@ def dataset(pixels):
 def traces(tiny_pixels):
     """The tiny dataset in place of any other, programs made once for all tests, and a count of their traces."""
     counted, tiny = [], dataset(tiny_pixels)
-    meta_step, accuracies, over_tasks = training.meta_step, evaluation.task_accuracies, evaluation.over_tasks
+    meta_step, scores, over_tasks = training.meta_step, evaluation.task_scores, evaluation.over_tasks
 
     @functools.cache
     def counting(preset, mesh=None):
@@ -85,7 +86,7 @@ def traces(tiny_pixels):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None: tiny)
         patch.setattr(training, "meta_step", counting)
-        patch.setattr(evaluation, "task_accuracies", functools.cache(accuracies))
+        patch.setattr(evaluation, "task_scores", functools.cache(scores))
         patch.setattr(evaluation, "over_tasks", functools.cache(over_tasks))
         yield counted
 
@@ -142,9 +143,11 @@ def assert_same_run(directory, whole):
 def test_a_run_ends_evaluated_against_chance(whole):
     run = whole.run
     assert (run.step, run.finished, run.stopped_by) == (STEPS, True, None)
-    assert (run.evaluation.chance, run.evaluation.tasks) == (0.5, EVALUATION_TASKS)
-    assert 0 <= run.evaluation.accuracy <= 1 and run.evaluation.interval >= 0
-    assert "(chance 50%)" in str(run.evaluation)
+    found = run.evaluation  # the network has no normalisation
+    assert (found.metric, found.normalisation) == ("accuracy", "none")
+    assert (found.chance, found.tasks) == (0.5, EVALUATION_TASKS)
+    assert 0 <= found.accuracy == found.value <= 1 and found.interval >= 0
+    assert str(found).endswith("(chance 50%)")
     assert_same_bits(run.theta, saved_state(run.directory).theta)
 
 
@@ -157,7 +160,7 @@ def test_a_run_learns(whole):
 
 def test_its_result_is_on_disk_with_what_it_belongs_to(whole):
     result = json.loads((whole.run.directory / runfolder.RESULT).read_text())
-    assert result["evaluation"] == asdict(whole.run.evaluation)
+    assert result["evaluations"] == whole.run.evaluation.records()
     assert result["config"] == PRESET.config()
     assert sorted(contents(whole.run.directory)) == [f"checkpoint-{STEPS:08}.npz", runlog.FILE, runfolder.RESULT]
 
@@ -316,6 +319,86 @@ def test_a_run_with_other_settings_is_refused_and_they_are_named(other, differen
     assert contents(whole.run.directory) == before
 
 
+def test_a_run_begun_before_a_setting_existed_goes_on(whole, tmp_path):
+    stop_halfway(tmp_path)
+    found = checkpoints.newest(tmp_path)
+    config = found.description["config"]
+    for section, name in (
+        (config, "algorithm"),
+        (config, "fidelity"),
+        (config, "test_steps"),
+        (config["outer"], "at_once"),
+    ):
+        del section[name]
+    facts = {name: found.description[name] for name in ("preset", "data", "versions")} | {"config": config}
+    checkpoints.save(tmp_path, STOP_AT, found.restore(initial_state(PRESET)), facts)
+    train(tmp_path)
+    assert_same_run(tmp_path, whole)
+    assert checkpoints.newest(tmp_path).description["config"] == PRESET.config()
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
+def test_a_run_with_another_algorithm_is_another_run(name, whole):
+    with pytest.raises(InputError, match=rf"other settings \(algorithm: imaml → {name}"):
+        train(whole.run.directory, PRESET.using(name))
+
+
+def test_a_regression_is_trained_logged_and_evaluated_by_its_error(tmp_path):
+    preset = imaml.preset("sinusoid-5shot-gd")
+    outer = replace(preset.outer, steps=3, tasks=4, queries=5, at_once=2)
+    preset = replace(preset, inner=bl.GradientDescent(0.01, 2), linear=bl.CG(1), outer=outer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda name, data=None: sinusoid.load(data))
+        run = train(tmp_path, preset)
+        found = run.evaluation
+        assert imaml.evaluate(tmp_path, tasks=EVALUATION_TASKS) == run.evaluation
+    assert (found.metric, found.normalisation, found.chance) == ("mean squared error", "none", None)
+    assert np.isnan(found.accuracy) and found.value > 0.01
+    assert str(found) == f"test mean squared error {found.value:.3f} ± {found.interval:.3f} on 4 tasks"
+    log = runlog.read(tmp_path)
+    assert len(log) == 3 and all(entry.accuracy is None and entry.loss > 0 for entry in log)
+    result = json.loads((tmp_path / runfolder.RESULT).read_text())
+    assert result["evaluations"] == found.records() and result["config"]["algorithm"] == "imaml"
+    # By hand: adapt to each of the same tasks, and take the error of the query points.
+    apply = preset.learner.apply
+
+    @jax.jit
+    def error(key):
+        task = preset.episode.sample((), key)
+        phi = run.theta
+        for _ in range(2):
+            slope = jax.grad(lambda w: jnp.mean((apply(w, task.support_x) - task.support_y) ** 2))(phi)
+            phi = jax.tree.map(lambda w, s, c: w - 0.01 * (s + preset.strength * (w - c)), phi, slope, run.theta)
+        return jnp.mean((apply(phi, task.query_x) - task.query_y) ** 2)
+
+    errors = [error(key) for key in jax.random.split(preset.keys.test, EVALUATION_TASKS)]
+    assert found.value == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_both_normalisations_are_evaluated_and_named(tiny_pixels):
+    preset = replace(imaml.preset("glyphs-5way-1shot-gd"), network=Conv4(filters=2), inner=bl.GradientDescent(0.1, 1))
+    preset = replace(preset, episode=Episode(ways=3, shots=1, queries=2))
+    theta = initial_state(preset).theta
+    found = imaml.evaluate(theta, preset, tasks=EVALUATION_TASKS)
+    batch, support = found.each
+    assert (found.accuracy, found.beside) == (batch.accuracy, support) and str(found) == f"{batch}\n{support}"
+    assert (batch.normalisation, support.normalisation) == ("query batch", "support set")
+    assert str(batch).endswith("batch normalisation over the query batch, as published (transductive)")
+    assert str(support).endswith("batch normalisation by the support set's statistics")
+    pixels, network = jnp.asarray(dataset(tiny_pixels).test.pixels), preset.functions
+
+    @jax.jit
+    def accuracies(key):
+        task = preset.episode.sample(pixels, key)
+        phi = preset.learner.adapt(theta, task).w
+        together = network.apply(phi, task.query_x)
+        one_by_one = jax.lax.map(lambda image: network.apply_beside(phi, image[None], task.support_x)[0], task.query_x)
+        return jnp.stack([jnp.mean(outputs.argmax(-1) == task.query_y) for outputs in (together, one_by_one)])
+
+    expected = [accuracies(key) for key in jax.random.split(preset.keys.test, EVALUATION_TASKS)]
+    np.testing.assert_allclose([batch.value, support.value], np.mean(expected, 0), atol=1e-6)
+
+
 def test_a_run_on_other_data_is_refused(whole, tiny_pixels, monkeypatch):
     other = tiny_pixels.copy()
     other[3, 2, 5, 5] ^= 1  # one bit
@@ -405,8 +488,8 @@ def test_progress_is_measured_on_tasks_with_finite_numbers():
 def test_the_interval_is_that_of_a_mean(whole, tiny_pixels):
     classes = dataset(tiny_pixels).test
     keys = jax.random.split(PRESET.keys.test, EVALUATION_TASKS)
-    accuracies = np.asarray(jax.jit(evaluation.task_accuracies(PRESET))((whole.run.theta, classes.pixels), keys))
-    result = whole.run.evaluation
+    scores = jax.jit(evaluation.task_scores(PRESET))((whole.run.theta, classes.pixels), keys)
+    accuracies, result = np.asarray(scores)[:, 0], whole.run.evaluation
     assert result.accuracy == pytest.approx(accuracies.mean())
     assert result.interval == pytest.approx(1.96 * accuracies.std(ddof=1) / EVALUATION_TASKS**0.5)
 

@@ -1,0 +1,56 @@
+"""A peer's process: pin to the cores, import the library, and run what is asked for, one JSON line for another.
+
+    python -m benchmarks.speed.serve MODULE ITEM DTYPE CORES     (ITEM as JSON, CORES as 0 or 0,1)
+
+Cores are set before anything is imported, since libraries count them when they start their threads.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+
+LIBRARIES = ("jax", "jaxlib", "jaxopt", "optimistix", "lineax", "torch", "torchopt", "higher", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that this process has imported, and of Python."""
+    found = {"python": sys.version.split()[0]}
+    for name in LIBRARIES:
+        if name in sys.modules:
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def main(module: str, item_json: str, dtype: str, cores: str) -> None:
+    os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    import numpy as np
+
+    from benchmarks.speed import workloads
+
+    fields = json.loads(item_json)
+    base = workloads.ITEMS[fields["name"]]
+    item = dataclasses.replace(base, **fields)
+    programs = importlib.import_module(f"benchmarks.speed.peers.{module}").programs(item, dtype)
+    print(json.dumps({"programs": list(programs), "versions": versions()}), file=answers)
+    for line in sys.stdin:
+        request = json.loads(line)
+        program = programs[request["program"]]
+        if path := request.get("save"):
+            np.savez(path, **(program() or {}))
+            print(json.dumps({"versions": versions()}), file=answers)
+            continue
+        started, spent = time.perf_counter(), time.process_time()
+        for _ in range(request["repeats"]):
+            program()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - spent
+        print(json.dumps({"seconds": seconds / request["repeats"], "cpu": cpu / request["repeats"]}), file=answers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,128 @@
+"""The work that is timed, in NumPy alone, so that every library is handed the same numbers.
+
+Images are random: no time depends on what is drawn on them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SIDE, FILTERS = 28, 64
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Meta-gradients of some tasks of N-way K-shot classification by four blocks of 3×3 convolution, stride 2.
+
+    The network: 64 filters, no bias before a batch normalisation, ReLU, a linear layer from 256 features. As many
+    query images as support images.
+    """
+
+    name: str
+    ways: int
+    shots: int
+    tasks: int
+    steps: int = 16
+    rate: float = 0.1
+    products: int = 5
+    strength: float = 2.0
+
+    @property
+    def images(self) -> int:
+        """Of each of a task's two sets."""
+        return self.ways * self.shots
+
+    def arrays(self, dtype: str) -> dict[str, np.ndarray]:
+        """Images ``[tasks, images, 28, 28, 1]`` of both sets, in [0, 1], and the labels ``[images]`` of each."""
+        random = np.random.default_rng(0)
+        shape = (self.tasks, self.images, SIDE, SIDE, 1)
+        labels = np.repeat(np.arange(self.ways), self.shots)
+        return {"support": random.random(shape).astype(dtype), "query": random.random(shape).astype(dtype), "y": labels}
+
+    def parameters(self, dtype: str) -> dict[str, np.ndarray]:
+        """Glorot's initial ones; kernels ``[9 · channels, filters]``, positions row by row, channels innermost."""
+        random = np.random.default_rng(1)
+        found = {}
+        for block, channels in enumerate((1, FILTERS, FILTERS, FILTERS)):
+            found[f"block{block}.kernel"] = _glorot(random, 9 * channels, FILTERS, 9 * FILTERS)
+            found[f"block{block}.scale"], found[f"block{block}.offset"] = np.ones(FILTERS), np.zeros(FILTERS)
+        found["head.kernel"], found["head.bias"] = (
+            _glorot(random, 4 * FILTERS, self.ways, self.ways),
+            np.zeros(self.ways),
+        )
+        return {name: value.astype(dtype) for name, value in found.items()}
+
+
+def _glorot(random, inputs, outputs, fan_out):
+    limit = np.sqrt(6 / (inputs + fan_out))
+    return random.uniform(-limit, limit, (inputs, outputs))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The hypergradient of a linear model's validation loss in one penalty ½e^θⱼw² a feature.
+
+    Gradient descent at 1/L for the inner problem, conjugate gradients for the adjoint one: everybody is given the same
+    steps and the same tolerance.
+    """
+
+    name: str
+    loss: str
+    features: int = 10_000
+    samples: int = 200
+    validation: int = 100
+    steps: int = 100
+    iterations: int = 30
+    tol: float = 1e-5
+    penalty: float = 8.0
+
+    def arrays(self, dtype: str) -> dict[str, np.ndarray]:
+        """``x [samples, features]``, ``y`` (±1 for logistic), the same for validation, and θ ``[features]``."""
+        random = np.random.default_rng(2)
+        truth = random.normal(size=self.features) / np.sqrt(self.features)
+        x, x_val = (random.normal(size=(n, self.features)) for n in (self.samples, self.validation))
+        y, y_val = x @ truth, x_val @ truth
+        if self.loss == "logistic":
+            y, y_val = np.sign(y), np.sign(y_val)
+        theta = np.log(self.penalty) + 0.1 * random.normal(size=self.features)
+        found = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "theta": theta}
+        return {name: value.astype(dtype) for name, value in found.items()}
+
+    @property
+    def step_size(self) -> float:
+        """1/L, with the largest singular value of Gaussian features by Marchenko and Pastur, and a tenth to spare."""
+        largest = (1 + np.sqrt(self.features / self.samples)) ** 2 * (0.25 if self.loss == "logistic" else 1.0)
+        return 1 / (1.1 * largest + 1.5 * self.penalty)
+
+    def exact(self) -> np.ndarray:
+        """The hypergradient in float64, by Newton's method and Woodbury's identity in as many unknowns as samples."""
+        a = {name: value.astype(np.float64) for name, value in self.arrays("float32").items()}
+        x, y, penalty, n = a["x"], a["y"], np.exp(a["theta"]), self.samples
+
+        def slopes(x, y, w):
+            margin = x @ w
+            if self.loss == "ridge":
+                return margin - y, np.ones(len(y))
+            p = 1 / (1 + np.exp(y * margin))
+            return -y * p, p * (1 - p)
+
+        def solve(curvature, b):  # (xᵀ diag(curvature) x / n + diag(penalty))⁻¹ b
+            scaled = x / penalty
+            core = np.diag(n / curvature) + scaled @ x.T
+            return b / penalty - scaled.T @ np.linalg.solve(core, scaled @ b)
+
+        w = np.zeros(self.features)
+        for _ in range(20):
+            slope, curvature = slopes(x, y, w)
+            w = w - solve(curvature, x.T @ slope / n + penalty * w)
+        outer = a["x_val"].T @ slopes(a["x_val"], a["y_val"], w)[0] / self.validation
+        return -penalty * w * solve(slopes(x, y, w)[1], outer)
+
+
+ITEMS: dict[str, FewShot | Linear] = {
+    "W1": FewShot("W1", ways=5, shots=1, tasks=8),
+    "W2": FewShot("W2", ways=20, shots=5, tasks=2),
+    "ridge": Linear("ridge", "ridge"),
+    "logistic": Linear("logistic", "logistic", penalty=4.0),
+}
+"""By the name that a command line gives. W2 has two tasks: a time per task does not depend on their number."""

@@ -1,0 +1,125 @@
+"""What ``imaml reproduce`` and ``imaml record`` do: text to print, files where a folder is named."""
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from imaml.errors import InputError
+from imaml.files import write_whole
+from imaml.reproduction import gradient_error, memory, pictures, records
+from imaml.reproduction.paper import ROWS, TABLE_2
+from imaml.reproduction.table import rows, table_2
+from imaml.versions import versions
+
+FORMS = ("terminal", "markdown")
+
+
+def reproduce(
+    what: str,
+    directory: Path | None = None,
+    out: Path | None = None,
+    form: str = "terminal",
+    on_event: Callable[[str], None] = lambda message: None,
+) -> str:
+    """The text of a table or figure of the paper; with ``out`` also its picture, and the measurement as JSON.
+
+    Args:
+        what: ``"table2"``, ``"figure2a"`` or ``"figure2b"``.
+        directory: of records, for the table; by default those that come with the package.
+        out: a folder to write to, made where it does not exist.
+        form: ``"terminal"`` or ``"markdown"``.
+        on_event: told in a phrase what takes time.
+
+    Raises:
+        InputError: as for :func:`check`, or for records that cannot be read.
+    """
+    check(what, directory, form)
+    text, draw, measured = WORKS[what](directory, form, on_event)
+    if out is None:
+        return text
+    out.mkdir(parents=True, exist_ok=True)
+    picture = draw(out / f"{what}.png")
+    if measured is not None:
+        record = {"command": f"imaml reproduce {what}", "versions": versions(), "result": measured}
+        _write(out / f"{what}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return f"{text}\n\npicture: {picture}"
+
+
+def check(what: str, directory: Path | None, form: str) -> None:
+    """Raise InputError for names that do not exist, with those that do, and for records where none are read."""
+    for given, known, kind in ((what, WORKS, "table or figure"), (form, FORMS, "format")):
+        if given not in known:
+            near = difflib.get_close_matches(given, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"there is no {kind} {given!r}: {hint}known are {', '.join(known)}")
+    if directory is not None and what != "table2":
+        raise InputError(f"{what} is computed on the spot and reads no records: leave --records out")
+
+
+def record(run: Path, out: Path | None = None, note: str = "", hardware: str | None = None) -> str:
+    """Make the record of a finished run; returns a sentence about it.
+
+    Args:
+        run: its folder.
+        out: the folder that keeps records, made where it does not exist; by default the working folder's ``records``.
+        note: what a reader should know besides.
+        hardware: in words; by default this machine's.
+    """
+    made = records.of_run(run, note, hardware)
+    out = out or Path("records")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{run.resolve().name}.json"
+    made.write(path)
+    place = f"table 2, {ROWS[made.cell.algorithm]}" if made.cell in TABLE_2 and made.cell else "no cell of table 2"
+    return f"{path}: {made.meta_steps} meta-steps in {made.seconds:.0f} s; it belongs to {place}"
+
+
+def _table(directory, form, on_event) -> tuple[str, Callable[[Path], Path], Any]:
+    found = records.read() if directory is None else records.read(directory)
+    return table_2(found, form), lambda path: pictures.table(path, _lines(found)), None
+
+
+def _lines(found):
+    """Each cell's name, the paper's numbers and ours, in per cent."""
+    ours = {cell: [] for cell in TABLE_2}
+    for row in rows(found):
+        if row.evaluation:
+            value, interval = (100 * row.evaluation[name] for name in ("value", "interval"))
+            ours[row.cell].append((value, interval, row.evaluation["normalisation"] == "support set"))
+    names = {cell: f"{ROWS[cell.algorithm]}, {cell.ways}-way {cell.shots}-shot" for cell in TABLE_2}
+    unrun = {cell: "" if ours[cell] else " (not run)" for cell in TABLE_2}
+    return [
+        (names[cell] + unrun[cell], printed.accuracy, printed.interval, ours[cell]) for cell, printed in TABLE_2.items()
+    ]
+
+
+def _figure_2a(directory, form, on_event):
+    on_event("computing both meta-gradients of a linear regression")
+    found = gradient_error.gradient_errors()
+    text = _fenced(gradient_error.shown(found), form)
+    return text, lambda path: pictures.gradient_error(path, found.steps, dict(found.curves)), asdict(found)
+
+
+def _figure_2b(directory, form, on_event):
+    found = memory.memory(on_event=on_event)
+    text = _fenced(memory.shown(found), form)
+    return text, lambda path: pictures.memory(path, found.steps, found.temporary), asdict(found)
+
+
+def _fenced(text, form):
+    return f"```\n{text}\n```" if form == "markdown" else text
+
+
+def _write(path, text):
+    write_whole(path, lambda stream: stream.write(text.encode()))
+
+
+WORKS: dict[str, Callable[..., tuple[str, Callable[[Path], Path], Any]]] = {
+    "table2": _table,
+    "figure2a": _figure_2a,
+    "figure2b": _figure_2b,
+}
+"""What can be reproduced, each giving its text, how to draw it, and what was measured."""

@@ -1,0 +1,89 @@
+"""The figures, drawn from what was measured. Nothing here imports jax; matplotlib is loaded when one is drawn.
+
+They stand on white, so that they can be read on a dark page too.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from imaml.files import write_whole
+
+BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#c05621", "#718096", "#2f855a"
+DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"
+
+
+def gradient_error(path: Path, steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> Path:
+    """Figure 2a: relative errors over inner gradient steps."""
+    figure, axes = _figure(6.6, 4.2)
+    shades = iter((PALE_BLUE, LIGHT_BLUE, BLUE, DARK_BLUE))  # of implicit MAML, darker for more CG steps
+    for name, errors in curves.items():
+        color = ORANGE if name == "MAML" else next(shades)
+        axes.plot(steps, errors, marker="o", markersize=4, label=name, color=color)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_title("Error of the meta-gradient")
+    axes.set_xlabel("inner gradient steps")
+    axes.set_ylabel("‖gradient − exact‖ / ‖exact‖, mean over tasks")
+    axes.legend(framealpha=0.9, edgecolor="none")
+    return _finish(figure, axes, steps, path)
+
+
+def memory(path: Path, steps: Sequence[int], temporary: Mapping[str, Sequence[int]]) -> Path:
+    """Figure 2b: MiB over inner steps."""
+    figure, axes = _figure(6.6, 4.2)
+    colors = (BLUE, ORANGE, GREEN)
+    for (name, sizes), color in zip(temporary.items(), colors, strict=False):
+        axes.plot(steps, [size / 2**20 for size in sizes], marker="o", markersize=4, color=color, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_title("Memory of one task's meta-gradient")
+    axes.set_xlabel("inner gradient steps")
+    axes.set_ylabel("MiB")
+    axes.legend(framealpha=0.9, edgecolor="none")
+    return _finish(figure, axes, steps, path)
+
+
+def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[float, float, bool]]]]) -> Path:
+    """Table 2 as a picture: a line for each cell, the paper's number with its interval, and ours where there are any.
+
+    Args:
+        path: of the PNG.
+        lines: name, the paper's accuracy and interval, and ours: accuracy, interval and whether that one was by the
+            support set's statistics, each; numbers in per cent.
+    """
+    figure, axes = _figure(7.4, 0.28 * len(lines) + 1.4)
+    for height, (_, accuracy, interval, ours) in enumerate(reversed(lines)):
+        axes.errorbar(accuracy, height, xerr=interval, color=GREY, marker="o", markersize=5, capsize=3)
+        for number, (value, width, by_support) in enumerate(ours, start=1):
+            color, place = ORANGE if by_support else BLUE, height - 0.7 * number / (len(ours) + 1)
+            axes.errorbar(value, place, xerr=width, color=color, marker="D", markersize=4, capsize=3)
+    axes.set_yticks(range(len(lines)), [line[0] for line in reversed(lines)])
+    axes.set_title("Omniglot, test accuracy with 95 % intervals")
+    axes.set_xlabel("%")
+    axes.plot([], [], color=GREY, marker="o", markersize=5, label="the paper")
+    axes.plot([], [], color=BLUE, marker="D", markersize=4, label="ours, normalised over the query batch")
+    axes.plot([], [], color=ORANGE, marker="D", markersize=4, label="ours, by the support set's statistics")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return _save(figure, axes, path)
+
+
+def _figure(width, height):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _finish(figure, axes, steps, path):
+    axes.set_xticks(steps, [str(count) for count in steps])
+    axes.minorticks_off()
+    return _save(figure, axes, path)
+
+
+def _save(figure, axes, path):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
+    return path
