@@ -45,6 +45,7 @@ def main(picture="flax_sinusoids.png", steps=800):
     plt.plot(grid, network.apply(theta, grid), "--", label="before: what all sines share")
     plt.plot(grid, network.apply(learner.adapt(theta, task).w, grid), label="after 16 steps on five points")
     plt.plot(task.support_x, task.support_y, "o", label="the five points")
+    plt.ylim(-2, 3.5)  # room for the legend
     plt.legend()
     plt.savefig(picture, dpi=120)
     return float(losses[:50].mean()), float(losses[-50:].mean())
