@@ -190,6 +190,7 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
 
 def _either(sound, new, old):
     """``new`` in the dtype of ``old``, or ``old``: an optimiser's state for an integer would turn to float."""
+    new = jnp.asarray(new)
     return jnp.where(sound, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
 
