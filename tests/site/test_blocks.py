@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jax
@@ -66,7 +66,9 @@ def test_a_command_is_one(block):
             words.pop(0)
         program = Path(words[0]).name
         if program == "imaml" and output.startswith("imaml "):
-            refused(words[1:], output)
+            says(words[1:], output, cli.USAGE_ERROR, redirect_stderr)
+        elif program == "imaml" and output and words[1] == "presets":
+            says(words[1:], output, 0, redirect_stdout)
         elif program in UNDERSTOOD:
             UNDERSTOOD[program](words[1:])
         else:
@@ -83,12 +85,13 @@ def commands_of(block: Block):
         yield PROMPT.sub("", command), output.strip()
 
 
-def refused(words, output):
+def says(words, output, code, redirect):
     """The command line says what the page says it says; … stands for anything."""
     said = io.StringIO()
-    with redirect_stderr(said):
-        assert cli.main(words) == cli.USAGE_ERROR
-    assert re.fullmatch(".*".join(map(re.escape, output.split("…"))), said.getvalue().strip()), said.getvalue()
+    with redirect(said):
+        assert cli.main(words) == code
+    pattern = ".*".join(map(re.escape, output.split("…")))
+    assert re.fullmatch(pattern, said.getvalue().strip(), re.DOTALL), said.getvalue()
 
 
 def imaml_command(words):
