@@ -28,7 +28,7 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
 
     log, evaluations = runlog.read(directory), _evaluations(directory)
     panels = 2 if ways is None else 3
-    figure = Figure(figsize=(11 * panels / 3, 3.4), layout="constrained")
+    figure = Figure(figsize=(11 * panels / 3, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     *first, loss, residuals = figure.subplots(1, panels)
     if ways is None:
@@ -54,10 +54,10 @@ def _draw_accuracy(axes, log: list[Progress], evaluations, chance):
         by = {"query batch": ", query batch", "support set": ", support statistics"}.get(
             evaluation["normalisation"], ""
         )
-        _draw_evaluation(axes, log, evaluation, marker, f"held-out classes{by} {{value:.1%}} ± {{interval:.1%}}")
+        _draw_evaluation(axes, log, evaluation, marker, f"held-out{by} {{value:.1%}} ± {{interval:.1%}}")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(loc="center right", framealpha=0.9, edgecolor="none")
+    _legend(axes)
 
 
 def _draw_error(axes, log, evaluations):
@@ -66,7 +66,7 @@ def _draw_error(axes, log, evaluations):
     for evaluation in evaluations:
         _draw_evaluation(axes, log, evaluation, "o", "test curves {value:.3f} ± {interval:.3f}")
     axes.set_yscale("log")
-    axes.legend(framealpha=0.9, edgecolor="none")
+    _legend(axes)
 
 
 def _draw_evaluation(axes, log, evaluation, marker, label):
@@ -89,7 +89,12 @@ def _draw_residuals(axes, log):
     if not log or any(p.linear_residual for p in log):  # other algorithms solve no linear system
         _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
     axes.set_yscale("log")
-    axes.legend(framealpha=0.9, edgecolor="none")
+    _legend(axes)
+
+
+def _legend(axes):
+    """Below the panel: within it, it would lie on the curve somewhere."""
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.2), frameon=False, borderaxespad=0, fontsize="small")
 
 
 def _smoothed(axes, log, values, color, label):
