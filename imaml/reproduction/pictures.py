@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imaml.files import write_whole
+from imaml.plots import BLUE, GREY, ORANGE
 
-BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#c05621", "#718096", "#2f855a"
+GREEN = "#2f855a"
 DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"
 
 
@@ -19,13 +20,9 @@ def gradient_error(path: Path, steps: Sequence[int], curves: Mapping[str, Sequen
     for name, errors in curves.items():
         color = ORANGE if name == "MAML" else next(shades)
         axes.plot(steps, errors, marker="o", markersize=4, label=name, color=color)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_title("Error of the meta-gradient")
-    axes.set_xlabel("inner gradient steps")
-    axes.set_ylabel("‖gradient − exact‖ / ‖exact‖, mean over tasks")
-    axes.legend(framealpha=0.9, edgecolor="none")
-    return _finish(figure, axes, steps, path)
+    return _over_steps(
+        figure, axes, steps, "Error of the meta-gradient", "‖gradient − exact‖ / ‖exact‖, mean over tasks", path
+    )
 
 
 def memory(path: Path, steps: Sequence[int], temporary: Mapping[str, Sequence[int]]) -> Path:
@@ -34,13 +31,7 @@ def memory(path: Path, steps: Sequence[int], temporary: Mapping[str, Sequence[in
     colors = (BLUE, ORANGE, GREEN)
     for (name, sizes), color in zip(temporary.items(), colors, strict=False):
         axes.plot(steps, [size / 2**20 for size in sizes], marker="o", markersize=4, color=color, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_title("Memory of one task's meta-gradient")
-    axes.set_xlabel("inner gradient steps")
-    axes.set_ylabel("MiB")
-    axes.legend(framealpha=0.9, edgecolor="none")
-    return _finish(figure, axes, steps, path)
+    return _over_steps(figure, axes, steps, "Memory of one task's meta-gradient", "MiB", path)
 
 
 def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[float, float, bool]]]]) -> Path:
@@ -76,9 +67,16 @@ def _figure(width, height):
     return figure, figure.subplots()
 
 
-def _finish(figure, axes, steps, path):
+def _over_steps(figure, axes, steps, title, label, path):
+    """Curves over inner gradient steps, both axes logarithmic."""
+    axes.set_title(title)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("inner gradient steps")
     axes.set_xticks(steps, [str(count) for count in steps])
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
     axes.minorticks_off()
+    axes.legend(framealpha=0.9, edgecolor="none")
     return _save(figure, axes, path)
 
 
