@@ -43,7 +43,7 @@ def found(matvec: MatVec, b: PyTree, x: PyTree, negative: jax.Array | None = Non
 
     def unfinished(carry):
         turn, product, _ = carry
-        return (turn == 0) | ((turn == 1) & (negative | _flat(x_or_zero, product)))
+        return (turn == 0) | ((turn == 1) & _flat(x_or_zero, product))
 
     def advance(carry):  # one program for both products: the second is made where the first leaves a doubt
         turn, product, _ = carry
@@ -171,11 +171,14 @@ def watch_curvature(
     dtype = jnp.result_type(jnp.float32 if not jax.tree.leaves(b) else jax.tree.leaves(b)[0])
     eps = float(jnp.finfo(dtype).eps)
 
+    def nothing(direction):  # of the start at zero, which costs no product
+        return jax.tree.map(jnp.zeros_like, direction)
+
     def watching(pair):
         direction, _ = pair
-        product = matvec(direction)
-        curvature, rounding = _curvature(direction, product)
         squared = tree.vdot(direction, direction)
+        product = jax.lax.cond(squared == 0, nothing, matvec, direction)
+        curvature, rounding = _curvature(direction, product)
         # CG multiplies by ‖r‖² / ⟨p, Ap⟩, so that eps⁴ is left, whatever the size of A.
         mark = jnp.where(curvature < -rounding, eps**4 * curvature / jnp.where(squared > 0, squared, 1), 0)
         return _without_null_direction(direction, product, eps), mark.astype(dtype)

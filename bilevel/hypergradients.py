@@ -387,25 +387,17 @@ def _doubting_symmetry(info, matvec, condition, w, theta, data):
 def solve_scaled(
     linear: LinearSolver, matvec: MatVec, b: PyTree, scaling: PyTree | None, symmetric: bool, init: PyTree | None = None
 ) -> tuple[PyTree, LinearInfo]:
-    """Solve ``matvec(v) = b`` as (D A D)u = D b, v = D u, from v = D²b unless told: exact where A = D⁻²."""
+    """Solve ``matvec(v) = b`` as (D A D)u = D b, v = D u: one iteration is exact where A = D⁻²."""
     if scaling is None:
         return solve_differentiably(linear, matvec, b, symmetric, init)
-    scaled_b = tree.scale(scaling, b)
-    scaled_init = None if init is None else _scaled_start(init, scaling, scaled_b)
+    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, _like(scaling, init))
 
     def scaled_matvec(u):
         return tree.scale(scaling, matvec(tree.scale(scaling, u)))
 
-    u, info = solve_differentiably(linear, scaled_matvec, scaled_b, symmetric, scaled_init, start_at_b=True)
+    u, info = solve_differentiably(linear, scaled_matvec, tree.scale(scaling, b), symmetric, scaled_init)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
-
-
-def _scaled_start(init, scaling, scaled_b):
-    """D⁻¹·init; zeros say nothing of the solution, and D·b is nearer."""
-    known = tree.norm(init) > 0
-    scaled = jax.tree.map(jnp.divide, init, _like(scaling, init))
-    return jax.tree.map(lambda start, b: jnp.where(known, start, b), scaled, scaled_b)
 
 
 def check_symmetry(linear: LinearSolver, condition: Condition) -> None:

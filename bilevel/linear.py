@@ -405,17 +405,15 @@ def solve_differentiably(
     b: PyTree,
     symmetric: bool,
     init: PyTree | None = None,
-    start_at_b: bool = False,
 ) -> tuple[PyTree, LinearInfo]:
     """``linear(matvec, b, init)``, differentiable in b and in whatever ``matvec`` closes over, to any order.
 
-    The derivative solves with the same solver; its transpose solves with Aᵀ. With ``start_at_b`` each of these
-    systems starts from its own right-hand side where no ``init`` is given.
+    The derivative solves with the same solver; its transpose solves with Aᵀ.
     """
     init = jax.lax.stop_gradient(init)
 
     def find(matvec, b, init=None):  # the start belongs to this system, not to its transpose
-        x, info = linear(matvec, b, b if init is None and start_at_b else init)
+        x, info = linear(matvec, b, init)
         return tree.varying_alike(x, (info.residual_norm, as_float(info.iterations), as_float(info.status)))
 
     x, (residual_norm, iterations, status) = jax.lax.custom_linear_solve(

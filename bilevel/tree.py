@@ -23,13 +23,20 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def norm(a: PyTree) -> jax.Array:
-    """‖a‖₂ over all leaves, divided through by the largest entry so that no square overflows or vanishes."""
+    """‖a‖₂ over all leaves; entries are divided by the largest one where a square overflows or vanishes."""
     dtype = _accumulator(a)
-    a = [leaf for leaf in jax.tree.leaves(a) if is_floating(leaf)]
-    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in a if leaf.size]
-    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
+    a = [leaf.astype(dtype) for leaf in jax.tree.leaves(a) if is_floating(leaf)]
+    squares = vdot(a, a)
+    number = jnp.finfo(dtype)
+    sound = (squares > number.tiny / number.eps**2) & (squares < number.max)
+    return jax.lax.cond(sound, lambda a, squares: jnp.sqrt(squares), _scaled_norm, a, squares)
+
+
+def _scaled_norm(a, squares):
+    peaks = [jnp.max(jnp.abs(leaf)) for leaf in a if leaf.size]
+    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros_like(squares))
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
-    scaled = [leaf.astype(dtype) / unit for leaf in a]
+    scaled = [leaf / unit for leaf in a]
     return unit * jnp.sqrt(vdot(scaled, scaled))
 
 

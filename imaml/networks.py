@@ -132,7 +132,7 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
 
     Args:
         x: ``[batch, height, width, channels]``; at stride 2 an odd side is first padded to an even one at its end.
-        kernel: ``[9 · channels, filters]``, the 3×3 positions row by row, channels innermost.
+        kernel: ``[filters, 9 · channels]``, the 3×3 positions row by row, channels innermost.
         stride: 1 or 2.
 
     Returns:
@@ -140,7 +140,9 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
     """
     neighbours = patches(x) if stride == 2 else dense_patches(x)
     # As one matrix: with its axes apart, the kernel's gradient takes a tenth longer.
-    product = neighbours.reshape(-1, neighbours.shape[-1]) @ kernel
+    filters, inputs = kernel.shape
+    matrix = jax.lax.optimization_barrier(kernel.T) if inputs < filters else kernel.T
+    product = neighbours.reshape(-1, inputs) @ matrix
     return product.reshape(*neighbours.shape[:-1], -1)
 
 
@@ -156,11 +158,13 @@ def patches(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     rows, columns = -(-height // 2), -(-width // 2)
     padding = ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0))
-    halves = jnp.pad(x, padding).reshape(batch, rows + 1, 2, columns + 1, 2, channels)
-    # Position d = 0, 1, 2 of a neighbourhood: the even row, the odd row, the next even row.
-    neighbours = [
-        halves[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + columns, j % 2] for i in range(3) for j in range(3)
-    ]
+    halves = jnp.pad(x, padding).reshape(batch, rows + 1, 2, columns + 1, 2 * channels)
+    # Position i = 0, 1, 2 of a neighbourhood: the even row, the odd row, the next even row. Of each its first two
+    # positions, which lie side by side, and the third, the next even column.
+    neighbours = []
+    for i in range(3):
+        row = halves[:, i // 2 : i // 2 + rows, i % 2]
+        neighbours += [row[:, :, :columns], row[:, :, 1:, :channels]]
     return jnp.concatenate(neighbours, axis=-1)
 
 
@@ -180,7 +184,7 @@ def batch_normalise(
 
 def _block_init(key, channels, filters, gain):
     kernel = gain * _xavier(key, 9 * channels, filters, 9 * filters)
-    return {"kernel": kernel, "scale": jnp.ones(filters), "offset": jnp.zeros(filters)}
+    return {"kernel": kernel.T, "scale": jnp.ones(filters), "offset": jnp.zeros(filters)}
 
 
 def _block(parameters, x, stride, counted):

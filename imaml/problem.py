@@ -24,7 +24,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats, of integer ``labels`` [batch] under ``logits`` [batch, ways]."""
     import optax  # optax takes a while to import: only when it is used
 
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    # By one-hot labels: the derivative of picking an entry is a scatter, which is slow and hinders fusion.
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.losses.softmax_cross_entropy(logits, one_hot).mean()
 
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:

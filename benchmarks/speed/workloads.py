@@ -40,11 +40,11 @@ class FewShot:
         return {"support": random.random(shape).astype(dtype), "query": random.random(shape).astype(dtype), "y": labels}
 
     def parameters(self, dtype: str) -> dict[str, np.ndarray]:
-        """Glorot's initial ones; kernels ``[9 · channels, filters]``, positions row by row, channels innermost."""
+        """Glorot's initial ones; kernels ``[filters, 9 · channels]``, positions row by row, channels innermost."""
         random = np.random.default_rng(1)
         found = {}
         for block, channels in enumerate((1, FILTERS, FILTERS, FILTERS)):
-            found[f"block{block}.kernel"] = _glorot(random, 9 * channels, FILTERS, 9 * FILTERS)
+            found[f"block{block}.kernel"] = _glorot(random, 9 * channels, FILTERS, 9 * FILTERS).T
             found[f"block{block}.scale"], found[f"block{block}.offset"] = np.ones(FILTERS), np.zeros(FILTERS)
         found["head.kernel"], found["head.bias"] = (
             _glorot(random, 4 * FILTERS, self.ways, self.ways),

@@ -17,8 +17,8 @@ FILTERS = 3
 def reference_convolution(x, kernel):
     """The docstring in XLA's words: odd sides get a zero at their end, then a border of one zero all around."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
-    weights = kernel.reshape(3, 3, x.shape[-1], -1)
-    layout = ("NHWC", "HWIO", "NHWC")
+    weights = kernel.reshape(-1, 3, 3, x.shape[-1])
+    layout = ("NHWC", "OHWI", "NHWC")
     return jax.lax.conv_general_dilated(x, weights, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
 
 
@@ -27,10 +27,11 @@ def value_and_pull_back(function, x, kernel):
     return value, *pull_back(jnp.cos(value))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_convolution_is_xlas_in_value_and_derivative(shape, x64):
+# With more filters than the 9 numbers of a neighbourhood the product takes another form.
+@pytest.mark.parametrize("shape, filters", [*((shape, FILTERS) for shape in SHAPES), ((2, 6, 6, 1), 12)])
+def test_convolution_is_xlas_in_value_and_derivative(shape, filters, x64):
     random = np.random.default_rng(sum(shape))
-    x, kernel = random.normal(size=shape), random.normal(size=(9 * shape[-1], FILTERS))
+    x, kernel = random.normal(size=shape), random.normal(size=(filters, 9 * shape[-1]))
     ours, theirs = (
         jax.jit(lambda *inputs, f=f: value_and_pull_back(f, *inputs))(x, kernel)
         for f in (convolution, reference_convolution)
@@ -45,11 +46,11 @@ def test_convolution_is_xlas_in_value_and_derivative(shape, x64):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_convolution_at_stride_1_is_xlas_in_value_and_derivative(shape, x64):
     random = np.random.default_rng(sum(shape))
-    x, kernel = random.normal(size=shape), random.normal(size=(9 * shape[-1], FILTERS))
+    x, kernel = random.normal(size=shape), random.normal(size=(FILTERS, 9 * shape[-1]))
 
     def reference(x, kernel):
-        weights = kernel.reshape(3, 3, x.shape[-1], -1)
-        return jax.lax.conv_general_dilated(x, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        weights = kernel.reshape(-1, 3, 3, x.shape[-1])
+        return jax.lax.conv_general_dilated(x, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "OHWI", "NHWC"))
 
     ours = jax.jit(lambda *inputs: value_and_pull_back(lambda x, k: convolution(x, k, stride=1), *inputs))(x, kernel)
     theirs = jax.jit(lambda *inputs: value_and_pull_back(reference, *inputs))(x, kernel)
@@ -72,7 +73,7 @@ def test_the_smooth_relu_is_near_it(x64):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_convolution_halves_each_side_rounded_up(shape):
     batch, height, width, channels = shape
-    out = jax.eval_shape(convolution, jnp.zeros(shape), jnp.zeros((9 * channels, FILTERS)))
+    out = jax.eval_shape(convolution, jnp.zeros(shape), jnp.zeros((FILTERS, 9 * channels)))
     assert out.shape == (batch, (height + 1) // 2, (width + 1) // 2, FILTERS)
 
 

@@ -41,7 +41,7 @@ def to_torch(name: str, value: torch.Tensor) -> torch.Tensor:
     if name == "head.kernel":  # its inputs lie channels innermost there and outermost here
         return value.reshape(2, 2, -1, value.shape[1]).permute(3, 2, 0, 1).flatten(1).contiguous()
     if name.endswith("kernel"):
-        return value.reshape(3, 3, -1, value.shape[1]).permute(3, 2, 0, 1).contiguous()
+        return value.reshape(value.shape[0], 3, 3, -1).permute(0, 3, 1, 2).contiguous()
     return value.clone()
 
 
@@ -50,5 +50,5 @@ def from_torch(name: str, value: torch.Tensor):
     if name == "head.kernel":
         value = value.reshape(value.shape[0], -1, 2, 2).permute(2, 3, 1, 0).reshape(-1, value.shape[0])
     elif name.endswith("kernel"):
-        value = value.permute(2, 3, 1, 0).reshape(-1, value.shape[0])
+        value = value.permute(0, 2, 3, 1).flatten(1)
     return value.detach().numpy()
