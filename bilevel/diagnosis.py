@@ -36,45 +36,42 @@ class Found:
 
 def found(matvec: MatVec, b: PyTree, x: PyTree, negative: jax.Array | None = None) -> Found:
     """x with its product, of a solve that ran its course; ``negative`` as :func:`watch_curvature` gives it."""
-    whole = jnp.isfinite(tree.norm(x))
-    x_or_zero = jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)
+    length = tree.norm(x)
+    whole = jnp.isfinite(length)
+    length = jnp.where(whole, length, 0)
     if negative is None:
+        x_or_zero = jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)
         return Found(x, matvec(x_or_zero), jnp.int32(0), jnp.bool_(False))
 
     def unfinished(carry):
-        turn, product, _ = carry
-        return (turn == 0) | ((turn == 1) & _flat(x_or_zero, product))
+        turn, _, _, _, flat = carry
+        return (turn == 0) | ((turn == 1) & flat)
 
     def advance(carry):  # one program for both products: the second is made where the first leaves a doubt
-        turn, product, _ = carry
-        new = matvec(jax.tree.map(lambda first, second: jnp.where(turn == 0, first, second), x_or_zero, b))
-        product = jax.tree.map(lambda new, old: jnp.where(turn == 0, new, old), new, product)
-        return turn + 1, product, tree.norm(new)
+        turn, product, size, _, flat = carry
+        first = turn == 0
+        direction = jax.tree.map(lambda x, b: jnp.where(first, jnp.where(whole, x, jnp.zeros_like(x)), b), x, b)
+        new = matvec(direction)
+        new_size = tree.norm(new)
+        product = jax.tree.map(lambda new, old: jnp.where(first, new, old), new, product)
+        # Whether ⟨x, Ax⟩ ≤ √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich).
+        curvature = tree.vdot(direction, new)
+        size = jnp.where(first, new_size, size)
+        flat = jnp.where(first, (curvature <= _rounding(length, size)) & (length > 0), flat)
+        return turn + 1, product, size, new_size, flat
 
-    start = (jnp.int32(0), jax.tree.map(jnp.zeros_like, b), jnp.zeros_like(tree.norm(b)))
-    start = tree.varying_alike(b, *start)[1:]
-    _, product, size = jax.lax.while_loop(unfinished, advance, start)
-    return Found(x, product, _defect(x_or_zero, product, size, negative), jnp.bool_(False))
-
-
-def _flat(x, product):
-    """Whether ⟨x, Ax⟩ ≤ √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich)."""
-    curvature, rounding = _curvature(x, product)
-    return (curvature <= rounding) & (tree.norm(x) > 0)
-
-
-def _defect(x, product, size, negative):
-    """x is a null direction if Ax is nothing against ‖A‖‖x‖, for which ``size`` = ‖Ab‖ stands; else A is indefinite."""
-    eps = jnp.finfo(size.dtype).eps
-    null = tree.norm(product) <= jnp.sqrt(eps) * size * tree.norm(x)
-    kind = jnp.where(null & (tree.norm(x) > 0), jnp.int32(Status.SINGULAR), jnp.int32(Status.NEGATIVE_CURVATURE))
-    return jnp.where(_flat(x, product) | negative, kind, jnp.int32(0))
+    nothing = jnp.zeros_like(length)
+    start = (jnp.int32(0), jax.tree.map(jnp.zeros_like, b), nothing, nothing, jnp.bool_(False))
+    _, product, size, scale, flat = jax.lax.while_loop(unfinished, advance, tree.varying_alike(b, *start)[1:])
+    # x is a null direction if Ax is nothing against ‖A‖‖x‖, for which ‖Ab‖ stands; else A is indefinite.
+    null = (size <= _rounding(length, scale)) & (length > 0)
+    kind = jnp.where(null, jnp.int32(Status.SINGULAR), jnp.int32(Status.NEGATIVE_CURVATURE))
+    return Found(x, product, jnp.where(flat | negative, kind, jnp.int32(0)), jnp.bool_(False))
 
 
-def _curvature(x, product):
-    """⟨x, Ax⟩, and the size below which its sign tells nothing."""
-    curvature = tree.vdot(x, product)
-    return curvature, tree.norm(x) * tree.norm(product) * jnp.sqrt(jnp.finfo(curvature.dtype).eps)
+def _rounding(length, size):
+    """Below what ⟨x, Ax⟩ tells nothing of its sign, of ‖x‖ and ‖Ax‖."""
+    return jnp.sqrt(jnp.finfo(size.dtype).eps) * length * size
 
 
 def found_within(
@@ -176,21 +173,19 @@ def watch_curvature(
 
     def watching(pair):
         direction, _ = pair
-        squared = tree.vdot(direction, direction)
-        product = jax.lax.cond(squared == 0, nothing, matvec, direction)
-        curvature, rounding = _curvature(direction, product)
+        squared, length = tree.vdot(direction, direction), tree.norm(direction)
+        product = jax.lax.cond(length == 0, nothing, matvec, direction)
+        # Where Ap = 0 x then runs far along p instead of to infinity, and ⟨x, Ax⟩ tells of it.
+        size = tree.norm(product)
+        null = size == 0
+        product = jax.tree.map(lambda new, p: jnp.where(null, jnp.asarray(eps, p.dtype) * p, new), product, direction)
         # CG multiplies by ‖r‖² / ⟨p, Ap⟩, so that eps⁴ is left, whatever the size of A.
-        mark = jnp.where(curvature < -rounding, eps**4 * curvature / jnp.where(squared > 0, squared, 1), 0)
-        return _without_null_direction(direction, product, eps), mark.astype(dtype)
+        curvature = tree.vdot(direction, product)
+        mark = eps**4 * curvature / jnp.where(squared > 0, squared, 1)
+        return product, jnp.where(curvature < -_rounding(length, size), mark, 0).astype(dtype)
 
     _, unmarked = tree.varying_alike(b, jnp.zeros((), dtype))
     start = jax.tree.map(jnp.zeros_like, b) if init is None else init
     precondition = None if M is None else lambda pair: (M(pair[0]), pair[1])
     x, mark = solve(watching, (b, unmarked), init=(start, unmarked), M=precondition, **options)
     return x, mark != 0
-
-
-def _without_null_direction(direction, product, eps):
-    """Ap, or εp where Ap = 0: x then runs far along p instead of to infinity, and ⟨x, Ax⟩ tells of it."""
-    null = tree.norm(product) == 0
-    return jax.tree.map(lambda new, old: jnp.where(null, jnp.asarray(eps, old.dtype) * old, new), product, direction)

@@ -65,7 +65,8 @@ class Implicit:
         check_symmetry(self.linear, condition)
         inner = solve_implicitly(condition, solver, self.linear, theta, starting_point(init, theta, data), data)
         value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
-        matvec = adjoint_matvec(condition, inner.w, theta, data)
+        residual, matvec = adjoint_matvec(condition, inner.w, theta, data)
+        inner = solvers.with_residual(inner, solver, residual)
         scaling, symmetric = condition.scaling(theta, data), is_gradient(condition)
         adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, symmetric, linear_init)
         if condition.symmetric and not symmetric:
@@ -358,12 +359,14 @@ def solve_implicitly(
     return Solution(w, residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
 
 
-def adjoint_matvec(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> Callable[[PyTree], PyTree]:
-    """u ↦ (∂F/∂w)ᵀ u, linearised once: forwards where A is a Hessian, which is cheaper, else backwards."""
+def adjoint_matvec(
+    condition: Condition, w: PyTree, theta: PyTree, data: PyTree
+) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """F(w, θ) and u ↦ (∂F/∂w)ᵀ u, linearised once: forwards where A is a Hessian, which is cheaper, else backwards."""
     if is_gradient(condition):
-        return jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
-    _, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
-    return lambda u: pull_back(u)[0]
+        return jax.linearize(lambda w: condition.residual(w, theta, data), w)
+    residual, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
+    return residual, lambda u: pull_back(u)[0]
 
 
 def is_gradient(condition: Condition) -> bool:

@@ -8,6 +8,7 @@ and are left as they are.
 import functools
 import operator
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from bilevel.types import PyTree
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """⟨a, b⟩ over all leaves, a scalar."""
     dtype = _accumulator(a)
-    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(dtype), y.astype(dtype)), a, b)
+    exact = partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    products = jax.tree.map(lambda x, y: exact(x.astype(dtype), y.astype(dtype)), a, b)
     return functools.reduce(operator.add, jax.tree.leaves(products), jnp.zeros((), dtype))
 
 

@@ -57,20 +57,20 @@ def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
 
     hypergradient = bl.value_and_hypergradient(bl.Problem(condition, outer), descend, bl.Implicit(bl.CG(20)))
     whole = flops(lambda theta, w: hypergradient(theta, w, data), theta, w)
+    product = 4 * SAMPLES * FEATURES  # with x and with its transpose
     parts = {
         "inner": flops(inner, theta, w),
-        "adjoint": flops(adjoint, theta, w, w),
+        "adjoint": flops(adjoint, theta, w, w) - product,  # jaxopt multiplies its start, zero, as well
         "outer": flops(lambda theta, w: jax.value_and_grad(outer, (0, 1))(w, theta, data), theta, w),
         "pull back": flops(pull_back, theta, w, w),
     }
     assert whole <= 1.05 * sum(parts.values()), (whole, parts)
     assert whole > parts["inner"] + parts["outer"]  # the count sees what it should
-    product = 4 * SAMPLES * FEATURES  # with x and with its transpose
     assert whole + product > 1.05 * sum(parts.values())  # the bound would see one product more
 
 
 @pytest.mark.parametrize("maxiter", [1, 7])
-def test_an_adjoint_solve_spends_its_iterations_and_two_products(maxiter):
+def test_an_adjoint_solve_spends_its_iterations_and_one_product(maxiter):
     products = []
     diagonal = jnp.linspace(1.0, 50.0, 300)
 
@@ -80,4 +80,4 @@ def test_an_adjoint_solve_spends_its_iterations_and_two_products(maxiter):
 
     bl.CG(maxiter)(matvec, jnp.ones(300))
     jax.effects_barrier()
-    assert maxiter < len(products) <= maxiter + 2  # the start's residual, and the true one at the end
+    assert len(products) == maxiter + 1  # the true residual at the end; the start is zero

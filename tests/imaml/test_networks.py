@@ -85,6 +85,16 @@ def test_batch_normalise_takes_moments_over_all_but_channels(x64):
     np.testing.assert_allclose(batch_normalise(*map(jnp.asarray, (x, scale, offset))), expected, atol=60 * 10 * EPS)
 
 
+def test_batch_normalise_loses_no_more_than_the_mean_has_taken():
+    random = np.random.default_rng(0)
+    x = (1000 + random.normal(size=(60, 2))).astype(np.float32)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    out = batch_normalise(jnp.asarray(x), jnp.ones(2), jnp.zeros(2))
+    # The mean, its product with 1/deviation and the last sum each round numbers of a thousand.
+    np.testing.assert_allclose(out, expected, rtol=0, atol=4 * 1000 * np.finfo(np.float32).eps)
+
+
 def test_rows_that_do_not_count_are_normalised_by_those_that_do(x64):
     random = np.random.default_rng(0)
     x, scale, offset = random.normal(3, 2, (7, 5, 3, 2)), np.array([0.5, 2.0]), np.array([-1.0, 7.0])
