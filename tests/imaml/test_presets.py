@@ -124,11 +124,11 @@ def test_a_config_of_another_algorithm_restores_it(algorithm, name):
 
 FORMER = {
     "name": "omniglot-5way-1shot-gd", "dataset": "omniglot", "episode": {"ways": 5, "shots": 1, "queries": 1},
-    "rotations": {"train": True, "test": True}, "network": {"filters": 32, "kernel_gain": 10.0}, "strength": 0.1,
-    "inner": {"step_size": 0.1, "steps": 32, "tol": None, "momentum": 0.0},
+    "rotations": {"train": True, "test": True}, "network": {"filters": 64, "kernel_gain": 10.0}, "strength": 0.1,
+    "inner": {"step_size": 0.01, "steps": 16, "tol": None, "momentum": 0.8},
     "linear": {"maxiter": 5, "tol": None, "ridge": 0.0, "preconditioner": None},
     "outer": {
-        "learning_rate": 0.005, "tasks": 8, "queries": 15, "steps": 6000, "final_fraction": 0.0,
+        "learning_rate": 0.003, "tasks": 8, "queries": 15, "steps": 7000, "final_fraction": 0.0,
     },
     "seed": 0,
 }  # fmt: skip
