@@ -26,7 +26,8 @@ TASKS, UNKNOWNS, SAMPLES, STRENGTH, NOISE = 16, 100, 10, 0.05, 0.1
 DECAY = 30.0
 """The features' scales fall by this factor in all, so that the eigenvalues of H do by its square."""
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-CG_STEPS = (2, 5, 10)
+CG_STEPS = (2, 5, 11)
+"""The last is as many as I + H/λ has different eigenvalues: one for each sample, and 1."""
 
 
 class Curve(NamedTuple):
