@@ -81,6 +81,11 @@ def check_status(
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def well_ended(status: jax.Array) -> bool:
+    """Whether one number, the worst status, leaves nothing to look at; so it is under a trace."""
+    return isinstance(status, Tracer) or Status(int(status)).ok
+
+
 def _stages(out: Hypergradient) -> Iterator[tuple[str, jax.Array]]:
     """The stages in their order, each with its status; what an earlier one did to a later one is left out."""
     gone = jnp.zeros(jnp.shape(out.value), bool)

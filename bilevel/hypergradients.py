@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
-from bilevel.failures import advise, check_policy, check_status
+from bilevel.failures import advise, check_policy, check_status, well_ended
 from bilevel.linear import as_float, solve_differentiably
 from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
@@ -291,14 +291,16 @@ def value_and_hypergradient(
 
     @partial(jax.jit, static_argnames="init_function")
     def compiled(theta, init, data, linear_init, init_function):
-        return method(problem, solver, theta, init_function or init, data, linear_init)
+        out = method(problem, solver, theta, init_function or init, data, linear_init)
+        return out, out.status
 
     def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
-        theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
-        function, start = (init, None) if callable(init) else (None, jax.tree.map(jnp.asarray, init))
+        theta, data = outer_variables(theta), tree.arrays(data)
+        function, start = (init, None) if callable(init) else (None, tree.arrays(init))
         theta, start, data, linear_init = tree.varying_alike(theta, start, data, linear_init)
-        out = compiled(theta, start, data, linear_init, init_function=function)
-        check_status(out, on_failure, partial(advise, problem.condition, theta, data))
+        out, status = compiled(theta, start, data, linear_init, init_function=function)
+        if on_failure != "ignore" and not well_ended(status):
+            check_status(out, on_failure, partial(advise, problem.condition, theta, data))
         return out
 
     return hypergradient
@@ -331,7 +333,7 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
     check_symmetry(linear, condition)
 
     def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
-        theta, data = outer_variables(theta), jax.tree.map(jnp.asarray, data)
+        theta, data = outer_variables(theta), tree.arrays(data)
         theta, start, data = tree.varying_alike(theta, starting_point(init, theta, data), data)
         return solve_implicitly(condition, solver, linear, theta, start, data).w
 
@@ -428,7 +430,7 @@ def outer_variables(theta: PyTree) -> PyTree:
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = jax.tree.map(jnp.asarray, theta)
+    theta = tree.arrays(theta)
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -444,7 +446,7 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     Raises:
         TypeError: for a leaf that is not floating.
     """
-    start = jax.tree.map(jnp.asarray, init(theta, data) if callable(init) else init)
+    start = tree.arrays(init(theta, data) if callable(init) else init)
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(

@@ -520,8 +520,9 @@ def _from_unit(unit, info):
 
 
 def _recursive_tol(tol, b):
-    """Where a recursion stops: half of tol, so that rounding alone does not fail the true residual.
+    """Where a recursion stops: a little below tol, so that rounding alone does not fail the true residual.
 
     Below eps² nothing is left to gain, and the squares that the recursion divides by would underflow to 0/0.
     """
-    return max(0.5 * (tol or 0.0), tree.eps(b) ** 2)
+    tol, eps = tol or 0.0, tree.eps(b)
+    return max((0.9 if tol > 80 * eps else 0.5) * tol, eps**2)

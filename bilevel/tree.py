@@ -42,6 +42,11 @@ def _scaled_norm(a, squares):
     return unit * jnp.sqrt(vdot(scaled, scaled))
 
 
+def arrays(a: PyTree) -> PyTree:
+    """Every leaf as a JAX array."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), a)
+
+
 def scale(factor: PyTree, a: PyTree) -> PyTree:
     """``factor · a``: leaf by leaf where ``factor`` is a tree like ``a``, else one scalar for all leaves."""
     if jax.tree.structure(factor) != jax.tree.structure(a):

@@ -208,7 +208,7 @@ def _start_jax():
 
     use_all_cores()
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _train(options, overrides):

@@ -43,8 +43,8 @@ def rows(record: dict) -> list[str]:
 def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
     """Milliseconds a task of the whole and of its parts, the least of all rounds: what the machine can do.
 
-    Conjugate gradients that start at b make one product for the first residual, one an iteration, and the true residual
-    is one more. The gradient of the inner objective is taken once a step, and once at the end for its norm.
+    Conjugate gradients make one product an iteration, and the true residual is one more. The gradient of the inner
+    objective is taken once a step; that of its end is the linearisation's own value.
     """
     least = {name: 1e3 * min(times) for name, times in seconds.items()}
     product = (least["linearise, 21"] - least["linearise, 1"]) / REPEATS
@@ -56,7 +56,7 @@ def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
     }
     rest = parts["outer gradient"] + parts["linearise"]
     whole = least["meta-gradient"] / item.tasks
-    total = (item.steps + 1) * parts["gradient"] + rest + (item.products + 2) * product
+    total = item.steps * parts["gradient"] + rest + (item.products + 1) * product
     return parts | {"whole": whole, "sum of parts": total, "share": total / whole}
 
 

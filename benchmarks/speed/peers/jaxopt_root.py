@@ -25,5 +25,9 @@ def programs(item: Linear, dtype: str):
     def solve(w, theta, data):
         return jax.lax.fori_loop(0, item.steps, lambda _, w: w - item.step_size * slope(w, theta, data), w)
 
-    hypergradient = jax.jit(jax.value_and_grad(lambda theta: validation(item.loss, solve(init, theta, data), data)))
-    return {"hypergradient": lambda: {"theta": np.asarray(hypergradient(theta)[1])}}
+    # Data are arguments, as everywhere: of a constant XLA would make a transposed copy beforehand.
+    def value(theta, data):
+        return validation(item.loss, solve(init, theta, data), data)
+
+    hypergradient = jax.jit(jax.value_and_grad(value))
+    return {"hypergradient": lambda: {"theta": np.asarray(hypergradient(theta, data)[1])}}

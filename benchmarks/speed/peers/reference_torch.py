@@ -5,7 +5,7 @@ conjugate gradients from zero on (1 + 1)v + Hv/(λ + 10); each product builds th
 flat. λ is 2.
 
 ``paper's operator``: the algorithm of the paper, which this library computes, in the same PyTorch: proximal gradient
-steps, conjugate gradients from v on v + Hv/λ. It is here to compare numbers, not times.
+steps, conjugate gradients from zero on v + Hv/λ. It is here to compare numbers, not times.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _reference(item, names, theta, task):
     def product(u):
         return 2.0 * u + _hessian_times(names, phi, task, u) / (item.strength + 10.0)
 
-    return conjugate_gradients(product, v, torch.zeros_like(v), v.clone(), item.products)
+    return conjugate_gradients(product, v, item.products)
 
 
 def _paper(item, names, theta, task):
@@ -53,12 +53,12 @@ def _paper(item, names, theta, task):
     def product(u):
         return u + _hessian_times(names, phi, task, u) / item.strength
 
-    return conjugate_gradients(product, v, v.clone(), v - product(v), item.products)
+    return conjugate_gradients(product, v, item.products)
 
 
-def conjugate_gradients(product, b, x, r, iterations):
-    """Hestenes and Stiefel's recursion from x with residual r."""
-    p, squared = r.clone(), r @ r
+def conjugate_gradients(product, b, iterations):
+    """Hestenes and Stiefel's recursion from zero."""
+    x, r, p, squared = torch.zeros_like(b), b, b, b @ b
     for _ in range(iterations):
         image = product(p)
         length = squared / (p @ image)
