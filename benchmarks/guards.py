@@ -227,8 +227,8 @@ GUARDS = (
         "A = cI: a recursion at its end",
         LINEAR,
         "bilevel/linear.py",
-        "return max(0.5 * (tol or 0.0), tree.eps(b) ** 2)",
-        "return 0.5 * (tol or 0.0)",
+        "return max((0.9 if tol > 80 * eps else 0.5) * tol, eps**2)",
+        "return (0.9 if tol > 80 * eps else 0.5) * tol",
     ),
     _guard(
         "one bad task in a batch: left out",

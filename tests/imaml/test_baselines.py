@@ -189,7 +189,7 @@ def curves():
 def test_tasks_computed_together_give_what_they_give_one_by_one(at_once, algorithm, curves):
     network, tasks = curves
     theta = network.init(jax.random.key(1))
-    learner = learner_of(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 1.0)
+    learner = learner_of(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 10.0)
     one, several = (jax.jit(meta_gradient(learner, at_once=number))(theta, tasks) for number in (1, at_once))
     # Reptile learns from the query points too; what is not finite is left out in any case.
     assert int(one.tasks) == 5 and bl.Status(int(one.status[2])) is bl.Status.NONFINITE
