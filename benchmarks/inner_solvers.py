@@ -4,7 +4,7 @@
 
 At the θ of a run's last checkpoint, on tasks of training classes, for each inner solver: mean query loss and accuracy,
 the median inner residual and CG's, and the mean cosine of a task's meta-gradient with that of 800 stable steps and 60
-CG iterations. Below them the largest eigenvalue of H, by power iteration, at θ, where descent starts, and at φ.
+CG iterations. Below them the largest eigenvalue of H, a Ritz value, at θ, where descent starts, and at φ.
 """
 
 import argparse
@@ -19,17 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from bilevel import tree
-from imaml import checkpoints, datasets
+from bilevel.certificates.spectrum import ritz_values
+from imaml import datasets
 from imaml.algorithms import Learner
 from imaml.errors import InputError
+from imaml.evaluation import trained
 from imaml.files import write_whole
 from imaml.meta_step import initial_state
 from imaml.presets import restore
 from imaml.problem import support_loss
 from imaml.tasks import Task
-
-POWER_ITERATIONS = 30
 
 
 def solvers(limit: float) -> dict[str, tuple[bl.InnerSolver, bl.CG]]:
@@ -46,17 +45,11 @@ def solvers(limit: float) -> dict[str, tuple[bl.InnerSolver, bl.CG]]:
 
 def curvature(learner: Learner, theta: dict, tasks: Task) -> tuple[jax.Array, jax.Array]:
     """The largest eigenvalue of H at θ and at φ of each task, ``[tasks]`` both."""
-    slope = jax.grad(support_loss(learner.apply, learner.loss))
+    loss = support_loss(learner.apply, learner.loss)
 
     def largest(w, task):
-        def advance(_, carry):
-            v, _ = carry
-            product = jax.jvp(lambda w: slope(w, theta, task), (w,), (v,))[1]
-            size = tree.norm(product)
-            return tree.scale(1 / size, product), size
-
-        random = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape, leaf.dtype), w)
-        return jax.lax.fori_loop(0, POWER_ITERATIONS, advance, (random, jnp.zeros_like(tree.norm(random))))[1]
+        product = jax.linearize(jax.grad(lambda w: loss(w, theta, task)), w)[1]
+        return ritz_values(product, w)[-1]
 
     def both(task):
         return largest(theta, task), largest(learner.adapt(theta, task).w, task)
@@ -111,9 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args(arguments)
     try:
-        found = checkpoints.newest(options.run, lambda _, message: print(message, file=sys.stderr))
-        if found is None:
-            raise InputError(f"there is no run in {options.run}: it holds no whole checkpoint")
+        found = trained(options.run, on_event=partial(print, file=sys.stderr))
         preset = restore(found.description["preset"], found.description["config"])
         pixels = datasets.load(preset.dataset, options.data).train.pixels
     except InputError as error:

@@ -160,7 +160,7 @@ class Proximal:
         # Where a learned λ is not positive the system is left as it is, and its status tells.
         return jax.tree.map(
             lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
-            jax.tree.map(jnp.asarray, self._strength(theta, data)),
+            tree.arrays(self._strength(theta, data)),
         )
 
     def _away(self, w, theta, data):

@@ -124,7 +124,7 @@ def minimize(
     step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
     state, records, w = optimizer.init(theta), [], None
     for number, batch in enumerate(batches):
-        batch = jax.tree.map(jnp.asarray, batch)
+        batch = tree.arrays(batch)
         if w is None:
             w = _as_after_a_step(starting_point(init, theta, batch))
             adjoint = jax.tree.map(jnp.zeros_like, w)

@@ -430,7 +430,7 @@ class Jaxopt:
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         from bilevel import _jaxopt_solvers  # jaxopt takes a second to import: only when it is used
 
-        init = jax.tree.map(jnp.asarray, init)
+        init = tree.arrays(init)
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
             w, steps, tol = _jaxopt_solvers.run_solver(self.solver, dict(self.options), condition, init, theta, data)
             w = jax.tree.map(lambda leaf, start: leaf.astype(start.dtype), w, init)
@@ -500,7 +500,7 @@ def _like_start(w, init):
             f"an inner solver returns w, a pytree like init of shapes {expected}, or a bl.Solution that holds one; "
             f"got shapes {got}: return w alone, and give init the shapes of the solution"
         )
-    return tree.like(jax.tree.map(jnp.asarray, w), jax.tree.map(jnp.asarray, init))
+    return tree.like(tree.arrays(w), tree.arrays(init))
 
 
 def _check_budget(name, steps, tol):

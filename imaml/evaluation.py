@@ -126,14 +126,22 @@ def evaluate(
     return evaluate_classes(theta, preset, dataset.test, tasks)
 
 
-def _restore(directory, preset, best, on_event):
-    """The preset and θ of a checkpoint in a folder, and the fingerprint of the data it was trained on."""
+def trained(
+    directory: Path, best: bool = False, on_event: Callable[[str], None] = warnings.warn
+) -> checkpoints.Checkpoint:
+    """The last whole checkpoint in a run's folder, or the best one; InputError where there is none."""
     if best:
         found = checkpoints.best(directory)
     else:
         found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; the one before is taken"))
     if found is None:
         raise InputError(f"there is no run in {directory}: it holds no whole checkpoint")
+    return found
+
+
+def _restore(directory, preset, best, on_event):
+    """The preset and θ of a checkpoint in a folder, and the fingerprint of the data it was trained on."""
+    found = trained(directory, best, on_event)
     description = found.description
     preset = preset or restore(description["preset"], description["config"])
     fingerprint = description["data"] if preset.dataset == description["config"]["dataset"] else None

@@ -141,6 +141,7 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
     neighbours = patches(x) if stride == 2 else dense_patches(x)
     # As one matrix: with its axes apart, the kernel's gradient takes a tenth longer.
     filters, inputs = kernel.shape
+    # Its gradient is made in the layout of the kernel, or beyond a barrier in that of the matrix: faster where narrow.
     matrix = jax.lax.optimization_barrier(kernel.T) if inputs < filters else kernel.T
     product = neighbours.reshape(-1, inputs) @ matrix
     return product.reshape(*neighbours.shape[:-1], -1)

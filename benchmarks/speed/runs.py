@@ -60,8 +60,7 @@ def host_share(rounds: int) -> dict[str, object]:
         state, started = begun, time.perf_counter()
         for _ in range(STEPS):
             # Each is waited for: the collectives of many under way would wait for each other.
-            jax.block_until_ready(report := step(state, pixels))
-            state = report[0]
+            state, _ = jax.block_until_ready(step(state, pixels))
         return time.perf_counter() - started
 
     def trained():

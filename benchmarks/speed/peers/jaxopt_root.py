@@ -25,8 +25,7 @@ def programs(item: Linear, dtype: str):
     def solve(w, theta, data):
         return jax.lax.fori_loop(0, item.steps, lambda _, w: w - item.step_size * slope(w, theta, data), w)
 
-    # Data are arguments, as everywhere: of a constant XLA would make a transposed copy beforehand.
-    def value(theta, data):
+    def value(theta, data):  # data are arguments, as they are for the others
         return validation(item.loss, solve(init, theta, data), data)
 
     hypergradient = jax.jit(jax.value_and_grad(value))
