@@ -22,51 +22,53 @@ class Found:
 
     Attributes:
         x: the solution, a pytree like b.
-        product: Ax; A·0 where x is not finite, so that a NaN in it is one of A.
+        left: b − Ax; b − A·0 where x is not finite, so that a NaN in it is one of A or b.
         defect: SINGULAR or NEGATIVE_CURVATURE as an int32 scalar, of an operator that ought to be positive definite
             and shows that it is not; 0 where it shows nothing.
         stopped: whether more budget would not have changed x.
     """
 
     x: PyTree
-    product: PyTree
+    left: PyTree
     defect: jax.Array
     stopped: jax.Array
 
 
 def found(matvec: MatVec, b: PyTree, x: PyTree, negative: jax.Array | None = None) -> Found:
-    """x with its product, of a solve that ran its course; ``negative`` as :func:`watch_curvature` gives it."""
+    """x with what it leaves of b, of a solve that ran its course; ``negative`` as :func:`watch_curvature` gives it."""
     length = tree.norm(x)
     whole = jnp.isfinite(length)
     length = jnp.where(whole, length, 0)
     if negative is None:
         x_or_zero = jax.tree.map(lambda leaf: jnp.where(whole, leaf, jnp.zeros_like(leaf)), x)
-        return Found(x, matvec(x_or_zero), jnp.int32(0), jnp.bool_(False))
+        return Found(x, tree.subtract(b, matvec(x_or_zero)), jnp.int32(0), jnp.bool_(False))
 
     def unfinished(carry):
         turn, _, _, _, flat = carry
         return (turn == 0) | ((turn == 1) & flat)
 
     def advance(carry):  # one program for both products: the second is made where the first leaves a doubt
-        turn, product, size, _, flat = carry
+        turn, left, size, _, flat = carry
         first = turn == 0
-        direction = jax.tree.map(lambda x, b: jnp.where(first, jnp.where(whole, x, jnp.zeros_like(x)), b), x, b)
+        # Beside the turn, so that the compiler keeps no second copy of x for it.
+        direction = jax.tree.map(lambda x, b: jnp.where(first & whole, x, jnp.where(first, jnp.zeros_like(b), b)), x, b)
         new = matvec(direction)
         new_size = tree.norm(new)
-        product = jax.tree.map(lambda new, old: jnp.where(first, new, old), new, product)
+        left = jax.tree.map(lambda b, new, old: jnp.where(first, b - new, old), b, new, left)
         # Whether ⟨x, Ax⟩ ≤ √eps·‖x‖‖Ax‖, which no positive definite A with κ < 1/eps allows (Kantorovich).
         curvature = tree.vdot(direction, new)
         size = jnp.where(first, new_size, size)
         flat = jnp.where(first, (curvature <= _rounding(length, size)) & (length > 0), flat)
-        return turn + 1, product, size, new_size, flat
+        return turn + 1, left, size, new_size, flat
 
     nothing = jnp.zeros_like(length)
-    start = (jnp.int32(0), jax.tree.map(jnp.zeros_like, b), nothing, nothing, jnp.bool_(False))
-    _, product, size, scale, flat = jax.lax.while_loop(unfinished, advance, tree.varying_alike(b, *start)[1:])
+    # x, which the first turn replaces, comes out of the solve: zeros would be laid out beside it.
+    start = (jnp.int32(0), x, nothing, nothing, jnp.bool_(False))
+    _, left, size, scale, flat = jax.lax.while_loop(unfinished, advance, tree.varying_alike(b, *start)[1:])
     # x is a null direction if Ax is nothing against ‖A‖‖x‖, for which ‖Ab‖ stands; else A is indefinite.
     null = (size <= _rounding(length, scale)) & (length > 0)
     kind = jnp.where(null, jnp.int32(Status.SINGULAR), jnp.int32(Status.NEGATIVE_CURVATURE))
-    return Found(x, product, jnp.where(flat | negative, kind, jnp.int32(0)), jnp.bool_(False))
+    return Found(x, left, jnp.where(flat | negative, kind, jnp.int32(0)), jnp.bool_(False))
 
 
 def _rounding(length, size):
@@ -90,7 +92,7 @@ def found_within(
 
     def unfinished(carry):
         turn, first = carry
-        return (turn == 0) | ((turn == 1) & ~(relative_residual(b, first.product) <= tol))
+        return (turn == 0) | ((turn == 1) & ~(relative_residual(b, first.left) <= tol))
 
     def advance(carry):
         turn, first = carry
@@ -109,10 +111,10 @@ def _equal(a, b):
     return jnp.stack([jnp.bool_(True), *(jnp.array_equal(x, y) for x, y in pairs)]).all()
 
 
-def relative_residual(b: PyTree, product: PyTree) -> jax.Array:
+def relative_residual(b: PyTree, left: PyTree) -> jax.Array:
     """‖b − Ax‖ / ‖b‖, without the division where b = 0."""
     size = tree.norm(b)
-    return tree.norm(tree.subtract(b, product)) / jnp.where(size > 0, size, jnp.ones_like(size))
+    return tree.norm(left) / jnp.where(size > 0, size, jnp.ones_like(size))
 
 
 def report(
@@ -134,7 +136,7 @@ def report(
         breakdown: what it means that x is not finite while A and b are.
     """
     b, found = jax.lax.stop_gradient((b, found))
-    residual = relative_residual(b, found.product)
+    residual = relative_residual(b, found.left)
     sound, whole = jnp.isfinite(residual), jnp.isfinite(tree.norm(found.x))
     status = _judged(residual, tol, found.stopped, failure)
     status = jnp.where(found.defect > 0, found.defect, status)

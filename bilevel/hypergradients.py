@@ -68,7 +68,8 @@ class Implicit:
         residual, matvec = adjoint_matvec(condition, inner.w, theta, data)
         inner = solvers.with_residual(inner, solver, residual)
         scaling, symmetric = condition.scaling(theta, data), is_gradient(condition)
-        adjoint, info = solve_scaled(self.linear, matvec, outer_w, scaling, symmetric, linear_init)
+        right = _after(inner.residual_norm, outer_w)
+        adjoint, info = solve_scaled(self.linear, matvec, right, scaling, symmetric, linear_init)
         if condition.symmetric and not symmetric:
             info = _doubting_symmetry(info, matvec, condition, inner.w, theta, data)
         through_w = _pull_to_theta(condition, inner.w, theta, data, adjoint)
@@ -369,6 +370,12 @@ def adjoint_matvec(
         return jax.linearize(lambda w: condition.residual(w, theta, data), w)
     residual, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
     return residual, lambda u: pull_back(u)[0]
+
+
+def _after(number, v):
+    """``v``, once ``number`` is known: else the compiler puts its sum off, and keeps the terms beside a whole solve."""
+    nothing = jnp.nan_to_num(0 * jax.lax.stop_gradient(number))
+    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), v)
 
 
 def is_gradient(condition: Condition) -> bool:

@@ -141,9 +141,11 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
     neighbours = patches(x) if stride == 2 else dense_patches(x)
     # As one matrix: with its axes apart, the kernel's gradient takes a tenth longer.
     filters, inputs = kernel.shape
-    # Its gradient is made in the layout of the kernel, or beyond a barrier in that of the matrix: faster where narrow.
-    matrix = jax.lax.optimization_barrier(kernel.T) if inputs < filters else kernel.T
-    product = neighbours.reshape(-1, inputs) @ matrix
+    rows = neighbours.reshape(-1, inputs)
+    if inputs < filters:  # a narrow kernel's gradient is made faster in the layout of its transpose
+        product = rows @ jax.lax.optimization_barrier(kernel.T)
+    else:  # not rows @ kernel.T, of which a linearisation keeps a copy
+        product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
     return product.reshape(*neighbours.shape[:-1], -1)
 
 
@@ -179,10 +181,9 @@ def batch_normalise(
     axes = tuple(range(x.ndim - 1))
     seen = x if counted is None else x[:counted]
     mean = seen.mean(axes)
-    variance = jnp.square(seen - mean).mean(axes)
-    # One product and one sum for each entry. The sum is rounded by eps·|mean| at most, as x itself is.
-    factor = scale * jax.lax.rsqrt(variance + epsilon)
-    return x * factor + (offset - mean * factor)
+    # Recomputed, so that a linearisation keeps the deviations alone.
+    variance = jax.checkpoint(lambda deviation: (deviation * deviation).mean(axes), prevent_cse=False)(seen - mean)
+    return (x - mean) * (scale * jax.lax.rsqrt(variance + epsilon)) + offset
 
 
 def _block_init(key, channels, filters, gain):
