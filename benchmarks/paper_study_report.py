@@ -1,8 +1,9 @@
-"""The study of the paper's setting as a table and a picture, from its records alone.
+"""The study of the paper's setting as tables and pictures, from its records alone.
 
-    python -m benchmarks.paper_study_report [--records DIR] [--picture FILE]
+    python -m benchmarks.paper_study_report [--records DIR] [--pictures DIR]
 
-Needs no JAX and no data: what :mod:`benchmarks.paper_study` measured lies in ``benchmarks/results/paper_study``.
+Needs no JAX and no data: what :mod:`benchmarks.paper_study` measured lies in ``benchmarks/results/paper_study``, in its
+folder ``seed-1`` the same of another seed, and in ``long`` some variants that were trained for longer.
 """
 
 import argparse
@@ -13,13 +14,19 @@ from pathlib import Path
 from imaml.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "paper_study.png"
+SEED_1, LONG = "seed-1", "long"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
 LITERAL = "literal"
 HEADER = (
-    "what differs", "test accuracy, %", "training, first and last stretch, %", "H, lowest and highest Ritz value",
-    "inner residual left", "linear residual", "negative curvature", "left out", "gradient off by",
+    "what differs", "test accuracy, %", "with seed 1, %", "training, first and last stretch, %",
+    "H, lowest and highest Ritz value", "inner residual left", "linear residual", "negative curvature", "left out",
+    "gradient off by",
 )  # fmt: skip
-GREY, BLUE, ORANGE = "#718096", "#2b6cb0", "#c05621"
+COURSE_HEADER = ("meta-steps", "training accuracy, %", "inner residual", "linear residual", "negative curvature")
+MILESTONES = (100, 400, 1000, 2000, 3000, 4000)
+WINDOW = 100
+"""Meta-steps up to a milestone, over which a line of a course is the mean."""
+GREY, DARK, BLUE, ORANGE = "#718096", "#4a5568", "#2b6cb0", "#c05621"
 
 
 def read(directory: Path = RESULTS) -> list[dict]:
@@ -28,14 +35,17 @@ def read(directory: Path = RESULTS) -> list[dict]:
     return sorted(found, key=lambda record: (record["name"] != LITERAL, -record["test"]["accuracy"]))
 
 
-def row(record: dict) -> tuple[str, ...]:
-    """A line of the table: at the end of the run, but where it says otherwise; medians are over the whole run."""
+def row(record: dict, again: dict | None = None) -> tuple[str, ...]:
+    """A line of the table: at the end of the run, but where it says otherwise; medians are over the whole run.
+
+    ``again`` is the record of the same variant with seed 1.
+    """
     curve, probe = record["curve"], record["probes"][-1]
-    negative = statistics.mean(point["statuses"].get("NEGATIVE_CURVATURE", 0.0) for point in curve)
-    test = record["test"]
+    negative = statistics.mean(_negative(point) for point in curve)
     return (
         record["settings"]["factor"],
-        f"{100 * test['accuracy']:.1f} ± {100 * test['interval']:.1f}",
+        _tested(record),
+        _tested(again) if again else "—",
         f"{100 * curve[0]['accuracy']:.0f} → {100 * curve[-1]['accuracy']:.0f}",
         f"{min(probe['lowest_ritz']):.2g} to {max(probe['highest_ritz']):.2g}",
         f"{statistics.median(probe['inner_residual_left']):.0%}",
@@ -46,6 +56,15 @@ def row(record: dict) -> tuple[str, ...]:
     )
 
 
+def _tested(record):
+    test = record["test"]
+    return f"{100 * test['accuracy']:.1f} ± {100 * test['interval']:.1f}"
+
+
+def _negative(point):
+    return point["statuses"].get("NEGATIVE_CURVATURE", 0.0)
+
+
 def _off(probe):
     """By the correction of ``bl.certify``, if it was asked; in brackets where it says that it is no first-order one."""
     if "correction" not in probe:
@@ -54,60 +73,123 @@ def _off(probe):
     return f"{share:.0%}" if probe["first_order"] else f"({share:.0%})"
 
 
-def table(records: list[dict]) -> str:
-    """Markdown, with what holds for all of them above it."""
-    lines = [HEADER, ["---"] * len(HEADER), *map(row, records)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(records: list[dict], again: list[dict]) -> str:
+    """Markdown: a line for each variant."""
+    others = {record["name"]: record for record in again}
+    return _markdown(HEADER, [row(record, others.get(record["name"])) for record in records])
+
+
+def course(record: dict) -> str:
+    """Markdown: how a long run went, a line for each milestone."""
+    lines = []
+    for milestone in MILESTONES:
+        points = [point for point in record["curve"] if milestone - WINDOW < point["step"] <= milestone]
+        if not points:
+            continue
+        accuracy, inner, linear, negative = (
+            statistics.mean(map(read, points))
+            for read in (*(lambda point, key=key: point[key] for key in _MEASURED), _negative)
+        )
+        lines.append((f"{milestone:,}", f"{100 * accuracy:.0f}", f"{inner:.2f}", f"{linear:.2f}", f"{negative:.0%}"))
+    return _markdown(COURSE_HEADER, lines)
+
+
+_MEASURED = ("accuracy", "inner_residual", "linear_residual")
+
+
+def _markdown(header, lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def draw(records: list[dict], path: Path) -> Path:
     """Training accuracy of every variant over meta-steps, each beside the literal setting's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     literal = next(record for record in records if record["name"] == LITERAL)
     others = [record for record in records if record is not literal]
     columns = 4
     lines = max(1, -(-len(others) // columns))
-    figure = Figure(figsize=(2.7 * columns, 2.3 * lines + 0.4), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = _figure(2.7 * columns, 2.3 * lines + 0.4)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, record in zip(panels, others, strict=False):
-        _line(axes, literal, GREY, "the literal setting")
+        _line(axes, literal, "accuracy", GREY)
         better = record["test"]["accuracy"] - literal["test"]["accuracy"]
         clear = abs(better) > record["test"]["interval"] + literal["test"]["interval"]
-        _line(axes, record, (BLUE if better > 0 else ORANGE) if clear else "#4a5568", record["name"])
+        _line(axes, record, "accuracy", (BLUE if better > 0 else ORANGE) if clear else DARK)
         axes.set_title(record["name"], fontsize="medium")
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        _as_accuracy(axes)
+        _plain(axes)
     for axes in panels[len(others) :]:
         axes.set_visible(False)
     figure.supxlabel("meta-step", fontsize="medium")
     figure.supylabel("query accuracy, training classes", fontsize="medium")
     figure.suptitle("One factor changed; grey: the literal setting", fontsize="medium")
+    return _save(figure, path)
+
+
+def draw_long(records: list[dict], path: Path) -> Path:
+    """Accuracy, both residuals and negative curvature of the long runs over meta-steps."""
+    figure = _figure(11.0, 5.2)
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+    colors = {LITERAL: ORANGE, "momentum": BLUE}
+    for record in records:
+        color = colors.get(record["name"], GREY)
+        for axes, key in zip(panels, (*_MEASURED, "negative"), strict=True):
+            _line(axes, record, key, color, record["name"])
+    titles = ("query accuracy, training classes", "inner residual", "linear residual", "tasks with negative curvature")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize="medium")
+        _plain(axes)
+    _as_accuracy(panels[0])
+    panels[0].legend(frameon=False)
+    figure.supxlabel("meta-step", fontsize="medium")
+    return _save(figure, path)
+
+
+def _figure(width, height):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _line(axes, record, key, color, label=None):
+    points = record["curve"]
+    values = [_negative(point) if key == "negative" else point[key] for point in points]
+    axes.plot([point["step"] for point in points], values, color=color, label=label)
+
+
+def _as_accuracy(axes):
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _plain(axes):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
     return path
 
 
-def _line(axes, record, color, label):
-    points = record["curve"]
-    axes.plot([point["step"] for point in points], [point["accuracy"] for point in points], color=color, label=label)
-
-
 def main() -> None:
-    """Print the table and draw the picture."""
+    """Print the tables and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--records", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args()
-    records = read(options.records)
+    records, long = read(options.records), read(options.records / LONG)
     if LITERAL not in {record["name"] for record in records}:
         parser.error(f"{options.records} has no record of the literal setting: run 'python -m benchmarks.paper_study'")
-    print(table(records))
-    print(draw(records, options.picture))
+    print(table(records, read(options.records / SEED_1)))
+    print(draw(records, options.pictures / "paper_study.png"))
+    for record in long:
+        print(f"\n{record['settings']['factor']}: test accuracy {_tested(record)} %\n\n{course(record)}")
+    if long:
+        print(draw_long(long, options.pictures / "paper_study_long.png"))
 
 
 if __name__ == "__main__":

@@ -170,13 +170,13 @@ def watch_curvature(
     dtype = jnp.result_type(jnp.float32 if not jax.tree.leaves(b) else jax.tree.leaves(b)[0])
     eps = float(jnp.finfo(dtype).eps)
 
-    def nothing(direction):  # of the start at zero, which costs no product
+    def nothing(direction):  # of the start at zero, known by its mark, a constant: no product is made, nor compiled
         return jax.tree.map(jnp.zeros_like, direction)
 
     def watching(pair):
-        direction, _ = pair
+        direction, mark = pair
         squared, length = tree.vdot(direction, direction), tree.norm(direction)
-        product = jax.lax.cond(length == 0, nothing, matvec, direction)
+        product = jax.lax.cond(mark == at_zero, nothing, matvec, direction)
         # Where Ap = 0 x then runs far along p instead of to infinity, and ⟨x, Ax⟩ tells of it.
         size = tree.norm(product)
         null = size == 0
@@ -186,8 +186,8 @@ def watch_curvature(
         mark = eps**4 * curvature / jnp.where(squared > 0, squared, 1)
         return product, jnp.where(curvature < -_rounding(length, size), mark, 0).astype(dtype)
 
-    _, unmarked = tree.varying_alike(b, jnp.zeros((), dtype))
-    start = jax.tree.map(jnp.zeros_like, b) if init is None else init
+    _, unmarked, at_zero = tree.varying_alike(b, jnp.zeros((), dtype), jnp.full((), eps**5, dtype))
+    start = (jax.tree.map(jnp.zeros_like, b), at_zero) if init is None else (init, unmarked)
     precondition = None if M is None else lambda pair: (M(pair[0]), pair[1])
-    x, mark = solve(watching, (b, unmarked), init=(start, unmarked), M=precondition, **options)
-    return x, mark != 0
+    x, mark = solve(watching, (b, unmarked), init=start, M=precondition, **options)
+    return x, mark != start[1]

@@ -373,9 +373,12 @@ def adjoint_matvec(
 
 
 def _after(number, v):
-    """``v``, once ``number`` is known: else the compiler puts its sum off, and keeps the terms beside a whole solve."""
-    nothing = jnp.nan_to_num(0 * jax.lax.stop_gradient(number))
-    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), v)
+    """``v``, with a leaf that waits for ``number``: else the compiler keeps its terms beside all that is made of v."""
+    leaves, structure = jax.tree.flatten(v)
+    if leaves:
+        nothing = jax.lax.stop_gradient(jnp.where(jnp.isfinite(number), 0 * number, 0))
+        leaves[0] = leaves[0] + nothing.astype(leaves[0].dtype)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def is_gradient(condition: Condition) -> bool:

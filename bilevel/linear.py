@@ -6,7 +6,6 @@ so each solve ends with one product of its own, from which :mod:`bilevel.diagnos
 status.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -424,11 +423,12 @@ def solve_differentiably(
 
 
 def _tied(v):
-    """``v`` with every leaf a function of all: JAX's rules for a solve want a derivative in each leaf or in none."""
-    entries = [leaf.ravel()[0] for leaf in jax.tree.leaves(v) if leaf.size]
-    if len(entries) < 2:
-        return v
-    return jax.tree.map(lambda leaf: functools.reduce(lambda sum, x: sum + 0 * x.astype(leaf.dtype), entries, leaf), v)
+    """``v`` with every leaf a function of all: JAX's rules for a solve want a derivative in each leaf or in none.
+
+    The compiler sees that a slice of a concatenation is what was put there, and makes neither.
+    """
+    flat, unravel = ravel_pytree(tree.widened(v))  # one dtype: mixed ones have no promotion where it is strict
+    return tree.like(unravel(flat), v)
 
 
 def as_float(count: jax.Array) -> jax.Array:

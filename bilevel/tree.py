@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bilevel.types import PyTree
 
 
+@jax.jit
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """⟨a, b⟩ over all leaves, a scalar."""
     dtype = _accumulator(a)
@@ -24,6 +25,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     return functools.reduce(operator.add, jax.tree.leaves(products), jnp.zeros((), dtype))
 
 
+@jax.jit
 def norm(a: PyTree) -> jax.Array:
     """‖a‖₂ over all leaves; entries are divided by the largest one where a square overflows or vanishes."""
     dtype = _accumulator(a)
@@ -34,12 +36,11 @@ def norm(a: PyTree) -> jax.Array:
     return jax.lax.cond(sound, lambda a, squares: jnp.sqrt(squares), _scaled_norm, a, squares)
 
 
-def _scaled_norm(a, squares):
-    peaks = [jnp.max(jnp.abs(leaf)) for leaf in a if leaf.size]
-    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros_like(squares))
+def _scaled_norm(a, squares):  # seldom run, often compiled: one array is shorter than many
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, squares.dtype)])
+    peak = jnp.max(jnp.abs(flat), initial=0)
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
-    scaled = [leaf / unit for leaf in a]
-    return unit * jnp.sqrt(vdot(scaled, scaled))
+    return unit * jnp.sqrt(vdot(flat / unit, flat / unit))
 
 
 def arrays(a: PyTree) -> PyTree:

@@ -52,8 +52,13 @@ def optimizer(outer: Outer) -> "optax.GradientTransformation":
 
 def initial_state(preset: Preset) -> TrainState:
     """θ drawn by the seed, and an optimiser that has seen nothing."""
-    theta = preset.functions.init(preset.keys.init)
-    return TrainState(theta, optimizer(preset.outer).init(theta), preset.keys.train, jnp.int32(0))
+
+    @jax.jit  # one program, not one for each operation
+    def drawn(keys):
+        theta = preset.functions.init(keys.init)
+        return TrainState(theta, optimizer(preset.outer).init(theta), keys.train, jnp.int32(0))
+
+    return drawn(preset.keys)
 
 
 def meta_step(preset: Preset, mesh: Mesh | None = None) -> Callable[[TrainState, Any], tuple[TrainState, MetaGradient]]:

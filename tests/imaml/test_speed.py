@@ -104,3 +104,9 @@ def test_pytorch_computes_the_same_gradient_of_the_same_operator(tmp_path):
         with harness.Process(item, contender, "float64") as process:
             found[contender.label] = process.gradient(contender.program, tmp_path)
     assert suites._relative(found["theirs"], found["ours"]) < suites.TOLERANCE
+
+
+def test_a_task_of_the_first_item_fits_in_the_memory_that_was_promised():
+    from benchmarks.speed.peers import ours
+
+    assert ours.memory(workloads.ITEMS["W1"]) <= 6.4 * 2**20
