@@ -173,18 +173,26 @@ def watch_curvature(
     def nothing(direction):  # of the start at zero, known by its mark, a constant: no product is made, nor compiled
         return jax.tree.map(jnp.zeros_like, direction)
 
+    def untroubled(direction, product, curvature):
+        return curvature <= 0, jnp.minimum(curvature, 0).astype(
+            dtype
+        )  # no, and zero: as what is asked for, in its type
+
+    def looked_into(direction, product, curvature):
+        squared, length, size = tree.vdot(direction, direction), tree.norm(direction), tree.norm(product)
+        # CG multiplies by ‖r‖² / ⟨p, Ap⟩, so that eps⁴ is left, whatever the size of A.
+        mark = eps**4 * curvature / jnp.where(squared > 0, squared, 1)
+        null = size == 0
+        return null, jnp.where(curvature < -_rounding(length, size), mark, 0).astype(dtype)
+
     def watching(pair):
         direction, mark = pair
-        squared, length = tree.vdot(direction, direction), tree.norm(direction)
         product = jax.lax.cond(mark == at_zero, nothing, matvec, direction)
-        # Where Ap = 0 x then runs far along p instead of to infinity, and ⟨x, Ax⟩ tells of it.
-        size = tree.norm(product)
-        null = size == 0
-        product = jax.tree.map(lambda new, p: jnp.where(null, jnp.asarray(eps, p.dtype) * p, new), product, direction)
-        # CG multiplies by ‖r‖² / ⟨p, Ap⟩, so that eps⁴ is left, whatever the size of A.
         curvature = tree.vdot(direction, product)
-        mark = eps**4 * curvature / jnp.where(squared > 0, squared, 1)
-        return product, jnp.where(curvature < -_rounding(length, size), mark, 0).astype(dtype)
+        null, mark = jax.lax.cond(curvature > 0, untroubled, looked_into, direction, product, curvature)
+        # Where Ap = 0 x then runs far along p instead of to infinity, and ⟨x, Ax⟩ tells of it.
+        product = jax.tree.map(lambda new, p: jnp.where(null, jnp.asarray(eps, p.dtype) * p, new), product, direction)
+        return product, mark
 
     _, unmarked, at_zero = tree.varying_alike(b, jnp.zeros((), dtype), jnp.full((), eps**5, dtype))
     start = (jax.tree.map(jnp.zeros_like, b), at_zero) if init is None else (init, unmarked)

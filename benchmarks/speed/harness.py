@@ -28,7 +28,11 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing to time: ``program`` of a peer's ``module``; one process for each module, cores and changed item."""
+    """One thing to time: ``program`` of a peer's ``module``; one process for each module, cores and changed item.
+
+    ``calls`` of it are one run, where one is short: what a turn begins with, caches that others filled, then weighs as
+    little as on the longest. ``environment`` is of its process, beside the harness's own.
+    """
 
     label: str
     module: str
@@ -36,6 +40,8 @@ class Contender:
     cores: tuple[int, ...] = (0,)
     ours: bool = False
     changes: tuple[tuple[str, int], ...] = ()
+    calls: int = 1
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def process(self) -> tuple:
@@ -53,6 +59,7 @@ class Process:
         words = [contender.module, json.dumps(fields), dtype, ",".join(map(str, contender.cores))]
         threads = str(len(contender.cores))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment |= dict(contender.environment)
         self._name = contender.module
         self._child = subprocess.Popen(
             [python, "-m", "benchmarks.speed.serve", *words],
@@ -112,7 +119,8 @@ def alternate(item, contenders: list[Contender], rounds: int, repeats: int = 1) 
         for turn in range(rounds):
             # Forwards and backwards, so that nobody always comes after the same one.
             for contender in contenders if turn % 2 == 0 else contenders[::-1]:
-                answer = processes[contender.process].ask(program=contender.program, repeats=repeats)
+                calls = repeats * contender.calls
+                answer = processes[contender.process].ask(program=contender.program, repeats=calls)
                 seconds[contender.label].append(answer["seconds"])
                 cpu[contender.label].append(answer["cpu"])
         versions = {contender.label: processes[contender.process].versions for contender in contenders}
@@ -124,6 +132,8 @@ def alternate(item, contenders: list[Contender], rounds: int, repeats: int = 1) 
         "cpu_seconds": cpu,
         "ratios": {label: ratio(times, seconds[contenders[0].label]) for label, times in seconds.items()},
         "cores": {contender.label: len(contender.cores) for contender in contenders},
+        "calls": {contender.label: contender.calls for contender in contenders},
+        "environment": {contender.label: dict(contender.environment) for contender in contenders},
         "versions": versions,
         "machine": machine(),
     }
