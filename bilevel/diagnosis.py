@@ -174,9 +174,7 @@ def watch_curvature(
         return jax.tree.map(jnp.zeros_like, direction)
 
     def untroubled(direction, product, curvature):
-        return curvature <= 0, jnp.minimum(curvature, 0).astype(
-            dtype
-        )  # no, and zero: as what is asked for, in its type
+        return curvature <= 0, jnp.minimum(curvature, 0).astype(dtype)  # False and zero, typed as what is found below
 
     def looked_into(direction, product, curvature):
         squared, length, size = tree.vdot(direction, direction), tree.norm(direction), tree.norm(product)
@@ -194,6 +192,7 @@ def watch_curvature(
         product = jax.tree.map(lambda new, p: jnp.where(null, jnp.asarray(eps, p.dtype) * p, new), product, direction)
         return product, mark
 
+    # A start at zero has a mark of its own, below all others, from which that of x is told in the end.
     _, unmarked, at_zero = tree.varying_alike(b, jnp.zeros((), dtype), jnp.full((), eps**5, dtype))
     start = (jax.tree.map(jnp.zeros_like, b), at_zero) if init is None else (init, unmarked)
     precondition = None if M is None else lambda pair: (M(pair[0]), pair[1])
