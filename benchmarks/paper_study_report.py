@@ -9,9 +9,11 @@ folder ``seed-1`` the same of another seed, and in ``long`` some variants that w
 import argparse
 import json
 import statistics
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
-from imaml.files import write_whole
+from imaml.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
 SEED_1, LONG = "seed-1", "long"
@@ -26,7 +28,8 @@ COURSE_HEADER = ("meta-steps", "training accuracy, %", "inner residual", "linear
 MILESTONES = (100, 400, 1000, 2000, 3000, 4000)
 WINDOW = 100
 """Meta-steps up to a milestone, over which a line of a course is the mean."""
-GREY, DARK, BLUE, ORANGE = "#718096", "#4a5568", "#2b6cb0", "#c05621"
+ACCURACY = "query accuracy, training classes"
+DARK = "#4a5568"
 
 
 def read(directory: Path = RESULTS) -> list[dict]:
@@ -65,6 +68,15 @@ def _negative(point):
     return point["statuses"].get("NEGATIVE_CURVATURE", 0.0)
 
 
+FOLLOWED: dict[str, Callable[[dict], float]] = {
+    ACCURACY: itemgetter("accuracy"),
+    "inner residual": itemgetter("inner_residual"),
+    "linear residual": itemgetter("linear_residual"),
+    "tasks with negative curvature": _negative,
+}
+"""What a long run is followed by, each of a point of its curve."""
+
+
 def _off(probe):
     """By the correction of ``bl.certify``, if it was asked; in brackets where it says that it is no first-order one."""
     if "correction" not in probe:
@@ -84,17 +96,11 @@ def course(record: dict) -> str:
     lines = []
     for milestone in MILESTONES:
         points = [point for point in record["curve"] if milestone - WINDOW < point["step"] <= milestone]
-        if not points:
-            continue
-        accuracy, inner, linear, negative = (
-            statistics.mean(map(read, points))
-            for read in (*(lambda point, key=key: point[key] for key in _MEASURED), _negative)
-        )
-        lines.append((f"{milestone:,}", f"{100 * accuracy:.0f}", f"{inner:.2f}", f"{linear:.2f}", f"{negative:.0%}"))
+        if points:
+            accuracy, inner, linear, negative = (statistics.mean(map(of, points)) for of in FOLLOWED.values())
+            line = f"{milestone:,}", f"{100 * accuracy:.0f}", f"{inner:.2f}", f"{linear:.2f}", f"{negative:.0%}"
+            lines.append(line)
     return _markdown(COURSE_HEADER, lines)
-
-
-_MEASURED = ("accuracy", "inner_residual", "linear_residual")
 
 
 def _markdown(header, lines):
@@ -107,72 +113,48 @@ def draw(records: list[dict], path: Path) -> Path:
     others = [record for record in records if record is not literal]
     columns = 4
     lines = max(1, -(-len(others) // columns))
-    figure = _figure(2.7 * columns, 2.3 * lines + 0.4)
+    figure = new_figure(2.7 * columns, 2.3 * lines + 0.4, facecolor="white")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, record in zip(panels, others, strict=False):
-        _line(axes, literal, "accuracy", GREY)
+        _line(axes, literal, FOLLOWED[ACCURACY], GREY)
         better = record["test"]["accuracy"] - literal["test"]["accuracy"]
         clear = abs(better) > record["test"]["interval"] + literal["test"]["interval"]
-        _line(axes, record, "accuracy", (BLUE if better > 0 else ORANGE) if clear else DARK)
+        _line(axes, record, FOLLOWED[ACCURACY], (BLUE if better > 0 else ORANGE) if clear else DARK)
         axes.set_title(record["name"], fontsize="medium")
         _as_accuracy(axes)
-        _plain(axes)
+        plain(axes)
     for axes in panels[len(others) :]:
         axes.set_visible(False)
     figure.supxlabel("meta-step", fontsize="medium")
-    figure.supylabel("query accuracy, training classes", fontsize="medium")
+    figure.supylabel(ACCURACY, fontsize="medium")
     figure.suptitle("One factor changed; grey: the literal setting", fontsize="medium")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_long(records: list[dict], path: Path) -> Path:
     """Accuracy, both residuals and negative curvature of the long runs over meta-steps."""
-    figure = _figure(11.0, 5.2)
+    figure = new_figure(11.0, 5.2, facecolor="white")
     panels = figure.subplots(2, 2, sharex=True).ravel()
     colors = {LITERAL: ORANGE, "momentum": BLUE}
-    for record in records:
-        color = colors.get(record["name"], GREY)
-        for axes, key in zip(panels, (*_MEASURED, "negative"), strict=True):
-            _line(axes, record, key, color, record["name"])
-    titles = ("query accuracy, training classes", "inner residual", "linear residual", "tasks with negative curvature")
-    for axes, title in zip(panels, titles, strict=True):
+    for axes, (title, of) in zip(panels, FOLLOWED.items(), strict=True):
+        for record in records:
+            _line(axes, record, of, colors.get(record["name"], GREY), record["name"])
         axes.set_title(title, fontsize="medium")
-        _plain(axes)
+        plain(axes)
     _as_accuracy(panels[0])
     panels[0].legend(frameon=False)
     figure.supxlabel("meta-step", fontsize="medium")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _figure(width, height):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _line(axes, record, key, color, label=None):
+def _line(axes, record, of, color, label=None):
     points = record["curve"]
-    values = [_negative(point) if key == "negative" else point[key] for point in points]
-    axes.plot([point["step"] for point in points], values, color=color, label=label)
+    axes.plot([point["step"] for point in points], list(map(of, points)), color=color, label=label)
 
 
 def _as_accuracy(axes):
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-
-
-def _plain(axes):
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
-    return path
 
 
 def main() -> None:
@@ -184,6 +166,7 @@ def main() -> None:
     records, long = read(options.records), read(options.records / LONG)
     if LITERAL not in {record["name"] for record in records}:
         parser.error(f"{options.records} has no record of the literal setting: run 'python -m benchmarks.paper_study'")
+    options.pictures.mkdir(parents=True, exist_ok=True)
     print(table(records, read(options.records / SEED_1)))
     print(draw(records, options.pictures / "paper_study.png"))
     for record in long:

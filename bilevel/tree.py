@@ -40,7 +40,8 @@ def _scaled_norm(a, squares):  # seldom run, often compiled: one array is shorte
     flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, squares.dtype)])
     peak = jnp.max(jnp.abs(flat), initial=0)
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
-    return unit * jnp.sqrt(vdot(flat / unit, flat / unit))
+    scaled = flat / unit
+    return unit * jnp.sqrt(vdot(scaled, scaled))
 
 
 def arrays(a: PyTree) -> PyTree:

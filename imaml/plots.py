@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from imaml import runlog
 from imaml.files import write_whole
 from imaml.runlog import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURE = "learning_curve.png"
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
@@ -23,13 +28,9 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
     Returns:
         The path of the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     log, evaluations = runlog.read(directory), _evaluations(directory)
     panels = 2 if ways is None else 3
-    figure = Figure(figsize=(11 * panels / 3, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11 * panels / 3, 4.2)
     *first, loss, residuals = figure.subplots(1, panels)
     if ways is None:
         _draw_error(loss, log, evaluations)
@@ -39,9 +40,28 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
     _draw_residuals(residuals, log)
     for axes in (*first, loss, residuals):
         axes.set_xlabel("meta-step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    path = directory / PICTURE
+        plain(axes)
+    return save(figure, directory / PICTURE)
+
+
+def new_figure(width: float, height: float, **style: Any) -> "Figure":
+    """An empty figure, in inches, that no window shows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", **style)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain(axes: "Axes") -> None:
+    """A faint grid, and no frame but the two axes."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Written whole, as PNG."""
     write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
     return path
 

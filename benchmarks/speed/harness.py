@@ -101,7 +101,7 @@ class Process:
             return dict(found)
 
 
-def alternate(item, contenders: list[Contender], rounds: int, repeats: int = 1) -> dict:
+def alternate(item, contenders: list[Contender], rounds: int) -> dict:
     """Time every contender in every round, after one run each that counts for nothing.
 
     Returns:
@@ -119,15 +119,13 @@ def alternate(item, contenders: list[Contender], rounds: int, repeats: int = 1) 
         for turn in range(rounds):
             # Forwards and backwards, so that nobody always comes after the same one.
             for contender in contenders if turn % 2 == 0 else contenders[::-1]:
-                calls = repeats * contender.calls
-                answer = processes[contender.process].ask(program=contender.program, repeats=calls)
+                answer = processes[contender.process].ask(program=contender.program, repeats=contender.calls)
                 seconds[contender.label].append(answer["seconds"])
                 cpu[contender.label].append(answer["cpu"])
         versions = {contender.label: processes[contender.process].versions for contender in contenders}
     return {
         "item": dataclasses.asdict(item),
         "rounds": rounds,
-        "repeats": repeats,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "ratios": {label: ratio(times, seconds[contenders[0].label]) for label, times in seconds.items()},

@@ -6,8 +6,7 @@ They stand on white, so that they can be read on a dark page too.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imaml.files import write_whole
-from imaml.plots import BLUE, GREY, ORANGE
+from imaml.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 GREEN = "#2f855a"
 DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"
@@ -59,11 +58,7 @@ def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[fl
 
 
 def _figure(width, height):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, facecolor="white")
     return figure, figure.subplots()
 
 
@@ -81,7 +76,5 @@ def _over_steps(figure, axes, steps, title, label, path):
 
 
 def _save(figure, axes, path):
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
-    return path
+    plain(axes)
+    return save(figure, path)

@@ -75,3 +75,10 @@ def test_the_page_shows_the_tables_of_the_records():
     assert long
     for record in long:
         assert report.course(record) in page
+
+
+@pytest.mark.parametrize("folder", ["", report.SEED_1, report.LONG])
+def test_the_records_are_of_one_length_and_one_split(folder):
+    records = report.read(report.RESULTS / folder)
+    assert records[0]["name"] == "literal"
+    assert len({(record["steps"], record["split"], record["seed"], record["test"]["tasks"]) for record in records}) == 1
