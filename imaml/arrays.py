@@ -16,15 +16,14 @@ class DamagedFile(ValueError):
     """The file is not what was written."""
 
 
-def write(path: Path, arrays: dict[str, np.ndarray], compress: bool = False) -> None:
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write ``arrays``, of numpy's own types, to ``path``, whole or not at all.
 
     Raises:
         OSError: where it cannot be written; the old file, if any, stands.
     """
     contents: dict[str, Any] = {CHECKSUM: np.array(_digest(arrays)), **arrays}
-    save = np.savez_compressed if compress else np.savez
-    write_whole(path, lambda stream: save(stream, **contents))
+    write_whole(path, lambda stream: np.savez(stream, **contents))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ The loop asks for the numbers of a step only when the next one is under way, so 
 nothing.
 """
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -21,12 +22,13 @@ import bilevel as bl
 from imaml import datasets
 from imaml.algorithms import MetaGradient
 from imaml.checkpoints import KEEP
+from imaml.compilation import StepCompiler
 from imaml.datasets import ImageDataset, SinusoidDataset
-from imaml.devices import everywhere, from_first, gathered, global_mesh, here, is_first, on_all
+from imaml.devices import from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.errors import InputError
 from imaml.evaluation import Evaluation, evaluate_classes
 from imaml.interruption import stop_on_signals
-from imaml.meta_step import TrainState, initial_state, meta_step
+from imaml.meta_step import TrainState, initial_state
 from imaml.runfolder import Elsewhere, RunFolder
 from imaml.runlog import Progress
 from imaml.settings import Preset, completed
@@ -95,10 +97,11 @@ def train(
     directory = Path(directory)
     if keep_checkpoints < 1:
         raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
-    on_event(f"reading {preset.dataset}")
-    dataset = datasets.load(preset.dataset, data)
-    check(preset, dataset)
     mesh = global_mesh(preset.outer.tasks, devices)
+    compiler = StepCompiler(preset, mesh, on_event)
+    on_event(f"reading {preset.dataset}")
+    dataset = datasets.load(preset.dataset, data, partial(_compile_ahead, preset, compiler))
+    check(preset, dataset)
     description = {
         "preset": preset.name,
         "config": preset.config(),
@@ -116,7 +119,7 @@ def train(
         start = state = from_first(folder.resume(initial_state(preset)))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop:
             started = time.monotonic()
-            for state, report in _steps(preset, mesh, start, dataset.train.source, on_event):
+            for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
@@ -146,14 +149,20 @@ def _check_alike(facts):
         raise InputError(f"processes {others} were started with other settings or data than this one")
 
 
-def _steps(preset, mesh, state, source, on_event) -> Iterator[tuple[TrainState, MetaGradient]]:
+def _compile_ahead(preset, compiler, expected):
+    """Have the step compiled for classes like the ``expected`` ones; where it will be for others, that was in vain."""
+    with contextlib.suppress(InputError):  # tasks that cannot be drawn are refused when the data are there
+        preset.training_episode.check(expected, preset.dataset)
+        compiler.begin(expected.source)
+
+
+def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:
     """The state and report after each remaining step, handed on when the next one is under way."""
     remaining = preset.outer.steps - int(state.step)
     if remaining <= 0:
         return
-    on_event("compiling the meta-step")
+    step = compiler.step(source)
     state, source = on_all((state, source), mesh)
-    step = jax.jit(meta_step(preset, mesh), out_shardings=everywhere(mesh))
     done = step(state, source)
     for _ in range(remaining - 1):
         under_way = step(done[0], source)

@@ -13,13 +13,19 @@ __all__ = ["ImageClasses", "ImageDataset", "SinusoidDataset", "download", "load"
 NAMES = ("glyphs", "omniglot", "miniimagenet", "sinusoid")
 
 
-def load(name: str, directory: str | Path | None = None) -> ImageDataset | SinusoidDataset:
+def load(
+    name: str,
+    directory: str | Path | None = None,
+    meanwhile: Callable[[ImageClasses], None] = lambda training: None,
+) -> ImageDataset | SinusoidDataset:
     """The dataset of that name.
 
     Args:
         name: ``"glyphs"``, embedded; ``"sinusoid"``, drawn; ``"omniglot"`` or ``"miniimagenet"``, from files.
         directory: the folder of those files: Omniglot's two official archives, by default where :func:`download` put
             them; Mini-ImageNet's images and split.
+        meanwhile: called before glyphs are drawn or Omniglot is decoded, where that is not in the cache, with blank
+            classes in the shape that the training classes will have; a thread that it starts goes on beside.
 
     Raises:
         InputError: for an unknown name, a folder where none is needed or none where one is, or files
@@ -30,7 +36,7 @@ def load(name: str, directory: str | Path | None = None) -> ImageDataset | Sinus
             raise InputError(
                 "glyphs are embedded and take no data folder: leave --data out, or name an omniglot preset"
             )
-        return glyphs.load()
+        return glyphs.load(meanwhile)
     if name == "omniglot":
         if directory is None:
             directory = omniglot.default_directory()
@@ -39,7 +45,7 @@ def load(name: str, directory: str | Path | None = None) -> ImageDataset | Sinus
                     "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: "
                     "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
                 )
-        return omniglot.load(directory)
+        return omniglot.load(directory, meanwhile)
     if name == "miniimagenet":
         if directory is None:
             raise InputError(

@@ -29,6 +29,11 @@ class ImageClasses:
         if len(self.labels) != len(self.pixels) or len(set(self.labels)) != len(self.labels):
             raise InputError(f"{len(self.pixels)} classes need as many different labels, got {len(set(self.labels))}")
 
+    @classmethod
+    def blank(cls, *shape: int) -> "ImageClasses":
+        """Classes that stand for others of that shape: no ink, and no memory."""
+        return cls(np.broadcast_to(np.uint8(0), shape), tuple(map(str, range(shape[0]))))
+
     def __len__(self) -> int:
         return len(self.pixels)
 

@@ -73,7 +73,9 @@ _PNG_HEADER = struct.Struct(">8s4x4sII")
 _AGAIN = "download it again from https://github.com/brendenlake/omniglot (folder python)"
 
 
-def load(directory: str | os.PathLike[str]) -> ImageDataset:
+def load(
+    directory: str | os.PathLike[str], meanwhile: Callable[[ImageClasses], None] = lambda training: None
+) -> ImageDataset:
     """Omniglot from the folder ``directory``, which holds ``images_background.zip`` and ``images_evaluation.zip``.
 
     Both archives are pooled and split into 1,200 characters for training and 423 for test by a fixed
@@ -84,6 +86,7 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
 
     Args:
         directory: The folder with both archives, as downloaded; nothing is written to it.
+        meanwhile: Called before they are decoded, with blank classes in the shape of the training classes.
 
     Returns:
         A data set named ``omniglot``: ``train.pixels`` uint8 ``[1200, 20, 28, 28, 1]``, ``test.pixels`` uint8
@@ -104,7 +107,9 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
     key = hashlib.sha256()
     for content in contents.values():
         key.update(hashlib.sha256(content).digest())
-    arrays = cached(f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}", lambda: _decode(contents))
+    expected = ImageClasses.blank(TRAIN_CHARACTERS, DRAWINGS, SIZE, SIZE, 1)
+    name = f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}"
+    arrays = cached(name, lambda: _decode(contents), lambda: meanwhile(expected))
     return _split(arrays["pixels"], [str(label) for label in arrays["labels"]])
 
 

@@ -163,7 +163,7 @@ def test_a_run_in_use_is_refused_with_who_uses_it_and_can_be_read(here, capsys):
 
 
 def test_a_read_only_folder_is_named_before_anything_is_compiled(here, sealed, capsys, monkeypatch):
-    monkeypatch.setattr("imaml.training.meta_step", lambda *_: pytest.fail("compiles"))
+    monkeypatch.setattr("imaml.compilation.meta_step", lambda *_: pytest.fail("compiles"))
     with sealed({}) as folder:
         said = complaint([*FEW_QUERIES, "--out", str(folder)], capsys)
         assert said.endswith(f": {folder / files.LOCK}") and ("Read-only" in said or "denied" in said)

@@ -155,8 +155,24 @@ def test_second_load_is_the_same_and_at_least_five_times_faster(loaded):
     assert loaded.cached < loaded.fresh / 5
 
 
+def test_the_shape_of_the_training_classes_is_known_before_they_are_drawn(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAML_CACHE", str(tmp_path))
+    monkeypatch.setattr(glyphs, "_build", lambda: pytest.fail("drawn"))
+
+    def meanwhile(expected):
+        assert expected.pixels.shape == dataset.train.pixels.shape and not expected.pixels.any()
+        raise Reached
+
+    with pytest.raises(Reached):
+        glyphs.load(meanwhile)
+
+
+class Reached(Exception):
+    """What stands before drawing has been done."""
+
+
 def test_damaged_cache_is_drawn_again(dataset, tmp_path, monkeypatch):
-    drawn = []
+    drawn, begun = [], []
 
     def draw_few():
         drawn.append(True)
@@ -171,8 +187,9 @@ def test_damaged_cache_is_drawn_again(dataset, tmp_path, monkeypatch):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(content)
-    assert [glyphs.load().fingerprint() for _ in range(2)] == [whole, whole]
+    assert [glyphs.load(begun.append).fingerprint() for _ in range(2)] == [whole, whole]
     assert len(drawn) == 2  # at first and after the damage; the third load found it mended
+    assert len(begun) == 1  # beside the second, and nothing beside the third
 
 
 def test_import_does_not_load_matplotlib():

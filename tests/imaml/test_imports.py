@@ -15,7 +15,7 @@ LAYERS = (
     {"algorithms"},
     {"settings"},
     {"meta_step", "presets"},
-    {"evaluation", "verification"},
+    {"compilation", "evaluation", "verification"},
     {"runfolder"},
     {"training", "reproduction"},
     {"cli"},

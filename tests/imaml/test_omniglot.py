@@ -78,6 +78,14 @@ def test_real_archives_give_the_published_counts_and_the_recorded_split(real):
     assert real.fingerprint() == REAL_FINGERPRINT
 
 
+def test_the_shape_of_the_training_classes_is_known_before_they_are_decoded(tiny: Tiny, fresh_cache: Path):
+    told: list[omniglot.ImageClasses] = []
+    loaded = omniglot.load(tiny.directory, told.append)
+    assert [classes.pixels.shape for classes in told] == [loaded.train.pixels.shape]
+    omniglot.load(tiny.directory, told.append)
+    assert len(told) == 1  # from the cache, beside which there is no time for anything
+
+
 def test_real_ink_is_bright_on_black(real):
     assert 10 < real.train.pixels.mean() < 40  # a few strokes: about 8 % of a drawing is ink
     assert np.median(real.test.pixels) == 0 and real.test.pixels.max() == 255

@@ -77,7 +77,7 @@ def worker(pixels: str, pause: str, *arguments: str) -> int:
 
     training.train = train
     tiny = dataset(np.load(pixels))
-    datasets.load = lambda name, data=None: tiny
+    datasets.load = lambda name, data=None, meanwhile=None: tiny
     _PRESETS[PRESET.name] = PRESET
     return cli.main(["train", *arguments])
 
@@ -191,7 +191,7 @@ def test_where_one_is_killed_the_other_stops_in_time_and_says_which(story):
 
 def test_two_processes_interrupted_twice_give_what_one_gives(story, tiny_pixels, tmp_path, monkeypatch):
     assert [code for code, _, _ in story.done] == [0, 0], story.done
-    monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset(tiny_pixels))
+    monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(tiny_pixels))
     alone = imaml.train(PRESET, tmp_path / "run", devices=1, evaluation_tasks=4)
     # Both programs sum the same two terms, each rounding in its own way: to 100 ε of the terms. Adam moves a
     # parameter by its rate times a ratio of gradients, where a sum that cancels to a hundredth of its terms

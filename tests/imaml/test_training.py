@@ -24,7 +24,18 @@ from hypothesis import strategies as st
 
 import bilevel as bl
 import imaml
-from imaml import InputError, checkpoints, datasets, evaluation, files, networks, runfolder, runlog, training
+from imaml import (
+    InputError,
+    checkpoints,
+    compilation,
+    datasets,
+    evaluation,
+    files,
+    networks,
+    runfolder,
+    runlog,
+    training,
+)
 from imaml.algorithms import MetaGradient
 from imaml.datasets import sinusoid
 from imaml.datasets.images import ImageClasses, ImageDataset
@@ -71,7 +82,7 @@ def dataset(pixels):
 def traces(tiny_pixels):
     """The tiny dataset in place of any other, programs made once for all tests, and a count of their traces."""
     counted, tiny = [], dataset(tiny_pixels)
-    meta_step, scores, over_tasks = training.meta_step, evaluation.task_scores, evaluation.over_tasks
+    meta_step, scores, over_tasks = compilation.meta_step, evaluation.task_scores, evaluation.over_tasks
 
     @functools.cache
     def counting(preset, mesh=None):
@@ -84,8 +95,8 @@ def traces(tiny_pixels):
         return meta_step_of_test
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load", lambda name, data=None: tiny)
-        patch.setattr(training, "meta_step", counting)
+        patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
+        patch.setattr(compilation, "meta_step", counting)
         patch.setattr(evaluation, "task_scores", functools.cache(scores))
         patch.setattr(evaluation, "over_tasks", functools.cache(over_tasks))
         yield counted
@@ -186,9 +197,27 @@ def test_the_step_is_traced_and_compiled_once_for_all_steps(whole):
     assert (whole.traces, whole.compilations) == (1, 1)
 
 
+@pytest.mark.parametrize("classes, compilations", [(12, 1), (13, 2), (1, 1)], ids=["as expected", "more", "too few"])
+def test_the_step_is_compiled_while_the_data_are_read_and_again_where_they_are_not_as_expected(
+    classes, compilations, whole, tmp_path, tiny_pixels, monkeypatch
+):
+    events, beside = [], []
+
+    def load(name, data, meanwhile):
+        meanwhile(ImageClasses.blank(classes, *tiny_pixels.shape[1:]))
+        beside.extend(events)
+        return dataset(tiny_pixels)
+
+    monkeypatch.setattr(datasets, "load", load)
+    train(tmp_path, on_event=events.append)
+    assert events.count("compiling the meta-step") == compilations
+    assert ("compiling the meta-step" in beside) == (classes > 1)  # tasks that do not fit are not compiled for
+    assert_same_run(tmp_path, whole)
+
+
 def test_each_step_draws_tasks_of_its_own(whole, tiny_pixels):
     step, states = (
-        jax.jit(training.meta_step(PRESET)),
+        jax.jit(compilation.meta_step(PRESET)),
         [replace(initial_state(PRESET), step=jnp.int32(i)) for i in (0, 1)],
     )
     values = [float(step(*on_all((s, tiny_pixels), global_mesh(PRESET.outer.tasks)))[1].value) for s in states]
@@ -253,7 +282,7 @@ import test_training as tests
 from imaml import cli, datasets, progress, training
 folder, pixels, number = sys.argv[2:]
 importlib.import_module("imaml.presets")._PRESETS = {tests.PRESET.name: tests.PRESET}
-datasets.load = lambda name, data=None: tests.dataset(np.load(pixels))
+datasets.load = lambda name, data=None, meanwhile=None: tests.dataset(np.load(pixels))
 training.train = functools.partial(training.train, checkpoint_seconds=0.0)
 progress.Reporter.step = lambda self, p: p.step == tests.STOP_AT and os.kill(os.getpid(), int(number))
 cli._start_jax = lambda: None
@@ -348,7 +377,7 @@ def test_a_regression_is_trained_logged_and_evaluated_by_its_error(tmp_path):
     outer = replace(preset.outer, steps=3, tasks=4, queries=5, at_once=2)
     preset = replace(preset, inner=bl.GradientDescent(0.01, 2), linear=bl.CG(1), outer=outer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load", lambda name, data=None: sinusoid.load(data))
+        patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: sinusoid.load(data))
         run = train(tmp_path, preset)
         found = run.evaluation
         assert imaml.evaluate(tmp_path, tasks=EVALUATION_TASKS) == run.evaluation
@@ -402,13 +431,13 @@ def test_both_normalisations_are_evaluated_and_named(tiny_pixels):
 def test_a_run_on_other_data_is_refused(whole, tiny_pixels, monkeypatch):
     other = tiny_pixels.copy()
     other[3, 2, 5, 5] ^= 1  # one bit
-    monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset(other))
+    monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(other))
     with pytest.raises(InputError, match="holds a run on other data"):
         train(whole.run.directory)
 
 
 def test_a_run_is_not_evaluated_on_other_data_than_its_own(whole, tiny_pixels, monkeypatch):
-    monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset(tiny_pixels ^ 1))
+    monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(tiny_pixels ^ 1))
     with pytest.raises(InputError, match="was trained on other data"):
         imaml.evaluate(whole.run.directory, PRESET, EVALUATION_TASKS)
 
@@ -460,7 +489,7 @@ class Reached(Exception):
 def test_held_out_classes_too_few_are_refused_before_training(tiny_pixels, monkeypatch, tmp_path):
     full = dataset(tiny_pixels)
     few = ImageClasses(full.test.pixels[:1], full.test.labels[:1])
-    monkeypatch.setattr(datasets, "load", lambda name, data=None: ImageDataset("tiny", full.train, few))
+    monkeypatch.setattr(datasets, "load", lambda *_: ImageDataset("tiny", full.train, few))
     with pytest.raises(InputError, match="2 ways are more than the 1 classes of tiny's test set"):
         train(tmp_path / "run")
 
@@ -471,7 +500,7 @@ def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny
     assert runlog.read(tmp_path) == [] and checkpoints.newest(tmp_path) is None
     state = initial_state(DIVERGING)
     start, pixels = on_all((state, tiny_pixels), global_mesh(DIVERGING.outer.tasks))
-    after, report = jax.jit(training.meta_step(DIVERGING))(start, pixels)
+    after, report = jax.jit(compilation.meta_step(DIVERGING))(start, pixels)
     assert int(report.tasks) == 0 and int(after.step) == 1
     assert_same_bits(replace(after, step=state.step), state)
 
@@ -640,9 +669,9 @@ def test_a_checkpoint_says_what_it_belongs_to(whole):
 
 def test_a_hundred_steps_are_one_trace(traces, tiny_pixels):
     preset, traced = replace(PRESET, outer=replace(PRESET.outer, steps=100)), len(traces)
-    steps = training._steps(
-        preset, global_mesh(preset.outer.tasks), initial_state(preset), tiny_pixels, lambda message: None
-    )
+    mesh = global_mesh(preset.outer.tasks)
+    compiler = compilation.StepCompiler(preset, mesh)
+    steps = training._steps(preset, mesh, initial_state(preset), tiny_pixels, compiler)
     # Each number is asked for before the step after the next is begun, as in a run: devices that meet in a sum
     # need a thread each, and a hundred steps under way would leave them none.
     assert [int(state.step) for state, _ in steps] == list(range(1, 101))
