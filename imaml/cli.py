@@ -39,8 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     0; 1 for a check that failed; 2 for what cannot be used; 75 where another process of the run was lost; 130 or 143
     when stopped.
     """
-    code = _run(arguments)
-    leave(code)
+    alone = arguments is None  # else the process belongs to whoever calls
+    try:
+        code = _run(arguments)
+    except SystemExit as end:  # SIGTERM's; --help's is 0
+        leave(int(end.code or 0), threads=alone)
+        raise
+    leave(code, threads=alone)
     return code
 
 

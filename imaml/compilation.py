@@ -10,14 +10,15 @@ from jax.sharding import Mesh
 
 from imaml.devices import everywhere
 from imaml.meta_step import initial_state, meta_step
+from imaml.processes import BESIDE
 from imaml.settings import Preset
 
 
 class StepCompiler:
     """Compiles a preset's meta-step on ``mesh``, at the latest when it is asked for.
 
-    XLA needs no interpreter, so that drawing or decoding goes on beside it. The thread is waited for when the
-    interpreter ends: to end it within XLA is not safe.
+    XLA needs no interpreter, so that drawing or decoding goes on beside it. The interpreter's end waits for the
+    thread, since to end it within XLA is not safe; a command that failed or was stopped does not.
     """
 
     def __init__(self, preset: Preset, mesh: Mesh, on_event: Callable[[str], None] = lambda message: None):
@@ -34,7 +35,7 @@ class StepCompiler:
         state = jax.tree.map(self._shape, jax.eval_shape(lambda: initial_state(self._preset)))
         step = jax.jit(meta_step(self._preset, self._mesh), out_shardings=everywhere(self._mesh))
         lowered = step.lower(state, shapes)
-        thread = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+        thread = ThreadPoolExecutor(1, thread_name_prefix=BESIDE)
         self._shapes, self._program = shapes, thread.submit(lowered.compile)
         thread.shutdown(wait=False)
 

@@ -7,6 +7,7 @@ one ends before the run does, the others stop and say which it was.
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ HEARTBEAT_SECONDS = 60
 """After which JAX's runtime ends all processes where one is silent, though its connection stands."""
 VERDICT_SECONDS = 5.0
 """For which a process whose collective failed waits to hear who is missing."""
+BESIDE = "imaml-beside"
+"""What a thread's name begins with whose work is of no use to a process that failed."""
 LOST = os.EX_TEMPFAIL
 """The exit code where another process was lost: the same command may well do better."""
 
@@ -89,9 +92,15 @@ def joined(processes: Processes | None) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def leave(code: int) -> None:
-    """End this process at once, if it has joined others and failed: JAX's own way out would wait for them."""
-    if code and jax.distributed.is_initialized():
+def leave(code: int, threads: bool) -> None:
+    """End this process at once, if it failed, where JAX's own way out would wait for the others that it has joined.
+
+    Args:
+        code: the exit code.
+        threads: whether to go where Python's own way out would wait for work beside, too.
+    """
+    beside = threads and any(thread.name.startswith(BESIDE) for thread in threading.enumerate())
+    if code and (beside or jax.distributed.is_initialized()):
         _exit(code)
 
 

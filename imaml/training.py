@@ -4,7 +4,6 @@ The loop asks for the numbers of a step only when the next one is under way, so 
 nothing.
 """
 
-import contextlib
 import json
 import time
 from collections import Counter
@@ -151,9 +150,11 @@ def _check_alike(facts):
 
 def _compile_ahead(preset, compiler, expected):
     """Have the step compiled for classes like the ``expected`` ones; where it will be for others, that was in vain."""
-    with contextlib.suppress(InputError):  # tasks that cannot be drawn are refused when the data are there
+    try:
         preset.training_episode.check(expected, preset.dataset)
-        compiler.begin(expected.source)
+    except InputError:  # what cannot be drawn is refused when the data are there
+        return
+    compiler.begin(expected.source)
 
 
 def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:

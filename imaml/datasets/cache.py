@@ -21,18 +21,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imaml"
 
 
-def cached(
-    name: str, build: Callable[[], dict[str, np.ndarray]], meanwhile: Callable[[], None] = lambda: None
-) -> dict[str, np.ndarray]:
+def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """``build()``'s arrays, from ``cache_directory()/name.npz`` where it holds them whole.
 
-    ``name`` carries whatever the arrays depend on (a version, a hash of the source). ``meanwhile`` is called before
-    they are built. A folder that cannot be read or written costs time, never a run.
+    ``name`` carries whatever the arrays depend on (a version, a hash of the source). A folder that
+    cannot be read or written costs time, never a run.
     """
     path = cache_directory() / f"{name}.npz"
     with contextlib.suppress(OSError, arrays.DamagedFile):
         return arrays.read(path)
-    meanwhile()
     built = build()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

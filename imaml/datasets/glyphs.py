@@ -243,8 +243,8 @@ def _starts(characters: list[_Character]) -> np.ndarray:
 
 def _views(fields: np.ndarray, characters: list[_Character]) -> tuple[np.ndarray, np.ndarray]:
     """Two blurred pictures of each character, ``[characters, pixels]``: the mean of its faces, and its first face."""
-    starts = range(0, len(fields), PICTURES_AT_ONCE)
-    pieces = [np.arange(start, min(start + PICTURES_AT_ONCE, len(fields))) for start in starts]
+    begins = range(0, len(fields), PICTURES_AT_ONCE)
+    pieces = [np.arange(begin, min(begin + PICTURES_AT_ONCE, len(fields))) for begin in begins]
     faces = np.concatenate([_upright(fields, piece, BLUR).reshape(len(piece), -1) for piece in pieces])
     starts = _starts(characters)
     sums = np.add.reduceat(faces, starts, dtype=np.int64)
@@ -376,8 +376,12 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
     Args:
         meanwhile: called before they are drawn, with blank classes in the shape of the training classes.
     """
-    expected = ImageClasses.blank(TRAIN_CLASSES, SAMPLES, SIDE, SIDE, 1)
-    arrays = cached(f"glyphs-{VERSION}-matplotlib-{version('matplotlib')}", _build, lambda: meanwhile(expected))
+
+    def build():
+        meanwhile(ImageClasses.blank(TRAIN_CLASSES, SAMPLES, SIDE, SIDE, 1))
+        return _build()
+
+    arrays = cached(f"glyphs-{VERSION}-matplotlib-{version('matplotlib')}", build)
     train, test = (
         ImageClasses(arrays[f"{split}_pixels"], tuple(arrays[f"{split}_labels"].tolist()))
         for split in ("train", "test")

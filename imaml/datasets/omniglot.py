@@ -86,7 +86,8 @@ def load(
 
     Args:
         directory: The folder with both archives, as downloaded; nothing is written to it.
-        meanwhile: Called before they are decoded, with blank classes in the shape of the training classes.
+        meanwhile: Called once their containers are found in order, before they are decoded, with blank classes in the
+            shape of the training classes.
 
     Returns:
         A data set named ``omniglot``: ``train.pixels`` uint8 ``[1200, 20, 28, 28, 1]``, ``test.pixels`` uint8
@@ -107,9 +108,7 @@ def load(
     key = hashlib.sha256()
     for content in contents.values():
         key.update(hashlib.sha256(content).digest())
-    expected = ImageClasses.blank(TRAIN_CHARACTERS, DRAWINGS, SIZE, SIZE, 1)
-    name = f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}"
-    arrays = cached(name, lambda: _decode(contents), lambda: meanwhile(expected))
+    arrays = cached(f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}", lambda: _decode(contents, meanwhile))
     return _split(arrays["pixels"], [str(label) for label in arrays["labels"]])
 
 
@@ -206,11 +205,12 @@ def _read_file(path: Path) -> bytes:
     return content
 
 
-def _decode(contents: dict[Path, bytes]) -> dict[str, np.ndarray]:
+def _decode(contents: dict[Path, bytes], meanwhile: Callable[[ImageClasses], None]) -> dict[str, np.ndarray]:
     """``pixels`` uint8 ``[characters, 20, 28, 28, 1]`` and ``labels``, sorted by label."""
     pairs = list(zip(ARCHIVES, contents.items(), strict=True))
     # Every archive's container is checked before the slow part begins.
     drawings = [_drawings(archive, path, content) for archive, (path, content) in pairs]
+    meanwhile(ImageClasses.blank(TRAIN_CHARACTERS, DRAWINGS, SIZE, SIZE, 1))
     pixels, labels = [], []
     for (archive, (path, _)), pngs in zip(pairs, drawings, strict=True):
         pixels.append(_pixels(archive, path, pngs))

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import imaml
-from imaml import checkpoints, cli, files, runlog
+from imaml import InputError, checkpoints, cli, files, processes, runlog
 from imaml.datasets import glyphs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,6 +211,26 @@ def test_sigterm_outside_of_training_unwinds_and_exits_with_143(here, monkeypatc
         assert unwound == [True] and signal.getsignal(signal.SIGTERM) is unhandled
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("end, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (InputError("no"), 2)])
+def test_a_command_that_ends_early_does_not_wait_for_a_compilation(end, code, here, monkeypatch):
+    compiled, left = threading.Event(), []
+
+    def train(*_, **__):
+        thread = ThreadPoolExecutor(1, thread_name_prefix=processes.BESIDE)
+        thread.submit(compiled.wait)
+        thread.shutdown(wait=False)
+        raise end
+
+    monkeypatch.setattr("imaml.training.train", train)
+    monkeypatch.setattr(processes, "_exit", left.append)
+    monkeypatch.setattr(sys, "argv", ["imaml", "train"])
+    try:
+        assert code_of(["train"]) == code and not left  # not the process of whoever calls
+        assert code_of(None) == code and left == [code]
+    finally:
+        compiled.set()
 
 
 def test_the_version_is_told_with_those_it_rests_on(capsys):

@@ -211,7 +211,7 @@ def test_shrinking_is_pillows_bit_for_bit():
 
 def test_second_load_decodes_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
     first = omniglot.load(tiny.directory)
-    monkeypatch.setattr(omniglot, "_decode", lambda contents: pytest.fail("decoded again"))
+    monkeypatch.setattr(omniglot, "_decode", lambda *_: pytest.fail("decoded again"))
     assert omniglot.load(tiny.directory).fingerprint() == first.fingerprint()
 
 
