@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from imaml.devices import everywhere
 from imaml.meta_step import initial_state, meta_step
-from imaml.processes import BESIDE
 from imaml.settings import Preset
 
 
@@ -35,7 +34,7 @@ class StepCompiler:
         state = jax.tree.map(self._shape, jax.eval_shape(lambda: initial_state(self._preset)))
         step = jax.jit(meta_step(self._preset, self._mesh), out_shardings=everywhere(self._mesh))
         lowered = step.lower(state, shapes)
-        thread = ThreadPoolExecutor(1, thread_name_prefix=BESIDE)
+        thread = ThreadPoolExecutor(1)
         self._shapes, self._program = shapes, thread.submit(lowered.compile)
         thread.shutdown(wait=False)
 

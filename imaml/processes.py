@@ -24,8 +24,6 @@ HEARTBEAT_SECONDS = 60
 """After which JAX's runtime ends all processes where one is silent, though its connection stands."""
 VERDICT_SECONDS = 5.0
 """For which a process whose collective failed waits to hear who is missing."""
-BESIDE = "imaml-beside"
-"""What a thread's name begins with whose work is of no use to a process that failed."""
 LOST = os.EX_TEMPFAIL
 """The exit code where another process was lost: the same command may well do better."""
 
@@ -97,10 +95,11 @@ def leave(code: int, threads: bool) -> None:
 
     Args:
         code: the exit code.
-        threads: whether to go where Python's own way out would wait for work beside, too.
+        threads: whether to go, too, where Python's own way out would wait for a thread: a compilation, or JAX's alarm
+            clock of a minute, which nobody stops when its start is interrupted.
     """
-    beside = threads and any(thread.name.startswith(BESIDE) for thread in threading.enumerate())
-    if code and (beside or jax.distributed.is_initialized()):
+    waits = threads and any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate())
+    if code and (waits or jax.distributed.is_initialized()):
         _exit(code)
 
 

@@ -218,7 +218,7 @@ def test_a_command_that_ends_early_does_not_wait_for_a_compilation(end, code, he
     compiled, left = threading.Event(), []
 
     def train(*_, **__):
-        thread = ThreadPoolExecutor(1, thread_name_prefix=processes.BESIDE)
+        thread = ThreadPoolExecutor(1)
         thread.submit(compiled.wait)
         thread.shutdown(wait=False)
         raise end
