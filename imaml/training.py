@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from signal import Signals
+from signal import Signals, raise_signal
 
 import jax
 import numpy as np
@@ -154,7 +154,10 @@ def _compile_ahead(preset, compiler, expected):
         preset.training_episode.check(expected, preset.dataset)
     except InputError:  # what cannot be drawn is refused when the data are there
         return
-    compiler.begin(expected.source)
+    with stop_on_signals() as stop:  # raised amid a trace, an interruption may be lost in JAX's own callbacks
+        compiler.begin(expected.source)
+    if stop.received:
+        raise_signal(stop.received)
 
 
 def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:

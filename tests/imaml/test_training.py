@@ -273,6 +273,24 @@ def test_a_second_signal_acts_at_once(tmp_path, interruptible):
         train(tmp_path, on_progress=twice)
 
 
+def test_a_signal_amid_the_trace_ahead_acts_when_that_is_done(tmp_path, tiny_pixels, interruptible, monkeypatch):
+    begun = []
+
+    def begin(compiler, source):
+        signal.raise_signal(signal.SIGINT)
+        begun.append(source.shape)
+
+    def load(name, data, meanwhile):
+        meanwhile(ImageClasses.blank(*tiny_pixels.shape))
+        return pytest.fail("went on")
+
+    monkeypatch.setattr(compilation.StepCompiler, "begin", begin)
+    monkeypatch.setattr(datasets, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    assert begun == [tiny_pixels.shape] and not (tmp_path / "run").exists()
+
+
 CHILD = """
 import functools, importlib, os, sys
 import jax, numpy as np
