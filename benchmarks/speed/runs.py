@@ -44,8 +44,9 @@ def host_share(rounds: int) -> dict[str, object]:
     import jax
 
     from imaml import training
-    from imaml.devices import everywhere, global_mesh, on_all, use_all_cores
-    from imaml.meta_step import initial_state, meta_step
+    from imaml.compilation import StepCompiler
+    from imaml.devices import global_mesh, on_all, use_all_cores
+    from imaml.meta_step import initial_state
     from imaml.presets import override, preset, presets
 
     use_all_cores()
@@ -53,7 +54,7 @@ def host_share(rounds: int) -> dict[str, object]:
     mesh = global_mesh(chosen.outer.tasks)
     pixels = training.datasets.load(chosen.dataset).train.pixels
     begun, pixels = on_all((initial_state(chosen), pixels), mesh)
-    step = jax.jit(meta_step(chosen, mesh), out_shardings=everywhere(mesh))
+    step = StepCompiler(chosen, mesh).step(pixels)
     begun = jax.block_until_ready(step(begun, pixels))[0]
 
     def alone():
