@@ -62,7 +62,7 @@ def measure(learner: Learner, theta: dict, tasks: Task) -> dict[str, np.ndarray]
     function = bl.value_and_hypergradient(learner.problem, learner.solver, learner.method, on_failure="ignore")
 
     def one(task):
-        out = function(theta, bl.theta_itself, task)
+        out = function(theta, bl.identity_center, task)
         loss, outputs = out.aux
         accuracy = (outputs.argmax(-1) == task.query_y).mean()
         flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(out.gradient)])

@@ -273,7 +273,7 @@ def stretch(reports: list[MetaGradient], step: int) -> dict:
 @cache
 def _hypergradient(learner):
     hypergradient = bl.value_and_hypergradient(PROBLEM, learner.solver, learner.method, on_failure="ignore")
-    return jax.jit(lambda theta, task: hypergradient(theta, bl.theta_itself, task))
+    return jax.jit(lambda theta, task: hypergradient(theta, bl.identity_center, task))
 
 
 @jax.jit

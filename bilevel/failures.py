@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from bilevel.conditions import Condition
+from bilevel.conditions.protocol import Condition
 from bilevel.types import Hypergradient, MatVec, PyTree, Status
 
 Policy = Literal["raise", "warn", "ignore"]
@@ -62,7 +62,7 @@ def check_status(
         >>> from bilevel import CG, GradientDescent, Implicit, Problem, Stationary, value_and_hypergradient
         >>> condition = Stationary(lambda w, theta, data: 0.5 * data * w**2 - theta * w)
         >>> problem = Problem(condition, lambda w, theta, data: w)
-        >>> function = value_and_hypergradient(problem, GradientDescent(0.5, steps=20, tol=1e-4), Implicit(CG(1)))
+        >>> function = value_and_hypergradient(problem, GradientDescent(0.5, max_steps=20, tol=1e-4), Implicit(CG(1)))
         >>> out = jax.vmap(function, in_axes=(None, None, 0))(1.0, 0.0, jnp.array([1.0, 0.01, 2.0]))
         >>> check_status(out)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
@@ -81,7 +81,7 @@ def check_status(
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def well_ended(status: jax.Array) -> bool:
+def succeeded(status: jax.Array) -> bool:
     """Whether one number, the worst status, leaves nothing to look at; so it is under a trace."""
     return isinstance(status, Tracer) or Status(int(status)).ok
 

@@ -162,7 +162,7 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
 
     def one_task(theta, task):
         """What is summed, each with whether it counts, and the task's own report."""
-        out = hypergradient(theta, bl.theta_itself, task)
+        out = hypergradient(theta, bl.identity_center, task)
         loss, outputs = out.aux
         linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.residual_norm
         finite = out.status != bl.Status.NONFINITE

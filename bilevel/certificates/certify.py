@@ -28,7 +28,8 @@ import numpy as np
 from bilevel import tree
 from bilevel.certificates.error_bounds import Bounds, Constants, Step, distance, linear_algebra, newton_step, system_at
 from bilevel.certificates.lipschitz import Lipschitz
-from bilevel.conditions import Problem, StrongConvexity
+from bilevel.conditions import StrongConvexity
+from bilevel.problem import Problem
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
 NONLINEARITY = 0.25
@@ -184,7 +185,7 @@ def certify(
         >>> from bilevel import CG, GradientDescent, Implicit, Stationary, value_and_hypergradient
         >>> ridge = Stationary(lambda w, theta, data: 0.5 * (w - data) ** 2 + 0.5 * theta * w**2)
         >>> problem = Problem(ridge, lambda w, theta, data: w)  # w* = data / (1 + theta)
-        >>> hypergradient = value_and_hypergradient(problem, GradientDescent(0.4, steps=3), Implicit(CG(5)))
+        >>> hypergradient = value_and_hypergradient(problem, GradientDescent(0.4, max_steps=3), Implicit(CG(5)))
         >>> out = hypergradient(1.0, 0.0, 2.0)
         >>> constants = Lipschitz(outer_w=0.0, jacobian=0.0, mixed=1.0)
         >>> certificate = certify(problem, 1.0, out, 2.0, lambda theta, data: 1 + theta, constants)

@@ -19,7 +19,8 @@ from bilevel import tree
 from bilevel.certificates import spectrum
 from bilevel.certificates.lipschitz import Ball
 from bilevel.certificates.spectrum import Spectrum
-from bilevel.conditions import Problem, Proximal, theta_itself
+from bilevel.conditions import Proximal, identity_center
+from bilevel.problem import Problem
 from bilevel.types import LinearSolver, MatVec, PyTree
 
 DENSE_LIMIT = 500
@@ -307,7 +308,7 @@ def _from_structure(problem, system, w):
         fixed = not _uses_second(lambda w, theta: strength(theta, data), w, theta)
         if fixed and not _uses_second(lambda w, theta: condition.objective(w, theta, data), w, theta):
             known["mixed"] = 0.0  # B = −λ ∂center/∂θ, whatever w is
-            if condition.center is theta_itself:
+            if condition.center is identity_center:
                 strengths = [jnp.max(jnp.asarray(leaf)) for leaf in jax.tree.leaves(strength(theta, data))]
                 known["mixed_norm"] = functools.reduce(jnp.maximum, strengths)
     return known

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Condition, Problem
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
 from bilevel.testing.cases import Case
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import oracles
@@ -138,7 +139,7 @@ def assert_case(
     Example:
         >>> import bilevel as bl
         >>> from bilevel.testing import families
-        >>> assert_case(families.ridge(dtype="float32", seed=1), method=bl.Implicit(bl.CG(maxiter=10)))
+        >>> assert_case(families.ridge(dtype="float32", seed=1), method=bl.Implicit(bl.CG(max_steps=10)))
     """
     __tracebackhide__ = True
     rtol = case.rtol if rtol is None else rtol
@@ -284,7 +285,7 @@ def _endings(out):
     line = f"inner solve: {_status(out.inner.status)}, ‖F‖ = {float(out.inner.residual_norm):.3g}"
     if out.linear is None:
         return line
-    return f"{line}; linear solve: {_status(out.linear.status)}, residual {float(out.linear.residual_norm):.3g}"
+    return f"{line}; linear solve: {_status(out.linear.status)}, residual {float(out.linear.relative_residual):.3g}"
 
 
 def _status(status):

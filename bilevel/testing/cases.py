@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Problem
+from bilevel.problem import Problem
 from bilevel.types import PyTree
 
 LAYOUTS = ("flat", "dict", "tuple", "scalars")

@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from bilevel._jaxopt.operators import jaxopt_projection
 from bilevel.conditions import (
     KKT,
     Condition,
     FixedPoint,
-    Problem,
     Projected,
     Proximal,
     ProximalGradient,
     Root,
     Stationary,
-    jaxopt_projection,
 )
+from bilevel.problem import Problem
 from bilevel.testing.cases import LAYOUTS, Case, ClosedForm, arrange, flatten, outer
 from bilevel.types import PyTree
 

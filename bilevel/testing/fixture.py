@@ -1,6 +1,7 @@
 """What the pytest fixture ``hypergradient`` is: the assertions in float64, each remembered for the report."""
 
-from bilevel.conditions import Condition, Problem
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
 from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
 from bilevel.testing.cases import Case
 from bilevel.types import PyTree

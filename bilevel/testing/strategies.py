@@ -9,7 +9,7 @@ Example:
     >>> @settings(max_examples=3, deadline=None, derandomize=True, database=None)
     ... @given(ridge_problems(sizes=(3,), w_layouts=("flat",), theta_layouts=("flat",)))
     ... def test_my_method(case):
-    ...     function = bl.value_and_hypergradient(case.problem, case.solver, bl.Implicit(bl.CG(maxiter=10)))
+    ...     function = bl.value_and_hypergradient(case.problem, case.solver, bl.Implicit(bl.CG(max_steps=10)))
     ...     out = function(case.theta, case.init, case.data)
     ...     np.testing.assert_allclose(out.gradient, case.gradient, atol=case.rtol * abs(case.gradient).max())
     >>> test_my_method()

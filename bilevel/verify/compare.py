@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 
-from bilevel.conditions import Condition, Problem
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import oracles, tables
 

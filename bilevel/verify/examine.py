@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Problem
+from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify import oracles
 from bilevel.verify.oracles import Flat, flatten

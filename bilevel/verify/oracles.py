@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Condition, Problem
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
 from bilevel.types import PyTree, Solution
 
 COORDINATES = 64
@@ -254,7 +255,7 @@ def unrolled(
     Example:
         >>> from bilevel import GradientDescent, Problem, Stationary
         >>> problem = Problem(Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
-        >>> float(unrolled(problem, GradientDescent(0.5, steps=2), 1.0, 0.0, None).gradient)  # 1 − ½²
+        >>> float(unrolled(problem, GradientDescent(0.5, max_steps=2), 1.0, 0.0, None).gradient)  # 1 − ½²
         0.75
     """
     with double_precision():

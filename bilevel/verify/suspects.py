@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Problem
+from bilevel.problem import Problem
 from bilevel.types import Hypergradient, LinearInfo, PyTree
 from bilevel.verify import oracles
 from bilevel.verify.tables import figure
@@ -145,7 +145,7 @@ def tells_the_truth(answer: Answer) -> bool:
     at, linear = answer.place, answer.linear
     if at is None or at.residual is None or linear is None:
         return False
-    return at.residual <= 2 * float(linear.residual_norm) + 100 * answer.eps
+    return at.residual <= 2 * float(linear.relative_residual) + 100 * answer.eps
 
 
 def likely_cause(
@@ -177,7 +177,7 @@ def likely_cause(
     for suspicion, derivatives in _suspicions(answer, references):
         if explains(derivatives):
             return suspicion
-    if at is None and answer.linear is not None and (left := float(answer.linear.residual_norm)) > answer.eps**0.5:
+    if at is None and answer.linear is not None and (left := float(answer.linear.relative_residual)) > answer.eps**0.5:
         return f"the linear solve left {figure(left)} of its right-hand side; allow it more iterations, or precondition"
     return None
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Problem
+from bilevel.problem import Problem
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import oracles, suspects
 from bilevel.verify.oracles import OracleError, Reference

@@ -118,7 +118,7 @@ def _outs(method, solver, theta, start, batch):
     """Of every task, from one start for all or one for each."""
     hypergradient = bl.value_and_hypergradient(_PROBLEM, solver, method, on_failure="ignore")
     if start.ndim == theta.ndim:
-        return jax.vmap(lambda task: hypergradient(theta, bl.theta_itself, task))(batch)
+        return jax.vmap(lambda task: hypergradient(theta, bl.identity_center, task))(batch)
     return jax.vmap(lambda phi, task: hypergradient(theta, phi, task))(start, batch)
 
 

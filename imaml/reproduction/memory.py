@@ -81,7 +81,7 @@ def _task_shapes(images):
 
 def _temporary(problem, solver, method, shapes):
     hypergradient = bl.value_and_hypergradient(problem, solver, method, on_failure="ignore")
-    program = jax.jit(lambda theta, task: hypergradient(theta, bl.theta_itself, task).gradient)
+    program = jax.jit(lambda theta, task: hypergradient(theta, bl.identity_center, task).gradient)
     analysis = program.lower(*shapes).compile().memory_analysis()
     if analysis is None:
         raise InputError(f"XLA says nothing of a program's memory on {jax.default_backend()}: try JAX_PLATFORMS=cpu")

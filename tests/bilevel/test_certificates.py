@@ -185,7 +185,7 @@ def test_any_gradient_is_certified_and_a_wrong_one_is_found():
     assert int(flipped.findings) & bl.Finding.OTHER_GRADIENT
 
     ridge = case_of("ridge")
-    unrolled = bl.value_and_hypergradient(ridge.problem, bl.GradientDescent(0.1, steps=15), bl.Unrolled())
+    unrolled = bl.value_and_hypergradient(ridge.problem, bl.GradientDescent(0.1, max_steps=15), bl.Unrolled())
     out = unrolled(ridge.theta, ridge.init, ridge.data)
     certificate = bl.certify(ridge.problem, ridge.theta, out, ridge.data)
     assert float(certificate.estimate) == pytest.approx(apart(out.gradient, ridge.gradient), rel=0.2)

@@ -9,7 +9,7 @@ import pytest
 from problems import newton
 
 import bilevel as bl
-from bilevel import _jaxopt
+from bilevel._jaxopt import library
 
 RNG = np.random.default_rng(0)
 HALF = RNG.normal(size=(4, 4))
@@ -198,11 +198,11 @@ PENALTIES = {
 def operator(name):
     if name != "make_prox_from_projection":
         return name
-    return _jaxopt.prox.make_prox_from_projection(_jaxopt.projection.projection_l2_ball)
+    return library.prox.make_prox_from_projection(library.projection.projection_l2_ball)
 
 
 def test_every_prox_of_jaxopt_stands_in_the_table():
-    assert set(PENALTIES) == {name for name in dir(_jaxopt.prox) if name.startswith(("prox_", "make_prox"))}
+    assert set(PENALTIES) == {name for name in dir(library.prox) if name.startswith(("prox_", "make_prox"))}
 
 
 @pytest.mark.parametrize("name", PENALTIES)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bilevel as bl
-from bilevel import _jaxopt
+from bilevel._jaxopt import library
 
 SAMPLES, FEATURES = 400, 300
 STEPS = 3  # so few that one product more is above five percent of the whole
@@ -49,7 +49,7 @@ def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
 
     def adjoint(theta, w, b):  # CG's loop is counted once here and in the whole; the next test counts its rounds
         matvec = jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
-        v = _jaxopt.solve_cg(matvec, b, maxiter=20, tol=0.0)
+        v = library.solve_cg(matvec, b, maxiter=20, tol=0.0)
         return v, b - matvec(v)
 
     def pull_back(theta, w, v):

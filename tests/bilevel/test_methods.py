@@ -26,7 +26,7 @@ def gradient(problem, solver, method, theta, init=None, data=None):
     return bl.value_and_hypergradient(problem, solver, method)(jax.tree.map(jnp.asarray, theta), init, data)
 
 
-@pytest.mark.parametrize("init", [np.zeros(2), bl.theta_itself], ids=["zero", "theta"])
+@pytest.mark.parametrize("init", [np.zeros(2), bl.identity_center], ids=["zero", "theta"])
 @pytest.mark.parametrize(
     "solver",
     [bl.GradientDescent(RATE, STEPS), bl.GradientDescent(RATE, STEPS, momentum=0.5), bl.Optax(optax.sgd(RATE), STEPS)],
@@ -47,9 +47,9 @@ def test_forward_and_backward_unrolling_are_the_same_number(solver, init):
 )
 def test_first_order_unrolling_keeps_the_derivative_of_the_start_alone(solver, checkpoint):
     method = bl.Unrolled(first_order=True, checkpoint=checkpoint)
-    from_theta = gradient(descent_problem(), solver, method, THETA, bl.theta_itself)
+    from_theta = gradient(descent_problem(), solver, method, THETA, bl.identity_center)
     np.testing.assert_allclose(from_theta.gradient, from_theta.inner.w, rtol=1e-14)  # ∇½‖w‖² = w, and dw/dinit = I
-    full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.theta_itself)
+    full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.identity_center)
     np.testing.assert_array_equal(from_theta.inner.w, full.inner.w)
     assert np.abs(full.gradient - from_theta.gradient).max() > 0.01
     # θ in the objective alone has no derivative left, and θ in the outer function keeps its own.

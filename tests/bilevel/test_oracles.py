@@ -33,7 +33,7 @@ def test_each_oracle_is_the_closed_form_within_its_own_uncertainty(name, oracle)
 def test_each_oracle_answers_its_own_question():
     """GD halves the error of w three times: the solution's derivative is 1, the solver's 1 − ⅛."""
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w**2)
-    arguments = problem, bl.GradientDescent(0.5, steps=3), 1.0, 0.0, None
+    arguments = problem, bl.GradientDescent(0.5, max_steps=3), 1.0, 0.0, None
     w = 7 / 8
     followed, plain = (oracles.finite_differences(*arguments, polish=polish) for polish in (None, False))
     steps, formula = oracles.unrolled(*arguments), oracles.dense(*arguments, w=w)
@@ -90,7 +90,7 @@ def test_where_newton_cannot_follow_the_solver_is_run_again():
     """(1, 1) has a whole line of minima: gradient descent picks the one nearest to its start."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (jnp.sum(w) - theta) ** 2)
     problem = bl.Problem(condition, lambda w, theta, data: w[0] ** 2)
-    arguments = problem, bl.GradientDescent(0.5, steps=1), 1.0, jnp.zeros(2), None
+    arguments = problem, bl.GradientDescent(0.5, max_steps=1), 1.0, jnp.zeros(2), None
     found = oracles.finite_differences(*arguments)
     assert found.question == "the solver's output"
     assert found.gradient == pytest.approx(0.5, abs=found.uncertainty[0])  # w₀ = θ / 2

@@ -13,7 +13,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel import _jaxopt
+from bilevel._jaxopt import library
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -40,7 +40,7 @@ def marginals(theta, data):
 
 
 def to_rounding(fun):
-    return _jaxopt.jaxopt.LBFGS(fun, tol=1e-13, maxiter=500, linesearch="backtracking")
+    return library.jaxopt.LBFGS(fun, tol=1e-13, maxiter=500, linesearch="backtracking")
 
 
 TRANSPORT = (nearest, marginals, MARGINALS)
@@ -75,7 +75,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 def to_the_end(name, **options):
-    return functools.partial(getattr(_jaxopt.projection, name), make_solver=to_rounding, **options)
+    return functools.partial(getattr(library.projection, name), make_solver=to_rounding, **options)
 
 
 @pytest.mark.parametrize("name", ON_MATRICES)
@@ -215,7 +215,7 @@ def backwards_only(w, theta, data):
     """jaxopt's own function, bare: it holds a custom_vjp. ``data`` has integers, which have no tangent."""
     rows = jnp.eye(4)[data]
     params = (jnp.ones((1, 4)), theta[:1], rows, jnp.append(theta[1:], 5.0))
-    return _jaxopt.projection.projection_polyhedron(w, params, check_feasible=False)
+    return library.projection.projection_polyhedron(w, params, check_feasible=False)
 
 
 def test_a_function_that_jax_differentiates_backwards_only_is_differentiated_forwards_too():
@@ -235,7 +235,7 @@ def test_such_a_function_may_capture_theta():
     # The projection onto 1ᵀy = c, c caught by the closure: ȳ + (c − 1ᵀȳ)/4, whose derivative in c is 1/4.
     def point(c, w):
         def captured(w, theta, data):
-            return _jaxopt.projection.projection_affine_set(w, (jnp.ones((1, 4)), c[None]))
+            return library.projection.projection_affine_set(w, (jnp.ones((1, 4)), c[None]))
 
         condition = bl.Projected(lambda w, theta, data: 0.5 * jnp.sum((w - TARGET) ** 2), captured)
         return condition.mapping(w, None, None)
@@ -246,12 +246,12 @@ def test_such_a_function_may_capture_theta():
 
 @pytest.mark.xfail(raises=jax.errors.TracerBoolConversionError, strict=True, reason="its check reads a traced number")
 def test_the_polyhedron_with_its_check():
-    on_vectors(bl.jaxopt_projection(_jaxopt.projection.projection_polyhedron, polyhedron), POLYHEDRON, steps=1)
+    on_vectors(bl.jaxopt_projection(library.projection.projection_polyhedron, polyhedron), POLYHEDRON, steps=1)
 
 
 def test_the_sparse_simplex_by_its_support():
     def two_at_most(w, value):
-        return _jaxopt.projection.projection_sparse_simplex(w, 2, value=value)
+        return library.projection.projection_sparse_simplex(w, 2, value=value)
 
     out = on_vectors(bl.jaxopt_projection(two_at_most, lambda theta, data: theta), jnp.array(1.3), steps=400)
     support = np.flatnonzero(out.inner.w)

@@ -10,8 +10,8 @@ import pytest
 from problems import quadratic, ridge
 
 import bilevel as bl
-from bilevel import _jaxopt_solvers
-from bilevel._jaxopt import jaxopt
+from bilevel._jaxopt import solvers as jaxopt_solvers
+from bilevel._jaxopt.library import jaxopt
 
 RATE = 0.05
 DIAGONAL = np.array([1.0, 3.0])
@@ -23,7 +23,7 @@ def condition():
 
 def test_gradient_descent_is_its_formula():
     theta, init = jnp.array([1.0, 2.0]), jnp.array([0.5, -0.5])
-    out = bl.GradientDescent(0.1, steps=7)(condition(), init, theta, None)
+    out = bl.GradientDescent(0.1, max_steps=7)(condition(), init, theta, None)
     exact = theta / DIAGONAL
     expected = exact + (1 - 0.1 * DIAGONAL) ** 7 * (init - exact)
     np.testing.assert_allclose(out.w, expected, rtol=1e-14)
@@ -36,7 +36,7 @@ def test_heavy_ball_is_its_formula():
     for _ in range(5):
         memory = 0.9 * memory + DIAGONAL * w - theta
         w = w - 0.1 * memory
-    out = bl.GradientDescent(0.1, steps=5, momentum=0.9)(condition(), jnp.zeros(2), theta, None)
+    out = bl.GradientDescent(0.1, max_steps=5, momentum=0.9)(condition(), jnp.zeros(2), theta, None)
     np.testing.assert_allclose(out.w, w, rtol=1e-14)
 
 
@@ -56,16 +56,16 @@ def test_optax_adam_works_under_strict_promotion():
 def test_a_tol_stops_early_and_running_out_is_told():
     case = ridge()
     arguments = (case.condition, case.init, case.theta, case.data)
-    out = bl.GradientDescent(0.3, steps=1000, tol=1e-8)(*arguments)
+    out = bl.GradientDescent(0.3, max_steps=1000, tol=1e-8)(*arguments)
     assert int(out.status) == bl.Status.CONVERGED and 1 < int(out.steps) < 1000 and float(out.residual_norm) <= 1e-8
-    out = bl.GradientDescent(0.3, steps=3, tol=1e-8)(*arguments)
+    out = bl.GradientDescent(0.3, max_steps=3, tol=1e-8)(*arguments)
     assert int(out.status) == bl.Status.MAX_STEPS and int(out.steps) == 3
 
 
 def test_divergence_is_nonfinite():
-    out = bl.GradientDescent(1e3, steps=200)(condition(), jnp.ones(2), jnp.ones(2), None)
+    out = bl.GradientDescent(1e3, max_steps=200)(condition(), jnp.ones(2), jnp.ones(2), None)
     assert int(out.status) == bl.Status.NONFINITE
-    out = bl.GradientDescent(1e3, steps=2000, tol=1e-3)(condition(), jnp.ones(2), jnp.ones(2), None)
+    out = bl.GradientDescent(1e3, max_steps=2000, tol=1e-3)(condition(), jnp.ones(2), jnp.ones(2), None)
     assert int(out.status) == bl.Status.NONFINITE
 
 
@@ -337,7 +337,7 @@ WITHOUT_MAXITER = ("ScipyRootFinding", "ScipyLeastSquares", "EqualityConstrained
 
 
 def test_every_solver_of_jaxopt_stands_in_one_table():
-    assert {name for name, *_ in SOLVED} | set(REFUSED) == set(_jaxopt_solvers.solver_names())
+    assert {name for name, *_ in SOLVED} | set(REFUSED) == set(jaxopt_solvers.solver_names())
     assert not {name for name, *_ in SOLVED} & set(REFUSED)
 
 

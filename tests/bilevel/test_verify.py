@@ -112,7 +112,7 @@ def quartic():
 
 
 def test_an_unsolved_inner_problem_is_told_from_a_wrong_formula():
-    few = bl.GradientDescent(0.1, steps=3)
+    few = bl.GradientDescent(0.1, max_steps=3)
     everything = ("finite_differences", "unrolled", "dense")
     unsolved = check(quartic(), bl.Implicit(bl.CG(2)), few, everything)
     assert not unsolved.ok and unsolved.verdict.startswith("the formula is right and the inner problem is not solved")

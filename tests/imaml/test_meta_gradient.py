@@ -57,7 +57,7 @@ def linear_regression():
     y = random.normal(size=(4, POINTS, 1))
     tasks = jax.tree.map(jnp.asarray, Task(x[:2], y[:2], x[2:], y[2:]))
     # The rate brings the slowest error down by 1 − 0.7 · 0.99 each step: 0.31^60 is below 1e-30.
-    solver = bl.GradientDescent(step_size=0.7, steps=60)
+    solver = bl.GradientDescent(step_size=0.7, max_steps=60)
     learner = Learner(lambda w, x: x @ w["w"], solver, bl.Implicit(bl.LU()), PENALTY, squared_loss)
     return learner, {"w": jnp.asarray(random.normal(size=(FEATURES, 1)))}, tasks
 
@@ -180,7 +180,7 @@ PRESET = replace(
     imaml.preset("glyphs-5way-1shot-gd"),
     network=Conv4(filters=2, kernel_gain=4.0),
     strength=2.0,
-    linear=bl.CG(maxiter=400, tol=1e-13),
+    linear=bl.CG(max_steps=400, tol=1e-13),
 )
 
 
@@ -279,7 +279,7 @@ def test_a_presets_gradient_is_the_generic_layers(glyph_task):
     condition = bl.Proximal(lambda w, theta, task: loss(w, task.support_x, task.support_y), preset.strength)
     problem = bl.Problem(condition, lambda w, theta, task: loss(w, task.query_x, task.query_y))
     solver = bl.GradientDescent(preset.inner.step_size, preset.inner.steps)
-    generic = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(maxiter=400, tol=1e-13)))
+    generic = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(max_steps=400, tol=1e-13)))
     expected, out = generic(theta, theta, task), jax.jit(meta_gradient(preset.learner))(theta, one(task))
     np.testing.assert_allclose(out.value, expected.value, rtol=1e-10)
     atol = 1e-8 * np.linalg.norm(flat(expected.gradient))

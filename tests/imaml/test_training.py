@@ -65,11 +65,11 @@ PRESET = replace(
     imaml.preset("glyphs-5way-1shot-gd"),
     episode=Episode(ways=2, shots=1, queries=1),
     network=Flat(),
-    inner=bl.GradientDescent(0.1, steps=2),
+    inner=bl.GradientDescent(0.1, max_steps=2),
     linear=bl.CG(2),
     outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
 )
-DIVERGING = replace(PRESET, inner=bl.GradientDescent(1e30, steps=3))
+DIVERGING = replace(PRESET, inner=bl.GradientDescent(1e30, max_steps=3))
 
 
 def dataset(pixels):

@@ -35,7 +35,7 @@ def setting(in_float64):
     y = np.tile(np.arange(3, dtype=np.int32), 2)
     task = Task(*(jnp.asarray(array) for array in (random.normal(size=(6, 12)), y, random.normal(size=(6, 12)), y)))
     theta = {"hidden": jnp.asarray(random.normal(size=(12, 4))), "head": jnp.asarray(random.normal(size=(4, 3)))}
-    return Learner(apply, bl.GradientDescent(0.1, steps=16), bl.Implicit(bl.CG(6)), strength=1.0), theta, task
+    return Learner(apply, bl.GradientDescent(0.1, max_steps=16), bl.Implicit(bl.CG(6)), strength=1.0), theta, task
 
 
 def solution_checks(setting):

@@ -1,7 +1,7 @@
-"""The one place that imports jaxopt, which is no longer maintained: replace it from here.
+"""The import of jaxopt, without its deprecation warning.
 
-jaxopt's linear solvers take a matrix-vector product and a right-hand side and return the solution alone.
-What its solvers knew and dropped, whether they converged and by which residual, `bilevel.linear` finds out.
+jaxopt's linear solvers take a matrix-vector product and a right-hand side, and return the solution alone. They do not
+say whether they converged. :mod:`bilevel.linear` computes the true residual afterwards.
 """
 
 import warnings

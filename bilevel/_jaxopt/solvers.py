@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
-from bilevel._jaxopt import jaxopt
+from bilevel._jaxopt.library import jaxopt
 from bilevel.types import PyTree
 
 

@@ -9,7 +9,7 @@ point satisfies the constraints the result is NaN, which a status shows.
 import jax
 import jax.numpy as jnp
 
-from bilevel._jaxopt import jaxopt
+from bilevel._jaxopt.library import jaxopt
 
 
 def affine_set(x, hyperparams):
