@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from archives import EVALUATION, TRAIN_CHARACTERS, Tiny, damage, expected, pack
 
-from imaml import arrays
 from imaml.datasets import omniglot
 from imaml.errors import InputError
+from imaml.storage import arrays
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -18,8 +18,8 @@ FAULTS = "tests/bilevel/test_faults.py"
 LINEAR = "tests/bilevel/test_linear.py"
 VERIFY = "tests/bilevel/test_verify.py"
 HYPERGRADIENTS = "tests/bilevel/test_hypergradients.py"
-META = "tests/imaml/test_meta_gradient.py"
-TRAINING = "tests/imaml/test_training.py"
+META = "tests/imaml/learning/test_meta_gradient.py"
+TRAINING = "tests/imaml/runs/test_training.py"
 
 
 class Guard(NamedTuple):
@@ -184,7 +184,7 @@ GUARDS = (
     _guard(
         "NaN: θ is not moved by a meta-step",
         f"{TRAINING}::test_training_that_diverges_is_refused_and_theta_is_not_updated",
-        "imaml/meta_step.py",
+        "imaml/runs/meta_step.py",
         "usable = report.tasks > 0",
         "usable = jnp.bool_(True)",
     ),
@@ -233,21 +233,21 @@ GUARDS = (
     _guard(
         "one bad task in a batch: left out",
         f"{META}::test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
-        "imaml/algorithms.py",
+        "imaml/learning/algorithms.py",
         "jnp.where(counts, new, 0)",
         "new",
     ),
     _guard(
         "one bad task in a batch: counted",
         f"{META}::test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
-        "imaml/algorithms.py",
+        "imaml/learning/algorithms.py",
         "finite = out.status != bl.Status.NONFINITE",
         "finite = jnp.bool_(True)",
     ),
     _guard(
         "one bad task in a batch: an adjoint worse than none",
         f"{META}::test_an_adjoint_worse_than_none_is_left_out",
-        "imaml/algorithms.py",
+        "imaml/learning/algorithms.py",
         "usable = finite & (linear_residual <= 1)",
         "usable = finite",
     ),

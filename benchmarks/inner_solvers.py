@@ -21,14 +21,14 @@ import numpy as np
 import bilevel as bl
 from bilevel.certificates.spectrum import ritz_values
 from imaml import datasets
-from imaml.algorithms import Learner
 from imaml.errors import InputError
-from imaml.evaluation import trained
-from imaml.files import write_whole
-from imaml.meta_step import initial_state
-from imaml.presets import restore
-from imaml.problem import support_loss
-from imaml.tasks import Task
+from imaml.learning.algorithms import Learner
+from imaml.learning.problem import support_loss
+from imaml.learning.tasks import Task
+from imaml.runs.evaluation import trained
+from imaml.runs.meta_step import initial_state
+from imaml.settings.published_presets import restore
+from imaml.storage.files import write_whole
 
 
 def solvers(limit: float) -> dict[str, tuple[bl.InnerSolver, bl.CG]]:

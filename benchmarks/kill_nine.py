@@ -7,7 +7,7 @@ from there, in the same folder.
 
     python benchmarks/kill_nine.py --kills 200
 
-What a kill cannot show is a loss of power, which flushing is for: tests/imaml/test_files.py tests its order.
+What a kill cannot show is a loss of power, which flushing is for: tests/imaml/storage/test_files.py tests its order.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from imaml import checkpoints, files
+from imaml.runs import checkpoints
+from imaml.storage import files
 
 DESCRIPTION = {"preset": "kill-nine"}
 MOST_SAVES = 4

@@ -37,14 +37,15 @@ import optax
 import bilevel as bl
 from bilevel import tree
 from bilevel.certificates.spectrum import ritz_values
-from imaml import datasets, networks
-from imaml.algorithms import MetaGradient, meta_gradient
+from imaml import datasets
 from imaml.datasets.cache import cache_directory
-from imaml.devices import AXIS, SHARED, SPREAD, local_mesh, on_all, over_tasks, use_all_cores
-from imaml.files import write_whole
-from imaml.problem import cross_entropy, support_loss, task_problem
-from imaml.tasks import Episode, Task
-from imaml.versions import versions
+from imaml.learning import networks
+from imaml.learning.algorithms import MetaGradient, meta_gradient
+from imaml.learning.problem import cross_entropy, support_loss, task_problem
+from imaml.learning.tasks import Episode, Task
+from imaml.parallel.devices import AXIS, SHARED, SPREAD, local_mesh, on_all, over_tasks, use_all_cores
+from imaml.runs.versions import versions
+from imaml.storage.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
 WAYS, FILTERS = 5, 64

@@ -3,14 +3,15 @@
 The algorithm of Rajeswaran, Finn, Kakade and Levine (2019), as an instance of :mod:`bilevel`.
 """
 
-from imaml.algorithms import Learner, MetaGradient, meta_gradient
 from imaml.errors import InputError
-from imaml.evaluation import Evaluation, evaluate
-from imaml.presets import preset, presets
-from imaml.settings import Preset
-from imaml.tasks import Curve, Episode, Task
-from imaml.training import Run, train
-from imaml.verification import Verification, verify
+from imaml.learning.algorithms import Learner, MetaGradient, meta_gradient
+from imaml.learning.tasks import Curve, Episode, Task
+from imaml.runs.evaluation import evaluate
+from imaml.runs.results import Evaluation, Run
+from imaml.runs.training import train
+from imaml.runs.verification import Verification, verify
+from imaml.settings.preset import Preset
+from imaml.settings.published_presets import preset, presets
 
 __all__ = [
     "Curve",

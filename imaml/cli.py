@@ -10,11 +10,11 @@ import io
 import sys
 from pathlib import Path
 
-from imaml.devices import check_shares
 from imaml.errors import InputError
-from imaml.interruption import exit_on_sigterm
-from imaml.processes import Processes, joined, leave
-from imaml.versions import versions
+from imaml.parallel.devices import check_shares
+from imaml.parallel.processes import Processes, joined, leave
+from imaml.runs.interruption import exit_on_sigterm
+from imaml.runs.versions import versions
 
 USAGE_ERROR = 2
 EPILOG = (
@@ -181,14 +181,19 @@ def _split(words):
 
 
 def _chosen(options, overrides):
-    from imaml.presets import override, preset, presets
+    from imaml.settings.overrides import override
+    from imaml.settings.published_presets import preset, presets
+    from imaml.settings.renamed import current_path
 
     chosen = preset(presets()[0] if options.preset is None else options.preset)
     if options.meta_steps is not None:
         overrides = [*overrides, ("outer.steps", options.meta_steps)]
     # The algorithm first: it brings its own inner loop, whose settings others may then change.
     for path, value in sorted(overrides, key=lambda pair: pair[0] != "algorithm"):
-        chosen = override(chosen, path, value)
+        current = current_path(chosen, path)
+        if current != path:
+            print(f"imaml train: --{path} is deprecated: use --{current}", file=sys.stderr)
+        chosen = override(chosen, current, value)
     return chosen
 
 
@@ -209,7 +214,7 @@ def _start_jax():
     import jax
 
     from imaml.datasets.cache import cache_directory
-    from imaml.devices import use_all_cores
+    from imaml.parallel.devices import use_all_cores
 
     use_all_cores()
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
@@ -226,9 +231,9 @@ def _train(options, overrides):
 
 def _train_here(options, chosen, writes):
     """This process's share of the training; who does not write does not speak either, but of what went wrong."""
-    from imaml.plots import learning_curve
-    from imaml.progress import Reporter
-    from imaml.training import train
+    from imaml.report.plots import learning_curve
+    from imaml.report.progress import Reporter
+    from imaml.runs.training import train
 
     name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
     directory = options.out or Path("runs") / name
@@ -253,7 +258,7 @@ def _train_here(options, chosen, writes):
 
 def _evaluate(options, _):
     _start_jax()
-    from imaml.evaluation import evaluate
+    from imaml.runs.evaluation import evaluate
 
     run = options.run_directory
     print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print))
@@ -261,12 +266,12 @@ def _evaluate(options, _):
 
 
 def _verify(options, _):
-    from imaml.presets import preset, presets
+    from imaml.settings.published_presets import preset, presets
 
     chosen = preset(presets()[0] if options.preset is None else options.preset)
     _start_jax()
-    from imaml.progress import Reporter
-    from imaml.verification import verify
+    from imaml.report.progress import Reporter
+    from imaml.runs.verification import verify
 
     verification = verify(chosen, options.data, on_event=Reporter().event)
     print(verification)
@@ -274,8 +279,9 @@ def _verify(options, _):
 
 
 def _presets(options, _):
-    from imaml.algorithms import ALGORITHMS
-    from imaml.presets import preset, presets, settings
+    from imaml.learning.algorithms import ALGORITHMS
+    from imaml.settings.overrides import settings
+    from imaml.settings.published_presets import preset, presets
 
     if options.preset is None:
         print("\n".join(presets()))
@@ -307,7 +313,7 @@ def _reproduce(options, _):
 
     check(options.work, options.records, options.format)
     _start_jax()
-    from imaml.progress import Reporter
+    from imaml.report.progress import Reporter
 
     reporter = Reporter(sys.stderr)  # so that a table can be sent to a file
     print(reproduce(options.work, options.records, options.out, options.format, reporter.event))
@@ -315,13 +321,17 @@ def _reproduce(options, _):
 
 
 def _inner_loop(chosen):
+    from imaml.settings.overrides import settings
+    from imaml.settings.renamed import current_path
+
+    steps = settings(chosen)[current_path(chosen, "inner.steps")]
     tested = f", {chosen.test_steps} in evaluation" if chosen.test_steps else ""
-    return f"steps of size {chosen.inner.step_size:g}: {chosen.inner.steps}{tested}"
+    return f"steps of size {chosen.inner.step_size:g}: {steps}{tested}"
 
 
 def _data(options, _):
     from imaml.datasets import download
-    from imaml.progress import Reporter
+    from imaml.report.progress import Reporter
 
     reporter = Reporter()
     try:

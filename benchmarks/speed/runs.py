@@ -43,11 +43,12 @@ def host_share(rounds: int) -> dict[str, object]:
     """The time of a hundred meta-steps alone over that of a hundred steps of `imaml train` with all it does besides."""
     import jax
 
-    from imaml import training
-    from imaml.compilation import StepCompiler
-    from imaml.devices import global_mesh, on_all, use_all_cores
-    from imaml.meta_step import initial_state
-    from imaml.presets import override, preset, presets
+    from imaml.parallel.devices import global_mesh, on_all, use_all_cores
+    from imaml.runs import training
+    from imaml.runs.compilation import StepCompiler
+    from imaml.runs.meta_step import initial_state
+    from imaml.settings.overrides import override
+    from imaml.settings.published_presets import preset, presets
 
     use_all_cores()
     chosen = override(preset(presets()[0]), "outer.steps", str(2 * STEPS))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from imaml import arrays
-from imaml.files import sweep
+from imaml.storage import arrays
+from imaml.storage.files import sweep
 
 STALE = 3600.0
 """Seconds after which a file that was never finished belongs to a process that died: writing takes seconds."""

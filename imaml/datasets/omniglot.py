@@ -31,7 +31,7 @@ from imaml.datasets.cache import cache_directory, cached
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.datasets.web import Unreachable, fetch
 from imaml.errors import InputError
-from imaml.files import alone_in
+from imaml.storage.files import alone_in
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from imaml.errors import InputError
-from imaml.files import put_in_place
+from imaml.storage.files import put_in_place
 
 TIMEOUT = 30.0
 """Seconds of silence after which a connection counts as lost."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from imaml.errors import InputError
-from imaml.files import write_whole
 from imaml.reproduction import gradient_error, memory, pictures, records
 from imaml.reproduction.paper import ROWS, TABLE_2
 from imaml.reproduction.table import rows, table_2
-from imaml.versions import versions
+from imaml.runs.versions import versions
+from imaml.storage.files import write_whole
 
 FORMS = ("terminal", "markdown")
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from imaml.problem import task_problem
-from imaml.tasks import Task
+from imaml.learning.problem import task_problem
+from imaml.learning.tasks import Task
 
 TASKS, UNKNOWNS, SAMPLES, STRENGTH, NOISE = 16, 100, 10, 0.05, 0.1
 """Few samples of many unknowns, as in few-shot learning: most of H is zero, and CG is quick."""

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 import bilevel as bl
 from imaml.errors import InputError
-from imaml.networks import Network, conv4
-from imaml.problem import cross_entropy, task_problem
-from imaml.tasks import Task
+from imaml.learning.networks import Network, conv4
+from imaml.learning.problem import cross_entropy, task_problem
+from imaml.learning.tasks import Task
 
 STEPS = (16, 128, 1000)
 WAYS, SHOTS, IMAGE = 20, 5, (28, 28, 1)

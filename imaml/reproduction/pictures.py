@@ -6,7 +6,7 @@ They stand on white, so that they can be read on a dark page too.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imaml.plots import BLUE, GREY, ORANGE, new_figure, plain, save
+from imaml.report.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 GREEN = "#2f855a"
 DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"

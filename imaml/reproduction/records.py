@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from imaml import runlog
 from imaml.errors import InputError
-from imaml.files import write_whole
 from imaml.reproduction.paper import Cell
-from imaml.runfolder import RESULT
+from imaml.runs.folder import RESULT
+from imaml.runs.log import Progress, read_log
+from imaml.storage.files import write_whole
 
 KEPT = Path(__file__).parent / "records"
 """The records that come with the package."""
@@ -115,7 +115,7 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
     """
     result = _result(directory)
     config = result["config"]
-    log = runlog.read(directory)
+    log = read_log(directory)
     steps = config["outer"]["steps"]
     if [entry.step for entry in log] != list(range(1, steps + 1)):
         raise InputError(f"{directory} has a log of {len(log)} whole lines, not one for each of its {steps} meta-steps")
@@ -159,7 +159,7 @@ def _evaluations(result):
     return ({"metric": "accuracy", "value": accuracy} | former | {"normalisation": normalisation},)
 
 
-def time_of(log: list[runlog.Progress]) -> tuple[float, int]:
+def time_of(log: list[Progress]) -> tuple[float, int]:
     """Seconds of training in a log, and the number of processes that wrote it.
 
     Each process counts from its own start, so a fall in the count is where another one went on, and the last count of
@@ -174,7 +174,8 @@ def time_of(log: list[runlog.Progress]) -> tuple[float, int]:
 
 def command_of(name: str, config: dict[str, Any]) -> str:
     """The command that trains with these settings: a preset's name, and every setting that differs from it."""
-    from imaml.presets import preset, restore, settings
+    from imaml.settings.overrides import settings
+    from imaml.settings.published_presets import preset, restore
 
     wanted = settings(restore(name, config))
     begun = preset(name).using(config.get("algorithm", "imaml"))

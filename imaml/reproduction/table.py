@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from imaml.progress import duration
+from imaml.report.progress import duration
 from imaml.reproduction.paper import ROWS, SOURCE, TABLE_2, Cell
 from imaml.reproduction.records import Record
 

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 
 import imaml
-from imaml import InputError, checkpoints, cli, files, processes, runlog
+from imaml import InputError, cli
 from imaml.datasets import glyphs
+from imaml.parallel import processes
+from imaml.runs import checkpoints
+from imaml.runs import log as runlog
+from imaml.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT, OMNIGLOT = imaml.presets()[0], "omniglot-5way-1shot-gd"
@@ -164,7 +168,7 @@ def test_a_run_in_use_is_refused_with_who_uses_it_and_can_be_read(here, capsys):
 
 
 def test_a_read_only_folder_is_named_before_anything_is_compiled(here, sealed, capsys, monkeypatch):
-    monkeypatch.setattr("imaml.compilation.meta_step", lambda *_: pytest.fail("compiles"))
+    monkeypatch.setattr("imaml.runs.compilation.meta_step", lambda *_: pytest.fail("compiles"))
     with sealed({}) as folder:
         said = complaint([*FEW_QUERIES, "--out", str(folder)], capsys)
         assert said.endswith(f": {folder / files.LOCK}") and ("Read-only" in said or "denied" in said)
@@ -179,7 +183,7 @@ def test_a_full_disk_is_told_without_a_file_name(here, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("imaml.training.train", full)
+    monkeypatch.setattr("imaml.runs.training.train", full)
     assert complaint(["train"], capsys) == "imaml train: No space left on device"
 
 
@@ -187,7 +191,7 @@ def test_an_interruption_outside_of_training_exits_with_130(here, capsys, monkey
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imaml.training.train", interrupted)
+    monkeypatch.setattr("imaml.runs.training.train", interrupted)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
 
@@ -204,7 +208,7 @@ def test_sigterm_outside_of_training_unwinds_and_exits_with_143(here, monkeypatc
     def unhandled(number, frame):  # in place of the end of the whole test run
         raise AssertionError("SIGTERM would have ended the process at once")
 
-    monkeypatch.setattr("imaml.training.train", terminated)
+    monkeypatch.setattr("imaml.runs.training.train", terminated)
     before = signal.signal(signal.SIGTERM, unhandled)
     try:
         assert code_of(["train"]) == 143
@@ -223,7 +227,7 @@ def test_a_command_that_ends_early_does_not_wait_for_a_compilation(end, code, he
         thread.shutdown(wait=False)
         raise end
 
-    monkeypatch.setattr("imaml.training.train", train)
+    monkeypatch.setattr("imaml.runs.training.train", train)
     monkeypatch.setattr(processes, "_exit", left.append)
     monkeypatch.setattr(sys, "argv", ["imaml", "train"])
     try:
@@ -265,7 +269,7 @@ def test_an_algorithm_is_trained_in_a_folder_of_its_own_with_what_was_typed(word
         asked.append((preset, directory))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imaml.training.train", train)
+    monkeypatch.setattr("imaml.runs.training.train", train)
     assert cli.main(["train", *words.split()]) == 130
     ((preset, directory),) = asked
     assert (preset.algorithm, preset.inner.steps, preset.inner.step_size) == ("maml", 3, 0.4)
@@ -311,7 +315,7 @@ def test_training_interrupted_exits_130_and_the_same_command_ends_it(tmp_path, g
     code, output = interrupt_at_first_step(tmp_path, glyph_cache)
     assert code == 130, output
     assert "of 400 and saved; the same command goes on from there" in output
-    stopped = len(runlog.read(run))
+    stopped = len(runlog.read_log(run))
     assert 1 <= stopped == checkpoints.newest(run).step < 400
     done = subprocess.run(
         COMMAND, cwd=tmp_path, env=environment(glyph_cache), capture_output=True, encoding="utf-8", timeout=PATIENCE,
@@ -320,6 +324,6 @@ def test_training_interrupted_exits_130_and_the_same_command_ends_it(tmp_path, g
     assert (done.returncode, done.stderr) == (0, ""), done
     assert "test accuracy " in done.stdout and "(chance 20%)" in done.stdout
     assert f"step {stopped + 1}/400" in done.stdout
-    assert [entry.step for entry in runlog.read(run)] == list(range(1, 401))
+    assert [entry.step for entry in runlog.read_log(run)] == list(range(1, 401))
     assert (run / "learning_curve.png").exists()
     assert json.loads((run / "result.json").read_text())["versions"]["python"] == sys.version.split()[0]

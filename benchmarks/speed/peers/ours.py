@@ -6,10 +6,10 @@ import numpy as np
 
 import bilevel as bl
 from benchmarks.speed.workloads import FewShot, Linear
-from imaml.algorithms import Learner, meta_gradient
-from imaml.devices import AXIS, SHARED, global_mesh, over_tasks, use_all_cores
-from imaml.networks import conv4
-from imaml.tasks import Task
+from imaml.learning.algorithms import Learner, meta_gradient
+from imaml.learning.networks import conv4
+from imaml.learning.tasks import Task
+from imaml.parallel.devices import AXIS, SHARED, global_mesh, over_tasks, use_all_cores
 
 
 def programs(item, dtype: str):

@@ -1,0 +1,1 @@
+"""Training, evaluation and verification of a preset, and the files and signals of a run."""

@@ -1,0 +1,148 @@
+"""The parts of a :class:`imaml.Preset`: the network's size, the outer loop, the other algorithms' inner loops."""
+
+from dataclasses import dataclass
+
+import jax
+
+import bilevel as bl
+from imaml.errors import check
+from imaml.learning import networks
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """The four-block convolutional network of Finn et al. (2017); see :func:`imaml.learning.networks.conv4`.
+
+    Args:
+        filters: channels of each block.
+        kernel_gain: factor on Glorot's initial kernels; see :func:`imaml.learning.networks.conv4`.
+        head_gain: the same of the linear layer's initial matrix.
+        head_bias: the linear layer's biases start uniform between 0 and this.
+        pooling: 2×2 max-pooling at stride 1, for Mini-ImageNet, in place of stride 2.
+        image_shape: height, width and channels.
+    """
+
+    filters: int = 64
+    kernel_gain: float = 1.0
+    head_gain: float = 1.0
+    head_bias: float = 0.0
+    pooling: bool = False
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+
+    def __post_init__(self):
+        check(self.filters >= 1, f"network.filters must be at least 1, got {self.filters}")
+        check(self.kernel_gain > 0, f"network.kernel_gain must be above 0, got {self.kernel_gain}")
+        check(self.head_gain > 0, f"network.head_gain must be above 0, got {self.head_gain}")
+        check(self.head_bias >= 0, f"network.head_bias must be at least 0, got {self.head_bias}")
+
+    def build(self, ways: int) -> networks.Network:
+        """The functions for ``ways`` classes."""
+        return self._build(ways, jax.nn.relu, networks.max_pool)
+
+    def smooth_variant(self, ways: int) -> networks.Network:
+        """The same sizes without kinks: softplus for ReLU, means for maxima."""
+        return self._build(ways, networks.smooth_relu, networks.mean_pool)
+
+    def _build(self, ways, activation, pool):
+        return networks.conv4(
+            ways, self.filters, self.image_shape, self.kernel_gain, activation, self.head_gain, self.head_bias,
+            pool if self.pooling else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Two hidden layers between one number and another, as Finn et al. (2017) regress with.
+
+    Args:
+        hidden: units of each hidden layer.
+    """
+
+    hidden: int = 40
+
+    def __post_init__(self):
+        check(self.hidden >= 1, f"network.hidden must be at least 1, got {self.hidden}")
+
+    def build(self, outputs: int) -> networks.Network:
+        """The functions for ``outputs`` numbers."""
+        return networks.mlp((1, self.hidden, self.hidden, outputs))
+
+    def smooth_variant(self, outputs: int) -> networks.Network:
+        """The same sizes with softplus for ReLU."""
+        return networks.mlp((1, self.hidden, self.hidden, outputs), networks.smooth_relu)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Whether each class of each task is turned by a random multiple of 90°.
+
+    Args:
+        train: in training, where it makes four classes of one.
+        test: in evaluation.
+    """
+
+    train: bool = False
+    test: bool = False
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer loop: Adam on the meta-gradient.
+
+    Args:
+        learning_rate: Adam's rate at the first meta-step.
+        final_fraction: the rate at the last meta-step as a fraction of the first, along half a cosine; 1 for a
+            constant rate.
+        tasks: tasks in a meta-step.
+        queries: query images of each class of a training task, or query points of a curve.
+        steps: meta-steps of a run.
+        epsilon: Adam's ε.
+        at_once: tasks that a device computes together; see :func:`imaml.meta_gradient`.
+    """
+
+    learning_rate: float
+    tasks: int
+    queries: int
+    steps: int
+    final_fraction: float = 1.0
+    epsilon: float = 1e-8
+    at_once: int = 1
+
+    def __post_init__(self):
+        check(self.learning_rate > 0, f"outer.learning_rate must be above 0, got {self.learning_rate}")
+        check(self.tasks >= 1, f"outer.tasks must be at least 1, got {self.tasks}")
+        check(self.queries >= 1, f"outer.queries must be at least 1, got {self.queries}")
+        check(self.steps >= 1, f"outer.steps must be at least 1, got {self.steps}")
+        check(0 <= self.final_fraction <= 1, f"outer.final_fraction must lie in [0, 1], got {self.final_fraction}")
+        check(self.epsilon > 0, f"outer.epsilon must be above 0, got {self.epsilon}")
+        check(self.at_once >= 1, f"outer.at_once must be at least 1, got {self.at_once}")
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How one of the other algorithms adapts to a support set.
+
+    Args:
+        inner: descent on the support loss alone.
+        test_steps: its steps in evaluation; 0 for as many as in training.
+    """
+
+    inner: bl.GradientDescent
+    test_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The inner loops of the algorithms beside implicit MAML, which a preset becomes with another ``--algorithm``.
+
+    Args:
+        maml: of MAML and first-order MAML.
+        reptile: of Reptile.
+    """
+
+    maml: Adaptation
+    reptile: Adaptation
+
+    def of(self, algorithm: str) -> Adaptation:
+        """That of an algorithm."""
+        return self.reptile if algorithm == "reptile" else self.maml
