@@ -68,7 +68,7 @@ def measure(learner: Learner, theta: dict, tasks: Task) -> dict[str, np.ndarray]
         flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(out.gradient)])
         return {
             "loss": loss, "accuracy": accuracy, "inner_residual": out.inner.residual_norm,
-            "linear_residual": out.linear.residual_norm, "gradient": flat,
+            "linear_residual": out.linear.relative_residual, "gradient": flat,
         }  # fmt: skip
 
     return jax.tree.map(np.asarray, jax.jit(partial(jax.lax.map, one))(tasks))

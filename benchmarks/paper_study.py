@@ -80,7 +80,7 @@ class Variant:
     factor: str
     strength: float = 2.0
     inner: Any = bl.GradientDescent(0.1, 16)  # noqa: RUF009  (frozen)
-    linear: bl.CG = bl.CG(5)  # noqa: RUF009
+    linear: bl.CG = bl.CG(5, engine="watched")  # noqa: RUF009
     epsilon: float = 1e-8
     learning_rate: float = 1e-3
     tasks: int = 4
@@ -122,7 +122,7 @@ def tuned(tasks: Task, knobs: Knobs) -> TunedTask:
 class Descent:
     """:class:`bilevel.GradientDescent` from θ, at the task's own inner rate."""
 
-    steps: int
+    max_steps: int
     momentum: float
 
     def __call__(self, condition, init, theta, data):
@@ -131,7 +131,7 @@ class Descent:
             memory = tree.add(tree.scale(self.momentum, memory), condition.residual(w, theta, data))
             return tree.subtract(w, tree.scale(data.inner_rate, memory)), memory
 
-        return jax.lax.fori_loop(0, self.steps, move, (init, jax.tree.map(jnp.zeros_like, init)))[0]
+        return jax.lax.fori_loop(0, self.max_steps, move, (init, jax.tree.map(jnp.zeros_like, init)))[0]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class TunedLearner:
     @property
     def solver(self) -> Any:
         inner = self.inner
-        return Descent(inner.steps, inner.momentum) if isinstance(inner, bl.GradientDescent) else inner
+        return Descent(inner.max_steps, inner.momentum) if isinstance(inner, bl.GradientDescent) else inner
 
     @property
     def method(self) -> bl.Method:
@@ -183,8 +183,8 @@ VARIANTS = {
     "small-inner-rate": replace(BASE, factor="inner rate 0.02", inner=bl.GradientDescent(0.02, 16)),
     "momentum": replace(BASE, factor="inner rate 0.01, momentum 0.8", inner=MOMENTUM),
     "hessian-free": replace(BASE, factor="inner solver Hessian-free, 3 steps of 5 CG", inner=bl.HessianFree(3, 5)),
-    "more-cg": replace(BASE, factor="20 CG steps", linear=bl.CG(20)),
-    "damped-cg": replace(BASE, factor="CG on (I + H/λ) + I", linear=bl.CG(5, ridge=1.0)),
+    "more-cg": replace(BASE, factor="20 CG steps", linear=bl.CG(20, engine="watched")),
+    "damped-cg": replace(BASE, factor="CG on (I + H/λ) + I", linear=bl.CG(5, ridge=1.0, engine="watched")),
     "adam-epsilon": replace(BASE, factor="Adam's ε = 0.001", epsilon=1e-3),
     "larger-batch": replace(BASE, factor="16 tasks in a meta-step", tasks=16),
     "kernel-gain": replace(BASE, factor="kernels start 10 times as large", kernel_gain=10.0),

@@ -321,10 +321,7 @@ def _reproduce(options, _):
 
 
 def _inner_loop(chosen):
-    from imaml.settings.overrides import settings
-    from imaml.settings.renamed import current_path
-
-    steps = settings(chosen)[current_path(chosen, "inner.steps")]
+    steps = chosen.inner.max_steps
     tested = f", {chosen.test_steps} in evaluation" if chosen.test_steps else ""
     return f"steps of size {chosen.inner.step_size:g}: {steps}{tested}"
 

@@ -165,7 +165,7 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
         """What is summed, each with whether it counts, and the task's own report."""
         out = hypergradient(theta, bl.identity_center, task)
         loss, outputs = out.aux
-        linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.residual_norm
+        linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.relative_residual
         finite = out.status != bl.Status.NONFINITE
         usable = finite & (linear_residual <= 1)
         numbers = (loss, _accuracy(outputs, task.query_y), jnp.int32(1))

@@ -203,7 +203,7 @@ def check_solution(
 
 def _newton(learner):
     """(θ, start, task) → Solution: Newton-CG until ‖F‖ is of rounding size."""
-    solver = bl.HessianFree(steps=60, cg_steps=200, tol=0.1 * STATIONARY)
+    solver = bl.HessianFree(max_steps=60, cg_steps=200, tol=0.1 * STATIONARY)
     return jax.jit(lambda theta, w, task: bl.solve(solver, learner.problem.condition, w, theta, task))
 
 
@@ -259,7 +259,7 @@ class _Unrolled:
         rate = 1 / _largest_curvature(learner, theta, task)
         if isinstance(learner.solver, bl.GradientDescent):
             rate = min(learner.solver.step_size, rate)
-        step, problem = bl.GradientDescent(rate, steps=1), learner.problem
+        step, problem = bl.GradientDescent(rate, max_steps=1), learner.problem
 
         @jax.jit
         def advance(w, tangent, direction, count, theta, task):

@@ -19,7 +19,6 @@ from imaml.learning.algorithms import ALGORITHMS, Learner, learner_of, reference
 from imaml.learning.problem import cross_entropy, squared_error
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Baselines, Conv4, Outer, Rotations
-from imaml.settings.renamed import current_path
 
 FINN = "Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation, ICML 2017 (arXiv 1703.03400)"
 NICHOL = "Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018 (arXiv 1803.02999)"
@@ -180,8 +179,8 @@ class Preset:
         """The learner with as many inner steps as in evaluation."""
         if not self.test_steps:
             return self.learner
-        budget = current_path(self, "inner.steps").removeprefix("inner.")
-        return dataclasses.replace(self, inner=dataclasses.replace(self.inner, **{budget: self.test_steps})).learner
+        inner = dataclasses.replace(self.inner, max_steps=self.test_steps)
+        return dataclasses.replace(self, inner=inner).learner
 
     def turns(self, training: bool) -> bool:
         """Whether images are turned by multiples of 90°, in training or in evaluation."""

@@ -63,7 +63,7 @@ def _small_strength(rate, steps):
 
 def _hessian_free(chosen: Preset, departures: tuple[str, ...]) -> Preset:
     """The preset with the paper's other inner solver."""
-    inner = bl.HessianFree(steps=3, cg_steps=5)
+    inner = bl.HessianFree(max_steps=3, cg_steps=5)
     name = chosen.name.replace("-gd", "-hf")
     return dataclasses.replace(chosen, name=name, inner=inner, departures=(*departures, _BY_NEWTON))
 
@@ -76,12 +76,12 @@ _SHORT = (
     "training (evaluation takes 1, as published), Adam from 0.005 to 0 along half a cosine in some thousand meta-steps."
 )
 _FIVE_WAY = Baselines(
-    maml=Adaptation(bl.GradientDescent(step_size=0.4, steps=1), test_steps=3),
-    reptile=Adaptation(bl.GradientDescent(step_size=0.1, steps=5), test_steps=50),
+    maml=Adaptation(bl.GradientDescent(step_size=0.4, max_steps=1), test_steps=3),
+    reptile=Adaptation(bl.GradientDescent(step_size=0.1, max_steps=5), test_steps=50),
 )
 _TWENTY_WAY = Baselines(
-    maml=Adaptation(bl.GradientDescent(step_size=0.1, steps=5)),
-    reptile=Adaptation(bl.GradientDescent(step_size=0.1, steps=10), test_steps=50),
+    maml=Adaptation(bl.GradientDescent(step_size=0.1, max_steps=5)),
+    reptile=Adaptation(bl.GradientDescent(step_size=0.1, max_steps=10), test_steps=50),
 )
 
 _GLYPHS = Preset(
@@ -91,8 +91,8 @@ _GLYPHS = Preset(
     rotations=Rotations(),
     network=Conv4(filters=32, kernel_gain=10.0),
     strength=0.1,
-    inner=bl.GradientDescent(step_size=0.2, steps=16),
-    linear=bl.CG(maxiter=5),
+    inner=bl.GradientDescent(step_size=0.2, max_steps=16),
+    linear=bl.CG(max_steps=5),
     outer=Outer(learning_rate=5e-3, tasks=4, queries=15, steps=3000, final_fraction=0.0),
     departures=(_DRAWN, _STIFF_KERNELS, _small_strength(0.2, 16), _SHORT),
     baselines=_FIVE_WAY,
@@ -134,8 +134,8 @@ def _omniglot(ways: int, shots: int) -> tuple[Preset, Preset]:
         rotations=Rotations(train=True, test=True),
         network=Conv4(filters=64, kernel_gain=10.0),
         strength=0.1,
-        inner=bl.GradientDescent(step_size=0.01, steps=published, momentum=0.8),
-        linear=bl.CG(maxiter=5),
+        inner=bl.GradientDescent(step_size=0.01, max_steps=published, momentum=0.8),
+        linear=bl.CG(max_steps=5),
         outer=Outer(learning_rate=3e-3, tasks=tasks, queries=queries, steps=steps, final_fraction=0.0),
         departures=(_STIFF_KERNELS, _heavy_ball(published), length, *carried),
         baselines=_FIVE_WAY if ways == 5 else _TWENTY_WAY,
@@ -150,8 +150,8 @@ _REFERENCE = dataclasses.replace(
     episode=Episode(ways=5, shots=1, queries=1, bright_paper=True),
     network=Conv4(filters=64, kernel_gain=1.73, head_gain=1.73, head_bias=0.05),
     strength=2.0,
-    inner=bl.GradientDescent(step_size=0.1, steps=16),
-    linear=bl.CG(maxiter=5, ridge=1.0),
+    inner=bl.GradientDescent(step_size=0.1, max_steps=16),
+    linear=bl.CG(max_steps=5, ridge=1.0),
     outer=Outer(learning_rate=1e-3, tasks=32, queries=1, steps=20_000, epsilon=1e-3),
     citation=f"The authors' public code, aravindr93/imaml_dev, of {RAJESWARAN}",
     departures=(
@@ -180,13 +180,13 @@ _MINIIMAGENET = Preset(
     rotations=None,
     network=Conv4(filters=32, kernel_gain=10.0, pooling=True, image_shape=(84, 84, 3)),
     strength=0.5,
-    inner=bl.GradientDescent(step_size=0.1, steps=10),
-    linear=bl.CG(maxiter=5),
+    inner=bl.GradientDescent(step_size=0.1, max_steps=10),
+    linear=bl.CG(max_steps=5),
     outer=Outer(learning_rate=1e-3, tasks=4, queries=15, steps=20_000, final_fraction=0.0),
     departures=(_UNTRIED,),
     baselines=Baselines(
-        maml=Adaptation(bl.GradientDescent(step_size=0.01, steps=5), test_steps=10),
-        reptile=Adaptation(bl.GradientDescent(step_size=0.1, steps=8), test_steps=50),
+        maml=Adaptation(bl.GradientDescent(step_size=0.01, max_steps=5), test_steps=10),
+        reptile=Adaptation(bl.GradientDescent(step_size=0.1, max_steps=8), test_steps=50),
     ),
 )
 _MINIIMAGENET_HF = _hessian_free(_MINIIMAGENET, (_UNTRIED,))
@@ -213,13 +213,13 @@ def _sinusoid(shots: int) -> Preset:
         rotations=None,
         network=MLP(hidden=40),
         strength=3.0,
-        inner=bl.GradientDescent(step_size=0.003, steps=16, momentum=0.5),
-        linear=bl.CG(maxiter=5),
+        inner=bl.GradientDescent(step_size=0.003, max_steps=16, momentum=0.5),
+        linear=bl.CG(max_steps=5),
         outer=Outer(learning_rate=2e-3, tasks=24, queries=20, steps=1500, final_fraction=0.0, at_once=12),
         departures=_OWN_SINUSOID,
         baselines=Baselines(
-            maml=Adaptation(bl.GradientDescent(step_size=0.01, steps=1)),
-            reptile=Adaptation(bl.GradientDescent(step_size=0.02, steps=10), test_steps=32),
+            maml=Adaptation(bl.GradientDescent(step_size=0.01, max_steps=1)),
+            reptile=Adaptation(bl.GradientDescent(step_size=0.02, max_steps=10), test_steps=32),
         ),
     )
 
