@@ -25,7 +25,7 @@ def arrows(package: Path) -> dict[str, set[str]]:
     return {name: imported_names(path, modules) & set(modules) - {name} for name, path in modules.items()}
 
 
-def imported_names(path: Path, modules: Mapping[str, Path] = {}) -> set[str]:  # noqa: B006  # nobody writes to it
+def imported_names(path: Path, modules: Mapping[str, Path] = {}) -> set[str]:  # nobody writes to it
     """Return the dotted names of the modules that a file imports; ``modules`` are known to be modules, not names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):

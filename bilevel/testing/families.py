@@ -15,16 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel._jaxopt.operators import jaxopt_projection
-from bilevel.conditions import (
-    KKT,
-    Condition,
-    FixedPoint,
-    Projected,
-    Proximal,
-    ProximalGradient,
-    Root,
-    Stationary,
-)
+from bilevel.conditions import KKT, Condition, FixedPoint, Projected, Proximal, ProximalGradient, Root, Stationary
 from bilevel.problem import Problem
 from bilevel.testing.cases import LAYOUTS, Case, ClosedForm, arrange, flatten, outer
 from bilevel.types import PyTree

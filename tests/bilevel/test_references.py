@@ -1,4 +1,4 @@
-"""The oracles against closed forms, and the question that each says it answers."""
+"""The references agree with closed forms, and each answers the question that it names."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,18 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel.verify import oracles
-
-ORACLES = {"finite differences": oracles.finite_differences, "unrolled": oracles.unrolled, "dense": oracles.dense}
+from bilevel.verify import references
 
 
 def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
-@pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
+@pytest.mark.parametrize("reference", references.REFERENCES.values(), ids=references.REFERENCES)
 @pytest.mark.parametrize("name", ["affine root", "quadratic"])
-def test_each_oracle_is_the_closed_form_within_its_own_uncertainty(name, oracle):
+def test_each_reference_is_the_closed_form_within_its_own_uncertainty(name, reference):
     case = problems.CASES[name]()
-    found = oracle(case.problem, problems.newton, case.theta, case.init, case.data)
+    found = reference(case.problem, problems.newton, case.theta, case.init, case.data)
     error = np.abs(found.derivatives - flat(case.gradient))
     assert (error <= found.uncertainty).all()
     # Extrapolated differences of functions of size one: a few eps over a step of some 1e-3 to 1e-2, κ at most ten.
@@ -30,22 +28,22 @@ def test_each_oracle_is_the_closed_form_within_its_own_uncertainty(name, oracle)
     np.testing.assert_array_equal(flat(found.gradient), found.derivatives)
 
 
-def test_each_oracle_answers_its_own_question():
+def test_each_reference_answers_its_own_question():
     """GD halves the error of w three times: the solution's derivative is 1, the solver's 1 − ⅛."""
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w**2)
-    arguments = problem, bl.GradientDescent(0.5, max_steps=3), 1.0, 0.0, None
+    arguments = problem, bl.GradientDescent(0.5, 3), 1.0, 0.0, None
     w = 7 / 8
-    followed, plain = (oracles.finite_differences(*arguments, polish=polish) for polish in (None, False))
-    steps, formula = oracles.unrolled(*arguments), oracles.dense(*arguments, w=w)
-    assert followed.question == oracles.dense(*arguments).question == "the solution"
-    assert plain.question == steps.question == "the solver's output"
+    polished, plain = (references.finite_differences(*arguments, polish=polish) for polish in (None, False))
+    tangents, formula = references.unrolled(*arguments), references.dense(*arguments, w=w)
+    assert polished.question == references.dense(*arguments).question == "the solution"
+    assert plain.question == tangents.question == "the solver's output"
     assert formula.question == "the formula at this w"
-    for found, exact in ((followed, 2), (plain, 2 * w * w), (steps, 2 * w * w), (formula, 2 * w)):
+    for found, exact in ((polished, 2), (plain, 2 * w * w), (tangents, 2 * w * w), (formula, 2 * w)):
         assert abs(found.gradient - exact) <= found.uncertainty[0] < 1e-9
 
 
-def test_float32_in_float64_out():
-    """float32 θ, data, start and a constant in a closure; integers stay integers."""
+def test_float32_arguments_give_float64_references():
+    """θ, data, start and a captured constant are float32; integers stay integers."""
     with jax.enable_x64(False):
         constant = jnp.float32(0.1)
         theta, data = {"count": jnp.int32(3), "x": jnp.float32([0.5, 2.0])}, (jnp.float32(3.0), jnp.int32(2))
@@ -56,54 +54,54 @@ def test_float32_in_float64_out():
 
     problem = bl.Problem(bl.Root(residual), lambda w, theta, data: jnp.sum(w) * data[0])
     exact = 3 * 0.1 * 2 * np.array([0.5, 2.0]) * 3
-    for oracle in ORACLES.values():
-        found = oracle(problem, problems.newton, theta, start, data)
+    for reference in references.REFERENCES.values():
+        found = reference(problem, problems.newton, theta, start, data)
         assert found.labels == ("theta['x'][0]", "theta['x'][1]")
-        np.testing.assert_allclose(found.gradient["x"], exact, rtol=1e-7)  # the closure's 0.1 is a float32
+        np.testing.assert_allclose(found.gradient["x"], exact, rtol=1e-7)  # the captured 0.1 is a float32
         assert found.gradient["x"].dtype == np.float64 and found.gradient["count"] == 0
 
 
-def test_a_large_theta_is_asked_along_directions():
+def test_a_large_theta_is_differentiated_along_random_directions():
     entries = 200
     problem = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * (w - jnp.mean(theta**2)) ** 2), lambda w, theta, data: jnp.sin(w)
     )
     theta = jnp.linspace(0.5, 1.5, entries)
     exact = jnp.cos(jnp.mean(theta**2)) * 2 * theta / entries
-    for oracle in ORACLES.values():
-        found = oracle(problem, problems.newton, theta, jnp.zeros(()), None)
-        assert found.gradient is None and found.directions.shape == (oracles.DIRECTIONS, entries)
+    for reference in references.REFERENCES.values():
+        found = reference(problem, problems.newton, theta, jnp.zeros(()), None)
+        assert found.gradient is None and found.directions.shape == (references.RANDOM_DIRECTIONS, entries)
         error = np.abs(found.derivatives - found.directions @ np.asarray(exact))
         assert (error <= found.uncertainty).all() and (found.uncertainty < 1e-9).all()
 
 
 def test_a_kink_widens_the_uncertainty_of_finite_differences():
-    """|θ| at zero: every central difference is exactly 0, and every derivative between −1 and 1."""
+    """|θ| at zero: every central difference is exactly 0, and every subgradient is between −1 and 1."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
     for outer, spread in ((lambda w, theta, data: jnp.abs(w), 1.0), (lambda w, theta, data: w**2, 0.0)):
-        found = oracles.finite_differences(bl.Problem(condition, outer), problems.newton, 0.0, 0.0, None)
+        found = references.finite_differences(bl.Problem(condition, outer), problems.newton, 0.0, 0.0, None)
         assert abs(found.derivatives[0]) < 1e-10
         assert found.uncertainty[0] == pytest.approx(spread, abs=1e-10)
 
 
-def test_where_newton_cannot_follow_the_solver_is_run_again():
-    """(1, 1) has a whole line of minima: gradient descent picks the one nearest to its start."""
+def test_the_solver_is_differenced_where_newtons_method_fails():
+    """Every w with w₀ + w₁ = θ is a minimum, so A is singular; gradient descent finds the one nearest to its start."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (jnp.sum(w) - theta) ** 2)
     problem = bl.Problem(condition, lambda w, theta, data: w[0] ** 2)
-    arguments = problem, bl.GradientDescent(0.5, max_steps=1), 1.0, jnp.zeros(2), None
-    found = oracles.finite_differences(*arguments)
+    arguments = problem, bl.GradientDescent(0.5, 1), 1.0, jnp.zeros(2), None
+    found = references.finite_differences(*arguments)
     assert found.question == "the solver's output"
     assert found.gradient == pytest.approx(0.5, abs=found.uncertainty[0])  # w₀ = θ / 2
-    assert np.isinf(oracles.dense(*arguments).uncertainty).all()
-    with pytest.raises(oracles.OracleError, match="Newton"):
-        oracles.finite_differences(*arguments, polish=True)
+    assert np.isinf(references.dense(*arguments).uncertainty).all()
+    with pytest.raises(references.ReferenceUnavailable, match="Newton"):
+        references.finite_differences(*arguments, polish=True)
 
 
-def test_what_cannot_be_asked_is_refused_with_a_reason():
+def test_impossible_arguments_are_refused_with_a_reason():
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: jnp.sum((w - theta) ** 2)), lambda w, theta, data: 0.0)
     with pytest.raises(TypeError, match=r"'a'.*complex"):
-        oracles.dense(problem, None, {"a": jnp.ones((), complex)}, None, None, w=0.0)
-    with pytest.raises(oracles.OracleError, match="1001"):
-        oracles.dense(problem, None, 1.0, None, None, w=jnp.zeros(1001))
+        references.dense(problem, None, {"a": jnp.ones((), complex)}, None, None, w=0.0)
+    with pytest.raises(references.ReferenceUnavailable, match="1001"):
+        references.dense(problem, None, 1.0, None, None, w=jnp.zeros(1001))
     with pytest.raises(ValueError, match=r"\[m, 1\]"):
-        oracles.dense(problem, None, 1.0, None, None, w=0.0, directions=np.ones(1))
+        references.dense(problem, None, 1.0, None, None, w=0.0, directions=np.ones(1))

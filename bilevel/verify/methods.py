@@ -1,4 +1,4 @@
-"""Methods side by side: how far off, how long, how much memory, how many products with the inner Jacobian."""
+"""Measure methods on one problem: error, time, memory, and products with the inner Jacobian."""
 
 import statistics
 import time
@@ -14,25 +14,29 @@ from jax.custom_derivatives import linear_call
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
 from bilevel.types import Hypergradient, PyTree, Status
-from bilevel.verify import oracles, tables
+from bilevel.verify import tables
+from bilevel.verify.flat import gradient_vector
+from bilevel.verify.method_run import method_arguments, method_program
+from bilevel.verify.references import Reference, ReferenceUnavailable, dense, finite_differences
 
 
 @dataclass(frozen=True)
 class MethodReport:
-    """One method's row.
+    """The measurements of one method.
 
     Attributes:
-        label: the method.
-        error: ‖gradient − reference‖ / ‖reference‖, along the directions of the comparison; None without a
-            reference, the absolute error where the reference is zero.
+        label: the method with its settings.
+        error: ‖gradient − reference‖ / ‖reference‖, along the directions of the reference. It is absolute if the
+            reference is zero, and None without a reference.
         seconds: the median of the timed runs, after compilation.
-        compile_seconds: to trace and compile.
-        temporary_bytes: XLA's own count of what the compiled program needs beside its arguments and results.
-        products: with ∂F/∂w or its transpose, when run; None for a method or solver that writes the matrix out,
-            which asks for all of its columns at once.
+        compile_seconds: the time to trace and compile.
+        temporary_bytes: the memory that the compiled program needs besides its arguments and results, by XLA's own
+            count; None if XLA does not tell.
+        products: products with ∂F/∂w or its transpose in one run. None for a method or solver that writes the matrix
+            out, because it asks for all columns at once.
         steps: of the inner solver, as reported.
-        status: the worse of both solves.
-        out: the method's own report.
+        status: the worst of the inner solve, the linear solve and non-finite numbers.
+        out: what the method returned.
     """
 
     label: str
@@ -48,11 +52,11 @@ class MethodReport:
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """What :func:`compare_methods` measured, in the order of the methods.
+    """The result of :func:`compare_methods`; it prints as a table.
 
     Attributes:
-        methods: a row each.
-        reference: what errors are measured against, in words.
+        methods: one report for each method, in their order.
+        reference: what the errors are relative to, in words.
     """
 
     methods: tuple[MethodReport, ...]
@@ -60,7 +64,7 @@ class MethodComparison:
 
     @property
     def ok(self) -> bool:
-        """Whether every method ended well and with a finite error; how small is for the reader to judge."""
+        """Whether every method has an ok status and a finite error; the size of the error is not judged."""
         return all(row.status.ok and row.error is not None and np.isfinite(row.error) for row in self.methods)
 
     def __str__(self) -> str:
@@ -90,17 +94,18 @@ def compare_methods(
     methods: Sequence[Callable[..., Hypergradient]],
     runs: int = 5,
 ) -> MethodComparison:
-    """Run each method on one problem, and measure.
+    """Run each method on one problem and measure its error, time, memory and products.
 
-    The reference is the dense solve at the inner solution (:func:`bilevel.verify.oracles.dense`), or finite differences
-    where A is too large; its own uncertainty is said beside it. Each method is compiled once and timed ``runs``
-    times; products are counted in a run of their own, by a tick in the tangent of w wherever the residual is
-    differentiated. A method that takes other derivatives (of ``potential``) is counted as far as it asks F.
+    Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
+    differences if A has more than 1000 unknowns. Each method is compiled once and timed ``runs`` times.
+
+    Products are counted in a run of their own: a callback counts each use of the derivative of F in w. Derivatives of
+    ``potential``, which some methods take, are not counted.
 
     Args:
         problem, theta, init, data, solver: as for :func:`bilevel.value_and_hypergradient`.
-        methods: called as ``method(problem, solver, theta, init, data)``.
-        runs: timed runs of each.
+        methods: each is called as ``method(problem, solver, theta, init, data)``.
+        runs: the number of timed runs of each method.
 
     Raises:
         ValueError: for no methods, or fewer than one run.
@@ -111,7 +116,7 @@ def compare_methods(
         >>> problem = Problem(condition, lambda w, theta, data: jnp.sum(w**2))
         >>> arguments = jnp.ones(2), jnp.zeros(2), jnp.array([1.0, 2.0])
         >>> found = compare_methods(problem, *arguments, GradientDescent(0.5, 3), [Implicit(CG(2)), Unrolled()])
-        >>> [(row.label, row.products) for row in found.methods]  # CG: two steps, the true residual
+        >>> [(row.label, row.products) for row in found.methods]  # CG: two steps, and one for the true residual
         [('Implicit(CG(2))', 3), ('Unrolled()', 3)]
     """
     if not methods or runs < 1:
@@ -119,17 +124,18 @@ def compare_methods(
     theta, data = jax.tree.map(jnp.asarray, (theta, data))
     reference = _reference(problem, solver, theta, init, data)
     rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
-    words = "nothing: no reference could answer here"
+    words = "nothing: no reference is available here"
     if reference is not None:
         words = f"{reference.name} at {reference.question}, itself uncertain by {reference.uncertainty.max():.1g}"
     return MethodComparison(rows, words)
 
 
-def _reference(problem, solver, theta, init, data):
-    for oracle in (oracles.dense, oracles.finite_differences):
+def _reference(problem, solver, theta, init, data) -> Reference | None:
+    """Return the dense reference or else finite differences; None if neither has a finite uncertainty."""
+    for reference in (dense, finite_differences):
         try:
-            found = oracle(problem, solver, theta, init, data)
-        except oracles.OracleError:
+            found = reference(problem, solver, theta, init, data)
+        except ReferenceUnavailable:
             continue
         if np.isfinite(found.uncertainty).all():
             return found
@@ -137,7 +143,7 @@ def _reference(problem, solver, theta, init, data):
 
 
 def _measure(problem, solver, theta, init, data, method, reference, runs):
-    program, arguments = _program(problem, solver, theta, init, data, method)
+    program, arguments = method_program(problem, solver, method, init), method_arguments(theta, init, data)
     begin = time.perf_counter()
     compiled = jax.jit(program).lower(*arguments).compile()
     compile_seconds = time.perf_counter() - begin
@@ -161,54 +167,47 @@ def _measure(problem, solver, theta, init, data, method, reference, runs):
     )
 
 
-def _program(problem, solver, theta, init, data, method):
-    if callable(init):
-        return lambda theta, data: method(problem, solver, theta, init, data), (theta, data)
-    start = jax.tree.map(jnp.asarray, init)
-    return lambda theta, start, data: method(problem, solver, theta, start, data), (theta, start, data)
-
-
 def _error(gradient, theta, reference):
-    difference = reference.directions @ oracles.derivatives_of(gradient, theta) - reference.derivatives
+    difference = reference.directions @ gradient_vector(gradient, theta) - reference.derivatives
     size = np.linalg.norm(reference.derivatives)
     return float(np.linalg.norm(difference) / (size if size > 0 else 1.0))
 
 
-# --- Counting ------------------------------------------------------------------------------------------------------
+# --- Counting products ---------------------------------------------------------------------------------------------
 
 
-def _count_products(problem, solver, theta, init, data, method):
-    """Products with ∂F/∂w or its transpose in one run; None where they cannot be told."""
-    ticks = []
-    condition: Any = _Counted(problem.condition, ticks)
-    program, arguments = _program(Problem(condition, problem.outer, problem.has_aux), solver, theta, init, data, method)
+def _count_products(problem, solver, theta, init, data, method) -> int | None:
+    """Count products with ∂F/∂w or its transpose in one run; return None if they cannot be counted."""
+    calls: list[None] = []
+    condition: Any = _CountingCondition(problem.condition, calls)
+    program = method_program(Problem(condition, problem.outer, problem.has_aux), solver, method, init)
     try:
-        jax.block_until_ready(jax.jit(program)(*arguments))
-    except NotImplementedError:  # the tick cannot be batched, as a matrix that is written out would have it
+        jax.block_until_ready(jax.jit(program)(*method_arguments(theta, init, data)))
+    except NotImplementedError:  # `linear_call` has no batching rule, and writing the matrix out needs one
         return None
     jax.effects_barrier()
-    return len(ticks)
+    return len(calls)
 
 
-class _Counted:
-    """A condition whose residual ticks whenever its derivative in w is applied."""
+class _CountingCondition:
+    """A condition that appends to ``calls`` whenever the derivative of its residual in w is applied."""
 
-    def __init__(self, condition: Condition, ticks: list[None]):
+    def __init__(self, condition: Condition, calls: list[None]):
         self._condition = condition
-        self._ticking = _ticking(ticks)
+        self._counting_identity = _counting_identity(calls)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._condition, name)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-        return self._condition.residual(self._ticking(w), theta, data)
+        return self._condition.residual(self._counting_identity(w), theta, data)
 
 
-def _ticking(ticks):
-    """The identity on trees, with a tick for each use of its (linear) derivative, forwards or backwards."""
+def _counting_identity(calls: list[None]) -> Callable[[PyTree], PyTree]:
+    """Return the identity on trees whose derivative, forwards or backwards, appends to ``calls`` when it runs."""
 
-    def product(_, tangent):
-        jax.debug.callback(lambda: ticks.append(None))
+    def derivative(_, tangent):
+        jax.debug.callback(lambda: calls.append(None))
         return tangent
 
     @jax.custom_jvp
@@ -216,7 +215,7 @@ def _ticking(ticks):
         return w
 
     @identity.defjvp
-    def push(primals, tangents):
-        return primals[0], linear_call(product, product, (), tangents[0])
+    def jvp(primals, tangents):
+        return primals[0], linear_call(derivative, derivative, (), tangents[0])
 
     return identity
