@@ -123,6 +123,7 @@ def _told_apart(url):
     try:
         yield
     except urllib.error.HTTPError as error:
+        error.close()  # an HTTPError is also the server's answer and holds its socket; nobody else closes it
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise _NothingFollows from None
         raise Unreachable(f"{url}: the server answers {error.code} {error.reason}") from error

@@ -154,9 +154,10 @@ def test_more_than_can_be_right_is_refused_before_it_is_on_disk(server, tmp_path
 @pytest.mark.parametrize("status, reason", [(404, "Not Found"), (403, "Forbidden"), (500, "Internal Server Error")])
 def test_a_server_that_refuses_is_quoted_and_asked_once(status, reason, server, tmp_path):
     server.status = status
-    with pytest.raises(web.Unreachable, match=f"{server.url}/file: the server answers {status} {reason}"):
+    with pytest.raises(web.Unreachable, match=f"{server.url}/file: the server answers {status} {reason}") as caught:
         fetch(server, tmp_path / "file")
     assert len(server.asked) == 1 and names(tmp_path) == []
+    assert caught.value.__cause__.closed  # an open socket would be a ResourceWarning in the user's program
 
 
 def closed_port():

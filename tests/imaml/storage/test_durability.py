@@ -46,7 +46,28 @@ for folder, members in tiny.members.items():
 def shuffled(function):
     return lambda *arguments: (found := list(function(*arguments)), source.shuffle(found))[0]
 
-os.listdir, os.scandir = shuffled(os.listdir), shuffled(os.scandir)
+scandir = os.scandir
+
+class ShuffledScan:  # like the original, an iterator that can be entered as a context
+    def __init__(self, *arguments):
+        with scandir(*arguments) as entries:
+            found = list(entries)
+        source.shuffle(found)
+        self.rest = iter(found)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rest)
+
+os.listdir, os.scandir = shuffled(os.listdir), ShuffledScan
 pathlib.Path.iterdir, pathlib.Path.glob = shuffled(pathlib.Path.iterdir), shuffled(pathlib.Path.glob)
 data = omniglot.load(tiny.directory)
 characters = glyphs._characters(glyphs._fonts())
