@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from bilevel import solvers, tree
 from bilevel.conditions import Condition, Problem
-from bilevel.failures import advise, check_policy, check_status, well_ended
+from bilevel.failures import advise, check_policy, check_status, succeeded
 from bilevel.linear import as_float, solve_differentiably
 from bilevel.solvers import InnerSolver, IterativeSolver
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
@@ -300,7 +300,7 @@ def value_and_hypergradient(
         function, start = (init, None) if callable(init) else (None, tree.arrays(init))
         theta, start, data, linear_init = tree.varying_alike(theta, start, data, linear_init)
         out, status = compiled(theta, start, data, linear_init, init_function=function)
-        if on_failure != "ignore" and not well_ended(status):
+        if on_failure != "ignore" and not succeeded(status):
             check_status(out, on_failure, partial(advise, problem.condition, theta, data))
         return out
 
