@@ -36,7 +36,7 @@ import optax
 
 import bilevel as bl
 from bilevel import tree
-from bilevel.certificates.spectrum import ritz_values
+from bilevel.spectrum import ritz_values
 from imaml import datasets
 from imaml.datasets.cache import cache_directory
 from imaml.learning import networks

@@ -1,7 +1,7 @@
 """Hypothesis strategies that draw bilevel problems with a known answer, for the tests of your own method or solver.
 
-Shapes are drawn from few, so that what was compiled for one example serves others. Shrinking goes towards small,
-flat, well conditioned problems with seed 0, and a failing example prints as the call that makes it again.
+There are few different shapes, so that a program compiled for one example serves others. Shrinking goes towards small,
+flat, well-conditioned problems with seed 0. A failing example prints as the call that makes it again.
 
 Example:
     >>> from hypothesis import given, settings
@@ -58,7 +58,7 @@ def _problems(
 
 
 def _available():
-    """float64 only where JAX has it: elsewhere it would be rounded to float32 in silence."""
+    """Return the dtypes to draw: float64 only if JAX has it enabled, else JAX would silently round it to float32."""
     return ("float64", "float32") if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else ("float32",)
 
 
@@ -73,24 +73,34 @@ def _strategy(family, theta_layouts=(*LAYOUTS, "scalar"), **more):
     ) -> st.SearchStrategy[Case]:
         unknown = choices.keys() - more.keys()
         if unknown:
-            raise TypeError(f"{strategy.__name__} knows no {', '.join(sorted(unknown))}")
+            raise TypeError(
+                f"{strategy.__name__} has no option {', '.join(sorted(unknown))}; "
+                f"apart from those of every family it takes: {', '.join(more) or 'none'}"
+            )
         return _problems(family, sizes, conditions, dtypes, w_layouts, theta_layouts, more | choices)
 
     strategy.__name__ = strategy.__qualname__ = f"{family.__name__}_problems"
     strategy.__doc__ = f"""{family.__doc__.splitlines()[0]}
 
     Args:
-        sizes: what the number of inner variables is drawn from, each at least 3.
-        conditions: the condition numbers aimed at.
-        dtypes: of all arrays; None for float32, and float64 where ``jax_enable_x64`` is set.
-        w_layouts: trees of the inner variables.
-        theta_layouts: trees of the outer variables.
-        choices: {", ".join(f"``{name}``" for name in more) or "none"}.
+        sizes: numbers of inner variables to draw from, each at least 3.
+        conditions: condition numbers to draw from.
+        dtypes: dtypes to draw from; None for float32, and float64 where ``jax_enable_x64`` is set.
+        w_layouts: layouts of the inner variables to draw from.
+        theta_layouts: layouts of the outer variables to draw from.
+        choices: values to draw from for further arguments of the family: {_listed(more)}.
 
     Returns:
-        a strategy of :class:`~bilevel.testing.Case`.
+        A strategy of :class:`~bilevel.testing.Case`.
+
+    Raises:
+        TypeError: for any other argument.
     """
     return strategy
+
+
+def _listed(names):
+    return ", ".join(f"``{name}``" for name in names) or "none"
 
 
 quadratic_problems = _strategy(families.quadratic)
@@ -111,7 +121,7 @@ def problems(
     dtypes: Sequence[str] | None = None,
     w_layouts: Sequence[str] = LAYOUTS,
 ) -> st.SearchStrategy[Case]:
-    """Any of the families, each drawn as its own strategy draws it."""
+    """Draw a case of any family, each as its own strategy draws it."""
     strategies = (
         quadratic_problems,
         ridge_problems,
