@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 from bilevel.verify._lanczos import lanczos
+from bilevel.verify.comparison import Deviation, Tolerance
 
 NEWTON = problems.newton
 
@@ -177,6 +178,23 @@ def test_a_gradient_without_an_available_reference_is_not_ok():
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match=r"finite_differences, unrolled, dense, got \('sense',\)"):
         check(quartic(), bl.Implicit(bl.CG(2)), against=("sense",))
+
+
+# --- The comparison that checks and assertions share ---------------------------------------------------------------
+
+
+def test_the_worst_entry_is_the_one_furthest_off_in_units_of_what_is_allowed():
+    """Entry b has the larger error, and an uncertainty that allows for it."""
+    got, expected, uncertainty = np.array([1.2, 2.25]), np.array([1.0, 2.0]), np.array([0.0, 0.1])
+    found = Deviation(("a", "b"), got, expected, uncertainty, Tolerance(rtol=0.09))
+    assert found.decided and not found.agrees and found.off.tolist() == [True, False] and found.worst == 0
+    assert found.mismatch("w", "dense").startswith("w is wrong at a: got 1.2, expected 1.0 (dense), relative error 0.1")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_never_agree(number):
+    found = Deviation(("a",), np.array([number]), np.array([np.inf]), np.zeros(1), Tolerance(rtol=0.1))
+    assert not found.agrees and found.worst == 0 and found.relative_error == np.inf
 
 
 # --- check_condition -----------------------------------------------------------------------------------------------
