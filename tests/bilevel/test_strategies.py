@@ -11,7 +11,7 @@ from hypothesis import given
 from bilevel import testing
 from bilevel.testing import families, strategies
 from bilevel.testing.cases import LAYOUTS, arrange, flatten
-from bilevel.verify import oracles
+from bilevel.verify import precision, references
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 few = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)
@@ -49,7 +49,7 @@ def test_the_gradient_is_the_difference_quotient_of_the_closed_form(name, seed, 
 def test_the_closed_form_solves_the_condition_and_agrees_with_a_dense_solve(name):
     family, options = VARIANTS[name]
     case = family(w="dict", theta="dict", seed=3, **options)
-    reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
+    reference = references.dense(case.problem, None, case.theta, None, case.data, w=case.w)
     size = 1 + np.abs(flatten(case.w, np)).max()
     assert reference.residual_norm <= 100 * np.finfo(float).eps * case.condition_number * size
     found, expected = flatten(reference.gradient, np), flatten(case.gradient, np)
@@ -75,7 +75,7 @@ def test_the_active_set_is_constant_within_the_margin(family):
     for seed in range(20):
         case = family(seed=seed)
         assert case.margin > 0.01
-        with oracles.double_precision():
+        with precision.double_precision():
             condition = case.problem.condition
             at = case.w - condition.step_size * jax.grad(condition.objective)(case.w, case.theta, case.data)
             project = getattr(condition, "projection", None) or functools.partial(condition.prox, step_size=1.0)
