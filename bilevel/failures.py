@@ -7,7 +7,7 @@ failed, the tasks of a batch it failed in, the cause and the remedy. For an oper
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,9 @@ class HypergradientError(RuntimeError):
         super().__init__(message)
         self.result = result
 
-    def __reduce__(self):  # pickle would call the constructor with the message alone, without the result
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # pickle would call the constructor with the message alone, without the result
         return type(self), (str(self), self.result)
 
 

@@ -210,7 +210,9 @@ class Constants:
         return "strong_convexity" in self.known
 
     @staticmethod
-    def complete(problem: Problem, system: System, algebra: LinearAlgebra, declared: dict, step: Step) -> "Constants":
+    def complete(
+        problem: Problem, system: System, algebra: LinearAlgebra, declared: dict[str, Any], step: Step
+    ) -> "Constants":
         """Collect the constants: declared ones first, then those that follow from structure, then probes."""
         known = _from_structure(problem, system, step.w) | declared
         probes = _probes(known, system, step, algebra.dense)

@@ -65,7 +65,7 @@ class Lipschitz:
     mixed: Constant = None
     mixed_norm: Constant = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in self.items():
             if isinstance(value, int | float) and not 0 <= value < float("inf"):
                 raise ValueError(f"Lipschitz needs a finite {name} ≥ 0, got {value}; pass None if it is unknown")

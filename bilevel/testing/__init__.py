@@ -5,6 +5,7 @@ import this module, and only :mod:`bilevel.testing.strategies` imports Hypothesi
 """
 
 import importlib
+from types import ModuleType
 
 from bilevel.testing import families
 from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
@@ -13,7 +14,7 @@ from bilevel.testing.cases import Case
 __all__ = ["Case", "Check", "assert_case", "assert_condition", "assert_hypergradient", "families", "strategies"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     """Import ``strategies`` on first use, so that the test kit works without Hypothesis."""
     if name == "strategies":
         return importlib.import_module("bilevel.testing.strategies")

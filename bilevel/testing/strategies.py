@@ -16,6 +16,7 @@ Example:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,14 +63,19 @@ def _available():
     return ("float64", "float32") if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else ("float32",)
 
 
-def _strategy(family, theta_layouts=(*LAYOUTS, "scalar"), **more):
+Strategy = Callable[..., st.SearchStrategy[Case]]
+
+
+def _strategy(
+    family: Callable[..., Case], theta_layouts: Sequence[str] | None = (*LAYOUTS, "scalar"), **more: Sequence[Any]
+) -> Strategy:
     def strategy(
         sizes: Sequence[int] = (3, 4),
         conditions: Sequence[float] = (2.0, 10.0, 100.0),
         dtypes: Sequence[str] | None = None,
         w_layouts: Sequence[str] = LAYOUTS,
         theta_layouts: Sequence[str] | None = theta_layouts,
-        **choices: Sequence,
+        **choices: Sequence[Any],
     ) -> st.SearchStrategy[Case]:
         unknown = choices.keys() - more.keys()
         if unknown:
@@ -80,7 +86,7 @@ def _strategy(family, theta_layouts=(*LAYOUTS, "scalar"), **more):
         return _problems(family, sizes, conditions, dtypes, w_layouts, theta_layouts, more | choices)
 
     strategy.__name__ = strategy.__qualname__ = f"{family.__name__}_problems"
-    strategy.__doc__ = f"""{family.__doc__.splitlines()[0]}
+    strategy.__doc__ = f"""{(family.__doc__ or "").splitlines()[0]}
 
     Args:
         sizes: numbers of inner variables to draw from, each at least 3.
@@ -103,16 +109,16 @@ def _listed(names):
     return ", ".join(f"``{name}``" for name in names) or "none"
 
 
-quadratic_problems = _strategy(families.quadratic)
-ridge_problems = _strategy(families.ridge)
-logistic_problems = _strategy(families.logistic)
-imaml_problems = _strategy(families.imaml, theta_layouts=None, strength=("one", "each"))
-fixed_point_problems = _strategy(families.fixed_point)
-root_problems = _strategy(families.root)
-box_problems = _strategy(families.box)
-simplex_problems = _strategy(families.simplex)
-lasso_problems = _strategy(families.lasso)
-kkt_problems = _strategy(families.kkt, inequality=(False, True))
+quadratic_problems: Strategy = _strategy(families.quadratic)
+ridge_problems: Strategy = _strategy(families.ridge)
+logistic_problems: Strategy = _strategy(families.logistic)
+imaml_problems: Strategy = _strategy(families.imaml, theta_layouts=None, strength=("one", "each"))
+fixed_point_problems: Strategy = _strategy(families.fixed_point)
+root_problems: Strategy = _strategy(families.root)
+box_problems: Strategy = _strategy(families.box)
+simplex_problems: Strategy = _strategy(families.simplex)
+lasso_problems: Strategy = _strategy(families.lasso)
+kkt_problems: Strategy = _strategy(families.kkt, inequality=(False, True))
 
 
 def problems(

@@ -1,6 +1,7 @@
 """Families whose residual is affine in w, A(θ)w − Bθ − c: a quadratic objective, a root, a fixed point."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,17 @@ from bilevel.testing.families.drawing import (
 from bilevel.testing.families.suggested import suggest_descent, suggest_iteration, suggest_newton
 
 
-def quadratic(**options) -> Case:
+def quadratic(**options: Any) -> Case:
     """Draw ½⟨w, A(θ)w⟩ − ⟨w, Bθ + c⟩ with A(θ) = A₀ + sin⟨u, θ⟩·A₁ symmetric; its minimum is w = A⁻¹(Bθ + c)."""
     return _affine("quadratic", Options(**options), symmetric_matrix, suggest_descent)
 
 
-def root(**options) -> Case:
+def root(**options: Any) -> Case:
     """Draw A(θ)w − Bθ − c = 0 with A(θ) = A₀ + sin⟨u, θ⟩·A₁, which is not symmetric."""
     return _affine("root", Options(**options), general_matrix, suggest_newton)
 
 
-def fixed_point(**options) -> Case:
+def fixed_point(**options: Any) -> Case:
     """Draw w = M(θ)w + Bθ + c with a contraction M(θ) = M₀ − sin⟨u, θ⟩·A₁, which is not symmetric; A = I − M."""
     return _affine("fixed_point", Options(**options), contraction_complement, suggest_iteration)
 

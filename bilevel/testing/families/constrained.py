@@ -1,6 +1,7 @@
 """Families with a projection or a prox: a quadratic program on a box, on a simplex, and with an ℓ₁ penalty."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,50 +15,50 @@ from bilevel.testing.families.program import draw_program, program
 from bilevel.testing.families.suggested import suggest_iteration
 
 
-def box(**options) -> Case:
+def box(**options: Any) -> Case:
     """Draw ½⟨w, Qw⟩ − ⟨w, Bθ + c⟩ on −ρ ≤ w ≤ ρ with ρ = exp⟨u, θ⟩: one entry is at each bound, the others are free."""
-    options = Options(**options)
-    rng, n = np.random.default_rng(options.seed), options.size
-    theta, numbers = draw_program(rng, options)
+    chosen = Options(**options)
+    rng, n = np.random.default_rng(chosen.seed), chosen.size
+    theta, numbers = draw_program(rng, chosen)
     side = rng.permutation(np.array([-1.0, 1.0] + [0.0] * (n - 2)))
     radius = np.exp(numbers["direction"] @ theta)
     w = np.where(side == 0, rng.uniform(-0.5, 0.5, n), side) * radius
     pressure = rng.uniform(0.5, 1.5, n) * side  # the negative gradient at a bound points out of the box
     numbers["offset"] = numbers["matrix"] @ w + pressure - numbers["slope"] @ theta
-    problem = _projected_problem(options.w, options.theta, _project_on_box)
+    problem = _projected_problem(chosen.w, chosen.theta, _project_on_box)
     margin = min(np.min(np.abs(pressure[side != 0])), np.min(radius - np.abs(w[side == 0])))
-    return make_case("box", options, problem, numbers, _solve_box(side), suggest_iteration, theta, margin=margin)
+    return make_case("box", chosen, problem, numbers, _solve_box(side), suggest_iteration, theta, margin=margin)
 
 
-def simplex(**options) -> Case:
+def simplex(**options: Any) -> Case:
     """Draw ½⟨w, Qw⟩ − ⟨w, Bθ + c⟩ on w ≥ 0, Σw = exp⟨u, θ⟩: one entry of the solution is zero, the others are not."""
-    options = Options(**options)
-    rng, n = np.random.default_rng(options.seed), options.size
-    theta, numbers = draw_program(rng, options)
+    chosen = Options(**options)
+    rng, n = np.random.default_rng(chosen.seed), chosen.size
+    theta, numbers = draw_program(rng, chosen)
     inside = rng.permutation(n) > 0
     weights = rng.uniform(0.5, 1.5, n) * inside
     w = np.exp(numbers["direction"] @ theta) * weights / np.sum(weights)
     pressure = np.where(inside, 0.0, rng.uniform(0.5, 1.5, n))
     numbers["offset"] = numbers["matrix"] @ w + rng.normal() - pressure - numbers["slope"] @ theta
-    problem = _projected_problem(options.w, options.theta, _project_on_simplex)
+    problem = _projected_problem(chosen.w, chosen.theta, _project_on_simplex)
     margin = min(np.min(w[inside]), np.min(pressure[~inside]))
     solve = _solve_simplex(inside)
-    return make_case("simplex", options, problem, numbers, solve, suggest_iteration, theta, margin=margin)
+    return make_case("simplex", chosen, problem, numbers, solve, suggest_iteration, theta, margin=margin)
 
 
-def lasso(**options) -> Case:
+def lasso(**options: Any) -> Case:
     """Draw ½⟨w, Qw⟩ − ⟨w, Bθ + c⟩ + λ‖w‖₁ with λ = exp⟨u, θ⟩: one entry of the solution is zero, the others are not."""
-    options = Options(**options)
-    rng, n = np.random.default_rng(options.seed), options.size
-    theta, numbers = draw_program(rng, options)
+    chosen = Options(**options)
+    rng, n = np.random.default_rng(chosen.seed), chosen.size
+    theta, numbers = draw_program(rng, chosen)
     sign = rng.choice([-1.0, 1.0], n) * (rng.permutation(n) > 0)
     strength = np.exp(numbers["direction"] @ theta)
     w = rng.uniform(0.5, 1.5, n) * sign
     subgradient = np.where(sign == 0, rng.uniform(-0.5, 0.5, n), sign)
     numbers["offset"] = numbers["matrix"] @ w + strength * subgradient - numbers["slope"] @ theta
-    problem = _lasso_problem(options.w, options.theta)
+    problem = _lasso_problem(chosen.w, chosen.theta)
     margin = min(np.min(np.abs(w[sign != 0])), strength * np.min(1 - np.abs(subgradient[sign == 0])))
-    return make_case("lasso", options, problem, numbers, _solve_lasso(sign), suggest_iteration, theta, margin=margin)
+    return make_case("lasso", chosen, problem, numbers, _solve_lasso(sign), suggest_iteration, theta, margin=margin)
 
 
 # --- Problems ------------------------------------------------------------------------------------------------------

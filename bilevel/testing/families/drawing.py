@@ -1,12 +1,16 @@
 """The options of a family, the random numbers that families share, and the assembly of a case from them."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
+from bilevel.problem import Problem
 from bilevel.testing.cases import LAYOUTS, Case, ClosedForm, arrange
+from bilevel.types import PyTree
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Options:
     theta: str = "flat"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 3 or not self.condition >= 1 or self.dtype not in ("float32", "float64"):
             raise ValueError(f"a case needs size ≥ 3, condition ≥ 1 and dtype float32 or float64, got {self}")
         if self.w not in LAYOUTS or self.theta not in (*LAYOUTS, "scalar"):
@@ -91,9 +95,19 @@ def draw_direction(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def make_case(
-    family: str, options: Options, problem, numbers, closed_form: ClosedForm, suggest_solver, theta, *,
-    margin=np.inf, init=None, arrange_w=None, extra=None,
-) -> Case:  # fmt: skip
+    family: str,
+    options: Options,
+    problem: Problem,
+    numbers: dict[str, Any],
+    closed_form: ClosedForm,
+    suggest_solver: Callable[[Options], Callable[..., Any]],
+    theta: np.ndarray | int,
+    *,
+    margin: float = np.inf,
+    init: np.ndarray | None = None,
+    arrange_w: Callable[[np.ndarray], PyTree] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Case:
     """Assemble a case and round all its numbers to the dtype; the closed form is evaluated on the rounded numbers.
 
     Args:

@@ -1,6 +1,7 @@
 """The family of the KKT conditions: a quadratic program with linear constraints, whose w includes the multipliers."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from bilevel.testing.families.program import draw_program, program
 from bilevel.testing.families.suggested import suggest_newton
 
 
-def kkt(inequality: bool = False, **options) -> Case:
+def kkt(inequality: bool = False, **options: Any) -> Case:
     """Draw ½⟨x, Qx⟩ − ⟨x, Bθ + c⟩ subject to ⟨e, x⟩ = ⟨u, θ⟩ + f; w is the triple (x, ν, μ) with both multipliers.
 
     Args:
@@ -20,9 +21,9 @@ def kkt(inequality: bool = False, **options) -> Case:
             them μ is None.
         options: see :class:`Options`.
     """
-    options = Options(**options)
-    rng, n = np.random.default_rng(options.seed), options.size
-    theta, numbers = draw_program(rng, options)
+    chosen = Options(**options)
+    rng, n = np.random.default_rng(chosen.seed), chosen.size
+    theta, numbers = draw_program(rng, chosen)
     rows = np.linalg.qr(rng.normal(size=(n, 3)))[0].T  # e and K, at right angles
     x, equal, unequal, slack = rng.normal(size=n), rng.normal(), rng.uniform(0.5, 1.5), rng.uniform(0.5, 1.5)
     numbers |= {"equality": rows[:1], "level": rows[:1] @ x - numbers["direction"] @ theta}
@@ -38,15 +39,15 @@ def kkt(inequality: bool = False, **options) -> Case:
     margin = min(unequal, slack) if inequality else np.inf
     return make_case(
         "kkt",
-        options,
-        _kkt_problem(options.w, options.theta, inequality),
+        chosen,
+        _kkt_problem(chosen.w, chosen.theta, inequality),
         numbers,
         _solve_kkt,
         suggest_newton,
         theta,
         margin=margin,
         init=init,
-        arrange_w=lambda flat: (arrange(flat[:n], options.w), flat[n : n + 1], flat[n + 1 :] if inequality else None),
+        arrange_w=lambda flat: (arrange(flat[:n], chosen.w), flat[n : n + 1], flat[n + 1 :] if inequality else None),
         extra={"inequality": inequality},
     )
 

@@ -1,6 +1,7 @@
 """The family of implicit MAML: a quadratic loss with a proximal term that pulls the parameters to θ."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from bilevel.testing.families.drawing import Options, make_case, symmetric_matri
 from bilevel.testing.families.suggested import suggest_descent
 
 
-def imaml(strength: str = "one", **options) -> Case:
+def imaml(strength: str = "one", **options: Any) -> Case:
     """Draw ½⟨φ − t, H(φ − t)⟩ + ½λ‖φ − θ‖², whose meta-gradient is (I + H/λ)⁻¹∇outer.
 
     Args:
@@ -20,20 +21,20 @@ def imaml(strength: str = "one", **options) -> Case:
     """
     if strength not in ("one", "each"):
         raise ValueError(f'strength must be "one", a single λ, or "each", one λ per parameter, got {strength!r}')
-    options = Options(**({"theta": options.get("w", "flat")} | options))
-    if options.theta != options.w:
-        raise ValueError(f"imaml has θ laid out like w, got {options}")
-    rng, n = np.random.default_rng(options.seed), options.size
-    strengths = np.full(n, 1 / options.condition)
+    chosen = Options(**({"theta": options.get("w", "flat")} | options))
+    if chosen.theta != chosen.w:
+        raise ValueError(f"imaml has θ laid out like w, got {chosen}")
+    rng, n = np.random.default_rng(chosen.seed), chosen.size
+    strengths = np.full(n, 1 / chosen.condition)
     if strength == "each":
         strengths *= rng.uniform(0.5, 2.0, n)
     numbers = {
-        "hessian": symmetric_matrix(rng, n, options.condition),
+        "hessian": symmetric_matrix(rng, n, chosen.condition),
         "target": rng.normal(size=n),
-        "strength": arrange(strengths, options.w) if strength == "each" else strengths[0],
+        "strength": arrange(strengths, chosen.w) if strength == "each" else strengths[0],
     }
-    problem = _imaml_problem(options.w)
-    return make_case("imaml", options, problem, numbers, _solve_imaml, suggest_descent, n, extra={"strength": strength})
+    problem = _imaml_problem(chosen.w)
+    return make_case("imaml", chosen, problem, numbers, _solve_imaml, suggest_descent, n, extra={"strength": strength})
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Families of regularised linear regression: ridge and logistic, with log-penalties as the outer variables."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +13,12 @@ from bilevel.testing.families.drawing import Options, make_case, orthogonal
 from bilevel.testing.families.suggested import suggest_descent
 
 
-def ridge(**options) -> Case:
+def ridge(**options: Any) -> Case:
     """Draw ½‖Xw − y‖²/n + ½Σ exp(θ_j)w_j², with one penalty for each feature, or a scalar θ for all of them."""
     return _regression("ridge", Options(**options), _solve_ridge)
 
 
-def logistic(**options) -> Case:
+def logistic(**options: Any) -> Case:
     """Draw the mean of log(1 + exp(−y⟨x, w⟩)) + ½Σ exp(θ_j)w_j²; NumPy finds w by Newton's method, to rounding."""
     return _regression("logistic", Options(**options), _solve_logistic)
 

@@ -1,5 +1,6 @@
 """The inner solvers that the cases suggest: Newton's method in plain JAX, and two of the library's solvers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,20 +25,20 @@ def newton(condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> P
     return unravel(jax.lax.fori_loop(0, 8, step, flat))
 
 
-def suggest_newton(options: Options) -> Any:
+def suggest_newton(options: Options) -> Callable[..., Any]:
     """Suggest :func:`newton`, whatever the options."""
     del options
     return newton
 
 
-def suggest_descent(options: Options) -> Any:
+def suggest_descent(options: Options) -> Callable[..., Any]:
     """Suggest gradient descent with step size ½, for eigenvalues between 1/κ and 1."""
     import bilevel  # only when a solver is asked for: drawing a case imports none of the methods under test
 
     return bilevel.GradientDescent(0.5, _steps(options))
 
 
-def suggest_iteration(options: Options) -> Any:
+def suggest_iteration(options: Options) -> Callable[..., Any]:
     """Suggest fixed-point iteration."""
     import bilevel
 
