@@ -123,7 +123,7 @@ def test_a_slip_is_answered_in_one_sentence_and_nothing_is_written(arguments, ex
 
 def test_a_preset_that_needs_archives_says_so(here, capsys):
     said = complaint(["train", OMNIGLOT], capsys)
-    assert "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in said
+    assert "download them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in said
     assert list(here.iterdir()) == []
 
 
