@@ -222,7 +222,7 @@ def _decode(contents: dict[Path, bytes], meanwhile: Callable[[ImageClasses], Non
 
 
 def _label(member: str) -> str:
-    """``ALPHABET/characterNN`` of ``images_background/ALPHABET/characterNN/xxxx_yy.png``."""
+    """Return the label ``ALPHABET/characterNN`` of the member ``ARCHIVE/ALPHABET/characterNN/xxxx_yy.png``."""
     return member.split("/", 1)[1].rsplit("/", 1)[0]
 
 
