@@ -197,7 +197,7 @@ GUARDS = (
         "False",
     ),
     _guard("θ unused", "test_an_unused_leaf_and_an_ignored_w_are_found", "_theta_used", "sorted(...)", "[]"),
-    # Systems whose solution is known at once.
+    # Systems that are solved at once.
     _guard(
         "b = 0",
         "test_zero_right_hand_side_and_multiples_of_the_identity_are_exact",
@@ -206,8 +206,8 @@ GUARDS = (
         "_SIZE",
     ),
     _guard(
-        "A = cI: a recursion at its end",
-        "test_zero_right_hand_side_and_multiples_of_the_identity_are_exact",
+        "an easy system: the recursion stops at rounding size",
+        "test_a_large_budget_on_an_easy_system_does_no_harm",
         "_recursive_tol",
         "max(_TOL, eps**2)",
         "_TOL",
