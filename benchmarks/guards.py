@@ -50,14 +50,14 @@ GUARDS = (
     ),
     _guard(
         "linear solve short of its tol: status",
-        "test_a_budget_too_small_for_tol_is_told_with_the_true_residual",
+        "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
         "diagnosis:_judged",
         "jnp.where(residual <= tol, _CONVERGED, _SHORT)",
         "_CONVERGED",
     ),
     _guard(
         "linear solve short of its tol: true residual",
-        "test_a_budget_too_small_for_tol_is_told_with_the_true_residual",
+        "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
         "relative_residual",
         "tree.norm(_RESIDUAL) / _SIZE",
         "0.5 * tree.norm(_RESIDUAL) / _SIZE",
@@ -86,7 +86,7 @@ GUARDS = (
     ),
     _guard(
         "indefinite operator: a factorisation that breaks down",
-        "test_cholesky_fails_on_a_saddle_even_where_the_solution_does_not_show_it",
+        "test_cholesky_reports_a_saddle_that_its_solution_does_not_show",
         "Cholesky",
         "Status.NEGATIVE_CURVATURE",
         "Status.NONFINITE",
@@ -200,14 +200,14 @@ GUARDS = (
     # Systems that are solved at once.
     _guard(
         "b = 0",
-        "test_zero_right_hand_side_and_multiples_of_the_identity_are_exact",
+        "test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact",
         "_to_unit",
         "jnp.where(_SOUND, _SIZE, jnp.ones_like(_SIZE))",
         "_SIZE",
     ),
     _guard(
         "an easy system: the recursion stops at rounding size",
-        "test_a_large_budget_on_an_easy_system_does_no_harm",
+        "test_a_large_budget_on_an_easy_system_keeps_the_solution",
         "_recursive_tol",
         "max(_TOL, eps**2)",
         "_TOL",
