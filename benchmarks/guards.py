@@ -36,7 +36,7 @@ GUARDS = (
     # Solves that miss their tolerance.
     _guard(
         "inner solve short of its tol: status",
-        "TestShortOfTheTolerance.test_an_inner_solve_that_ends_early_is_told",
+        "TestShortOfTheTolerance.test_an_inner_solve_that_ends_early_is_max_steps",
         "solvers:report",
         "Status.MAX_STEPS",
         "Status.CONVERGED",
@@ -64,7 +64,7 @@ GUARDS = (
     ),
     _guard(
         "linear solve short of its tol: stagnation is not a spent budget",
-        "TestShortOfTheTolerance.test_a_budget_that_ends_is_told_from_a_recursion_that_lies",
+        "TestShortOfTheTolerance.test_an_exhausted_budget_is_max_steps_and_a_recursion_that_stops_is_stagnation",
         "found_within",
         "_AGAIN & _equal(...)",
         "jnp.bool_(False)",
@@ -93,7 +93,7 @@ GUARDS = (
     ),
     _guard(
         "indefinite operator: the λ that suffices",
-        "TestIndefinite.test_the_error_names_the_regularisation_that_mends_it",
+        "TestIndefinite.test_the_error_names_the_regularisation_that_suffices",
         "advise",
         "not _SMALLEST < 0",
         "True",
@@ -101,14 +101,14 @@ GUARDS = (
     # Operators that are declared symmetric and are not.
     _guard(
         "declared symmetric, is not: the probe",
-        "TestNotSymmetric.test_a_false_declaration_is_found_out",
+        "TestNotSymmetric.test_a_false_declaration_is_reported",
         "Implicit.__call__",
         "condition.symmetric and _DOUBTED",
         "False",
     ),
     _guard(
         "declared symmetric, is not: the transpose all the same",
-        "TestNotSymmetric.test_the_layer_uses_the_transpose_all_the_same",
+        "TestNotSymmetric.test_the_layer_uses_the_transpose_whatever_is_declared",
         "solve_implicitly",
         "is_gradient(_CONDITION)",
         "_CONDITION.symmetric",
@@ -145,7 +145,7 @@ GUARDS = (
     ),
     _guard(
         "NaN in the linear solve",
-        "TestNotFinite.test_a_product_that_is_not_finite_is_the_linear_solve",
+        "TestNotFinite.test_a_product_that_is_not_finite_is_reported_by_the_linear_solve",
         "diagnosis:report",
         "jnp.where(sound, _STATUS, _NONFINITE)",
         "_STATUS",
@@ -155,14 +155,14 @@ GUARDS = (
     _guard("NaN: later stages are not named", "TestNotFinite", "_stages", "_EARLIER | _NOW", "_EARLIER"),
     _guard(
         "NaN: the task is named",
-        "TestBatches.test_policies",
+        "TestBatches.test_each_policy_names_the_failed_tasks",
         "_sentence",
         "np.flatnonzero(...)",
         "np.arange(status.size)",
     ),
     _guard(
         "NaN: θ is not moved by minimize",
-        "TestNotFinite.test_theta_is_not_moved",
+        "TestNotFinite.test_minimize_does_not_move_theta",
         "_compiled_step",
         "jnp.isfinite(_SIZE) & _SOUND",
         "jnp.bool_(True)",
@@ -258,14 +258,14 @@ GUARDS = (
     ),
     _guard(
         "leaves: complex θ refused",
-        "TestLeaves.test_complex_and_integer_variables_are_refused_with_the_reason",
+        "TestLeaves.test_complex_and_integer_variables_are_refused_with_a_reason",
         "outer_variables",
         "jnp.issubdtype(...)",
         "False",
     ),
     _guard(
         "leaves: inner variables that are no floats refused",
-        "TestLeaves.test_complex_and_integer_variables_are_refused_with_the_reason",
+        "TestLeaves.test_complex_and_integer_variables_are_refused_with_a_reason",
         "starting_point",
         "not tree.is_floating(...)",
         "False",
