@@ -1,4 +1,4 @@
-"""Who may import whom: read from the source, so that a breach fails whether or not it runs."""
+"""Modules import only what the table below allows; imports are read from the source, so that all are checked."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Each module of bilevel, and which others it may import. An arrow down is allowed, none goes up.
+# The modules that each module of bilevel may import: those below it, so that no two import each other.
 ALLOWED = {
     "types": set(),
     "tree": {"types"},
@@ -36,14 +36,14 @@ ALLOWED = {
     "certificates.certify": {"certificates.error_bounds", "certificates.lipschitz", "conditions", "tree", "types"},
     "certificates": {"certificates.certify", "certificates.lipschitz"},
 }
-# The test kit shares no gradient code with the methods it checks; it is handed those, or asks `bilevel` for them by
-# their public names while a case suggests one.
+# The test kit shares no gradient code with the methods that it checks. It gets a method as an argument, or, for the
+# method that a case suggests, by its public name in `bilevel`.
 VERIFIERS = {"verify.examine", "verify.suspects", "verify.oracles", "verify.tables"}
 ALLOWED_TO_TESTING = {"conditions", "tree", "types"} | VERIFIERS
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names a file imports, wherever in it."""
+    """Return the dotted names of all imports in a file, those inside of functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def imports(path: Path) -> set[str]:
 
 
 def module(path: Path) -> str:
-    """A file's dotted name below `bilevel`; a package's own for its ``__init__``."""
+    """Return the dotted name of a file relative to `bilevel`; for an ``__init__`` that of its package."""
     parts = path.relative_to(ROOT / "bilevel").with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -67,7 +67,7 @@ def modules_of_bilevel(path: Path) -> set[str]:
 
 
 def home(name: str) -> str:
-    """The module that a dotted name lies in."""
+    """Return the module that defines a dotted name."""
     while name not in MODULES and "." in name:
         name = name.rpartition(".")[0]
     return name
@@ -93,9 +93,9 @@ def test_imaml_uses_the_public_names_of_bilevel(path):
     assert not {name for name in names if name.startswith("bilevel.")}
 
 
-def test_every_module_of_bilevel_stands_in_the_table():
+def test_the_table_holds_every_module_of_bilevel():
     modules = {name for name in MODULES if name and name.split(".")[0] != "testing"}
-    assert modules == set(ALLOWED), f"say what these may import: {modules ^ set(ALLOWED)}"
+    assert modules == set(ALLOWED), f"missing in ALLOWED, or no longer there: {modules ^ set(ALLOWED)}"
 
 
 def test_importing_bilevel_does_not_import_jaxopt():
