@@ -1,10 +1,10 @@
-"""Does a test miss each guard against a numerical fault? The guards are taken away one by one, in a copy.
+"""Does a test fail without each guard against numerical faults? Take the guards away in a copy, one by one, and see.
 
     python -m benchmarks.guards [NAME …]
 
-A guard is what keeps a wrong number from passing for a right one: a status, a recomputed residual, a wider sum. Each is
-named by the fault it stands against, and the tests that must miss it by their place; a guard that none of them misses
-makes the exit status 1.
+A guard keeps a wrong number from passing for a right one: a status, a recomputed residual, a sum in a wider dtype. Each
+has a test that must fail without it. The exit status is 1 if a test passes although its guard is gone. `planting.py`
+says how a guard's removal is written.
 """
 
 import sys
@@ -12,332 +12,320 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.mutations import Mutation, copied, named, verdict
-
-FAULTS = "tests/bilevel/test_faults.py"
-LINEAR = "tests/bilevel/test_linear.py"
-VERIFY = "tests/bilevel/test_verify.py"
-HYPERGRADIENTS = "tests/bilevel/test_hypergradients.py"
-META = "tests/imaml/learning/test_meta_gradient.py"
-TRAINING = "tests/imaml/runs/test_training.py"
+from benchmarks.fault_runs import chosen, copy_into, run
+from benchmarks.planting import Fault, Sources
 
 
 class Guard(NamedTuple):
-    """What is taken away, and the test (or class of tests) that must fail without it."""
+    """A guard's removal, and the test that must fail after it.
 
-    mutation: Mutation
+    Attributes:
+        fault: the removal.
+        test: the qualified name of a test function or a class of them, found like a fault's place.
+    """
+
+    fault: Fault
     test: str
 
 
-def _guard(name: str, test: str, file: str, text: str, replacement: str) -> Guard:
-    return Guard(Mutation(name, file, text, replacement), test)
+def _guard(name: str, test: str, place: str, pattern: str, replacement: str) -> Guard:
+    return Guard(Fault(name, place, pattern, replacement), test)
 
 
 GUARDS = (
+    # Solves that miss their tolerance.
     _guard(
         "inner solve short of its tol: status",
-        f"{FAULTS}::TestShortOfTheTolerance::test_an_inner_solve_that_ends_early_is_told",
-        "bilevel/solvers.py",
-        "jnp.int32(Status.CONVERGED), jnp.int32(Status.MAX_STEPS))",
-        "jnp.int32(Status.CONVERGED), jnp.int32(Status.CONVERGED))",
+        "TestShortOfTheTolerance.test_an_inner_solve_that_ends_early_is_max_steps",
+        "solvers:report",
+        "Status.MAX_STEPS",
+        "Status.CONVERGED",
     ),
     _guard(
         "inner solve short of its tol: estimate",
-        "tests/bilevel/test_certificates.py::test_too_few_inner_steps_are_covered",
-        "bilevel/certificates/certificate.py",
-        "error, remainder = distance(out.gradient, corrected)",
-        "error, remainder = 0.5 * distance(out.gradient, corrected)",
+        "test_too_few_inner_steps_are_covered",
+        "_certify",
+        "distance(out.gradient, corrected)",
+        "0.5 * distance(out.gradient, corrected)",
     ),
     _guard(
         "linear solve short of its tol: status",
-        f"{LINEAR}::test_a_budget_too_small_for_tol_is_told_with_the_true_residual",
-        "bilevel/diagnosis.py",
-        "return jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), fallen_short)",
-        "return jnp.int32(Status.CONVERGED)",
+        "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
+        "diagnosis:_judged",
+        "jnp.where(residual <= tol, _CONVERGED, _SHORT)",
+        "_CONVERGED",
     ),
     _guard(
         "linear solve short of its tol: true residual",
-        f"{LINEAR}::test_a_budget_too_small_for_tol_is_told_with_the_true_residual",
-        "bilevel/diagnosis.py",
-        "residual = relative_residual(b, found.left)",
-        "residual = 0.5 * relative_residual(b, found.left)",
+        "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
+        "relative_residual",
+        "tree.norm(_RESIDUAL) / _SIZE",
+        "0.5 * tree.norm(_RESIDUAL) / _SIZE",
     ),
     _guard(
-        "recursive residual that lies",
-        f"{FAULTS}::TestShortOfTheTolerance::test_a_budget_that_ends_is_told_from_a_recursion_that_lies",
-        "bilevel/diagnosis.py",
-        "stopped=(turn == 1) & _equal(again.x, first.x)",
-        "stopped=jnp.bool_(False)",
+        "linear solve short of its tol: stagnation is not a spent budget",
+        "TestShortOfTheTolerance.test_an_exhausted_budget_is_max_steps_and_a_recursion_that_stops_is_stagnation",
+        "found_within",
+        "_AGAIN & _equal(...)",
+        "jnp.bool_(False)",
     ),
+    # Operators that are not positive definite.
     _guard(
-        "indefinite operator: curvature on the way",
-        f"{FAULTS}::TestIndefinite",
-        "bilevel/diagnosis.py",
-        "jnp.where(curvature < -_rounding(length, size), mark, 0)",
-        "jnp.where(jnp.bool_(False), mark, 0)",
+        "indefinite operator: curvature met on the way",
+        "TestIndefinite",
+        "watch_curvature",
+        "curvature < -_ROUNDING",
+        "jnp.bool_(False)",
     ),
     _guard(
         "indefinite operator: curvature of the solution",
-        f"{FAULTS}::TestIndefinite",
-        "bilevel/diagnosis.py",
-        "jnp.where(first, (curvature <= _rounding(length, size)) & (length > 0), flat)",
-        "jnp.where(first, jnp.bool_(False), flat)",
+        "TestIndefinite",
+        "found",
+        "(curvature <= _ROUNDING) & _NONZERO",
+        "jnp.bool_(False)",
     ),
     _guard(
         "indefinite operator: a factorisation that breaks down",
-        f"{LINEAR}::test_cholesky_fails_on_a_saddle_even_where_the_solution_does_not_show_it",
-        "bilevel/linear.py",
-        'return _factorise("solve_cholesky", self, matvec, b, Status.NEGATIVE_CURVATURE)',
-        'return _factorise("solve_cholesky", self, matvec, b, Status.NONFINITE)',
+        "test_cholesky_reports_a_saddle_that_its_solution_does_not_show",
+        "Cholesky",
+        "Status.NEGATIVE_CURVATURE",
+        "Status.NONFINITE",
     ),
     _guard(
-        "indefinite operator: the λ that mends it",
-        f"{FAULTS}::TestIndefinite::test_the_error_names_the_regularisation_that_mends_it",
-        "bilevel/failures.py",
-        "    if not smallest < 0:\n",
-        "    if True:\n",
+        "indefinite operator: the λ that suffices",
+        "TestIndefinite.test_the_error_names_the_regularisation_that_suffices",
+        "advise",
+        "not _SMALLEST < 0",
+        "True",
     ),
+    # Operators that are declared symmetric and are not.
     _guard(
         "declared symmetric, is not: the probe",
-        f"{FAULTS}::TestNotSymmetric::test_a_false_declaration_is_found_out",
-        "bilevel/hypergradients.py",
-        "    if condition.symmetric and not symmetric:\n",
-        "    if False:\n",
+        "TestNotSymmetric.test_a_false_declaration_is_reported",
+        "Implicit.__call__",
+        "condition.symmetric and _DOUBTED",
+        "False",
     ),
     _guard(
         "declared symmetric, is not: the transpose all the same",
-        f"{FAULTS}::TestNotSymmetric::test_the_layer_uses_the_transpose_all_the_same",
-        "bilevel/hypergradients.py",
-        "tangent, scaling, is_gradient(condition))",
-        "tangent, scaling, condition.symmetric)",
+        "TestNotSymmetric.test_the_layer_uses_the_transpose_whatever_is_declared",
+        "solve_implicitly",
+        "is_gradient(_CONDITION)",
+        "_CONDITION.symmetric",
     ),
+    # Singular operators.
     _guard(
         "singular operator: a null direction of conjugate gradients",
-        f"{FAULTS}::TestSingular",
-        "bilevel/diagnosis.py",
-        "kind = jnp.where(null,",
-        "kind = jnp.where(jnp.bool_(False),",
+        "TestSingular",
+        "found",
+        "jnp.where(null, _SINGULAR, _INDEFINITE)",
+        "_INDEFINITE",
     ),
     _guard(
-        "singular operator: a division by nothing",
-        f"{FAULTS}::TestSingular",
-        "bilevel/diagnosis.py",
-        "        null = size == 0\n",
-        "        null = jnp.bool_(False)\n",
+        "singular operator: a division by zero curvature",
+        "TestSingular",
+        "watch_curvature",
+        "size == 0",
+        "jnp.bool_(False)",
     ),
     _guard(
         "singular operator: a factorisation's residual",
-        f"{FAULTS}::TestSingular",
-        "bilevel/linear.py",
-        "info = diagnosis.report(b_unit, found, tree.eps(b) ** 0.5, flat.size, Status.SINGULAR, breakdown)",
-        "info = diagnosis.report(b_unit, found, None, flat.size, Status.SINGULAR, Status.NONFINITE)",
+        "TestSingular",
+        "_factorise",
+        "_REPORT(_B, _FOUND, tree.eps(_LIKE) ** 0.5, _N, _FAILURE, _BREAKDOWN)",
+        "_REPORT(_B, _FOUND, None, _N, _FAILURE, Status.NONFINITE)",
     ),
+    # Numbers that are not finite.
     _guard(
         "NaN in the inner solve",
-        f"{FAULTS}::TestNotFinite",
-        "bilevel/solvers.py",
-        "status = jnp.where(jnp.isfinite(residual_norm), status, jnp.int32(Status.NONFINITE))",
-        "status = jnp.asarray(status)",
+        "TestNotFinite",
+        "solvers:report",
+        "jnp.where(jnp.isfinite(...), _STATUS, _NONFINITE)",
+        "jnp.asarray(_STATUS)",
     ),
     _guard(
         "NaN in the linear solve",
-        f"{FAULTS}::TestNotFinite::test_a_product_that_is_not_finite_is_the_linear_solve",
-        "bilevel/diagnosis.py",
-        "status = jnp.where(sound, status, jnp.int32(Status.NONFINITE))",
-        "status = jnp.asarray(status)",
+        "TestNotFinite.test_a_product_that_is_not_finite_is_reported_by_the_linear_solve",
+        "diagnosis:report",
+        "jnp.where(sound, _STATUS, _NONFINITE)",
+        "_STATUS",
     ),
-    _guard(
-        "NaN in the outer value",
-        f"{FAULTS}::TestNotFinite",
-        "bilevel/failures.py",
-        '("outer function", _nonfinite(out, out.value))',
-        '("outer function", ok)',
-    ),
-    _guard(
-        "NaN in the gradient",
-        f"{FAULTS}::TestNotFinite",
-        "bilevel/failures.py",
-        '("gradient", _nonfinite(out, out.gradient))',
-        '("gradient", ok)',
-    ),
-    _guard(
-        "NaN: the first stage is named, not what it did to later ones",
-        f"{FAULTS}::TestNotFinite",
-        "bilevel/failures.py",
-        "masked = masked | (status == Status.NONFINITE)",
-        "masked = masked | False",
-    ),
+    _guard("NaN in the outer value", "TestNotFinite", "_stages", "_nonfinite(out, out.value)", "nothing"),
+    _guard("NaN in the gradient", "TestNotFinite", "_stages", "_nonfinite(out, out.gradient)", "nothing"),
+    _guard("NaN: later stages are not named", "TestNotFinite", "_stages", "_EARLIER | _NOW", "_EARLIER"),
     _guard(
         "NaN: the task is named",
-        f"{FAULTS}::TestBatches::test_policies",
-        "bilevel/failures.py",
-        "failed = np.flatnonzero(status > Status.BUDGET_USED)",
-        "failed = np.arange(status.size)",
+        "TestBatches.test_each_policy_names_the_failed_tasks",
+        "_sentence",
+        "np.flatnonzero(...)",
+        "np.arange(status.size)",
     ),
     _guard(
         "NaN: θ is not moved by minimize",
-        f"{FAULTS}::TestNotFinite::test_theta_is_not_moved",
-        "bilevel/outer.py",
-        "sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)",
-        "sound = jnp.bool_(True)",
+        "TestNotFinite.test_minimize_does_not_move_theta",
+        "_compiled_step",
+        "jnp.isfinite(_SIZE) & _SOUND",
+        "jnp.bool_(True)",
     ),
     _guard(
         "NaN: θ is not moved by a meta-step",
-        f"{TRAINING}::test_training_that_diverges_is_refused_and_theta_is_not_updated",
-        "imaml/runs/meta_step.py",
-        "usable = report.tasks > 0",
-        "usable = jnp.bool_(True)",
+        "test_training_that_diverges_is_refused_and_theta_is_not_updated",
+        "meta_step",
+        "_REPORT.tasks > 0",
+        "jnp.bool_(True)",
     ),
+    # θ that no derivative sees.
     _guard(
         "θ caught by a closure: differentiated",
-        f"{HYPERGRADIENTS}::test_theta_caught_by_a_closure_is_differentiated",
-        "bilevel/hypergradients.py",
-        "lambda w: condition.residual(w, theta, data), jax.lax.stop_gradient(init), find",
-        "lambda w: jax.lax.stop_gradient(condition.residual(w, theta, data)), jax.lax.stop_gradient(init), find",
+        "test_theta_caught_by_a_closure_is_differentiated",
+        "solve_implicitly",
+        "condition.residual(_W, _THETA, _DATA)",
+        "jax.lax.stop_gradient(condition.residual(_W, _THETA, _DATA))",
     ),
     _guard(
         "θ caught by a closure: found by check_condition",
-        f"{VERIFY}::test_a_captured_theta_is_found",
-        "bilevel/verify/examine.py",
-        "todo += cells + [entry for entry in arrays",
-        "todo += [entry for entry in arrays",
+        "test_a_captured_theta_is_found",
+        "_held",
+        "cells + _GLOBALS",
+        "_GLOBALS",
     ),
     _guard(
         "θ nowhere but in the initial point",
-        f"{VERIFY}::test_a_theta_that_is_only_in_the_initial_point_is_found",
-        "bilevel/verify/examine.py",
-        "    if not through.any():\n",
-        "    if False:\n",
+        "test_a_theta_that_is_only_in_the_initial_point_is_found",
+        "_theta_used",
+        "not _THROUGH.any()",
+        "False",
     ),
-    _guard(
-        "θ unused",
-        f"{VERIFY}::test_an_unused_leaf_and_an_ignored_w_are_found",
-        "bilevel/verify/examine.py",
-        "    if unused:\n",
-        "    if False:\n",
-    ),
+    _guard("θ unused", "test_an_unused_leaf_and_an_ignored_w_are_found", "_theta_used", "sorted(...)", "[]"),
+    # Systems that are solved at once.
     _guard(
         "b = 0",
-        f"{LINEAR}::test_zero_right_hand_side_and_multiples_of_the_identity_are_exact",
-        "bilevel/linear.py",
-        "jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))",
-        "size",
+        "test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact",
+        "_to_unit",
+        "jnp.where(_SOUND, _SIZE, jnp.ones_like(_SIZE))",
+        "_SIZE",
     ),
     _guard(
-        "A = cI: a recursion at its end",
-        LINEAR,
-        "bilevel/linear.py",
-        "return max((0.9 if tol > 80 * eps else 0.5) * tol, eps**2)",
-        "return (0.9 if tol > 80 * eps else 0.5) * tol",
+        "an easy system: the recursion stops at rounding size",
+        "test_a_large_budget_on_an_easy_system_keeps_the_solution",
+        "_recursive_tol",
+        "max(_TOL, eps**2)",
+        "_TOL",
     ),
+    # One bad task in a batch.
     _guard(
         "one bad task in a batch: left out",
-        f"{META}::test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
-        "imaml/learning/algorithms.py",
-        "jnp.where(counts, new, 0)",
-        "new",
+        "test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
+        "imaml:_added",
+        "jnp.where(counts, _NEW, 0)",
+        "_NEW",
     ),
     _guard(
         "one bad task in a batch: counted",
-        f"{META}::test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
-        "imaml/learning/algorithms.py",
-        "finite = out.status != bl.Status.NONFINITE",
-        "finite = jnp.bool_(True)",
+        "test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
+        "imaml:meta_gradient",
+        "_OUT.status != bl.Status.NONFINITE",
+        "jnp.bool_(True)",
     ),
     _guard(
         "one bad task in a batch: an adjoint worse than none",
-        f"{META}::test_an_adjoint_worse_than_none_is_left_out",
-        "imaml/learning/algorithms.py",
-        "usable = finite & (linear_residual <= 1)",
-        "usable = finite",
+        "test_an_adjoint_worse_than_none_is_left_out",
+        "imaml:meta_gradient",
+        "_FINITE & (_RESIDUAL <= 1)",
+        "_FINITE",
     ),
+    # Dtypes and leaves.
     _guard(
         "dtypes: sums wider than their terms",
-        f"{FAULTS}::TestDtypes",
-        "bilevel/tree.py",
-        "dtypes = [jnp.dtype(jnp.float32), *floats]",
-        "dtypes = list(floats)",
+        "TestDtypes",
+        "_accumulator",
+        "[jnp.dtype(jnp.float32), *_FLOATS]",
+        "list(_FLOATS)",
     ),
     _guard(
         "dtypes: a factor takes the leaf's",
-        f"{FAULTS}::TestDtypes",
-        "bilevel/tree.py",
-        "jnp.asarray(f, leaf.dtype) * leaf",
-        "jnp.asarray(f, jnp.float32) * leaf.astype(jnp.float32)",
+        "TestDtypes",
+        "scale",
+        "jnp.asarray(_FACTOR, _LEAF.dtype) * _LEAF",
+        "jnp.asarray(_FACTOR, jnp.float32) * _LEAF.astype(jnp.float32)",
     ),
     _guard(
         "leaves: no derivative of a count",
-        f"{FAULTS}::TestLeaves",
-        "bilevel/tree.py",
-        "d if is_floating(leaf) else jnp.zeros_like(leaf), like, cotangent",
-        "d, like, cotangent",
+        "TestLeaves",
+        "with_zeros",
+        "_DERIVATIVE if is_floating(...) else _ZEROS",
+        "_DERIVATIVE",
     ),
     _guard(
         "leaves: complex θ refused",
-        f"{FAULTS}::TestLeaves::test_complex_and_integer_variables_are_refused_with_the_reason",
-        "bilevel/hypergradients.py",
-        "if jnp.issubdtype(leaf.dtype, jnp.complexfloating):",
-        "if False:",
+        "TestLeaves.test_complex_and_integer_variables_are_refused_with_a_reason",
+        "outer_variables",
+        "jnp.issubdtype(...)",
+        "False",
     ),
     _guard(
         "leaves: inner variables that are no floats refused",
-        f"{FAULTS}::TestLeaves::test_complex_and_integer_variables_are_refused_with_the_reason",
-        "bilevel/hypergradients.py",
-        "if not tree.is_floating(leaf):",
-        "if False:",
+        "TestLeaves.test_complex_and_integer_variables_are_refused_with_a_reason",
+        "starting_point",
+        "not tree.is_floating(...)",
+        "False",
     ),
-    _guard(
-        "kinks: a tie",
-        f"{VERIFY}::test_a_tie_is_found_and_its_softplus_twin_is_not",
-        "bilevel/verify/examine.py",
-        'return Check("kinks", not at_the_point,',
-        'return Check("kinks", True,',
-    ),
+    # Points at which a derivative is one-sided.
+    _guard("kinks: a tie", "test_a_tie_is_found_and_its_softplus_twin_is_not", "_kinks", "not at_the_point", "True"),
     _guard(
         "kinks: a projection at its bound",
-        f"{VERIFY}::test_a_projection_at_its_bound_is_a_kink",
-        "bilevel/verify/examine.py",
-        "            closest = rung\n",
-        "            pass\n",
+        "test_a_projection_at_its_bound_is_a_kink",
+        "_closest_jump",
+        "any(...)",
+        "False",
     ),
+    # Programs that are compiled once.
     _guard(
         "recompilation",
-        f"{HYPERGRADIENTS}::test_one_trace_per_shape",
-        "bilevel/hypergradients.py",
-        '    @partial(jax.jit, static_argnames="init_function")\n',
-        "",
+        "test_one_trace_per_shape",
+        "value_and_hypergradient",
+        "partial(jax.jit, ...)",
+        "lambda function: function",
     ),
     _guard(
         "recompilation of an outer step",
-        "tests/bilevel/test_outer.py::test_one_trace_for_all_steps",
-        "bilevel/outer.py",
-        "    @jax.jit\n",
-        "",
+        "test_one_trace_for_all_steps",
+        "_compiled_step",
+        "jax.jit",
+        "lambda function: function",
     ),
+    # Scales far from one.
     _guard(
         "tiny and huge cotangents: solved as units",
-        f"{LINEAR}::test_scales_with_the_right_hand_side",
-        "bilevel/linear.py",
-        "jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))",
-        "jnp.ones_like(size)",
+        "test_scales_with_the_right_hand_side",
+        "_to_unit",
+        "jnp.where(_SOUND, _SIZE, jnp.ones_like(_SIZE))",
+        "jnp.ones_like(_SIZE)",
     ),
     _guard(
         "tiny and huge cotangents: a norm without squares that vanish",
-        f"{LINEAR}::test_scales_with_the_right_hand_side",
-        "bilevel/tree.py",
-        "jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak))",
-        "jnp.ones_like(peak)",
+        "test_scales_with_the_right_hand_side",
+        "_scaled_norm",
+        "jnp.where(_SOUND, _PEAK, jnp.ones_like(_PEAK))",
+        "jnp.ones_like(_PEAK)",
     ),
 )
 
 
+def id_of(root: Path, tests: Sources, name: str) -> str:
+    """Return pytest's identifier of a test: file::class::function, the file relative to ``root``."""
+    path = tests.find(name).path.relative_to(root).as_posix()
+    return "::".join([path, *name.rpartition(":")[2].split(".")])
+
+
 def main() -> int:
-    chosen = {mutation.name for mutation in named([guard.mutation for guard in GUARDS], __doc__)}
-    guards = [guard for guard in GUARDS if guard.mutation.name in chosen]
+    faults = chosen([guard.fault for guard in GUARDS], __doc__)
     with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(folder), "bilevel", "imaml", "tests", "pytest_bilevel.py", "pyproject.toml")
-        planned = [(guard.mutation, [guard.test]) for guard in guards]
-        return verdict(copy, planned, without=list(dict.fromkeys(guard.test for guard in guards)))
+        copy = copy_into(Path(folder), "bilevel", "imaml", "tests", "pytest_bilevel.py", "pyproject.toml")
+        tests = Sources.read(copy, "tests")
+        planned = [(guard.fault, [id_of(copy, tests, guard.test)]) for guard in GUARDS if guard.fault in faults]
+        unchanged = list(dict.fromkeys(test for _, [test] in planned))
+        return run(copy, Sources.read(copy, "bilevel", "imaml"), planned, unchanged)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Every condition on a problem so small that its solution is a formula: the rows of the table in test_table.py.
+"""Every condition on a problem of two or three unknowns whose solution is a formula: the rows of test_table.py.
 
-All contract by a half under a unit step, so that 60 steps or terms reach rounding, and depend on θ nonlinearly, so
-that no second derivative is zero. The exact solutions share no line with `bilevel`.
+Under a step of size one every problem contracts by a half, so that 60 steps or terms reach rounding. Every solution
+depends on θ nonlinearly, so that no second derivative is zero. The exact solutions are written without `bilevel`.
 """
 
 import jax.numpy as jnp
 import numpy as np
-from problems import Case
+from problems import Case, minimum_on_plane
 
 import bilevel as bl
 
 Q = np.array([[1.0, 0.3], [0.3, 0.9]])  # eigenvalues 0.65 and 1.25
-HALF = np.array([[0.3, 0.2], [0.2, 0.4]])  # 0.15 and 0.55: with λ near one, H + λI is within a half of the identity
-SKEW = np.array([[0.1, 0.4], [-0.3, 0.2]])  # not symmetric, norm 0.45
+# Eigenvalues 0.15 and 0.55: with λ near one, H + λI differs from the identity by a half at most.
+HALF = np.array([[0.3, 0.2], [0.2, 0.4]])
+SKEW = np.array([[0.1, 0.4], [-0.3, 0.2]])  # not symmetric, of norm 0.45
 SLOPES = np.array([[0.7, -0.2], [0.4, 0.9]])
 THETA = np.array([0.3, -0.4])
 TARGET = np.array([0.5, -0.8])
@@ -27,23 +28,25 @@ def outer_with_multipliers(w, theta, data):
     return outer(w[0], theta, data) + 0.2 * sum(jnp.sum(part**2) for part in w[1:] if part is not None)
 
 
-def bent(theta):
-    """A curved function of θ to aim at."""
+def curved(theta):
+    """Return a nonlinear function of θ, the target of most problems."""
     return SLOPES @ jnp.sin(theta)
 
 
 def stationary() -> Case:
+    """Return ½(1 + θ₀²/10)wᵀQw − wᵀt(θ)."""
+
     def objective(w, theta, data):
-        return 0.5 * (1 + 0.1 * theta[0] ** 2) * w @ Q @ w - w @ bent(theta) * data
+        return 0.5 * (1 + 0.1 * theta[0] ** 2) * w @ Q @ w - w @ curved(theta) * data
 
     def exact(theta, data):
-        return jnp.linalg.solve(Q, bent(theta)) * data / (1 + 0.1 * theta[0] ** 2)
+        return jnp.linalg.solve(Q, curved(theta)) * data / (1 + 0.1 * theta[0] ** 2)
 
     return Case(bl.Stationary(objective), outer, THETA, np.zeros(2), np.array(1.2), exact, 2.0)
 
 
 def pulled(strength, center, kappa=2.0) -> Case:
-    """½(w − t)ᵀH(w − t) with a pull λ towards c: w = (H + Λ)⁻¹(Ht + Λc)."""
+    """Return ½(w − t)ᵀH(w − t) + ½‖w − c‖²_Λ, with Λ the strength and c the centre: w = (H + Λ)⁻¹(Ht + Λc)."""
 
     def objective(w, theta, data):
         return 0.5 * (w - data) @ HALF @ (w - data)
@@ -56,11 +59,11 @@ def pulled(strength, center, kappa=2.0) -> Case:
 
 
 def proximal() -> Case:
-    return pulled(0.9, lambda theta, data: bent(theta))
+    return pulled(0.9, lambda theta, data: curved(theta))
 
 
 def proximal_per_parameter() -> Case:
-    return pulled(lambda theta, data: jnp.array([0.7, 1.0]), lambda theta, data: bent(theta))
+    return pulled(lambda theta, data: jnp.array([0.7, 1.0]), lambda theta, data: curved(theta))
 
 
 def proximal_learned() -> Case:
@@ -72,9 +75,9 @@ def root() -> Case:
         return jnp.eye(2) + SKEW * jnp.cos(theta[1])
 
     def exact(theta, data):
-        return jnp.linalg.solve(matrix(theta), bent(theta) * data)
+        return jnp.linalg.solve(matrix(theta), curved(theta) * data)
 
-    condition = bl.Root(lambda w, theta, data: matrix(theta) @ w - bent(theta) * data)
+    condition = bl.Root(lambda w, theta, data: matrix(theta) @ w - curved(theta) * data)
     return Case(condition, outer, THETA, np.zeros(2), np.array(1.2), exact, 3.0)
 
 
@@ -83,27 +86,26 @@ def fixed_point() -> Case:
         return SKEW * (1 + 0.1 * theta[0])
 
     def exact(theta, data):
-        return jnp.linalg.solve(jnp.eye(2) - matrix(theta), bent(theta) * data)
+        return jnp.linalg.solve(jnp.eye(2) - matrix(theta), curved(theta) * data)
 
-    condition = bl.FixedPoint(lambda w, theta, data: matrix(theta) @ w + bent(theta) * data)
+    condition = bl.FixedPoint(lambda w, theta, data: matrix(theta) @ w + curved(theta) * data)
     return Case(condition, outer, THETA, np.zeros(2), np.array(1.2), exact, 3.0)
 
 
 def on_a_line(theta, right):
-    """argmin ½xᵀQx − xᵀright with x₀ + x₁ = 1 + θ₁²/2, and the multiplier of the sum."""
-    system = jnp.block([[jnp.asarray(Q), jnp.ones((2, 1))], [jnp.ones((1, 2)), jnp.zeros((1, 1))]])
-    solution = jnp.linalg.solve(system, jnp.append(right, 1 + 0.5 * theta[1] ** 2))
-    return solution[:2], solution[2]
+    """Return argmin ½xᵀQx − xᵀright subject to x₀ + x₁ = 1 + θ₁²/2, and the multiplier of the sum."""
+    x, [multiplier] = minimum_on_plane(Q, right, jnp.ones((1, 2)), jnp.stack([1 + 0.5 * theta[1] ** 2]))
+    return x, multiplier
 
 
 def projected() -> Case:
-    """Onto a simplex of a size that depends on θ; the third entry is pressed to zero."""
+    """Return a quadratic on a simplex whose size depends on θ; the third entry of the solution is zero."""
 
     def objective(w, theta, data):
-        return 0.5 * w[:2] @ Q @ w[:2] - w[:2] @ bent(theta) * data + 0.5 * w[2] ** 2 + 2 * w[2]
+        return 0.5 * w[:2] @ Q @ w[:2] - w[:2] @ curved(theta) * data + 0.5 * w[2] ** 2 + 2 * w[2]
 
     def exact(theta, data):
-        return jnp.append(on_a_line(theta, bent(theta) * data)[0], 0.0)
+        return jnp.append(on_a_line(theta, curved(theta) * data)[0], 0.0)
 
     simplex = bl.jaxopt_projection("projection_simplex", lambda theta, data: 1 + 0.5 * theta[1] ** 2)
     condition = bl.Projected(objective, simplex, ETA)
@@ -111,7 +113,7 @@ def projected() -> Case:
 
 
 def proximal_gradient() -> Case:
-    """An ℓ₁ penalty on three weights, exp(θ) each: the signs are (+, −) and the third is zero."""
+    """Return a quadratic with a learned ℓ₁ penalty on each of three weights: their signs are +, − and 0."""
 
     def penalties(theta):
         return 0.2 * jnp.exp(jnp.append(theta, 1.0))
@@ -128,12 +130,12 @@ def proximal_gradient() -> Case:
 
 
 def program_objective(x, theta, data):
-    return 0.5 * x @ Q @ x - x @ bent(theta) * data
+    return 0.5 * x @ Q @ x - x @ curved(theta) * data
 
 
 def kkt_equality() -> Case:
     def exact(theta, data):
-        return *on_a_line(theta, bent(theta) * data), None
+        return *on_a_line(theta, curved(theta) * data), None
 
     condition = bl.KKT(program_objective, equality=lambda x, theta, data: jnp.sum(x) - 1 - 0.5 * theta[1] ** 2)
     init = (np.full(2, 0.5), np.array(0.1), None)
@@ -141,13 +143,16 @@ def kkt_equality() -> Case:
 
 
 def kkt_inequality() -> Case:
-    """x₀ ≤ sin(θ₀) − 1 holds with equality, x₁ ≤ 2 does not: μ is (Qx − right) in the first row, and zero."""
+    """Return a quadratic under x₀ ≤ sin(θ₀) − 1, which is active, and x₁ ≤ 2, which is not.
+
+    The multiplier of the first constraint is the first entry of right − Qx; that of the second is zero.
+    """
 
     def bounds(theta):
         return jnp.array([jnp.sin(theta[0]) - 1, 2.0])
 
     def exact(theta, data):
-        right = bent(theta) * data
+        right = curved(theta) * data
         x0 = jnp.sin(theta[0]) - 1
         x = jnp.stack([x0, (right[1] - Q[1, 0] * x0) / Q[1, 1]])
         return x, None, jnp.stack([right[0] - Q[0] @ x, jnp.zeros(())])

@@ -1,24 +1,30 @@
-"""What all tests share: two CPU devices, a test in float64, and a handful of images."""
+"""Give all tests two CPU devices, the modules that they share, and fixtures for float64 and for a few images."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)  # before JAX starts, which the first test's fixture sees to
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # for `import problems`, `import archives`, …
+sys.path.insert(0, str(TESTS.parent))  # for `import benchmarks`, which is not installed
+
+jax.config.update("jax_num_cpu_devices", 2)  # works only before JAX starts
 
 
 @pytest.fixture(scope="session", autouse=True)
 def started_jax() -> int:
-    """Starts JAX with these devices, before a test can ask for others."""
+    """Start JAX with two devices, before a test can ask for another number."""
     return jax.local_device_count()
 
 
 @pytest.fixture(scope="session")
 def double_precision() -> Callable[[], contextlib.AbstractContextManager]:
-    """``with double_precision():`` computes in float64."""
+    """Return the context manager that switches float64 on: ``with double_precision(): …``."""
     try:
         enable = jax.enable_x64
     except AttributeError:  # before jax 0.8.1
@@ -28,7 +34,7 @@ def double_precision() -> Callable[[], contextlib.AbstractContextManager]:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Compiles a module's programs in half the time, where there is little to run."""
+    """Compile a module's programs without most optimisations, in half the time: for programs that run briefly."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)  # the default
@@ -36,14 +42,14 @@ def quick_compilation() -> Iterator[None]:
 
 @pytest.fixture
 def x64(double_precision) -> Iterator[None]:
-    """Runs a test in float64."""
+    """Run a test in float64."""
     with double_precision():
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_pixels() -> np.ndarray:
-    """Twelve classes of six images, uint8 ``[12, 6, 28, 28, 1]``: a coarse pattern for each class, with noise."""
+    """Return twelve classes of six images, uint8 ``[12, 6, 28, 28, 1]``: each class is a coarse pattern with noise."""
     random = np.random.default_rng(0)
     patterns = np.kron(random.random((12, 1, 7, 7)) < 0.4, np.ones((4, 4)))
     noisy = 180 * patterns + 60 * random.random((12, 6, 28, 28))

@@ -1,7 +1,7 @@
-"""Closed forms: bilevel problems whose inner solution is a formula, so that every derivative is one too.
+"""Bilevel problems that several test files share: the inner solution is a formula, and so is every derivative.
 
-A :class:`Case` carries ``exact(theta, data) -> w``, written without a line of `bilevel`; the derivatives of
-``outer(exact(theta, data), theta, data)``, to any order, are then plain JAX.
+A :class:`Case` carries ``exact(theta, data) -> w``, which is written without `bilevel`. The derivatives of
+``outer(exact(theta, data), theta, data)`` of any order are then plain JAX.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import bilevel as bl
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, where to stand in it, and its inner solution as a formula."""
+    """A problem with a θ, a start and data, and its inner solution as a formula."""
 
     condition: bl.Condition
     outer: Callable
@@ -26,14 +26,14 @@ class Case:
     data: object
     exact: Callable
     kappa: float
-    """A bound on the condition number of ∂F/∂w: rounding in a solve is magnified by as much."""
+    """A bound on the condition number of ∂F/∂w, the factor by which a solve magnifies rounding."""
 
     @property
     def problem(self) -> bl.Problem:
         return bl.Problem(self.condition, self.outer)
 
     def value(self, theta, data=None):
-        """The outer value at the exact inner solution."""
+        """Return the outer value at the exact inner solution."""
         data = self.data if data is None else data
         return self.outer(self.exact(theta, data), theta, data)
 
@@ -43,12 +43,12 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """100·eps·κ: two solves, each with an error of some eps·κ, and the sums around them."""
+        """The relative tolerance 100·eps·κ: two solves with errors of a few eps·κ each, and sums of their results."""
         return 100 * float(np.finfo(np.float64).eps) * self.kappa
 
 
 def newton(condition, init, theta, data):
-    """Five steps of Newton's method with a dense Jacobian: a solver for any smooth root, in a plain function."""
+    """Find w by five steps of Newton's method with a dense Jacobian: a plain function that solves any smooth root."""
     flat, unravel = ravel_pytree(init)
 
     def residual(w):
@@ -61,7 +61,7 @@ def newton(condition, init, theta, data):
 
 
 def affine_root() -> Case:
-    """M(θ)w = Cθ + d with a non-symmetric M that depends on θ; w and θ are trees of mixed shapes."""
+    """Return M(θ)w = Cθ + d with a non-symmetric M that depends on θ; w and θ are trees of mixed shapes."""
     rng = np.random.default_rng(0)
     matrix = np.eye(4) * 3 + rng.normal(size=(4, 4))
     slope, coefficients, offset = rng.normal(size=(4, 4)) * 0.3, rng.normal(size=(4, 3)), rng.normal(size=4)
@@ -92,7 +92,7 @@ def affine_root() -> Case:
 
 
 def ridge() -> Case:
-    """½‖Xw − y‖²/n + ½λ‖w‖², θ = λ: w = (XᵀX/n + λI)⁻¹Xᵀy/n and dw/dλ = −(XᵀX/n + λI)⁻¹w."""
+    """Return ½‖Xw − y‖²/n + ½λ‖w‖² with θ = λ: w = (XᵀX/n + λI)⁻¹Xᵀy/n and dw/dλ = −(XᵀX/n + λI)⁻¹w."""
     rng = np.random.default_rng(1)
     x, y = jnp.asarray(rng.normal(size=(12, 3))), jnp.asarray(rng.normal(size=12))
     n = x.shape[0]
@@ -114,7 +114,7 @@ def ridge() -> Case:
 
 
 def quadratic() -> Case:
-    """½wᵀQw − wᵀ(Cθ)·‖θ‖², so that w = ‖θ‖²Q⁻¹Cθ is cubic in θ."""
+    """Return ½wᵀQw − wᵀ(Cθ)·‖θ‖², whose solution w = ‖θ‖²Q⁻¹Cθ is cubic in θ."""
     rng = np.random.default_rng(2)
     half = rng.normal(size=(4, 4))
     matrix, coefficients = jnp.asarray(half @ half.T + np.eye(4)), jnp.asarray(rng.normal(size=(4, 2)))
@@ -133,7 +133,7 @@ def quadratic() -> Case:
 
 
 def imaml(strength: float = 2.0) -> Case:
-    """½(φ − t)ᵀH(φ − t) + ½λ‖φ − θ‖²: φ = (H + λI)⁻¹(Ht + λθ), and g = (I + H/λ)⁻¹∇outer."""
+    """Return ½(φ − t)ᵀH(φ − t) + ½λ‖φ − θ‖²: φ = (H + λI)⁻¹(Ht + λθ), and g = (I + H/λ)⁻¹∇outer."""
     rng = np.random.default_rng(3)
     half = rng.normal(size=(3, 3))
     hessian = jnp.asarray(half @ half.T)
@@ -158,7 +158,7 @@ def imaml(strength: float = 2.0) -> Case:
 
 
 def contraction() -> Case:
-    """w = Mw·½ + sin(Cθ)·d with a rotation-like, non-symmetric M: w = (I − M/2)⁻¹ sin(Cθ)·d."""
+    """Return w = ½Mw + sin(Cθ)·d with an orthogonal M that is not symmetric: w = (I − ½M)⁻¹ sin(Cθ)·d."""
     rng = np.random.default_rng(4)
     matrix, coefficients = np.linalg.qr(rng.normal(size=(3, 3)))[0] * 0.5, rng.normal(size=(3, 2))
 
@@ -173,6 +173,59 @@ def contraction() -> Case:
 
     kappa = float(np.linalg.cond(np.eye(3) - matrix))
     return Case(bl.FixedPoint(mapping), outer, jnp.array([0.2, 0.7]), jnp.zeros(3), jnp.array(1.3), exact, kappa)
+
+
+EIGENVALUES = np.array([1.0, 3.0])
+
+
+def diagonal_quadratic(eigenvalues=EIGENVALUES) -> bl.Stationary:
+    """Return ½wᵀDw − wᵀθ for a diagonal D: w = D⁻¹θ, and K steps of descent from 0 give (1 − (1 − rate·D)^K)D⁻¹θ."""
+    return bl.Stationary(lambda w, theta, data: 0.5 * w @ (eigenvalues * w) - w @ theta)
+
+
+def descent_problem() -> bl.Problem:
+    """Return ½‖w‖² at the minimum of :func:`diagonal_quadratic`."""
+    return bl.Problem(diagonal_quadratic(), lambda w, theta, data: 0.5 * jnp.sum(w**2))
+
+
+# A quadratic in four variables, for constraints and penalties whose solution is known on their active set.
+HALF = np.random.default_rng(0).normal(size=(4, 4))
+MATRIX = HALF @ HALF.T / 4 + np.eye(4)  # eigenvalues between 1 and 6
+TARGET = np.array([0.9, -0.3, 0.4, 1.4])
+WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0])
+
+
+def distance_to_target(w, theta, data):
+    """Return the inner objective ½(w − data)ᵀQ(w − data) with the matrix Q above."""
+    return 0.5 * (w - data) @ MATRIX @ (w - data)
+
+
+def weighted_outer(w, theta, data):
+    """Return Σ weights·w + 0.3·w², whose derivative in w is weights + 0.6·w."""
+    return jnp.sum(WEIGHTS * w + 0.3 * w**2)
+
+
+def minimum_on_plane(matrix, slope, rows, values):
+    """Return argmin ½xᵀQx − xᵀslope subject to rows·x = values, and the multipliers of the rows."""
+    system = jnp.block([[jnp.asarray(matrix), rows.T], [rows, jnp.zeros((len(rows),) * 2)]])
+    solution = jnp.linalg.solve(system, jnp.concatenate([slope, values]))
+    return solution[: len(slope)], solution[len(slope) :]
+
+
+def central_differences(value, theta, step=1e-5):
+    """Return (value(θ + step) − value(θ − step)) / 2step for each entry of a pytree θ.
+
+    The error is step²/6 times a third derivative, and (error of a value)/step.
+    """
+    flat, unravel = ravel_pytree(theta)
+    moved = [[value(unravel(flat + sign * row)) for sign in (1, -1)] for row in step * np.eye(flat.size)]
+    return unravel(jnp.asarray([(ahead - behind) / (2 * step) for ahead, behind in moved]))
+
+
+def symmetric_with(eigenvalues, rng):
+    """Return a dense symmetric matrix with these eigenvalues and random eigenvectors."""
+    basis = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))[0]
+    return basis @ np.diag(eigenvalues) @ basis.T
 
 
 CASES = {"contraction": contraction, "affine root": affine_root, "ridge": ridge, "quadratic": quadratic, "imaml": imaml}

@@ -1,12 +1,7 @@
-"""Every test of bilevel runs in float64 with strict promotion, and leaves other tests as they were."""
-
-import sys
-from pathlib import Path
+"""Run every test of bilevel in float64 with strict dtype promotion, and leave the settings of other tests alone."""
 
 import jax
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import problems`: the closed forms all tests share
 
 
 @pytest.fixture(autouse=True)

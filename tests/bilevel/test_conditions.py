@@ -1,31 +1,20 @@
-"""Every condition, differentiated where its solution is known or where differences of it are."""
+"""Every condition is differentiated right, by a closed form of its solution or by central differences."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxopt
 import numpy as np
 import pytest
-from problems import newton
+from problems import MATRIX, TARGET, WEIGHTS, central_differences, minimum_on_plane, newton
+from problems import distance_to_target as objective
+from problems import weighted_outer as outer
 
 import bilevel as bl
-from bilevel._jaxopt import library
 
-RNG = np.random.default_rng(0)
-HALF = RNG.normal(size=(4, 4))
-MATRIX = HALF @ HALF.T / 4 + np.eye(4)  # eigenvalues between 1 and 6
 STEP = 0.2
-TARGET = np.array([0.9, -0.3, 0.4, 1.4])
-WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0])
 SOLVER = bl.FixedPointIteration(600, tol=1e-13)
-
-
-def objective(w, theta, data):
-    return 0.5 * (w - data) @ MATRIX @ (w - data)
-
-
-def outer(w, theta, data):
-    return jnp.sum(WEIGHTS * w + 0.3 * w**2)
 
 
 def hypergradient(condition, theta, data=TARGET, solver=SOLVER, linear=None, outer=outer, init=None):
@@ -33,21 +22,16 @@ def hypergradient(condition, theta, data=TARGET, solver=SOLVER, linear=None, out
     return function(theta, jnp.zeros(4) if init is None else init, jnp.asarray(data))
 
 
-def differences(condition, theta, data=TARGET, step=1e-5):
-    """Central differences of the outer value: error step²/6 from the third derivative, 1e-13/step from the solve."""
-    flat = np.asarray(theta, float).ravel()
+def differences(condition, theta, data=TARGET):
+    """Return central differences of the outer value: each solve is exact to 1e-13, which the step of 1e-5 divides."""
 
-    def value(flat):
-        theta = jnp.asarray(flat.reshape(np.shape(theta_like)))
+    def value(theta):
         return float(outer(SOLVER(condition, jnp.zeros(4), theta, jnp.asarray(data)).w, theta, data))
 
-    theta_like = np.asarray(theta)
-    basis = step * np.eye(flat.size)
-    slopes = [(value(flat + row) - value(flat - row)) / (2 * step) for row in basis]
-    return np.array(slopes).reshape(theta_like.shape)
+    return central_differences(value, jnp.asarray(theta))
 
 
-def test_the_fixed_point_of_cosine():
+def test_the_fixed_point_of_a_cosine_has_a_closed_form():
     condition = bl.FixedPoint(lambda w, theta, data: jnp.cos(w) + theta)
     layer = bl.implicit_layer(condition, bl.FixedPointIteration(400, tol=1e-15), bl.LU())
     for theta in (-0.4, 0.0, 0.3):
@@ -56,7 +40,7 @@ def test_the_fixed_point_of_cosine():
         assert float(jax.grad(layer)(theta, 0.0, None)) == pytest.approx(1 / (1 + np.sin(w)), rel=1e-12)
 
 
-def test_an_affine_contraction_in_two_hundred_dimensions_in_matrix_and_vector():
+def test_an_affine_contraction_in_two_hundred_dimensions_has_the_derivative_of_its_inverse():
     n, rng = 200, np.random.default_rng(1)
     matrix = rng.normal(size=(n, n))
     matrix *= 0.5 / np.linalg.norm(matrix, 2)  # κ(I − M) ≤ 1.5 / 0.5
@@ -71,14 +55,14 @@ def test_an_affine_contraction_in_two_hundred_dimensions_in_matrix_and_vector():
         out = bl.value_and_hypergradient(problem, bl.FixedPointIteration(60), bl.Implicit(linear))(
             theta, jnp.zeros(n), None
         )
-        # Sums of 200 terms of size ‖w‖: 100·eps·κ·‖w‖.
+        # Each entry is a sum of 200 terms: an error of 100·eps·κ·‖w‖.
         np.testing.assert_allclose(out.gradient["c"], adjoint, atol=1e-12 * np.linalg.norm(adjoint))
         np.testing.assert_allclose(out.gradient["M"], np.outer(adjoint, w), atol=1e-12 * np.abs(adjoint).max() * 20)
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
-def test_a_learned_strength_of_the_pull(per_parameter):
-    # w = (H + Λ)⁻¹(Ht + Λc) with Λ = exp(θ), one for all or one for each; its derivative is plain JAX.
+def test_a_learned_proximal_strength_has_a_closed_form(per_parameter):
+    # w = (H + Λ)⁻¹(Ht + Λc) with Λ = exp(θ), one for all parameters or one for each; plain JAX differentiates it.
     def strength(theta, data):
         return jnp.exp(theta["log"])
 
@@ -95,7 +79,7 @@ def test_a_learned_strength_of_the_pull(per_parameter):
             np.testing.assert_allclose(out.gradient[name], expected[name], rtol=100 * 2.2e-16 * 20)
 
 
-def test_the_potential_is_what_the_residual_differentiates():
+def test_the_residual_is_the_gradient_of_the_potential():
     conditions = [bl.Stationary(objective), bl.Proximal(objective, 0.7)]
     conditions.append(bl.Proximal(objective, lambda theta, data: jnp.exp(theta), center=lambda theta, data: data))
     w, theta = jnp.arange(4.0), jnp.ones(4)
@@ -121,18 +105,19 @@ SETS = {
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_projections_with_theta_in_the_set(name):
+def test_a_projection_is_differentiated_in_the_parameters_of_its_set(name):
     theta, params = SETS[name]
     projection = bl.jaxopt_projection(name, params=lambda theta, data: params(theta))
     condition = bl.Projected(objective, projection, STEP)
     out = hypergradient(condition, jnp.asarray(theta))
     np.testing.assert_allclose(out.gradient, differences(condition, theta), rtol=1e-6, atol=1e-8)
-    assert np.abs(out.gradient).max() > 1e-2  # the set is felt
+    assert np.abs(out.gradient).max() > 1e-2  # the constraint is active
 
 
 @pytest.mark.parametrize("name", ["projection_box_section", "projection_affine_set"])
-def test_projections_onto_a_sum_held(name):
-    # Both sets hold the sum at c, one within bounds: dw/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1 over the coordinates F inside.
+def test_a_projection_that_fixes_a_sum_has_a_closed_form(name):
+    # In both sets the entries sum to c, in one of them within bounds. Over the entries F that are at no bound
+    # dw/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1.
     ones = jnp.ones(4)
     params = {
         "projection_box_section": lambda c, data: (-0.1 * ones, 0.9 * ones, ones, c),
@@ -147,7 +132,7 @@ def test_projections_onto_a_sum_held(name):
     np.testing.assert_allclose(out.gradient, (WEIGHTS + 0.6 * w) @ slope / slope.sum(), rtol=1e-11)
 
 
-def test_a_projection_without_parameters_and_theta_in_the_objective():
+def test_a_projection_without_parameters_is_differentiated_in_the_objective():
     condition = bl.Projected(
         lambda w, theta, data: objective(w, theta, theta), bl.jaxopt_projection("projection_non_negative"), STEP
     )
@@ -157,7 +142,7 @@ def test_a_projection_without_parameters_and_theta_in_the_objective():
     assert float(out.inner.w.min()) == 0.0
 
 
-def test_the_ball_has_a_closed_form():
+def test_the_projection_onto_a_ball_has_a_closed_form():
     # H = I: w = r·t/‖t‖, so that dw/dr = t/‖t‖.
     condition = bl.Projected(
         lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2),
@@ -168,7 +153,7 @@ def test_the_ball_has_a_closed_form():
 
 
 @pytest.mark.parametrize("per_feature", [False, True])
-def test_the_lasso_by_its_support(per_feature):
+def test_the_lasso_has_a_closed_form_on_its_support(per_feature):
     # On the support S with signs s: w_S = t' − H_SS⁻¹ (λs)_S, so that dw_S/dλ = −H_SS⁻¹ s.
     condition = bl.ProximalGradient(objective, bl.jaxopt_prox("prox_lasso", lambda t, d: jnp.exp(t)), STEP)
     theta = jnp.log(jnp.array([0.3, 0.8, 0.2, 0.4])) if per_feature else jnp.log(jnp.array(1.3))
@@ -195,19 +180,19 @@ PENALTIES = {
 }
 
 
-def operator(name):
+def prox_or_name(name):
     if name != "make_prox_from_projection":
         return name
-    return library.prox.make_prox_from_projection(library.projection.projection_l2_ball)
+    return jaxopt.prox.make_prox_from_projection(jaxopt.projection.projection_l2_ball)
 
 
-def test_every_prox_of_jaxopt_stands_in_the_table():
-    assert set(PENALTIES) == {name for name in dir(library.prox) if name.startswith(("prox_", "make_prox"))}
+def test_the_table_holds_every_prox_of_jaxopt():
+    assert set(PENALTIES) == {name for name in dir(jaxopt.prox) if name.startswith(("prox_", "make_prox"))}
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_proximal_operators_with_theta_in_penalty_and_objective_against_differences(name):
-    prox = bl.jaxopt_prox(operator(name), params=lambda theta, data: PENALTIES[name](theta))
+def test_a_prox_is_differentiated_in_its_penalty_and_in_the_objective(name):
+    prox = bl.jaxopt_prox(prox_or_name(name), params=lambda theta, data: PENALTIES[name](theta))
     condition = bl.ProximalGradient(lambda w, theta, data: objective(w, theta, data * (1 + 0.1 * theta[1])), prox, STEP)
     theta, step = jnp.array([-1.0, 0.3]), 1e-5
     out = hypergradient(condition, theta)
@@ -218,35 +203,33 @@ def test_proximal_operators_with_theta_in_penalty_and_objective_against_differen
         return outer(SOLVER(condition, jnp.zeros(4), theta, jnp.asarray(TARGET)).w, theta, None)
 
     ahead, behind = (value(theta + sign * step * jnp.eye(2)) for sign in (1, -1))
-    expected = (ahead - behind) / (2 * step)  # error step²/6 from the third derivative, 1e-13/step from the solve
+    expected = (ahead - behind) / (2 * step)
     np.testing.assert_allclose(out.gradient, expected, rtol=1e-6, atol=1e-8)
-    felt = np.abs(out.gradient) > 1e-4  # far above what the comparison allows
-    assert felt[1] and felt[0] == (name != "prox_none")
+    is_large = np.abs(out.gradient) > 1e-4  # far above the tolerance of the comparison
+    assert is_large[1] and is_large[0] == (name != "prox_none")
 
 
-def test_the_lasso_with_a_penalty_for_each_feature_against_another_library():
+def test_the_lasso_with_a_penalty_for_each_feature_agrees_with_scikit_learn():
     sklearn = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(3)
     x, theta = rng.normal(size=(40, 4)), np.log([0.1, 0.9, 0.3, 0.2])
     y = x @ TARGET + 0.1 * rng.normal(size=40)
 
-    def by_coordinates(theta):  # scaled columns make one penalty of several
+    def by_coordinates(theta):  # on columns divided by their penalties one penalty serves for all
         lasso = sklearn.Lasso(alpha=1.0, fit_intercept=False, tol=1e-12, max_iter=100_000)
         return lasso.fit(x / np.exp(theta), y).coef_ / np.exp(theta)
 
     prox = bl.jaxopt_prox("prox_lasso", lambda theta, data: jnp.exp(theta))
     condition = bl.ProximalGradient(lambda w, theta, data: 0.5 * jnp.mean((x @ w - y) ** 2), prox, 0.3)
     out = hypergradient(condition, jnp.asarray(theta))
-    np.testing.assert_allclose(out.inner.w, by_coordinates(theta), atol=1e-5)  # the root of its duality gap
+    np.testing.assert_allclose(out.inner.w, by_coordinates(theta), atol=1e-5)  # the square root of its tolerance
     assert 0 < np.count_nonzero(out.inner.w) < 4
-    # w is affine in exp(θ) on a fixed support: step²/6 from the third derivative, some 1e-6/step from the other w.
-    step = 1e-2
-    rows = [[outer(by_coordinates(theta + sign * step * row), None, None) for sign in (1, -1)] for row in np.eye(4)]
-    expected = [(ahead - behind) / (2 * step) for ahead, behind in rows]
+    # w is affine in exp(θ) on a fixed support. The step is large, as scikit-learn's w is exact to some 1e-6 only.
+    expected = central_differences(lambda theta: outer(by_coordinates(theta), None, None), theta, step=1e-2)
     np.testing.assert_allclose(out.gradient, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_logistic_penalty_per_feature_against_differences():
+def test_a_logistic_penalty_for_each_feature_agrees_with_central_differences():
     x = np.random.default_rng(2).normal(size=(30, 4))
     y = np.where(x @ WEIGHTS > 0, 1.0, -1.0)
 
@@ -254,13 +237,13 @@ def test_the_logistic_penalty_per_feature_against_differences():
         return jnp.mean(jax.nn.softplus(-y * (x @ w))) + 0.5 * jnp.sum(jnp.exp(theta) * w**2)
 
     theta = jnp.array([-1.0, 0.5, 0.0, -2.0])
-    condition, step = bl.Stationary(logistic), 1e-5
+    condition = bl.Stationary(logistic)
 
     def value(theta):
         return outer(newton(condition, jnp.zeros(4), theta, None), theta, None)
 
     out = hypergradient(condition, theta, solver=newton, linear=bl.CG(8))
-    expected = [(value(theta + step * row) - value(theta - step * row)) / (2 * step) for row in np.eye(4)]
+    expected = central_differences(value, theta)
     np.testing.assert_allclose(out.gradient, expected, rtol=1e-6)
 
 
@@ -276,24 +259,22 @@ PROGRAM = {
 TRIPLE = (np.zeros(4), np.zeros(1), np.zeros(2))
 
 
-def quadratic_program():
+def quadratic_program(inequalities=2):
     return bl.KKT(
         lambda x, p, data: 0.5 * x @ p["Q"] @ x + p["c"] @ x,
         equality=lambda x, p, data: p["A"] @ x - p["b"],
-        inequality=lambda x, p, data: p["G"] @ x - p["h"],
+        inequality=lambda x, p, data: (p["G"] @ x - p["h"])[:inequalities],
     )
 
 
 def by_active_set(p):
-    """The same program with its one active inequality as an equality: a linear system, in plain JAX."""
+    """Return x, ν and μ of that program in plain JAX, with the active inequality written as an equality."""
     rows = jnp.concatenate([p["A"], p["G"][:1]])
-    symmetric = 0.5 * (p["Q"] + p["Q"].T)
-    system = jnp.block([[symmetric, rows.T], [rows, jnp.zeros((2, 2))]])
-    solution = jnp.linalg.solve(system, jnp.concatenate([-p["c"], p["b"], p["h"][:1]]))
-    return solution[:4], solution[4:5], jnp.append(solution[5:], 0.0)
+    x, multipliers = minimum_on_plane(0.5 * (p["Q"] + p["Q"].T), -p["c"], rows, jnp.concatenate([p["b"], p["h"][:1]]))
+    return x, multipliers[:1], jnp.append(multipliers[1:], 0.0)
 
 
-def test_a_quadratic_program_in_all_its_data():
+def test_a_quadratic_program_is_differentiated_in_all_its_data():
     theta = jax.tree.map(jnp.asarray, PROGRAM)
     solution = by_active_set(theta)
     assert float(solution[2][0]) > 0.1
@@ -303,7 +284,7 @@ def test_a_quadratic_program_in_all_its_data():
     expected = jax.grad(lambda p: outer(by_active_set(p)[0], p, None))(theta)
     np.testing.assert_allclose(out.inner.w[0], solution[0], atol=1e-10)
     for name, value in expected.items():
-        # ADMM stops near 1e-12; the system's condition number, below 1e3, magnifies that.
+        # OSQP stops at residuals near 1e-12; the system's condition number, below 1e3, magnifies them.
         np.testing.assert_allclose(out.gradient[name], value, atol=1e-8, err_msg=name)
 
 
@@ -311,24 +292,19 @@ def test_an_inactive_inequality_leaves_the_derivative_unchanged():
     theta = {key: jnp.asarray(value) for key, value in PROGRAM.items()}
     gradients = []
     for count in (1, 2):
-        condition = bl.KKT(
-            lambda x, p, data: 0.5 * x @ p["Q"] @ x + p["c"] @ x,
-            equality=lambda x, p, data: p["A"] @ x - p["b"],
-            inequality=lambda x, p, data, count=count: (p["G"] @ x - p["h"])[:count],
-        )
 
         def known(condition, init, theta, data, count=count):
             x, equal, unequal = by_active_set(theta)
             return x, equal, unequal[:count]
 
-        problem = bl.Problem(condition, lambda w, theta, data: outer(w[0], theta, data))
+        problem = bl.Problem(quadratic_program(count), lambda w, theta, data: outer(w[0], theta, data))
         function = bl.value_and_hypergradient(problem, known, bl.Implicit(bl.LU()))
         gradients.append(function(theta, (jnp.zeros(4), jnp.zeros(1), jnp.zeros(count)), None).gradient)
     for name in theta:
         np.testing.assert_allclose(gradients[0][name], gradients[1][name], atol=1e-12, err_msg=name)
 
 
-def test_kkt_refuses_a_w_that_is_no_such_triple():
+def test_kkt_refuses_a_w_that_is_not_a_triple():
     with pytest.raises(ValueError, match=r"needs w = \(x, ν, μ\), got"):
         quadratic_program().residual((jnp.zeros(4), None, jnp.zeros(2)), PROGRAM, None)
 
@@ -356,14 +332,14 @@ def test_kkt_keeps_a_named_tuple():
         assert isinstance(out.inner.w, type(start))
 
 
-def test_a_centre_of_another_tree_is_refused_with_the_remedy():
+def test_a_centre_with_another_tree_structure_is_refused_with_a_remedy():
     condition = bl.Proximal(lambda w, theta, data: jnp.sum(w**2), 1.0)
     for function in (condition.residual, condition.potential):
         with pytest.raises(ValueError, match=r"pulls w towards a centre .* got .*'log'.*: give center"):
             function(jnp.zeros(2), {"w": jnp.zeros(2), "log": 0.0}, None)
 
 
-def test_three_levels_against_a_closed_form():
+def test_a_problem_of_three_levels_has_a_closed_form():
     # u = argmin ½(u − vθ)² = vθ; v = argmin ½(v − θ²)² + ½(v − 2u(v))² = θ² / (1 + (1 − 2θ)²); then v².
     lowest = bl.Stationary(lambda u, outside, data: 0.5 * (u - outside["v"] * outside["theta"]) ** 2)
     low = bl.implicit_layer(lowest, bl.GradientDescent(1.0, 1), bl.CG(1))
@@ -393,6 +369,6 @@ def test_three_levels_against_a_closed_form():
         (lambda: bl.jaxopt_prox("prox_moon"), "no 'prox_moon'; it has .*prox_lasso"),
     ],
 )
-def test_senseless_declarations_are_refused_with_a_remedy(make, message):
+def test_invalid_declarations_are_refused_with_a_remedy(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,15 +1,15 @@
-"""A hypergradient costs its parts: the inner solve, the adjoint system with one product more, the outer gradient."""
+"""A hypergradient costs the inner solve, the adjoint solve with one more product, and the outer gradient."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxopt.linear_solve import solve_cg
 
 import bilevel as bl
-from bilevel._jaxopt import library
 
 SAMPLES, FEATURES = 400, 300
-STEPS = 3  # so few that one product more is above five percent of the whole
+STEPS = 3  # so few that one more product would exceed the five percent
 
 
 def fit(w, theta, data):
@@ -23,7 +23,7 @@ def outer(w, theta, data):
 
 
 def descend(condition, init, theta, data):
-    """Gradient descent without a loop: XLA counts a loop's body once, whatever its length."""
+    """Run gradient descent without a loop, as XLA's cost analysis counts the body of a loop only once."""
     w = init
     for _ in range(STEPS):
         w = w - 0.1 * condition.residual(w, theta, data)
@@ -36,7 +36,7 @@ def flops(function, *arguments):
     return cost["flops"]
 
 
-def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
+def test_a_hypergradient_costs_at_most_five_percent_more_than_its_parts():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(SAMPLES, FEATURES))
     data = jnp.asarray(x), jnp.asarray(np.sign(x @ rng.normal(size=FEATURES)))
@@ -47,9 +47,9 @@ def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
         found = descend(condition, w, theta, data)
         return found, condition.residual(found, theta, data)
 
-    def adjoint(theta, w, b):  # CG's loop is counted once here and in the whole; the next test counts its rounds
+    def adjoint(theta, w, b):  # XLA counts one iteration of CG, here and in the whole
         matvec = jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
-        v = library.solve_cg(matvec, b, maxiter=20, tol=0.0)
+        v = solve_cg(matvec, b, maxiter=20, tol=0.0)
         return v, b - matvec(v)
 
     def pull_back(theta, w, v):
@@ -57,20 +57,20 @@ def test_a_hypergradient_adds_five_percent_to_its_parts_at_most():
 
     hypergradient = bl.value_and_hypergradient(bl.Problem(condition, outer), descend, bl.Implicit(bl.CG(20)))
     whole = flops(lambda theta, w: hypergradient(theta, w, data), theta, w)
-    product = 4 * SAMPLES * FEATURES  # with x and with its transpose
+    product = 4 * SAMPLES * FEATURES  # one product with x and one with its transpose
     parts = {
         "inner": flops(inner, theta, w),
-        "adjoint": flops(adjoint, theta, w, w) - product,  # jaxopt multiplies its start, zero, as well
+        "adjoint": flops(adjoint, theta, w, w) - product,  # jaxopt also multiplies its start, zero
         "outer": flops(lambda theta, w: jax.value_and_grad(outer, (0, 1))(w, theta, data), theta, w),
         "pull back": flops(pull_back, theta, w, w),
     }
     assert whole <= 1.05 * sum(parts.values()), (whole, parts)
-    assert whole > parts["inner"] + parts["outer"]  # the count sees what it should
-    assert whole + product > 1.05 * sum(parts.values())  # the bound would see one product more
+    assert whole > parts["inner"] + parts["outer"]  # the flops of both parts are counted
+    assert whole + product > 1.05 * sum(parts.values())  # one more product would break the bound
 
 
 @pytest.mark.parametrize("maxiter", [1, 7])
-def test_an_adjoint_solve_spends_its_iterations_and_one_product(maxiter):
+def test_an_adjoint_solve_costs_its_iterations_and_one_product(maxiter):
     products = []
     diagonal = jnp.linspace(1.0, 50.0, 300)
 
@@ -80,4 +80,4 @@ def test_an_adjoint_solve_spends_its_iterations_and_one_product(maxiter):
 
     bl.CG(maxiter)(matvec, jnp.ones(300))
     jax.effects_barrier()
-    assert len(products) == maxiter + 1  # the true residual at the end; the start is zero
+    assert len(products) == maxiter + 1  # the last one is for the true residual

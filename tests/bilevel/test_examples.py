@@ -1,4 +1,4 @@
-"""Each example runs, in float32 as a user would run it, improves what it is about, and saves a picture."""
+"""Each example runs in float32, as it does for a user, reaches its goal, and saves a picture."""
 
 import importlib.util
 from pathlib import Path
@@ -8,9 +8,9 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-pytest.importorskip("sklearn", reason="the examples' data comes with scikit-learn")
+pytest.importorskip("sklearn", reason="the data of the examples are part of scikit-learn")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# What each returns: a value before and after, and a measure that must come out above a floor.
+# For each example, the condition on the numbers that its main() returns.
 CHECKS = {
     "ridge_penalty": lambda theta, first, last, best: last <= best + 1e-3 < first,
     "feature_penalties": lambda first, last, real, noise: last < first and noise > real + 0.5,
@@ -23,7 +23,7 @@ CHECKS = {
 }
 NEEDS = {"equinox_features": "equinox", "flax_sinusoids": "flax"}
 SHORTER = {"flax_sinusoids": {"steps": 200}}
-"""Where the picture wants a longer run than the check."""
+"""Arguments for a shorter run than that of the picture, where the check allows one."""
 
 
 def test_every_example_is_checked_and_short():
@@ -33,9 +33,9 @@ def test_every_example_is_checked_and_short():
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_example(name, tmp_path):
+def test_the_example_reaches_its_goal(name, tmp_path):
     if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"its model is one of {NEEDS[name]}: pip install '.[{NEEDS[name]}]'")
+        pytest.importorskip(NEEDS[name], reason=f"the example needs {NEEDS[name]}: pip install '.[{NEEDS[name]}]'")
     matplotlib.use("Agg")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Numerical faults: each is told by its status, its stage and its remedy; no wrong number passes for a right one."""
+"""Numerical faults are reported by a status, a stage and a remedy: no wrong number passes for a right one."""
 
 import pickle
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import symmetric_with
 
 import bilevel as bl
 
@@ -16,7 +17,7 @@ NAMES = [status.name for status in bl.Status]
 
 
 def system(diagonal, dtype=jnp.float64):
-    """A diagonal operator and a right-hand side of ones."""
+    """Return a diagonal operator and a right-hand side of ones."""
     diagonal = jnp.asarray(diagonal, dtype)
     return lambda v: diagonal * v, jnp.ones_like(diagonal)
 
@@ -26,54 +27,54 @@ def status_of(info):
 
 
 def rotated(eigenvalues, dtype, seed=0):
-    """A dense symmetric matrix with these eigenvalues and a random right-hand side."""
+    """Return a dense symmetric operator with these eigenvalues and a random right-hand side."""
     rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))[0]
-    matrix = jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T, dtype)
+    matrix = jnp.asarray(symmetric_with(eigenvalues, rng), dtype)
     return lambda v: matrix @ v, jnp.asarray(rng.normal(size=len(eigenvalues)), dtype)
 
 
 class TestIndefinite:
-    """CG divides by ⟨p, Ap⟩ and says nothing of its sign; the answer may even be right."""
+    """CG divides by ⟨p, Ap⟩ whatever its sign, and its solution may be right although A is indefinite."""
 
     @pytest.mark.parametrize("steps", [2, 3, 20])
-    def test_a_negative_direction_on_the_way_is_told_where_the_solution_does_not_show_it(self, steps):
+    def test_curvature_met_on_the_way_is_reported_although_the_solution_does_not_show_it(self, steps):
         matvec, b = system([2.0, -1.0, 0.5])  # ⟨x, Ax⟩ = ½ − 1 + 2 > 0 at the solution
         x, info = bl.CG(steps, engine="watched")(matvec, b)
         assert status_of(info) == "NEGATIVE_CURVATURE"
         assert float(jnp.vdot(x, matvec(x))) > 0 or steps == 2
 
-    def test_the_default_engine_tells_what_its_answer_shows(self):
+    def test_the_default_engine_reports_what_its_answer_shows(self):
         for diagonal in ([1.0, -1.0], [-1.0, -1.0], [1.0, -0.5]):  # ⟨x, Ax⟩ = ⟨x, b⟩ is not above zero
             assert status_of(bl.CG(4)(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
-        assert status_of(bl.CG(4)(*system([2.0, -1.0, 0.5]))[1]) == "BUDGET_USED"  # as documented
+        # Here ⟨x, Ax⟩ is above zero, and a negative direction on the way goes unnoticed, as documented.
+        assert status_of(bl.CG(4)(*system([2.0, -1.0, 0.5]))[1]) == "BUDGET_USED"
 
     @pytest.mark.parametrize("diagonal", [[1.0, -1.0], [1.0, -3.0], [-1.0, -1.0]])
-    def test_a_saddle(self, diagonal):
+    def test_a_saddle_is_negative_curvature(self, diagonal):
         assert status_of(bl.CG(4, engine="watched")(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_the_watched_engine_computes_what_jaxopt_computes(self, dtype):
-        from bilevel._jaxopt import library
+        from jaxopt.linear_solve import solve_cg
 
         matvec, b = rotated(np.linspace(-1, 5, 12), dtype)
         unit = b / jnp.linalg.norm(b.astype(jnp.float64)).astype(dtype)
         eps = float(jnp.finfo(dtype).eps)
         with jax.numpy_dtype_promotion("standard"):
-            plain = jax.jit(lambda b: library.solve_cg(matvec, b, maxiter=6, tol=eps**2))(unit)
+            plain = jax.jit(lambda b: solve_cg(matvec, b, maxiter=6, tol=eps**2))(unit)
             watched, info = jax.jit(lambda b: bl.CG(6, engine="watched")(matvec, b))(unit)
         assert status_of(info) == "NEGATIVE_CURVATURE"
         np.testing.assert_allclose(np.asarray(watched, float), np.asarray(plain, float), rtol=20 * eps, atol=20 * eps)
 
-    def test_definite_operators_of_any_scale_are_not_suspected(self):
+    def test_definite_operators_are_not_reported_at_any_scale(self):
         for scale in (1e-12, 1.0, 1e12):
             for dtype in (jnp.float32, jnp.float64):
                 matvec, b = rotated(scale * np.logspace(0, 3, 12), dtype)
                 for solver in (bl.CG(30), bl.CG(30, engine="watched")):
                     assert status_of(solver(matvec, b)[1]) == "BUDGET_USED"
 
-    def test_the_error_names_the_regularisation_that_mends_it(self):
-        # Curvatures 1 − 3 and 1: λ = 1 misses positive definiteness by 2.
+    def test_the_error_names_the_regularisation_that_suffices(self):
+        # The eigenvalues are 1 − 3 and 1: λ = 1 is too small by 2.
         def loss(w, theta, data):
             return 0.5 * jnp.sum(jnp.array([-3.0, 0.0]) * w**2) + jnp.sum(w)
 
@@ -89,20 +90,27 @@ class TestIndefinite:
 class TestSingular:
     @pytest.mark.parametrize("solver", [bl.CG(5, engine="watched"), bl.LU()])
     @pytest.mark.parametrize("diagonal", [[1.0, 0.0], [0.0, 0.0]])
-    def test_a_null_direction(self, solver, diagonal):
+    def test_a_null_direction_is_singular(self, solver, diagonal):
         assert status_of(solver(*system(diagonal))[1]) == "SINGULAR"
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-    def test_no_penalty_and_fewer_samples_than_parameters(self, dtype):
+    def test_least_squares_without_a_penalty_and_with_few_samples_is_singular(self, dtype):
         rng = np.random.default_rng(0)
         x, b = jnp.asarray(rng.normal(size=(5, 12)), dtype), jnp.asarray(rng.normal(size=12), dtype)
         for solver in (bl.CG(8, engine="watched"), bl.LU()):
             assert status_of(solver(lambda v: x.T @ (x @ v), b)[1]) == "SINGULAR"
 
 
+def stopped_early():
+    """Compute a hypergradient whose inner solve has a budget of 3 steps and ends at ‖F‖ = ½³, above its tol."""
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+    function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3, tol=1e-6), bl.Implicit(bl.CG(1)))
+    return function(1.0, 0.0, None)
+
+
 class TestShortOfTheTolerance:
-    def test_a_budget_that_ends_is_told_from_a_recursion_that_lies(self):
-        # κ = 1e6 in float32: CG's own residual falls below tol, the true one stays above eps·κ = 0.1.
+    def test_an_exhausted_budget_is_max_steps_and_a_recursion_that_stops_is_stagnation(self):
+        # κ = 1e6 in float32: CG's recursive residual falls below tol, the true one stays near eps·κ = 0.1.
         matvec, b = rotated(np.logspace(0, 6, 60), jnp.float32)
         _, short = bl.CG(5, tol=1e-5, engine="watched")(matvec, b)
         _, long = bl.CG(3000, tol=1e-5, engine="watched")(matvec, b)
@@ -122,11 +130,11 @@ class TestShortOfTheTolerance:
         met = len(calls)
         _, short = bl.CG(2, tol=1e-10, engine=engine)(counted, jnp.ones(3))
         jax.effects_barrier()
-        assert met == 4  # three steps and the true residual; the start at zero costs nothing
+        assert met == 4  # three steps and the true residual; a start at zero costs no product
         assert len(calls) - met == 3  # two steps and the true residual
         assert status_of(long) == "CONVERGED" and status_of(short) == "MAX_STEPS"
 
-    def test_the_watched_engine_tells_the_iterations_it_took(self):
+    def test_the_watched_engine_reports_the_iterations_it_took(self):
         matvec, b = rotated(np.repeat([1.0, 2.0, 5.0], 4), jnp.float64)  # three eigenvalues: three iterations
         _, info = bl.CG(20, tol=1e-10, engine="watched")(matvec, b)
         assert int(info.iterations) == 3 and status_of(info) == "CONVERGED"
@@ -140,16 +148,22 @@ class TestShortOfTheTolerance:
         _, info = bl.CG(8, engine="watched")(matvec, b)
         assert status_of(info) == "NEGATIVE_CURVATURE" and -1e-3 <= float(info.least_curvature) < 0
 
-    def test_an_inner_solve_that_ends_early_is_told(self):
-        problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
-        function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3, tol=1e-6), bl.Implicit(bl.CG(1)))
+    def test_an_inner_solve_that_ends_early_is_max_steps(self):
         with pytest.raises(bl.HypergradientError, match="inner solve, MAX_STEPS") as caught:
-            function(1.0, 0.0, None)
+            stopped_early()
         assert float(caught.value.result.inner.residual_norm) == 0.125
 
 
+SHEAR = np.array([[1.0, 5.0], [0.0, 1.0]])
+
+
+def solved_by(matrix):
+    """Return an inner solver that finds w = A⁻¹θ."""
+    return lambda condition, init, theta, data: jnp.linalg.solve(jnp.asarray(matrix), theta)
+
+
 class TestNotSymmetric:
-    """Root(symmetric=True) on [[1, 5], [0, 1]]: by its transpose the gradient is (−14, 56), without it (56, −14)."""
+    """Root(symmetric=True) on [[1, 5], [0, 1]]: Aᵀ gives the gradient (−14, 56), and A the wrong one (56, −14)."""
 
     @staticmethod
     def problem(matrix):
@@ -157,35 +171,30 @@ class TestNotSymmetric:
         return bl.Problem(condition, lambda w, theta, data: -14 * w[0] - 14 * w[1])
 
     @pytest.mark.parametrize("linear", [bl.CG(2), bl.LU(), bl.Cholesky(), bl.GMRES(2)])
-    def test_a_false_declaration_is_found_out(self, linear):
-        exact = lambda condition, init, theta, data: jnp.linalg.solve(jnp.array([[1.0, 5.0], [0.0, 1.0]]), theta)  # noqa: E731
-        function = bl.value_and_hypergradient(self.problem([[1.0, 5.0], [0.0, 1.0]]), exact, bl.Implicit(linear))
+    def test_a_false_declaration_is_reported(self, linear):
+        function = bl.value_and_hypergradient(self.problem(SHEAR), solved_by(SHEAR), bl.Implicit(linear))
         with pytest.raises(bl.HypergradientError, match="NONSYMMETRIC: the condition is declared symmetric") as caught:
             function(jnp.ones(2), jnp.zeros(2), None)
-        if isinstance(linear, bl.LU | bl.GMRES):  # they need no symmetry, and are given the transpose
+        if isinstance(linear, bl.LU | bl.GMRES):  # they need no symmetry, and solve with Aᵀ
             np.testing.assert_allclose(caught.value.result.gradient, [-14.0, 56.0], rtol=1e-12)
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-    def test_a_true_declaration_is_not_doubted(self, dtype):
-        rng = np.random.default_rng(0)
-        basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-        matrix = jnp.asarray(basis @ np.diag(np.logspace(0, 5, 6)) @ basis.T, dtype)
+    def test_a_true_declaration_is_not_reported(self, dtype):
+        matrix = jnp.asarray(symmetric_with(np.logspace(0, 5, 6), np.random.default_rng(0)), dtype)
         condition = bl.Root(lambda w, theta, data: matrix @ w - theta, symmetric=True)
         problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w))
-        solver = lambda condition, init, theta, data: jnp.linalg.solve(matrix, theta)  # noqa: E731
-        out = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()))(jnp.ones(6, dtype), matrix[0], None)
+        function = bl.value_and_hypergradient(problem, solved_by(matrix), bl.Implicit(bl.LU()))
+        out = function(jnp.ones(6, dtype), matrix[0], None)
         assert status_of(out) == "BUDGET_USED" or status_of(out) == "CONVERGED"
 
-    def test_the_layer_uses_the_transpose_all_the_same(self):
-        matrix = jnp.array([[1.0, 5.0], [0.0, 1.0]])
-        solver = lambda condition, init, theta, data: jnp.linalg.solve(matrix, theta)  # noqa: E731
-        layer = bl.implicit_layer(self.problem(matrix).condition, solver, bl.LU())
+    def test_the_layer_uses_the_transpose_whatever_is_declared(self):
+        layer = bl.implicit_layer(self.problem(SHEAR).condition, solved_by(SHEAR), bl.LU())
         jacobian = jax.jacrev(lambda theta: layer(theta, jnp.zeros(2), None))(jnp.ones(2))
-        np.testing.assert_allclose(jacobian, np.linalg.inv(matrix), rtol=1e-14)
+        np.testing.assert_allclose(jacobian, np.linalg.inv(SHEAR), rtol=1e-14)
 
 
 def poisoned(stage):
-    """A problem whose numbers turn to NaN in one stage."""
+    """Return a problem in which one stage makes NaN."""
 
     def objective(w, theta, data):
         return 0.5 * (w - theta) ** 2 * (jnp.nan if stage == "loss" else 1.0) + data * w
@@ -211,8 +220,8 @@ class TestNotFinite:
             function(1.0, 0.0, data)
         assert status_of(caught.value.result) == "NONFINITE"
 
-    def test_a_product_that_is_not_finite_is_the_linear_solve(self):
-        def residual(w, theta, data):  # finite, with a derivative that is not
+    def test_a_product_that_is_not_finite_is_reported_by_the_linear_solve(self):
+        def residual(w, theta, data):  # finite, with a derivative that is not finite
             return jnp.sqrt(jnp.abs(w - theta))
 
         problem = bl.Problem(bl.Root(residual), lambda w, theta, data: w)
@@ -220,7 +229,7 @@ class TestNotFinite:
         with pytest.raises(bl.HypergradientError, match=r"^linear solve, NONFINITE"):
             function(1.0, 0.0, None)
 
-    def test_theta_is_not_moved(self):
+    def test_minimize_does_not_move_theta(self):
         import optax
 
         found = bl.minimize(
@@ -237,18 +246,16 @@ class TestNotFinite:
         assert float(found.theta) == 1.0
 
 
-def test_an_error_survives_the_way_from_another_process():
-    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
-    function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3, tol=1e-6), bl.Implicit(bl.CG(1)))
+def test_an_error_can_be_pickled():
     with pytest.raises(bl.HypergradientError) as caught:
-        function(1.0, 0.0, None)
+        stopped_early()
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value)
     assert float(copy.result.inner.residual_norm) == 0.125
 
 
 class TestBatches:
-    """One bad task among eight: told, and the others' numbers the same to the bit."""
+    """One bad task among eight is reported, and the numbers of the others stay the same to the bit."""
 
     @staticmethod
     def function(on_failure="raise"):
@@ -261,7 +268,7 @@ class TestBatches:
     @pytest.mark.parametrize(
         ("bad", "status"), [(jnp.nan, "NONFINITE"), (-1.0, "NEGATIVE_CURVATURE"), (0.0, "SINGULAR")]
     )
-    def test_the_others_do_not_change(self, bad, status):
+    def test_the_other_tasks_do_not_change(self, bad, status):
         curvatures = jnp.asarray(np.random.default_rng(0).uniform(1, 3, size=(8, 3)))
         batch = jax.jit(jax.vmap(self.function(), in_axes=(None, None, 0)))
         good = batch(jnp.ones(3), jnp.zeros(3), curvatures)
@@ -270,7 +277,7 @@ class TestBatches:
         np.testing.assert_array_equal(out.gradient[others], good.gradient[others])
         assert NAMES[int(out.status[5])] == status and (np.asarray(out.status)[others] <= bl.Status.BUDGET_USED).all()
 
-    def test_policies(self):
+    def test_each_policy_names_the_failed_tasks(self):
         curvatures = jnp.ones((8, 3)).at[jnp.array([2, 5]), 1].set(jnp.nan)
         out = jax.vmap(self.function(), in_axes=(None, None, 0))(jnp.ones(3), jnp.zeros(3), curvatures)
         with pytest.raises(bl.HypergradientError, match=r"^inner solve, NONFINITE in 2 of 8 tasks \(2, 5\): "):
@@ -307,7 +314,7 @@ METHODS = [
 
 
 class TestLeaves:
-    """What has no derivative is carried along, in any tree, by any method."""
+    """Leaves without a derivative pass through every method, in any tree."""
 
     @staticmethod
     def problem():
@@ -321,18 +328,18 @@ class TestLeaves:
         return bl.Problem(bl.Stationary(objective), lambda w, theta, data: w["w"])
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_any_method(self, method):
+    def test_every_method_takes_mixed_leaves(self, method):
         self.check(
             {"x": jnp.array([0.3, -0.2]), "n": 3, "mask": jnp.array([True, False]), "none": jnp.zeros(0)}, method
         )
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_nothing_that_has_a_derivative(self, method):
+    def test_every_method_takes_a_theta_without_floating_leaves(self, method):
         self.check({"n": 3, "nothing": None}, method)
 
     @settings(max_examples=8, deadline=None, derandomize=True)
     @given(theta=TREES)
-    def test_any_tree(self, theta):
+    def test_implicit_takes_any_tree(self, theta):
         self.check(theta, bl.Implicit(bl.CG(2)))
 
     def check(self, theta, method):
@@ -344,15 +351,15 @@ class TestLeaves:
             assert slope.dtype == leaf.dtype and slope.shape == leaf.shape
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 assert not slope.any()
-            else:  # d w/dθ = 2θ; differences are good to the cube root of eps squared, two pairs span both directions
+            else:  # dw/dθ = 2θ; finite differences are exact to eps^⅔, and two pairs of samples span both directions
                 np.testing.assert_allclose(slope, 2 * leaf, rtol=1e-6, atol=1e-9)
 
-    def test_the_layer_carries_them_too(self):
+    def test_the_layer_takes_mixed_leaves(self):
         layer = bl.implicit_layer(self.problem().condition, bl.GradientDescent(1.0, 1), bl.CG(1))
         slope = jax.grad(lambda x: layer({"x": x, "n": 3}, {"w": 0.0}, None)["w"])(0.7)
         assert float(slope) == pytest.approx(1.4)
 
-    def test_complex_and_integer_variables_are_refused_with_the_reason(self):
+    def test_complex_and_integer_variables_are_refused_with_a_reason(self):
         function = bl.value_and_hypergradient(self.problem(), bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1)))
         with pytest.raises(TypeError, match=r"outer variables are real, got complex128 at theta\['z'\]: .*imaginary"):
             function({"z": 1j}, {"w": 0.0}, None)
@@ -361,7 +368,7 @@ class TestLeaves:
         with pytest.raises(TypeError, match="inner variables are floating point, got complex128"):
             function({"x": 1.0}, lambda theta, data: {"w": 1j}, None)
 
-    def test_complex_data_is_data(self):
+    def test_complex_data_are_allowed(self):
         problem = bl.Problem(
             bl.Stationary(lambda w, theta, data: 0.5 * jnp.abs(data["z"]) ** 2 * w**2 - theta * w),
             lambda w, theta, data: w,
@@ -373,7 +380,7 @@ class TestLeaves:
 class TestDtypes:
     @pytest.mark.parametrize("x64", [True, False])
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
-    def test_they_are_kept(self, dtype, x64):
+    def test_dtypes_are_kept(self, dtype, x64):
         if dtype == jnp.float64 and not x64:
             pytest.skip("there is no float64 without x64")
         with jax.enable_x64(x64):
@@ -402,17 +409,17 @@ class TestDtypes:
         ],
         ids=["LU", "Cholesky", "Nystrom", "FiniteDifference", "EvolutionStrategies"],
     )
-    def test_every_method_takes_narrow_ones(self, dtype, method):
-        # w = θ, on which a difference is exact but for its roundings; the value is ½‖θ‖² and its slope θ.
+    def test_every_method_takes_narrow_dtypes(self, dtype, method):
+        # w = θ, where a finite difference has only rounding errors; the value is ½‖θ‖² and the gradient θ.
         condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
         problem = bl.Problem(condition, lambda w, theta, data: 0.5 * jnp.sum(w * w))
         theta = jnp.array([1.5, -0.625], dtype)
         out = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), method)(theta, 0 * theta, None)
         assert out.gradient.dtype == dtype
-        bound = 4 * float(jnp.finfo(dtype).eps) ** (2 / 3)  # as far as a difference goes
+        bound = 4 * float(jnp.finfo(dtype).eps) ** (2 / 3)  # the error of finite differences
         np.testing.assert_allclose(np.asarray(out.gradient, float), [1.5, -0.625], rtol=bound)
 
-    def test_mixed_leaves_keep_each_its_own(self):
+    def test_leaves_of_mixed_dtypes_keep_their_own(self):
         condition = bl.Stationary(
             lambda w, theta, data: (
                 0.5 * (w["wide"] - theta["wide"]) ** 2 + 0.5 * ((w["slim"] - theta["slim"]) ** 2).astype(jnp.float64)

@@ -1,14 +1,18 @@
-"""Hypergradients against closed forms, and everything that is promised around them."""
+"""Hypergradients agree with closed forms under every transformation, and failures and misuse are reported."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import CASES, affine_root, imaml, newton, quadratic, ridge
+from problems import CASES, EIGENVALUES, affine_root, descent_problem, imaml, newton, quadratic, ridge
 
 import bilevel as bl
 
-SOLVED = {name: make for name, make in CASES.items()}
+
+def two_devices():
+    """Return a mesh of two devices along the axis "task", and the specifications "one task each" and "all shared"."""
+    mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
+    return mesh, jax.sharding.PartitionSpec("task"), jax.sharding.PartitionSpec()
 
 
 def gradient_of(case, linear=None, on_failure="raise"):
@@ -17,7 +21,7 @@ def gradient_of(case, linear=None, on_failure="raise"):
 
 
 def assert_trees_close(actual, expected, rtol):
-    """Each leaf within rtol of the largest entry of the whole: a small entry carries the rounding of a large."""
+    """Compare with rtol times the largest entry of the whole tree: small entries carry the rounding of large ones."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -25,8 +29,8 @@ def assert_trees_close(actual, expected, rtol):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient_are_those_of_the_closed_form(name):
-    case = SOLVED[name]()
+def test_value_and_gradient_agree_with_the_closed_form(name):
+    case = CASES[name]()
     out = gradient_of(case)(case.theta, case.init, case.data)
     assert_trees_close(out.value, case.value(case.theta), case.tolerance)
     assert_trees_close(out.gradient, case.gradient, case.tolerance)
@@ -34,7 +38,7 @@ def test_value_and_gradient_are_those_of_the_closed_form(name):
     assert float(out.linear.relative_residual) < case.tolerance
 
 
-def test_the_ridge_jacobian():
+def test_the_layer_has_the_jacobian_of_ridge_regression():
     case = ridge()
     layer = bl.implicit_layer(case.condition, newton, bl.LU())
     w, (x, _) = case.exact(case.theta, case.data), case.data
@@ -43,7 +47,7 @@ def test_the_ridge_jacobian():
     np.testing.assert_allclose(jax.jacrev(layer)(case.theta, case.init, case.data), expected, rtol=1e-10)
 
 
-def test_the_imaml_formula():
+def test_the_gradient_is_the_formula_of_implicit_maml():
     case = imaml(strength=2.0)
     out = gradient_of(case)(case.theta, case.init, case.data)
     g = jax.grad(case.outer)(case.exact(case.theta, case.data), case.theta, case.data)
@@ -54,21 +58,21 @@ def test_the_imaml_formula():
 
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
 @pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev])
-def test_second_derivatives_of_the_gradient(name, transform):
-    case = SOLVED[name]()
+def test_the_gradient_is_differentiable(name, transform):
+    case = CASES[name]()
     hypergradient = gradient_of(case)
     expected = jax.hessian(case.value)(case.theta)
 
     def gradient(theta):
         return hypergradient(theta, case.init, case.data).gradient
 
-    # Two solves in a row: the condition number counts twice.
+    # Two solves in sequence multiply the error by the condition number twice.
     assert_trees_close(jax.jit(transform(gradient))(case.theta), expected, case.tolerance * case.kappa)
 
 
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
-def test_the_layer_composes(name):
-    case = SOLVED[name]()
+def test_the_layer_composes_with_transformations(name):
+    case = CASES[name]()
     layer = bl.implicit_layer(case.condition, newton, bl.CG(20) if case.condition.symmetric else bl.LU())
 
     def value(theta, data):
@@ -89,7 +93,7 @@ def test_the_layer_composes(name):
 
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
 def test_jit_and_vmap_give_the_same_numbers(name):
-    case = SOLVED[name]()
+    case = CASES[name]()
     hypergradient = gradient_of(case)
     thetas = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.1]), case.theta)
     batched = jax.jit(jax.vmap(lambda theta: hypergradient(theta, case.init, case.data)))(thetas)
@@ -109,14 +113,13 @@ def test_jit_and_vmap_give_the_same_numbers(name):
     ids=["unrolled", "cg", "lu"],
 )
 def test_under_shard_map_each_task_has_its_own_gradient(solver, method):
-    # JAX sums a derivative over the devices where it is taken in what they share: here the start, θ, or data.
+    # JAX sums the derivative in a variable that all devices share over the devices: here the start, θ, or data.
     def objective(w, theta, data):
         return 0.5 * jnp.sum((w - theta) ** 2) + 0.05 * data * jnp.sum(w**4)
 
     problem = bl.Problem(bl.Stationary(objective), lambda w, theta, data: jnp.sum(w**2))
     function = bl.value_and_hypergradient(problem, solver, method)
-    mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
-    each, every = jax.sharding.PartitionSpec("task"), jax.sharding.PartitionSpec()
+    mesh, each, every = two_devices()
     thetas, strengths, start = jnp.array([[1.0, 2.0], [2.0, 3.0]]), jnp.array([1.0, 2.0]), jnp.zeros(2)
 
     def own(thetas, strengths):
@@ -133,11 +136,10 @@ def test_under_shard_map_each_task_has_its_own_gradient(solver, method):
     np.testing.assert_allclose(out, expected, rtol=1e-12)
 
 
-def test_the_layer_under_shard_map_takes_its_derivative_as_jax_does():
+def test_the_layer_under_shard_map_sums_the_derivative_of_a_shared_theta():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta * data) ** 2))
     layer = bl.implicit_layer(condition, bl.GradientDescent(1.0, 1), bl.CG(2))
-    mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
-    each, every = jax.sharding.PartitionSpec("task"), jax.sharding.PartitionSpec()
+    mesh, each, every = two_devices()
 
     def total(theta, data):  # Σ_tasks ‖θ·data‖²
         losses = jax.shard_map(
@@ -202,7 +204,7 @@ def test_theta_caught_by_a_closure_is_differentiated():
     np.testing.assert_allclose(mapped, 6 * np.array([1.0, 1.5]) ** 5, rtol=1e-14)
 
 
-def test_aux_is_handed_on():
+def test_aux_is_returned():
     problem = bl.Problem(
         ridge().condition, lambda w, theta, data: (jnp.sum(w), {"w": w, "label": jnp.int32(3)}), has_aux=True
     )
@@ -213,7 +215,7 @@ def test_aux_is_handed_on():
         assert int(out.aux["label"]) == 3
 
 
-def test_linear_init_starts_the_adjoint():
+def test_linear_init_is_the_start_of_the_adjoint_solve():
     case = ridge()
     problem, arguments = case.problem, (case.theta, case.init, case.data)
     exact = bl.value_and_hypergradient(problem, newton, bl.Implicit(bl.LU()))(*arguments).linear.solution
@@ -226,7 +228,9 @@ def test_on_failure_raises_warns_or_ignores():
     case = ridge()
     arguments = (case.theta, case.init, case.data)
     solver, method = bl.GradientDescent(0.1, 2, tol=1e-12), bl.Implicit(bl.CG(5))
-    with pytest.raises(bl.HypergradientError, match=r"inner solve, MAX_STEPS: tol was not met.*allow more") as caught:
+    with pytest.raises(
+        bl.HypergradientError, match=r"inner solve, MAX_STEPS: the true residual does not meet tol: allow more"
+    ) as caught:
         bl.value_and_hypergradient(case.problem, solver, method)(*arguments)
     assert int(caught.value.result.status) == bl.Status.MAX_STEPS
     with pytest.warns(RuntimeWarning, match="inner solve, MAX_STEPS"):
@@ -240,7 +244,7 @@ def test_on_failure_raises_warns_or_ignores():
 
 
 @pytest.mark.parametrize("stage", ["data", "outer"])
-def test_nan_is_found_at_its_stage(stage):
+def test_nan_is_reported_by_the_stage_that_made_it(stage):
     case = quadratic()
     bad = bl.Problem(case.condition, lambda w, theta, data: jnp.nan * jnp.sum(w)) if stage == "outer" else case.problem
     hypergradient = bl.value_and_hypergradient(bad, newton, bl.Implicit(bl.LU()), on_failure="ignore")
@@ -249,14 +253,14 @@ def test_nan_is_found_at_its_stage(stage):
     assert int(out.inner.status) == (bl.Status.NONFINITE if stage == "data" else bl.Status.BUDGET_USED)
 
 
-def test_an_indefinite_inner_problem_is_told():
+def test_an_indefinite_inner_problem_is_negative_curvature():
     saddle = bl.Stationary(lambda w, theta, data: 0.5 * w[0] ** 2 - 2 * w[1] ** 2 + theta * jnp.sum(w))
     problem = bl.Problem(saddle, lambda w, theta, data: w[0] + 3 * w[1])
     with pytest.raises(bl.HypergradientError, match=r"linear solve, NEGATIVE_CURVATURE.*increase the regularisation"):
         bl.value_and_hypergradient(problem, newton, bl.Implicit(bl.CG(4)))(1.0, jnp.zeros(2), None)
 
 
-def test_cg_on_a_condition_that_is_not_symmetric_is_refused_with_the_right_ones():
+def test_cg_on_a_condition_that_is_not_symmetric_is_refused_with_alternatives():
     case = affine_root()
     with pytest.raises(ValueError, match=r"CG needs a symmetric operator, and that of Root is not: use .*LU"):
         gradient_of(case, bl.CG(5))(case.theta, case.init, case.data)
@@ -264,7 +268,7 @@ def test_cg_on_a_condition_that_is_not_symmetric_is_refused_with_the_right_ones(
         bl.implicit_layer(case.condition, newton, bl.CG(5))
 
 
-def test_theta_nowhere_but_in_the_start_has_a_zero_hypergradient():
+def test_a_theta_that_enters_only_by_the_start_has_a_zero_hypergradient():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - 2.0) ** 2)
     problem = bl.Problem(condition, lambda w, theta, data: w)
     hypergradient = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3), bl.Implicit(bl.CG(1)))
@@ -272,13 +276,6 @@ def test_theta_nowhere_but_in_the_start_has_a_zero_hypergradient():
 
 
 RATE, STEPS = 0.1, 6
-EIGENVALUES = np.array([1.0, 3.0])
-
-
-def unrolled_problem():
-    """½wᵀDw − wᵀθ and ½‖w‖²: K steps from 0 give w = (1 − (1 − rate·D)^K) D⁻¹ θ."""
-    inner = bl.Stationary(lambda w, theta, data: 0.5 * w @ (EIGENVALUES * w) - w @ theta)
-    return bl.Problem(inner, lambda w, theta, data: 0.5 * jnp.sum(w**2))
 
 
 @pytest.mark.parametrize("last", [None, 1, 2, STEPS])
@@ -286,7 +283,7 @@ def unrolled_problem():
 def test_unrolled_is_the_exact_formula_of_its_truncation(last, checkpoint):
     theta, contraction = jnp.array([0.5, -2.0]), 1 - RATE * EIGENVALUES
     method = bl.Unrolled(last=last, checkpoint=checkpoint)
-    hypergradient = bl.value_and_hypergradient(unrolled_problem(), bl.GradientDescent(RATE, STEPS), method)
+    hypergradient = bl.value_and_hypergradient(descent_problem(), bl.GradientDescent(RATE, STEPS), method)
     out = hypergradient(theta, jnp.zeros(2), None)
     w = (1 - contraction**STEPS) / EIGENVALUES * theta
     jacobian = (1 - contraction ** (last or STEPS)) / EIGENVALUES
@@ -295,18 +292,18 @@ def test_unrolled_is_the_exact_formula_of_its_truncation(last, checkpoint):
     assert out.linear is None and int(out.inner.status) == bl.Status.BUDGET_USED
 
 
-def test_unrolled_counts_a_start_that_depends_on_theta():
+def test_unrolled_differentiates_a_start_that_depends_on_theta():
     theta, contraction = jnp.array([0.5, -2.0]), 1 - RATE * EIGENVALUES
-    hypergradient = bl.value_and_hypergradient(unrolled_problem(), bl.GradientDescent(RATE, STEPS), bl.Unrolled())
+    hypergradient = bl.value_and_hypergradient(descent_problem(), bl.GradientDescent(RATE, STEPS), bl.Unrolled())
     out = hypergradient(theta, bl.identity_center, None)
     jacobian = (1 - contraction**STEPS) / EIGENVALUES + contraction**STEPS
     np.testing.assert_allclose(out.gradient, jacobian**2 * theta, rtol=1e-13)
 
 
 @pytest.mark.parametrize("last", [0, STEPS + 1])
-def test_unrolled_refuses_steps_there_are_not(last):
+def test_unrolled_refuses_more_steps_than_the_solver_takes_or_none(last):
     with pytest.raises(ValueError, match=rf"last={last}.* between 1 and the solver's {STEPS}"):
-        bl.value_and_hypergradient(unrolled_problem(), bl.GradientDescent(RATE, STEPS), bl.Unrolled(last=last))(
+        bl.value_and_hypergradient(descent_problem(), bl.GradientDescent(RATE, STEPS), bl.Unrolled(last=last))(
             jnp.ones(2), jnp.zeros(2), None
         )
 
@@ -314,7 +311,7 @@ def test_unrolled_refuses_steps_there_are_not(last):
 @pytest.mark.parametrize("solver", [newton, bl.GradientDescent(RATE, STEPS, tol=1e-3)], ids=["function", "tol"])
 def test_unrolled_refuses_a_loop_of_unknown_length(solver):
     with pytest.raises(ValueError, match=r"use .* with tol=None, or Implicit"):
-        bl.value_and_hypergradient(unrolled_problem(), solver, bl.Unrolled())(jnp.ones(2), jnp.zeros(2), None)
+        bl.value_and_hypergradient(descent_problem(), solver, bl.Unrolled())(jnp.ones(2), jnp.zeros(2), None)
 
 
 @pytest.mark.parametrize("second", [lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))])

@@ -1,24 +1,24 @@
-"""Methods that approximate, each against the exact formula of its approximation."""
+"""Each approximate method agrees with the exact formula of its approximation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import affine_root, imaml, newton, quadratic, ridge
+from problems import EIGENVALUES, affine_root, descent_problem, imaml, newton, quadratic, ridge
 
 import bilevel as bl
 
 RATE, STEPS = 0.1, 6
-EIGENVALUES = np.array([1.0, 3.0])
 THETA = np.array([0.5, -2.0])
 CONTRACTION = 1 - RATE * EIGENVALUES
 
 
-def descent_problem():
-    """½wᵀDw − wᵀθ and ½‖w‖²: K steps from 0 give w = (1 − (1 − rate·D)^K) D⁻¹ θ."""
-    inner = bl.Stationary(lambda w, theta, data: 0.5 * w @ (EIGENVALUES * w) - w @ theta)
-    return bl.Problem(inner, lambda w, theta, data: 0.5 * jnp.sum(w**2))
+DESCENTS = pytest.mark.parametrize(
+    "solver",
+    [bl.GradientDescent(RATE, STEPS), bl.GradientDescent(RATE, STEPS, momentum=0.5), bl.Optax(optax.sgd(RATE), STEPS)],
+    ids=["gd", "momentum", "optax"],
+)
 
 
 def gradient(problem, solver, method, theta, init=None, data=None):
@@ -27,12 +27,8 @@ def gradient(problem, solver, method, theta, init=None, data=None):
 
 
 @pytest.mark.parametrize("init", [np.zeros(2), bl.identity_center], ids=["zero", "theta"])
-@pytest.mark.parametrize(
-    "solver",
-    [bl.GradientDescent(RATE, STEPS), bl.GradientDescent(RATE, STEPS, momentum=0.5), bl.Optax(optax.sgd(RATE), STEPS)],
-    ids=["gd", "momentum", "optax"],
-)
-def test_forward_and_backward_unrolling_are_the_same_number(solver, init):
+@DESCENTS
+def test_forward_and_backward_unrolling_give_the_same_gradient(solver, init):
     forward = gradient(descent_problem(), solver, bl.ForwardUnrolled(), THETA, init)
     backward = gradient(descent_problem(), solver, bl.Unrolled(), THETA, init)
     np.testing.assert_allclose(forward.gradient, backward.gradient, rtol=1e-13)
@@ -40,37 +36,33 @@ def test_forward_and_backward_unrolling_are_the_same_number(solver, init):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize(
-    "solver",
-    [bl.GradientDescent(RATE, STEPS), bl.GradientDescent(RATE, STEPS, momentum=0.5), bl.Optax(optax.sgd(RATE), STEPS)],
-    ids=["gd", "momentum", "optax"],
-)
-def test_first_order_unrolling_keeps_the_derivative_of_the_start_alone(solver, checkpoint):
+@DESCENTS
+def test_first_order_unrolling_differentiates_the_start_only(solver, checkpoint):
     method = bl.Unrolled(first_order=True, checkpoint=checkpoint)
     from_theta = gradient(descent_problem(), solver, method, THETA, bl.identity_center)
     np.testing.assert_allclose(from_theta.gradient, from_theta.inner.w, rtol=1e-14)  # ∇½‖w‖² = w, and dw/dinit = I
     full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.identity_center)
     np.testing.assert_array_equal(from_theta.inner.w, full.inner.w)
     assert np.abs(full.gradient - from_theta.gradient).max() > 0.01
-    # θ in the objective alone has no derivative left, and θ in the outer function keeps its own.
+    # A θ in the inner objective gets no derivative, and a θ in the outer function keeps its direct one.
     problem = bl.Problem(descent_problem().condition, lambda w, theta, data: w @ w + theta @ theta)
     np.testing.assert_allclose(gradient(problem, solver, method, THETA).gradient, 2 * THETA, rtol=1e-14)
 
 
-def test_forward_unrolling_takes_a_tol():
+def test_forward_unrolling_allows_a_tol():
     out = gradient(descent_problem(), bl.GradientDescent(0.4, 500, tol=1e-12), bl.ForwardUnrolled(), THETA)
     np.testing.assert_allclose(out.gradient, THETA / EIGENVALUES**2, rtol=1e-10)
     assert int(out.status) == bl.Status.CONVERGED
 
 
 @pytest.mark.parametrize("solver", [bl.FixedPointIteration(5), bl.Anderson(4, history=1)], ids=["plain", "anderson"])
-def test_fixed_points_are_unrolled_too(solver):
+def test_fixed_point_solvers_are_unrolled(solver):
     problem = bl.Problem(
         bl.FixedPoint(lambda w, theta, data: 0.3 * jnp.cos(w) + theta), lambda w, theta, data: jnp.sum(w**2)
     )
     out = gradient(problem, solver, bl.Unrolled(), THETA)
     forward = gradient(problem, solver, bl.ForwardUnrolled(), THETA)
-    # Anderson divides by ‖ΔF‖², which is 0.3⁴ smaller after four steps: some eps·0.3⁻⁸.
+    # Anderson divides by ‖ΔF‖². ‖ΔF‖ is 0.3⁴ times smaller after four steps, which leaves an error of eps·0.3⁻⁸.
     np.testing.assert_allclose(out.gradient, forward.gradient, rtol=100 * 2.2e-16 * 0.3**-8)
     w = out.inner.w
     exact = 2 * w / (1 + 0.3 * np.sin(w))
@@ -78,7 +70,7 @@ def test_fixed_points_are_unrolled_too(solver):
         np.testing.assert_allclose(out.gradient, exact, rtol=0.3**5 * 10)
 
 
-def test_one_step_is_the_derivative_of_the_last_step_alone():
+def test_one_step_is_the_derivative_of_one_step_at_the_solution():
     out = gradient(descent_problem(), bl.GradientDescent(RATE, STEPS), bl.OneStep(), THETA)
     w = (1 - CONTRACTION**STEPS) / EIGENVALUES * THETA
     np.testing.assert_allclose(out.gradient, RATE * w, rtol=1e-13)
@@ -88,7 +80,7 @@ def test_one_step_is_the_derivative_of_the_last_step_alone():
     np.testing.assert_allclose(out.gradient, w + 2 * THETA * THETA, rtol=1e-10)
 
 
-def test_first_order_is_first_order_maml_for_the_proximal_problem():
+def test_first_order_on_a_proximal_problem_is_first_order_maml():
     case = imaml()
     out = gradient(case.problem, newton, bl.FirstOrder(), case.theta, case.init, case.data)
     w = case.exact(case.theta, case.data)
@@ -97,18 +89,18 @@ def test_first_order_is_first_order_maml_for_the_proximal_problem():
         np.testing.assert_allclose(out.gradient[name], expected[name], rtol=case.tolerance)
 
 
-def test_first_order_on_a_mapping_takes_a_as_the_identity():
+def test_first_order_on_a_mapping_replaces_a_by_the_identity():
     problem = bl.Problem(bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta**2), lambda w, theta, data: w @ theta)
     out = gradient(problem, bl.FixedPointIteration(80), bl.FirstOrder(), THETA)
     np.testing.assert_allclose(out.gradient, 2 * THETA**2 + 2 * THETA * THETA, rtol=1e-12)
 
 
 @pytest.mark.parametrize("make", [ridge, quadratic, imaml])
-def test_finite_differences_of_gradients_reach_their_promise(make):
+def test_finite_differences_of_gradients_are_as_exact_as_documented(make):
     case = make()
     out = gradient(case.problem, newton, bl.FiniteDifference(bl.CG(5)), case.theta, case.init, case.data)
     expected = jax.flatten_util.ravel_pytree(case.gradient)[0]
-    # Some eps^⅔ = 4e-11, magnified by κ and by the third derivative, which is cubic in θ at most here.
+    # The documented error, eps^⅔ = 4e-11, times κ and a factor of 100 for the third derivative.
     actual = jax.flatten_util.ravel_pytree(out.gradient)[0]
     bound = 4e-11 * 100 * case.kappa * float(jnp.linalg.norm(expected))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
@@ -123,7 +115,7 @@ def test_one_neumann_term_by_differences_is_darts():
 
 @pytest.mark.parametrize("penalty", [1.0, 10.0, 1e4])
 def test_the_value_penalty_is_the_formula_of_its_penalty(penalty):
-    # w* = D⁻¹θ and w_ρ = (D + I/ρ)⁻¹θ; −∂_θL = w, so the gradient is ρ(w* − w_ρ), which tends to D⁻²θ.
+    # w* = D⁻¹θ, w_ρ = (D + I/ρ)⁻¹θ and −∂_θL = w: the gradient is ρ(w* − w_ρ), which tends to D⁻²θ.
     solver = bl.GradientDescent(0.4, 2000, tol=1e-14)
     out = gradient(descent_problem(), solver, bl.ValuePenalty(penalty), THETA)
     expected = penalty * (THETA / EIGENVALUES - THETA / (EIGENVALUES + 1 / penalty))
@@ -132,9 +124,9 @@ def test_the_value_penalty_is_the_formula_of_its_penalty(penalty):
     assert int(out.status) == bl.Status.CONVERGED
 
 
-def test_a_failed_second_solve_of_the_value_penalty_is_told():
+def test_a_failed_second_solve_of_the_value_penalty_is_reported():
     inner = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
-    problem = bl.Problem(inner, lambda w, theta, data: -jnp.sum(w**2))  # outer/ρ wins: no minimum
+    problem = bl.Problem(inner, lambda w, theta, data: -jnp.sum(w**2))  # objective + outer/ρ has no minimum
     function = bl.value_and_hypergradient(
         problem, bl.GradientDescent(0.5, 50, tol=1e-9), bl.ValuePenalty(1.0), "ignore"
     )
@@ -164,7 +156,7 @@ def test_evolution_strategies_with_few_pairs_are_unbiased():
     assert np.all(standard_error > 0)
 
 
-def test_methods_hand_on_aux_and_work_under_vmap():
+def test_methods_return_aux_and_work_under_vmap():
     case = ridge()
     problem = bl.Problem(case.condition, lambda w, theta, data: (case.outer(w, theta, data), w), has_aux=True)
     solver = bl.GradientDescent(0.3, 20)
@@ -186,7 +178,7 @@ def test_methods_hand_on_aux_and_work_under_vmap():
         (lambda: bl.EvolutionStrategies(0), "pairs of at least 1 .* got 0"),
     ],
 )
-def test_senseless_options_are_refused(make, message):
+def test_invalid_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -194,13 +186,13 @@ def test_senseless_options_are_refused(make, message):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (bl.FiniteDifference(bl.CG(3)), "Root is no gradient of one: use Stationary or Proximal, or Implicit"),
-        (bl.ValuePenalty(1.0), "Root is no gradient of one: use Stationary or Proximal, or Implicit"),
+        (bl.FiniteDifference(bl.CG(3)), "Root is not the gradient of one: use Stationary or Proximal, or Implicit"),
+        (bl.ValuePenalty(1.0), "Root is not the gradient of one: use Stationary or Proximal, or Implicit"),
         (bl.FirstOrder(), "use it with Proximal, FixedPoint, Projected"),
         (bl.OneStep(), "use GradientDescent, FixedPointIteration or Anderson"),
     ],
 )
-def test_a_combination_that_makes_no_sense_names_those_that_do(method, message):
+def test_an_unsupported_condition_or_solver_is_refused_with_alternatives(method, message):
     case = affine_root()
     with pytest.raises(ValueError, match=message):
         gradient(case.problem, newton, method, case.theta, case.init, case.data)

@@ -1,4 +1,4 @@
-"""The outer loop: it arrives, warm starts pay, and nothing broken is applied."""
+"""The outer loop converges, profits from warm starts, and never applies a gradient that is not finite."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import newton, ridge
+from problems import diagonal_quadratic, newton, ridge
 
 import bilevel as bl
 
@@ -17,9 +17,8 @@ TARGET = np.array([1.0, -2.0])
 
 
 def problem():
-    """w = D⁻¹θ and ½‖w − t‖²: the minimum is at θ = Dt."""
-    inner = bl.Stationary(lambda w, theta, data: 0.5 * w @ (EIGENVALUES * w) - w @ theta)
-    return bl.Problem(inner, lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
+    """Return ½‖w − t‖² at w = D⁻¹θ: the minimum is at θ = Dt."""
+    return bl.Problem(diagonal_quadratic(EIGENVALUES), lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
 
 
 def run(solver, method, steps=200, optimizer=None, data=TARGET, **options):
@@ -28,21 +27,21 @@ def run(solver, method, steps=200, optimizer=None, data=TARGET, **options):
 
 
 @pytest.mark.parametrize("method", [bl.Implicit(bl.CG(2)), bl.Unrolled(), bl.ValuePenalty(1e6)])
-def test_it_arrives_at_the_closed_form(method):
+def test_minimize_converges_to_the_closed_form(method):
     out = run(bl.GradientDescent(0.3, 40), method, steps=400)
-    # θ contracts by 1 − 1/16 a step; the penalty is off by 1/ρ of what is left.
+    # The error of θ shrinks by a factor of 1 − 1/16 a step at least; ValuePenalty has an error of 1/ρ.
     np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-5)
     assert out.history.value.shape == out.history.gradient_norm.shape == (400,)
     assert float(out.history.gradient_norm[-1]) < 1e-5
     assert bool(jnp.isnan(out.history.linear_residual[0])) is not isinstance(method, bl.Implicit)
 
 
-def test_any_optax_optimiser():
+def test_adam_converges_too():
     out = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 400, optax.adam(0.1))
     np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-3)
 
 
-def test_warm_starts_pay():
+def test_warm_starts_reduce_the_inner_residual():
     short = bl.GradientDescent(0.2, 2)
     warm = run(short, bl.Implicit(bl.CG(2)))
     cold = run(short, bl.Implicit(bl.CG(2)), warm_start=False)
@@ -50,25 +49,25 @@ def test_warm_starts_pay():
     np.testing.assert_allclose(warm.theta, EIGENVALUES * TARGET, rtol=1e-3)
 
 
-def test_the_adjoint_is_warm_too():
-    # One term of the series a step: from nothing v = ρg for ever, from the last one it converges to D⁻¹g.
+def test_the_adjoint_solve_starts_from_the_last_adjoint():
+    # With one term of the series a step, a cold v stays at ρg, and a warm v converges to D⁻¹g.
     solver, method = bl.GradientDescent(0.3, 40), bl.Implicit(bl.Neumann(1, 0.1))
     slowly = optax.sgd(0.01)  # θ moves more slowly than v converges, by 0.9 a step
     warm, cold = run(solver, method, 60, slowly), run(solver, method, 60, slowly, warm_start=False)
-    # Cold: ‖g − 0.1·Dg‖ / ‖g‖ is between 1 − 0.4 and 1 − 0.1.
+    # The cold residual, ‖g − 0.1·Dg‖ / ‖g‖, is between 1 − 0.4 and 1 − 0.1.
     assert float(warm.history.linear_residual[-1]) < 0.2 < 0.59 < float(cold.history.linear_residual[-1])
 
 
-def test_a_stochastic_single_loop_goes_where_the_mean_is():
+def test_a_stochastic_single_loop_converges_to_the_minimum_for_the_mean():
     rng, rate = np.random.default_rng(0), 0.2
     samples = (TARGET + 0.1 * rng.normal(size=2) for _ in range(1500))
     decay = optax.sgd(optax.exponential_decay(0.5, 500, 0.3))
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 1500, decay, samples)
-    # The last 500 samples have a rate near 0.02: noise of some 0.1·√0.02 is left in w, times D in θ.
+    # The rate is near 0.02 for the last 500 samples, which leaves noise of some 0.1·√0.02 in w, and D times that in θ.
     np.testing.assert_allclose(out.theta / EIGENVALUES, TARGET, atol=0.06)
 
 
-def test_one_single_loop_step_is_its_formula():
+def test_two_steps_of_the_single_loop_are_their_formula():
     rate, g0 = 0.2, -TARGET
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 2)
     theta = -1.0 * (rate * g0)  # w = 0 at θ = 0, v = ρg, dθ = v
@@ -78,7 +77,7 @@ def test_one_single_loop_step_is_its_formula():
     np.testing.assert_allclose(out.w, w, rtol=1e-13)
 
 
-def test_data_from_an_iterator_one_for_each_step_and_it_may_end():
+def test_an_iterator_gives_data_for_each_step_and_ends_the_loop():
     seen = []
     out = run(
         bl.GradientDescent(0.3, 5),
@@ -112,7 +111,7 @@ def test_one_trace_for_all_steps(start):
     assert count(1) == count(20)
 
 
-def test_theta_is_not_moved_by_what_is_not_finite():
+def test_theta_stays_where_a_gradient_is_not_finite():
     data = iter([TARGET, np.full(2, np.nan), np.full(2, np.nan)])
     first = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 1, optax.adam(0.1), iter([TARGET]))
     out = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 3, optax.adam(0.1), data, on_failure="ignore")
@@ -123,7 +122,7 @@ def test_theta_is_not_moved_by_what_is_not_finite():
         run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 3, data=data)
 
 
-def test_one_bad_batch_leaves_no_trace():
+def test_a_batch_of_nan_changes_nothing_in_later_steps():
     def fit(w, theta, data):
         return 0.5 * w @ (EIGENVALUES * w) - w @ theta + 0.1 * w @ data
 
@@ -140,8 +139,8 @@ def test_one_bad_batch_leaves_no_trace():
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_the_first_step_of_a_warm_start_is_that_of_a_cold_one(steps):
-    # One step of conjugate gradients, so that it matters where they start.
+def test_warm_and_cold_starts_take_the_same_first_step(steps):
+    # With one step of conjugate gradients the result depends on the start.
     stiff = bl.Proximal(lambda w, theta, data: 1.5 * w @ (EIGENVALUES * w) - w @ jnp.array([1.0, 2.0]), 1.0)
     declared = bl.Problem(stiff, lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
     solver, method = bl.GradientDescent(0.1, 20), bl.Implicit(bl.CG(1))
@@ -166,17 +165,17 @@ WITH_PLATEAUS = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())
     ],
     ids=["lbfgs", "polyak", "plateau"],
 )
-def test_an_optimiser_that_asks_for_the_value_is_given_it(optimizer, steps, method):
-    # A mapping that forgets everything, for which one step is exact: w = θ / D.
-    forgetful = bl.FixedPoint(lambda w, theta, data: theta / EIGENVALUES, symmetric=True)
-    declared = bl.Problem(forgetful, problem().outer)
+def test_an_optimiser_that_asks_for_the_value_gets_it(optimizer, steps, method):
+    # A mapping that does not depend on w, for which one step is exact: w = θ / D.
+    constant = bl.FixedPoint(lambda w, theta, data: theta / EIGENVALUES, symmetric=True)
+    declared = bl.Problem(constant, problem().outer)
     start = (jnp.zeros(2), jnp.zeros(2), TARGET)
     out = bl.minimize(declared, *start, bl.FixedPointIteration(1), method, optimizer, steps)
     np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(0.1, weight_decay=0.9), optax.sgd(0.1)], ids=["adamw", "sgd"])
-def test_what_is_no_float_stays_as_it_was(optimizer):
+def test_leaves_that_are_not_floating_stay_unchanged(optimizer):
     declared = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta["x"]) ** 2)), problem().outer)
     theta = {"x": jnp.ones(2), "count": 3, "mask": jnp.array([True, False]), "nothing": None}
     solver, method = bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1))
@@ -185,7 +184,7 @@ def test_what_is_no_float_stays_as_it_was(optimizer):
     assert out.theta["nothing"] is None and float(jnp.abs(out.theta["x"] - 1).max()) > 0.01
 
 
-def test_a_callback_is_given_the_step_as_it_was_taken_and_its_exception_is_the_callers():
+def test_a_callback_sees_each_step_and_may_stop_the_loop_by_an_exception():
     seen = []
 
     def stop(step, theta, out):
@@ -200,16 +199,16 @@ def test_a_callback_is_given_the_step_as_it_was_taken_and_its_exception_is_the_c
         np.testing.assert_allclose(moved, theta - 0.5 * slope, rtol=1e-14)
 
 
-def test_a_loader_is_refused_with_the_remedy():
+def test_a_data_loader_is_refused_with_a_remedy():
     class Loader:
         def __iter__(self):
             return iter([TARGET])
 
-    with pytest.raises(TypeError, match=r"got Loader, which is neither: hand it iter\(...\)"):
+    with pytest.raises(TypeError, match=r"Loader is neither: pass iter\(...\)"):
         run(bl.GradientDescent(0.3, 4), bl.Implicit(bl.CG(2)), 3, data=Loader())
 
 
-def test_the_ridge_penalty_where_the_slope_vanishes():
+def test_the_gradient_vanishes_at_the_learned_ridge_penalty():
     case = ridge()
     problem = bl.Problem(case.condition, case.outer)
     arguments = (case.init, case.data, newton, bl.Implicit(bl.CG(3)), optax.adam(0.02), 300)
@@ -217,7 +216,7 @@ def test_the_ridge_penalty_where_the_slope_vanishes():
     assert abs(float(jax.grad(case.value)(out.theta))) < 1e-3 < abs(float(case.gradient))
 
 
-def test_senseless_arguments_are_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="steps of at least 1, got 0"):
         run(bl.GradientDescent(0.3, 4), bl.Unrolled(), 0)
     with pytest.raises(ValueError, match="got an iterator that is empty"):

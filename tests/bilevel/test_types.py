@@ -1,4 +1,4 @@
-"""Records are pytrees, and a status is an ordered number with a sentence."""
+"""Records are pytrees, and a status is a number ordered by severity with a message."""
 
 import dataclasses
 
@@ -23,17 +23,17 @@ def test_records_are_pytrees(record):
         new, old = getattr(rebuilt, field.name), getattr(record, field.name)
         assert jax.tree.all(jax.tree.map(lambda a, b: a is b, new, old))
     assert type(jax.jit(lambda r: r)(record)) is type(record)
-    jax.tree.unflatten(structure, [None] * len(leaves))  # JAX unflattens with placeholders: no constructor may mind
+    jax.tree.unflatten(structure, [None] * len(leaves))  # JAX itself unflattens with placeholders
 
 
-def test_status_merges_by_severity():
+def test_the_worst_status_is_the_most_severe():
     assert bl.Status.worst(bl.Status.CONVERGED, bl.Status.NONFINITE, bl.Status.MAX_STEPS) is bl.Status.NONFINITE
     assert [status.ok for status in bl.Status] == [True, True] + [False] * 6
     assert int(RECORDS[2].status) == bl.Status.MAX_STEPS
 
 
 @pytest.mark.parametrize("status", bl.Status)
-def test_every_status_has_a_sentence(status):
+def test_every_status_has_a_message(status):
     assert status.message.endswith(".") and len(status.message) > 20
 
 
