@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 import imaml
 from imaml import Task, meta_gradient
-from imaml.learning.algorithms import ALGORITHMS, learner_of, reference_learner
+from imaml.learning.algorithms import ALGORITHMS, make_learner, reference_learner
 from imaml.learning.networks import mlp
 from imaml.learning.problem import cross_entropy, squared_error
 
@@ -44,7 +44,7 @@ THETA = {"w": np.random.default_rng(1).normal(size=(FEATURES, 1))}
 
 def linear(algorithm, steps=STEPS, strength=1.0):
     inner = bl.GradientDescent(RATE, steps)
-    return learner_of(algorithm, lambda p, x: x @ p["w"], squared_error, inner, bl.CG(5), strength)
+    return make_learner(algorithm, lambda p, x: x @ p["w"], squared_error, inner, bl.CG(5), strength)
 
 
 def descend(x, y, steps=STEPS):
@@ -189,7 +189,7 @@ def curves():
 def test_tasks_computed_together_give_what_they_give_one_by_one(at_once, algorithm, curves):
     network, tasks = curves
     theta = network.init(jax.random.key(1))
-    learner = learner_of(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 10.0)
+    learner = make_learner(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 10.0)
     one, several = (jax.jit(meta_gradient(learner, at_once=number))(theta, tasks) for number in (1, at_once))
     # Reptile learns from the query points too; what is not finite is left out in any case.
     assert int(one.tasks) == 5 and bl.Status(int(one.status[2])) is bl.Status.NONFINITE
