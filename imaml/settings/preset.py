@@ -153,7 +153,7 @@ class Preset:
             return self
         check(
             self.algorithm == "imaml" and self.baselines is not None,
-            f"{self.name} with {self.title} has no inner loop for {algorithm}: start from an unchanged preset that has one",
+            f"{self.name} with {self.title} has no inner loop for {algorithm}: start from a published preset with one",
         )
         adaptation = self.baselines.of(algorithm)  # type: ignore[union-attr]
         return dataclasses.replace(
