@@ -167,8 +167,8 @@ _REFERENCE = dataclasses.replace(
     citation=f"The authors' public code, aravindr93/imaml_dev, of {RAJESWARAN}",
     departures=(
         "This preset follows the authors' code and not the paper's equations. An inner solve takes 16 gradient steps "
-        "on the support loss without the proximal term, and one step on the proximal term alone. The meta-gradient solves "
-        "(2I + H/12)g = v by 5 CG steps from zero.",
+        "on the support loss without the proximal term, and one step on the proximal term alone. The meta-gradient "
+        "solves (2I + H/12)g = v by 5 CG steps from zero.",
         "Test characters are disjoint from training characters, where the training and evaluation scripts of that code "
         "shuffle the characters by different seeds. Evaluation uses the same inner loop as training, where the script "
         "sets λ = 0.",
