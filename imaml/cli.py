@@ -364,7 +364,7 @@ def _reproduce(options, _):
 def _inner_loop(chosen):
     steps = chosen.inner.max_steps
     evaluated = f", {chosen.test_steps} in evaluation" if chosen.test_steps else ""
-    return f"steps of size {chosen.inner.step_size:g}: {steps}{evaluated}"
+    return f"{steps} inner steps of size {chosen.inner.step_size:g}{evaluated}"
 
 
 def _data(options, _):

@@ -115,7 +115,7 @@ _GLYPHS_HF = _hessian_free(_GLYPHS, (_FONT_GLYPHS, _LARGE_KERNELS, _STRENGTH_AND
 # --- Omniglot ------------------------------------------------------------------------------------------------------
 
 _NOT_TUNED = (
-    "λ, the inner step size and the learning rate are those of the 5-way 1-shot preset. They were not tuned for this "
+    "λ, the inner solver and the learning rate are those of the 5-way 1-shot preset. They were not tuned for this "
     "number of ways and shots."
 )
 
