@@ -37,7 +37,8 @@ def linear_regression():
     x = x * np.array([0.7, 1.0, 1.3])  # curvatures 0.49, 1, 1.69
     y = random.normal(size=(4, POINTS, 1))
     tasks = jax.tree.map(jnp.asarray, Task(x[:2], y[:2], x[2:], y[2:]))
-    # The smallest curvature, with λ, is 0.99. A step multiplies its error by 1 − 0.7 · 0.99 = 0.31, and 0.31⁶⁰ < 1e-30.
+    # With λ the curvatures are 0.99, 1.5 and 2.19. A step multiplies the error by at most |1 − 0.7 · 2.19| = 0.53, and
+    # 0.53⁶⁰ = 4e-17.
     solver = bl.GradientDescent(step_size=0.7, max_steps=60)
     learner = Learner(lambda w, x: x @ w["w"], solver, bl.Implicit(bl.LU()), PENALTY, squared_loss)
     return learner, {"w": jnp.asarray(random.normal(size=(FEATURES, 1)))}, tasks
