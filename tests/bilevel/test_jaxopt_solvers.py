@@ -165,7 +165,7 @@ def test_a_scipy_solver_runs_outside_of_a_trace_and_its_solution_can_be_differen
     ("name", "inner", "init", "message"),
     [
         ("BlockCoordinateDescent", bl.ProximalGradient(valley, lasso(0.1).prox), np.zeros(2), "use ProximalGradient"),
-        ("BlockCoordinateDescent", lasso(jnp.ones(2)), np.zeros(2), "the same for each entry .* use ProximalGradient"),
+        ("BlockCoordinateDescent", lasso(jnp.ones(2)), np.zeros(2), "the same for each entry, .* use ProximalGradient"),
         ("EqualityConstrainedQP", PROGRAM[0], PROGRAM[1], "does not take inequalities: use OSQP or BoxOSQP"),
         ("Bisection", EQUATIONS[0], np.zeros(2), "finds a scalar w, got .* use Broyden"),
     ],
