@@ -97,7 +97,7 @@ MUTATIONS = (
         "float32 in a float64 solve",
         "_factorise",
         "_SOLVE(flat_matvec, _B)",
-        "_SOLVE(flat_matvec, _B).astype("float32").astype(_B.dtype)",
+        "_SOLVE(flat_matvec, _B).astype('float32').astype(_B.dtype)",
     ),
     Fault("Woodbury without its ridge", "Nystrom._woodbury", "_X / self.ridge", "_X"),
 )

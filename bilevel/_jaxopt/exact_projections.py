@@ -1,9 +1,12 @@
-"""Projections without a formula: an iteration finds the face of the set, and a linear system the point on it.
+"""Projections without a closed form, exact to rounding and differentiable in forward and reverse mode.
 
-jaxopt's own stop at residuals of 1e-3 to 1e-5, and JAX differentiates them backwards alone. Here the iteration,
-which is not differentiated, only tells which constraints hold with equality. On that face the projection is smooth:
-Newton's method makes it exact to rounding, and JAX differentiates it in any direction and to any order. Where no
-point satisfies the constraints the result is NaN, which a status shows.
+jaxopt's versions of these projections stop at residuals of 1e-3 to 1e-5 and support only reverse-mode differentiation.
+Here an iteration, which is not differentiated, finds the constraints that hold with equality. These active constraints
+define a face of the set. The projection onto the face is smooth, and is computed to rounding by steps that JAX
+differentiates. For sets of vectors this is a linear solve, with exact derivatives of any order. For sets of matrices
+these are two Newton steps on the dual problem, with exact derivatives up to the third order.
+
+If no point satisfies the constraints, the result is NaN, and the status of a solve becomes NONFINITE.
 """
 
 import jax
@@ -13,27 +16,49 @@ from bilevel._jaxopt.library import jaxopt
 
 
 def affine_set(x, hyperparams):
-    """The nearest y with Ay = b, ``hyperparams = (A, b)``; the rows of A may depend on each other."""
+    """Return the nearest y to x with Ay = b.
+
+    Args:
+        x: the point to project, ``[n]``.
+        hyperparams: ``(A, b)`` of shapes ``[m, n]`` and ``[m]``. The rows of A may be linearly dependent.
+    """
     matrix, right = hyperparams
     point = x - jnp.linalg.pinv(matrix) @ (matrix @ x - right)
     return _feasible(point, jnp.abs(matrix @ point - right), right)
 
 
 def polyhedron(x, hyperparams, tol=None):
-    """The nearest y with Ay = b and Gy ≤ h, ``hyperparams = (A, b, G, h)``: OSQP finds the rows of G that hold."""
+    """Return the nearest y to x with Ay = b and Gy ≤ h.
+
+    OSQP finds the rows of G that hold with equality.
+
+    Args:
+        x: the point to project, ``[n]``.
+        hyperparams: ``(A, b, G, h)`` of shapes ``[m, n]``, ``[m]``, ``[k, n]`` and ``[k]``.
+        tol: the tolerance of OSQP; None for √eps of x's dtype.
+    """
     equal, b, unequal, h = hyperparams
     solver = jaxopt.OSQP(matvec_Q=lambda _, y: y, check_primal_dual_infeasability=False, tol=_tolerance(x, tol))
     fixed = jax.lax.stop_gradient({"params_obj": (None, -x), "params_eq": (equal, b), "params_ineq": (unequal, h)})
-    fixed = jax.tree.map(lambda leaf: leaf.astype(float), fixed)  # OSQP mixes in the default dtype
-    found = solver.run(None, **fixed).params
-    active = found.dual_ineq > fixed["params_ineq"][1] - fixed["params_ineq"][0] @ found.primal
+    fixed = jax.tree.map(lambda leaf: leaf.astype(float), fixed)  # OSQP creates arrays of the default float dtype
+    solution = solver.run(None, **fixed).params
+    # A row counts as active if its multiplier is larger than its slack.
+    active = solution.dual_ineq > fixed["params_ineq"][1] - fixed["params_ineq"][0] @ solution.primal
     rows = jnp.concatenate([equal, jnp.where(active[:, None], unequal, 0)])
     point = affine_set(x, (rows, jnp.concatenate([b, jnp.where(active, h, 0)])))
     return _feasible(point, jnp.maximum(unequal @ point - h, 0), h)
 
 
 def box_section(x, hyperparams, tol=None):
-    """The nearest p with α ≤ p ≤ β and wᵀp = c, ``hyperparams = (α, β, w, c)``, w > 0: p = clip(x + τw, α, β)."""
+    """Return the nearest p to x with α ≤ p ≤ β and wᵀp = c, which is p = clip(x + τw, α, β) for a scalar τ.
+
+    Bisection for τ finds the entries between their bounds. On these entries τ has a closed form.
+
+    Args:
+        x: the point to project, ``[n]``.
+        hyperparams: ``(α, β, w, c)``: two bounds and positive weights of shape ``[n]``, and a scalar.
+        tol: the tolerance of the bisection; None for √eps of x's dtype.
+    """
     low, high, weights, c = hyperparams
 
     def excess(tau, low, high, x, weights, c):
@@ -54,22 +79,28 @@ def box_section(x, hyperparams, tol=None):
 
 
 def transport(similarity, marginals, tol=None):
-    """The T nearest to the similarity with T ≥ 0, T1 = a and Tᵀ1 = b, ``marginals = (a, b)``."""
+    """Return the T nearest to the similarity matrix with T ≥ 0, T1 = a and Tᵀ1 = b.
+
+    Args:
+        similarity: the matrix to project, ``[m, n]``.
+        marginals: ``(a, b)``, positive vectors of lengths m and n with equal sums.
+        tol: the tolerance of the dual LBFGS iteration; None for √eps of the matrix's dtype.
+    """
     return _plan(similarity, marginals, jax.nn.relu, lambda z: 0.5 * jax.nn.relu(z) ** 2, tol)
 
 
 def kl_transport(similarity, marginals, tol=None):
-    """The T with T1 = a and Tᵀ1 = b of the least KL divergence to exp(similarity)."""
+    """Return the T with T1 = a and Tᵀ1 = b of the least KL divergence to exp(similarity); see :func:`transport`."""
     return _plan(similarity, marginals, jnp.exp, jnp.exp, tol)
 
 
 def birkhoff(similarity, tol=None):
-    """The doubly stochastic matrix nearest to the similarity."""
+    """Return the doubly stochastic matrix nearest to the square matrix ``similarity``; see :func:`transport`."""
     return transport(similarity, _ones(similarity), tol)
 
 
 def kl_birkhoff(similarity, tol=None):
-    """The doubly stochastic matrix of the least KL divergence to exp(similarity)."""
+    """Return the doubly stochastic matrix of the least KL divergence to exp(similarity); see :func:`transport`."""
     return kl_transport(similarity, _ones(similarity), tol)
 
 
@@ -82,11 +113,18 @@ BY_NAME = {
     "kl_projection_transport": kl_transport,
     "kl_projection_birkhoff": kl_birkhoff,
 }
-"""What stands in for the functions of `jaxopt.projection` of these names."""
+"""The replacements for functions of `jaxopt.projection`, by the name in jaxopt."""
 
 
 def _plan(similarity, marginals, plan, conjugate, tol):
-    """T = plan(similarity + α1ᵀ + 1βᵀ), with the potentials (α, β) at the minimum of the dual.
+    """Return T = plan(similarity + α1ᵀ + 1βᵀ), where the potentials (α, β) minimise the dual problem.
+
+    Args:
+        similarity: ``[m, n]``.
+        marginals: the required row sums ``[m]`` and column sums ``[n]``.
+        plan: the derivative of ``conjugate``, elementwise.
+        conjugate: the convex conjugate of the regulariser, elementwise.
+        tol: tolerance of LBFGS on the dual.
 
     Source: Blondel, Seguy, Rolet (2018), Smooth and sparse optimal transport, equation 7.
     """
@@ -105,12 +143,13 @@ def _plan(similarity, marginals, plan, conjugate, tol):
     fixed = jax.lax.stop_gradient({"similarity": similarity, "sums": sums})
     potentials = jax.lax.stop_gradient(solver.run(jnp.zeros_like(sums), **fixed).params)
     slope, curvature = jax.grad(dual), jax.hessian(dual)
-    for _ in range(2):  # the first makes first derivatives exact, the second those up to the third
-        # A constant may move from α to β: the curvature has no inverse.
+    # The potentials from LBFGS are constants. After k Newton steps, the derivatives up to order 2ᵏ − 1 are exact.
+    for _ in range(2):
+        # The curvature is singular, because adding a constant to α and subtracting it from β changes nothing.
         inverse = jnp.linalg.pinv(curvature(potentials, similarity, sums), hermitian=True)
         potentials = potentials - inverse @ slope(potentials, similarity, sums)
-    found = plan(lifted(potentials, similarity))
-    return _feasible(found, jnp.abs(jnp.concatenate([found.sum(1), found.sum(0)]) - sums), sums)
+    result = plan(lifted(potentials, similarity))
+    return _feasible(result, jnp.abs(jnp.concatenate([result.sum(1), result.sum(0)]) - sums), sums)
 
 
 def _ones(similarity):
@@ -118,12 +157,15 @@ def _ones(similarity):
 
 
 def _tolerance(x, tol):
-    """√eps where none is given: what an iteration reaches that sees a gradient of rounding size."""
+    """Return ``tol``, or √eps by default, the accuracy of an iteration whose gradient has rounding errors."""
     return float(jnp.finfo(x.dtype).eps) ** 0.5 if tol is None else tol
 
 
 def _feasible(point, violation, right):
-    """``point``, or NaN where it violates its constraints by far more than rounding: then no point satisfies them."""
+    """Return ``point``, or NaN if it violates its constraints by far more than rounding.
+
+    A violation above eps^¼ times the size of the right-hand side means that no point satisfies the constraints.
+    """
     if violation.size == 0:
         return point
     size = 1 + jnp.max(jnp.abs(right))

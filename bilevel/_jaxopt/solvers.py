@@ -1,4 +1,8 @@
-"""jaxopt's solvers on the conditions of `bilevel`: which fits what, and what each is made of and run on."""
+"""Adapters from jaxopt's solvers to the conditions of `bilevel`.
+
+``_ADAPTERS`` lists, for each kind of condition, the solvers that can solve it. Each entry is a function
+``(condition, init, theta, data) -> _Call`` that prepares the solver's constructor and the arguments of its ``run``.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -15,47 +19,66 @@ from bilevel.types import PyTree
 
 
 def run_solver(solver, options, condition, init, theta, data):
-    """w, the steps taken and the tolerance that stopped it, of any jaxopt solver on a condition."""
+    """Solve a condition with a solver of jaxopt.
+
+    Args:
+        solver: a solver class of jaxopt, or its name.
+        options: keyword arguments of the solver's constructor.
+        condition: the condition to solve.
+        init: the initial w, a pytree of arrays.
+        theta: hyperparameters, a pytree of arrays.
+        data: passed to the condition.
+
+    Returns:
+        w like ``init``; the number of steps taken (function evaluations if the solver does not count steps, and 0 if it
+        counts neither); and the tolerance as a float, or None if the solver has none or if it is 0.
+
+    Raises:
+        ValueError: if jaxopt has no such solver, if the solver does not fit the condition, or if a solver that runs
+            SciPy is called under a trace.
+    """
     cls = _solver_class(solver)
-    name, make = _fitting(cls, condition)
+    name, prepare = _adapter(cls, condition)
     if name.startswith("Scipy"):
         _check_concrete(name, (init, theta, data))
     fields = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-    setting = make(condition, init, theta, data)
-    given = setting.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})  # bilevel differentiates
-    # By jaxopt's default a loop that it does not differentiate is a scan of all its steps, for someone else to.
-    defaults = setting.defaults | ({"unroll": False} if "unroll" in fields else {})
+    call = prepare(condition, init, theta, data)
+    # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
+    given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
+    # Without implicit_diff, jaxopt would by default run a scan over all maxiter steps, which cannot stop early.
+    defaults = call.defaults | ({"unroll": False} if "unroll" in fields else {})
     solver = cls(**given, **(defaults | options))
-    if isinstance(solver, jaxopt.OSQP):  # it always tells the solver inside of it to differentiate, backwards only
+    if isinstance(solver, jaxopt.OSQP):  # OSQP does not pass the option on to its inner solver
         solver._box_osqp.implicit_diff = False
-    w, state = solver.run(setting.start, *setting.arguments)
+    w, state = solver.run(call.start, *call.arguments)
     counts = (getattr(state, name, None) for name in ("iter_num", "num_fun_eval"))
     steps = next((count for count in counts if count is not None), 0)
-    tol = options.get("tol", fields.get("tol"))  # by 0, the default of some, they spend their budget
-    return setting.unpack(w), steps, float(tol) if tol else None
+    tol = options.get("tol", fields.get("tol"))  # some solvers have tol=0 by default, and then take all their steps
+    return call.unpack(w), steps, float(tol) if tol else None
 
 
 def _check_concrete(name, values):
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
         raise ValueError(
-            f"jaxopt's {name} runs SciPy, which no trace can hold, and a hypergradient traces its solver: find w "
-            "before, by bl.solve(bl.Jaxopt(...), condition, init, theta, data).w, and differentiate there, with that w "
-            "as init and lambda condition, init, theta, data: init as the solver; or use a solver that is all JAX"
+            f"jaxopt's {name} runs SciPy, which JAX cannot trace, but a hypergradient traces its solver: compute w "
+            "beforehand by bl.solve(bl.Jaxopt(...), condition, init, theta, data).w, then pass this w as init and "
+            "lambda condition, init, theta, data: init as the solver; or use a solver that is written in JAX"
         )
 
 
-class _Setting(NamedTuple):
-    """What one of jaxopt's solvers is made of and run on."""
+class _Call(NamedTuple):
+    """The arguments for the constructor and the ``run`` method of a jaxopt solver."""
 
     given: dict
-    """The functions that its constructor is given."""
+    """The functions that the constructor takes, by keyword."""
     arguments: tuple
-    """Of ``run``, after the start; by position, as θ and data have other names in the user's functions."""
+    """Positional arguments of ``run`` after the start. Keywords would fail: a user's function may rename θ and data."""
     start: PyTree
+    """The first argument of ``run``."""
     unpack: Callable[[PyTree], PyTree] = lambda w: w
-    """From what it returns to w."""
-    defaults: dict = {}  # noqa: RUF012  # nobody writes to it
-    """Options that hold unless the user sets them."""
+    """A function from the result of ``run`` to w."""
+    defaults: dict = {}  # noqa: RUF012  # never modified
+    """Options that the user's options override."""
 
 
 def _solver_class(solver):
@@ -67,15 +90,15 @@ def _solver_class(solver):
 
 
 def solver_names():
-    """What jaxopt offers as solvers, by name."""
+    """Return the names of all solvers in jaxopt."""
     return [name for name in dir(jaxopt) if name[0].isupper() and name != "OptStep"]
 
 
-def _fitting(cls, condition):
-    """A solver's name in jaxopt, and what makes its setting; ValueError where it does not fit the condition."""
-    kind = next(name for name in _SETTINGS if hasattr(condition, name))
-    fitting = _SETTINGS[kind]
-    for name in (base.__name__ for base in cls.__mro__):
+def _adapter(cls, condition):
+    """Return the name of a solver and its adapter for a condition; ValueError if the solver does not fit."""
+    kind = next(name for name in _ADAPTERS if hasattr(condition, name))
+    fitting = _ADAPTERS[kind]
+    for name in (base.__name__ for base in cls.__mro__):  # a user's subclass has the adapter of its base
         if name in fitting and cls.__name__ not in _REFUSED:
             return name, fitting[name]
     reason = f": {_REFUSED[cls.__name__]}" if cls.__name__ in _REFUSED else ""
@@ -85,21 +108,27 @@ def _fitting(cls, condition):
     )
 
 
-def _with(function, argument="fun", **defaults):
-    """The setting of a solver that is given one of the condition's functions and nothing else."""
+def _from_function(function, argument="fun", **defaults):
+    """Return the adapter of a solver whose constructor needs only one function of the condition.
 
-    def make(condition, init, theta, data):
+    Args:
+        function: the name of the condition's method.
+        argument: the name that the constructor has for it.
+        defaults: options that the user's options override.
+    """
+
+    def prepare(condition, init, theta, data):
         given = {argument: getattr(condition, function)}
-        return _Setting(given, (theta, data), init, defaults=defaults)
+        return _Call(given, (theta, data), init, defaults=defaults)
 
-    return make
+    return prepare
 
 
 def _bisection(condition, init, theta, data):
     if jnp.shape(init) != ():
         raise ValueError(f"jaxopt's Bisection finds a scalar w, got {jax.tree.map(jnp.shape, init)}: use Broyden")
-    # Its check reads a number, which no trace has; the residual tells.
-    return _with("residual", "optimality_fun", check_bracket=False)(condition, init, theta, data)
+    # jaxopt's check of the bracket fails under a trace. Without a sign change, the residual of the result shows it.
+    return _from_function("residual", "optimality_fun", check_bracket=False)(condition, init, theta, data)
 
 
 def _proximal_gradient(condition, init, theta, data):
@@ -107,7 +136,7 @@ def _proximal_gradient(condition, init, theta, data):
         return condition.prox(w, *outer, scaling)
 
     arguments = (theta, data), theta, data
-    return _Setting({"fun": condition.objective, "prox": prox}, arguments, init)
+    return _Call({"fun": condition.objective, "prox": prox}, arguments, init)
 
 
 def _block_coordinate_descent(condition, init, theta, data):
@@ -121,19 +150,19 @@ def _block_coordinate_descent(condition, init, theta, data):
         moved = condition.prox(block, *outer, scaling)
         if jnp.shape(moved) != jnp.shape(block):
             raise ValueError(
-                "jaxopt's BlockCoordinateDescent tells prox no index, so that it must be the same for each entry of w, "
-                f"got {jnp.shape(moved)} for one of {jnp.shape(block)}: use ProximalGradient"
+                "jaxopt's BlockCoordinateDescent applies prox to one entry of w without its index, so prox must be the "
+                f"same for each entry, got {jnp.shape(moved)} for a block {jnp.shape(block)}: use ProximalGradient"
             )
         return moved
 
     arguments = (theta, data), theta, data
-    return _Setting({"fun": condition.objective, "block_prox": prox}, arguments, init)
+    return _Call({"fun": condition.objective, "block_prox": prox}, arguments, init)
 
 
 def _projected_gradient(condition, init, theta, data):
     arguments = (theta, data), theta, data
     given = {"fun": condition.objective, "projection": lambda w, outer: condition.projection(w, *outer)}
-    return _Setting(given, arguments, init)
+    return _Call(given, arguments, init)
 
 
 def _mirror_descent(condition, init, theta, data):
@@ -142,11 +171,14 @@ def _mirror_descent(condition, init, theta, data):
 
     arguments = (theta, data), theta, data
     defaults = {"projection_grad": euclidean, "stepsize": condition.step_size}
-    return _Setting({"fun": condition.objective}, arguments, init, defaults=defaults)
+    return _Call({"fun": condition.objective}, arguments, init, defaults=defaults)
 
 
 def _box(condition, init, theta, data):
-    """The bounds of a box: where its projection sends ∓∞. The residual tells if it is no box, mostly by a NaN."""
+    """Return the lower and upper bounds of a box, which are the projections of −∞ and +∞.
+
+    If the set is not a box, the bounds are wrong, and the residual of the result shows it, in most cases as a NaN.
+    """
     return tuple(
         condition.projection(jax.tree.map(lambda leaf, end=end: jnp.full_like(leaf, end), init), theta, data)
         for end in (-jnp.inf, jnp.inf)
@@ -155,24 +187,27 @@ def _box(condition, init, theta, data):
 
 def _bounded(condition, init, theta, data):
     arguments = _box(condition, init, theta, data), theta, data
-    return _Setting({"fun": condition.objective}, arguments, init)
+    return _Call({"fun": condition.objective}, arguments, init)
 
 
 def _box_quadratic(condition, init, theta, data):
     start, unravel = ravel_pytree(init)
     objective = _quadratic(lambda w: condition.objective(unravel(w), theta, data), start)
     bounds = tuple(ravel_pytree(bound)[0] for bound in _box(condition, init, theta, data))
-    return _Setting({}, (objective, bounds), start, unravel)
+    return _Call({}, (objective, bounds), start, unravel)
 
 
 def _quadratic(objective, like):
-    """Q and c of ½xᵀQx + cᵀx + constant, read off at zero; the residual tells if it is none."""
+    """Return Q and c of ½xᵀQx + cᵀx + constant, by derivatives at zero.
+
+    If the objective is not quadratic, the residual of the result shows it.
+    """
     zero = jnp.zeros_like(like)
     return jax.hessian(objective)(zero), jax.grad(objective)(zero)
 
 
 def _affine(constraint, init, theta, data):
-    """The matrix and the right-hand side of an affine constraint Ax − b on the raveled x, read off at zero."""
+    """Return A and b of an affine constraint Ax − b on the raveled x, by value and Jacobian at zero."""
     primal, unravel = ravel_pytree(init)
 
     def flat(x):
@@ -182,16 +217,19 @@ def _affine(constraint, init, theta, data):
 
 
 def _program(condition, init, theta, data):
-    """Q and c, A and b, G and h of min ½xᵀQx + cᵀx, Ax = b, Gx ≤ h; None for a constraint there is not."""
+    """Return (Q, c), (A, b) and (G, h) of the program min ½xᵀQx + cᵀx with Ax = b and Gx ≤ h.
+
+    A pair is None if the condition has no such constraint.
+    """
     primal, unravel = ravel_pytree(init[0])
     objective = _quadratic(lambda x: condition.objective(unravel(x), theta, data), primal)
     constraints = (condition.equality, condition.inequality)
     program = objective, *(None if c is None else _affine(c, init[0], theta, data) for c in constraints)
-    return jax.tree.map(lambda leaf: leaf.astype(float), program)  # OSQP mixes in the default dtype
+    return jax.tree.map(lambda leaf: leaf.astype(float), program)  # OSQP creates arrays of the default float dtype
 
 
 def _like(init, *parts):
-    """The raveled x, ν and μ as w."""
+    """Return the raveled x, ν and μ in the structure and dtypes of ``init``."""
 
     def unravel(like, part):
         flat, back = ravel_pytree(like)
@@ -202,18 +240,18 @@ def _like(init, *parts):
 
 def _quadratic_program(condition, init, theta, data):
     arguments = _program(condition, init, theta, data)
-    return _Setting({}, arguments, None, lambda w: _like(init, w.primal, w.dual_eq, w.dual_ineq))
+    return _Call({}, arguments, None, lambda w: _like(init, w.primal, w.dual_eq, w.dual_ineq))
 
 
 def _equality_program(condition, init, theta, data):
     if condition.inequality is not None:
-        raise ValueError("jaxopt's EqualityConstrainedQP knows no inequality: use OSQP or BoxOSQP")
-    setting = _quadratic_program(condition, init, theta, data)
-    return setting._replace(arguments=setting.arguments[:2])
+        raise ValueError("jaxopt's EqualityConstrainedQP does not take inequalities: use OSQP or BoxOSQP")
+    call = _quadratic_program(condition, init, theta, data)
+    return call._replace(arguments=call.arguments[:2])
 
 
 def _two_sided_program(condition, init, theta, data):
-    """Both kinds of constraints as l ≤ Ax ≤ u, an equality with l = u."""
+    """Prepare BoxOSQP, which takes both kinds of constraints as l ≤ Ax ≤ u; an equality has l = u."""
     objective, equal, unequal = _program(condition, init, theta, data)
     rows = [part for part in (equal, unequal) if part is not None]
     count = 0 if equal is None else equal[1].size
@@ -225,11 +263,12 @@ def _two_sided_program(condition, init, theta, data):
         above, below = solution.dual_ineq
         return _like(init, solution.primal[0], (above - below)[:count], above[count:])
 
-    return _Setting({}, arguments, None, unpack)
+    return _Call({}, arguments, None, unpack)
 
 
-# Which solvers fit a condition, and by which of a condition's functions it is told apart.
-_SETTINGS = {
+# The adapters of the solvers that fit a condition, by method names. The first of these methods that a condition has
+# decides which solvers fit it.
+_ADAPTERS = {
     "potential": dict.fromkeys(
         (
             "GradientDescent",
@@ -241,7 +280,7 @@ _SETTINGS = {
             "OptaxSolver",
             "ScipyMinimize",
         ),
-        _with("potential"),
+        _from_function("potential"),
     ),
     "prox": {"ProximalGradient": _proximal_gradient, "BlockCoordinateDescent": _block_coordinate_descent},
     "projection": {
@@ -251,28 +290,30 @@ _SETTINGS = {
         "BoxCDQP": _box_quadratic,
         "ScipyBoundedMinimize": _bounded,
     },
-    "mapping": dict.fromkeys(("FixedPointIteration", "AndersonAcceleration"), _with("mapping", "fixed_point_fun")),
+    "mapping": dict.fromkeys(
+        ("FixedPointIteration", "AndersonAcceleration"), _from_function("mapping", "fixed_point_fun")
+    ),
     "equality": {
         "OSQP": _quadratic_program,
         "BoxOSQP": _two_sided_program,
         "EqualityConstrainedQP": _equality_program,
     },
     "residual": {
-        "Broyden": _with("residual"),
-        "LevenbergMarquardt": _with("residual", "residual_fun"),
-        "GaussNewton": _with("residual", "residual_fun"),
+        "Broyden": _from_function("residual"),
+        "LevenbergMarquardt": _from_function("residual", "residual_fun"),
+        "GaussNewton": _from_function("residual", "residual_fun"),
         "Bisection": _bisection,
-        "ScipyRootFinding": _with("residual", "optimality_fun", method="hybr"),
-        "ScipyLeastSquares": _with("residual", method="trf"),
+        "ScipyRootFinding": _from_function("residual", "optimality_fun", method="hybr"),
+        "ScipyLeastSquares": _from_function("residual", method="trf"),
     },
 }
-# What no condition of ours asks for, and why.
+# Solvers that fit no condition of this library, with the reason.
 _REFUSED = {
-    "AndersonWrapper": "it wraps a solver that holds its function already (bl.Anderson accelerates any mapping)",
-    "BacktrackingLineSearch": "it searches along a line",
-    "CvxpyQP": "cvxpy works on NumPy arrays, which no trace can hold (OSQP solves the same programs)",
-    "HagerZhangLineSearch": "it searches along a line",
-    "IterativeRefinement": "it solves linear systems (bl.LU and its like do, for the adjoint)",
-    "ScipyBoundedLeastSquares": "it wants a sum of squares in a box (a Projected objective, with ScipyBoundedMinimize)",
-    "ZoomLineSearch": "it searches along a line",
+    "AndersonWrapper": "it wraps a solver that already has its function (bl.Anderson accelerates any mapping)",
+    "BacktrackingLineSearch": "it is a line search, not a solver",
+    "CvxpyQP": "cvxpy works on NumPy arrays, which JAX cannot trace (OSQP solves the same programs)",
+    "HagerZhangLineSearch": "it is a line search, not a solver",
+    "IterativeRefinement": "it solves linear systems (for the adjoint system use bl.LU or another linear solver)",
+    "ScipyBoundedLeastSquares": "it needs a sum of squares in a box (solve a Projected by ScipyBoundedMinimize)",
+    "ZoomLineSearch": "it is a line search, not a solver",
 }

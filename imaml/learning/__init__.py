@@ -1,1 +1,1 @@
-"""Learning from tasks: a task's bilevel problem, networks, the tasks themselves, and the algorithms' meta-gradients."""
+"""Meta-learning: few-shot tasks, networks, the bilevel problem of one task, and the algorithms' meta-gradients."""

@@ -1,9 +1,9 @@
 """Networks as pairs of pure functions, with convolutions that stay fast when every task has its own weights.
 
-XLA's own convolution of a few small images is some ten times slower on a CPU than the same arithmetic as one
-matrix product, and under ``vmap`` over tasks, each with its own kernel, it becomes a grouped one, slower still.
-So a convolution is written here as patches times a matrix, and the patches are slices (at stride 2, of a reshape
-into even and odd rows and columns): no gather, hence no scatter in the gradient.
+On a CPU, XLA's convolution of a few small images takes about ten times as long as the same arithmetic written as one
+matrix product. Under ``vmap`` over tasks that each have their own kernel it becomes a grouped convolution, which is
+slower still. A convolution is therefore written here as a product of patches and a matrix. The patches are made of
+slices alone (at stride 2, of the even and odd rows and columns). They need no gather, so the gradient has no scatter.
 """
 
 import math
@@ -14,18 +14,20 @@ import jax
 import jax.numpy as jnp
 
 Parameters = dict
-"""A dictionary of arrays, or of such dictionaries."""
+"""The parameters of a network: nested dictionaries of arrays."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """``init(key) -> parameters`` and ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``.
+    """A network as a pair of pure functions, ``init`` and ``apply``.
 
     Attributes:
-        init: draws parameters.
-        apply: where there is batch normalisation, over the batch ``x``.
-        apply_beside: ``apply_beside(parameters, x, support_x)``: the same, with each normalisation's mean and variance
-            taken of ``support_x`` alone, so that an output hangs on no other row of ``x``; None without normalisation.
+        init: ``init(key) -> parameters`` draws initial parameters.
+        apply: ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``. Batch normalisation uses the mean and
+            variance of the batch ``x``, so an output depends on all rows of ``x``.
+        apply_beside: ``apply_beside(parameters, x, support_x) -> outputs [batch, ...]`` uses the mean and variance of
+            ``support_x`` instead, so an output depends on its own row of ``x`` and on ``support_x``. None for a
+            network without batch normalisation.
     """
 
     init: Callable[[jax.Array], Parameters]
@@ -34,17 +36,20 @@ class Network:
 
 
 def smooth_relu(x: jax.Array) -> jax.Array:
-    """softplus(10x)/10: within 0.07 of max(0, x), and without its kink."""
+    """Return softplus(10x)/10, a smooth function that differs from max(0, x) by at most ln(2)/10 < 0.07."""
     return jax.nn.softplus(10 * x) / 10
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """The largest of each 2×2 square, ``[batch, ⌊height/2⌋, ⌊width/2⌋, channels]``."""
+    """Return the maximum of each 2×2 square of ``x`` [batch, height, width, channels].
+
+    The result has the shape ``[batch, ⌊height/2⌋, ⌊width/2⌋, channels]``: a last odd row or column is dropped.
+    """
     return _squares(x).max((2, 4))
 
 
 def mean_pool(x: jax.Array) -> jax.Array:
-    """The mean of each 2×2 square: what stands for :func:`max_pool` where there shall be no kinks."""
+    """Return the mean of each 2×2 square of ``x``, a smooth replacement for :func:`max_pool`."""
     return _squares(x).mean((2, 4))
 
 
@@ -64,30 +69,34 @@ def conv4(
     head_bias: float = 0.0,
     pool: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Network:
-    """Four blocks of 3×3 convolution, batch normalisation and ReLU, then a linear layer.
+    """Build a network of four convolutional blocks and a linear layer.
 
-    The network of Finn et al. (2017). Without ``pool`` it is theirs for Omniglot, with stride 2, as the public iMAML
-    code sizes it: odd maps are zero-padded to even ones, so that 28×28 gives maps of 14, 7 (8), 4 and 2. With
-    :func:`max_pool` after each block it is theirs for Mini-ImageNet, with stride 1: 84×84 gives 42, 21, 10 and 5.
+    A block is a 3×3 convolution, batch normalisation and ReLU. This is the network of Finn et al. (2017) in both of its
+    forms. Without ``pool`` it is the one for Omniglot, with stride 2. Odd sides are zero-padded to even ones, as in the
+    public iMAML code, so 28×28 images give maps of side 14, 7 (padded to 8), 4 and 2. With :func:`max_pool` after each
+    block it is the one for Mini-ImageNet, with stride 1: 84×84 images give maps of side 42, 21, 10 and 5.
 
-    Batch normalisation uses the statistics of the batch it is given and keeps none: evaluated on a query set, it sees
-    all of it (the published, *transductive*, protocol), unless it is applied beside a support set.
+    Batch normalisation uses the statistics of the current batch and keeps no running averages. On a query set, a logit
+    therefore depends on all query images (the published, *transductive* protocol). ``Network.apply_beside`` takes the
+    statistics of a support set instead.
 
     Args:
-        ways: number of classes N.
+        ways: number of classes, N.
         filters: channels of each block.
-        image_shape: height, width, channels.
-        kernel_gain: factor on Glorot's initial kernels. The normalisation takes it out of the outputs; what
-            it changes is how far a kernel is from being another one. At a larger gain the kernels' gradients
-            and curvature are smaller (by the gain, and by its square), so that a task adapts more by its
-            linear layer, and I + H/λ is better conditioned.
-        activation: what ends each block, before the pooling; a smooth one gives a network without kinks.
+        image_shape: height, width and channels of an image.
+        kernel_gain: factor on Glorot's initial kernels. The normalisation cancels it in the outputs. A larger gain
+            makes the gradients of the kernels smaller in proportion, and their curvature in proportion to its square.
+            A task then adapts more by its linear layer, and I + H/λ is better conditioned.
+        activation: the activation at the end of each block, before pooling. A smooth one gives a smooth network, if
+            ``pool`` is smooth too.
         head_gain: factor on Glorot's initial matrix of the linear layer.
-        head_bias: the linear layer's biases start uniform between 0 and this.
-        pool: what halves the maps; None for convolutions of stride 2.
+        head_bias: the initial biases of the linear layer are uniform between 0 and this number.
+        pool: the pooling that halves the maps after each block. None for convolutions of stride 2.
 
     Returns:
         A :class:`Network` from images ``[batch, height, width, channels]`` to logits ``[batch, ways]``.
+
+    Source: Finn, Abbeel, Levine (2017), section 5.2.
     """
     height, width, channels = image_shape
     features = filters * math.prod(side // 16 if pool else -(-side // 16) for side in (height, width))
@@ -113,7 +122,15 @@ def conv4(
 
 
 def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Network:
-    """Linear layers with ReLU between them; ``sizes`` lists the width of input, hidden and output layers."""
+    """Build a network of linear layers with an activation between them.
+
+    Args:
+        sizes: widths of the input, of each hidden layer, and of the output.
+        activation: the function between two layers.
+
+    Returns:
+        A :class:`Network` from inputs ``[batch, sizes[0]]`` to outputs ``[batch, sizes[-1]]``.
+    """
 
     def init(key):
         keys = jax.random.split(key, len(sizes) - 1)
@@ -128,42 +145,42 @@ def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = j
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
-    """A 3×3 convolution with one row and column of zeros around the image.
+    """Return the 3×3 convolution of images that are padded by one row and column of zeros on each side.
 
     Args:
-        x: ``[batch, height, width, channels]``; at stride 2 an odd side is first padded to an even one at its end.
-        kernel: ``[filters, 9 · channels]``, the 3×3 positions row by row, channels innermost.
+        x: images ``[batch, height, width, channels]``. At stride 2 an odd side first gets one more zero at its end.
+        kernel: ``[filters, 9 · channels]``: the 3×3 positions row by row, with the channels innermost.
         stride: 1 or 2.
 
     Returns:
         ``[batch, ⌈height/stride⌉, ⌈width/stride⌉, filters]``.
     """
     neighbours = patches(x) if stride == 2 else dense_patches(x)
-    # As one matrix: with its axes apart, the kernel's gradient takes a tenth longer.
+    # Merge the axes into one matrix: the kernel's gradient takes 10 % longer if batch, rows and columns stay separate.
     filters, inputs = kernel.shape
     rows = neighbours.reshape(-1, inputs)
-    if inputs < filters:  # a narrow kernel's gradient is made faster in the layout of its transpose
+    if inputs < filters:  # the gradient of such a kernel is faster in the transposed layout, which the barrier keeps
         product = rows @ jax.lax.optimization_barrier(kernel.T)
-    else:  # not rows @ kernel.T, of which a linearisation keeps a copy
+    else:  # contract in place: a linearisation of rows @ kernel.T stores a transposed copy of the kernel
         product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
     return product.reshape(*neighbours.shape[:-1], -1)
 
 
 def dense_patches(x: jax.Array) -> jax.Array:
-    """The 3×3 neighbourhoods at stride 1: ``[batch, height, width, 9 · channels]``."""
+    """Return the 3×3 neighbourhoods of each pixel at stride 1, ``[batch, height, width, 9 · channels]``."""
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return jnp.concatenate([padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=-1)
 
 
 def patches(x: jax.Array) -> jax.Array:
-    """The 3×3 neighbourhoods at stride 2: ``[batch, ⌈height/2⌉, ⌈width/2⌉, 9 · channels]``."""
+    """Return the 3×3 neighbourhoods at stride 2, ``[batch, ⌈height/2⌉, ⌈width/2⌉, 9 · channels]``."""
     batch, height, width, channels = x.shape
     rows, columns = -(-height // 2), -(-width // 2)
     padding = ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0))
     halves = jnp.pad(x, padding).reshape(batch, rows + 1, 2, columns + 1, 2 * channels)
-    # Position i = 0, 1, 2 of a neighbourhood: the even row, the odd row, the next even row. Of each its first two
-    # positions, which lie side by side, and the third, the next even column.
+    # Row i = 0, 1, 2 of a neighbourhood is an even row, the odd row after it, and the next even row. In each row the
+    # first two columns are adjacent in memory and form one slice. The third column, the next even one, is a slice too.
     neighbours = []
     for i in range(3):
         row = halves[:, i // 2 : i // 2 + rows, i % 2]
@@ -174,15 +191,21 @@ def patches(x: jax.Array) -> jax.Array:
 def batch_normalise(
     x: jax.Array, scale: jax.Array, offset: jax.Array, epsilon: float = 1e-5, counted: int | None = None
 ) -> jax.Array:
-    """Each channel to mean ``offset`` and deviation ``scale`` over all other axes of the first ``counted`` rows.
+    """Shift and scale each channel to mean ``offset`` and standard deviation ``scale``.
 
-    None counts all rows. The others are shifted and scaled as those are, and do not count.
+    Args:
+        x: ``[rows, ..., channels]``. Mean and variance are taken over all axes but the last.
+        scale: ``[channels]``.
+        offset: ``[channels]``.
+        epsilon: added to the variance.
+        counted: the number of leading rows that mean and variance are taken of. The other rows are shifted and scaled
+            by the same numbers. None takes the statistics of all rows.
     """
     axes = tuple(range(x.ndim - 1))
-    seen = x if counted is None else x[:counted]
-    mean = seen.mean(axes)
-    # Recomputed, so that a linearisation keeps the deviations alone.
-    variance = jax.checkpoint(lambda deviation: (deviation * deviation).mean(axes), prevent_cse=False)(seen - mean)
+    reference = x if counted is None else x[:counted]
+    mean = reference.mean(axes)
+    # Recompute the squares in the backward pass, so that a linearisation stores only the deviations.
+    variance = jax.checkpoint(lambda deviation: (deviation * deviation).mean(axes), prevent_cse=False)(reference - mean)
     return (x - mean) * (scale * jax.lax.rsqrt(variance + epsilon)) + offset
 
 
@@ -192,13 +215,13 @@ def _block_init(key, channels, filters, gain):
 
 
 def _block(parameters, x, stride, counted):
-    # No bias before a batch normalisation: it would be subtracted with the mean.
+    # The convolution has no bias, because the normalisation would subtract it together with the mean.
     x = convolution(x, parameters["kernel"], stride)
     return batch_normalise(x, parameters["scale"], parameters["offset"], counted=counted)
 
 
-def _dense_init(key, inputs, outputs, gain=1.0, most_bias=0.0):
-    bias = jax.random.uniform(jax.random.fold_in(key, 1), (outputs,), maxval=most_bias) if most_bias else 0
+def _dense_init(key, inputs, outputs, gain=1.0, max_bias=0.0):
+    bias = jax.random.uniform(jax.random.fold_in(key, 1), (outputs,), maxval=max_bias) if max_bias else 0
     return {"kernel": gain * _xavier(key, inputs, outputs, outputs), "bias": jnp.zeros(outputs) + bias}
 
 
@@ -207,6 +230,6 @@ def _dense(parameters, x):
 
 
 def _xavier(key, inputs, outputs, fan_out):
-    """Glorot and Bengio (2010): uniform with variance 2 / (fan in + fan out)."""
+    """Draw Glorot's initialisation (Glorot and Bengio 2010): uniform with variance 2 / (fan in + fan out)."""
     limit = math.sqrt(6 / (inputs + fan_out))
     return jax.random.uniform(key, (inputs, outputs), minval=-limit, maxval=limit)

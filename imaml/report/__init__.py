@@ -1,1 +1,1 @@
-"""What a person sees of a run: the learning curve as a picture, progress as lines of text."""
+"""Reports of a run for people: the learning curve as a picture, and progress as lines of text."""

@@ -1,4 +1,7 @@
-"""Pictures from records on disk. Nothing here imports jax, and matplotlib is loaded when a picture is drawn."""
+"""The learning curve of a run, drawn from the files in its folder.
+
+This module does not import JAX. It imports matplotlib only when a picture is drawn.
+"""
 
 import json
 from pathlib import Path
@@ -21,11 +24,11 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
     """Draw accuracy, loss and residuals over the meta-steps of the run in ``directory``.
 
     Args:
-        directory: a run's folder, with its log and, if it ended, its result.
-        ways: classes of a task, for the chance level; None of a regression, which has no accuracy.
+        directory: the run's folder, with its log and, if the run has ended, its result.
+        ways: classes of a task, for the line at the chance level 1/ways. None for a regression, which has no accuracy.
 
     Returns:
-        The path of the PNG.
+        The path of the PNG file.
     """
     log, evaluations = read_log(directory), _evaluations(directory)
     panels = 2 if ways is None else 3
@@ -44,7 +47,13 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
 
 
 def new_figure(width: float, height: float, **style: Any) -> "Figure":
-    """An empty figure, in inches, that no window shows."""
+    """Return an empty figure of ``width`` times ``height`` inches that does not open a window.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        style: further keyword arguments of ``matplotlib.figure.Figure``.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,13 +63,13 @@ def new_figure(width: float, height: float, **style: Any) -> "Figure":
 
 
 def plain(axes: "Axes") -> None:
-    """A faint grid, and no frame but the two axes."""
+    """Draw a faint grid and remove the frame on the top and on the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Written whole, as PNG."""
+    """Write the figure to ``path`` as a PNG file, atomically, and return the path."""
     write_whole(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
     return path
 
@@ -70,10 +79,10 @@ def _draw_accuracy(axes, log: list[Progress], evaluations, chance):
     _smoothed(axes, log, [p.accuracy for p in log], BLUE, "training classes")
     axes.axhline(chance, color=GREY, linestyle=":", label=f"chance {chance:.0%}")
     for evaluation, marker in zip(evaluations, "os", strict=False):
-        by = {"query batch": ", query batch", "support set": ", support statistics"}.get(
+        statistics = {"query batch": ", query batch", "support set": ", support statistics"}.get(
             evaluation["normalisation"], ""
         )
-        _draw_evaluation(axes, log, evaluation, marker, f"held-out{by} {{value:.1%}} ± {{interval:.1%}}")
+        _draw_evaluation(axes, log, evaluation, marker, f"held-out{statistics} {{value:.1%}} ± {{interval:.1%}}")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     _legend(axes)
@@ -105,19 +114,22 @@ def _draw_loss(axes, log):
 def _draw_residuals(axes, log):
     axes.set_title("residuals, median over tasks")
     _smoothed(axes, log, [p.inner_residual for p in log], BLUE, "inner: gradient of the inner objective")
-    if not log or any(p.linear_residual for p in log):  # other algorithms solve no linear system
+    if not log or any(p.linear_residual for p in log):  # only implicit MAML solves a linear system
         _smoothed(axes, log, [p.linear_residual for p in log], ORANGE, "linear: ‖v − (I + H/λ)g‖ / ‖v‖")
     axes.set_yscale("log")
     _legend(axes)
 
 
 def _legend(axes):
-    """Below the panel: within it, it would lie on the curve somewhere."""
+    """Put the legend below the panel, so that it does not cover the curve."""
     axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.2), frameon=False, borderaxespad=0, fontsize="small")
 
 
 def _smoothed(axes, log, values, color, label):
-    """Every value faintly, and the running mean of a fiftieth of the run; an empty line where the log was lost."""
+    """Plot the values faintly, and their running mean over 2 % of the run.
+
+    An empty log, as of a run whose log was deleted, gives an empty line.
+    """
     if not log:
         axes.plot([], [], color=color, label=label)
         return
@@ -129,9 +141,9 @@ def _smoothed(axes, log, values, color, label):
 
 
 def _evaluations(directory):
-    """What a run came to, in this version's words."""
+    """Read the evaluations from ``result.json``, with the field names of this version; none without that file."""
     path = directory / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    if former := result.get("evaluation"):  # of a version that evaluated with the query batch alone
+    if former := result.get("evaluation"):  # earlier versions normalised by the query batch only
         return [{"value": former["accuracy"], "interval": former["interval"], "normalisation": "query batch"}]
     return result.get("evaluations", [])

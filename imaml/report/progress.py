@@ -1,4 +1,4 @@
-"""How a run is shown: a bar that renews itself on a terminal, a plain line now and then elsewhere."""
+"""Progress output: a progress bar on a terminal, and a plain line every ten seconds in a file or a pipe."""
 
 import shutil
 import sys
@@ -8,13 +8,19 @@ from typing import TextIO
 from imaml.runs.log import Progress
 
 BAR_SECONDS = 0.1
+"""Least time between two updates of the bar."""
 LINE_SECONDS = 10.0
+"""Least time between two plain lines."""
 MEMORY = 0.95
-"""Of the running means that are shown: a single step of a few tasks is mostly noise."""
+"""Weight of the past in the running means that are shown. The loss of a single step of a few tasks is mostly noise."""
 
 
 class Reporter:
-    """Shows events, meta-steps and transfers on ``stream``."""
+    """Output of events, meta-steps and downloads on a stream.
+
+    Args:
+        stream: where to write; ``sys.stdout`` by default. A terminal gets a progress bar, any other stream plain lines.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
@@ -25,12 +31,12 @@ class Reporter:
         self._loss = self._accuracy = 0.0
 
     def event(self, message: str) -> None:
-        """A phrase about what comes next, on a line of its own."""
+        """Print a message about the work that begins now, such as ``"evaluating"``, on a new line."""
         self.finish()
         print(f"{message} …", file=self._stream, flush=True)
 
     def step(self, progress: Progress) -> None:
-        """One meta-step; shown if the last one was shown long enough ago, or it is the last."""
+        """Show a meta-step if enough time has passed since the last output, or if it is the last meta-step."""
         memory = MEMORY if self._first else 0.0
         self._loss += (1 - memory) * (progress.loss - self._loss)
         if progress.accuracy is not None:
@@ -42,14 +48,19 @@ class Reporter:
             self._show(progress)
 
     def transfer(self, done: int, total: int | None) -> None:
-        """Bytes that are there; only a terminal is shown them, and the last ones always."""
+        """Show the progress of a download on a terminal; other streams get no output.
+
+        Args:
+            done: bytes received.
+            total: size of the file in bytes, or None if it is not known.
+        """
         now = time.monotonic()
         if self._bar and (done == total or now - self._shown >= BAR_SECONDS):
             self._shown = now
-            self._renew(f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else ""))
+            self._redraw(f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else ""))
 
     def finish(self) -> None:
-        """Leave the bar as it is and go to a new line."""
+        """End the line of the bar. The next step starts new running means and a new estimate of the time left."""
         if self._unfinished:
             print(file=self._stream, flush=True)
         self._unfinished = False
@@ -65,15 +76,18 @@ class Reporter:
         width = min(30, shutil.get_terminal_size().columns - len(text) - 4)
         filled = round(width * progress.step / progress.steps)
         bar = f"[{'━' * filled}{' ' * (width - filled)}] " if width > 4 else ""
-        self._renew(f"{bar}{text}")
+        self._redraw(f"{bar}{text}")
 
-    def _renew(self, line):
+    def _redraw(self, line):
         print(f"\r{line}\x1b[K", end="", file=self._stream, flush=True)
         self._unfinished = True
 
 
 def _time_left(first, progress):
-    """By the pace since the first step seen, which carried the compilation; nothing where it is the only one."""
+    """Return the estimated time left as text, or an empty string after the first step.
+
+    The pace is measured from the end of the first step, because that step includes the compilation.
+    """
     steps = progress.step - first.step
     if not steps:
         return ""
@@ -82,7 +96,7 @@ def _time_left(first, progress):
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: ``1:02:03`` or ``2:03``."""
+    """Return a duration as hours, minutes and seconds, ``"1:02:03"``, or as minutes and seconds, ``"2:03"``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,1 +1,1 @@
-"""The settings of a run: the record, the published presets, changing a setting, and reading saved ones."""
+"""The settings of a run: the preset record, the published presets, overrides, and saved settings."""

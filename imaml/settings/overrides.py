@@ -1,4 +1,4 @@
-"""Settings by their dotted paths, as the command line names them: ``inner.step_size``, ``outer.tasks``."""
+"""Overrides of single settings by their dotted path, such as ``inner.step_size`` or ``outer.tasks``."""
 
 import dataclasses
 import difflib
@@ -9,16 +9,22 @@ from imaml.errors import InputError, check
 from imaml.settings.preset import FIXED, Preset
 
 CHOICES = {"linear.engine": ("jaxopt", "watched")}
-"""The settings below the top level that are words, by path, with the words that each takes."""
+"""The nested settings that are words, by path, with the words that each of them accepts."""
 
 
 def override(chosen: Preset, path: str, text: str) -> Preset:
-    """``chosen`` with the field at ``path`` ("strength", "inner.steps") read from ``text``.
+    """Return a copy of a preset with one setting changed.
 
-    Another algorithm comes with its own inner loop, see :meth:`Preset.using`: override it first.
+    Changing ``algorithm`` also replaces the inner loop, see :meth:`Preset.using`. It must therefore be overridden
+    before any setting of the inner loop.
+
+    Args:
+        chosen: the preset to start from.
+        path: the dotted path of the setting: ``"strength"``, ``"inner.max_steps"``.
+        text: the new value as typed. It is parsed as the type of the present value.
 
     Raises:
-        InputError: for a path that does not exist, with those that do, and for a value of another type.
+        InputError: if the path does not exist, with the paths that do; or if the value has another type or is refused.
     """
     paths = settings(chosen)
     if path not in paths:
@@ -31,15 +37,18 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
 
 
 def settings(chosen: Preset) -> dict[str, Any]:
-    """Every setting that can be overridden and has a part in the numbers, by its dotted path, with its value."""
+    """Return the settings that can be overridden, as a dictionary from dotted path to present value.
+
+    Settings that the preset's algorithm does not use, such as ``strength`` for MAML, are not included.
+    """
     found: dict[str, Any] = {}
     for name, value in _fields(chosen).items():
-        idle = chosen.algorithm != "imaml" and name in ("strength", "linear")
-        if name in FIXED or idle or value is None:
+        unused = chosen.algorithm != "imaml" and name in ("strength", "linear")
+        if name in FIXED or unused or value is None:
             continue
         if dataclasses.is_dataclass(value):
-            below = {f"{name}.{inner}": v for inner, v in _fields(value).items()}
-            found |= {path: v for path, v in below.items() if isinstance(v, bool | int | float) or path in CHOICES}
+            nested = {f"{name}.{inner}": v for inner, v in _fields(value).items()}
+            found |= {path: v for path, v in nested.items() if isinstance(v, bool | int | float) or path in CHOICES}
         else:
             found[name] = value
     return found
@@ -62,7 +71,7 @@ def _parse(path, text, present):
         value = kind(text)
     except ValueError:
         raise InputError(f"--{path} takes {what}, got {text!r}") from None
-    # Beyond this no count fits the compiled loops, and no seed a key.
+    # Loop counters of compiled programs and seeds of random keys have 32 bits.
     check(math.isfinite(value) if kind is float else abs(value) < 2**32, f"--{path} is out of range: {text!r}")
     return value
 
@@ -74,5 +83,5 @@ def _replace(record, path, value):
         return dataclasses.replace(record, **{path[0]: value})
     except InputError:
         raise
-    except ValueError as error:  # the generic layer's own checks
+    except ValueError as error:  # raised by the constructors of bilevel's solvers
         raise InputError(str(error)) from error

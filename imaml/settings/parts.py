@@ -1,4 +1,4 @@
-"""The parts of a :class:`imaml.Preset`: the network's size, the outer loop, the other algorithms' inner loops."""
+"""The parts of a :class:`imaml.Preset`: network, rotations, outer loop, and inner loops of the other algorithms."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,18 @@ from imaml.learning import networks
 
 @dataclass(frozen=True)
 class Conv4:
-    """The four-block convolutional network of Finn et al. (2017); see :func:`imaml.learning.networks.conv4`.
+    """The sizes of the convolutional network of Finn et al. (2017); see :func:`imaml.learning.networks.conv4`.
 
     Args:
         filters: channels of each block.
-        kernel_gain: factor on Glorot's initial kernels; see :func:`imaml.learning.networks.conv4`.
-        head_gain: the same of the linear layer's initial matrix.
-        head_bias: the linear layer's biases start uniform between 0 and this.
-        pooling: 2×2 max-pooling at stride 1, for Mini-ImageNet, in place of stride 2.
+        kernel_gain: factor on Glorot's initial kernels.
+        head_gain: factor on Glorot's initial matrix of the linear layer.
+        head_bias: the initial biases of the linear layer are uniform between 0 and this number.
+        pooling: stride 1 and 2×2 max-pooling, as for Mini-ImageNet, instead of stride 2.
         image_shape: height, width and channels.
+
+    Raises:
+        InputError: if a size or a gain is out of range.
     """
 
     filters: int = 64
@@ -36,11 +39,11 @@ class Conv4:
         check(self.head_bias >= 0, f"network.head_bias must be at least 0, got {self.head_bias}")
 
     def build(self, ways: int) -> networks.Network:
-        """The functions for ``ways`` classes."""
+        """Return the network with ``ways`` logits."""
         return self._build(ways, jax.nn.relu, networks.max_pool)
 
     def smooth_variant(self, ways: int) -> networks.Network:
-        """The same sizes without kinks: softplus for ReLU, means for maxima."""
+        """Return a smooth network of the same sizes, with a scaled softplus for ReLU and mean- for max-pooling."""
         return self._build(ways, networks.smooth_relu, networks.mean_pool)
 
     def _build(self, ways, activation, pool):
@@ -52,10 +55,13 @@ class Conv4:
 
 @dataclass(frozen=True)
 class MLP:
-    """Two hidden layers between one number and another, as Finn et al. (2017) regress with.
+    """The size of the regression network of Finn et al. (2017): one input and two hidden layers.
 
     Args:
         hidden: units of each hidden layer.
+
+    Raises:
+        InputError: if ``hidden`` is below 1.
     """
 
     hidden: int = 40
@@ -64,21 +70,21 @@ class MLP:
         check(self.hidden >= 1, f"network.hidden must be at least 1, got {self.hidden}")
 
     def build(self, outputs: int) -> networks.Network:
-        """The functions for ``outputs`` numbers."""
+        """Return the network with ``outputs`` output units."""
         return networks.mlp((1, self.hidden, self.hidden, outputs))
 
     def smooth_variant(self, outputs: int) -> networks.Network:
-        """The same sizes with softplus for ReLU."""
+        """Return a smooth network of the same sizes, with a scaled softplus for ReLU."""
         return networks.mlp((1, self.hidden, self.hidden, outputs), networks.smooth_relu)
 
 
 @dataclass(frozen=True)
 class Rotations:
-    """Whether each class of each task is turned by a random multiple of 90°.
+    """Switches for rotating the images of each class of a task by a random multiple of 90°.
 
     Args:
-        train: in training, where it makes four classes of one.
-        test: in evaluation.
+        train: rotate in training. This makes four training classes out of each one.
+        test: rotate in evaluation.
     """
 
     train: bool = False
@@ -90,14 +96,17 @@ class Outer:
     """The outer loop: Adam on the meta-gradient.
 
     Args:
-        learning_rate: Adam's rate at the first meta-step.
-        final_fraction: the rate at the last meta-step as a fraction of the first, along half a cosine; 1 for a
-            constant rate.
+        learning_rate: Adam's learning rate at the first meta-step.
         tasks: tasks in a meta-step.
-        queries: query images of each class of a training task, or query points of a curve.
+        queries: query images of each class of a training task, or query points of a training curve.
         steps: meta-steps of a run.
+        final_fraction: learning rate at the last meta-step as a fraction of the first. The rate follows half a cosine
+            between the two; 1 gives a constant rate.
         epsilon: Adam's ε.
         at_once: tasks that a device computes together; see :func:`imaml.meta_gradient`.
+
+    Raises:
+        InputError: if a number is out of range.
     """
 
     learning_rate: float
@@ -120,11 +129,11 @@ class Outer:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How one of the other algorithms adapts to a support set.
+    """The inner loop of MAML, first-order MAML or Reptile.
 
     Args:
-        inner: descent on the support loss alone.
-        test_steps: its steps in evaluation; 0 for as many as in training.
+        inner: gradient descent on the support loss, without a proximal term.
+        test_steps: inner steps in evaluation; 0 for as many as in training.
     """
 
     inner: bl.GradientDescent
@@ -133,16 +142,16 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Baselines:
-    """The inner loops of the algorithms beside implicit MAML, which a preset becomes with another ``--algorithm``.
+    """The inner loops that a preset uses if its algorithm is changed from implicit MAML to another one.
 
     Args:
-        maml: of MAML and first-order MAML.
-        reptile: of Reptile.
+        maml: the inner loop of MAML and of first-order MAML.
+        reptile: the inner loop of Reptile.
     """
 
     maml: Adaptation
     reptile: Adaptation
 
     def of(self, algorithm: str) -> Adaptation:
-        """That of an algorithm."""
+        """Return the inner loop of ``algorithm``: ``"maml"``, ``"fomaml"`` or ``"reptile"``."""
         return self.reptile if algorithm == "reptile" else self.maml

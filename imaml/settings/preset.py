@@ -1,8 +1,8 @@
 """The settings of a run as one frozen record.
 
-A preset holds the very objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``), so there
-is no second list of options to keep in step: :mod:`imaml.settings.overrides` changes every number and switch of them by
-its dotted path, and :mod:`imaml.settings.saved` reads back what :meth:`Preset.config` gave.
+A preset holds the objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``) instead of copies of their
+options. :mod:`imaml.settings.overrides` changes a number or switch of these objects by its dotted path.
+:meth:`Preset.config` saves them as plain data, and :mod:`imaml.settings.saved` reads that data back.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import bilevel as bl
 from imaml.errors import check, check_choice
 from imaml.learning import networks
-from imaml.learning.algorithms import ALGORITHMS, Learner, learner_of, reference_learner
+from imaml.learning.algorithms import ALGORITHMS, Learner, make_learner, reference_learner
 from imaml.learning.problem import cross_entropy, squared_error
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Baselines, Conv4, Outer, Rotations
@@ -27,36 +27,37 @@ RAJESWARAN = "Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Grad
 CITATIONS = {"imaml": RAJESWARAN, "maml": FINN, "fomaml": FINN, "reptile": NICHOL}
 FIDELITIES = ("paper", "reference-code")
 LOSSES = {"accuracy": cross_entropy, "mean squared error": squared_error}
-"""The loss of both sets, by the metric that a task is judged by."""
+"""The loss on the support and query sets, by the metric that tasks are evaluated with."""
 
 NO_SETTINGS = ("citation", "departures", "baselines")
-"""Fields of a preset that :meth:`Preset.config` leaves out: they do not decide the numbers of a run."""
+"""Fields of a preset that :meth:`Preset.config` leaves out, because they do not affect the numbers of a run."""
 FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
 """Fields of a preset that the command line cannot change."""
 
-_EQUAL = (
-    "A comparison with the preset it is made from: network and its initialisation, outer loop, query images and length "
-    "are that preset's, and the inner loop alone follows the publication."
+_SAME_OUTER_LOOP = (
+    "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
+    "initialisation, outer loop, query images and length, and only its inner loop follows the publication."
 )
-_AS_A_BASELINE = {
-    "maml": (_EQUAL,),
-    "fomaml": (_EQUAL,),
+_BASELINE_DEPARTURES = {
+    "maml": (_SAME_OUTER_LOOP,),
+    "fomaml": (_SAME_OUTER_LOOP,),
     "reptile": (
-        _EQUAL,
-        "Plain descent, at a rate of ours, on all support and query examples of a training task stands for the "
-        "published Adam on batches of them: accuracy and loss in the log are of examples that were learned from.",
-        "Adam moves θ along the mean of θ − φ, for the published step of a fixed size.",
+        _SAME_OUTER_LOOP,
+        "The inner loop is gradient descent on all support and query examples of a training task, with a step size of "
+        "our choice, where the publication uses Adam on batches of them. Training accuracy and loss in the log are "
+        "therefore measured on examples that the parameters were adapted to.",
+        "The outer loop is Adam on the mean of θ − φ, where the publication moves θ by a fixed multiple of it.",
     ),
 }
 
 
 class Keys(NamedTuple):
-    """The three independent streams of random numbers of a run.
+    """The random keys of a run, one for each of its three independent streams.
 
     Attributes:
-        init: of the first parameters.
-        train: of the training tasks; with the number of a meta-step it decides that step's tasks.
-        test: of the evaluation tasks, which are the same at every evaluation.
+        init: key of the initial parameters.
+        train: key of the training tasks. The tasks of a meta-step depend on this key and the step's number alone.
+        test: key of the evaluation tasks, which are the same at every evaluation.
     """
 
     init: jax.Array
@@ -66,29 +67,35 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that decides the numbers of a run.
+    """The settings that decide the numbers of a run.
 
-    A field with a default was added later: the default is what was done before there was the field, so that
-    settings which were saved without it are still the same settings.
+    A field with a default was added in a later version. Its default is the behaviour of the versions before it, so
+    settings that were saved without the field keep their meaning.
 
     Args:
-        name: what to type.
-        dataset: ``"glyphs"`` (embedded), ``"sinusoid"`` (drawn), ``"omniglot"`` or ``"miniimagenet"`` (need files).
-        episode: what a task is; in training ``outer.queries`` stands for its queries.
-        rotations: of the images, in training and in evaluation; None where there is nothing to turn.
-        network: the network's size.
-        strength: λ of the proximal term, on the mean support loss; implicit MAML's alone.
+        name: the name on the command line.
+        dataset: ``"glyphs"`` (embedded), ``"sinusoid"`` (generated), ``"omniglot"`` or ``"miniimagenet"`` (read from
+            files).
+        episode: how tasks are sampled. Training tasks have ``outer.queries`` queries instead of ``episode.queries``.
+        rotations: whether images are rotated in training and in evaluation. None for a dataset without rotations.
+        network: the kind and size of the network.
+        strength: λ of the proximal term ½ λ‖φ − θ‖², relative to the mean support loss. Only implicit MAML uses it.
         inner: the inner solver.
-        linear: the solver of (I + H/λ)g = v; implicit MAML's alone.
-        outer: optimiser, meta-batch, length.
-        seed: of the parameters, the tasks, everything.
-        algorithm: one of :data:`imaml.learning.algorithms.ALGORITHMS`; :meth:`using` changes it together with the
+        linear: the solver of the adjoint system (I + H/λ)g = v. Only implicit MAML uses it.
+        outer: the outer optimiser, the tasks in a meta-step, and the number of meta-steps.
+        seed: the seed of all random numbers, between 0 and 2**32 − 1.
+        algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`. :meth:`using` changes it together with the
             inner solver.
-        fidelity: ``"paper"``, the equations; ``"reference-code"``, what the authors' public code computes.
+        fidelity: ``"paper"`` for the equations of the paper, ``"reference-code"`` for what the authors' public code
+            computes.
         test_steps: inner steps in evaluation; 0 for as many as in training.
-        citation: the publication it follows.
-        departures: where it does something else, and why, a sentence each.
-        baselines: the other algorithms' inner loops, after what is published for this kind of task.
+        citation: the publication that the preset follows.
+        departures: sentences that each name a difference from the publication, with its reason.
+        baselines: the inner loops of the other algorithms, after the publications on this kind of task. None if the
+            algorithm cannot be changed.
+
+    Raises:
+        InputError: if a value is out of range, or if two settings do not fit each other.
     """
 
     name: str
@@ -110,40 +117,43 @@ class Preset:
 
     def __post_init__(self):
         check(0 < self.strength < float("inf"), f"strength (λ) must be above 0 and finite, got {self.strength}")
-        known = type(self.inner) in (bl.GradientDescent, bl.HessianFree)
-        check(known, f"inner must be a GradientDescent or HessianFree, got {self.inner}")
+        supported = type(self.inner) in (bl.GradientDescent, bl.HessianFree)
+        check(supported, f"inner must be a GradientDescent or HessianFree, got {self.inner}")
         plain = type(self.linear) is bl.CG and self.linear.preconditioner is None
         check(plain, f"linear must be a CG without a preconditioner, got {self.linear}")
-        check(self.inner.tol is None, "inner.tol must be None: a preset spends its budget of inner steps")
-        # JAX drops what lies above 32 bits: a larger seed would silently be another one.
+        check(self.inner.tol is None, "inner.tol must be None: a preset always takes all of its inner steps")
+        # JAX drops the bits above the 32nd: seeds that differ by 2**32 would give the same run.
         check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
         check(self.test_steps >= 0, f"test_steps must be at least 0, got {self.test_steps}")
         check_choice("algorithm", self.algorithm, tuple(ALGORITHMS))
         check_choice("fidelity", self.fidelity, FIDELITIES)
-        literal = self.algorithm == "imaml" and self.fidelity == "paper"
+        any_solver = self.algorithm == "imaml" and self.fidelity == "paper"
         descends = type(self.inner) is bl.GradientDescent
-        check(literal or descends, f"inner must be a GradientDescent for {self.title}, got {self.inner}")
-        alone = self.fidelity == "paper" or self.algorithm == "imaml"
-        check(alone, f"the reference code has implicit MAML alone, so no algorithm {self.algorithm}")
+        check(any_solver or descends, f"inner must be a GradientDescent for {self.title}, got {self.inner}")
+        available = self.fidelity == "paper" or self.algorithm == "imaml"
+        check(available, f"the reference code has only implicit MAML, got algorithm {self.algorithm}")
 
     @property
     def title(self) -> str:
-        """The algorithm's name, as a person says it."""
+        """The name of the algorithm in reports."""
         name = ALGORITHMS[self.algorithm]
         return name if self.fidelity == "paper" else f"{name} as the authors' public code computes it"
 
     def using(self, algorithm: str) -> "Preset":
-        """This preset with another algorithm, and with that one's inner loop; all else stays equal.
+        """Return this preset with another algorithm and that algorithm's inner loop; all other settings stay equal.
+
+        Args:
+            algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`.
 
         Raises:
-            InputError: for an unknown algorithm, or one that is not known for this preset.
+            InputError: for an unknown algorithm, and for one that this preset has no inner loop for.
         """
         check_choice("algorithm", algorithm, tuple(ALGORITHMS))
         if algorithm == self.algorithm:
             return self
         check(
             self.algorithm == "imaml" and self.baselines is not None,
-            f"{self.name} with {self.title} has no inner loop for {algorithm}: start from another preset as published",
+            f"{self.name} with {self.title} has no inner loop for {algorithm}: start from a published preset with one",
         )
         adaptation = self.baselines.of(algorithm)  # type: ignore[union-attr]
         return dataclasses.replace(
@@ -152,12 +162,12 @@ class Preset:
             inner=adaptation.inner,
             test_steps=adaptation.test_steps,
             citation=CITATIONS[algorithm],
-            departures=_AS_A_BASELINE[algorithm],
+            departures=_BASELINE_DEPARTURES[algorithm],
         )
 
     @property
     def training_episode(self) -> Episode | Curve:
-        """The tasks of the outer loop."""
+        """How training tasks are sampled: as in evaluation, but with ``outer.queries`` queries."""
         return dataclasses.replace(self.episode, queries=self.outer.queries)
 
     @property
@@ -167,40 +177,40 @@ class Preset:
 
     @property
     def learner(self) -> Learner:
-        """The network and algorithm, ready for :func:`imaml.meta_gradient`."""
+        """The learner of this preset, for :func:`imaml.meta_gradient`."""
         apply, loss = self.functions.apply, LOSSES[self.episode.metric]
         if self.fidelity == "reference-code":
-            assert isinstance(self.inner, bl.GradientDescent)  # as checked above
+            assert isinstance(self.inner, bl.GradientDescent)  # checked in __post_init__
             return reference_learner(apply, loss, self.inner, self.linear, self.strength)
-        return learner_of(self.algorithm, apply, loss, self.inner, self.linear, self.strength)
+        return make_learner(self.algorithm, apply, loss, self.inner, self.linear, self.strength)
 
     @property
     def test_learner(self) -> Learner:
-        """The learner with as many inner steps as in evaluation."""
+        """The learner with the number of inner steps that is used in evaluation."""
         if not self.test_steps:
             return self.learner
         inner = dataclasses.replace(self.inner, max_steps=self.test_steps)
         return dataclasses.replace(self, inner=inner).learner
 
     def turns(self, training: bool) -> bool:
-        """Whether images are turned by multiples of 90°, in training or in evaluation."""
+        """Return True if images are rotated by multiples of 90°, in training or else in evaluation."""
         if self.rotations is None:
             return False
         return self.rotations.train if training else self.rotations.test
 
     @property
     def keys(self) -> Keys:
-        """All randomness of a run, split from the seed here and nowhere else."""
+        """The random keys of a run. All of its random numbers derive from them."""
         return Keys(*jax.random.split(jax.random.key(self.seed), 3))
 
     def deviations(self) -> tuple[str, ...]:
-        """Where the preset of this name departs from its citation, a sentence each.
+        """Return the differences between the preset and its citation, one sentence each.
 
-        They speak of the preset as it is published here, not of settings that were changed since.
+        The sentences describe the preset of this name. They do not mention settings that were overridden.
         """
         return self.departures
 
     def config(self) -> dict[str, Any]:
-        """The settings as plain nested dictionaries, as JSON gives them back."""
+        """Return the settings as nested dictionaries of JSON values."""
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}
         return json.loads(json.dumps(shown, default=dataclasses.asdict))

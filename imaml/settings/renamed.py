@@ -1,7 +1,6 @@
-"""Fields of settings that were renamed: their old names in saved runs, and on the command line.
+"""Renamed settings: a table from old to new field names, for saved runs and for the command line.
 
-A field counts as renamed for a record that has the new name and not the old one. So the table may name a field before
-the class that holds it is changed.
+An entry of the table applies to a record only if the record has the new field and lacks the old one.
 """
 
 import dataclasses
@@ -13,17 +12,18 @@ RENAMED: dict[str, dict[str, str]] = {
     "linear": {"maxiter": "max_steps"},
     "baselines.*.inner": {"steps": "max_steps"},
 }
-"""Old field names with their new ones, by the dotted path of the record that holds them; ``*`` is any one name."""
+"""New field names by old ones, by the dotted path of the record that has the field; ``*`` matches any one name."""
 
 
 def with_current_names(record: Any, config: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return a copy of ``config`` with each renamed field under the name that ``record`` has for it now.
+    """Return a copy of ``config`` with the present name of each renamed field.
+
+    Fields that ``record`` does not have under any name keep their names, so that the caller can refuse them.
 
     Args:
-        record: a dataclass of the kind that the config was saved of, here the preset itself.
-        config: nested dictionaries, as :meth:`imaml.Preset.config` gave them in this version or an earlier one. Fields
-            that no record has keep their names, for the caller to refuse.
-        path: the dotted path of ``record`` in the preset; empty for the preset itself.
+        record: a preset, or one of its parts, of the same class as the record that was saved.
+        config: nested dictionaries, the result of :meth:`imaml.Preset.config` in this or an earlier version.
+        path: the dotted path of ``record`` in the preset; empty for the preset.
     """
     current = {}
     for name, value in config.items():
@@ -35,9 +35,13 @@ def with_current_names(record: Any, config: dict[str, Any], path: str = "") -> d
 
 
 def current_path(record: Any, path: str) -> str:
-    """Return the dotted path that a setting has now: ``"inner.max_steps"`` for ``"inner.steps"``, once it is renamed.
+    """Return the present dotted path of a setting: ``"inner.max_steps"`` for the old path ``"inner.steps"``.
 
-    A path that was not renamed, or does not exist, is returned as it is.
+    A path that was not renamed, or that does not exist, is returned unchanged.
+
+    Args:
+        record: the preset.
+        path: the dotted path as typed.
     """
     parent, _, name = path.rpartition(".")
     for part in filter(None, parent.split(".")):
@@ -46,7 +50,7 @@ def current_path(record: Any, path: str) -> str:
 
 
 def _current_name(record, path, name, taken=()):
-    """The new name of a field, or ``name`` itself where it was not renamed or its new name is ``taken`` as well."""
+    """Return the new name of a field, or ``name`` if it was not renamed or if its new name is in ``taken``."""
     if not dataclasses.is_dataclass(record):
         return name
     present = {field.name for field in dataclasses.fields(record)}

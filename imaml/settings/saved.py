@@ -1,7 +1,7 @@
-"""Settings that a run saved, read back by a version whose records have gained or renamed fields since.
+"""Reading settings that an earlier version saved, before fields were added or renamed.
 
-Checkpoints, the records of :mod:`imaml.reproduction` and ``result.json`` hold what :meth:`imaml.Preset.config` gave.
-Those files are never rewritten: :func:`completed` translates what was read.
+Checkpoints, the records of :mod:`imaml.reproduction` and ``result.json`` contain the result of
+:meth:`imaml.Preset.config`. These files are never rewritten: :func:`completed` translates their content after reading.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from imaml.settings.renamed import with_current_names
 
 
 def completed(record: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Return ``config``, saved by this or an earlier version, with the fields that this version has.
+    """Return a saved config with the field names of this version, and with the fields that were added since.
 
     A renamed field gets its present name; see :data:`imaml.settings.renamed.RENAMED`. A field that was added later gets
-    its default, which is what was done before there was the field.
+    its default, which is the behaviour of the versions before it.
 
     Args:
-        record: a preset of the kind that the config was saved of.
-        config: what its :meth:`Preset.config` was then.
+        record: a preset with the same kinds of parts as the one that was saved.
+        config: the result of :meth:`Preset.config`, from this or an earlier version. It is not modified.
     """
     return _with_defaults(record, with_current_names(record, config))
 
@@ -40,10 +40,14 @@ def _with_defaults(record, config):
 
 
 def with_config(chosen: Preset, config: dict[str, Any]) -> Preset:
-    """``chosen`` with the settings that :meth:`Preset.config` once gave, of this or a former version.
+    """Return a copy of a preset with the settings of a saved config.
+
+    Args:
+        chosen: the preset of the name that was saved.
+        config: the result of :meth:`Preset.config`, from this or an earlier version.
 
     Raises:
-        InputError: for settings this version does not know, or that it needs and the other did not have.
+        InputError: if the config has settings that this version does not know, or lacks settings that it requires.
     """
     foreign = f"the settings of {chosen.name} were saved by another version"
     try:
@@ -52,7 +56,7 @@ def with_config(chosen: Preset, config: dict[str, Any]) -> Preset:
         restored = _with_settings(chosen, config)
     except (TypeError, AttributeError) as error:
         raise InputError(f"{foreign}: {error}") from error
-    check(restored.config() == config, f"{foreign}, which had others")
+    check(restored.config() == config, f"{foreign}, with different fields")
     return restored
 
 

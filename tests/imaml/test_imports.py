@@ -1,6 +1,6 @@
-"""Imports between the rooms of imaml point down, and there is no circle.
+"""The imports between the rooms of imaml: each room imports only from lower ones, and there is no cycle.
 
-A room is a folder of ``imaml/``, or one of its top modules.
+A room is a folder of ``imaml/``, or one of the modules directly in it.
 """
 
 from pathlib import Path
@@ -9,9 +9,9 @@ import pytest
 from architecture import arrows, between_rooms, circle, room
 
 ARROWS = arrows(Path(__file__).parents[2] / "imaml")
-# The package's own `__init__.py` stands above all rooms: it collects the public names.
-BELOW = {name: targets for name, targets in ARROWS.items() if name != "imaml"}
-# Each room with the rooms that it may import from, the lowest first.
+# `imaml/__init__.py` belongs to no room: it imports the public names from all of them.
+MODULES = {name: targets for name, targets in ARROWS.items() if name != "imaml"}
+# The rooms from the lowest to the highest, each with the rooms that it may import from.
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
@@ -27,22 +27,22 @@ ALLOWED = {
 }
 
 
-@pytest.mark.parametrize("name", BELOW)
-def test_a_module_imports_from_its_own_room_and_those_below(name):
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_its_own_room_and_allowed_lower_rooms(name):
     allowed = ALLOWED[room(name)] | {room(name)}
-    assert {target for target in BELOW[name] if target == "imaml" or room(target) not in allowed} == set()
+    assert {target for target in MODULES[name] if target == "imaml" or room(target) not in allowed} == set()
 
 
-def test_the_table_allows_what_is_used_and_no_more():
+def test_the_table_lists_exactly_the_imports_between_rooms():
     assert between_rooms(ARROWS, "imaml") == ALLOWED
 
 
-def test_the_table_points_down():
+def test_each_room_in_the_table_may_import_only_from_rooms_above_it_in_the_table():
     rooms = list(ALLOWED)
     assert all(rooms.index(other) < rooms.index(name) for name, others in ALLOWED.items() for other in others)
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_the_imports_of_modules_have_no_cycle():
     assert circle(ARROWS) == []
 
 
@@ -56,7 +56,7 @@ def test_modules_import_each_other_in_no_circle():
         "def late():\n    from house.upper import roof",
     ],
 )
-def test_an_import_counts_wherever_and_however_it_is_written(tmp_path, line):
+def test_every_form_of_import_is_found_anywhere_in_a_module(tmp_path, line):
     sources = {"__init__": "", "upper/__init__": "", "upper/roof": "from house import lower", "lower": line}
     for name, source in sources.items():
         path = tmp_path / "house" / f"{name}.py"

@@ -219,7 +219,7 @@ def test_the_command_downloads_both_archives_to_the_folder_that_training_reads(o
     assert [path for path, _ in server.requests] == [f"/{name}" for name in official]
     out = capsys.readouterr().out
     assert f"downloading {server.url}/{official[0]} …" in out
-    assert out.endswith(f"omniglot is whole in {folder}; train on it: imaml train omniglot-5way-1shot-gd\n")
+    assert out.endswith(f"omniglot is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd\n")
 
 
 def test_an_intact_archive_is_kept_and_a_damaged_one_is_downloaded(official, server, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The algorithms beside implicit MAML, and the reference code's operator, against NumPy; several tasks at once."""
+"""Tests of MAML, first-order MAML, Reptile and the reference code against NumPy, and of tasks computed together."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 import imaml
 from imaml import Task, meta_gradient
-from imaml.learning.algorithms import ALGORITHMS, learner_of, reference_learner
+from imaml.learning.algorithms import ALGORITHMS, make_learner, reference_learner
 from imaml.learning.networks import mlp
 from imaml.learning.problem import cross_entropy, squared_error
 
@@ -29,7 +29,7 @@ def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
-# --- Linear regression: every algorithm in closed form -------------------------------------------------------------
+# --- Linear regression: each algorithm in closed form --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ THETA = {"w": np.random.default_rng(1).normal(size=(FEATURES, 1))}
 
 def linear(algorithm, steps=STEPS, strength=1.0):
     inner = bl.GradientDescent(RATE, steps)
-    return learner_of(algorithm, lambda p, x: x @ p["w"], squared_error, inner, bl.CG(5), strength)
+    return make_learner(algorithm, lambda p, x: x @ p["w"], squared_error, inner, bl.CG(5), strength)
 
 
 def descend(x, y, steps=STEPS):
-    """φ after gradient descent on the mean squared error, and dφ/dθ."""
+    """Return φ after gradient descent on the mean squared error, and dφ/dθ."""
     phi, jacobian = THETA["w"], np.eye(FEATURES)
     for _ in range(steps):
         phi = phi - RATE * 2 * x.T @ (x @ phi - y) / len(x)
@@ -57,7 +57,7 @@ def descend(x, y, steps=STEPS):
 
 
 def closed_form(algorithm, task):
-    """The query loss and the gradient of one task."""
+    """Return the query loss and the meta-gradient of one task."""
     x, y, query_x, query_y = (np.asarray(array) for array in jax.tree.leaves(task))
     if algorithm == "reptile":
         phi, _ = descend(np.concatenate([x, query_x]), np.concatenate([y, query_y]))
@@ -69,16 +69,16 @@ def closed_form(algorithm, task):
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
-def test_the_gradient_is_its_closed_form(algorithm, tasks):
+def test_the_meta_gradient_is_its_closed_form(algorithm, tasks):
     out = jax.jit(meta_gradient(linear(algorithm)))(THETA, tasks)
     exact = [closed_form(algorithm, jax.tree.map(lambda array, i=i: array[i], tasks)) for i in range(4)]
-    # Four steps with matrices of norm below ten on sums of sixteen.
+    # Rounding errors of four steps with matrices of norm below 10 and sums of 16 terms.
     np.testing.assert_allclose(out.value, np.mean([value for value, _ in exact]), rtol=1e-11)
     np.testing.assert_allclose(out.gradient["w"], np.mean([gradient for _, gradient in exact], 0), atol=1e-11)
     assert int(out.tasks) == 4 and not np.asarray(out.linear_residual).any()
 
 
-def test_the_algorithms_differ(tasks):
+def test_the_algorithms_have_different_meta_gradients(tasks):
     gradients = [flat(jax.jit(meta_gradient(linear(name)))(THETA, tasks).gradient) for name in ALGORITHMS]
     for i, one in enumerate(gradients):
         for other in gradients[:i]:
@@ -86,19 +86,19 @@ def test_the_algorithms_differ(tasks):
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
-def test_strength_has_no_part_in_them(algorithm, tasks):
+def test_the_meta_gradient_does_not_depend_on_the_strength(algorithm, tasks):
     one, other = (jax.jit(meta_gradient(linear(algorithm, strength=s)))(THETA, tasks) for s in (1.0, 7.0))
     np.testing.assert_array_equal(one.gradient["w"], other.gradient["w"])
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
-def test_adapting_looks_at_the_support_set_alone(algorithm, tasks):
+def test_adapting_uses_only_the_support_set(algorithm, tasks):
     task = jax.tree.map(lambda array: array[0], tasks)
     phi = linear(algorithm).adapt(THETA, task).w["w"]
     np.testing.assert_allclose(phi, descend(np.asarray(task.support_x), np.asarray(task.support_y))[0], atol=1e-11)
 
 
-# --- The reference code: its operator, dense, in NumPy -------------------------------------------------------------
+# --- The reference code against dense NumPy ------------------------------------------------------------------------
 
 WAYS, SHOTS = 3, 2
 
@@ -107,12 +107,15 @@ WAYS, SHOTS = 3, 2
 def softmax_task():
     random = np.random.default_rng(2)
     y = np.repeat(np.arange(WAYS, dtype=np.int32), SHOTS)
-    x = 5 * random.normal(size=(2, WAYS * SHOTS, FEATURES))  # so that H/12 counts beside 2I
+    x = 5 * random.normal(size=(2, WAYS * SHOTS, FEATURES))  # the factor makes H/12 comparable to 2I
     return jax.tree.map(jnp.asarray, Task(x[0], y, x[1], y))
 
 
 def softmax_slope(parameters, x, y):
-    """Gradient [features + 1, ways] of softmax regression's mean cross-entropy; the last row is the bias."""
+    """Return the gradient of softmax regression's mean cross-entropy, the inputs with a 1, and the probabilities.
+
+    The gradient has the shape ``[features + 1, ways]``; its last row is the one of the bias.
+    """
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     logits = x @ parameters
     p = np.exp(logits - logits.max(1, keepdims=True))
@@ -121,7 +124,11 @@ def softmax_slope(parameters, x, y):
 
 
 def reference_code(theta, task):
-    """16 plain steps at 0.1, one step back at 0.1 · λ with λ = 2, then five CG steps from zero on 2I + H/12."""
+    """Return what the authors' code computes: φ, the meta-gradient, and the exact solution of its linear system.
+
+    It takes 16 gradient steps of size 0.1, one step of size 0.1 on the proximal term with λ = 2, and then five CG steps
+    from zero on (2I + H/12)g = v.
+    """
     x, y, query_x, query_y = (np.asarray(array) for array in jax.tree.leaves(task))
     phi = theta
     for _ in range(16):
@@ -136,13 +143,13 @@ def reference_code(theta, task):
     for _ in range(5):
         product = matrix @ direction
         length = residual @ residual / (direction @ product)
-        solution, after = solution + length * direction, residual - length * product
-        direction = after + (after @ after) / (residual @ residual) * direction
-        residual = after
+        solution, updated = solution + length * direction, residual - length * product
+        direction = updated + (updated @ updated) / (residual @ residual) * direction
+        residual = updated
     return phi, solution.reshape(phi.shape), np.linalg.solve(matrix, b).reshape(phi.shape)
 
 
-def test_the_reference_codes_gradient_is_its_operator(softmax_task):
+def test_the_reference_learner_computes_the_meta_gradient_of_the_authors_code(softmax_task):
     network = mlp((FEATURES, WAYS))
     theta = jax.tree.map(lambda leaf: leaf + 0.2, network.init(jax.random.key(0)))
     own = imaml.preset("omniglot-5way-1shot-reference-code")
@@ -155,11 +162,11 @@ def test_the_reference_codes_gradient_is_its_operator(softmax_task):
     gradient = jax.jit(meta_gradient(learner))(theta, batch).gradient["layer0"]
     ours = np.concatenate([gradient["kernel"], gradient["bias"][None]])
     np.testing.assert_allclose(ours, truncated, rtol=0, atol=1e-11)
-    # The truncation is seen, so that the comparison is with five steps from zero and not with the solution.
+    # Five steps differ from the exact solution by more than the tolerance, so the comparison can tell them apart.
     assert np.abs(truncated - exact).max() > 1e-10
 
 
-def test_the_reference_preset_is_made_of_that_learner():
+def test_the_reference_preset_has_that_learner_and_the_initialisation_of_the_code():
     chosen = imaml.preset("omniglot-5way-1shot-reference-code")
     expected = reference_learner(
         chosen.learner.apply, cross_entropy, bl.GradientDescent(0.1, 16), bl.CG(5, ridge=1.0), 2.0
@@ -171,14 +178,14 @@ def test_the_reference_preset_is_made_of_that_learner():
     assert 0 <= head["bias"].min() < head["bias"].max() <= 0.05
 
 
-# --- Several tasks at once -----------------------------------------------------------------------------------------
+# --- Tasks computed together ---------------------------------------------------------------------------------------
 
 FIELDS = ("value", "gradient", "tasks", "inner_residual", "linear_residual", "status")
 
 
 @pytest.fixture(scope="module")
 def curves():
-    """Six tasks, one of which is not finite, and θ of a small network with tanh."""
+    """Return a small network with tanh, and six tasks of which one has NaN queries."""
     keys = jax.random.split(jax.random.key(0), 6)
     tasks = imaml.Curve(shots=4, queries=5).batch((), keys)
     tasks = replace(tasks, query_x=tasks.query_x.at[2].set(jnp.nan))
@@ -186,12 +193,12 @@ def curves():
 
 
 @pytest.mark.parametrize("at_once, algorithm", [(2, "imaml"), (3, "maml"), (4, "imaml"), (99, "reptile")])
-def test_tasks_computed_together_give_what_they_give_one_by_one(at_once, algorithm, curves):
+def test_tasks_computed_together_give_the_same_result_as_one_by_one(at_once, algorithm, curves):
     network, tasks = curves
     theta = network.init(jax.random.key(1))
-    learner = learner_of(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 10.0)
+    learner = make_learner(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 10.0)
     one, several = (jax.jit(meta_gradient(learner, at_once=number))(theta, tasks) for number in (1, at_once))
-    # Reptile learns from the query points too; what is not finite is left out in any case.
+    # Reptile also adapts to query points. For each algorithm the task with NaN is left out.
     assert int(one.tasks) == 5 and bl.Status(int(one.status[2])) is bl.Status.NONFINITE
     for name in FIELDS:
         np.testing.assert_allclose(flat(getattr(several, name)), flat(getattr(one, name)), rtol=1e-10, atol=1e-12)

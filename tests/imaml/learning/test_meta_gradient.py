@@ -1,7 +1,7 @@
-"""The meta-gradient, in float64, against what owes nothing to the code under test.
+"""Tests of the meta-gradient in float64, against references that share no code with it.
 
-A closed form first (linear regression), a dense linear system second (the published network), unrolled MAML
-third, which nears it step by step; then what a batch of tasks adds. Each comparison is shown to fail on a fault.
+The references are a dense linear system for the published network, and unrolled MAML, which converges to the implicit
+gradient. Further tests cover batches of tasks. test_meta_gradient_closed_form.py has linear regression.
 """
 
 from dataclasses import dataclass, replace
@@ -16,24 +16,22 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 import imaml
 from imaml import Learner, MetaGradient, Task, meta_gradient
-from imaml.learning import algorithms
 from imaml.learning.networks import Network, mlp
-from imaml.learning.problem import task_problem
 from imaml.parallel.devices import AXIS, SHARED, SPREAD, local_mesh, over_tasks
 from imaml.settings.parts import Conv4
 
 EPS = np.finfo(np.float64).eps
+FEATURES, PENALTY = 3, 0.5
 
 
 @pytest.fixture(scope="module", autouse=True)
 def in_float64(quick_compilation, double_precision):
-    """All of this module, its fixtures included."""
     with double_precision():
         yield
 
 
 def one(task):
-    """A batch of that task alone."""
+    """Return a batch with only that task."""
     return jax.tree.map(lambda array: array[None], task)
 
 
@@ -41,141 +39,7 @@ def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
-# --- Linear regression: a closed form ------------------------------------------------------------------------------
-
-FEATURES, POINTS, PENALTY = 3, 8, 0.5
-
-
-def squared_loss(outputs, targets):
-    return 0.5 * ((outputs - targets) ** 2).mean()
-
-
-def linear_regression():
-    """Learner, θ, and two tasks; an orthogonal design, scaled, so that gradient descent converges fast."""
-    random = np.random.default_rng(0)
-    x = np.stack([np.linalg.qr(random.normal(size=(POINTS, FEATURES)))[0] for _ in range(4)]) * POINTS**0.5
-    x = x * np.array([0.7, 1.0, 1.3])  # curvatures 0.49, 1, 1.69
-    y = random.normal(size=(4, POINTS, 1))
-    tasks = jax.tree.map(jnp.asarray, Task(x[:2], y[:2], x[2:], y[2:]))
-    # The rate brings the slowest error down by 1 − 0.7 · 0.99 each step: 0.31^60 is below 1e-30.
-    solver = bl.GradientDescent(step_size=0.7, max_steps=60)
-    learner = Learner(lambda w, x: x @ w["w"], solver, bl.Implicit(bl.LU()), PENALTY, squared_loss)
-    return learner, {"w": jnp.asarray(random.normal(size=(FEATURES, 1)))}, tasks
-
-
-def regression_closed_form(theta, tasks, index):
-    """φ* = (XᵀX/n + λI)⁻¹(Xᵀy/n + λθ), its query loss, and λ(XᵀX/n + λI)⁻¹ ∇query."""
-    x, y, query_x, query_y = (np.asarray(array[index]) for array in jax.tree.leaves(tasks))
-    matrix = x.T @ x / POINTS + PENALTY * np.eye(FEATURES)
-    phi = np.linalg.solve(matrix, x.T @ y / POINTS + PENALTY * np.asarray(theta["w"]))
-    error = query_x @ phi - query_y
-    return phi, 0.5 * np.mean(error**2), PENALTY * np.linalg.solve(matrix, query_x.T @ error / POINTS)
-
-
-def check_closed_form():
-    learner, theta, tasks = linear_regression()
-    out = jax.jit(meta_gradient(learner))(theta, tasks)
-    exact = [regression_closed_form(theta, tasks, index) for index in range(2)]
-    # Sums over 8 points and a matrix of condition 2.2: some hundred roundings.
-    np.testing.assert_allclose(out.value, np.mean([value for _, value, _ in exact]), rtol=1e-10)
-    np.testing.assert_allclose(out.gradient["w"], np.mean([gradient for *_, gradient in exact], axis=0), atol=1e-10)
-    return out
-
-
-def test_linear_regression_is_its_closed_form():
-    out = check_closed_form()
-    assert int(out.tasks) == 2
-    assert (out.inner_residual < 100 * EPS).all() and (out.linear_residual < 100 * EPS).all()
-    assert jnp.isnan(out.accuracy)  # targets are no labels
-
-
-def test_adapting_to_a_linear_regression_finds_the_closed_form():
-    learner, theta, tasks = linear_regression()
-    phi = learner.adapt(theta, jax.tree.map(lambda array: array[1], tasks)).w["w"]
-    np.testing.assert_allclose(phi, regression_closed_form(theta, tasks, 1)[0], atol=1e-10)
-
-
-def test_the_scaling_of_the_system_leaves_its_exact_solution(monkeypatch):
-    monkeypatch.setattr(bl.Proximal, "scaling", lambda self, theta, data: jnp.asarray(3.0))
-    check_closed_form()
-
-
-# --- Faults planted on purpose -------------------------------------------------------------------------------------
-
-
-def of_the_adjoint(change):
-    """A fault in what the adjoint solve returns: ``change(v, b) -> v``."""
-
-    def plant(monkeypatch):
-        from bilevel import hypergradients
-
-        real = hypergradients.solve_scaled
-
-        def faulty(linear, matvec, b, *rest):
-            v, info = real(linear, matvec, b, *rest)
-            return jax.tree.map(change, v, b), info
-
-        monkeypatch.setattr(hypergradients, "solve_scaled", faulty)
-
-    return plant
-
-
-def system_without_strength(monkeypatch):
-    from bilevel import hypergradients
-
-    real = hypergradients.adjoint_matvec
-
-    def faulty(*inputs):
-        residual, matvec = real(*inputs)
-        return residual, lambda u: jax.tree.map(lambda product, entry: product - PENALTY * entry, matvec(u), u)
-
-    monkeypatch.setattr(hypergradients, "adjoint_matvec", faulty)
-
-
-def strength_halved(monkeypatch):
-    monkeypatch.setattr(bl.Proximal, "_strength", lambda self, theta, data: 0.5 * self.strength)
-
-
-def pulled_away_from_theta(monkeypatch):
-    def residual(self, w, theta, data):
-        slope = jax.grad(self.objective)(w, theta, data)
-        return jax.tree.map(lambda s, x, c: s + self.strength * (x + c), slope, w, theta)
-
-    monkeypatch.setattr(bl.Proximal, "residual", residual)
-
-
-def sets_swapped(monkeypatch):
-    def swapped(*parts):
-        problem = task_problem(*parts)
-
-        def turn(task):
-            return Task(task.query_x, task.query_y, task.support_x, task.support_y)
-
-        condition = replace(problem.condition, objective=lambda w, t, d: problem.condition.objective(w, t, turn(d)))
-        return bl.Problem(condition, lambda w, t, d: problem.outer(w, t, turn(d)), has_aux=True)
-
-    monkeypatch.setattr(algorithms, "task_problem", swapped)
-
-
-FAULTS = {
-    "sign of the pull-back": of_the_adjoint(lambda v, b: -v),
-    "scaling not taken back": of_the_adjoint(lambda v, b: v * PENALTY**0.5),
-    "system not solved (first-order MAML)": of_the_adjoint(lambda v, b: b / PENALTY),
-    "λ missing from the system": system_without_strength,
-    "½λ for λ": strength_halved,
-    "pulled away from θ": pulled_away_from_theta,
-    "support and query swapped": sets_swapped,
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_closed_form_detects(fault, monkeypatch):
-    FAULTS[fault](monkeypatch)
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_closed_form()
-
-
-# --- The published network: a dense system -------------------------------------------------------------------------
+# --- The published network against a dense linear system -----------------------------------------------------------
 
 PRESET = replace(
     imaml.preset("glyphs-5way-1shot-gd"),
@@ -187,7 +51,7 @@ PRESET = replace(
 
 @pytest.fixture(scope="module")
 def glyph_task(tiny_pixels):
-    """θ, moved off its symmetric beginning, and a task of the preset's size."""
+    """Return θ and a task of the preset's size. Noise breaks the symmetry of the initial θ."""
     random = np.random.default_rng(0)
     theta = PRESET.network.build(PRESET.episode.ways).init(jax.random.key(0))
     theta = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), theta)
@@ -207,7 +71,7 @@ def query_by_hand(phi, theta, task):
 
 @pytest.fixture(scope="module")
 def dense(glyph_task):
-    """φ after the preset's steps, I + H/λ and ∇query as dense arrays, from the losses written out alone."""
+    """Return I + H/λ and ∇query as dense arrays, at the φ of the preset's inner steps, from the losses above."""
     theta, task = glyph_task
     start, unravel = ravel_pytree(theta)
 
@@ -221,7 +85,7 @@ def dense(glyph_task):
         )(w)
 
     phi = start
-    for _ in range(PRESET.inner.steps):
+    for _ in range(PRESET.inner.max_steps):
         phi = phi - PRESET.inner.step_size * at(phi)[0]
     residual, ((value, outputs), v) = jax.tree.map(np.asarray, at(phi))
     column = jax.jit(lambda direction: jax.jvp(slope, (phi,), (direction,))[1])
@@ -238,7 +102,7 @@ def exact(dense):
 
 @pytest.fixture(scope="module")
 def tolerance(dense, exact):
-    """1e-8 of the gradient; rounding alone is of the order of κ·n·eps, of which this leaves room."""
+    """Return 1e-8 of the gradient's norm. Rounding errors, of the order κ·n·eps, are less than a tenth of that."""
     assert np.linalg.cond(dense.matrix) * len(dense.matrix) * EPS < 1e-9
     return 1e-8 * np.linalg.norm(exact)
 
@@ -249,11 +113,13 @@ def of_the_preset(glyph_task):
     return jax.jit(meta_gradient(PRESET.learner))(theta, one(task))
 
 
-def test_the_presets_gradient_is_the_dense_systems(of_the_preset, exact, tolerance):
+def test_the_presets_gradient_solves_the_dense_system(of_the_preset, exact, tolerance):
     np.testing.assert_allclose(flat(of_the_preset.gradient), exact, rtol=0, atol=tolerance)
 
 
-def test_the_dense_system_would_tell_a_sign_or_a_slightly_other_strength(of_the_preset, dense, exact, tolerance):
+def test_the_dense_system_detects_a_wrong_sign_and_a_change_of_strength_by_a_ten_thousandth(
+    of_the_preset, dense, exact, tolerance
+):
     identity = np.eye(len(dense.v))
     other = identity + (dense.matrix - identity) * 1.0001
     for fault in (-exact, dense.v, np.linalg.solve(other, dense.v)):
@@ -262,14 +128,14 @@ def test_the_dense_system_would_tell_a_sign_or_a_slightly_other_strength(of_the_
 
 @dataclass(frozen=True)
 class Flat:
-    """A network of one hidden layer, which compiles ten times as fast as the published one."""
+    """A network with one hidden layer, which compiles ten times as fast as the published one."""
 
     def build(self, ways):
         network = mlp((28 * 28, 4, ways))
         return Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
 
 
-def test_a_presets_gradient_is_the_generic_layers(glyph_task):
+def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyph_task):
     preset, (_, task) = replace(PRESET, network=Flat()), glyph_task
     network = preset.network.build(preset.episode.ways)
     theta = network.init(jax.random.key(0))
@@ -279,7 +145,7 @@ def test_a_presets_gradient_is_the_generic_layers(glyph_task):
 
     condition = bl.Proximal(lambda w, theta, task: loss(w, task.support_x, task.support_y), preset.strength)
     problem = bl.Problem(condition, lambda w, theta, task: loss(w, task.query_x, task.query_y))
-    solver = bl.GradientDescent(preset.inner.step_size, preset.inner.steps)
+    solver = bl.GradientDescent(preset.inner.step_size, preset.inner.max_steps)
     generic = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(max_steps=400, tol=1e-13)))
     expected, out = generic(theta, theta, task), jax.jit(meta_gradient(preset.learner))(theta, one(task))
     np.testing.assert_allclose(out.value, expected.value, rtol=1e-10)
@@ -287,15 +153,17 @@ def test_a_presets_gradient_is_the_generic_layers(glyph_task):
     np.testing.assert_allclose(flat(out.gradient), flat(expected.gradient), rtol=0, atol=atol)
 
 
-def test_the_presets_report_is_true(of_the_preset, dense):
+def test_the_residuals_loss_and_accuracy_of_the_preset_are_the_dense_ones(of_the_preset, dense):
     out = of_the_preset
     np.testing.assert_allclose(out.inner_residual, [np.linalg.norm(dense.residual)], rtol=1e-9)
     np.testing.assert_allclose((out.value, out.accuracy), (dense.value, dense.accuracy), rtol=1e-10)
     assert float(out.linear_residual[0]) <= PRESET.linear.tol
-    assert int(out.tasks) == 1 and bl.Status(int(out.status[0])) is bl.Status.BUDGET_USED  # the inner solver's
+    assert (
+        int(out.tasks) == 1 and bl.Status(int(out.status[0])) is bl.Status.BUDGET_USED
+    )  # the status of the inner solver
 
 
-# --- Softmax regression: unrolled MAML nears it --------------------------------------------------------------------
+# --- Softmax regression: unrolled MAML converges to the implicit gradient ------------------------------------------
 
 CLASSIFIER = mlp((FEATURES, 3))
 RATE = 0.4
@@ -307,7 +175,7 @@ def softmax_learner(steps, method):
 
 @pytest.fixture(scope="module")
 def softmax_tasks():
-    """Eight tasks of nine points each, of length one: the Hessian's eigenvalues lie in [0, 1] (bias included)."""
+    """Return eight tasks of nine points of norm 1, so that the Hessian's eigenvalues lie in [0, 1], bias included."""
     random = np.random.default_rng(1)
     x = random.normal(size=(2, 8, 9, FEATURES))
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
@@ -320,7 +188,7 @@ def softmax_theta():
     return jax.tree.map(lambda leaf: leaf + 0.3, CLASSIFIER.init(jax.random.key(0)))
 
 
-def test_unrolled_maml_nears_the_implicit_gradient_geometrically(softmax_theta, softmax_tasks):
+def test_unrolled_maml_converges_geometrically_to_the_implicit_gradient(softmax_theta, softmax_tasks):
     task = one(jax.tree.map(lambda array: array[0], softmax_tasks))
     budgets = (4, 16, 64, 256)
 
@@ -329,7 +197,7 @@ def test_unrolled_maml_nears_the_implicit_gradient_geometrically(softmax_theta, 
 
     exact = gradient(400, bl.Implicit(bl.LU()))
     gaps = [np.linalg.norm(gradient(steps, bl.Unrolled()) - exact) for steps in budgets]
-    # A step shrinks the error by ρ = 1 − 0.4 · ½ at most, and there are K terms with that error: K ρ^K.
+    # A step multiplies the error by at most ρ = 1 − 0.4 · ½. The gradient sums K terms with errors below ρ^K: K ρ^K.
     rho = 1 - RATE * PENALTY
     for few, many, before, after in zip(budgets, budgets[1:], gaps, gaps[1:], strict=False):
         assert after <= 2 * before * (many / few) * rho ** (many - few) + 1e3 * EPS, (few, many, gaps)
@@ -349,7 +217,7 @@ def clean(batch_gradient, softmax_theta, softmax_tasks):
     return batch_gradient(softmax_theta, softmax_tasks)
 
 
-def test_the_mean_over_tasks_is_the_mean_of_single_ones(batch_gradient, clean, softmax_theta, softmax_tasks):
+def test_the_result_for_a_batch_is_the_mean_of_its_tasks(batch_gradient, clean, softmax_theta, softmax_tasks):
     parts = [jax.tree.map(lambda array, i=i: array[i : i + 1], softmax_tasks) for i in range(8)]
     singles = [batch_gradient(softmax_theta, part) for part in parts]
     assert int(clean.tasks) == 8
@@ -379,7 +247,11 @@ def test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit(
 
 
 def test_an_adjoint_worse_than_none_is_left_out():
-    """A = diag(2, −1) with v = (0.71, 1): ⟨v, Av⟩ is nearly 0, and one step of CG runs far off."""
+    """A task is left out if its linear residual is above 1, that is worse than the residual of the zero vector.
+
+    The adjoint system of the second task is A = diag(2, −1) with v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one CG step is
+    far too long.
+    """
 
     def weighted_squares(outputs, weights):
         return (0.5 * weights * outputs[:, 0] ** 2).sum()
@@ -388,28 +260,28 @@ def test_an_adjoint_worse_than_none_is_left_out():
         lambda w, x: x @ w["w"], bl.GradientDescent(1e-6, 1), bl.Implicit(bl.CG(1)), 1.0, weighted_squares
     )
     theta = {"w": jnp.array([[0.71], [1.0]])}
-    curvatures = jnp.array([[1.0, 1.0], [1.0, -2.0], [1.0, 1.0]])  # H of each task; I + H of the second is the A above
+    curvatures = jnp.array([[1.0, 1.0], [1.0, -2.0], [1.0, 1.0]])  # H of each task; A = I + H
     axes, ones = jnp.broadcast_to(jnp.eye(2), (3, 2, 2)), jnp.ones((3, 2))
     tasks = Task(axes, curvatures, axes, ones)
     out = meta_gradient(learner)(theta, tasks)
     good = meta_gradient(learner)(theta, jax.tree.map(lambda array: array[::2], tasks))
     assert float(out.linear_residual[1]) > 100 and float(out.linear_residual[0]) < 1e-10
-    # The curvature of the last direction shows in ⟨x, Ax⟩ at most, and here it does not: the residual alone tells.
+    # ⟨x, Ax⟩ is positive here, so the solver finds no negative curvature, and only the residual shows the failure.
     assert bl.Status(int(out.status[1])) is bl.Status.BUDGET_USED
     assert int(out.tasks) == 2
     np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])
-    # Its numbers are finite, and so its loss counts: ½‖φ‖² of each, after one step of 1e-6.
+    # The loss of the task is finite and counts: ½‖φ‖² for each task, where one step of 1e-6 leaves φ close to θ.
     np.testing.assert_allclose(float(out.value), 0.5 * (0.71**2 + 1), rtol=1e-5)
 
 
-def test_where_no_task_counts_the_gradient_is_zero(batch_gradient, softmax_theta, softmax_tasks):
+def test_the_gradient_is_zero_if_no_task_counts(batch_gradient, softmax_theta, softmax_tasks):
     broken = replace(softmax_tasks, query_x=jnp.full_like(softmax_tasks.query_x, jnp.nan))
     out = batch_gradient(softmax_theta, broken)
     assert int(out.tasks) == 0 and not flat(out.gradient).any()
     assert (out.status == bl.Status.NONFINITE).all()
 
 
-def test_two_devices_give_what_one_gives(clean, softmax_theta, softmax_tasks):
+def test_two_devices_give_the_result_of_one(clean, softmax_theta, softmax_tasks):
     if jax.local_device_count() < 2:
         pytest.skip("needs two devices")
     gradient = meta_gradient(softmax_learner(20, bl.Implicit(bl.CG(4))), axis=AXIS)
@@ -417,11 +289,11 @@ def test_two_devices_give_what_one_gives(clean, softmax_theta, softmax_tasks):
     spread = jax.jit(over_tasks(gradient, local_mesh(2), layout))(softmax_theta, softmax_tasks)
     assert len(spread.status.sharding.device_set) == 2
     for name in ("value", "gradient", "accuracy", "tasks", "inner_residual", "linear_residual", "status"):
-        # The order of a sum of eight differs, and each program rounds in its own way.
+        # The two programs sum the eight tasks in different orders and round differently.
         np.testing.assert_allclose(flat(getattr(spread, name)), flat(getattr(clean, name)), rtol=1e-10, atol=100 * EPS)
 
 
-def test_bfloat16_parameters_keep_their_type_and_sums_are_wider():
+def test_the_gradient_keeps_bfloat16_and_sums_are_accumulated_in_float32():
     learner = Learner(mlp((3, 2)).apply, bl.GradientDescent(0.1, 2), bl.Implicit(bl.CG(2)), strength=1.0)
     theta = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp((3, 2)).init(jax.random.key(0)))
     x = jax.random.normal(jax.random.key(1), (300, 4, 3), jnp.bfloat16)
@@ -429,4 +301,4 @@ def test_bfloat16_parameters_keep_their_type_and_sums_are_wider():
     out = meta_gradient(learner)(theta, Task(x, y, x, y))
     assert {leaf.dtype for leaf in jax.tree.leaves(out.gradient)} == {jnp.dtype(jnp.bfloat16)}
     assert out.value.dtype == jnp.float32
-    assert int(out.tasks) == 300  # bfloat16 counts to 256
+    assert int(out.tasks) == 300  # a bfloat16 counter would stop at 256

@@ -1,4 +1,4 @@
-"""The learning curve: drawn from a log on disk, by a module that does without JAX."""
+"""Tests of the learning curve, which is drawn from a run's files without importing JAX."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ import pytest
 from imaml.report.plots import PICTURE, learning_curve
 from imaml.runs.log import LogWriter, Progress
 
-BY = {"query batch": 0.0, "support set": 0.1}
+LOWER_VALUES = {"query batch": 0.0, "support set": 0.1}
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
 
 
@@ -23,8 +23,10 @@ def write_log(directory, steps, linear_residual=1e-2, regression=False):
 
 
 def write_result(directory):
-    found = [{"value": 0.8 - worse, "interval": 0.02, "normalisation": by} for by, worse in BY.items()]
-    (directory / "result.json").write_text(json.dumps({"evaluations": found}))
+    evaluations = [
+        {"value": 0.8 - lower, "interval": 0.02, "normalisation": name} for name, lower in LOWER_VALUES.items()
+    ]
+    (directory / "result.json").write_text(json.dumps({"evaluations": evaluations}))
 
 
 def png_size(path):
@@ -34,7 +36,7 @@ def png_size(path):
 
 
 @pytest.mark.parametrize("steps, evaluated", [(1, False), (120, True)])
-def test_a_run_of_any_length_gives_a_picture_of_sensible_size(steps, evaluated, tmp_path):
+def test_a_run_of_any_length_gives_one_picture_of_moderate_size(steps, evaluated, tmp_path):
     write_log(tmp_path, steps)
     if evaluated:
         write_result(tmp_path)
@@ -46,24 +48,24 @@ def test_a_run_of_any_length_gives_a_picture_of_sensible_size(steps, evaluated, 
     assert [other.name for other in tmp_path.glob("*.png")] == [PICTURE]
 
 
-def test_a_run_whose_log_was_lost_still_has_a_picture(tmp_path):
+def test_a_run_without_a_log_still_gets_a_picture(tmp_path):
     write_result(tmp_path)
     assert png_size(learning_curve(tmp_path, ways=5))
 
 
-def test_the_curve_shows_the_log(tmp_path):
+def test_a_longer_log_changes_the_picture(tmp_path):
     write_log(tmp_path, 5)
     before = learning_curve(tmp_path, ways=5).read_bytes()
     write_log(tmp_path, 50)
     assert learning_curve(tmp_path, ways=5).read_bytes() != before
 
 
-def test_a_method_without_a_linear_system_is_drawn(tmp_path):
+def test_a_log_without_linear_residuals_can_be_drawn(tmp_path):
     write_log(tmp_path, 10, linear_residual=0.0)
     png_size(learning_curve(tmp_path, ways=5))
 
 
-def test_a_result_of_a_former_version_is_drawn(tmp_path):
+def test_the_result_of_an_earlier_version_is_drawn(tmp_path):
     write_log(tmp_path, 10)
     without = learning_curve(tmp_path, ways=5).read_bytes()
     (tmp_path / "result.json").write_text(json.dumps({"evaluation": {"accuracy": 0.8, "interval": 0.02}}))
@@ -80,8 +82,8 @@ def test_a_regression_is_drawn_without_an_accuracy(evaluated, tmp_path):
     assert width < 1200 and 300 <= height <= 1500
 
 
-def test_plots_do_without_jax():
-    # An empty package stands in for imaml/__init__.py, which does import JAX, so that this is about plots alone.
+def test_the_module_imports_neither_jax_nor_matplotlib():
+    # imaml/__init__.py imports JAX. An empty package replaces it, so that only the imports of plots count.
     code = f"""
 import sys, types
 package = types.ModuleType("imaml")

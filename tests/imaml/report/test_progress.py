@@ -1,4 +1,4 @@
-"""How a run is shown: one line that renews itself on a terminal, seldom a plain line elsewhere."""
+"""Tests of the progress output: a bar on one line of a terminal, and a plain line every ten seconds in a file."""
 
 import io
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The present time, as a list of one number to be moved by hand."""
+    """Replace the clock by a list of one number, the time in seconds, which a test increases."""
     now = [100.0]
     monkeypatch.setattr("imaml.report.progress.time.monotonic", lambda: now[0])
     return now
@@ -26,7 +26,7 @@ def progress(step, steps=100, loss=1.0, accuracy=0.5, seconds=None):
 
 
 def run(stream, clock, interval, steps=100):
-    """The reporter after all steps, ``interval`` seconds apart."""
+    """Return a reporter after ``steps`` meta-steps that are ``interval`` seconds apart."""
     reporter = Reporter(stream)
     for step in range(1, steps + 1):
         reporter.step(progress(step, steps))
@@ -34,7 +34,7 @@ def run(stream, clock, interval, steps=100):
     return reporter
 
 
-def test_a_terminal_gets_one_line_that_renews_itself(clock, monkeypatch):
+def test_a_terminal_gets_one_line_that_is_redrawn(clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     terminal = Terminal()
     run(terminal, clock, interval=1.0).finish()
@@ -44,14 +44,14 @@ def test_a_terminal_gets_one_line_that_renews_itself(clock, monkeypatch):
     assert half.count("━") == 15 and last.count("━") == 30
 
 
-def test_a_terminal_is_not_written_to_more_often_than_ten_times_a_second(clock):
+def test_the_bar_is_redrawn_at_most_ten_times_a_second(clock):
     terminal = Terminal()
     run(terminal, clock, interval=0.015)
-    # Steps 1, 8, 15, … are 0.105 s apart, and the last is always shown.
+    # Steps 1, 8, 15, … are shown, because they are 0.105 s apart, and so is the last step.
     assert terminal.getvalue().count("\r") == 16
 
 
-def test_a_file_gets_a_plain_line_every_ten_seconds_and_the_last(clock):
+def test_a_file_gets_a_plain_line_every_ten_seconds_and_one_for_the_last_step(clock):
     stream = io.StringIO()
     run(stream, clock, interval=1.0).finish()
     lines = stream.getvalue().splitlines()
@@ -62,12 +62,12 @@ def test_a_file_gets_a_plain_line_every_ten_seconds_and_the_last(clock):
 def test_a_line_shows_loss_accuracy_and_the_time_left(clock):
     stream = io.StringIO()
     reporter = Reporter(stream)
-    reporter.step(progress(1, loss=1.25, accuracy=0.5, seconds=30.0))  # the compilation's half minute
+    reporter.step(progress(1, loss=1.25, accuracy=0.5, seconds=30.0))  # including half a minute of compilation
     clock[0] += 10
     reporter.step(progress(11, loss=1.25, accuracy=0.5, seconds=50.0))
     first, second = stream.getvalue().splitlines()
     assert first == "step 1/100  loss 1.250  accuracy 50.0%"
-    assert second == "step 11/100  loss 1.250  accuracy 50.0%  2:58 left"  # 89 steps of 2 s
+    assert second == "step 11/100  loss 1.250  accuracy 50.0%  2:58 left"  # 89 steps that take 2 s each
 
 
 def test_a_regression_shows_no_accuracy(clock):
@@ -77,7 +77,7 @@ def test_a_regression_shows_no_accuracy(clock):
     assert stream.getvalue() == "step 1/100  loss 1.250\n"
 
 
-def test_numbers_shown_are_running_means(clock):
+def test_the_numbers_shown_are_running_means(clock):
     stream = io.StringIO()
     reporter = Reporter(stream)
     reporter.step(progress(1, loss=1.0))
@@ -94,7 +94,7 @@ def test_no_line_is_wider_than_a_narrow_terminal(clock, monkeypatch):
     assert max(map(len, lines)) <= 60
 
 
-def test_an_event_takes_a_line_of_its_own_below_the_bar(clock):
+def test_an_event_is_printed_on_a_new_line_below_the_bar(clock):
     terminal = Terminal()
     reporter = run(terminal, clock, interval=1.0, steps=3)
     reporter.event("evaluating")
@@ -102,13 +102,13 @@ def test_an_event_takes_a_line_of_its_own_below_the_bar(clock):
     assert terminal.getvalue().endswith("\x1b[K\nevaluating …\n")
 
 
-def test_a_transfer_renews_its_line_on_a_terminal_and_is_silent_elsewhere(clock):
+def test_a_download_is_shown_on_a_terminal_only(clock):
     for stream, shown in (
         (Terminal(), ["0.0 MB of 2.0 MB", "1.0 MB of 2.0 MB", "2.0 MB of 2.0 MB"]),
         (io.StringIO(), []),
     ):
         reporter = Reporter(stream)
-        for done in range(0, 2_000_001, 100_000):  # a hundredth of a second each, the last one always shown
+        for done in range(0, 2_000_001, 100_000):  # 0.01 s apart; the last one is always shown
             reporter.transfer(done, 2_000_000)
             clock[0] += 0.0101
         reporter.finish()
@@ -120,5 +120,5 @@ def test_a_transfer_renews_its_line_on_a_terminal_and_is_silent_elsewhere(clock)
 @pytest.mark.parametrize(
     "seconds, text", [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3723, "1:02:03")]
 )
-def test_a_duration_reads_like_a_clock(seconds, text):
+def test_a_duration_has_minutes_and_seconds_and_hours_from_one_hour_on(seconds, text):
     assert duration(seconds) == text

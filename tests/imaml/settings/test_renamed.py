@@ -1,4 +1,4 @@
-"""Renamed fields: saved settings and command lines with the old names mean the same; files are not rewritten."""
+"""Tests of renamed settings: saved configs and command lines may use the old names, and files are not rewritten."""
 
 import dataclasses
 import json
@@ -33,13 +33,13 @@ SAVED = {
     },
     "seed": 0, "algorithm": "imaml", "fidelity": "paper", "test_steps": 0,
 }  # fmt: skip
-"""A config as it was saved when the budgets were called ``inner.steps`` and ``linear.maxiter``."""
+"""A config that was saved when the budgets had the names ``inner.steps`` and ``linear.maxiter``."""
 SAVED_HESSIAN_FREE = SAVED | {
     "name": "glyphs-5way-1shot-hf", "inner": {"steps": 3, "cg_steps": 5, "tol": None, "halvings": 20},
 }  # fmt: skip
 
 
-# Stand-ins whose budgets have the new names, whatever bilevel's own solvers call them.
+# Minimal records whose budgets have the new names. They make these tests independent of the solvers of bilevel.
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Renamed:
-    """As much of a preset as these functions look at."""
+    """A record with the fields of a preset that the tested functions read."""
 
     inner: Inner = Inner(0.2, 16)
     linear: Linear = Linear(5, engine="watched")
@@ -86,8 +86,8 @@ class Renamed:
 
 
 @dataclass(frozen=True)
-class Former:
-    """The same with the old name of the inner budget."""
+class OldRecord:
+    """A record with the old name of the inner budget."""
 
     @dataclass(frozen=True)
     class Inner:
@@ -97,30 +97,30 @@ class Former:
 
 
 @pytest.mark.parametrize("saved", [SAVED, SAVED_HESSIAN_FREE], ids=["descent", "hessian-free"])
-def test_settings_saved_with_the_old_names_are_the_same_settings_still(saved):
+def test_a_config_with_the_old_names_restores_the_same_preset(saved):
     before = json.dumps(saved)
     assert restore(saved["name"], saved) == imaml.preset(saved["name"])
     assert json.dumps(saved) == before
 
 
-def test_a_run_saved_with_the_old_names_is_no_run_with_other_settings():
+def test_a_config_with_the_old_names_equals_the_present_config_once_completed():
     preset = imaml.preset(SAVED["name"])
     assert completed(preset, SAVED) == preset.config()
 
 
 @pytest.mark.parametrize("path", sorted(records.KEPT.glob("*.json")), ids=lambda path: path.stem)
-def test_the_kept_records_restore_and_stay_as_they_are(path: Path):
+def test_the_records_in_the_package_can_be_restored_and_are_not_rewritten(path: Path):
     content = path.read_bytes()
     record = next(found for found in records.read() if found.config == json.loads(content)["config"])
     restored = restore(record.preset, record.config)
-    # The two budgets, by whatever names: each record has them under the old ones.
+    # All records in the package have the two budgets under their old names.
     budgets = [settings(restored).get(current_path(restored, path)) for path in ("inner.steps", "linear.maxiter")]
     assert budgets[0] == record.config["inner"]["steps"]
     assert budgets[1] == (record.config["linear"]["maxiter"] if record.algorithm == "imaml" else None)
     assert path.read_bytes() == content
 
 
-def test_a_saved_field_gets_the_name_that_the_record_has_for_it():
+def test_a_renamed_field_gets_its_present_name():
     found = with_current_names(Renamed(), SAVED)
     assert found["inner"] == {"step_size": 0.2, "max_steps": 16, "tol": None, "momentum": 0.0}
     assert found["linear"] == {"max_steps": 5, "tol": None, "ridge": 0.0, "preconditioner": None}
@@ -128,11 +128,11 @@ def test_a_saved_field_gets_the_name_that_the_record_has_for_it():
     assert list(found) == list(SAVED)
 
 
-def test_names_that_are_current_are_kept():
+def test_present_names_are_kept():
     config = dataclasses.asdict(Renamed())
     assert with_current_names(Renamed(), config) == config
-    former = dataclasses.asdict(Former())
-    assert with_current_names(Former(), former) == former
+    former = dataclasses.asdict(OldRecord())
+    assert with_current_names(OldRecord(), former) == former
 
 
 def test_a_pattern_covers_the_inner_loops_of_all_baselines():
@@ -141,12 +141,12 @@ def test_a_pattern_covers_the_inner_loops_of_all_baselines():
     assert found == {"baselines": {"maml": {"inner": {"step_size": 0.4, "max_steps": 1}}}}
 
 
-def test_a_config_with_both_names_keeps_both_to_be_refused():
+def test_a_config_with_an_old_and_a_new_name_keeps_both_so_that_it_is_refused():
     both = {"inner": {"steps": 1, "max_steps": 2}}
     assert with_current_names(Renamed(), both) == both
 
 
-def test_a_linear_engine_that_was_not_saved_is_the_one_of_then():
+def test_a_linear_engine_that_was_not_saved_is_jaxopts():
     found = completed(Renamed(), {"inner": SAVED["inner"], "linear": SAVED["linear"]})
     assert found["linear"] == {
         "max_steps": 5, "tol": None, "ridge": 0.0, "preconditioner": None, "engine": "jaxopt",
@@ -161,7 +161,7 @@ def test_a_linear_engine_is_a_setting_with_two_choices():
         override(chosen, "linear.engine", "watch")  # ty: ignore
 
 
-def test_every_choice_offered_is_one_that_the_solver_takes():
+def test_the_solver_accepts_every_choice_in_the_table():
     chosen = imaml.preset(SAVED["name"])
     for path in set(overrides.CHOICES) & set(settings(chosen)):
         assert settings(chosen)[path] in overrides.CHOICES[path]
@@ -175,27 +175,27 @@ def test_every_choice_offered_is_one_that_the_solver_takes():
      ("outer.steps",) * 2, ("inner.step_size",) * 2, ("inner.nothing",) * 2, ("nothing.steps",) * 2, ("seed",) * 2,
      ("",) * 2, ("inner.max_steps.steps",) * 2],
 )  # fmt: skip
-def test_the_current_path_of_a_setting(path, current):
+def test_the_present_path_of_a_setting(path, current):
     assert current_path(Renamed(), path) == current
 
 
-def test_a_path_is_current_while_the_record_still_has_it():
-    assert current_path(Former(), "inner.steps") == "inner.steps"
+def test_a_path_that_the_record_still_has_is_not_renamed():
+    assert current_path(OldRecord(), "inner.steps") == "inner.steps"
 
 
-def test_the_table_names_no_field_that_is_both_old_and_new():
+def test_no_field_in_the_table_is_both_an_old_and_a_new_name():
     assert all(not set(names) & set(names.values()) for names in RENAMED.values())
 
 
-def chosen_by(arguments, monkeypatch):
-    """What ``imaml train`` chooses with a preset whose budgets have the new names."""
+def preset_from(arguments, monkeypatch):
+    """Return the preset that ``imaml train`` makes from these arguments and a record with the new names."""
     monkeypatch.setitem(published_presets._PRESETS, "renamed", Renamed())  # ty: ignore
     known, changes = cli._split(["train", "renamed", *arguments])
     return cli._chosen(cli._parser().parse_args(known), changes)
 
 
-def test_an_old_spelling_on_the_command_line_works_and_is_called_deprecated(monkeypatch, capsys):
-    chosen = chosen_by(["--inner.steps", "3", "--linear.maxiter=7"], monkeypatch)
+def test_an_old_path_on_the_command_line_works_with_a_deprecation_message(monkeypatch, capsys):
+    chosen = preset_from(["--inner.steps", "3", "--linear.maxiter=7"], monkeypatch)
     assert (chosen.inner.max_steps, chosen.linear.max_steps) == (3, 7)
     out, err = capsys.readouterr()
     assert (out, err.splitlines()) == (
@@ -207,19 +207,19 @@ def test_an_old_spelling_on_the_command_line_works_and_is_called_deprecated(monk
     )
 
 
-def test_the_current_spelling_says_nothing(monkeypatch, capsys):
-    chosen = chosen_by(["--inner.max_steps", "3", "--linear.engine", "jaxopt"], monkeypatch)
+def test_a_present_path_prints_nothing(monkeypatch, capsys):
+    chosen = preset_from(["--inner.max_steps", "3", "--linear.engine", "jaxopt"], monkeypatch)
     assert (chosen.inner.max_steps, chosen.linear.engine) == (3, "jaxopt")
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_value_is_refused_by_the_current_name(monkeypatch):
+def test_the_message_for_a_bad_value_has_the_present_path(monkeypatch):
     with pytest.raises(InputError, match=r"--inner\.max_steps takes a whole number, got 'many'"):
-        chosen_by(["--inner.steps", "many"], monkeypatch)
+        preset_from(["--inner.steps", "many"], monkeypatch)
 
 
 @pytest.mark.parametrize("arguments", [["--inner.steps", "3"], ["--linear.maxiter", "7"]])
-def test_the_published_presets_take_the_old_spellings(arguments):
+def test_published_presets_accept_the_old_paths(arguments):
     known, changes = cli._split(["train", *arguments])
     chosen = cli._chosen(cli._parser().parse_args(known), changes)
     path = current_path(chosen, arguments[0].removeprefix("--"))
