@@ -218,9 +218,6 @@ BOX = bl.Projected(
     lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2), bl.jaxopt_projection("projection_non_negative"), 0.5
 )
 
-# ½wᵀQw − wᵀθ under several constraints. The smallest eigenvalue of Q is above 0.7.
-Q, SLOPE = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([1.0, -0.7])
-
 
 @pytest.mark.parametrize(
     ("solver", "inner", "remedy"),
