@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from bilevel.certificates.spectrum import ritz_values
+from bilevel.spectrum import ritz_values
 from imaml import datasets
 from imaml.errors import InputError
 from imaml.learning.algorithms import Learner

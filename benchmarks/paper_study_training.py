@@ -13,7 +13,7 @@ import optax
 import bilevel as bl
 from benchmarks.paper_study_variants import Knobs, Variant
 from bilevel import tree
-from bilevel.certificates.spectrum import ritz_values
+from bilevel.spectrum import ritz_values
 from imaml.learning import networks
 from imaml.learning.algorithms import MetaGradient, meta_gradient
 from imaml.learning.problem import cross_entropy, support_loss, task_problem

@@ -1,6 +1,6 @@
-"""Implicit MAML: few-shot learning whose meta-gradient needs no memory of the inner loop.
+"""Implicit MAML: few-shot learning with a meta-gradient whose memory does not grow with the number of inner steps.
 
-The algorithm of Rajeswaran, Finn, Kakade and Levine (2019), as an instance of :mod:`bilevel`.
+Implements the algorithm of Rajeswaran, Finn, Kakade and Levine (2019) with :mod:`bilevel`.
 """
 
 from imaml.errors import InputError

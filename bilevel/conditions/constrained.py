@@ -48,7 +48,7 @@ class Projected:
     symmetric = False
     scaling = no_scaling
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_step_size("Projected", self.step_size)
         check_strong_convexity("Projected", self.strong_convexity)
 
@@ -97,7 +97,7 @@ class ProximalGradient:
     symmetric = False
     scaling = no_scaling
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_step_size("ProximalGradient", self.step_size)
         check_strong_convexity("ProximalGradient", self.strong_convexity)
 

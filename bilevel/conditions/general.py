@@ -34,7 +34,7 @@ class Root:
 
     scaling = no_scaling
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_strong_convexity("Root", self.strong_convexity)
 
 
@@ -65,7 +65,7 @@ class FixedPoint:
 
     scaling = no_scaling
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_strong_convexity("FixedPoint", self.strong_convexity)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:

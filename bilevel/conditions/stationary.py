@@ -38,7 +38,7 @@ class Stationary:
     symmetric = True
     scaling = no_scaling
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_strong_convexity("Stationary", self.strong_convexity)
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
@@ -90,7 +90,7 @@ class Proximal:
 
     symmetric = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_strong_convexity("Proximal", self.strong_convexity)
         if not callable(self.strength) and not 0 < self.strength < float("inf"):
             raise ValueError(

@@ -34,7 +34,7 @@ class LU:
 
     needs_symmetry = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_not_negative("LU", ridge=self.ridge)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
@@ -66,7 +66,7 @@ class Cholesky:
 
     needs_symmetry = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_not_negative("Cholesky", ridge=self.ridge)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:

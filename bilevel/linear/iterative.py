@@ -66,7 +66,7 @@ class CG:
 
     needs_symmetry = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_iterative(self)
         if self.engine not in ENGINES:
             raise ValueError(f"CG needs an engine of {' or '.join(map(repr, ENGINES))}, got {self.engine!r}")
@@ -112,7 +112,7 @@ class NormalCG:
 
     needs_symmetry = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_iterative(self)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
@@ -154,7 +154,7 @@ class GMRES:
 
     needs_symmetry = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_iterative(self)
         if self.restart < 1:
             raise ValueError(f"GMRES needs restart of at least 1, got {self.restart}")
@@ -198,7 +198,7 @@ class BiCGStab:
 
     needs_symmetry = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_iterative(self)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:

@@ -46,7 +46,7 @@ class Nystrom:
 
     needs_symmetry = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1 or not self.ridge > 0:
             raise ValueError(f"Nystrom needs a rank of at least 1 and a ridge above 0, got {self.rank}, {self.ridge}")
         check_not_negative("Nystrom", tol=self.tol)

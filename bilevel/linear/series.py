@@ -44,7 +44,7 @@ class Neumann:
 
     needs_symmetry = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_steps < 1 or not self.step_size > 0:
             raise ValueError(
                 f"Neumann needs max_steps of at least 1 and a step_size above 0, got {self.max_steps} and "

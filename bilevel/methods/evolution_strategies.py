@@ -47,7 +47,7 @@ class EvolutionStrategies:
     scale: float = 0.01
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.pairs < 1 or not self.scale > 0:
             raise ValueError(
                 f"EvolutionStrategies needs pairs of at least 1 and a scale above 0, got {self.pairs} and {self.scale}"

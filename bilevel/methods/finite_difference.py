@@ -45,7 +45,7 @@ class FiniteDifference:
     linear: CG | Neumann
     step: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
             raise ValueError(f"FiniteDifference needs a step above 0, got {self.step}; None for the cube root of eps")
         if not isinstance(self.linear, CG | Neumann):

@@ -41,7 +41,7 @@ class ValuePenalty:
 
     penalty: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.penalty < float("inf"):
             raise ValueError(f"ValuePenalty needs a penalty ρ above 0, got {self.penalty}; the error falls like 1/ρ")
 

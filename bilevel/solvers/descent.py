@@ -45,7 +45,7 @@ class GradientDescent:
     tol: float | None = None
     momentum: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_budget("GradientDescent", self.max_steps, self.tol)
         if not 0 < self.step_size < float("inf") or not 0 <= self.momentum < 1:
             raise ValueError(
@@ -89,7 +89,7 @@ class Optax:
     max_steps: int
     tol: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_budget("Optax", self.max_steps, self.tol)
 
     def check(self, condition: Condition) -> None:

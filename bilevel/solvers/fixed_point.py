@@ -36,7 +36,7 @@ class FixedPointIteration:
     max_steps: int
     tol: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_budget("FixedPointIteration", self.max_steps, self.tol)
 
     def check(self, condition: Condition) -> None:
@@ -88,7 +88,7 @@ class Anderson:
     tol: float | None = None
     history: int = 5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_budget("Anderson", self.max_steps, self.tol)
         if self.history < 1:
             raise ValueError(f"Anderson needs a history of at least 1, got {self.history}")

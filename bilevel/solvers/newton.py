@@ -50,7 +50,7 @@ class HessianFree:
     tol: float | None = None
     halvings: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_budget("HessianFree", self.max_steps, self.tol)
         if self.cg_steps < 1 or self.halvings < 0:
             raise ValueError(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._deprecation import renamed_field
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
 from bilevel.testing.cases import Case
@@ -29,6 +30,7 @@ MAX_UNEXPLAINED = 1e-2
 """A cause explains an error if it accounts for all but this fraction of it."""
 
 
+@renamed_field("oracle", "reference")
 @dataclass(frozen=True)
 class Check:
     """The result of one comparison, a row of the plugin's report.
@@ -52,11 +54,6 @@ class Check:
     @property
     def ok(self) -> bool:
         return not self.message
-
-    @property
-    def oracle(self) -> str:
-        """The old name of :attr:`reference`."""
-        return self.reference
 
 
 Record = Callable[[Check], None]

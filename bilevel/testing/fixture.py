@@ -1,5 +1,8 @@
 """The object behind the pytest fixture ``hypergradient``: the assertions in float64, recorded for the report."""
 
+from collections.abc import Callable
+from typing import Any
+
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
 from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
@@ -11,27 +14,44 @@ from bilevel.verify.precision import as_double
 class Hypergradients:
     """The assertions of :mod:`bilevel.testing`; the plugin runs a test that asks for the fixture in float64."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._checks: list[Check] = []
 
-    def assert_hypergradient(self, problem: Problem, theta: PyTree, init, data: PyTree, solver, method, **options):
+    def assert_hypergradient(
+        self,
+        problem: Problem,
+        theta: PyTree,
+        init: PyTree | Callable[[PyTree, PyTree], PyTree],
+        data: PyTree,
+        solver: Callable[..., Any],
+        method: Callable[..., Any],
+        **options: Any,
+    ) -> None:
         """Call :func:`bilevel.testing.assert_hypergradient` with ``theta``, ``init`` and ``data`` cast to float64."""
         __tracebackhide__ = True
         theta, data = as_double(theta), as_double(data)
         init = init if callable(init) else as_double(init)
         assert_hypergradient(problem, theta, init, data, solver, method, record=self._checks.append, **options)
 
-    def assert_case(self, case: Case, solver=None, method=None, **options):
+    def assert_case(
+        self,
+        case: Case,
+        solver: Callable[..., Any] | None = None,
+        method: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
         """Call :func:`bilevel.testing.assert_case` in the case's own dtype."""
         __tracebackhide__ = True
         assert_case(case, solver, method, record=self._checks.append, **options)
 
-    def assert_condition(self, problem: Problem | Condition, theta: PyTree, w: PyTree, data: PyTree, **options):
+    def assert_condition(
+        self, problem: Problem | Condition, theta: PyTree, w: PyTree, data: PyTree, **options: Any
+    ) -> None:
         """Call :func:`bilevel.testing.assert_condition`."""
         __tracebackhide__ = True
         assert_condition(problem, theta, w, data, record=self._checks.append, **options)
 
-    def take(self) -> list[dict]:
+    def take(self) -> list[dict[str, Any]]:
         """Return the worst check since the last call for each method and reference, and forget all of them.
 
         Each is a plain dictionary with the number of its checks, because pytest-xdist serialises test reports.

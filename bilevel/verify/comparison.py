@@ -66,7 +66,8 @@ class Deviation:
     @cached_property
     def error(self) -> np.ndarray:
         """|got − expected|, ``[m]``."""
-        return np.abs(self.got - self.expected)
+        with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN, which never agrees
+            return np.abs(self.got - self.expected)
 
     @cached_property
     def allowed(self) -> np.ndarray:
@@ -93,7 +94,8 @@ class Deviation:
         """The index of the entry with the largest error in units of what is allowed to it; 0 if there are none."""
         if not self.error.size:
             return 0
-        ratio = self.error / np.maximum(self.allowed, np.finfo(float).tiny)
+        with np.errstate(invalid="ignore"):
+            ratio = self.error / np.maximum(self.allowed, np.finfo(float).tiny)
         return int(np.where(np.isfinite(self.error), ratio, np.inf).argmax())
 
     @property

@@ -154,7 +154,10 @@ def _check_structure(condition, theta, w, data):
 
 
 def _check_finite(local, theta, w, data):
-    """Data may hold an infinity on purpose (a bound): such leaves are named only if a value or derivative is broken."""
+    """Check that θ, w, all values and first derivatives are finite.
+
+    Data may hold an infinity on purpose (a bound), so its leaves are named only if a value or derivative is not finite.
+    """
     residual = local.residual(local.w, local.theta)
     outer_gradient = local.outer_gradient(local.w, local.theta)
     pulled_back = local.vjp(local.w, local.theta, residual)
@@ -197,8 +200,8 @@ def _check_residual(local, jacobian, tol):
         distance = float(np.linalg.norm(np.linalg.solve(jacobian.matrix, residual))) / scale
         formula = "‖A⁻¹F‖ / (1 + ‖w‖)"
     remedy = (
-        f"solve the inner problem until this is at most {figure(tol)} (more steps, a smaller tol): the error of the "
-        "hypergradient is proportional to ‖F‖."
+        f"solve the inner problem until {formula} is at most {figure(tol)} (more steps, a smaller tol): the error of "
+        "the hypergradient is proportional to ‖F‖."
     )
     found = f"‖F‖ = {figure(size)}; {formula} = {figure(distance)}"
     found += "" if distance <= tol else f", above {figure(tol)}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from bilevel.verify._lanczos import lanczos
+from bilevel.spectrum import ritz_values
 from bilevel.verify.local_problem import LocalProblem, random_like
 from bilevel.verify.references import MAX_UNKNOWNS
 
@@ -47,7 +47,7 @@ class Jacobian:
             forward = local.product(u)
             return forward if symmetric else (forward + local.vjp(local.w, local.theta, u)[0]) / 2
 
-        ritz = lanczos(product, random_like(local.w, 0), LANCZOS_STEPS)
+        ritz = ritz_values(product, local.w, LANCZOS_STEPS, random_like(local.w, 0))
         return Jacobian(None, float(ritz[0]), float(ritz[-1]), None, None)
 
     def largest_asymmetry(self) -> tuple[int, int] | None:

@@ -1,1 +1,1 @@
-"""Devices and processes that share out a run's tasks."""
+"""Devices and processes that divide the tasks of a meta-step among them."""

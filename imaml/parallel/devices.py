@@ -1,7 +1,8 @@
-"""Tasks spread over devices, of one process or of several: the one place that knows of a mesh.
+"""Sharding of a batch of tasks over the devices of one or several processes. Only this module creates meshes.
 
-Every device holds θ and the whole dataset and takes its share of a batch of tasks; only sums travel. Tasks are drawn by
-the number of the step and their own, so a batch is the same however it is spread.
+Each device holds a replica of θ and of the dataset and processes an equal share of the batch. Devices exchange only
+sums over tasks. The random key of a task depends on the number of the meta-step and the number of the task alone, so
+the batch does not depend on how many devices share it.
 """
 
 import contextlib
@@ -21,29 +22,33 @@ AXIS = "tasks"
 
 
 def use_all_cores() -> None:
-    """Make each CPU core a device of its own; without effect where JAX has already started, or on a GPU.
+    """Configure JAX to expose one CPU device per core. This has no effect on GPUs or after JAX has started.
 
-    One device that spreads each small matrix product over all cores spends much of its time waiting;
-    two devices with a task each do not.
+    With one CPU device, XLA splits each matrix product over all cores. The products of small networks are too short
+    for that, and the cores mostly wait. With one device per core, each core processes tasks of its own.
     """
-    with contextlib.suppress(RuntimeError):  # JAX has started: its devices stay as they are
+    with contextlib.suppress(RuntimeError):  # raised if JAX has started; its devices can no longer change
         jax.config.update("jax_num_cpu_devices", _cores())
 
 
 def local_mesh(tasks: int) -> Mesh:
-    """The largest number of this process's devices that divides a batch of ``tasks``: work that needs no other."""
+    """Return a mesh of this process's devices, as many as possible such that their number divides ``tasks``.
+
+    Computations on this mesh need no communication with other processes.
+    """
     return _mesh(jax.local_devices()[: _largest(tasks, jax.local_device_count())])
 
 
 def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
-    """Equally many devices of each process, in the processes' order: where a batch of ``tasks`` is spread.
+    """Return a mesh with the same number of devices from every process, ordered by process.
 
     Args:
-        tasks: which the number of devices must divide.
-        devices: how many of each process, or ``"all"``; None for as many as divide the tasks.
+        tasks: number of tasks in a batch. The number of devices in the mesh must divide it.
+        devices: number of devices per process, or ``"all"``. None takes the largest possible number.
 
     Raises:
-        InputError: where there are not so many, or the tasks cannot be shared out equally.
+        InputError: if a process has fewer devices than requested, or if the number of devices in the mesh does not
+            divide ``tasks``.
     """
     processes = jax.process_count()
     of_process = [[d for d in jax.devices() if d.process_index == number] for number in range(processes)]
@@ -53,70 +58,91 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
         devices = _largest(tasks // processes, available)
     devices = available if devices == "all" else int(devices)
     if devices > available:
-        raise InputError(f"--devices {devices} are more than the {available} that each process has")
+        raise InputError(f"--devices {devices} was requested, but a process has only {available}")
     check_shares(tasks, processes, devices)
     return _mesh([device for local in of_process for device in local[:devices]])
 
 
 def check_shares(tasks: int, processes: int, devices: int = 1) -> None:
-    """Raise InputError where a batch of ``tasks`` cannot be shared out equally."""
+    """Raise :class:`.InputError` if ``tasks`` is not a multiple of ``processes * devices``.
+
+    Args:
+        tasks: number of tasks in a batch.
+        processes: number of processes.
+        devices: number of devices per process.
+    """
     if tasks % (processes * devices):
         each = f" ({devices} in each of {processes} processes)" if processes > 1 else ""
         raise InputError(
-            f"the {tasks} tasks of a meta-step (--outer.tasks) cannot be shared out equally to {processes * devices} "
+            f"the {tasks} tasks of a meta-step (--outer.tasks) cannot be divided equally among {processes * devices} "
             f"devices{each}"
         )
 
 
 def over_tasks(function: Callable, mesh: Mesh, out_specs) -> Callable:
-    """``function(replicated, tasks) -> outputs`` with the leading axis of ``tasks`` spread over ``mesh``.
+    """Return ``function(replicated, tasks) -> outputs`` with the leading axis of ``tasks`` sharded over ``mesh``.
 
     Args:
-        function: called on every device with the same first argument and its share of the second.
-        mesh: of a number of devices that divides the number of tasks.
-        out_specs: per output, ``SHARED`` for what is equal on all devices, ``SPREAD`` for what is per task.
+        function: called on every device with the same ``replicated`` and with that device's share of ``tasks``.
+        mesh: a mesh whose number of devices divides the number of tasks.
+        out_specs: for each output, ``SHARED`` if it is equal on all devices, or ``SPREAD`` if it has one entry per
+            task along its leading axis.
     """
-    # Conjugate gradients inside: their loop's carry starts replicated, which the check would refuse.
+    # check_vma would reject conjugate gradients in `function`: the loop's carry starts replicated and becomes varying.
     return jax.shard_map(function, mesh=mesh, in_specs=(SHARED, SPREAD), out_specs=out_specs, check_vma=False)
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """A copy on each device: how a compiled step hands on what every process shall read."""
+    """Return the sharding that replicates an array on every device of ``mesh``, so that every process can read it."""
     return NamedSharding(mesh, SHARED)
 
 
 def on_all(tree: Any, mesh: Mesh) -> Any:
-    """``tree``, equal in all processes, with a copy on each device of ``mesh``, which is how a step returns it.
+    """Return ``tree`` replicated on every device of ``mesh``, which is the sharding of a compiled step's results.
 
-    A step that is fed its own result is then compiled once: what lies elsewhere would be another program.
+    A step is compiled once per sharding of its arguments. With this sharding of the initial arguments, the step that
+    takes the results of the previous one is not compiled again.
+
+    Args:
+        tree: arrays or typed random keys, with the same values in every process.
+        mesh: a mesh, which may include devices of other processes.
     """
     sharding = everywhere(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
-    def put(leaf):  # device_put would send every leaf to all processes to compare it, and takes no keys
+    # device_put onto other processes' devices sends each leaf to all processes to compare it, and rejects typed keys.
+    def put(leaf):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf)[index])
 
     return _with_plain_keys(tree, put)
 
 
 def here(tree: Any) -> Any:
-    """Of what lies on every device, the copy on this process's first: the host's work needs no other process."""
+    """Return the copy of a replicated ``tree`` on this process's first device.
+
+    Work on that copy involves no other process.
+    """
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that writes."""
+    """Return True in process 0, which alone writes files."""
     return jax.process_index() == 0
 
 
 def from_first(tree: Any) -> Any:
-    """Process 0's ``tree``, to the bit, in every process; the others' have the same structure, types and shapes."""
+    """Return process 0's ``tree`` in every process, bit for bit.
+
+    Every process must call this with a tree of the same structure, dtypes and shapes.
+    """
     if jax.process_count() == 1:
         return tree
 
+    # JAX broadcasts by summing process 0's array with zeros from the others. Sent as floats, −0 would become 0, so send
+    # bytes.
     def send(leaf):
-        values = np.asarray(leaf)  # as bytes: what is sent is summed with zeros, and −0 + 0 is 0
+        values = np.asarray(leaf)
         sent = multihost_utils.broadcast_one_to_all(np.atleast_1d(values).view(np.uint8))
         return np.asarray(sent).view(values.dtype).reshape(values.shape)
 
@@ -124,12 +150,12 @@ def from_first(tree: Any) -> Any:
 
 
 def gathered(values: np.ndarray) -> np.ndarray:
-    """``values`` of every process, on a new leading axis, in every process."""
+    """Return the ``values`` of all processes, stacked along a new leading axis, in every process."""
     return multihost_utils.process_allgather(values)
 
 
 def _with_plain_keys(tree, function):
-    """``function`` of each leaf, of a typed key's data in its place."""
+    """Map ``function`` over the leaves of ``tree``. A typed random key is unwrapped before and wrapped again after."""
 
     def apply(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,8 +1,11 @@
-"""Who of several processes is still there: each holds a line to process 0, and the kernel drops it when one dies.
+"""Detection of processes that have ended, by a TCP connection from each process to process 0.
 
-A collective that waits for a process that is gone either fails without a name or waits for ever. A line that breaks
-says at once who it was, whatever killed it. What keeps its line and does nothing (a stopped process, a host without
-power) is found by the heartbeats of JAX's own runtime instead.
+If a process dies, a collective operation that waits for it either fails without naming it or never returns. The
+kernel closes the TCP connections of a process when it ends, for whatever reason. The closed connection identifies the
+lost process at once. A process that is stopped, or whose host has lost power, keeps its connection open. The
+heartbeats of JAX's distributed runtime detect those cases.
+
+During a run, a message is an integer of four bytes: the number of a lost process, or a farewell before a planned end.
 """
 
 import selectors
@@ -15,18 +18,20 @@ from contextlib import ExitStack
 from imaml.errors import InputError
 
 _GREETING = b"imaml train\n"
-_WORD = 4
-_FAREWELL = b"\xff" * _WORD
+_MESSAGE_BYTES = 4
+_FAREWELL = b"\xff" * _MESSAGE_BYTES
 _ANSWER_SECONDS = 10.0
-"""For which process 0 waits for the next word of one who has called."""
+"""Time for which process 0 waits for the next message of a process that has connected."""
 
 
 class LivenessMonitor:
-    """Watches the lines to other processes until it is closed.
+    """A thread that watches the connections to other processes and reports the first that is lost.
 
     Args:
-        lines: by the number of the process at the other end: on process 0 all others, elsewhere process 0.
-        on_loss: called in a thread of its own, once, with the number of the first process that went without a farewell.
+        lines: connections by the number of the process at the other end. Process 0 has one to every other process;
+            every other process has one to process 0.
+        on_loss: called at most once, from the watching thread, with the number of the first process whose connection
+            closed without a farewell.
     """
 
     def __init__(self, lines: dict[int, socket.socket], on_loss: Callable[[int], None]):
@@ -34,12 +39,17 @@ class LivenessMonitor:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self, *, well: bool) -> None:
-        """Hang up: with a farewell where all is ``well``, without one where the others shall stop too."""
+        """Close all connections.
+
+        Args:
+            well: if True, send a farewell first, so that the other processes take the closed connection for a planned
+                end. If False, they see a lost process and stop.
+        """
         self._leaving = True
         for line in self._lines.values():
             if well:
-                _say(line, _FAREWELL)
-            _hang_up(line)
+                _send(line, _FAREWELL)
+            _shut_down(line)
 
     def _watch(self):
         with ExitStack() as opened:
@@ -48,26 +58,35 @@ class LivenessMonitor:
                 selector.register(opened.enter_context(line), selectors.EVENT_READ, process)
             while selector.get_map():
                 for key, _ in selector.select():
-                    word = _heard(self._lines[key.data])
-                    if word == _FAREWELL:
+                    message = _receive(self._lines[key.data])
+                    if message == _FAREWELL:
                         selector.unregister(key.fileobj)
                     elif self._leaving:
                         return
                     else:
-                        return self._report(int.from_bytes(word) if word else key.data)
+                        return self._report_loss(int.from_bytes(message) if message else key.data)
 
-    def _report(self, lost):
+    def _report_loss(self, lost):
         for process, line in self._lines.items():
             if process != lost:
-                _say(line, lost.to_bytes(_WORD))
+                _send(line, lost.to_bytes(_MESSAGE_BYTES))
         self._on_loss(lost)
 
 
 def accept_connections(port: int, processes: int, seconds: float) -> dict[int, socket.socket]:
-    """On process 0: the lines of processes 1 to ``processes`` − 1, once all have called at ``port``.
+    """Accept the connections of processes 1 to ``processes`` − 1. Called by process 0.
+
+    Args:
+        port: TCP port on which to listen.
+        processes: number of processes, this one included.
+        seconds: time within which all must have connected.
+
+    Returns:
+        The connections by the number of the process at the other end.
 
     Raises:
-        InputError: where the port is taken, some do not call within so many seconds, or they do not fit together.
+        InputError: if the port is taken, if a process has not connected in time, or if a process announces another
+            number of processes or a number that is out of range or already connected.
     """
     lines: dict[int, socket.socket] = {}
     deadline = time.monotonic() + seconds
@@ -78,25 +97,37 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
             try:
                 line, _ = server.accept()
             except TimeoutError:
-                raise InputError(f"processes {missing} have not called at port {port} in {seconds:.0f} s") from None
+                raise InputError(f"processes {missing} did not connect to port {port} within {seconds:.0f} s") from None
             opened.enter_context(line).settimeout(_ANSWER_SECONDS)
-            if _heard(line, len(_GREETING)) != _GREETING:  # a stranger
+            if _receive(line, len(_GREETING)) != _GREETING:  # some other program has connected
                 line.close()
                 continue
-            caller, of = (int.from_bytes(_heard(line)) for _ in range(2))
+            caller, of = (int.from_bytes(_receive(line)) for _ in range(2))
             if of != processes or caller not in missing:
-                raise InputError(f"a process {caller} of {of} has called, where {missing} of {processes} were missing")
+                raise InputError(
+                    f"process {caller} of {of} has connected, but process 0 waits for one of {missing} of {processes}"
+                )
             lines[caller] = line
         server.close()
-        opened.pop_all()  # the lines stay
+        opened.pop_all()  # keep the connections open
     return lines
 
 
 def connect(host: str, port: int, process: int, processes: int, seconds: float) -> dict[int, socket.socket]:
-    """On another process: its line to process 0, who waits for it at ``port`` of ``host``, or soon will.
+    """Connect to process 0, which listens or will soon listen at ``port`` of ``host``. Called by every other process.
+
+    Args:
+        host: name or IP address of process 0's host.
+        port: TCP port on which process 0 listens.
+        process: number of this process.
+        processes: number of processes.
+        seconds: time for which to retry.
+
+    Returns:
+        The connection, under the key 0.
 
     Raises:
-        InputError: where it cannot be reached within so many seconds.
+        InputError: if the host is unknown, or if process 0 cannot be reached in time.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -106,32 +137,35 @@ def connect(host: str, port: int, process: int, processes: int, seconds: float) 
         except OSError as error:
             if isinstance(error, socket.gaierror) or time.monotonic() > deadline:
                 raise InputError(f"process 0 does not answer at port {port} of {host}: {error}") from error
-            time.sleep(0.2)  # it may start later than this one
+            time.sleep(0.2)  # process 0 may start later than this process
     line.settimeout(seconds)
-    line.sendall(_GREETING + process.to_bytes(_WORD) + processes.to_bytes(_WORD))
+    line.sendall(_GREETING + process.to_bytes(_MESSAGE_BYTES) + processes.to_bytes(_MESSAGE_BYTES))
     return {0: line}
 
 
 def send_number(lines: dict[int, socket.socket], number: int) -> None:
-    """From process 0 to all others, before the :class:`LivenessMonitor` starts."""
+    """Send ``number``, an integer of at most 32 bits, from process 0 to all others.
+
+    Call this before the :class:`LivenessMonitor` starts, which reads from the same connections.
+    """
     for line in lines.values():
-        _say(line, number.to_bytes(_WORD))
+        _send(line, number.to_bytes(_MESSAGE_BYTES))
 
 
 def receive_number(lines: dict[int, socket.socket]) -> int:
-    """What process 0 has sent.
+    """Return the number that process 0 sent by :func:`send_number`.
 
     Raises:
-        InputError: where it has hung up instead.
+        InputError: if process 0 has closed the connection.
     """
-    word = _heard(lines[0])
-    if not word:
-        raise InputError("process 0 has gone before all had met: its own output says why")
-    return int.from_bytes(word)
+    message = _receive(lines[0])
+    if not message:
+        raise InputError("process 0 ended before all processes had connected: its output says why")
+    return int.from_bytes(message)
 
 
 def free_port() -> int:
-    """One on which nobody listens now."""
+    """Return a TCP port on which no process listens at present."""
     with _server(0) as server:
         return server.getsockname()[1]
 
@@ -145,23 +179,23 @@ def _server(port):
         raise InputError(f"process 0 cannot listen at port {port}: {error.strerror}") from error
 
 
-def _heard(line, size=_WORD) -> bytes:
-    """The next bytes, or none where the line is dead."""
+def _receive(line, size=_MESSAGE_BYTES) -> bytes:
+    """Return the next ``size`` bytes, or fewer if the connection is closed or times out."""
     try:
         return line.recv(size, socket.MSG_WAITALL)
     except OSError:
         return b""
 
 
-def _say(line, word):
+def _send(line, message):
     try:
-        line.sendall(word)
+        line.sendall(message)
     except OSError:
-        return  # that one is gone as well
+        return  # that process has ended too; the monitor reads the closed connection
 
 
-def _hang_up(line):
+def _shut_down(line):
     try:
-        line.shutdown(socket.SHUT_RDWR)  # at once, though the watching thread still holds it
+        line.shutdown(socket.SHUT_RDWR)  # takes effect at once, while the watching thread still uses the socket
     except OSError:
         return

@@ -1,7 +1,7 @@
-"""Several processes, on one host or many, that train one run together: how they meet, and how they part.
+"""Start and end of a run that several processes, on one host or on many, train together.
 
-Every process runs the same command and computes its share of each meta-step. None can go on without the others: where
-one ends before the run does, the others stop and say which it was.
+Every process runs the same command and computes its share of each meta-step. No process can continue without the
+others. If one ends before the run is complete, the others stop and print its number.
 """
 
 import os
@@ -19,26 +19,27 @@ from imaml.errors import InputError, check
 from imaml.parallel.liveness import LivenessMonitor, accept_connections, connect, free_port, receive_number, send_number
 
 MEETING_SECONDS = 300
-"""For which a process waits for the others, before the run and after it."""
+"""Time for which a process waits for the others to connect at the start and to finish at the end."""
 HEARTBEAT_SECONDS = 60
-"""After which JAX's runtime ends all processes where one is silent, though its connection stands."""
+"""Time without a heartbeat from a process, its connection still open, after which JAX's runtime ends all processes."""
 VERDICT_SECONDS = 5.0
-"""For which a process whose collective failed waits to hear who is missing."""
+"""Time for which a process waits, after an error that a lost process may have caused, for that process's number."""
 LOST = os.EX_TEMPFAIL
-"""The exit code where another process was lost: the same command may well do better."""
+"""Exit status of a process that stops because another one was lost. The failure may be temporary: try again."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes take part in a run, and which of them this is.
+    """The number of processes in a run, the number of this one, and the address of process 0.
 
     Args:
-        coordinator: ``HOST:PORT`` of process 0, where all meet.
-        count: how many.
-        index: this one's number, from 0.
+        coordinator: ``HOST:PORT`` on which process 0 listens, the same in every process. An IPv6 address stands in
+            brackets.
+        count: number of processes, at least 1.
+        index: number of this process, from 0 to ``count`` − 1.
 
     Raises:
-        InputError: for an address without a port, or numbers out of range.
+        InputError: if ``coordinator`` is not of that form, or if a number is out of range.
     """
 
     coordinator: str
@@ -54,24 +55,28 @@ class Processes:
         address = re.fullmatch(r"(?:[^:\s]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})", self.coordinator)
         check(
             address is not None and 0 < int(address[1]) < 2**16,
-            f"--coordinator takes HOST:PORT of process 0, the same for all, got {self.coordinator!r}",
+            f"--coordinator takes HOST:PORT of process 0, the same in every process, got {self.coordinator!r}",
         )
 
     @property
     def host(self) -> str:
-        """Of process 0."""
+        """The host name or IP address of process 0, without brackets."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
 
 @contextmanager
 def joined(processes: Processes | None) -> Iterator[None]:
-    """While inside, JAX's devices are those of all ``processes``, and the loss of one ends this one; None is alone.
+    """Connect this process to the others of a run, so that JAX sees the devices of all of them.
 
-    To be entered before JAX starts. The loss of another process is told on stderr, and this one ends with
-    :data:`LOST`: nothing can be unwound, since the main thread may wait in a collective for ever.
+    Enter this context before JAX starts. If another process is lost during the ``with`` block, this process prints
+    which one to stderr and exits at once with status :data:`LOST`. It runs no clean-up, because the main thread may be
+    blocked in a collective operation that never returns.
+
+    Args:
+        processes: the processes of the run. None, or a count of 1, does nothing.
 
     Raises:
-        InputError: where the processes do not meet.
+        InputError: if the processes cannot connect to each other.
     """
     if processes is None or processes.count == 1:
         yield
@@ -83,7 +88,9 @@ def joined(processes: Processes | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, InputError | OSError | KeyboardInterrupt | SystemExit):
-            time.sleep(VERDICT_SECONDS)  # most likely a collective that failed: the monitor ends this process first
+            # A lost process makes collectives fail here, most likely before the monitor reports the loss. Wait for the
+            # monitor: it ends this process with the number of the lost one.
+            time.sleep(VERDICT_SECONDS)
         monitor.close(well=False)
         raise
     monitor.close(well=True)
@@ -91,12 +98,15 @@ def joined(processes: Processes | None) -> Iterator[None]:
 
 
 def leave(code: int, threads: bool) -> None:
-    """End this process at once, if it failed, where JAX's own way out would wait for the others that it has joined.
+    """Exit at once with status ``code`` if it is nonzero and a normal exit would block.
+
+    A normal exit of a process that has joined others waits for them, because JAX's distributed runtime shuts down
+    collectively. A failed process must not wait. In all other cases this function returns.
 
     Args:
-        code: the exit code.
-        threads: whether to go, too, where Python's own way out would wait for a thread: a compilation, or JAX's alarm
-            clock of a minute, which nobody stops when its start is interrupted.
+        code: the exit status.
+        threads: whether to exit at once also if a non-daemon thread is running, for which Python would wait. Such
+            threads are compilations, and a timer of one minute that JAX leaves running if its start is interrupted.
     """
     waits = threads and any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate())
     if code and (waits or jax.distributed.is_initialized()):
@@ -104,22 +114,22 @@ def leave(code: int, threads: bool) -> None:
 
 
 def _meet(processes):
-    """The connections to the other processes, and the address of JAX's own coordinator, which is sent over them."""
+    """Return the connections to the other processes and the address of JAX's coordinator, which process 0 chooses."""
     host, port = processes.host, int(processes.coordinator.rpartition(":")[2])
     if processes.index == 0:
-        lines, its_port = accept_connections(port, processes.count, MEETING_SECONDS), free_port()
-        send_number(lines, its_port)
+        lines, jax_port = accept_connections(port, processes.count, MEETING_SECONDS), free_port()
+        send_number(lines, jax_port)
     else:
         lines = connect(host, port, processes.index, processes.count, MEETING_SECONDS)
-        its_port = receive_number(lines)
-    return lines, f"[{host}]:{its_port}" if ":" in host else f"{host}:{its_port}"
+        jax_port = receive_number(lines)
+    return lines, f"[{host}]:{jax_port}" if ":" in host else f"{host}:{jax_port}"
 
 
 def _initialize(processes, address):
-    # One CPU device for each process: gloo's collectives know processes, not devices.
+    # Gloo's collectives connect processes, not devices: use one CPU device per process.
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # this service would intercept SIGTERM
     jax.distributed.initialize(
         address, processes.count, processes.index, initialization_timeout=MEETING_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=MEETING_SECONDS,
@@ -128,8 +138,8 @@ def _initialize(processes, address):
 
 def _end(processes, lost):
     print(
-        f"\nimaml train: process {lost} of {processes.count}, counted from 0, has ended before the run did: its own "
-        "output says why. This one stops too; the same commands go on from the last checkpoint",
+        f"\nimaml train: process {lost} of {processes.count} (counted from 0) ended before the run was complete. "
+        "Its output says why. This process stops too. Start the same commands again to resume from the last checkpoint",
         file=sys.stderr,
     )
     _exit(LOST)
@@ -139,5 +149,5 @@ def _exit(code):
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # whoever read the output may have gone too
+    finally:  # flushing fails if the reader of a pipe has ended
         os._exit(code)

@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and named arrays with a checksum in them."""
+"""Atomic file writes, folder locks, and named arrays stored with a checksum."""

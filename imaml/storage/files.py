@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, and folders that one process at a time may write to.
+"""Atomic file writes, and a lock that lets one process at a time write to a folder.
 
-What is written goes under another name first, is flushed, takes its place in one step, and the folder is flushed:
-after a crash, a kill or a loss of power there is the old file or the new one. What a killed process left under such
-another name is swept by the next one.
+A write goes to a temporary file in the same folder. That file is flushed to disk and renamed to the final name, and
+then the folder is flushed. After a crash, a kill or a power failure, the path holds either the complete old file or
+the complete new one. A killed process may leave its temporary file behind; :func:`sweep` removes such files.
 """
 
 import contextlib
@@ -25,10 +25,14 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.imaml-tmp", re.DOTALL)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make or replace the file at ``path`` by what ``write`` puts into the stream that it is called with.
+    """Create or replace the file at ``path`` atomically.
+
+    Args:
+        path: the file to create or to replace.
+        write: called with an open binary stream, to which it writes the contents of the file.
 
     Raises:
-        OSError: where the disk is full or the folder cannot be written; the old file, if any, stands.
+        OSError: if the disk is full or the folder is not writable. An existing file at ``path`` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.imaml-tmp")
     try:
@@ -36,13 +40,19 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(stream)
         put_in_place(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # report the original error, not one from the clean-up
             temporary.unlink(missing_ok=True)
         raise
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a file that is complete its name, in one step that survives a loss of power."""
+    """Flush the complete file ``temporary`` to disk and rename it to ``path`` atomically.
+
+    Both paths must be on one file system. After the return, the new name survives a power failure.
+
+    Raises:
+        OSError: if flushing or renaming fails.
+    """
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
@@ -57,26 +67,31 @@ def _flush(path):
 
 
 def sweep(directory: Path, older_than: float = 0.0) -> None:
-    """Remove what killed processes left in ``directory`` under the names that :func:`write_whole` gives.
+    """Remove the temporary files of :func:`write_whole` that killed processes left in ``directory``.
 
     Args:
-        directory: only this folder, nothing below it.
-        older_than: seconds for which nothing was written to it. 0 is for who holds the folder's lock.
+        directory: the folder to clean. Its subfolders are not searched.
+        older_than: minimum age in seconds since the last write to a file. Use 0 only while holding the lock of the
+            folder (:func:`alone_in`); otherwise a file that another process is writing may be removed.
     """
     for path in directory.iterdir():
-        with contextlib.suppress(OSError):  # another process swept it; what cannot be removed harms nothing
+        with contextlib.suppress(OSError):  # the file may be gone already, and a leftover file does no harm
             if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime >= older_than:
                 path.unlink()
 
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """While inside, no other process gets in: for whoever writes to ``directory``; to read it nobody needs this.
+    """Hold an exclusive lock on ``directory`` during the ``with`` block. Writers take the lock; readers need none.
 
-    The lock is the kernel's (``flock`` on a file that stays): it ends with the process, however that ends.
+    The lock is an ``flock`` on the file ``lock``, which is never removed. The kernel releases an ``flock`` when its
+    process ends, even after SIGKILL.
+
+    Args:
+        directory: the folder to lock, which must exist.
 
     Raises:
-        InputError: where another one is inside, with its process and host.
+        InputError: if the lock is held already. The message names the process and the host that hold it.
     """
     with (directory / LOCK).open("a+") as stream:
         try:
@@ -94,5 +109,5 @@ def _holder(stream):
         stream.seek(0)
         holder = json.load(stream)
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet said who it is
+    except (ValueError, KeyError, TypeError):  # the other process holds the lock but has not yet written its process id
         return "another process"

@@ -34,7 +34,7 @@ ALLOWED = {
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
     "verify": {"spectrum", "problem", "conditions", "types"},
-    "testing": {"verify", "_jaxopt", "problem", "conditions", "types"},
+    "testing": {"verify", "_deprecation", "_jaxopt", "problem", "conditions", "types"},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel.verify import references
+from bilevel.verify import oracles, references
 
 
 def flat(tree):
@@ -105,3 +105,12 @@ def test_impossible_arguments_are_refused_with_a_reason():
         references.dense(problem, None, 1.0, None, None, w=jnp.zeros(1001))
     with pytest.raises(ValueError, match=r"\[m, 1\]"):
         references.dense(problem, None, 1.0, None, None, w=0.0, directions=np.ones(1))
+
+
+@pytest.mark.parametrize("old", ["finite_differences", "unrolled", "dense", "Reference", "OracleError"])
+def test_the_old_module_is_deprecated(old):
+    new = {"OracleError": "ReferenceUnavailable"}.get(old, old)
+    with pytest.warns(DeprecationWarning, match=rf"oracles.{old} is deprecated.* use bilevel.verify.references.{new}$"):
+        assert getattr(oracles, old) is getattr(references, new)
+    with pytest.raises(AttributeError, match="has no attribute 'sense'"):
+        oracles.sense  # noqa: B018

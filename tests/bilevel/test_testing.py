@@ -114,6 +114,12 @@ def test_an_unknown_reference_is_refused():
         check(EXACT, against="sense")
 
 
+def test_the_old_name_of_a_checks_reference_is_deprecated():
+    found = testing.Check("problem", "method", "dense", 0.0, 1e-3)
+    with pytest.warns(DeprecationWarning, match=r"Check.oracle is deprecated.* use reference"):
+        assert found.oracle == found.reference
+
+
 def test_a_case_distinguishes_a_wrong_solution_from_a_wrong_gradient():
     with pytest.raises(AssertionError, match=r"the inner solution is wrong at w\['"):
         testing.assert_case(CASE, solver=bl.FixedPointIteration(3))

@@ -10,7 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel.verify._lanczos import lanczos
+from bilevel.spectrum import ritz_values
+from bilevel.verify.comparison import Deviation, Tolerance
 
 NEWTON = problems.newton
 
@@ -179,6 +180,23 @@ def test_an_unknown_reference_is_refused():
         check(quartic(), bl.Implicit(bl.CG(2)), against=("sense",))
 
 
+# --- The comparison that checks and assertions share ---------------------------------------------------------------
+
+
+def test_the_worst_entry_is_the_one_furthest_off_in_units_of_what_is_allowed():
+    """Entry b has the larger error, and an uncertainty that allows for it."""
+    got, expected, uncertainty = np.array([1.2, 2.25]), np.array([1.0, 2.0]), np.array([0.0, 0.1])
+    found = Deviation(("a", "b"), got, expected, uncertainty, Tolerance(rtol=0.09))
+    assert found.decided and not found.agrees and found.off.tolist() == [True, False] and found.worst == 0
+    assert found.mismatch("w", "dense").startswith("w is wrong at a: got 1.2, expected 1.0 (dense), relative error 0.1")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_never_agree(number):
+    found = Deviation(("a",), np.array([number]), np.array([np.inf]), np.zeros(1), Tolerance(rtol=0.1))
+    assert not found.agrees and found.worst == 0 and found.relative_error == np.inf
+
+
 # --- check_condition -----------------------------------------------------------------------------------------------
 
 
@@ -271,7 +289,7 @@ def test_lanczos_finds_the_ends_of_a_spectrum():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
     matrix = basis @ np.diag([-5.0, *np.linspace(1, 2, 28), 50.0]) @ basis.T
-    ritz = lanczos(lambda u: matrix @ np.asarray(u), jnp.asarray(rng.normal(size=30)), 20)
+    ritz = ritz_values(lambda u: matrix @ u, jnp.zeros(30), 20, jnp.asarray(rng.normal(size=30)))
     np.testing.assert_allclose([ritz[0], ritz[-1]], [-5.0, 50.0], atol=1e-8)
 
 

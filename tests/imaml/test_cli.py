@@ -88,7 +88,7 @@ def complaint(arguments, capsys):
         ("train --linear.maxiter 0", "CG needs maxiter of at least 1, got 0"),
         ("train --outer.queries 1 --episode.ways 13", "13 ways are more than the 12 classes of glyphs's training set"),
         ("train --outer.queries 1 --episode.shots 6", "6 shots and 1 queries are more than the 6 images"),
-        ("train --data here", "glyphs are embedded and take no data folder"),
+        ("train --data here", "the glyphs dataset reads no files and takes no data folder"),
         ("train --keep-checkpoints none", "invalid int value: 'none'"),
         ("train --keep-checkpoints 0 --outer.queries 1", "at least 1 checkpoint must be kept, got 0"),
         ("train --keep-checkpoint 3", "there is no option --keep-checkpoint: did you mean --keep-checkpoints?"),
@@ -104,16 +104,16 @@ def complaint(arguments, capsys):
         ("evaluate . --task 3", "unrecognized arguments: --task 3"),
         ("data", "required: NAME"),
         ("data omniglt", "there is no dataset 'omniglt': known are glyphs, omniglot, miniimagenet, sinusoid"),
-        ("data sinusoid", "sinusoids are drawn: there is nothing to fetch"),
-        ("data miniimagenet", "miniimagenet may not be handed on: ask for it, and name the folder that holds images/"),
+        ("data sinusoid", "the sinusoid dataset is sampled: there is nothing to download"),
+        ("data miniimagenet", "miniimagenet may not be redistributed: obtain the images yourself, and name the folder"),
         ("train miniimagenet-5way-1shot-gd", "miniimagenet needs its images: name the folder that holds images/"),
         ("train miniimagenet-5way-1shot-gd --data nowhere", "nowhere: no such folder; name the one that holds images/"),
-        ("train sinusoid-5shot-gd --data here", "sinusoids are drawn and take no data folder"),
+        ("train sinusoid-5shot-gd --data here", "the sinusoid dataset reads no files and takes no data folder"),
         ("train --strength 2 --algorithm maml", "there is no setting --strength"),
         ("train --algorithm mmal", "there is no algorithm 'mmal': did you mean maml?"),
         ("train glyphs-5way-1shot-hf --inner.step_size 1", "there is no setting --inner.step_size"),
         ("verify omniglot-5way-1shot-reference-code", "verify compares with the paper's equations"),
-        ("data glyphs", "glyphs are embedded: there is nothing to fetch"),
+        ("data glyphs", "the glyphs dataset is rendered from fonts: there is nothing to download"),
     ],
 )
 def test_a_slip_is_answered_in_one_sentence_and_nothing_is_written(arguments, expected, here, capsys):
@@ -123,7 +123,7 @@ def test_a_slip_is_answered_in_one_sentence_and_nothing_is_written(arguments, ex
 
 def test_a_preset_that_needs_archives_says_so(here, capsys):
     said = complaint(["train", OMNIGLOT], capsys)
-    assert "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in said
+    assert "download them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in said
     assert list(here.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""One run in two processes: the numbers of one process, one writer, and an end in time where one of them dies."""
+"""A run in two processes equals a run in one, process 0 alone writes, and a lost process stops the other in time."""
 
 import os
 import queue
@@ -39,12 +39,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 12
 PATIENCE = 400.0
-"""Seconds for a process to end, compiling included; a few on an idle machine."""
+"""Longest time for a process to end, compilation included. On an idle machine it takes a few seconds."""
 
 
 @dataclass(frozen=True)
 class Flat:
-    """A network that compiles in a second; what is tested here is what is around it."""
+    """A small network that compiles in a second. These tests concern the processes, not the network."""
 
     hidden: int = 4
 
@@ -72,15 +72,15 @@ def dataset(pixels):
 
 
 def worker(pixels: str, pause: str, *arguments: str) -> int:
-    """The command line with the tiny preset and dataset, a checkpoint after each step, and a pause after each."""
-    whole_train = training.train
+    """Run ``imaml train`` on the tiny preset and dataset; each step saves a checkpoint and sleeps ``pause`` seconds."""
+    original_train = training.train
 
     def train(*positional, on_progress, **options):
         def wait(progress):
             on_progress(progress)
             time.sleep(float(pause))
 
-        return whole_train(*positional, on_progress=wait, evaluation_tasks=4, checkpoint_seconds=0.0, **options)
+        return original_train(*positional, on_progress=wait, evaluation_tasks=4, checkpoint_seconds=0.0, **options)
 
     training.train = train
     tiny = dataset(np.load(pixels))
@@ -95,11 +95,11 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def start(tiny_pixels, tmp_path_factory):
-    """``with start(directory, pause=0.0) as (first, second):`` runs two processes and kills what is left of them."""
+    """A context manager ``start(directory, pause=0.0)`` that yields two training processes and kills them on exit."""
     folder = tmp_path_factory.mktemp("processes")
     np.save(folder / "pixels.npy", tiny_pixels)
     environment = os.environ | {"IMAML_CACHE": str(folder), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # as quick_compilation does here
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # like the fixture quick_compilation in this process
 
     @contextmanager
     def start(directory, pause=0.0):
@@ -123,13 +123,13 @@ def start(tiny_pixels, tmp_path_factory):
 
 
 def ended(process):
-    """Its exit code, and what it said on stdout and stderr."""
+    """Wait for ``process`` to end and return its exit code, stdout and stderr."""
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 
 def wait_for_steps(directory, process, count):
-    """Until so many meta-steps have been logged."""
+    """Wait until ``count`` meta-steps are in the log of ``directory``."""
     deadline = time.monotonic() + PATIENCE
     while len(runlog.read_log(directory)) < count:
         assert time.monotonic() < deadline and process.poll() is None, ended(process)
@@ -142,13 +142,18 @@ def logged(directory):
 
 @dataclass(frozen=True)
 class Story:
-    """A run in two processes that was stopped, lost one of them, and came to its end.
+    """The record of a run in two processes that was started three times.
+
+    The first time it was stopped by a signal to process 1. The second time process 1 was killed. The third time it
+    completed.
 
     Attributes:
-        directory: of the run.
-        stopped, lost, done: exit code, stdout and stderr of each process, in each part; the killed one's is not told.
-        steps: on disk after the first and the second part.
-        seconds: from the kill to the end of the other process.
+        directory: the run folder.
+        stopped: exit code, stdout and stderr of both processes of the first start.
+        lost: exit code, stdout and stderr of process 0 of the second start.
+        done: exit code, stdout and stderr of both processes of the third start.
+        steps: steps of the newest checkpoints after the first and the second start.
+        seconds: time from the kill of process 1 to the end of process 0.
     """
 
     directory: Path
@@ -183,30 +188,31 @@ def whole_checkpoint(directory):
     return checkpoints.newest(directory, lambda path, message: pytest.fail(message))
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step(story):
+def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
     assert [code for code, _, _ in story.stopped] == [143, 143], story.stopped
     assert f"stopped at step {story.steps[0]} of {STEPS} and saved" in story.stopped[0][1]
 
 
-def test_where_one_is_killed_the_other_stops_in_time_and_says_which(story):
+def test_after_a_kill_the_other_process_stops_in_time_and_names_the_lost_one(story):
     code, _, err = story.lost
     assert code == processes.LOST, story.lost
-    assert "process 1 of 2, counted from 0, has ended before the run did" in err and "Traceback" not in err
+    assert "process 1 of 2 (counted from 0) ended before the run was complete" in err and "Traceback" not in err
     assert story.steps[0] <= story.steps[1] < STEPS
-    assert story.seconds < 10  # the kernel tells at once; what is left is the load of this machine
+    assert story.seconds < 10  # the kernel closes the connection at once; 10 s allow for a loaded machine
 
 
-def test_two_processes_interrupted_twice_give_what_one_gives(story, tiny_pixels, tmp_path, monkeypatch):
+def test_two_processes_interrupted_twice_give_the_result_of_one_process(story, tiny_pixels, tmp_path, monkeypatch):
     assert [code for code, _, _ in story.done] == [0, 0], story.done
     monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(tiny_pixels))
     alone = imaml.train(PRESET, tmp_path / "run", devices=1, evaluation_tasks=4)
-    # Both programs sum the same two terms, each rounding in its own way: to 100 ε of the terms. Adam moves a
-    # parameter by its rate times a ratio of gradients, where a sum that cancels to a hundredth of its terms
-    # has 100 times that error. Another batch of tasks would move it by the rate itself, in each step.
+    # Both programs sum the gradients of the same two tasks, with different rounding errors of up to 100 ε relative to
+    # the terms. Adam moves a parameter by its learning rate times a ratio of gradients. If a sum cancels to a
+    # hundredth of its terms, the relative error of that ratio is 100 times larger. A run on other tasks would differ by
+    # about the learning rate in each step, far more than this tolerance.
     rounding = 100 * float(np.finfo(np.float32).eps)
-    apart = STEPS * PRESET.outer.learning_rate * 100 * rounding
+    tolerance = STEPS * PRESET.outer.learning_rate * 100 * rounding
     saved = whole_checkpoint(story.directory).restore(initial_state(PRESET))
-    jax.tree.map(lambda *both: np.testing.assert_allclose(*both, rounding, apart), alone.theta, saved.theta)
+    jax.tree.map(lambda *both: np.testing.assert_allclose(*both, rounding, tolerance), alone.theta, saved.theta)
     steps = list(zip(logged(alone.directory), logged(story.directory), strict=True))
     assert steps[0][0].loss == pytest.approx(steps[0][1].loss, rel=rounding)
     for one, two in steps:
@@ -215,15 +221,15 @@ def test_two_processes_interrupted_twice_give_what_one_gives(story, tiny_pixels,
     assert f"test accuracy {alone.evaluation.accuracy:.2%}" in story.done[0][1]
 
 
-def test_only_process_0_writes_and_speaks(story):
-    out, silent = (said for _, said, _ in story.done)
+def test_only_process_0_writes_files_and_prints(story):
+    out, other_out = (stdout for _, stdout, _ in story.done)
     best = checkpoints.best(story.directory)
     names = {f"checkpoint-{step:08}.npz" for step in (STEPS - 1, STEPS)} | {best.path.name}
     assert {path.name for path in story.directory.iterdir()} == names | {
         runlog.FILE, runfolder.RESULT, files.LOCK, "learning_curve.png"
     }  # fmt: skip
     assert [progress.step for progress in runlog.read_log(story.directory)] == list(range(1, STEPS + 1))
-    assert "test accuracy" in out and not [line for line in silent.splitlines() if "Gloo" not in line]
+    assert "test accuracy" in out and not [line for line in other_out.splitlines() if "Gloo" not in line]
 
 
 # --- Without other processes ---------------------------------------------------------------------------------------
@@ -243,38 +249,38 @@ def test_only_process_0_writes_and_speaks(story):
         ("--coordinator here:12 --processes few --process-id 0", "invalid int value: 'few'"),
         (
             "--coordinator here:12 --processes 3 --process-id 0",
-            "the 4 tasks of a meta-step (--outer.tasks) cannot be shared out equally to 3 devices (1 in each of 3 proc",
+            "the 4 tasks of a meta-step (--outer.tasks) cannot be divided equally among 3 devices (1 in each of 3 pr",
         ),
-        ("--devices 3", "the 4 tasks of a meta-step (--outer.tasks) cannot be shared out equally to 3 devices"),
+        ("--devices 3", "the 4 tasks of a meta-step (--outer.tasks) cannot be divided equally among 3 devices"),
         ("--devices some", "takes a number from 1 or 'all', got 'some'"),
         ("--devices 0", "takes a number from 1 or 'all', got '0'"),
         ("--process 2", "there is no option --process: did you mean --process"),
     ],
 )
-def test_a_slip_is_told_before_jax_starts(options, expected, capsys, monkeypatch, tmp_path):
+def test_wrong_options_are_reported_before_jax_starts(options, expected, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_start_jax", lambda: pytest.fail("starts JAX"))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *options.split()]) == 2
-    said = capsys.readouterr().err
-    assert expected in said and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:1234", "host.example:65535", "[::1]:1"])
-def test_addresses_of_every_kind_are_taken(address):
+def test_host_names_and_ip_addresses_of_both_versions_are_accepted(address):
     assert Processes(address, 2, 1).host == address.rpartition(":")[0].strip("[]")
 
 
-def test_a_mesh_has_as_many_devices_as_divide_the_tasks_or_as_are_asked_for():
+def test_a_mesh_has_the_largest_number_of_devices_that_divides_the_tasks_or_the_requested_number():
     count = jax.local_device_count()
     assert global_mesh(8 * count).size == count and global_mesh(8 * count, "all").size == count
     assert global_mesh(8 * count, 1).size == global_mesh(1).size == 1
-    with pytest.raises(InputError, match=f"--devices {count + 1} are more than the {count} that each process has"):
+    with pytest.raises(InputError, match=f"--devices {count + 1} was requested, but a process has only {count}"):
         global_mesh(8 * count, count + 1)
-    with pytest.raises(InputError, match=f"the 1 tasks of .* to {2 * count} devices"):
+    with pytest.raises(InputError, match=f"the 1 tasks of .* among {2 * count} devices"):
         check_shares(1, 1, 2 * count)
 
 
-def test_processes_with_other_settings_are_refused(monkeypatch):
+def test_processes_with_different_settings_are_refused(monkeypatch):
     monkeypatch.setattr(
         training, "gathered", lambda digest: np.stack([digest, digest ^ np.eye(32, dtype=np.uint8)[0], digest])
     )
@@ -283,7 +289,16 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
 
 
 def meeting(*callers, processes=3, seconds=10.0):
-    """What process 0 and each of the callers get of ``(process, processes)`` who meet: a line or an exception."""
+    """Connect processes to process 0 in threads.
+
+    Args:
+        callers: for each process that connects, its number and the number of processes that it announces.
+        processes: number of processes that process 0 expects.
+        seconds: time limit of both sides.
+
+    Returns:
+        For process 0 and each caller in order, its connections or the exception that it raised.
+    """
     port = free_port()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(accept_connections, port, processes, seconds)
@@ -292,68 +307,69 @@ def meeting(*callers, processes=3, seconds=10.0):
 
 
 @pytest.fixture
-def crowd():
-    """The liveness monitors of three processes, by number, and a queue of ``(who hears, who is lost)``."""
-    heard = queue.SimpleQueue()
+def three_monitors():
+    """The liveness monitors of three processes, and a queue of pairs ``(reporting process, lost process)``."""
+    losses = queue.SimpleQueue()
     lines = meeting((1, 3), (2, 3))
-    monitors = [LivenessMonitor(line, lambda lost, n=n: heard.put((n, lost))) for n, line in enumerate(lines)]
-    yield monitors, heard
+    monitors = [LivenessMonitor(line, lambda lost, n=n: losses.put((n, lost))) for n, line in enumerate(lines)]
+    yield monitors, losses
     for monitor in monitors:
         monitor.close(well=True)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_all_hear_who_was_lost(victim, crowd):
-    monitors, heard = crowd
+def test_all_processes_learn_which_one_was_lost(victim, three_monitors):
+    monitors, losses = three_monitors
     monitors[victim].close(well=False)
     others = {0, 1, 2} - {victim}
-    assert {heard.get(timeout=10) for _ in others} == {(other, victim) for other in others}
+    assert {losses.get(timeout=10) for _ in others} == {(other, victim) for other in others}
 
 
-def test_a_farewell_is_no_loss(crowd):
-    monitors, heard = crowd
+def test_a_process_that_says_farewell_is_not_reported_as_lost(three_monitors):
+    monitors, losses = three_monitors
     for number in (1, 0):
         monitors[number].close(well=True)
         with pytest.raises(queue.Empty):
-            heard.get(timeout=0.2)
+            losses.get(timeout=0.2)
 
 
-def test_who_is_missing_is_told():
-    said, line = meeting((2, 3), seconds=0.5)
-    assert isinstance(said, InputError) and str(said).startswith("processes [1] have not called at port ")
-    with line[0], pytest.raises(InputError, match="process 0 has gone before all had met"):
+def test_processes_that_did_not_connect_are_named():
+    error, line = meeting((2, 3), seconds=0.5)
+    assert isinstance(error, InputError) and str(error).startswith("processes [1] did not connect to port ")
+    with line[0], pytest.raises(InputError, match="process 0 ended before all processes had connected"):
         receive_number(line)
 
 
 @pytest.mark.parametrize("caller", [(1, 4), (3, 3), (0, 3)])
-def test_processes_that_do_not_fit_together_are_refused(caller):
-    said, line = meeting(caller)
+def test_a_process_with_another_count_or_a_wrong_number_is_refused(caller):
+    error, line = meeting(caller)
     line[0].close()
-    assert str(said) == f"a process {caller[0]} of {caller[1]} has called, where [1, 2] of 3 were missing"
+    expected = f"process {caller[0]} of {caller[1]} has connected, but process 0 waits for one of [1, 2] of 3"
+    assert str(error) == expected
 
 
-def test_a_stranger_is_not_taken_for_a_process():
+def test_a_connection_without_the_greeting_is_ignored():
     port = free_port()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(accept_connections, port, 2, 10.0)
-        with knock(port) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1")
-            mine = connect("127.0.0.1", port, 1, 2, 10.0)
+        with connect_when_listening(port) as other_program:
+            other_program.sendall(b"GET / HTTP/1.1")
+            own_lines = connect("127.0.0.1", port, 1, 2, 10.0)
             lines = first.result()
-    with lines[1], mine[0]:
+    with lines[1], own_lines[0]:
         send_number(lines, 4711)
-        assert receive_number(mine) == 4711
+        assert receive_number(own_lines) == 4711
 
 
-def knock(port):
-    """A connection to who listens there, or soon will."""
+def connect_when_listening(port):
+    """Return a connection to ``port``, retrying until a process listens on it."""
     while True:
         with suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port), 10.0)
         time.sleep(0.01)
 
 
-def test_nobody_to_meet_and_a_port_that_is_taken_are_told():
+def test_an_unreachable_process_0_and_a_port_in_use_are_reported():
     with pytest.raises(InputError, match="process 0 does not answer at port"):
         connect("127.0.0.1", free_port(), 1, 2, 0.1)
     with socket.create_server(("", 0)) as server:

@@ -174,7 +174,7 @@ def test_a_changed_number_in_a_valid_archive_is_refused(saved):
     contents["leaf0"][0, 0] += 1e-6
     with file(saved).open("wb") as stream:
         np.savez(stream, **contents)
-    with pytest.raises(InputError, match="its checksum is another"):
+    with pytest.raises(InputError, match="its checksum does not match its contents"):
         checkpoints.newest(saved)
 
 

@@ -1,4 +1,4 @@
-"""The scripts that kill and damage, in small; and the split, which no order of listing changes."""
+"""Short runs of the benchmarks that kill processes and damage archives, and the determinism of the class splits."""
 
 import os
 import subprocess
@@ -18,16 +18,16 @@ def run(*words, **settings):
 
 
 def test_no_checkpoint_is_lost_to_kills():
-    said = run(ROOT / "benchmarks" / "kill_nine.py", "--kills", 10)
-    assert said.startswith("10 kills, ") and said.endswith(": 0 checkpoints lost\n")
-    amid, saves = (int(said.split(word)[0].split()[-1]) for word in (" of them amid", " finished saves"))
-    assert amid > 0 and saves > 0  # or nothing was tried
+    output = run(ROOT / "benchmarks" / "kill_nine.py", "--kills", 10)
+    assert output.startswith("10 kills, ") and output.endswith(": 0 checkpoints lost\n")
+    interrupted, saves = (int(output.split(word)[0].split()[-1]) for word in (" of them amid", " finished saves"))
+    assert interrupted > 0 and saves > 0  # otherwise no kill hit a save and the test has shown nothing
 
 
-def test_damaged_archives_are_refused_or_unharmed_and_nothing_is_written_elsewhere():
-    said = run(ROOT / "benchmarks" / "fuzz_archives.py", "--archives", 100)
-    assert "0 failures, 0 writes outside of the cache" in said
-    refused, unharmed = (int(said.split(word)[0].split()[-1]) for word in (" refused", " unharmed"))
+def test_damaged_archives_are_refused_or_load_unchanged_and_only_the_cache_is_written():
+    output = run(ROOT / "benchmarks" / "fuzz_archives.py", "--archives", 100)
+    assert "0 failures, 0 writes outside of the cache" in output
+    refused, unharmed = (int(output.split(word)[0].split()[-1]) for word in (" refused", " unharmed"))
     assert refused + unharmed == 100 and refused > 50
 
 
@@ -48,7 +48,7 @@ def shuffled(function):
 
 scandir = os.scandir
 
-class ShuffledScan:  # like the original, an iterator that can be entered as a context
+class ShuffledScan:  # like os.scandir's result, an iterator and a context manager
     def __init__(self, *arguments):
         with scandir(*arguments) as entries:
             found = list(entries)
@@ -76,7 +76,7 @@ print([(c.label, held_out) for c, held_out in zip(characters, glyphs._held_out(c
 """
 
 
-def test_two_processes_split_alike_whatever_the_order_of_files_members_and_hashes(tmp_path):
+def test_splits_do_not_depend_on_the_order_of_files_archive_members_or_hashes(tmp_path):
     first, second = (
         run("-c", SPLIT, seed, tmp_path / seed, IMAML_CACHE=str(tmp_path / f"cache{seed}"), PYTHONHASHSEED=seed)
         for seed in ("1", "2")

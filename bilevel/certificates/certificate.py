@@ -1,20 +1,22 @@
-"""How far a hypergradient may be from the exact one, said after the fact, with a label for what the figure rests on.
+"""Error estimate and error bound of a finished hypergradient, with a label for what they rest on.
 
-At the returned ŵ, with F the residual, A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w, h = ∂outer/∂θ and an adjoint v̂, both
-unknowns are off: r₁ = F(ŵ) and r₂ = g − Aᵀv̂ are not zero. One step of Newton's method on both at once,
+Let ŵ be the returned inner solution, F the residual, A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w, h = ∂outer/∂θ, and v̂ the
+adjoint vector. Neither equation is solved exactly: r₁ = F(ŵ) and r₂ = g − Aᵀv̂ are not zero. One Newton step on both
+equations at once,
 
     A ε₁ = r₁,    Aᵀ ε_v = ∂_w[g − Aᵀv̂]ε₁ − r₂,    ΔG = ∂_w[h − Bᵀv̂]ε₁ − Bᵀε_v,
 
-tells what they do to the gradient G = h − Bᵀv̂: the corrected G − ΔG is off by O(‖ŵ − w*‖²). With constants that
-hold everywhere (:class:`Lipschitz`) and ⟨u, Au⟩ ≥ μ‖u‖² the error of any such G has a bound,
+gives the effect of both residuals on the gradient G = h − Bᵀv̂: the error of the corrected gradient G − ΔG is
+O(‖ŵ − w*‖²). Constants that hold everywhere (:class:`Lipschitz`), with ⟨u, Au⟩ ≥ μ‖u‖², bound the error of G:
 
-    ‖ŵ − w*‖ ≤ ‖r₁‖/μ = e,    ‖G − G*‖ ≤ (L_h + β_v)e + ‖B*‖·[(L_g + ρ_v)e + ‖r₂‖]/μ,
+    ‖ŵ − w*‖ ≤ ‖r₁‖/μ = e,    ‖G − G*‖ ≤ (L_h + β_v)e + ‖B*‖·[(L_g + ρ_v)e + ‖r₂‖]/μ.
 
-and where convexity is not known Newton and Kantorovich's theorem gives e and ‖A*⁻¹‖ instead. The bound is taken at
-ŵ and at the point ŵ − ε₁, v̂ − ε_v after the step, where residuals are of second order and ‖G − G₊‖ is added: the
-smaller of the two holds, and the second is sharp wherever a step of Newton's method helps.
+Where no strong convexity is known, the Newton–Kantorovich theorem bounds e and ‖A*⁻¹‖ instead. The bound is computed at
+two points, and the smaller one is returned. The first point is (ŵ, v̂). The second is (ŵ − ε₁, v̂ − ε_v), whose gradient
+G₊ differs from G by ‖G − G₊‖, which is added. At the second point the residuals are of second order, so its bound is
+sharp wherever a Newton step helps.
 
-Nothing here shares code with the methods: a gradient that another formula, or a mistake, has made is certified too.
+This module shares no code with the methods, so that it also certifies a gradient from another formula or from a bug.
 """
 
 import enum
@@ -33,27 +35,31 @@ from bilevel.problem import Problem
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
 NONLINEARITY = 0.25
-"""How large what is left after the correction may be against the estimate, for that to be called first order.
+"""Largest ratio of the second Newton step's correction to the estimate at which the estimate counts as first order.
 
-To third order the estimate is then within 0.8 and 1.33 times the error, which leaves room up to a factor of two.
+Up to terms of third order the estimate is then between 0.8 and 1.33 times the error. The test promises a factor of
+two, so those terms have room.
 """
-SLOPPINESS = 0.1
-"""The relative residual up to which a linear solve of the correction is good enough."""
+SOLVE_TOLERANCE = 0.1
+"""Largest relative residual at which a linear solve of the correction counts as accurate."""
 
 
 class CertificateKind(enum.IntEnum):
-    """What a certificate's bound rests on, the weaker the larger, so that ``maximum`` merges two."""
+    """What the bound of a certificate rests on. A larger value is a weaker claim, so ``maximum`` merges two."""
 
     CERTIFIED = 0
     """The bound is a theorem, up to the stated allowance for rounding: every constant is declared or proved."""
     ESTIMATED = 1
-    """A constant was probed at one point, where it may be larger elsewhere; the estimate passed its test."""
+    """A constant was probed at one point and may be larger elsewhere; the estimate passed its test."""
     INVALID = 2
-    """A check failed: the figures say nothing."""
+    """A check failed: neither the bound nor the estimate can be relied on."""
 
 
 class Finding(enum.IntFlag):
-    """What was found on the way, as bits of ``Certificate.findings``; ``Certificate.reasons`` has the sentences."""
+    """Observations made by :func:`certify`, as bits of ``Certificate.findings``.
+
+    ``Certificate.reasons`` explains those that are set, a sentence each.
+    """
 
     NONFINITE = 1
     CURVATURE = 2
@@ -67,20 +73,22 @@ class Finding(enum.IntFlag):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Certificate:
-    """The error of a hypergradient; all norms are Euclidean. Under ``vmap`` every array has the mapped axes in front.
+    """Estimate and bound of the error of a hypergradient, and a corrected gradient.
+
+    All norms are Euclidean. Under ``vmap`` every array has the mapped axes in front.
 
     Attributes:
         kind: a :class:`CertificateKind` as an int32 scalar.
-        estimate: the first-order estimate of ‖out.gradient − G*‖, between the rounding floor and the bound.
-        bound: the bound of the same error: proved where ``kind`` is CERTIFIED; infinite where there is none.
+        estimate: the first-order estimate of ‖out.gradient − G*‖, raised to ``rounding`` and cut at ``bound``.
+        bound: an upper bound of the same error: proved where ``kind`` is CERTIFIED, infinite where none is known.
         gradient: the corrected gradient, a pytree like θ, whose error is of second order in the inner error.
-        corrected_bound: the bound of the corrected gradient's error.
-        norm: ‖gradient‖, which relative figures are relative to.
-        inner_error: the bound of ‖ŵ − w*‖.
-        rounding: what rounding may do to the gradient at the exact solution.
+        corrected_bound: an upper bound of the corrected gradient's error.
+        norm: ‖gradient‖, the denominator of the relative figures.
+        inner_error: an upper bound of ‖ŵ − w*‖.
+        rounding: an allowance for the error that rounding causes in the gradient even at the exact solution.
         findings: bits of :class:`Finding`, an int32 scalar.
         probed: names of the constants that are neither declared nor known from structure; static.
-        convex: whether the bound rests on a declared strong convexity; static.
+        convex: True if the bound rests on a declared strong convexity; static.
     """
 
     kind: jax.Array
@@ -97,52 +105,56 @@ class Certificate:
 
     @property
     def relative_estimate(self) -> jax.Array:
-        """``estimate / norm``."""
+        """The error estimate relative to the corrected gradient: ``estimate / norm``."""
         return self.estimate / self.norm
 
     @property
     def relative_bound(self) -> jax.Array:
-        """``bound / norm``."""
+        """The error bound relative to the corrected gradient: ``bound / norm``."""
         return self.bound / self.norm
 
     @property
     def first_order(self) -> jax.Array:
-        """Whether the estimate passed its test: it is then within a factor of two up to terms of third order."""
+        """True if the estimate passed its test: up to terms of third order it is then within a factor of two."""
         return (self.findings & int(Finding.NONLINEAR | Finding.SLOPPY | Finding.NONFINITE)) == 0
 
     @property
     def ok(self) -> bool:
-        """Whether no certificate in here is INVALID; for concrete values."""
+        """True if no certificate, of one or of a batch, is INVALID. The values must be concrete."""
         return bool(jnp.all(self.kind < CertificateKind.INVALID))
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the kind is what it is, in words; under ``vmap`` what was found anywhere."""
+        """Sentences that explain ``kind`` and ``findings``. For a batch they cover what was found in any task."""
         bits = int(np.bitwise_or.reduce(np.asarray(self.findings).ravel(), initial=0))
-        return (*_grounds(self), *(_SENTENCES[finding] for finding in Finding if bits & finding))
+        return (*_assumptions(self), *(_SENTENCES[finding] for finding in Finding if bits & finding))
 
     def __str__(self) -> str:
         return _batch_table(self) if jnp.ndim(self.kind) else _table(self)
 
 
 _SENTENCES = {
-    Finding.NONFINITE: "NaN or infinity among the figures: in the inner solution, the adjoint or a constant.",
+    Finding.NONFINITE: "The inner solution, the adjoint vector or a constant holds a NaN or an infinity.",
     Finding.CURVATURE: (
-        "The declared strong convexity is disproved: a direction of less curvature was found at the inner solution."
+        "The declared curvature (strong convexity or definiteness) is disproved: the inner solution has a direction of "
+        "less curvature."
     ),
     Finding.UNPROVED: (
-        "β₀ρη > ½: the theorem of Newton and Kantorovich proves no solution near; solve the inner problem further."
+        "β₀ρη > ½, so the Newton–Kantorovich theorem proves no solution nearby: solve the inner problem further."
     ),
     Finding.NONLINEAR: (
-        "What is left after the correction is not small against it: the estimate is no more than an order of magnitude."
+        f"A second Newton step would change the gradient by more than {NONLINEARITY:.0%} of the estimate: read the "
+        "estimate as an order of magnitude."
     ),
     Finding.SLOPPY: (
-        "The linear solves of the correction are not accurate: give `linear` more iterations, or leave it out."
+        f"The linear solves of the correction miss a relative residual of {SOLVE_TOLERANCE}: give `linear` a larger "
+        "budget, or leave it out."
     ),
     Finding.OTHER_GRADIENT: (
-        "The gradient is not h − Bᵀv of its own adjoint: another formula or a mistake; it is certified as it stands."
+        "The gradient differs from h − Bᵀv of the adjoint vector v returned with it, so another formula or a mistake "
+        "made it. The figures hold for the gradient as it is."
     ),
-    Finding.ROUNDING: "The error is below what rounding allows to tell: the estimate is that floor.",
+    Finding.ROUNDING: "The estimated error is below the rounding floor: the estimate was raised to that floor.",
 }
 
 
@@ -155,30 +167,31 @@ def certify(
     lipschitz: Lipschitz | None = None,
     linear: LinearSolver | None = None,
 ) -> Certificate:
-    """How far ``out.gradient`` may be from the exact hypergradient.
+    """Estimate and bound the distance of ``out.gradient`` from the exact hypergradient, and correct it.
 
-    Works on what any method returned; where ``out.linear`` is None an adjoint is solved for here. It costs four
-    linear solves and some ten products with second derivatives; up to ``DENSE_LIMIT`` unknowns without ``linear``
-    A is factorised once instead. The residual must have a forward derivative.
+    The result of any method can be certified. The function is pure and compiled once per problem and shape. It costs
+    four linear solves (five where ``out.linear`` is None and an adjoint vector must be found first) and about ten
+    products with second derivatives. Without ``linear``, up to 500 unknowns (``DENSE_LIMIT``), A is factorised once
+    instead. The residual must have a forward derivative.
 
     Args:
         problem: the condition and the outer function.
-        theta: where ``out`` was computed, as was ``data``.
+        theta: the outer variables that ``out`` was computed at.
         out: the hypergradient.
-        data: as above.
-        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖² wherever the solution may be, a number or ``f(theta, data)``; the
-            condition's own where None. If neither is known the theorem of Newton and Kantorovich takes its place.
-        lipschitz: the constants that are known.
+        data: the data that ``out`` was computed with.
+        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖² wherever the solution may be, a number or ``f(theta, data)``. None
+            takes the condition's own; where that is None too, the Newton–Kantorovich theorem is used instead.
+        lipschitz: the constants that are known; the others are derived from structure or probed.
         linear: solves Ax = b and Aᵀx = b; None for a factorisation, or GMRES above ``DENSE_LIMIT`` unknowns.
 
     Returns:
-        A :class:`Certificate`; ``print`` shows it as a table. A pure function, compiled once per problem and shape.
+        A :class:`Certificate`; ``print`` shows it as a table.
 
     Raises:
-        ValueError: for a strong convexity that is not positive, or a linear solver that needs a symmetry the
-            condition does not have.
+        ValueError: for a strong convexity that is not positive and finite, or for a linear solver that needs a
+            symmetric operator where the condition is not symmetric.
 
-    Source: Pedregosa (2016); Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
+    Source: Pedregosa (2016) for the bound; Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
 
     Example:
         >>> import jax.numpy as jnp
@@ -196,10 +209,10 @@ def certify(
     """
     mu = problem.condition.strong_convexity if strong_convexity is None else strong_convexity
     if isinstance(mu, int | float) and not 0 < mu < float("inf"):
-        raise ValueError(f"certify needs a strong_convexity above 0, got {mu}; leave it None where none is known")
+        raise ValueError(f"certify needs a finite strong_convexity above 0, got {mu}; pass None if none is known")
     if getattr(linear, "needs_symmetry", False) and not problem.condition.symmetric:
         name = type(problem.condition).__name__
-        raise ValueError(f"{type(linear).__name__} needs a symmetric operator, and that of {name} is not")
+        raise ValueError(f"{type(linear).__name__} needs a symmetric operator, but the operator of {name} is not")
     declared = dict((lipschitz or Lipschitz()).items()) | ({} if mu is None else {"strong_convexity": mu})
     functions = tuple((name, value) for name, value in declared.items() if callable(value))
     numbers = {name: value for name, value in declared.items() if not callable(value)}
@@ -234,11 +247,11 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
         Finding.CURVATURE: constants.disproved,
         Finding.UNPROVED: jnp.bool_(not constants.convex) & ~jnp.isfinite(bound),
         Finding.NONLINEAR: ~(remainder <= NONLINEARITY * estimate),
-        Finding.SLOPPY: _sloppy(here, at_here),
+        Finding.SLOPPY: _inaccurate_solves(here, at_here),
         Finding.OTHER_GRADIENT: jnp.bool_(out.linear is not None) & differs,
         Finding.ROUNDING: error <= rounding,
     }
-    findings = sum(jnp.where(there_is, jnp.int32(finding), jnp.int32(0)) for finding, there_is in found.items())
+    findings = sum(jnp.where(is_set, jnp.int32(finding), jnp.int32(0)) for finding, is_set in found.items())
     return Certificate(
         kind=_kind(found, bound, constants.probed),
         estimate=estimate,
@@ -254,30 +267,31 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
     )
 
 
-def _sloppy(step: Step, bounds: Bounds):
-    """Whether a linear solve of the correction left more than it may, and more than rounding."""
+def _inaccurate_solves(step: Step, bounds: Bounds):
+    """Return True if the residual of a linear solve of the correction is above its tolerance plus rounding, or NaN."""
     w, v = tree.norm(step.unsolved_w), tree.norm(step.unsolved_v)
-    enough_w = SLOPPINESS * tree.norm(step.residual) + bounds.residual_rounding
-    enough_v = SLOPPINESS * tree.norm(step.adjoint_target) + bounds.defect_rounding
-    return ~((w <= enough_w) & (v <= enough_v))
+    allowed_w = SOLVE_TOLERANCE * tree.norm(step.residual) + bounds.residual_rounding
+    allowed_v = SOLVE_TOLERANCE * tree.norm(step.adjoint_target) + bounds.defect_rounding
+    return ~((w <= allowed_w) & (v <= allowed_v))
 
 
 def _kind(found, bound, probed):
+    """Return the kind. A failed estimate invalidates only what was probed: a bound from known constants stands."""
     broken = found[Finding.NONFINITE] | found[Finding.CURVATURE] | ~jnp.isfinite(bound)
     if probed:
         broken = broken | found[Finding.NONLINEAR] | found[Finding.SLOPPY]
-    otherwise = CertificateKind.ESTIMATED if probed else CertificateKind.CERTIFIED
-    return jnp.where(broken, jnp.int32(CertificateKind.INVALID), jnp.int32(otherwise))
+    unbroken = CertificateKind.ESTIMATED if probed else CertificateKind.CERTIFIED
+    return jnp.where(broken, jnp.int32(CertificateKind.INVALID), jnp.int32(unbroken))
 
 
-def _grounds(certificate):
-    """What the bound rests on, known without looking at a number."""
+def _assumptions(certificate):
+    """Yield the sentences about the assumptions of the bound; they follow from static fields alone."""
     if certificate.convex:
         yield "Strong convexity was declared."
     else:
-        yield "Strong convexity was not declared: the bound rests on the theorem of Newton and Kantorovich."
+        yield "Strong convexity was not declared: the bound rests on the Newton–Kantorovich theorem."
     if certificate.probed:
-        yield f"Probed at one point, not declared or proved: {', '.join(certificate.probed)}."
+        yield f"Probed at one point, neither declared nor proved: {', '.join(certificate.probed)}."
     else:
         yield "Every constant was declared, or proved from the problem's structure or a factorisation."
 
@@ -290,12 +304,12 @@ def _table(certificate):
         "bound after correction": certificate.corrected_bound,
         "rounding floor": certificate.rounding,
     }
-    trust = "first order" if bool(certificate.first_order) else "not first order"
-    lines = [f"Hypergradient {CertificateKind(int(certificate.kind)).name.lower()}, its error estimate {trust}"]
+    order = "first order" if bool(certificate.first_order) else "not first order"
+    lines = [f"Hypergradient: {CertificateKind(int(certificate.kind)).name.lower()}; error estimate: {order}"]
     lines += [f"{'':24}{'absolute':>12}{'relative':>12}", f"{'norm of the gradient':24}{norm:12.3e}"]
     lines += [f"{name:24}{float(value):12.3e}{float(value) / norm if norm else np.nan:12.3e}"
               for name, value in rows.items()]  # fmt: skip
-    lines += [f"{'inner error, at most':24}{float(certificate.inner_error):12.3e}"]
+    lines += [f"{'inner error bound':24}{float(certificate.inner_error):12.3e}"]
     return "\n".join([*lines, *(f"- {reason}" for reason in certificate.reasons)])
 
 
