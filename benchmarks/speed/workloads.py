@@ -129,7 +129,7 @@ class Linear:
     def exact(self) -> np.ndarray:
         """Return the exact hypergradient in float64, ``[features]``.
 
-        Newton's method solves the inner problem. Woodbury's identity reduces its linear systems to ``samples`` unknowns.
+        Newton's method solves the inner problem. Woodbury's identity reduces each system to ``samples`` unknowns.
         """
         a = {name: value.astype(np.float64) for name, value in self.arrays("float32").items()}
         x, y, penalty, n = a["x"], a["y"], np.exp(a["theta"]), self.samples
