@@ -1,11 +1,11 @@
-"""Install each extra alone into a clean environment, and let it do its job there.
+"""Install each extra alone into a clean environment, and run what the extra is for.
 
     python benchmarks/extras.py                    # the base installation and every extra but benchmarks
-    python benchmarks/extras.py docs flax          # these
-    python benchmarks/extras.py benchmarks         # several gigabytes: PyTorch and the libraries it is timed with
+    python benchmarks/extras.py docs flax          # these two extras
+    python benchmarks/extras.py benchmarks         # installs several gigabytes: PyTorch and the libraries to compare
 
-A dependency that pyproject.toml forgot shows here and nowhere else: in a developer's environment some other extra has
-installed it. Needs a package index, pip's cache makes it quick, and the environments are removed afterwards.
+This finds a dependency that is missing in pyproject.toml: in a developer's environment, another extra has installed
+it. The script needs a package index; pip's cache makes later runs faster. The environments are removed at the end.
 """
 
 import argparse
@@ -70,7 +70,11 @@ class Environment:
     folder: Path
 
     def run(self, *words: str | Path) -> str:
-        """Run ``python`` with these arguments, return what it prints, and raise RuntimeError where it fails."""
+        """Run ``python`` with these arguments, and return its output.
+
+        Raises:
+            RuntimeError: if the exit code is not 0.
+        """
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         done = subprocess.run(
             [self.python, *words],
@@ -87,35 +91,42 @@ class Environment:
 
 
 def base(env: Environment) -> None:
+    """Check the base installation: a hypergradient, the command line, and an example that needs no extra."""
     env.run("-c", FIRST_STEPS)
     assert "glyphs-5way-1shot-gd" in env.run("-m", "imaml", "presets")
     env.run(ROOT / "examples" / "portfolio.py", env.folder / "portfolio.png")
 
 
 def testing(env: Environment) -> None:
+    """Run a user's tests with the pytest plugin and the Hypothesis strategies."""
     (env.folder / "test_mine.py").write_text(USERS_TEST)
     report = env.run("-m", "pytest", "--hypergradient-report", "--numprocesses", "1")
     assert "2 passed" in report and "hypergradients checked" in report, report
 
 
 def flax(env: Environment) -> None:
+    """Run the Flax example."""
     env.run(ROOT / "examples" / "flax_sinusoids.py", env.folder / "picture.png")
 
 
 def equinox(env: Environment) -> None:
+    """Run the Equinox example."""
     env.run(ROOT / "examples" / "equinox_features.py", env.folder / "picture.png")
 
 
 def docs(env: Environment) -> None:
+    """Build the documentation, with warnings as errors."""
     env.run("-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html", ROOT / "docs", env.folder / "html")
     assert (env.folder / "html" / "index.html").is_file()
 
 
 def benchmarks(env: Environment) -> None:
+    """Import the libraries that :mod:`benchmarks.speed` times."""
     env.run("-c", "import higher, lineax, optimistix, torch, torchopt")
 
 
 def dev(env: Environment) -> None:
+    """Run the linter, the type checker and one of the tests that need a type checker."""
     env.run("-m", "ruff", "check", ROOT)
     env.run("-m", "pyright", "--project", ROOT, "--pythonpath", env.python)
     report = env.run("-m", "pytest", "--all", "--rootdir", ROOT, ROOT / "tests" / "package" / "test_types.py")
@@ -126,7 +137,12 @@ JOBS = {job.__name__: job for job in (base, testing, flax, equinox, docs, dev, b
 
 
 def check(extra: str) -> None:
-    """Install the checkout with ``extra`` into an environment of its own and do the extra's job."""
+    """Install the checkout with one extra into a new environment, and run the extra's function in ``JOBS``.
+
+    Raises:
+        RuntimeError: if the installation or a command fails.
+        AssertionError: if a command's output is not as expected.
+    """
     with tempfile.TemporaryDirectory(prefix=f"extra-{extra}-") as place:
         venv = Path(place) / "venv"
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
@@ -139,10 +155,12 @@ def check(extra: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("extras", nargs="*", metavar="EXTRA", help=f"one of {', '.join(JOBS)}; all but benchmarks")
+    parser.add_argument(
+        "extras", nargs="*", metavar="EXTRA", help=f"one of {', '.join(JOBS)}; default: all but benchmarks"
+    )
     chosen = parser.parse_args().extras or [name for name in JOBS if name != "benchmarks"]
     if unknown := set(chosen) - set(JOBS):
-        parser.error(f"no extra {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
+        parser.error(f"unknown extra {', '.join(sorted(unknown))}; the extras are {', '.join(JOBS)}")
     for extra in chosen:
         start = time.perf_counter()
         check(extra)

@@ -1,1 +1,1 @@
-"""Training, evaluation and verification of a preset, and the files and signals of a run."""
+"""Training, evaluation and verification of a preset; the files that a run writes and the signals that stop it."""

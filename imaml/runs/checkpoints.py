@@ -1,7 +1,7 @@
-"""The state of a run on disk: files written whole or not at all, each of which knows what it belongs to.
+"""Checkpoints of a run: each file is written completely or not at all, and describes the run that it belongs to.
 
-A run's folder holds its last checkpoints and the best one. Best is by the loss that :func:`save` is told, which in
-training is the mean query loss on *training* classes: held-out classes never choose anything.
+A run's folder holds its last checkpoints and the best one. The best one has the least ``loss`` of those passed to
+:func:`save`. Training passes the mean query loss on *training* classes, so held-out classes never select a checkpoint.
 """
 
 import json
@@ -25,12 +25,13 @@ _NAME = re.compile(r"checkpoint-(\d+)\.npz", re.ASCII)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole.
+    """The content of an intact checkpoint file.
 
     Attributes:
-        path: its file.
-        description: what :func:`save` was given, and ``step``, ``loss``, ``leaves`` (path, type and shape of each).
-        leaves: the arrays of the state, in order.
+        path: the file.
+        description: the ``description`` passed to :func:`save`, and ``format``, ``step``, ``loss`` and ``leaves``
+            (path, dtype and shape of each leaf).
+        leaves: the arrays of the state, in the order of ``jax.tree.leaves``.
     """
 
     path: Path
@@ -39,123 +40,135 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Meta-steps done."""
+        """Number of meta-steps done."""
         return self.description["step"]
 
     @property
     def loss(self) -> float:
-        """What the best one has the least of."""
+        """The loss by which :func:`best` selects; infinite if none was passed to :func:`save`."""
         return self.description["loss"]
 
     def restore(self, like: Any) -> Any:
-        """The state, in the structure of ``like``, to the bit.
+        """Return the saved state, bit for bit, in the structure of ``like``.
+
+        Args:
+            like: a state of the expected structure; its values are not used.
 
         Raises:
-            InputError: for a state whose leaves have other names, types or shapes.
+            InputError: if the paths, dtypes or shapes of the leaves differ from those of ``like``.
         """
         wanted = _leaves(like)
         if self.description["leaves"] != wanted:
             pairs = zip(self.description["leaves"], wanted, strict=False)
-            here = next((f"{_shown(old)} → {_shown(new)}" for old, new in pairs if old != new), "their number")
-            raise InputError(f"{self.path} holds a state of another shape than this preset's ({here})")
+            changed = (f"{_format_leaf(old)} → {_format_leaf(new)}" for old, new in pairs if old != new)
+            difference = next(changed, "number of leaves")
+            raise InputError(f"{self.path} holds a state of another shape than this preset's ({difference})")
         like_leaves, structure = jax.tree.flatten(like)
-        return jax.tree.unflatten(structure, map(_unpacked, self.leaves, like_leaves))
+        return jax.tree.unflatten(structure, map(_unpack, self.leaves, like_leaves))
 
 
 def save(
     directory: Path, step: int, state: Any, description: dict, loss: float = float("inf"), keep: int = KEEP
 ) -> None:
-    """Write ``state``, any pytree of arrays and random keys, and what it belongs to; then let go of older ones.
+    """Write a checkpoint of ``state`` with the description of its run, then delete older checkpoints.
 
     Args:
         directory: the run's folder.
-        step: meta-steps done, which the file is named by.
-        state: floats of any kind, bfloat16 among them, integers, booleans, typed keys.
-        description: any JSON-able facts of its run.
-        loss: by which the best is known.
-        keep: the last so many stay, and the best one besides.
+        step: number of meta-steps done; the file's name contains it.
+        state: a pytree of arrays: floats (bfloat16 included), integers, booleans or typed random keys.
+        description: JSON-serialisable facts about the run.
+        loss: by which :func:`best` selects; less is better.
+        keep: number of last checkpoints that are kept; the best one is kept in addition.
 
     Raises:
-        OSError: where the folder cannot be written; the old checkpoints stand.
+        OSError: if the folder cannot be written; the older checkpoints are then left unchanged.
     """
     facts = {"format": FORMAT, "step": step, "loss": loss, "leaves": _leaves(state)} | description
-    contents = {f"leaf{i}": _packed(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    contents = {f"leaf{i}": _pack(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     arrays.write(directory / f"checkpoint-{step:08}.npz", {"description": np.array(json.dumps(facts)), **contents})
-    _let_go(directory, keep)
+    _delete_old(directory, keep)
 
 
 def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda path, message: None) -> Checkpoint | None:
-    """The last checkpoint that is whole; None in a folder without any.
+    """Return the newest intact checkpoint of a folder, or None if the folder holds no checkpoint.
 
     Args:
-        directory: a run's folder.
-        on_damaged: told of each later one that is not whole, and of what is wrong with it, if this one is.
+        directory: a run's folder; it need not exist.
+        on_damaged: called with path and message for each damaged checkpoint that is newer than the returned one.
 
     Raises:
-        InputError: where there are some and all are damaged, or one is of another version.
-        OSError: where one cannot be read.
+        InputError: if all checkpoints are damaged, or if one was written in another format.
+        OSError: if a file cannot be read.
     """
     damaged = {}
     for _, path in reversed(_files(directory)):
         try:
-            whole = _read(path)
+            intact = _read(path)
         except arrays.DamagedFile as error:
             damaged[path] = f"{path} is damaged ({error})"
             continue
-        except FileNotFoundError:  # who reads holds no lock: the run has gone on, and this one has gone
+        except (
+            FileNotFoundError
+        ):  # Readers hold no lock: a running training has just replaced this file by a newer one.
             return newest(directory, on_damaged)
         for later, message in damaged.items():
             on_damaged(later, message)
-        return whole
+        return intact
     if damaged:
-        raise InputError(f"{directory} holds no whole checkpoint: {'; '.join(damaged.values())}; use another folder")
+        raise InputError(f"{directory} holds no intact checkpoint: {'; '.join(damaged.values())}; use another folder")
     return None
 
 
 def best(directory: Path) -> Checkpoint | None:
-    """The whole checkpoint of the least loss, the later one of equals; None in a folder without any."""
-    whole = []
+    """Return the intact checkpoint with the least loss, the later one of a tie, or None if there is none.
+
+    Raises:
+        InputError: if a checkpoint was written in another format.
+        OSError: if a file cannot be read.
+    """
+    intact = []
     for _, path in _files(directory):
         try:
-            whole.append(_read(path))
+            intact.append(_read(path))
         except (arrays.DamagedFile, FileNotFoundError):
             continue
-    return min(whole, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step), default=None)
+    return min(intact, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step), default=None)
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that it counts as none and is not lost."""
+    """Append ``.damaged`` to the name of a checkpoint: later searches skip it, and its content is kept."""
     path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def _files(directory):
-    """The checkpoints of a folder with their steps, the oldest first."""
+    """Return (step, path) of each checkpoint of a folder, the oldest first."""
     names = directory.iterdir() if directory.is_dir() else ()
     return sorted((int(match[1]), path) for path in names if (match := _NAME.fullmatch(path.name)))
 
 
 def _read(path):
+    """Return the checkpoint in a file; raise DamagedFile if it is incomplete, InputError for another format."""
     contents = arrays.read(path)
     try:
         description = json.loads(str(contents.pop("description")))
         version = description["format"]
     except (KeyError, ValueError, TypeError) as error:
-        raise arrays.DamagedFile(f"it does not describe itself ({error})") from error
+        raise arrays.DamagedFile(f"its description is missing or unreadable ({error})") from error
     if version != FORMAT:
         raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
     return Checkpoint(path, description, [contents[f"leaf{i}"] for i in range(len(contents))])
 
 
-def _let_go(directory, keep):
-    """Remove all but the last ``keep`` and the best one that is whole; called when the last is on disk."""
-    spared = best(directory)
+def _delete_old(directory, keep):
+    """Delete all checkpoints but the last ``keep`` and the best intact one; call this once the newest is on disk."""
+    best_one = best(directory)
     for _, path in _files(directory)[:-keep]:
-        if spared is not None and path != spared.path:
+        if best_one is not None and path != best_one.path:
             path.unlink(missing_ok=True)
 
 
 def _leaves(state):
-    """Path, type and shape of each leaf, as JSON gives them back."""
+    """Return path, dtype and shape of each leaf, in types that JSON restores unchanged."""
     named = jax.tree_util.tree_leaves_with_path(state)
     return [
         [jax.tree_util.keystr(path, simple=True, separator="/"), str(leaf.dtype), list(leaf.shape)]
@@ -163,15 +176,16 @@ def _leaves(state):
     ]
 
 
-def _packed(leaf):
-    """The leaf as an array of a type that numpy's files know: keys as their data, bfloat16 as its bits."""
+def _pack(leaf):
+    """Return the leaf as an array that NumPy can save: a key as its uint32 data, bfloat16 as unsigned integers."""
     if _is_key(leaf):
         return np.asarray(jax.random.key_data(leaf))
     array = np.asarray(leaf)
     return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.itemsize}")
 
 
-def _unpacked(array, like):
+def _unpack(array, like):
+    """Return the leaf that :func:`_pack` made ``array`` of, with the dtype or key type of ``like``."""
     if _is_key(like):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     return jnp.asarray(array.view(like.dtype))
@@ -181,6 +195,6 @@ def _is_key(leaf):
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _shown(leaf):
+def _format_leaf(leaf):
     path, dtype, shape = leaf
     return f"{path} {dtype}{shape}"

@@ -1,4 +1,4 @@
-"""The meta-step as a compiled program, which a thread of its own makes while the data are read."""
+"""Compilation of the meta-step on a background thread, while the main thread reads the data."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +14,16 @@ from imaml.settings.preset import Preset
 
 
 class StepCompiler:
-    """Compiles a preset's meta-step on ``mesh``, at the latest when it is asked for.
+    """Compiler of a preset's meta-step for the devices of ``mesh``.
 
-    XLA needs no interpreter, so that drawing or decoding goes on beside it. The interpreter's end waits for the
-    thread, since to end it within XLA is not safe; a command that failed or was stopped does not.
+    XLA compiles without Python's global lock, so the main thread can draw or decode images meanwhile. Python waits at
+    exit for the thread, because ending a thread inside XLA is not safe. A command that failed or was stopped exits
+    without waiting.
+
+    Args:
+        preset: the settings of the run.
+        mesh: the devices that the program runs on.
+        on_event: called with a message before each compilation.
     """
 
     def __init__(self, preset: Preset, mesh: Mesh, on_event: Callable[[str], None] = lambda message: None):
@@ -26,7 +32,13 @@ class StepCompiler:
         self._program: Future | None = None
 
     def begin(self, source: Any) -> None:
-        """Trace the step for a source of these shapes, and let it be compiled; once for each."""
+        """Trace the step for the shapes and dtypes of ``source``, and start to compile it on another thread.
+
+        The call does nothing if the last program was for the same shapes and dtypes.
+
+        Args:
+            source: a pytree of arrays, or of their shapes and dtypes, from which tasks are drawn.
+        """
         shapes = jax.tree.map(self._shape, source)
         if self._program is not None and shapes == self._shapes:
             return
@@ -39,7 +51,10 @@ class StepCompiler:
         thread.shutdown(wait=False)
 
     def step(self, source: Any) -> Callable:
-        """The compiled step for a source of these shapes; arguments lie on every device of the mesh."""
+        """Wait for the compiled step for the shapes of ``source`` and return it.
+
+        The step's arguments must be replicated over the devices of the mesh.
+        """
         self.begin(source)
         assert self._program is not None
         return self._program.result()

@@ -1,7 +1,7 @@
-"""The paper's protocol: accuracy, or error, over many held-out tasks, with the interval of their mean.
+"""Evaluation after the paper's protocol: mean accuracy or error over many held-out tasks, with its 95 % interval.
 
-Batch normalisation may see the whole query batch, as published: a query image's class is then judged with the help of
-the other query images. Or it takes mean and variance of the support set alone. Every evaluation says which.
+Batch normalisation takes mean and variance either of the query batch, as published, or of the support set alone. With
+the query batch, the prediction for a query image depends on the other query images. Every evaluation names its choice.
 """
 
 import warnings
@@ -32,22 +32,25 @@ def evaluate(
     best: bool = False,
     on_event: Callable[[str], None] = warnings.warn,
 ) -> Evaluation:
-    """Accuracy on the held-out classes, by the protocol of the paper: 600 tasks, as many queries as shots.
+    """Evaluate a run on held-out classes after the paper's protocol: 600 tasks, as many queries as shots.
 
-    Where the network normalises over batches the same tasks are judged twice: with the query batch, as published, and
-    ``beside`` that with the support set's statistics. Of a regression it is the mean squared error.
+    The result is the mean accuracy, or the mean squared error of a regression. If the network has batch normalisation,
+    the same tasks are evaluated twice: the result uses the statistics of the query batch, as published, and its field
+    ``beside`` uses those of the support set.
 
     Args:
         run: a run's folder, a :class:`imaml.Run`, or parameters θ.
-        preset: the settings; needed with θ, and otherwise the run's own by default.
-        tasks: how many.
+        preset: the settings. They are required with θ; otherwise the default is the run's settings.
+        tasks: number of tasks, at least 2.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
-        best: of a folder, the whole checkpoint with the least loss on training classes instead of the last one.
-        on_event: told where the last checkpoint is damaged and the one before is taken.
+        best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
+        on_event: called with a message if the last checkpoint is damaged and an older one is used.
 
     Raises:
-        InputError: for a folder without a whole checkpoint, data that cannot be used or are not those the run
-            was trained on, or θ without a preset.
+        InputError: for a folder without an intact checkpoint, for data that cannot be used or that differ from those
+            that the run was trained on, for θ without a preset, or for fewer than 2 tasks.
+
+    Source: Rajeswaran et al. (2019), table 2.
     """
     theta: Any = run
     fingerprint = None
@@ -60,8 +63,8 @@ def evaluate(
     dataset = datasets.load(preset.dataset, data)
     if fingerprint not in (None, dataset.fingerprint()):
         raise InputError(
-            f"{run} was trained on other data than this {preset.dataset}, so its held-out classes may be among those "
-            "it was trained on; glyphs differ between versions of matplotlib"
+            f"{run} was trained on other data than this {preset.dataset}: the held-out classes here may be training "
+            "classes there. Glyphs differ between versions of matplotlib"
         )
     return evaluate_classes(theta, preset, dataset.test, tasks)
 
@@ -69,18 +72,30 @@ def evaluate(
 def trained(
     directory: Path, best: bool = False, on_event: Callable[[str], None] = warnings.warn
 ) -> checkpoints.Checkpoint:
-    """The last whole checkpoint in a run's folder, or the best one; InputError where there is none."""
+    """Return the last intact checkpoint of a run's folder, or the best one.
+
+    Args:
+        directory: the run's folder.
+        best: return the checkpoint with the least loss on training classes.
+        on_event: called with a message if the last checkpoint is damaged and an older one is returned.
+
+    Raises:
+        InputError: if there is no intact checkpoint.
+    """
     if best:
         found = checkpoints.best(directory)
     else:
-        found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; the one before is taken"))
+        found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; an older checkpoint is used"))
     if found is None:
-        raise InputError(f"there is no run in {directory}: it holds no whole checkpoint")
+        raise InputError(f"there is no run in {directory}: it holds no intact checkpoint")
     return found
 
 
 def _restore(directory, preset, best, on_event):
-    """The preset and θ of a checkpoint in a folder, and the fingerprint of the data it was trained on."""
+    """Return the preset and θ of a checkpoint in a folder, and the fingerprint of its training data.
+
+    The fingerprint is None if ``preset`` is of another dataset than the run: then there is nothing to compare.
+    """
     found = trained(directory, best, on_event)
     description = found.description
     preset = preset or restore(description["preset"], description["config"])
@@ -89,14 +104,20 @@ def _restore(directory, preset, best, on_event):
 
 
 def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> Evaluation:
-    """θ on ``tasks`` tasks drawn from ``classes``, or curves, by the preset's seed.
+    """Evaluate θ on tasks drawn from ``classes``, with the random key of the preset's seed.
+
+    Args:
+        theta: the parameters θ.
+        preset: the settings.
+        classes: images by class (:class:`imaml.datasets.images.ImageClasses`), or the curves of a regression.
+        tasks: number of tasks, at least 2.
 
     Raises:
-        InputError: where the classes cannot fill a task, or for fewer than two tasks.
+        InputError: if the classes cannot fill a task, or for fewer than 2 tasks.
     """
     preset.episode.check(classes, preset.dataset)
     if tasks < 2:
-        raise InputError(f"an interval needs at least 2 tasks, got {tasks}")
+        raise InputError(f"a confidence interval needs at least 2 tasks, got {tasks}")
     mesh = local_mesh(tasks)
     spread = over_tasks(task_scores(preset), mesh, SPREAD)
     keys = jax.random.split(preset.keys.test, tasks)
@@ -111,12 +132,16 @@ def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> E
 
 
 def normalisations(preset: Preset) -> tuple[str, ...]:
-    """What a preset is evaluated with, the published protocol first."""
+    """Return the batch-normalisation statistics that a preset is evaluated with, the published ones first."""
     return (NO_NORMALISATION,) if preset.functions.apply_beside is None else (QUERY_BATCH, SUPPORT_SET)
 
 
 def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.Array]:
-    """``scores((theta, source), keys [tasks]) -> float32 [tasks, normalisations]``: adapt to each task, and judge."""
+    """Return a function that adapts θ to each task and scores the query set.
+
+    Its signature is ``scores((theta, source), keys) -> float32 [tasks, normalisations]``, with ``keys`` of shape
+    ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. The columns are :func:`normalisations`.
+    """
     learner, beside, together = preset.test_learner, preset.functions.apply_beside, preset.outer.at_once
 
     def score(outputs, y):

@@ -1,7 +1,7 @@
-"""The folder of a run, and all that is ever written to it, by the one process that holds it.
+"""The folder of a run: checkpoints, log and result, written by the one process that holds the folder's lock.
 
-docs/architecture.md lists the files. The log is on disk before the checkpoint that it leads to, and cut back to the
-checkpoint that is gone on from: each meta-step stands in it once.
+The log is flushed to disk before each checkpoint. On resuming, log lines after the checkpoint's step are dropped, so
+the log contains each meta-step once. docs/architecture.md lists the files.
 """
 
 import json
@@ -21,16 +21,20 @@ RESULT = "result.json"
 
 
 class RunFolder:
-    """Holds a run's folder while open, for the state and the log of one run.
+    """Exclusive writer of one run's folder; a context manager that holds the folder's lock.
 
     Args:
-        directory: made where it does not exist.
-        description: facts of the run, JSON-able. Its ``config`` and ``data`` are compared with those of a checkpoint
-            that is there, its ``versions`` are told where they differ.
-        keep: how many of the last checkpoints stay, besides the best.
-        seconds: checkpoint no more often than this.
-        on_event: told in a phrase what is worth knowing.
-        completed: adds to the ``config`` of a checkpoint what a former version of the settings lacks.
+        directory: the folder, created if it does not exist.
+        description: JSON-serialisable facts about the run. :meth:`resume` requires an existing checkpoint to have the
+            same ``config`` and ``data``, and reports ``versions`` that differ.
+        keep: number of last checkpoints that are kept; the best one is kept in addition.
+        seconds: least time between two checkpoints.
+        on_event: called with a message about a damaged checkpoint or about other versions.
+        completed: updates the ``config`` of a checkpoint that an earlier version of the settings wrote.
+
+    Raises:
+        InputError: on entering, if another process holds the lock.
+        OSError: on entering, if the folder cannot be written.
     """
 
     def __init__(
@@ -57,29 +61,34 @@ class RunFolder:
         self._open.close()
 
     def resume(self, initial: Any) -> Any:
-        """The state to go on from: that of the last whole checkpoint, if it is of this very run, else ``initial``.
+        """Return the state of the last intact checkpoint, or ``initial`` if there is no checkpoint.
+
+        Damaged checkpoints after that one are renamed. The log is opened, and its lines after that step are dropped.
+
+        Args:
+            initial: the state of a new run; its structure is the one that a checkpoint must have.
 
         Raises:
-            InputError: where the folder holds a run with other settings or data, or nothing but damaged checkpoints.
+            InputError: if the folder holds a run with other settings or data, or only damaged checkpoints.
         """
         damaged = []
         found = checkpoints.newest(self._directory, lambda path, message: damaged.append((path, message)))
         state, self._saved_step = (self._restored(found, initial), found.step) if found else (initial, 0)
-        for path, message in damaged:  # nothing was touched before it was clear that this run goes on here
-            self._on_event(f"{message}; it is set aside, the one before is taken")
+        for path, message in damaged:  # Rename files only now: a folder whose run is refused above stays unchanged.
+            self._on_event(f"{message}; it is renamed, and an older checkpoint is used")
             checkpoints.set_aside(path)
         self._log = self._open.enter_context(LogWriter(self._directory, self._saved_step))
         self._saved_at = time.monotonic()
         return state
 
     def record(self, progress: Progress, state: Any) -> None:
-        """Log a meta-step, and save the state that it led to if it is time for it."""
+        """Log a meta-step; save ``state``, its result, if the last checkpoint is more than ``seconds`` old."""
         self._log.write(progress)
         if time.monotonic() - self._saved_at > self._seconds:
             self.save(progress.step, state)
 
     def save(self, step: int, state: Any) -> None:
-        """Put the log and the state on disk, unless the state after so many meta-steps is there."""
+        """Flush the log and write a checkpoint of ``state`` after ``step`` meta-steps, unless it was saved already."""
         if step == self._saved_step:
             return
         self._log.sync()
@@ -88,12 +97,12 @@ class RunFolder:
         self._saved_step, self._saved_at = step, time.monotonic()
 
     def finish(self, result: dict) -> None:
-        """Write what the run came to."""
+        """Write ``result.json``: the description of the run together with ``result``."""
         record = json.dumps(self._description | result, indent=2) + "\n"
         write_whole(self._directory / RESULT, lambda stream: stream.write(record.encode()))
 
     def _restored(self, found: Checkpoint, initial):
-        """The checkpoint's state, once it is found to be of this very run."""
+        """Check that the checkpoint belongs to this run, and return its state."""
         saved, wanted = found.description, self._description
         if differences := _differences(self._completed(saved["config"]), wanted["config"]):
             raise InputError(
@@ -101,14 +110,14 @@ class RunFolder:
                 "use another --out, or delete it"
             )
         if saved["data"] != wanted["data"]:
-            raise InputError(f"{self._directory} holds a run on other data than this: use another --out, or delete it")
+            raise InputError(f"{self._directory} holds a run on other data: use another --out, or delete it")
         if differences := _differences(saved["versions"], wanted["versions"]):
-            self._on_event(f"going on with other versions, so bits may differ ({'; '.join(differences)})")
+            self._on_event(f"resuming with other versions, so last bits may differ ({'; '.join(differences)})")
         return found.restore(initial)
 
 
 class NullRunFolder:
-    """Takes the place of a :class:`RunFolder` in the processes that do not write: process 0 alone holds the folder."""
+    """Stand-in for :class:`RunFolder` that writes nothing, for all processes but process 0."""
 
     def __enter__(self):
         return self
@@ -117,21 +126,21 @@ class NullRunFolder:
         pass
 
     def resume(self, initial: Any) -> Any:
-        """``initial``: its structure is what receives the state."""
+        """Return ``initial``, the structure into which the state of process 0 is received."""
         return initial
 
     def record(self, progress: Progress, state: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def save(self, step: int, state: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, result: dict) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _differences(saved, wanted, prefix=""):
-    """Where two nested dictionaries differ: ``inner.steps: 16 → 32``."""
+    """Return the entries in which two nested dictionaries differ, such as ``inner.max_steps: 16 → 32``."""
     found = []
     for name in sorted(set(saved) | set(wanted)):
         old, new = saved.get(name), wanted.get(name)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to end the step, save, and go."""
+"""Handlers by which SIGINT and SIGTERM request a stop after the current meta-step."""
 
 import contextlib
 import signal
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 @dataclass
 class StopRequest:
-    """The signal that asked to stop, or None."""
+    """Record of the signal that requested a stop; true once one has come.
+
+    Attributes:
+        received: the signal, or None.
+    """
 
     received: signal.Signals | None = None
 
@@ -21,10 +25,13 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
-    """While inside, the first SIGINT or SIGTERM is noted; a second one acts as it would have without this.
+    """Record the first SIGINT or SIGTERM inside the context instead of acting on it.
+
+    A second signal acts as it would have without this context. In threads other than the main one, where Python allows
+    no handlers, the context does nothing.
 
     Args:
-        on_request: called when the first one comes.
+        on_request: called inside the handler of the first signal.
     """
     request = StopRequest()
     before = _handlers(signal.SIGINT, signal.SIGTERM)
@@ -33,7 +40,8 @@ def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[S
         request.received = signal.Signals(number)
         for watched, handler in before.items():
             signal.signal(watched, handler)
-        with contextlib.suppress(RuntimeError):  # what prints may not, where the signal came amid another print
+        # Printing in a handler raises RuntimeError if the signal interrupted another print to the same stream.
+        with contextlib.suppress(RuntimeError):
             on_request()
 
     with _handled_by(note, before):
@@ -42,7 +50,7 @@ def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[S
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """While inside, SIGTERM unwinds the stack as SIGINT does, so that nothing half-written is left; exit code 143."""
+    """Let SIGTERM raise SystemExit with code 143 inside the context, so that cleanup code removes temporary files."""
 
     def leave(number, frame):
         sys.exit(128 + number)
@@ -57,8 +65,10 @@ def _handlers(*numbers):
 
 @contextmanager
 def _handled_by(handler, before):
-    """While inside, ``handler`` stands in for those of ``before``."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    """Handle the signals of ``before`` by ``handler`` inside the context, then restore the handlers in ``before``."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python sets signal handlers in the main thread only.
         yield
         return
     for number in before:

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON line for each meta-step, which plots and tables are made from."""
+"""The log of a run, from which plots and tables are made: a text file with one JSON line for each meta-step."""
 
 import json
 import os
@@ -10,23 +10,25 @@ from imaml.storage.files import write_whole
 
 FILE = "metrics.jsonl"
 RECENT = 100
-"""Meta-steps whose mean loss is called the recent one."""
+"""Number of last meta-steps over which :attr:`LogWriter.recent_loss` is the mean."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One meta-step, as it is shown and logged.
+    """Report of one meta-step, as displayed and logged.
 
     Attributes:
-        step: meta-steps done, this one included.
-        steps: meta-steps of the run.
-        loss: mean query loss, in nats, or the mean squared error.
-        accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None of a regression.
-        tasks: tasks whose gradient counted: finite, and of a linear solve that is no worse than none.
-        inner_residual: median over tasks (those where it is finite) of ‖∇loss + λ(φ − θ)‖, or of ‖∇loss‖ where the
+        step: number of meta-steps done, this one included.
+        steps: number of meta-steps of the whole run.
+        loss: mean query loss, in nats, or the mean squared error of a regression.
+        accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None for a regression.
+        tasks: number of tasks in the mean gradient: those with finite numbers and a relative residual of the adjoint
+            system of at most 1, the residual of the zero vector.
+        inner_residual: median over tasks, non-finite values excluded, of ‖∇loss + λ(φ − θ)‖, or of ‖∇loss‖ if the
             algorithm has no λ.
-        linear_residual: the same of the adjoint system's true relative residual; 0 where there is no such system.
-        statuses: how many tasks ended with which :class:`bilevel.Status`.
+        linear_residual: median over tasks, non-finite values excluded, of the true relative residual of the adjoint
+            system; 0 if the algorithm solves no such system.
+        statuses: number of tasks by the name of their :class:`bilevel.Status`.
         seconds: wall time since this process began to train.
     """
 
@@ -42,7 +44,12 @@ class Progress:
 
 
 class LogWriter:
-    """Appends to the log; on resuming, what the log holds beyond the checkpoint's step is dropped first."""
+    """Writer that appends to a run's log; a context manager.
+
+    Args:
+        directory: the run's folder.
+        step: meta-steps done in the checkpoint that the run resumes from; 0 for a new run. Later lines are dropped.
+    """
 
     def __init__(self, directory: Path, step: int):
         path = directory / FILE
@@ -52,18 +59,18 @@ class LogWriter:
         self._stream = path.open("a", buffering=1)
 
     def write(self, progress: Progress) -> None:
-        """Append one line."""
+        """Append one line, and hand it to the operating system at once."""
         self._stream.write(_line(progress))
         self._losses.append(progress.loss)
 
     def sync(self) -> None:
-        """All lines are on disk when this returns."""
+        """Flush all lines to disk before returning."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
     @property
     def recent_loss(self) -> float:
-        """Mean loss of the last ``RECENT`` steps; infinite before so many are done, when it is mostly noise."""
+        """Mean loss of the last ``RECENT`` steps; infinite after fewer steps, because a shorter mean is too noisy."""
         return sum(self._losses) / RECENT if len(self._losses) == RECENT else float("inf")
 
     def __enter__(self):
@@ -74,7 +81,7 @@ class LogWriter:
 
 
 def read_log(directory: Path) -> list[Progress]:
-    """All steps in the log, in order; lines that were cut off or damaged are left out."""
+    """Return the log's entries in order, without truncated or damaged lines; an empty list if there is no log."""
     path = directory / FILE
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     entries = (_parsed(line) for line in lines)
@@ -86,6 +93,7 @@ def _line(progress):
 
 
 def _parsed(line):
+    """Return the entry in a line, or None if the line cannot be read."""
     try:
         return Progress(**json.loads(line))
     except (ValueError, TypeError):

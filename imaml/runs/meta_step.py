@@ -1,4 +1,4 @@
-"""The meta-step: one pure, compiled program that draws its tasks, adapts, differentiates and updates θ."""
+"""The meta-step, a pure function: it draws tasks, adapts to each, averages their meta-gradients and updates θ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that one meta-step hands to the next.
+    """State of training between two meta-steps.
 
     Attributes:
-        theta: the parameters that are learned.
+        theta: the learned parameters θ.
         optimizer: the state of Adam.
-        key: of the training tasks, a typed key that stays the same.
-        step: meta-steps done, an int32 scalar; with the key it decides the tasks of the next one.
+        key: typed random key of the training tasks; it stays the same during a run.
+        step: number of meta-steps done, an int32 scalar. Key and step together determine the next step's tasks.
     """
 
     theta: dict
@@ -40,21 +40,25 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("inner_residual", "linear_residual", "status"), SPREAD),
 }
 _LAYOUT = MetaGradient(**_FIELDS)
-"""Of a report, over the devices: means are equal on all of them, the tasks' own numbers are not."""
+"""Sharding of a report: the means are equal on all devices; the numbers of single tasks are spread over devices."""
 
 
 def optimizer(outer: Outer) -> "optax.GradientTransformation":
-    """Adam (Kingma and Ba 2015) with the preset's rate, constant or along half a cosine."""
-    import optax  # optax takes a while to import: only when it is used
+    """Return Adam (Kingma and Ba 2015) with the preset's learning rate.
+
+    The rate is constant if ``final_fraction`` is 1. Otherwise it follows half a cosine from ``learning_rate`` to
+    ``final_fraction * learning_rate`` over the run.
+    """
+    import optax  # Import on use: optax takes long to import, and commands that do not train need none of it.
 
     rate = optax.cosine_decay_schedule(outer.learning_rate, outer.steps, alpha=outer.final_fraction)
     return optax.adam(rate, eps=outer.epsilon)
 
 
 def initial_state(preset: Preset) -> TrainState:
-    """θ drawn by the seed, and an optimiser that has seen nothing."""
+    """Return the state before the first meta-step: θ drawn with the seed's key, and Adam's initial state."""
 
-    @jax.jit  # one program, not one for each operation
+    @jax.jit  # One program for all operations compiles faster than one program for each.
     def drawn(keys):
         theta = preset.functions.init(keys.init)
         return TrainState(theta, optimizer(preset.outer).init(theta), keys.train, jnp.int32(0))
@@ -63,16 +67,19 @@ def initial_state(preset: Preset) -> TrainState:
 
 
 def meta_step(preset: Preset, mesh: Mesh | None = None) -> Callable[[TrainState, Any], tuple[TrainState, MetaGradient]]:
-    """One step of the outer loop: draw tasks, meta-gradient, Adam.
+    """Return the function of one meta-step: draw tasks, compute their mean meta-gradient, update θ by Adam.
 
     Args:
         preset: the settings.
-        mesh: over which tasks are spread; default: all devices, as far as their number divides the tasks.
+        mesh: the devices that the tasks are spread over; by default the largest number of devices that divides the
+            number of tasks.
 
     Returns:
-        ``step(state, source) -> (state, report)``, pure; of images the source is the training classes' pixels, uint8
-        ``[classes, samples, height, width, channels]``, of curves it is empty. Where no task's gradient counts θ and
-        the optimiser stay as they are.
+        A pure function ``step(state, source) -> (state, report)``. For images, ``source`` is the training classes'
+        pixels, uint8 ``[classes, samples, height, width, channels]``; for curves it is the empty tuple. If no task has
+        a usable gradient, θ and Adam's state stay unchanged.
+
+    Source: Rajeswaran et al. (2019), algorithm 1, with Adam as the outer optimiser.
     """
     import optax
 

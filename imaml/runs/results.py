@@ -8,7 +8,7 @@ from typing import Any
 from imaml.settings.preset import Preset
 
 QUERY_BATCH, SUPPORT_SET, NO_NORMALISATION = "query batch", "support set", "none"
-"""What batch normalisation takes its mean and variance of, when the query set is judged."""
+"""Examples from which batch normalisation takes mean and variance when the query set is evaluated."""
 _EXPLAINED = {
     QUERY_BATCH: "; batch normalisation over the query batch, as published (transductive)",
     SUPPORT_SET: "; batch normalisation by the support set's statistics",
@@ -18,17 +18,18 @@ _EXPLAINED = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well the query examples of held-out tasks are answered.
+    """Mean query score over held-out tasks.
 
     Attributes:
-        metric: what is measured: ``"accuracy"``, in [0, 1], or ``"mean squared error"``.
-        value: its mean over tasks.
-        interval: half the width of its 95 % interval, 1.96 · standard deviation / √tasks.
-        chance: the accuracy of guessing, 1 / ways; None for an error.
-        tasks: how many tasks.
-        normalisation: what batch normalisation took its statistics of when it judged the query set:
-            ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without.
-        beside: the same tasks judged by the other normalisation, the support set's, where this is the published one.
+        metric: ``"accuracy"``, in [0, 1], or ``"mean squared error"``.
+        value: mean of the metric over tasks.
+        interval: half the width of the mean's 95 % interval, 1.96 · standard deviation / √tasks.
+        chance: accuracy of guessing, 1 / ways; None for a mean squared error.
+        tasks: number of tasks.
+        normalisation: examples from which batch normalisation took its statistics for the query set:
+            ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without batch normalisation.
+        beside: the evaluation of the same tasks with the support set's statistics, if this one uses the query batch's;
+            otherwise None.
     """
 
     metric: str
@@ -41,17 +42,17 @@ class Evaluation:
 
     @property
     def each(self) -> "tuple[Evaluation, ...]":
-        """This one and the one beside it, each alone."""
+        """This evaluation and the one in ``beside``, if any; ``beside`` is None in both."""
         return (replace(self, beside=None), *(() if self.beside is None else (self.beside,)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Each as a plain dictionary, for JSON."""
+        """Return each evaluation as a dictionary of JSON types."""
         fields = [asdict(evaluation) for evaluation in self.each]
         return [{name: value for name, value in entry.items() if name != "beside"} for entry in fields]
 
     @property
     def accuracy(self) -> float:
-        """The value where it is an accuracy, else NaN."""
+        """The value if the metric is accuracy, otherwise NaN."""
         return self.value if self.metric == "accuracy" else float("nan")
 
     def __str__(self) -> str:
@@ -68,16 +69,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has come to an end or was stopped.
+    """Result of a training run that has finished or was stopped.
 
     Attributes:
-        directory: its folder: checkpoints, ``metrics.jsonl``, ``result.json``.
-        preset: its settings.
-        theta: the learned parameters.
-        step: meta-steps done.
-        finished: whether all meta-steps were done; if not, the same call resumes.
-        stopped_by: the signal that stopped it, or None.
-        evaluation: on held-out tasks, where it finished; else None.
+        directory: the run's folder, with checkpoints, ``metrics.jsonl`` and, of a finished run, ``result.json``.
+        preset: the run's settings.
+        theta: the learned parameters θ.
+        step: number of meta-steps done.
+        finished: whether all meta-steps are done. If not, the same call of :func:`imaml.train` resumes the run.
+        stopped_by: the signal that stopped the run, or None.
+        evaluation: evaluation on held-out tasks; None if the run was stopped.
     """
 
     directory: Path

@@ -1,7 +1,7 @@
-"""Training: the loop around the meta-step that logs, saves, and stops when it is told to.
+"""Training: the loop around the meta-step, which logs, saves checkpoints and stops on a signal.
 
-The loop asks for the numbers of a step only when the next one is under way, so that writing them costs
-nothing.
+The loop reads a step's numbers only after it has dispatched the next step. Logging and saving therefore overlap with
+computation.
 """
 
 import json
@@ -47,29 +47,33 @@ def train(
     checkpoint_seconds: float = 30.0,
     keep_checkpoints: int = KEEP,
 ) -> Run:
-    """Train, or go on from the last whole checkpoint in ``directory``; at the end evaluate on held-out classes.
+    """Train a preset, or resume from the last intact checkpoint in ``directory``; then evaluate on held-out classes.
 
-    A run that was stopped or killed and gone on with gives the same bits as one that was not, on the same machine.
-    SIGINT and SIGTERM end the step, save, and return an unfinished :class:`Run`. Where JAX runs in several processes,
-    each calls this: they share out the tasks, stop at the same step whichever of them is told to, and process 0 alone
-    reads and writes the folder.
+    On the same machine, a run that was stopped or killed and then resumed ends with the same bits as an uninterrupted
+    run. On SIGINT or SIGTERM the current meta-step is finished and saved, and an unfinished :class:`Run` is returned.
+    If JAX runs in several processes, each process must call this function. The tasks are then divided among the
+    processes, a signal to any of them stops all at the same step, and only process 0 reads and writes the folder.
 
     Args:
-        preset: the settings; a checkpoint made with others is refused.
-        directory: the run's folder, made where it does not exist.
+        preset: the settings; a checkpoint in ``directory`` must have the same.
+        directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
-        devices: of each process, over which tasks are spread, or ``"all"``; default: as many as divide the tasks.
-        on_event: told in a phrase what takes time: reading data, compiling, evaluating.
+        devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
+            number that divides the tasks.
+        on_event: called with a message before reading data, compiling and evaluating.
         on_progress: called after every meta-step.
-        evaluation_tasks: held-out tasks at the end.
-        checkpoint_seconds: save no more often than this.
-        keep_checkpoints: how many of the last checkpoints stay; the best one, by its mean query loss over the last
-            meta-steps on training classes, stays besides.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end.
+        checkpoint_seconds: least time between two checkpoints.
+        keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
+            one with the least mean query loss over the last 100 meta-steps, on training classes.
 
     Raises:
-        InputError: for data or settings that cannot be used or that differ between processes, tasks that cannot be
-            shared out, a folder that another process is training in, or training that diverged.
-        OSError: for a disk that is full or a folder that cannot be written; the last checkpoint stands.
+        InputError: if data or settings cannot be used or differ between processes, if the tasks cannot be divided among
+            the devices, if another process trains in the folder, if the folder holds another run, or if training
+            diverges.
+        OSError: if the disk is full or the folder cannot be written; the last checkpoint is then left unchanged.
+
+    Source: Rajeswaran et al. (2019), algorithm 1.
     """
     directory = Path(directory)
     if keep_checkpoints < 1:
@@ -94,7 +98,7 @@ def train(
         else NullRunFolder()
     ) as folder:
         start = state = from_first(folder.resume(initial_state(preset)))
-        with stop_on_signals(lambda: on_event("stopping after this meta-step; once more stops at once")) as stop:
+        with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started = time.monotonic()
             for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
                 progress = _progress(preset, state, report, time.monotonic() - started)
@@ -113,33 +117,38 @@ def train(
 
 
 def check(preset: Preset, dataset: ImageDataset | SinusoidDataset) -> None:
-    """Raise InputError where the dataset cannot fill the preset's tasks, in training or in evaluation."""
+    """Check that the dataset has enough classes and examples for the preset's training and evaluation tasks.
+
+    Raises:
+        InputError: if it has not.
+    """
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     preset.episode.check(dataset.test, f"{dataset.name}'s test set")
 
 
 def _check_alike(facts):
-    """Raise InputError where another process has other facts: it would compute another run's share."""
+    """Raise InputError if another process has other settings or data: the processes' gradients would not add up."""
     digest = np.frombuffer(sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
     others = [number for number, other in enumerate(gathered(digest)) if (other != digest).any()]
     if others:
-        raise InputError(f"processes {others} were started with other settings or data than this one")
+        raise InputError(f"processes {others} were started with other settings or data than this process")
 
 
 def _compile_ahead(preset, compiler, expected):
-    """Have the step compiled for classes like the ``expected`` ones; where it will be for others, that was in vain."""
+    """Start to compile the step for the expected shapes of the data; if the real ones differ, it is compiled again."""
     try:
         preset.training_episode.check(expected, preset.dataset)
-    except InputError:  # what cannot be drawn is refused when the data are there
+    except InputError:  # The check of the real data raises this error with the right name.
         return
-    with stop_on_signals() as stop:  # raised amid a trace, an interruption may be lost in JAX's own callbacks
+    # Delay signals until the trace is done: an exception during a trace may be swallowed by JAX's callbacks.
+    with stop_on_signals() as stop:
         compiler.begin(expected.source)
     if stop.received:
         raise_signal(stop.received)
 
 
 def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """The state and report after each remaining step, handed on when the next one is under way."""
+    """Yield state and report after each remaining step, each once the next step has been dispatched."""
     remaining = preset.outer.steps - int(state.step)
     if remaining <= 0:
         return
@@ -148,7 +157,7 @@ def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, 
     done = step(state, source)
     for _ in range(remaining - 1):
         under_way = step(done[0], source)
-        if jax.process_count() > 1:  # what processes do together, gloo wants done one after another
+        if jax.process_count() > 1:  # gloo, which sums across CPU processes, must not run two programs at once.
             jax.block_until_ready(under_way)
         yield here(done)
         done = under_way
@@ -156,10 +165,11 @@ def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, 
 
 
 def _progress(preset, state, report, seconds):
+    """Return the log entry of a meta-step; raise InputError if no task had finite numbers."""
     if (np.asarray(report.status) == bl.Status.NONFINITE).all():
         raise InputError(
             f"meta-step {int(state.step)} had no task with finite numbers, so θ was not updated: training has "
-            f"diverged; lower {_suspects(preset)}"
+            f"diverged; lower {_likely_causes(preset)}"
         )
     statuses = Counter(bl.Status(int(status)).name for status in np.asarray(report.status))
     return Progress(
@@ -175,11 +185,13 @@ def _progress(preset, state, report, seconds):
     )
 
 
-def _suspects(preset):
+def _likely_causes(preset):
+    """Return the settings that a divergence may come from, as words."""
     inner = "inner.step_size or " if isinstance(preset.inner, bl.GradientDescent) else ""
     return f"{inner}outer.learning_rate" + (", or raise strength" if preset.algorithm == "imaml" else "")
 
 
 def _median(values):
+    """Return the median of the finite values, infinity if there are none."""
     finite = np.asarray(values)[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else float("inf")

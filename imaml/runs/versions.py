@@ -1,4 +1,4 @@
-"""What a run was made with: the versions that decide its last bits."""
+"""The versions of the packages that a run's last bits depend on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ DISTRIBUTION = "bilevel-imaml"
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python, jax, jaxlib and numpy; nothing is imported to find out."""
+    """Return the versions of Python, this package, jax, jaxlib and numpy, without importing any of them."""
     names = {"imaml": DISTRIBUTION, "jax": "jax", "jaxlib": "jaxlib", "numpy": "numpy"}
     return {"python": platform.python_version()} | {name: _version(package) for name, package in names.items()}
 
@@ -16,4 +16,4 @@ def _version(package):
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"  # run from its source
+        return "not installed"  # The package then runs from its source tree.

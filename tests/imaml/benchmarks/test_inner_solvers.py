@@ -1,4 +1,4 @@
-"""The comparison of inner solvers, on least squares, whose curvature and solution NumPy knows."""
+"""The comparison of inner solvers, on least squares, for which NumPy computes curvature and solution."""
 
 import sys
 from pathlib import Path
@@ -39,14 +39,14 @@ def test_least_squares_has_the_same_curvature_everywhere(learner, tasks, x64):
     theta = {"w": jnp.zeros((SHAPE[2], 1))}
     exact = [2 / SHAPE[1] * np.linalg.norm(np.asarray(x), 2) ** 2 for x in tasks.support_x]
     at_theta, at_phi = inner_solvers.curvature(learner, theta, tasks)
-    # Four features: Lanczos is exact after as many steps, far below this bound.
+    # There are four features, and Lanczos is exact after four steps: the tolerance is far above its error.
     np.testing.assert_allclose(at_theta, exact, rtol=0.05)
     np.testing.assert_allclose(at_theta, at_phi, rtol=1e-12)
 
 
-def test_the_solver_that_is_nearly_exact_is_and_one_beyond_its_limit_is_not(learner, tasks, capsys):
+def test_the_nearly_exact_solver_converges_and_one_beyond_the_limit_diverges(learner, tasks, capsys):
     found = inner_solvers.study(learner, {"w": jnp.zeros((SHAPE[2], 1))}, tasks)["solvers"]
     assert found["near exact"]["inner_residual"] < 1e-4 and found["near exact"]["cosine"] == pytest.approx(1)
     assert found["0.5 × limit, 64 steps"]["inner_residual"] < found["0.5 × limit, 16 steps"]["inner_residual"]
-    assert not found["5 × limit, 32 steps"]["inner_residual"] < 1e3  # descent beyond its limit diverges
+    assert not found["5 × limit, 32 steps"]["inner_residual"] < 1e3
     assert capsys.readouterr().out.count("accuracy") == len(found)

@@ -1,4 +1,4 @@
-"""The study of the paper's setting: what its report says is what its records hold, and the page shows just that."""
+"""The report on the study of the paper's setting: it shows the records' numbers, and the page shows the report."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def changed(**changes):
     return copy.deepcopy(RECORD) | changes
 
 
-def test_a_row_says_what_its_records_hold():
+def test_a_row_shows_the_numbers_of_its_records():
     again = changed(test={"accuracy": 0.4, "interval": 0.01, "tasks": 300})
     assert report.row(RECORD, again) == (
         "nothing", "50.0 ± 2.0", "40.0 ± 1.0", "30 → 40", "-2 to 4", "30%", "40.0%", "25%", "25%", "(50%)",
@@ -44,19 +44,19 @@ def test_a_row_says_what_its_records_hold():
     assert report.row(RECORD)[2] == "—"
 
 
-def test_a_course_has_the_mean_of_what_led_to_a_milestone():
+def test_a_course_shows_means_over_the_steps_before_a_milestone():
     line = report.course(RECORD).splitlines()
     assert line[2:] == ["| 100 | 35 | 2.50 | 0.40 | 25% |"]
 
 
-def test_the_literal_setting_comes_first_then_the_best(tmp_path):
+def test_the_literal_setting_comes_first_then_the_others_by_accuracy(tmp_path):
     for name, accuracy in (("a", 0.6), ("b", 0.9), ("literal", 0.5)):
         test = RECORD["test"] | {"accuracy": accuracy}
         (tmp_path / f"{name}.json").write_text(json.dumps(changed(name=name, test=test)))
     assert [record["name"] for record in report.read(tmp_path)] == ["literal", "b", "a"]
 
 
-def test_what_was_not_certified_is_said_to_be_unknown():
+def test_a_row_without_a_certificate_shows_no_correction():
     last = {name: value for name, value in RECORD["probes"][-1].items() if name not in ("correction", "gradient")}
     assert report.row(changed(probes=[last]))[-1] == "—"
 
@@ -78,7 +78,7 @@ def test_the_page_shows_the_tables_of_the_records():
 
 
 @pytest.mark.parametrize("folder", ["", report.SEED_1, report.LONG])
-def test_the_records_are_of_one_length_and_one_split(folder):
+def test_all_records_of_a_folder_have_the_same_length_split_and_seed(folder):
     records = report.read(report.RESULTS / folder)
     assert records[0]["name"] == "literal"
     assert len({(record["steps"], record["split"], record["seed"], record["test"]["tasks"]) for record in records}) == 1

@@ -1,4 +1,4 @@
-"""The speed harness itself: ratios within a round, real peer processes on small problems, exact answers, refusals."""
+"""The speed benchmark: ratios within a round, real peer processes on small problems, exact gradients, refusals."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from benchmarks.speed import __main__ as suites
 from benchmarks.speed import harness, report, workloads
 
 SMALL = {"features": 12, "samples": 9, "validation": 7}
-# Smooth with Gaussian features of these sizes: the rate 1/L contracts by well over a tenth a step.
+# With Gaussian features of these sizes, a step at the rate 1/L reduces the error by well over a tenth.
 STEPS = {"steps": 400, "iterations": 40, "tol": 1e-6}
 OURS = harness.Contender("ours", "ours", "hypergradient", ours=True)
 
@@ -24,18 +24,18 @@ def small(name):
 
 
 def test_a_ratio_is_taken_within_its_round():
-    # The second round is ten times as slow for both: no single ratio sees it.
+    # The second round is slower for both contenders, which does not affect its ratio.
     assert harness.ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == {"median": 3.0, "least": 2.0, "largest": 4.0}
 
 
 @pytest.mark.parametrize("name", ["ridge", "logistic"])
-def test_the_exact_hypergradient_is_that_of_central_differences(name):
+def test_the_exact_hypergradient_equals_central_differences(name):
     item = dataclasses.replace(workloads.ITEMS[name], features=4, samples=6, validation=5)
     arrays = {key: value.astype(np.float64) for key, value in item.arrays("float32").items()}
 
     def value(theta):
         x, y, penalty, w = arrays["x"], arrays["y"], np.exp(theta), np.zeros(4)
-        for _ in range(4000):  # gradient descent, which shares nothing with Woodbury's identity
+        for _ in range(4000):  # Gradient descent is independent of the Newton steps in item.exact().
             margin = x @ w
             slope = margin - y if name == "ridge" else -y / (1 + np.exp(y * margin))
             w = w - 0.02 * (x.T @ slope / len(y) + penalty * w)
@@ -44,11 +44,11 @@ def test_the_exact_hypergradient_is_that_of_central_differences(name):
 
     theta, step = arrays["theta"], 1e-4
     differences = [(value(theta + e) - value(theta - e)) / (2 * step) for e in step * np.eye(4)]
-    # Central differences err by step²·(third derivatives of order one) and by eps/step.
+    # Central differences have errors of step² (third derivatives are of order one) and of eps/step.
     np.testing.assert_allclose(item.exact(), differences, rtol=1e-5, atol=1e-9)
 
 
-def test_contenders_take_turns_in_processes_of_their_own(tmp_path, monkeypatch):
+def test_contenders_run_alternately_in_separate_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     item = small("ridge")
     again = dataclasses.replace(OURS, label="with more steps", changes=(("steps", 500),))
@@ -62,15 +62,15 @@ def test_contenders_take_turns_in_processes_of_their_own(tmp_path, monkeypatch):
     assert "### ridge" in report.table()
 
 
-def test_a_peer_hands_over_its_gradient(tmp_path):
+def test_a_peers_gradient_equals_the_exact_one(tmp_path):
     item = small("logistic")
     with harness.Process(item, OURS) as process:
         found = process.gradient("hypergradient", tmp_path)["theta"]
-    # Twelve unknowns with a condition number below ten, solved to tol.
+    # There are twelve unknowns, the condition number is below ten, and the system is solved to tol = 1e-6.
     np.testing.assert_allclose(found, item.exact(), rtol=0, atol=1e-4 * np.abs(item.exact()).max())
 
 
-def test_a_peer_without_a_python_is_missing(monkeypatch):
+def test_a_peer_without_its_python_is_refused(monkeypatch):
     monkeypatch.setenv("SPEED_PEERS_PYTHON", "/nowhere/python")
     theirs = harness.Contender("theirs", "jaxopt_root", "hypergradient")
     with pytest.raises(harness.Missing, match=r"jaxopt_root: there is no /nowhere/python"):
@@ -80,12 +80,12 @@ def test_a_peer_without_a_python_is_missing(monkeypatch):
 def test_an_unknown_item_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         suites.main(["few-shot", "W3"])
-    assert stopped.value.code == 2 and "no item W3; known: W1, W2" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "no item W3; the items are W1, W2" in capsys.readouterr().err
 
 
 def test_the_floor_counts_every_gradient_and_product():
     item = workloads.ITEMS["W1"]
-    # Milliseconds: a gradient 1, an outer gradient 1, a product 2, linearising 3.
+    # In milliseconds, a gradient takes 1, an outer gradient 1, a product 2, and linearising 3.
     least = {"20 gradients": 20, "20 outer gradients": 20, "linearise, 1": 5, "linearise, 21": 45, "meta-gradient": 400}
     found = report.floor(item, {name: [time / 1e3, time] for name, time in least.items()})
     assert found["sum of parts"] == pytest.approx(16 * 1 + 1 + 3 + 6 * 2)
@@ -106,7 +106,7 @@ def test_pytorch_computes_the_same_gradient_of_the_same_operator(tmp_path):
     assert suites._relative(found["theirs"], found["ours"]) < suites.TOLERANCE
 
 
-def test_a_task_of_the_first_item_fits_in_the_memory_that_was_promised():
+def test_a_meta_gradient_of_w1_needs_at_most_6_4_mib():
     from benchmarks.speed.peers import ours
 
     assert ours.memory(workloads.ITEMS["W1"]) <= 6.4 * 2**20

@@ -1,4 +1,4 @@
-"""The paper's numbers beside ours: records of runs, the table that they fill, and both figures in small."""
+"""Reproduction of the paper: records of runs, table 2, and figures 2a and 2b on smaller problems."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ EVALUATION = {
 
 
 def finished_run(directory, seconds=(1.0, 2.0, 3.0), preset=OMNIGLOT):
-    """A run's folder as training leaves it, of a few meta-steps."""
+    """Write a folder as training does, with one meta-step for each entry of ``seconds``, and return the folder."""
     directory.mkdir()
     preset = dataclasses.replace(preset, outer=dataclasses.replace(preset.outer, steps=len(seconds)))
     steps = [
@@ -48,7 +48,7 @@ def run(tmp_path):
 # --- Records -------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_holds_what_the_run_came_to_and_comes_back_from_its_file(run, tmp_path):
+def test_a_record_holds_the_runs_results_and_can_be_read_from_its_file(run, tmp_path):
     made = records.of_run(run, note="a note", hardware="an abacus")
     made.write(tmp_path / "made.json")
     assert records.read(tmp_path) == [made]
@@ -67,13 +67,13 @@ def test_a_record_holds_what_the_run_came_to_and_comes_back_from_its_file(run, t
         ((7.0,), (7.0, 1)),
     ],
 )
-def test_seconds_are_summed_over_the_processes_that_went_on(seconds, expected, tmp_path):
+def test_seconds_are_summed_over_all_processes_of_a_resumed_run(seconds, expected, tmp_path):
     made = records.of_run(finished_run(tmp_path / "run", seconds))
     assert (made.seconds, made.stretches) == expected
 
 
 @pytest.mark.parametrize("algorithm, row", [("imaml", "imaml-gd"), ("maml", "maml"), ("reptile", "reptile")])
-def test_a_records_command_makes_the_same_settings(algorithm, row, tmp_path):
+def test_a_records_command_gives_the_same_settings(algorithm, row, tmp_path):
     chosen = OMNIGLOT.using(algorithm)
     changed = dataclasses.replace(chosen, outer=dataclasses.replace(chosen.outer, learning_rate=0.25), seed=7)
     run = finished_run(tmp_path / "run", preset=changed)
@@ -87,18 +87,18 @@ def test_a_records_command_makes_the_same_settings(algorithm, row, tmp_path):
     assert again.config() == json.loads((run / "result.json").read_text())["config"]
 
 
-def test_a_run_of_other_data_has_no_cell(tmp_path):
+def test_a_run_on_another_dataset_has_no_cell_in_the_table(tmp_path):
     glyphs = records.of_run(finished_run(tmp_path / "run", preset=imaml.preset("glyphs-5way-1shot-gd")))
     assert glyphs.cell is None
     assert table.table_2([glyphs]) == table.table_2([])
 
 
-def test_a_run_that_cannot_be_recorded_is_refused(run, tmp_path):
+def test_an_unfinished_or_damaged_run_is_not_recorded(run, tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         records.of_run(tmp_path)
     log = run / runlog.FILE
     log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(InputError, match="a log of 2 whole lines, not one for each of its 3 meta-steps"):
+    with pytest.raises(InputError, match="has 2 intact lines for 3 meta-steps, not one for each"):
         records.of_run(run)
     (run / "result.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
@@ -106,13 +106,13 @@ def test_a_run_that_cannot_be_recorded_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1, "preset": "mine"}', '{"format": 99}'])
-def test_a_file_that_is_no_record_is_named(content, tmp_path):
+def test_a_file_that_is_not_a_record_is_named(content, tmp_path):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(InputError, match=r"odd\.json"):
         records.read(tmp_path)
 
 
-def test_the_records_in_the_package_are_whole_and_belong_to_a_cell():
+def test_the_packages_records_are_complete_and_belong_to_a_cell():
     for record in records.read():
         assert record.cell in paper.TABLE_2 and record.seconds > 0 and record.hardware and record.command
         assert len(record.split) == 64 and record.evaluations
@@ -123,18 +123,18 @@ def test_the_records_in_the_package_are_whole_and_belong_to_a_cell():
 # --- Table 2 -------------------------------------------------------------------------------------------------------
 
 
-def test_the_papers_numbers_are_those_that_are_printed():
+def test_table_2_has_the_printed_numbers():
     assert len(paper.TABLE_2) == 20
     assert paper.TABLE_2[paper.Cell("imaml-hf", 20, 5)] == (99.14, 0.1, "99.14 ± 0.1")
     assert paper.TABLE_2[paper.Cell("maml", 5, 1)][:2] == (98.7, 0.4)
     assert paper.TABLE_2[paper.Cell("imaml-gd", 20, 1)][:2] == (94.46, 0.42)
 
 
-def test_a_cell_that_nobody_has_run_says_so(run):
+def test_a_cell_without_a_record_prints_not_run(run):
     empty = table.table_2([])
     assert empty.count(table.NOT_RUN) == 20
     one = table.table_2([records.of_run(run)])
-    assert one.count(table.NOT_RUN) == 19 and "1 of 20 cells have been run" in one
+    assert one.count(table.NOT_RUN) == 19 and "1 of 20 cells have a record" in one
 
 
 @pytest.mark.parametrize("form", commands.FORMS)
@@ -164,21 +164,22 @@ def errors():
     return gradient_error.gradient_errors(STEPS, gradient_error.CG_STEPS, tasks=4)
 
 
-def test_implicit_maml_is_nearer_than_maml_at_equal_gradient_steps(errors):
+def test_implicit_maml_has_smaller_errors_than_maml_after_equal_steps(errors):
     maml = np.array(errors["MAML"])
     assert (np.array(errors["iMAML, 11 CG steps"]) < maml).all()
-    assert (np.array(errors["iMAML, 5 CG steps"])[:2] < maml[:2]).all()  # then what CG leaves over decides
+    # After more steps, the error of 5 CG steps is larger than that of the inner solve.
+    assert (np.array(errors["iMAML, 5 CG steps"])[:2] < maml[:2]).all()
 
 
-def test_errors_fall_with_steps(errors):
+def test_errors_fall_with_inner_steps(errors):
     for name in ("MAML", "iMAML, 11 CG steps"):
         assert (np.diff(errors[name]) < 0).all(), name
 
 
-def test_what_too_few_cg_steps_leave_does_not_fall_with_inner_steps(errors):
+def test_the_error_of_too_few_cg_steps_remains_after_many_inner_steps(errors):
     two, five, eleven = (errors[f"iMAML, {count} CG steps"][-1] for count in gradient_error.CG_STEPS)
     assert two > 5 * five > 5 * eleven
-    assert two > errors["MAML"][-1]  # a terminal error, as the paper says
+    assert two > errors["MAML"][-1]
 
 
 def test_the_closed_form_is_the_derivative_of_the_solved_problem():
@@ -191,7 +192,7 @@ def test_the_closed_form_is_the_derivative_of_the_solved_problem():
         phi = np.linalg.solve(x.T @ x / len(x) + strength * np.eye(len(theta)), x.T @ y / len(x) + strength * theta)
         return 0.5 * np.mean((task.query_x @ phi - task.query_y) ** 2)
 
-    h = 1e-4  # the value is quadratic in θ, so central differences are exact up to rounding
+    h = 1e-4  # The value is quadratic in θ, so central differences are exact up to rounding.
     slope = (value(theta + h * direction) - value(theta - h * direction)) / (2 * h)
     assert slope == pytest.approx(gradient_error.exact(theta, task)[0] @ direction, rel=1e-7)
 
@@ -201,7 +202,10 @@ def test_the_closed_form_is_the_derivative_of_the_solved_problem():
 
 @pytest.fixture(scope="module")
 def needed():
-    """Of a small network on eight pixels of many images: what a step computes is more than its parameters."""
+    """Compute the memory for a small network on eight pixels of many images.
+
+    A step's intermediate values then need more memory than the parameters.
+    """
     network = mlp((8, 8, 2))
     few = dataclasses.replace(network, apply=lambda theta, x: network.apply(theta, x.reshape(len(x), -1)[:, ::98]))
     return memory.memory((16, 508, 1000), few, ways=2, shots=20)
@@ -214,11 +218,11 @@ def test_implicit_memory_is_flat_to_the_byte(needed):
 
 def test_unrolled_memory_is_linear_in_steps(needed):
     few, middle, many = needed.temporary["MAML, unrolled"]
-    assert (many - few) / (1000 - 16) > 4 * 40 * 8  # at least the hidden layer's outputs, each step
+    assert (many - few) / (1000 - 16) > 4 * 40 * 8  # Each step stores at least the hidden layer's outputs.
     assert middle == pytest.approx((few + many) / 2, rel=0.01)
 
 
-def test_recomputation_lies_between(needed):
+def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unrolling(needed):
     implicit, unrolled = (needed.temporary[name][-1] for name in ("iMAML, 5 CG steps", "MAML, unrolled"))
     assert implicit < needed.temporary["MAML, steps recomputed"][-1] < unrolled
 
@@ -231,19 +235,19 @@ def test_recomputation_lies_between(needed):
     [
         ("reproduce tabel2", "no table or figure 'tabel2': did you mean table2? known are table2, figure2a, figure2b"),
         ("reproduce table2 --format html", "there is no format 'html': known are terminal, markdown"),
-        ("reproduce figure2a --records .", "figure2a is computed on the spot and reads no records"),
+        ("reproduce figure2a --records .", "figure2a is computed by this command and reads no records"),
         ("reproduce table2 --records nowhere", "there is no folder nowhere of records"),
         ("reproduce", "required: NAME"),
         ("record nowhere", "there is no finished run in nowhere"),
         ("record", "required: RUN"),
     ],
 )  # fmt: skip
-def test_a_slip_is_answered_in_one_sentence(arguments, expected, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_start_jax", lambda: None)
     assert cli.main(arguments.split()) == 2
-    said = capsys.readouterr().err
-    assert expected in said and len(said.strip().splitlines()) == 1
+    message = capsys.readouterr().err
+    assert expected in message and len(message.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,7 +262,7 @@ def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(run, tmp_path, 
     assert [path.name for path in out.iterdir()] == ["table2.png"]
 
 
-def test_a_figure_leaves_its_picture_and_what_was_measured(tmp_path, errors, monkeypatch):
+def test_a_figure_writes_its_picture_and_its_data(tmp_path, errors, monkeypatch):
     monkeypatch.setattr(gradient_error, "gradient_errors", lambda: errors)
     text = commands.reproduce("figure2a", out=tmp_path)
     assert "MAML" in text and sorted(path.name for path in tmp_path.iterdir()) == ["figure2a.json", "figure2a.png"]
@@ -267,14 +271,14 @@ def test_a_figure_leaves_its_picture_and_what_was_measured(tmp_path, errors, mon
     assert dict(kept["result"]["curves"])["MAML"] == list(errors["MAML"])
 
 
-def test_the_memory_picture_is_drawn_from_what_was_measured(tmp_path, needed):
+def test_the_memory_picture_depends_on_the_measured_memory(tmp_path, needed):
     first = pictures.memory(tmp_path / "one.png", needed.steps, needed.temporary).read_bytes()
     doubled = {name: [2 * size for size in sizes] for name, sizes in needed.temporary.items()}
     second = pictures.memory(tmp_path / "two.png", needed.steps, doubled).read_bytes()
     assert first.startswith(b"\x89PNG") and first != second
 
 
-def test_pictures_do_without_jax():
+def test_importing_pictures_loads_neither_jax_nor_matplotlib():
     code = f"""
 import sys, types
 for name, folder in (("imaml", {str(PACKAGE)!r}), ("imaml.reproduction", {str(PACKAGE / "reproduction")!r})):

@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits back, nothing damaged taken for whole, the old ones kept if writing fails."""
+"""Checkpoints: saved bits are restored, damaged files are refused, and a failing write keeps the older files."""
 
 import errno
 import json
@@ -13,11 +13,11 @@ from imaml.errors import InputError
 from imaml.runs import checkpoints
 from imaml.storage import arrays
 
-DESCRIPTION = {"preset": "some", "config": {"strength": 0.1, "inner": {"steps": 3}}, "data": "abc"}
+DESCRIPTION = {"preset": "some", "config": {"strength": 0.1, "inner": {"max_steps": 3}}, "data": "abc"}
 
 
 def state(seed=0):
-    """Also the numbers that a sloppy round trip would change: NaN, infinity, −0 and the smallest one."""
+    """Return a state with NaN, infinity, −0 and a subnormal number, which a careless round trip would change."""
     random = np.random.default_rng(seed)
     special = np.array([np.nan, np.inf, -0.0, np.float32(1e-45)], np.float32)
     theta = {"block": {"kernel": jnp.asarray(random.normal(size=(3, 2)), jnp.float32)}, "special": jnp.asarray(special)}
@@ -36,7 +36,7 @@ def assert_same_bits(one, other):
 
 
 def save(directory, step, loss=float("inf"), **options):
-    """A checkpoint whose state tells its step."""
+    """Save a checkpoint whose state is determined by its step."""
     checkpoints.save(directory, step, state(seed=step), DESCRIPTION, loss=loss, **options)
 
 
@@ -70,7 +70,7 @@ def test_leaves_of_any_type_keep_every_bit(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
-def test_keys_go_on_with_the_same_stream(implementation, tmp_path):
+def test_restored_keys_give_the_same_random_numbers(implementation, tmp_path):
     keys = jax.random.split(jax.random.key(3, impl=implementation), 2)
     checkpoints.save(tmp_path, 1, keys, {})
     restored = checkpoints.newest(tmp_path).restore(jax.random.split(jax.random.key(0, impl=implementation), 2))
@@ -84,7 +84,7 @@ def test_float64_keeps_every_bit(tmp_path, x64):
     assert_same_bits(checkpoints.newest(tmp_path).restore(tree), tree)
 
 
-def test_saving_a_step_again_replaces_it_and_leaves_nothing_else(saved):
+def test_saving_a_step_again_replaces_its_file(saved):
     checkpoints.save(saved, 7, state(seed=5), DESCRIPTION)
     assert_same_bits(checkpoints.newest(saved).restore(state()), state(seed=5))
     assert list(saved.iterdir()) == [file(saved)]
@@ -96,7 +96,7 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
         assert checkpoints.newest(directory) is None and checkpoints.best(directory) is None
 
 
-# What is kept
+# --- Deletion of old checkpoints ----------------------------------------------------------------------------------
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
@@ -109,12 +109,12 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 
 def test_without_losses_the_last_is_the_best(tmp_path):
-    for step in (9, 10, 100):  # whose order as text is another
+    for step in (9, 10, 100):  # As text, these numbers have another order.
         save(tmp_path, step, keep=1)
     assert steps(tmp_path) == [100] and checkpoints.best(tmp_path).step == 100
 
 
-def test_nothing_is_let_go_before_the_new_one_is_on_disk(tmp_path, monkeypatch):
+def test_no_old_checkpoint_is_deleted_before_the_new_one_is_on_disk(tmp_path, monkeypatch):
     save(tmp_path, 1, keep=1)
 
     def fail(*_):
@@ -126,7 +126,7 @@ def test_nothing_is_let_go_before_the_new_one_is_on_disk(tmp_path, monkeypatch):
     assert steps(tmp_path) == [1]
 
 
-def test_a_damaged_one_is_not_spared_as_the_best(tmp_path):
+def test_a_damaged_checkpoint_is_not_kept_as_the_best(tmp_path):
     save(tmp_path, 1, loss=0.1)
     save(tmp_path, 2, loss=0.2)
     file(tmp_path, 1).write_bytes(file(tmp_path, 1).read_bytes()[:-30])
@@ -134,11 +134,11 @@ def test_a_damaged_one_is_not_spared_as_the_best(tmp_path):
     assert steps(tmp_path) == [2, 3]
 
 
-# Damage
+# --- Damage --------------------------------------------------------------------------------------------------------
 
 
 def refused_or_same(directory):
-    """Whether it was refused by an InputError that names the file; if not, the state must be the saved one."""
+    """Return whether the checkpoint is refused by an error that names it; if it is not, assert that nothing changed."""
     try:
         found = checkpoints.newest(directory)
         restored = found.restore(state())
@@ -151,24 +151,24 @@ def refused_or_same(directory):
 
 
 def test_a_truncated_file_is_refused(saved):
-    whole = file(saved).read_bytes()
-    for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
-        file(saved).write_bytes(whole[:length])
+    content = file(saved).read_bytes()
+    for length in (0, 1, 10, len(content) // 2, len(content) - 1):
+        file(saved).write_bytes(content[:length])
         assert refused_or_same(saved), length
 
 
 def test_no_flipped_byte_changes_what_is_loaded(saved):
-    whole = file(saved).read_bytes()
+    content = file(saved).read_bytes()
     refused = 0
-    positions = range(0, len(whole), 5)
+    positions = range(0, len(content), 5)
     for position in positions:
-        file(saved).write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        file(saved).write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
         refused += refused_or_same(saved)
-    # Dates and attributes of a zip's members carry nothing; most other bytes do.
+    # Dates and attributes of the zip's members do not affect the arrays; most other bytes do.
     assert refused > len(positions) / 2
 
 
-def test_a_changed_number_in_an_archive_that_is_in_order_is_refused(saved):
+def test_a_changed_number_in_a_valid_archive_is_refused(saved):
     with np.load(file(saved)) as archive:
         contents = dict(archive)
     contents["leaf0"][0, 0] += 1e-6
@@ -178,34 +178,34 @@ def test_a_changed_number_in_an_archive_that_is_in_order_is_refused(saved):
         checkpoints.newest(saved)
 
 
-def test_a_damaged_one_gives_way_to_the_one_before_and_is_told(tmp_path):
+def test_the_checkpoint_before_damaged_ones_is_returned_and_they_are_reported(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3)
     for step in (2, 3):
         file(tmp_path, step).write_bytes(file(tmp_path, step).read_bytes()[:-30])
-    told = []
-    found = checkpoints.newest(tmp_path, lambda path, message: told.append((path, message)))
+    reported = []
+    found = checkpoints.newest(tmp_path, lambda path, message: reported.append((path, message)))
     assert_same_bits(found.restore(state()), state(seed=1))
-    assert [path for path, _ in told] == [file(tmp_path, 3), file(tmp_path, 2)]
-    assert all(message.startswith(f"{path} is damaged (") for path, message in told)
+    assert [path for path, _ in reported] == [file(tmp_path, 3), file(tmp_path, 2)]
+    assert all(message.startswith(f"{path} is damaged (") for path, message in reported)
 
 
-def test_where_all_are_damaged_nothing_is_touched(saved):
+def test_if_all_are_damaged_no_file_is_changed(saved):
     file(saved).write_bytes(b"")
-    touched = []
-    with pytest.raises(InputError, match=f"{saved} holds no whole checkpoint: {file(saved)} is damaged"):
-        checkpoints.newest(saved, lambda path, message: touched.append(path))
-    assert touched == [] and list(saved.iterdir()) == [file(saved)]
+    reported = []
+    with pytest.raises(InputError, match=f"{saved} holds no intact checkpoint: {file(saved)} is damaged"):
+        checkpoints.newest(saved, lambda path, message: reported.append(path))
+    assert reported == [] and list(saved.iterdir()) == [file(saved)]
 
 
-def test_one_that_is_set_aside_counts_no_more_and_is_not_lost(saved):
+def test_a_checkpoint_set_aside_is_ignored_but_its_content_is_kept(saved):
     content = file(saved).read_bytes()
     checkpoints.set_aside(file(saved))
     assert checkpoints.newest(saved) is None
     assert [path.read_bytes() for path in saved.iterdir()] == [content]
 
 
-def test_a_disk_that_cannot_be_read_is_not_taken_for_damage(saved, monkeypatch):
+def test_an_error_of_the_disk_is_raised_and_not_taken_for_damage(saved, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -214,18 +214,18 @@ def test_a_disk_that_cannot_be_read_is_not_taken_for_damage(saved, monkeypatch):
         checkpoints.newest(saved)
 
 
-def test_one_that_is_replaced_while_it_is_looked_for_gives_the_newer(saved, monkeypatch):
+def test_a_checkpoint_replaced_during_the_search_gives_the_newer_one(saved, monkeypatch):
     read, calls = arrays.read, []
 
-    def overtaken(path):
+    def replaced(path):
         calls.append(path)
-        if len(calls) == 1:  # between the listing and the reading, the run has gone on
+        if len(calls) == 1:  # Between listing and reading the folder, the run saves newer checkpoints.
             save(saved, 8)
             save(saved, 9, keep=1)
             file(saved).unlink(missing_ok=True)
         return read(path)
 
-    monkeypatch.setattr(checkpoints.arrays, "read", overtaken)
+    monkeypatch.setattr(checkpoints.arrays, "read", replaced)
     assert checkpoints.newest(saved).step == 9
 
 
@@ -253,13 +253,13 @@ def write_pickle(path):
 
 
 @pytest.mark.parametrize("write", [write_text, write_array, write_other_archive, write_arrays_alone, write_pickle])
-def test_a_foreign_file_is_refused_by_name(write, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_named(write, tmp_path):
     write(file(tmp_path))
     with pytest.raises(InputError, match=f"{file(tmp_path)} is damaged"):
         checkpoints.newest(tmp_path)
 
 
-def test_another_format_is_another_version_and_not_damage(saved):
+def test_another_format_is_reported_as_another_version_not_as_damage(saved):
     save(saved, 8)
     arrays.write(file(saved, 8), {"description": np.array(json.dumps({"format": 99}))})
     with pytest.raises(InputError, match=r"another version of imaml \(format 99, not 2\)"):
@@ -289,24 +289,24 @@ def of_another_generator(theta, rest, key):
 @pytest.mark.parametrize(
     "change, difference",
     [
-        (without_a_leaf, "their number"),
+        (without_a_leaf, "number of leaves"),
         (of_another_shape, "0/special float32[4] → 0/special float32[5]"),
         (of_another_dtype, "1/0 int32[] → 1/0 float32[]"),
         (of_another_name, "0/block/kernel float32[3, 2] → 0/Block/kernel float32[3, 2]"),
         (of_another_generator, "2 key<fry>[] → 2 key<rbg>[]"),
     ],
 )
-def test_a_state_of_another_kind_is_refused_with_the_difference(change, difference, saved):
+def test_a_state_with_other_leaves_is_refused_and_the_difference_named(change, difference, saved):
     with pytest.raises(InputError) as caught:
         checkpoints.newest(saved).restore(like=change(*state()))
     assert f"another shape than this preset's ({difference})" in str(caught.value)
 
 
-# Disks
+# --- Disks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failing_write_leaves_the_old_files_and_no_temporary(function, saved, monkeypatch):
+def test_a_failing_write_keeps_the_old_file_and_leaves_no_temporary_file(function, saved, monkeypatch):
     before = file(saved).read_bytes()
 
     def fail(*_):
@@ -318,7 +318,7 @@ def test_a_failing_write_leaves_the_old_files_and_no_temporary(function, saved, 
     assert list(saved.iterdir()) == [file(saved)] and file(saved).read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_old_one(small_disk):
+def test_a_full_disk_keeps_the_old_checkpoint(small_disk):
     save(small_disk, 1)
     before = file(small_disk, 1).read_bytes()
     with pytest.raises(OSError) as caught:
@@ -327,7 +327,7 @@ def test_a_full_disk_leaves_the_old_one(small_disk):
     assert list(small_disk.iterdir()) == [file(small_disk, 1)] and file(small_disk, 1).read_bytes() == before
 
 
-def test_a_read_only_folder_keeps_the_old_one(saved, sealed):
+def test_a_read_only_folder_keeps_the_old_checkpoint(saved, sealed):
     with sealed({file(saved).name: file(saved).read_bytes()}) as folder:
         with pytest.raises(OSError) as caught:
             save(folder, 8)

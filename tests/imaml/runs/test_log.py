@@ -1,4 +1,4 @@
-"""The log: what was written is read, a line cut off by a crash is not, and resuming leaves each step once."""
+"""The log: written lines are read back, truncated lines are skipped, and a resumed log contains each step once."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def steps(directory):
     return [entry.step for entry in runlog.read_log(directory)]
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_written_entries_are_read_back(tmp_path):
     write(tmp_path, [1, 2, 3])
     assert runlog.read_log(tmp_path) == [progress(1), progress(2), progress(3)]
 
@@ -34,24 +34,24 @@ def test_there_is_one_line_of_json_for_each_step(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
-def test_a_step_is_on_disk_before_the_next_one(tmp_path):
+def test_a_step_can_be_read_before_the_next_one_is_written(tmp_path):
     with LogWriter(tmp_path, 0) as log:
         log.write(progress(1))
         assert steps(tmp_path) == [1]
 
 
-def test_no_log_is_an_empty_one(tmp_path):
+def test_a_missing_log_reads_as_empty(tmp_path):
     assert runlog.read_log(tmp_path) == []
 
 
-def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+def test_a_truncated_last_line_is_skipped(tmp_path):
     write(tmp_path, [1, 2, 3])
     file = tmp_path / runlog.FILE
     file.write_text(file.read_text()[:-5])
     assert steps(tmp_path) == [1, 2]
 
 
-def test_damaged_lines_are_left_out_and_stop_nothing(tmp_path):
+def test_damaged_lines_are_skipped(tmp_path):
     write(tmp_path, [1, 2, 3])
     file = tmp_path / runlog.FILE
     first, _, third = file.read_bytes().splitlines(keepends=True)
@@ -61,13 +61,13 @@ def test_damaged_lines_are_left_out_and_stop_nothing(tmp_path):
     assert steps(tmp_path) == [1, 3, 4]
 
 
-def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path):
+def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
     write(tmp_path, [1, 2, 3, 4])
     write(tmp_path, [3, 4, 5], start=2)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_resuming_after_a_cut_line_writes_whole_lines(tmp_path):
+def test_resuming_after_a_truncated_line_writes_complete_lines(tmp_path):
     write(tmp_path, [1, 2, 3])
     file = tmp_path / runlog.FILE
     file.write_text(file.read_text()[:-5])
@@ -75,7 +75,7 @@ def test_resuming_after_a_cut_line_writes_whole_lines(tmp_path):
     assert steps(tmp_path) == [1, 2, 3, 4]
 
 
-def test_a_failing_rewrite_leaves_the_old_log(tmp_path, monkeypatch):
+def test_a_failing_rewrite_keeps_the_old_log(tmp_path, monkeypatch):
     write(tmp_path, [1, 2, 3])
 
     def fail(*_):
@@ -97,13 +97,13 @@ def test_the_log_is_on_disk_after_a_sync(tmp_path, monkeypatch):
     assert flushed == [(tmp_path / runlog.FILE).stat().st_ino]
 
 
-def test_the_recent_loss_is_a_mean_over_the_last_steps_and_goes_on_with_the_run(tmp_path, monkeypatch):
+def test_the_recent_loss_is_a_mean_over_the_last_steps_across_a_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "RECENT", 3)
     seen = []
-    for first, last in ((1, 2), (3, 5)):  # resumed after the second step
+    for first, last in ((1, 2), (3, 5)):  # The run is resumed after its second step.
         with LogWriter(tmp_path, first - 1) as log:
             for step in range(first, last + 1):
                 log.write(progress(step, loss=2.0**-step))
                 seen.append(log.recent_loss)
-    infinity = float("inf")  # of two steps it is mostly noise
+    infinity = float("inf")  # The mean of fewer than RECENT steps counts as infinite.
     assert seen == [infinity, infinity, (1 / 2 + 1 / 4 + 1 / 8) / 3, (1 / 4 + 1 / 8 + 1 / 16) / 3, 7 / 32 / 3]
