@@ -216,7 +216,7 @@ GUARDS = (
     _guard(
         "one bad task in a batch: left out",
         "test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
-        "imaml:_added",
+        "imaml:_add_terms",
         "jnp.where(counts, _NEW, 0)",
         "_NEW",
     ),
