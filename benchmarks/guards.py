@@ -122,7 +122,7 @@ GUARDS = (
         "jnp.bool_(False)",
     ),
     _guard(
-        "singular operator: told apart from an indefinite one",
+        "singular operator: not reported as indefinite",
         "TestSingular",
         "_solve_watched",
         "jnp.where(seen.null, _SINGULAR, _STATUS)",

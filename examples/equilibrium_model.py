@@ -1,7 +1,7 @@
 """A deep equilibrium model: a layer of infinite depth, trained with the memory of one.
 
 The hidden state is the fixed point of h = tanh(Wh·s + Ux + b), found by Anderson's acceleration and differentiated
-by the implicit function theorem; the task is to tell two intertwined spirals apart.
+by the implicit function theorem; the task is to classify points of two intertwined spirals.
 """
 
 import sys

@@ -18,8 +18,9 @@ def jaxopt_projection(
 
     The projections without a closed form (polyhedron, affine set, box section, transport, Birkhoff, and the KL
     projections) are replaced by implementations of this library when they are given by name. Those are exact to
-    rounding and differentiable to any order, and return NaN where no point satisfies the constraints. A function is
-    used as it is.
+    rounding. They are differentiable to any order onto sets of vectors, and up to the third order onto sets of matrices
+    (transport, Birkhoff and the KL projections). They return NaN where no point satisfies the constraints. A function
+    is used as it is.
 
     Args:
         projection: its name (``"projection_simplex"``), which does not import jaxopt before it is used; or the
@@ -45,7 +46,7 @@ def jaxopt_projection(
     function = _from_jaxopt(projection, "projection")
     if tol is not None:
         if "tol" not in inspect.signature(function).parameters:
-            raise ValueError(f"{projection} iterates to no tolerance, got tol={tol}: leave it None")
+            raise ValueError(f"{projection} takes no tolerance, got tol={tol}: leave it None")
         function = functools.partial(function, tol=tol)
 
     def project(w: PyTree, theta: PyTree, data: PyTree) -> PyTree:

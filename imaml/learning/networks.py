@@ -25,14 +25,14 @@ class Network:
         init: ``init(key) -> parameters`` draws initial parameters.
         apply: ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``. Batch normalisation uses the mean and
             variance of the batch ``x``, so an output depends on all rows of ``x``.
-        apply_beside: ``apply_beside(parameters, x, support_x) -> outputs [batch, ...]`` uses the mean and variance of
-            ``support_x`` instead, so an output depends on its own row of ``x`` and on ``support_x``. None for a
-            network without batch normalisation.
+        apply_with_support_statistics: a function ``(parameters, x, support_x) -> outputs [batch, ...]`` that uses the
+            mean and variance of ``support_x`` instead, so an output depends on its own row of ``x`` and on
+            ``support_x``. None for a network without batch normalisation.
     """
 
     init: Callable[[jax.Array], Parameters]
     apply: Callable[[Parameters, jax.Array], jax.Array]
-    apply_beside: Callable[[Parameters, jax.Array, jax.Array], jax.Array] | None = None
+    apply_with_support_statistics: Callable[[Parameters, jax.Array, jax.Array], jax.Array] | None = None
 
 
 def smooth_relu(x: jax.Array) -> jax.Array:
@@ -77,8 +77,8 @@ def conv4(
     block it is the one for Mini-ImageNet, with stride 1: 84×84 images give maps of side 42, 21, 10 and 5.
 
     Batch normalisation uses the statistics of the current batch and keeps no running averages. On a query set, a logit
-    therefore depends on all query images (the published, *transductive* protocol). ``Network.apply_beside`` takes the
-    statistics of a support set instead.
+    therefore depends on all query images (the published, *transductive* protocol).
+    ``Network.apply_with_support_statistics`` takes the statistics of a support set instead.
 
     Args:
         ways: number of classes, N.
@@ -114,11 +114,11 @@ def conv4(
             x = pool(x) if pool else x
         return _dense(parameters["head"], x.reshape(len(x), -1))
 
-    def apply_beside(parameters, x, support_x):
+    def apply_with_support_statistics(parameters, x, support_x):
         both = jnp.concatenate([support_x, x])
         return forward(parameters, both, counted=len(support_x))[len(support_x) :]
 
-    return Network(init, forward, apply_beside)
+    return Network(init, forward, apply_with_support_statistics)
 
 
 def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Network:

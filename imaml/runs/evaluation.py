@@ -133,7 +133,7 @@ def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> E
 
 def normalisations(preset: Preset) -> tuple[str, ...]:
     """Return the batch-normalisation statistics that a preset is evaluated with, the published ones first."""
-    return (NO_NORMALISATION,) if preset.functions.apply_beside is None else (QUERY_BATCH, SUPPORT_SET)
+    return (NO_NORMALISATION,) if preset.functions.apply_with_support_statistics is None else (QUERY_BATCH, SUPPORT_SET)
 
 
 def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.Array]:
@@ -142,7 +142,11 @@ def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.A
     Its signature is ``scores((theta, source), keys) -> float32 [tasks, normalisations]``, with ``keys`` of shape
     ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. The columns are :func:`normalisations`.
     """
-    learner, beside, together = preset.test_learner, preset.functions.apply_beside, preset.outer.at_once
+    learner, with_support, together = (
+        preset.test_learner,
+        preset.functions.apply_with_support_statistics,
+        preset.outer.at_once,
+    )
 
     def score(outputs, y):
         if preset.episode.metric == "accuracy":
@@ -153,8 +157,8 @@ def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.A
         task = preset.episode.sample(source, key, preset.turns(training=False))
         phi = learner.adapt(theta, task).w
         outputs = [learner.apply(phi, task.query_x)]
-        if beside is not None:
-            outputs.append(beside(phi, task.query_x, task.support_x))
+        if with_support is not None:
+            outputs.append(with_support(phi, task.query_x, task.support_x))
         return jnp.stack([score(each, task.query_y) for each in outputs])
 
     batch = {"batch_size": together} if together > 1 else {}

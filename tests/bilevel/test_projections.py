@@ -161,7 +161,7 @@ def test_a_tolerance_below_the_distance_of_a_bound_leaves_the_bound_inactive():
     np.testing.assert_allclose(fine, [0.35, 0.65], rtol=1e-14)
     finer = bl.jaxopt_projection("projection_polyhedron", params, tol=1e-12)(point, None, None)
     np.testing.assert_allclose(finer, fine, rtol=1e-14)
-    with pytest.raises(ValueError, match=r"projection_simplex iterates to no tolerance, got tol=0.1"):
+    with pytest.raises(ValueError, match=r"projection_simplex takes no tolerance, got tol=0.1"):
         bl.jaxopt_projection("projection_simplex", tol=0.1)
 
 

@@ -109,13 +109,15 @@ def test_with_support_statistics_a_query_image_has_the_same_logits_alone_and_in_
     network = conv4(3, 2, (16, 16, 1), pool=pool)
     parameters = network.init(jax.random.key(0))
     support, queries = (jax.random.uniform(jax.random.key(i), (6, 16, 16, 1)) for i in (1, 2))
-    beside, apply = jax.jit(network.apply_beside), jax.jit(network.apply)
-    together, alone = beside(parameters, queries, support), beside(parameters, queries[:1], support)
+    with_support, apply = jax.jit(network.apply_with_support_statistics), jax.jit(network.apply)
+    together, alone = with_support(parameters, queries, support), with_support(parameters, queries[:1], support)
     np.testing.assert_allclose(together[:1], alone, rtol=0, atol=1e-10)
     # With the statistics of the query batch, the logits depend on the other images.
     assert np.abs(apply(parameters, queries)[:1] - apply(parameters, queries[:1])).max() > 1e-3
     # For the support images themselves, both functions use the same statistics.
-    np.testing.assert_allclose(beside(parameters, support, support), apply(parameters, support), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(
+        with_support(parameters, support, support), apply(parameters, support), rtol=0, atol=1e-10
+    )
     assert np.abs(together - apply(parameters, queries)).max() > 1e-3
 
 

@@ -73,7 +73,9 @@ def test_both_normalisations_are_evaluated_and_named(tiny_pixels):
         phi = preset.learner.adapt(theta, task).w
         together = network.apply(phi, task.query_x)
         # With the support set's statistics, a query image alone must give the same outputs as in a batch.
-        one_by_one = jax.lax.map(lambda image: network.apply_beside(phi, image[None], task.support_x)[0], task.query_x)
+        one_by_one = jax.lax.map(
+            lambda image: network.apply_with_support_statistics(phi, image[None], task.support_x)[0], task.query_x
+        )
         return jnp.stack([jnp.mean(outputs.argmax(-1) == task.query_y) for outputs in (together, one_by_one)])
 
     expected = [accuracies(key) for key in jax.random.split(preset.keys.test, EVALUATION_TASKS)]
