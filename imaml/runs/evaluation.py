@@ -59,7 +59,7 @@ def evaluate(
     elif not isinstance(run, dict):
         preset, theta = preset or run.preset, run.theta
     if preset is None:
-        raise InputError("parameters alone do not say what they are for: pass the preset as well")
+        raise InputError("parameters alone do not determine the settings: pass the preset as well")
     dataset = datasets.load(preset.dataset, data)
     if fingerprint not in (None, dataset.fingerprint()):
         raise InputError(

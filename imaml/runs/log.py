@@ -19,7 +19,7 @@ class Progress:
 
     Attributes:
         step: number of meta-steps done, this one included.
-        steps: number of meta-steps of the whole run.
+        steps: number of meta-steps of the run.
         loss: mean query loss, in nats, or the mean squared error of a regression.
         accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None for a regression.
         tasks: number of tasks in the mean gradient: those with finite numbers and a relative residual of the adjoint
@@ -59,7 +59,7 @@ class LogWriter:
         self._stream = path.open("a", buffering=1)
 
     def write(self, progress: Progress) -> None:
-        """Append one line, and hand it to the operating system at once."""
+        """Append one line; another process can read it as soon as this returns."""
         self._stream.write(_line(progress))
         self._losses.append(progress.loss)
 
