@@ -1,28 +1,39 @@
-# The main job and the whole test suite, on a machine that has Python 3.11 or later and make.
+# The main job, the tests and the site, on a machine that has Python 3.11 or later and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# One file is one worker's work, so that tests share what their file has compiled.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: train test lint docs clean
+.PHONY: train test test-all lint docs extras clean
 
 train: $(VENV)/installed
 	$(BIN)/imaml train $(ARGS)
 
+# The fast tier, for every edit.
 test: $(VENV)/installed-testing
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# Every test. Some need the type checkers, the build backend, Flax and Equinox, which the extra dev holds.
+test-all: $(VENV)/installed-dev
+	$(PYTEST) --all $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Every warning is an error, and every link inside of the site is checked. The examples run, for their pictures.
+# Every warning is an error, and every link inside the site is checked. The examples run and draw their pictures.
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 	@echo "the site: docs/_build/html/index.html"
 
-# Each stamp stands for an installation that went through; it is made anew when the requirements change.
+# Each extra, installed alone into an environment that is removed afterwards, does its job.
+extras:
+	$(PYTHON) benchmarks/extras.py $(ARGS)
+
+# A stamp file records a finished installation. make installs again when pyproject.toml is newer than the stamp.
 $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV), which takes a minute …"
 	$(PYTHON) -m venv $(VENV)

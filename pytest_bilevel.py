@@ -1,7 +1,7 @@
 """The pytest plugin: a fixture ``hypergradient`` and the option ``--hypergradient-report``.
 
-It stands beside the package, not in it: to import any part of `bilevel` is to import JAX, which takes a second that
-a test run should not pay unless a test asks for the fixture.
+It is a module of its own outside the package. Importing any part of `bilevel` imports JAX, which takes about a second,
+and pytest imports its plugins in every run. JAX is imported only when a test asks for the fixture.
 """
 
 from collections.abc import Iterator
@@ -9,21 +9,23 @@ from collections.abc import Iterator
 import pytest
 
 PROPERTY = "hypergradient"
-"""Under this name a test's checks are among its report's ``user_properties``, which pytest-xdist carries home."""
+"""The name of a test's checks among its report's ``user_properties``, which pytest-xdist sends to the main process."""
 _FIXTURE: pytest.StashKey = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bilevel", "hypergradients")
     group.addoption(
-        "--hypergradient-report", action="store_true", help="list what the hypergradient fixture checked, and how well"
+        "--hypergradient-report",
+        action="store_true",
+        help="list what the hypergradient fixture checked, and the worst errors",
     )
 
 
 @pytest.fixture(scope="session")
 def hypergradient(request: pytest.FixtureRequest):
-    """The assertions of bilevel.testing, in float64; what they check is listed by --hypergradient-report."""
-    # One object for the session, because Hypothesis rejects fixtures that are made anew for each test.
+    """The assertions of bilevel.testing, in float64; --hypergradient-report lists what they checked."""
+    # One object for the session, because Hypothesis rejects function-scoped fixtures.
     from bilevel.testing.fixture import Hypergradients
 
     request.config.stash[_FIXTURE] = fixture = Hypergradients()
@@ -32,7 +34,8 @@ def hypergradient(request: pytest.FixtureRequest):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Set-up, call and tear-down in float64 for a test that asks for the fixture, and for no other."""
+    """Run set-up, call and tear-down in float64 if a test asks for the fixture."""
+    # A test may have a parameter of that name, which is not the fixture.
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if "hypergradient" not in getattr(item, "fixturenames", ()) or "hypergradient" in parameters:
         return (yield)
@@ -44,7 +47,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Hands the checks of a test to its report."""
+    """Add the checks of a test to its report."""
     try:
         return (yield)
     finally:
@@ -72,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _table(rows) -> Iterator[str]:
-    """Each test on a line of its own, and under it the worst of its checks, in columns."""
+    """Yield the lines of the report: each test, and below it the worst of its checks in columns."""
     if not rows:
         return
     head = ("", "worst error", "rtol", "checks", "method", "against", "problem")
@@ -83,7 +86,7 @@ def _table(rows) -> Iterator[str]:
             f"{row['rtol']:.1e}",
             str(row["checks"]),
             row["method"],
-            row["oracle"],
+            row["reference"],
             row["problem"],
         )
         for _, row in rows

@@ -1,23 +1,33 @@
-"""How good certificates are: thousands of drawn problems, each certified and compared with its exact hypergradient.
+"""Study the quality of certificates: certify thousands of random problems and compare with exact hypergradients.
 
     python -m benchmarks.certification [--cases 10000] [--seed 0] [--out FILE] [--families …] [--sizes …]
 
-Drawn for each case: standard normal features, the j-th scaled by κ^(−j/(n−1)) with √κ log-uniform in [1, 30], a linear
-truth with noise, 40 training and 30 validation rows (3 or 20 unknowns, with four classes 3 × 4 or 6 × 4), a penalty or
-proximal strength log-uniform in [1e-3, 10], a standard normal start, 1 to 1000 inner steps (log-uniform) of gradient
-descent at rate 1/L, and 1 to 12 steps (uniform) of conjugate gradients for the adjoint. Families, equally many of each:
+Each case draws:
 
-- logistic: cross-entropy and one penalty ½e^θ‖w‖²; penalties: the same with one penalty a feature;
-- ridge: half squares and one penalty; softmax: four classes and one penalty;
-- imaml quadratic: half squares and ½λ‖w − θ‖², with a logistic outer loss; imaml logistic: cross-entropy inside too.
+- standard normal features, the j-th scaled by κ^(−j/(n−1)) with √κ log-uniform in [1, 30];
+- targets from a linear model with noise, for 40 training and 30 validation rows, with 3 or 20 unknowns (3 × 4 or 6 × 4
+  for four classes);
+- a penalty or proximal strength, log-uniform in [1e-3, 10];
+- a standard normal initial point, and 1 to 1000 (log-uniform) steps of gradient descent with step size 1/L;
+- 1 to 12 (uniform) steps of conjugate gradients for the adjoint system.
 
-Everything is float64. The reference is Newton's method with backtracking to convergence, written apart from the
-library; a case whose reference misses ‖F‖ ≤ 1e-12·L·(1 + ‖w‖) fails the study. Every case counts for violations of
-the bound. Ratios leave out those with a true error below 1000·eps·(L/μ)·(‖G‖ + ‖g‖): there the reference has as few
-digits as the figure it judges. Their number is printed.
+There are six families with equally many cases:
 
-Required: no violation, before or after correction; median bound/true at most 20; estimate/true in [½, 2] for 98 % of
-what passed its own test. The order of the correction is that of a least-squares line through unlike problems.
+- logistic: cross-entropy and one penalty ½e^θ‖w‖²;
+- penalties: cross-entropy and one penalty per feature;
+- ridge: half squared error and one penalty;
+- softmax: cross-entropy of four classes and one penalty;
+- imaml quadratic: half squared error and ½λ‖w − θ‖² inside, cross-entropy outside;
+- imaml logistic: cross-entropy and ½λ‖w − θ‖² inside, cross-entropy outside.
+
+Everything is float64. The reference is Newton's method with backtracking, run to convergence, which shares no code with
+the library. A case whose reference misses ‖F‖ ≤ 1e-12·L·(1 + ‖w‖) fails the study. Violations of the bound are counted
+in every case. The ratios to the true error leave out cases in which it is below 1000·eps·(L/μ)·(‖G‖ + ‖g‖), because
+there rounding in the reference is as large as the error. The number of these cases is printed ("at rounding").
+
+The study passes if no bound is violated, before or after correction, if the median of bound/true is at most 20, and if
+estimate/true is in [½, 2] for 98 % of the estimates that passed their own test. "order of correction" is the slope of a
+least-squares line through the errors of different problems, before and after correction, on logarithmic axes.
 """
 
 import argparse
@@ -41,7 +51,7 @@ TRAIN, VALIDATION, CLASSES, BACKTRACKS = 40, 30, 4, 12
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of problem: its condition and outer function, its constants, and the shape of w and θ."""
+    """A family of problems: its condition, its outer function, its Lipschitz constants and the shapes of w and θ."""
 
     inner: Callable
     outer: Callable
@@ -57,7 +67,7 @@ class Family:
         return bl.Stationary(self.potential)
 
     def potential(self, w, theta, data):
-        """What the inner solution minimises, written out for the reference."""
+        """Evaluate the inner objective with its penalty or proximal term."""
         pull = data["lam"] * (w - theta) ** 2 if self.proximal else jnp.exp(theta) * w**2
         return self.inner(w, data["x"], data["y"]) + 0.5 * jnp.sum(pull)
 
@@ -100,7 +110,7 @@ FAMILIES = {
 
 
 def draw(family, features, key):
-    """θ, a start and the data of one case."""
+    """Draw θ, the initial point and the data of one case."""
     keys = iter(jax.random.split(key, 12))
     shape = (features, family.classes) if family.classes else (features,)
     spread = 10 ** (jax.random.uniform(next(keys)) * jnp.log10(30.0))
@@ -126,40 +136,37 @@ def draw(family, features, key):
 
 
 def descend(condition, init, theta, data):
-    """Gradient descent at rate 1/L, for as many steps as the case has."""
+    """Run gradient descent with step size 1/L for the number of steps in the data."""
     return jax.lax.fori_loop(
         0, data["steps"], lambda _, w: w - condition.residual(w, theta, data) / data["smoothness"], init
     )
 
 
 def conjugate_gradients(steps):
-    """A linear solver of as many steps as the case has, which :class:`bilevel.CG` takes as a constant."""
+    """Make a linear solver whose number of steps may be traced; :class:`bilevel.CG` needs a Python integer."""
 
     def solve(matvec, b, init=None):
         def advance(_, state):
             x, r, p = state
             product = matvec(p)
             size = jnp.vdot(r, r)
-            moves = size > 1e-28 * jnp.vdot(b, b)
-            rate = jnp.where(moves, size / jnp.where(moves, jnp.vdot(p, product), 1.0), 0.0)
-            rest = r - rate * product
-            return (
-                x + rate * p,
-                rest,
-                rest + jnp.where(moves, jnp.vdot(rest, rest) / jnp.where(moves, size, 1.0), 0.0) * p,
-            )
+            moves = size > 1e-28 * jnp.vdot(b, b)  # at convergence both step lengths would be 0/0
+            step_size = jnp.where(moves, size / jnp.where(moves, jnp.vdot(p, product), 1.0), 0.0)
+            residual = r - step_size * product
+            momentum = jnp.where(moves, jnp.vdot(residual, residual) / jnp.where(moves, size, 1.0), 0.0)
+            return x + step_size * p, residual, residual + momentum * p
 
         x = jnp.zeros_like(b) if init is None else init
         r = b - matvec(x)
         x = jax.lax.fori_loop(0, steps, advance, (x, r, r))[0]
-        left = jnp.linalg.norm(b - matvec(x)) / jnp.linalg.norm(b)
-        return x, bl.LinearInfo(x, left, steps, jnp.int32(bl.Status.BUDGET_USED))
+        relative_residual = jnp.linalg.norm(b - matvec(x)) / jnp.linalg.norm(b)
+        return x, bl.LinearInfo(x, relative_residual, steps, jnp.int32(bl.Status.BUDGET_USED))
 
     return solve
 
 
 def reference(family, theta, init, data):
-    """The exact hypergradient, ‖g‖, and ‖F‖ against its tolerance."""
+    """Compute the exact hypergradient, ‖g‖, and ‖F‖ divided by its tolerance."""
     unravel = lambda flat: flat.reshape(init.shape)  # noqa: E731
 
     def potential(flat):
@@ -167,11 +174,11 @@ def reference(family, theta, init, data):
 
     def newton(_, w):
         direction = jnp.linalg.solve(jax.hessian(potential)(w), jax.grad(potential)(w))
-        rates = 0.5 ** jnp.arange(float(BACKTRACKS))
-        values = jax.vmap(lambda rate: potential(w - rate * direction))(rates)
-        return w - rates[jnp.argmin(values)] * direction
+        step_sizes = 0.5 ** jnp.arange(float(BACKTRACKS))
+        values = jax.vmap(lambda step_size: potential(w - step_size * direction))(step_sizes)
+        return w - step_sizes[jnp.argmin(values)] * direction
 
-    def polish(_, w):  # values no longer tell steps apart, gradients still do
+    def polish(_, w):  # near the minimum rounding hides differences of the objective, so the full step is taken
         return w - jnp.linalg.solve(jax.hessian(potential)(w), jax.grad(potential)(w))
 
     w = jax.lax.fori_loop(0, 2, polish, jax.lax.fori_loop(0, 40, newton, init.ravel()))
@@ -180,30 +187,31 @@ def reference(family, theta, init, data):
     exact = -jax.grad(lambda theta: jnp.vdot(jax.grad(lambda w: family.potential(unravel(w), theta, data))(w), v))(
         theta
     )
-    left = jnp.linalg.norm(jax.grad(potential)(w)) / (1e-12 * data["smoothness"] * (1 + jnp.linalg.norm(w)))
-    return exact, jnp.linalg.norm(slope), left
+    tolerance = 1e-12 * data["smoothness"] * (1 + jnp.linalg.norm(w))
+    return exact, jnp.linalg.norm(slope), jnp.linalg.norm(jax.grad(potential)(w)) / tolerance
 
 
 def judge(family, features, key):
-    """One case: what was certified and what was true."""
+    """Certify one case and compute its true errors."""
     theta, init, data = draw(family, features, key)
     problem = bl.Problem(family.condition(), family.validate)
     method = bl.Implicit(conjugate_gradients(data["cg_steps"]))
     out = bl.value_and_hypergradient(problem, descend, method)(theta, init, data)
     certificate = bl.certify(problem, theta, out, data, family.strong_convexity, family.constants)
-    exact, slope, left = reference(family, theta, init, data)
+    exact, slope, relative_residual = reference(family, theta, init, data)
     distance = lambda gradient: jnp.linalg.norm(jnp.ravel(gradient - exact))  # noqa: E731
     kappa = data["smoothness"] / family.strong_convexity(theta, data)
     floor = 1000 * jnp.finfo(slope.dtype).eps * kappa * (jnp.linalg.norm(jnp.ravel(exact)) + slope)
     return {
-        "true": distance(out.gradient), "corrected": distance(certificate.gradient), "floor": floor, "left": left,
+        "true": distance(out.gradient), "corrected": distance(certificate.gradient), "floor": floor,
+        "reference_residual": relative_residual,
         "size": jnp.linalg.norm(jnp.ravel(exact)), "estimate": certificate.estimate, "bound": certificate.bound,
         "corrected_bound": certificate.corrected_bound, "kind": certificate.kind, "first": certificate.first_order,
     }  # fmt: skip
 
 
 def certify_all(cases, seed, families, sizes):
-    """Every case's figures, ``{family: {figure: [cases]}}``."""
+    """Certify all cases and return their figures, ``{family: {figure: [cases]}}``."""
     rows, groups = {}, len(families) * len(sizes)
     for i, (name, family) in enumerate((name, FAMILIES[name]) for name in families):
         parts = []
@@ -213,7 +221,7 @@ def certify_all(cases, seed, families, sizes):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), count)
             unknowns = min(features, 6) if family.classes else features
             one = partial(judge, family, unknowns)
-            # Not vmapped: XLA's threads can wait for each other for good in factorisations of many small matrices.
+            # lax.map instead of vmap: XLA's CPU threads can deadlock in batched factorisations of small matrices.
             parts.append(jax.jit(partial(jax.lax.map, one))(keys))
         print(f"{name}: done", file=sys.stderr, flush=True)
         rows[name] = {figure: np.concatenate([np.asarray(part[figure]) for part in parts]) for figure in parts[0]}
@@ -221,17 +229,17 @@ def certify_all(cases, seed, families, sizes):
 
 
 def summarise(row):
-    """The study's figures for some cases, as numbers that go into JSON."""
+    """Summarise some cases as numbers that can be written to JSON."""
     above = row["true"] > row["floor"]
     bound = row["bound"][above] / row["true"][above]
     tested = above & row["first"]
     ratio = row["estimate"][tested] / row["true"][tested]
-    gain = tested & (row["corrected"] > row["floor"])  # the corrected gradient has an error that can be measured
+    gain = tested & (row["corrected"] > row["floor"])  # only here the error after correction can be measured
     relative, after = (np.log10(row[name][gain] / row["size"][gain]) for name in ("true", "corrected"))
     return {
         "cases": len(above),
         "certified": int(np.sum(row["kind"] == bl.CertificateKind.CERTIFIED)),
-        "reference not converged": int(np.sum(~(row["left"] <= 1))),
+        "reference not converged": int(np.sum(~(row["reference_residual"] <= 1))),
         "at rounding": int(np.sum(~above)),
         "violations": int(np.sum(~(row["true"] <= row["bound"]))),
         "violations after correction": int(np.sum(~(row["corrected"] <= row["corrected_bound"]))),
@@ -249,12 +257,12 @@ def _quantiles(values, at):
 
 
 def _slope(x, y):
-    """Of the least-squares line through log error against log corrected error; None for too few."""
+    """Return the slope of the least-squares line through the points (x, y), or None for 20 points or fewer."""
     return float(np.polyfit(x, y, 1)[0]) if x.size > 20 else None
 
 
 def failures(total):
-    """The requirements that the figures miss."""
+    """List the requirements that the figures do not meet."""
     share = total["estimate within 2"]
     checks = {
         "a reference did not converge": total["reference not converged"] == 0,
@@ -275,7 +283,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "certification.json")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)  # twelve programs: compiling them is most of the time
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling the twelve programs takes most of the time
     begin = time.perf_counter()
     rows = certify_all(options.cases, options.seed, options.families, options.sizes)
     everything = {
@@ -293,7 +301,7 @@ def main():
     for name, figures in result.items():
         print(f"{name}:", *(f"  {figure:28} {_shown(value)}" for figure, value in figures.items()), sep="\n")
     print(record["command"], record["versions"], f"{record['seconds']} s", sep="\n")
-    print(*record["failures"] or ["every requirement is met"], sep="\n")
+    print(*record["failures"] or ["all requirements are met"], sep="\n")
     options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     sys.exit(bool(record["failures"]))
 

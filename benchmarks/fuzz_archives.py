@@ -1,10 +1,11 @@
-"""Damage archives of Omniglot's layout at random: each is refused in a sentence, or is the same data after all.
-
-Most are small archives that take milliseconds, a tenth are the official ones where a folder with them is named. An
-audit hook watches every file that is opened, made, renamed or removed while an archive is read: nothing is written
-but the cache, and there only what is whole.
+"""Damage archives of Omniglot's layout at random, and check that each is refused or gives the same data.
 
     python benchmarks/fuzz_archives.py --archives 1000 --omniglot DIR
+
+A refusal must be an InputError of one line. While an archive is read, an audit hook watches every file that is opened
+for writing, created, renamed or removed. Files may be written in the cache only, and the cache must not hold an
+incomplete file. Most archives are small and take milliseconds. With ``--omniglot``, a tenth are copies of the official
+archives.
 """
 
 import argparse
@@ -24,16 +25,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from archives import EVALUATION, TRAIN_CHARACTERS, Tiny, damage, expected, pack
 
-from imaml import arrays
 from imaml.datasets import omniglot
 from imaml.errors import InputError
+from imaml.storage import arrays
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Watch:
-    """Notes what is written outside of one folder while it is on."""
+    """Audit hook that records writes outside of one folder.
+
+    Args:
+        folder: the folder in which writes are allowed.
+
+    Attributes:
+        on: whether writes are recorded.
+        outside: the recorded writes, each as the audit event and the path.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.outside, self.on = str(folder.resolve()), [], False
@@ -57,7 +66,14 @@ class Watch:
 
 @dataclass
 class Tally:
-    """Over all archives."""
+    """Counts over all damaged archives.
+
+    Attributes:
+        refused: archives that were refused.
+        unharmed: archives that were loaded.
+        failures: messages about archives that failed a check.
+        longest: the longest time that loading one archive took, in seconds.
+    """
 
     refused: int = 0
     unharmed: int = 0
@@ -66,7 +82,7 @@ class Tally:
 
 
 def flips(content: bytes, source: random.Random) -> bytes:
-    """The archive with one to three faults: anywhere, in its directory of members, or at its end."""
+    """Return the archive's bytes with one to three faults: anywhere, in its directory of members, or at its end."""
     for _ in range(source.randint(1, 3)):
         directory = max(content.rfind(b"PK\x01\x02", 0, len(content) // 2), content.find(b"PK\x01\x02"), 0)
         start = source.choice([0, directory, max(len(content) - 60, 0)])
@@ -77,13 +93,16 @@ def flips(content: bytes, source: random.Random) -> bytes:
 
 
 def drawing(path: Path, members: dict[str, bytes], source: random.Random) -> None:
-    """An archive that is in order, with a drawing that is not."""
+    """Write a valid archive that contains a damaged image."""
     name = source.choice(list(members))
     pack(path, members | {name: damage(members[name], source, 0, len(members[name]))})
 
 
 def member(path: Path, members: dict[str, bytes], source: random.Random) -> None:
-    """An archive with a member that points outside, is a link, is large, is strange, or is missing or another's."""
+    """Write an archive with an unexpected member: a path outside of the folder, a link, a large file, or a wrong name.
+
+    With probability 0.3 an expected member is also missing, or has the content of another.
+    """
     names = list(members)
     name = source.choice(names)
     outside = source.choice(["../" * source.randint(1, 4) + "up.png", "/tmp/up.png", "..\\up.png", f"{name}/../../up"])
@@ -99,7 +118,7 @@ def member(path: Path, members: dict[str, bytes], source: random.Random) -> None
 
 
 def damages(directory: Path) -> Iterator[Callable[[random.Random], None]]:
-    """For the folder's second archive, the ways to damage it, which start from the whole one each time."""
+    """Yield functions that replace the folder's second archive by a damaged copy of the original."""
     path = directory / f"{EVALUATION}.zip"
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -110,7 +129,16 @@ def damages(directory: Path) -> Iterator[Callable[[random.Random], None]]:
 
 
 def fuzz(directory: Path, cache: Path, watch: Watch, archives: int, source: random.Random, tally: Tally) -> None:
-    """Damage the second archive of ``directory`` so many times, and load it after each."""
+    """Damage the second archive of a folder many times, and load the folder after each time.
+
+    Args:
+        directory: folder of the two archives; the second is overwritten.
+        cache: the cache folder.
+        watch: the audit hook.
+        archives: number of damaged archives.
+        source: random numbers.
+        tally: counts that are updated.
+    """
     fingerprint = omniglot.load(directory).fingerprint()
     ways = list(damages(directory))
     for number in range(archives):
@@ -127,18 +155,20 @@ def fuzz(directory: Path, cache: Path, watch: Watch, archives: int, source: rand
             watch.on = False
             tally.refused += 1
             if set(cache.iterdir()) != before or "\n" in str(error):
-                tally.failures.append(f"{directory} {number}: refused, and something was written or said at length")
+                tally.failures.append(
+                    f"{directory} {number}: refused, but the cache changed or the error has many lines"
+                )
         except BaseException as error:
             watch.on = False
             tally.failures.append(f"{directory} {number}: {error!r}")
         tally.longest = max(tally.longest, time.monotonic() - started)
     for path in cache.iterdir():
-        arrays.read(path)  # raises for what is not whole
+        arrays.read(path)  # Raises for an incomplete file.
 
 
 @contextmanager
 def told_of(members) -> Iterator[None]:
-    """While inside, the loader takes the small archives for the official ones."""
+    """Let the loader take the small archives for the official ones inside the context."""
     before = omniglot.ARCHIVES, omniglot.TRAIN_CHARACTERS
     omniglot.ARCHIVES, omniglot.TRAIN_CHARACTERS = expected(members), TRAIN_CHARACTERS
     try:
@@ -148,11 +178,11 @@ def told_of(members) -> Iterator[None]:
 
 
 def main() -> int:
-    """Print what came of it; 1 where one archive did anything but be refused or be the same data."""
+    """Damage the archives, print the counts, and return 1 if a check failed, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archives", type=int, default=1000)
+    parser.add_argument("--archives", type=int, default=1000, help="number of damaged archives (default: 1000)")
     parser.add_argument("--omniglot", type=Path, help="the folder of the official archives; they are copied")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage (default: 0)")
     options = parser.parse_args()
     source, tally = random.Random(options.seed), Tally()
     real = options.archives // 10 if options.omniglot else 0

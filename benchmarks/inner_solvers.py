@@ -1,10 +1,11 @@
-"""Which inner solver finds φ, and what meta-gradient is left of it: on a trained run, where curvature is largest.
+"""Compare inner solvers at the θ of a trained run, where the curvature of the support loss is largest.
 
     python -m benchmarks.inner_solvers RUN [--data DIR] [--tasks 24] [--out FILE]
 
-At the θ of a run's last checkpoint, on tasks of training classes, for each inner solver: mean query loss and accuracy,
-the median inner residual and CG's, and the mean cosine of a task's meta-gradient with that of 800 stable steps and 60
-CG iterations. Below them the largest eigenvalue of H, a Ritz value, at θ, where descent starts, and at φ.
+The tasks are of training classes. For each inner solver, the command prints the mean query loss and accuracy, the
+medians of the inner residual and of CG's relative residual, and the mean cosine between a task's meta-gradient and a
+nearly exact one, from 800 stable steps and 60 CG iterations. Last, it prints the median over tasks of the largest Ritz
+value of H, the Hessian of the support loss, at θ, where descent starts, and at the φ of the run's own inner solver.
 """
 
 import argparse
@@ -19,20 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from bilevel.certificates.spectrum import ritz_values
+from bilevel.spectrum import ritz_values
 from imaml import datasets
-from imaml.algorithms import Learner
 from imaml.errors import InputError
-from imaml.evaluation import trained
-from imaml.files import write_whole
-from imaml.meta_step import initial_state
-from imaml.presets import restore
-from imaml.problem import support_loss
-from imaml.tasks import Task
+from imaml.learning.algorithms import Learner
+from imaml.learning.problem import support_loss
+from imaml.learning.tasks import Task
+from imaml.runs.evaluation import trained
+from imaml.runs.meta_step import initial_state
+from imaml.settings.published_presets import restore
+from imaml.storage.files import write_whole
 
 
 def solvers(limit: float) -> dict[str, tuple[bl.InnerSolver, bl.CG]]:
-    """By name; ``limit`` is 2 / (largest eigenvalue at θ), which plain descent must stay below to be stable there."""
+    """Return the compared pairs of inner solver and linear solver, by name; the first is nearly exact.
+
+    Args:
+        limit: 2 / (largest eigenvalue of H at θ), the step size above which plain descent is unstable at θ.
+    """
     rows: dict[str, tuple[bl.InnerSolver, bl.CG]] = {
         "near exact": (bl.GradientDescent(limit / 4, 800, momentum=0.8), bl.CG(60))
     }
@@ -44,7 +49,13 @@ def solvers(limit: float) -> dict[str, tuple[bl.InnerSolver, bl.CG]]:
 
 
 def curvature(learner: Learner, theta: dict, tasks: Task) -> tuple[jax.Array, jax.Array]:
-    """The largest eigenvalue of H at θ and at φ of each task, ``[tasks]`` both."""
+    """Return the largest Ritz value of H at θ and at φ, for each task; both have shape ``[tasks]``.
+
+    Args:
+        learner: the learner whose inner solver finds φ.
+        theta: the parameters θ.
+        tasks: a batch of tasks.
+    """
     loss = support_loss(learner.apply, learner.loss)
 
     def largest(w, task):
@@ -58,24 +69,27 @@ def curvature(learner: Learner, theta: dict, tasks: Task) -> tuple[jax.Array, ja
 
 
 def measure(learner: Learner, theta: dict, tasks: Task) -> dict[str, np.ndarray]:
-    """Of each task: query loss, accuracy, both residuals and the meta-gradient as a vector."""
+    """Return query loss, accuracy, both residuals and the meta-gradient of each task.
+
+    The arrays have a leading axis of tasks. Meta-gradients are flattened, ``[tasks, parameters]``.
+    """
     function = bl.value_and_hypergradient(learner.problem, learner.solver, learner.method, on_failure="ignore")
 
     def one(task):
-        out = function(theta, bl.theta_itself, task)
+        out = function(theta, bl.identity_center, task)
         loss, outputs = out.aux
         accuracy = (outputs.argmax(-1) == task.query_y).mean()
         flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(out.gradient)])
         return {
             "loss": loss, "accuracy": accuracy, "inner_residual": out.inner.residual_norm,
-            "linear_residual": out.linear.residual_norm, "gradient": flat,
+            "linear_residual": out.linear.relative_residual, "gradient": flat,
         }  # fmt: skip
 
     return jax.tree.map(np.asarray, jax.jit(partial(jax.lax.map, one))(tasks))
 
 
 def study(learner: Learner, theta: dict, tasks: Task) -> dict:
-    """Everything that is printed, as plain numbers."""
+    """Compare all inner solvers, print a line for each, and return the numbers as JSON types."""
     at_theta, at_phi = (float(np.median(values)) for values in curvature(learner, theta, tasks))
     rows, exact = {}, None
     for name, (solver, linear) in solvers(2 / at_theta).items():
@@ -97,10 +111,11 @@ def _line(name, row):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return 2 for a run or data that cannot be used, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inner_solvers", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--data", type=Path, help="the dataset's archives")
-    parser.add_argument("--tasks", type=int, default=24)
+    parser.add_argument("--data", type=Path, help="the folder of the dataset's archives")
+    parser.add_argument("--tasks", type=int, default=24, help="number of tasks (default: 24)")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args(arguments)
     try:

@@ -1,13 +1,14 @@
-"""Kill a process that writes checkpoints, again and again, without warning: none that was finished may be lost.
-
-A child saves as fast as it can and says so after each save; after some saves it is killed with SIGKILL at a random
-moment, which is mostly in the middle of another. The folder must then hold no damaged checkpoint, and a whole one that
-is at least as new as the last that the child had finished, with every bit as that step has it. The next child goes on
-from there, in the same folder.
+"""Kill a process that writes checkpoints at random moments, and check that no finished checkpoint is lost.
 
     python benchmarks/kill_nine.py --kills 200
 
-What a kill cannot show is a loss of power, which flushing is for: tests/imaml/test_files.py tests its order.
+A child process saves checkpoints as fast as it can, and reports each finished save. After some saves it is killed by
+SIGKILL at a random moment, mostly during a further save. The folder must then hold no damaged checkpoint. Its newest
+checkpoint must be at least as new as the last one that the child reported, and must have all bits of its step. The next
+child resumes in the same folder.
+
+A kill does not simulate a loss of power, which the flushing of files guards against. tests/imaml/storage/test_files.py
+tests the order of flushes.
 """
 
 import argparse
@@ -22,38 +23,44 @@ from pathlib import Path
 
 import numpy as np
 
-from imaml import checkpoints, files
+from imaml.runs import checkpoints
+from imaml.storage import files
 
 DESCRIPTION = {"preset": "kill-nine"}
 MOST_SAVES = 4
-"""That a child is given before it is killed in the next one, at random from 0."""
+"""A child is killed after a random number of saves, from 0 to this number."""
 
 
 def state(step: int) -> dict:
-    """What the checkpoint of a step holds: about a hundred kilobytes, another for each step."""
+    """Return the state of a step: about 100 kB of random numbers that depend on the step."""
     return {"theta": np.random.default_rng(step).random(12_000), "step": np.int64(step)}
 
 
 def write_for_ever(directory: Path, acknowledged: int) -> None:
-    """The child: go on from what is there, and write the number of each step that is saved."""
+    """Save checkpoints without end, starting from the folder's newest one; this is what the child process runs.
+
+    Args:
+        directory: the folder of the checkpoints.
+        acknowledged: file descriptor that each saved step's number is written to, as 8 bytes.
+    """
     with files.alone_in(directory):
         files.sweep(directory)
         found = checkpoints.newest(directory)
         step = found.step if found else 0
         while True:
             step += 1
-            # A loss with its best in the past, so that what is kept and let go changes.
+            # With this loss the best checkpoint is mostly an older one, so that different files are kept and deleted.
             checkpoints.save(directory, step, state(step), DESCRIPTION, loss=float(step * 7 % 11))
             os.write(acknowledged, step.to_bytes(8, "little"))
 
 
 def killed(directory: Path, saves: int, fraction: float) -> int:
-    """The last step that a child had saved when it was killed, 0 for none.
+    """Start a child, kill it, and return the last step that it had saved, or 0 if there is none.
 
     Args:
-        directory: where it writes.
-        saves: those that it finished at least.
-        fraction: of the time of a save, after which it was killed.
+        directory: the folder of the checkpoints.
+        saves: number of finished saves to wait for.
+        fraction: time from the last of them to the kill, as a fraction of the mean time of a save.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -61,7 +68,7 @@ def killed(directory: Path, saves: int, fraction: float) -> int:
         os.close(reading)
         try:
             write_for_ever(directory, writing)
-        finally:  # only an error leads here
+        finally:  # Reached only after an error: write_for_ever does not return.
             os._exit(1)
     os.close(writing)
     with os.fdopen(reading, "rb") as stream:
@@ -72,13 +79,20 @@ def killed(directory: Path, saves: int, fraction: float) -> int:
         _, status = os.waitpid(child, 0)
         words += stream.read()
     if not os.WIFSIGNALED(status):
-        raise SystemExit(f"the child ended by itself, with {status}")
+        raise SystemExit(f"the child ended before it was killed, with status {status}")
     return int.from_bytes(words[-8:], "little")
 
 
 @dataclass
 class Tally:
-    """Over all kills."""
+    """Counts over all kills.
+
+    Attributes:
+        kills: children killed.
+        saves: saves that the children finished.
+        amid_a_save: kills that left a temporary file, that is, during a save.
+        lost: kills after which a finished checkpoint was missing, old or damaged.
+    """
 
     kills: int = 0
     saves: int = 0
@@ -87,35 +101,44 @@ class Tally:
 
 
 def kill(directory: Path, kills: int, source: random.Random) -> Tally:
-    """Kill so many children in turn, and look at the folder after each."""
+    """Kill children one after another, and check the folder after each.
+
+    Args:
+        directory: the folder of the checkpoints, empty at first.
+        kills: number of children.
+        source: random numbers.
+    """
     tally, last = Tally(), 0
     while tally.kills < kills:
         finished = max(last, killed(directory, source.randint(0, MOST_SAVES), source.uniform(0, 1.5)))
         tally.kills += 1
         tally.saves += finished - last
         tally.amid_a_save += any(path.name.endswith(".imaml-tmp") for path in directory.iterdir())
-        last, whole = examined(directory)
-        tally.lost += last < finished or not whole
+        last, intact = examined(directory)
+        tally.lost += last < finished or not intact
     return tally
 
 
 def examined(directory: Path) -> tuple[int, bool]:
-    """The step of the newest checkpoint, 0 for none, and whether it and all that are newer are as they were saved."""
+    """Return the step of the newest intact checkpoint, 0 for none, and whether the folder is sound.
+
+    The folder is sound if that checkpoint has all bits of its step and no newer checkpoint is damaged.
+    """
     damaged: list[str] = []
     found = checkpoints.newest(directory, lambda path, message: damaged.append(message))
     if found is None:
         return 0, True
     expected = state(found.step)
-    wanted = [expected["step"], expected["theta"]]  # leaves are in the order of their names
+    wanted = [expected["step"], expected["theta"]]  # JAX orders a dictionary's leaves by their names.
     same = all(np.array_equal(a, b) for a, b in zip(found.leaves, wanted, strict=True))
     return found.step, same and not damaged
 
 
 def main() -> int:
-    """Print what came of it; 1 where a checkpoint was lost."""
+    """Kill the children, print the counts, and return 1 if a checkpoint was lost, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=200, help="number of children to kill (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tally = kill(Path(folder), options.kills, random.Random(options.seed))

@@ -120,7 +120,7 @@ def test_unrolling_differentiates_a_start_that_depends_on_theta(hypergradient):
     def start(theta, data):
         return jax.tree.map(lambda leaf: 3.0 * jnp.sin(leaf), theta)
 
-    solver = bl.GradientDescent(0.5, steps=3)
+    solver = bl.GradientDescent(0.5, max_steps=3)
     hypergradient.assert_hypergradient(
         IMAML.problem, IMAML.theta, start, IMAML.data, solver, bl.Unrolled(), against="unrolled", rtol=1e-10
     )

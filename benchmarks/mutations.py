@@ -31,7 +31,7 @@ MUTATIONS = (
     Fault("transpose dropped in the layer", "solve_implicitly", "is_gradient(...)", "True"),
     Fault(
         "B at a wrong argument",
-        "_pull_to_theta",
+        "pull_back_to_theta",
         "condition.residual(w, _THETA, _DATA)",
         "condition.residual(adjoint, _THETA, _DATA)",
     ),
@@ -40,8 +40,8 @@ MUTATIONS = (
     Fault(
         "linear_init ignored",
         "solve_scaled",
-        "solve_differentiably(_SOLVER, matvec, _B, _SYMMETRIC, _INIT)",
-        "solve_differentiably(_SOLVER, matvec, _B, _SYMMETRIC)",
+        "solve_linear(_SOLVER, matvec, _B, _SYMMETRIC, _INIT)",
+        "solve_linear(_SOLVER, matvec, _B, _SYMMETRIC)",
     ),
     # The other methods.
     Fault(
@@ -77,27 +77,27 @@ MUTATIONS = (
         "pull_back((_ONE, _NU, _MU))",
         "pull_back((_ONE, jax.tree.map(jnp.negative, _NU), _MU))",
     ),
-    Fault("ascent in place of descent", "_descend", "tree.subtract(_W, _STEP)", "tree.add(_W, _STEP)"),
+    Fault("ascent in place of descent", "constrained:descend", "tree.subtract(_W, _STEP)", "tree.add(_W, _STEP)"),
     Fault("prox with half its step", "ProximalGradient.mapping", "self.step_size", "0.5 * self.step_size"),
     # Inner solvers.
     Fault("stale iterate", "iterate", "report(residual(_W), _W, steps=_N)", "report(residual(_W), init, steps=_N)"),
     Fault("Anderson's mix reversed", "Anderson", "_SLOPE + _MIX @ _STEPS", "_SLOPE - _MIX @ _STEPS"),
     Fault("line search backwards", "_line_search", "tree.add(_W, _STEP)", "tree.subtract(_W, _STEP)"),
     # Linear solvers.
-    Fault("ridge forgotten", "_with_ridge", "not ridge", "True"),
+    Fault("ridge forgotten", "with_ridge", "not ridge", "True"),
     Fault(
         "preconditioner twice",
-        "_iterate",
+        "_solve_with_jaxopt",
         "_WIDEN(solver.preconditioner, _B)",
         "_WIDEN(lambda r: solver.preconditioner(solver.preconditioner(r)), _B)",
     ),
     Fault("one product skipped", "Neumann", "tree.subtract(_B, _AX)", "_B"),
-    Fault("unit not scaled back", "_from_unit", "tree.scale(_UNIT, _X)", "_X"),
+    Fault("unit not scaled back", "denormalise", "tree.scale(_UNIT, _X)", "_X"),
     Fault(
         "float32 in a float64 solve",
         "_factorise",
         "_SOLVE(flat_matvec, _B)",
-        "_SOLVE(flat_matvec, _B).astype(jnp.float32).astype(_B.dtype)",
+        "_SOLVE(flat_matvec, _B).astype('float32').astype(_B.dtype)",
     ),
     Fault("Woodbury without its ridge", "Nystrom._woodbury", "_X / self.ridge", "_X"),
 )

@@ -1,9 +1,10 @@
-"""The study of the paper's setting as tables and pictures, from its records alone.
+"""Print the tables and draw the pictures of the study of the paper's setting, from its records.
 
     python -m benchmarks.paper_study_report [--records DIR] [--pictures DIR]
 
-Needs no JAX and no data: what :mod:`benchmarks.paper_study` measured lies in ``benchmarks/results/paper_study``, in its
-folder ``seed-1`` the same of another seed, and in ``long`` some variants that were trained for longer.
+The records are those that :mod:`benchmarks.paper_study` wrote to ``benchmarks/results/paper_study``. The folder
+``seed-1`` in it has the same variants with another seed, and the folder ``long`` has three variants that were trained
+ten times as long. Neither JAX nor the data are needed.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
-from imaml.plots import BLUE, GREY, ORANGE, new_figure, plain, save
+from imaml.report.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
 SEED_1, LONG = "seed-1", "long"
@@ -27,21 +28,26 @@ HEADER = (
 COURSE_HEADER = ("meta-steps", "training accuracy, %", "inner residual", "linear residual", "negative curvature")
 MILESTONES = (100, 400, 1000, 2000, 3000, 4000)
 WINDOW = 100
-"""Meta-steps up to a milestone, over which a line of a course is the mean."""
+"""Number of meta-steps up to a milestone, over which :func:`course` averages."""
 ACCURACY = "query accuracy, training classes"
 DARK = "#4a5568"
 
 
 def read(directory: Path = RESULTS) -> list[dict]:
-    """The records, the literal setting first, then by test accuracy."""
+    """Return the records of a folder: the literal setting first, then the others by falling test accuracy."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
     return sorted(found, key=lambda record: (record["name"] != LITERAL, -record["test"]["accuracy"]))
 
 
 def row(record: dict, again: dict | None = None) -> tuple[str, ...]:
-    """A line of the table: at the end of the run, but where it says otherwise; medians are over the whole run.
+    """Return the cells of a variant's line in :func:`table`, as formatted text.
 
-    ``again`` is the record of the same variant with seed 1.
+    Ritz values, inner residual and the certificate's correction are those of the last probe. The linear residual is the
+    median over the curve; negative curvature and tasks left out are means over the curve.
+
+    Args:
+        record: the record of the variant.
+        again: the record of the same variant with seed 1, or None.
     """
     curve, probe = record["curve"], record["probes"][-1]
     negative = statistics.mean(_negative(point) for point in curve)
@@ -55,7 +61,7 @@ def row(record: dict, again: dict | None = None) -> tuple[str, ...]:
         f"{statistics.median(point['linear_residual'] for point in curve):.1%}",
         f"{negative:.0%}",
         f"{1 - statistics.mean(point['counted'] for point in curve):.0%}",
-        _off(probe),
+        _correction(probe),
     )
 
 
@@ -74,11 +80,14 @@ FOLLOWED: dict[str, Callable[[dict], float]] = {
     "linear residual": itemgetter("linear_residual"),
     "tasks with negative curvature": _negative,
 }
-"""What a long run is followed by, each of a point of its curve."""
+"""Quantities of a long run that :func:`course` and :func:`draw_long` show, as functions of a point of its curve."""
 
 
-def _off(probe):
-    """By the correction of ``bl.certify``, if it was asked; in brackets where it says that it is no first-order one."""
+def _correction(probe):
+    """Return the correction by ``bl.certify`` relative to the gradient, "—" without a certificate.
+
+    The number is in brackets if the certificate says that φ is too far from a solution for a first-order correction.
+    """
     if "correction" not in probe:
         return "—"
     share = probe["correction"] / probe["gradient"]
@@ -86,13 +95,18 @@ def _off(probe):
 
 
 def table(records: list[dict], again: list[dict]) -> str:
-    """Markdown: a line for each variant."""
+    """Return the Markdown table of all variants.
+
+    Args:
+        records: the records, one for each line.
+        again: records of the same variants with seed 1; some may be missing.
+    """
     others = {record["name"]: record for record in again}
     return _markdown(HEADER, [row(record, others.get(record["name"])) for record in records])
 
 
 def course(record: dict) -> str:
-    """Markdown: how a long run went, a line for each milestone."""
+    """Return the Markdown table of a long run, with one line for each milestone in ``MILESTONES``."""
     lines = []
     for milestone in MILESTONES:
         points = [point for point in record["curve"] if milestone - WINDOW < point["step"] <= milestone]
@@ -108,7 +122,10 @@ def _markdown(header, lines):
 
 
 def draw(records: list[dict], path: Path) -> Path:
-    """Training accuracy of every variant over meta-steps, each beside the literal setting's."""
+    """Draw the training accuracy of each variant over meta-steps together with the literal setting's; return ``path``.
+
+    A curve is blue or orange if the variant's test accuracy is better or worse by more than both intervals together.
+    """
     literal = next(record for record in records if record["name"] == LITERAL)
     others = [record for record in records if record is not literal]
     columns = 4
@@ -132,7 +149,7 @@ def draw(records: list[dict], path: Path) -> Path:
 
 
 def draw_long(records: list[dict], path: Path) -> Path:
-    """Accuracy, both residuals and negative curvature of the long runs over meta-steps."""
+    """Draw accuracy, both residuals and negative curvature of the long runs over meta-steps, and return ``path``."""
     figure = new_figure(11.0, 5.2, facecolor="white")
     panels = figure.subplots(2, 2, sharex=True).ravel()
     colors = {LITERAL: ORANGE, "momentum": BLUE}
@@ -160,8 +177,8 @@ def _as_accuracy(axes):
 def main() -> None:
     """Print the tables and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--records", type=Path, default=RESULTS)
-    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    parser.add_argument("--records", type=Path, default=RESULTS, help="the folder of the records")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="the folder that pictures are written to")
     options = parser.parse_args()
     records, long = read(options.records), read(options.records / LONG)
     if LITERAL not in {record["name"] for record in records}:

@@ -1,7 +1,19 @@
-"""Bilevel optimisation in JAX: declare what holds at the inner solution, and get a hypergradient to trust.
+"""Bilevel optimisation in JAX: declare what holds at the inner solution, and get a hypergradient you can trust.
+
+A newcomer needs about 25 names:
+
+- declare: ``Problem``, and one of ``Stationary``, ``Proximal``, ``Root``, ``FixedPoint``, ``Projected``,
+  ``ProximalGradient``, ``KKT``
+- solve the inner problem: ``GradientDescent``, ``HessianFree``, ``FixedPointIteration``, ``Anderson``, ``Optax``,
+  ``Jaxopt``
+- differentiate: ``Implicit`` with ``CG``, ``GMRES``, ``LU`` or the one that ``choose_linear`` picks; or ``Unrolled``
+- call: ``value_and_hypergradient``, ``implicit_layer``, ``minimize``
+- trust: ``Status``, ``HypergradientError``, ``check_condition``, ``check_hypergradient``, ``certify``
+
+The other names are documented by group in the API pages.
 
 Example:
-    The penalty of a ridge regression that serves validation data best: where does its loss fall?
+    How does the validation loss of a ridge regression change with the logarithm of its penalty?
 
     >>> import jax.numpy as jnp
     >>> import bilevel as bl
@@ -9,8 +21,8 @@ Example:
     >>> def fit(w, theta, data):
     ...     return 0.5 * jnp.sum((x @ w - y) ** 2) + 0.5 * jnp.exp(theta) * jnp.sum(w**2)
     >>> problem = bl.Problem(bl.Stationary(fit), outer=lambda w, theta, data: jnp.sum((data - w) ** 2))
-    >>> solver = bl.GradientDescent(step_size=0.3, steps=200, tol=1e-5)
-    >>> hypergradient = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(maxiter=10, tol=1e-5)))
+    >>> solver = bl.GradientDescent(step_size=0.3, max_steps=200, tol=1e-5)
+    >>> hypergradient = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(max_steps=10, tol=1e-5)))
     >>> out = hypergradient(0.0, jnp.zeros(2), jnp.ones(2))
     >>> round(float(out.value), 4), round(float(out.gradient), 4)
     (0.29, 0.314)
@@ -18,6 +30,7 @@ Example:
     <Status.CONVERGED: 0>
 """
 
+from bilevel._jaxopt.operators import jaxopt_projection, jaxopt_prox
 from bilevel.certificates import (
     HALF_SQUARED,
     LOGISTIC,
@@ -34,28 +47,16 @@ from bilevel.conditions import (
     KKT,
     Condition,
     FixedPoint,
-    Problem,
     Projected,
     Proximal,
     ProximalGradient,
     Root,
     Stationary,
-    jaxopt_projection,
-    jaxopt_prox,
+    identity_center,
     theta_itself,
 )
-from bilevel.estimators import EvolutionStrategies, FiniteDifference, ValuePenalty
 from bilevel.failures import HypergradientError, check_status
-from bilevel.hypergradients import (
-    FirstOrder,
-    ForwardUnrolled,
-    Implicit,
-    Method,
-    OneStep,
-    Unrolled,
-    implicit_layer,
-    value_and_hypergradient,
-)
+from bilevel.hypergradients import implicit_layer, value_and_hypergradient
 from bilevel.linear import (
     CG,
     GMRES,
@@ -68,7 +69,19 @@ from bilevel.linear import (
     Nystrom,
     choose_linear,
 )
+from bilevel.methods import (
+    EvolutionStrategies,
+    FiniteDifference,
+    FirstOrder,
+    ForwardUnrolled,
+    Implicit,
+    Method,
+    OneStep,
+    Unrolled,
+    ValuePenalty,
+)
 from bilevel.outer import History, Minimum, minimize
+from bilevel.problem import Problem
 from bilevel.solvers import (
     Anderson,
     FixedPointIteration,
@@ -92,75 +105,83 @@ from bilevel.verify import (
     compare_methods,
 )
 
-__all__ = [
-    "CG",
-    "GMRES",
-    "HALF_SQUARED",
-    "KKT",
-    "LOGISTIC",
-    "LU",
-    "SOFTMAX",
-    "Anderson",
-    "Ball",
-    "BiCGStab",
-    "Certificate",
-    "CertificateKind",
-    "Check",
-    "Cholesky",
-    "Comparison",
-    "Condition",
-    "ConditionReport",
-    "EvolutionStrategies",
-    "Finding",
-    "FiniteDifference",
-    "FirstOrder",
-    "FixedPoint",
-    "FixedPointIteration",
-    "ForwardUnrolled",
-    "GradientDescent",
-    "HessianFree",
-    "History",
-    "Hypergradient",
-    "HypergradientError",
-    "HypergradientReport",
-    "Implicit",
-    "InnerSolver",
-    "Jaxopt",
-    "LinearChoice",
-    "LinearInfo",
-    "LinearLoss",
-    "LinearSolver",
-    "Lipschitz",
-    "Method",
-    "MethodComparison",
-    "MethodReport",
-    "Minimum",
-    "Neumann",
-    "NormalCG",
-    "Nystrom",
-    "OneStep",
-    "Optax",
+__all__ = [  # noqa: RUF022  # by group, as in the API pages
+    # Declare a problem
     "Problem",
-    "Projected",
-    "Proximal",
-    "ProximalGradient",
-    "Root",
-    "Solution",
+    "Condition",
     "Stationary",
-    "Status",
-    "Unrolled",
-    "ValuePenalty",
-    "certify",
-    "check_condition",
-    "check_hypergradient",
-    "check_status",
-    "choose_linear",
-    "compare_methods",
-    "implicit_layer",
+    "Proximal",
+    "Root",
+    "FixedPoint",
+    "Projected",
+    "ProximalGradient",
+    "KKT",
+    "identity_center",
+    "theta_itself",
     "jaxopt_projection",
     "jaxopt_prox",
-    "minimize",
+    # Solve the inner problem
+    "InnerSolver",
+    "GradientDescent",
+    "Optax",
+    "HessianFree",
+    "FixedPointIteration",
+    "Anderson",
+    "Jaxopt",
     "solve",
-    "theta_itself",
+    # Differentiate
+    "Method",
+    "Implicit",
+    "Unrolled",
+    "ForwardUnrolled",
+    "OneStep",
+    "FirstOrder",
+    "FiniteDifference",
+    "ValuePenalty",
+    "EvolutionStrategies",
+    # Solve the adjoint system
+    "LinearSolver",
+    "CG",
+    "NormalCG",
+    "GMRES",
+    "BiCGStab",
+    "LU",
+    "Cholesky",
+    "Neumann",
+    "Nystrom",
+    "choose_linear",
+    "LinearChoice",
+    # Call
     "value_and_hypergradient",
+    "implicit_layer",
+    "minimize",
+    "Minimum",
+    "History",
+    # Read the results
+    "Hypergradient",
+    "Solution",
+    "LinearInfo",
+    "Status",
+    "HypergradientError",
+    "check_status",
+    # Trust
+    "check_condition",
+    "ConditionReport",
+    "Check",
+    "check_hypergradient",
+    "HypergradientReport",
+    "Comparison",
+    "compare_methods",
+    "MethodComparison",
+    "MethodReport",
+    "certify",
+    "Certificate",
+    "CertificateKind",
+    "Finding",
+    "Lipschitz",
+    "LinearLoss",
+    "Ball",
+    "HALF_SQUARED",
+    "LOGISTIC",
+    "SOFTMAX",
 ]

@@ -1,42 +1,45 @@
-"""What the host does about a solve that did not end well: raise, warn, or leave it to the caller.
+"""Turn a failed status into an exception or a warning, outside of ``jit``.
 
-Under a trace a status is data. Where numbers are concrete it is looked at here: the first stage that failed, in which
-task of a batch, its cause and its remedy in a sentence, and for an operator that is not positive definite by how much.
+Under a trace a status is data and cannot be inspected. Where it is concrete, :func:`check_status` names each stage that
+failed, the tasks of a batch it failed in, the cause and the remedy. For an operator that is not positive definite,
+:func:`advise` adds how negative its smallest eigenvalue is at least.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.flatten_util import ravel_pytree
 
+from bilevel import spectrum
 from bilevel.conditions import Condition
-from bilevel.types import Hypergradient, MatVec, PyTree, Status
+from bilevel.types import Hypergradient, PyTree, Status
 
 Policy = Literal["raise", "warn", "ignore"]
 
 
 class HypergradientError(RuntimeError):
-    """A solve that did not end well, where numbers were concrete enough to see it.
+    """Error raised for a failed status.
 
     Attributes:
-        result: the :class:`Hypergradient` that was refused.
+        result: the :class:`Hypergradient` with the failed status, complete.
     """
 
     def __init__(self, message: str, result: Hypergradient):
         super().__init__(message)
         self.result = result
 
-    def __reduce__(self):  # an exception is pickled as the arguments it hands on, which lack the result
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # pickle would call the constructor with the message alone, without the result
         return type(self), (str(self), self.result)
 
 
 def check_policy(on_failure: Policy) -> None:
-    """Raise ValueError for a policy that does not exist."""
+    """Raise ValueError unless the policy is "raise", "warn" or "ignore"."""
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
 
@@ -46,27 +49,29 @@ def check_status(
 ) -> None:
     """Raise or warn about a failed status, naming the stage and, in a batch, the tasks.
 
-    For a batch that ``vmap`` computed, whose statuses were data until now, or for one that was told to ignore them.
+    Call it on the result of ``jit`` or ``vmap``, inside of which no status can be inspected, or on a result that was
+    computed with ``on_failure="ignore"``. A traced result is left alone.
 
     Args:
-        out: a :class:`Hypergradient`, of one task or of a batch of them.
+        out: a :class:`Hypergradient` of one task or of a batch of them.
         on_failure: "raise", "warn" or "ignore".
-        advise: a sentence on this very operator, asked for only where a solve of one task failed.
+        advise: returns a sentence about this operator, which is added to the message; it is called only where a solve
+            failed and ``out`` is of one task.
 
     Raises:
         HypergradientError: on a failed status, with ``on_failure="raise"``.
-        ValueError: for a policy that does not exist.
+        ValueError: for any other ``on_failure``.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from bilevel import CG, GradientDescent, Implicit, Problem, Stationary, value_and_hypergradient
         >>> condition = Stationary(lambda w, theta, data: 0.5 * data * w**2 - theta * w)
         >>> problem = Problem(condition, lambda w, theta, data: w)
-        >>> function = value_and_hypergradient(problem, GradientDescent(0.5, steps=20, tol=1e-4), Implicit(CG(1)))
+        >>> function = value_and_hypergradient(problem, GradientDescent(0.5, max_steps=20, tol=1e-4), Implicit(CG(1)))
         >>> out = jax.vmap(function, in_axes=(None, None, 0))(1.0, 0.0, jnp.array([1.0, 0.01, 2.0]))
         >>> check_status(out)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        bilevel.failures.HypergradientError: inner solve, MAX_STEPS in 1 of 3 tasks (1): tol was not met ...
+        bilevel.failures.HypergradientError: inner solve, MAX_STEPS in 1 of 3 tasks (1): the true residual ...
     """
     check_policy(on_failure)
     if on_failure == "ignore" or isinstance(out.value, Tracer):
@@ -81,24 +86,28 @@ def check_status(
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def well_ended(status: jax.Array) -> bool:
-    """Whether one number, the worst status, leaves nothing to look at; so it is under a trace."""
+def succeeded(status: jax.Array) -> bool:
+    """Return True if a scalar status is ok, or if it is traced and cannot be inspected."""
     return isinstance(status, Tracer) or Status(int(status)).ok
 
 
 def _stages(out: Hypergradient) -> Iterator[tuple[str, jax.Array]]:
-    """The stages in their order, each with its status; what an earlier one did to a later one is left out."""
-    gone = jnp.zeros(jnp.shape(out.value), bool)
-    nothing = jnp.zeros(jnp.shape(out.value), jnp.int32)
-    steps = [("inner solve", out.inner.status), ("outer function", _nonfinite(out, out.value))]
+    """Yield the stages in order, each with its status.
+
+    A task that is NONFINITE in one stage is reported as 0 (ok) in all later ones, which only inherit the NaN.
+    """
+    masked = jnp.zeros(jnp.shape(out.value), bool)
+    ok = jnp.zeros(jnp.shape(out.value), jnp.int32)
+    stages = [("inner solve", out.inner.status), ("outer function", _nonfinite(out, out.value))]
     if out.linear is not None:
-        steps.append(("linear solve", out.linear.status))
-    for stage, status in [*steps, ("gradient", _nonfinite(out, out.gradient))]:
-        yield stage, jnp.where(gone, nothing, status)
-        gone = gone | (status == Status.NONFINITE)
+        stages.append(("linear solve", out.linear.status))
+    for stage, status in [*stages, ("gradient", _nonfinite(out, out.gradient))]:
+        yield stage, jnp.where(masked, ok, status)
+        masked = masked | (status == Status.NONFINITE)
 
 
 def _nonfinite(out, numbers):
+    """Return NONFINITE for each task in which one of the numbers is, else 0 (ok)."""
     return jnp.where(out.finite(numbers), jnp.int32(0), jnp.int32(Status.NONFINITE))
 
 
@@ -116,40 +125,33 @@ def _sentence(stage, status):
 
 
 LANCZOS_STEPS = 30
-"""Products spent on the curvature of an operator that failed: enough for an end of the spectrum to show."""
+"""Lanczos steps, one product each, that :func:`advise` spends on the smallest eigenvalue of an operator."""
 
 
 def advise(condition: Condition, theta: PyTree, data: PyTree, out: Hypergradient) -> str:
-    """By how much an operator misses positive definiteness, where a solve found that it does."""
+    """Say how far an operator is from positive definite, for the message about a failed linear solve.
+
+    It costs ``LANCZOS_STEPS`` products. The smallest Ritz value is an upper bound of the smallest eigenvalue, so the
+    shift that the sentence names is necessary and may be too small.
+
+    Returns:
+        A sentence with a leading space. It is empty where the linear solve found neither negative curvature nor a
+        singular operator, where the condition is not symmetric, and where no negative eigenvalue was seen.
+    """
     status = Status.CONVERGED if out.linear is None else Status(int(out.linear.status))
     if not condition.symmetric or status not in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
         return ""
-    matvec = jax.jit(jax.linearize(lambda w: condition.residual(w, theta, data), out.inner.w)[1])
-    smallest = smallest_ritz_value(matvec, out.inner.w, LANCZOS_STEPS)
+    matvec = jax.linearize(lambda w: condition.residual(w, theta, data), out.inner.w)[1]
+    smallest = _smallest_eigenvalue(matvec, out.inner.w)
     if not smallest < 0:
         return ""
     return (
-        f" Its smallest eigenvalue is at most {smallest:.3g}: a λ larger by {-smallest:.3g}, or such a ridge, mends it."
+        f" The operator's smallest eigenvalue is at most {smallest:.3g}: a λ larger by {-smallest:.3g}, or a ridge of "
+        "at least that, is needed."
     )
 
 
-def smallest_ritz_value(matvec: MatVec, like: PyTree, steps: int) -> float:
-    """An upper bound of a symmetric operator's smallest eigenvalue, by Lanczos with full reorthogonalisation.
-
-    Source: Golub and Van Loan (2013), section 10.1.
-    """
-    flat, unravel = ravel_pytree(like)
-    basis = [np.random.default_rng(0).normal(size=flat.size)]
-    basis[0] /= np.linalg.norm(basis[0])
-    products = []
-    for _ in range(min(steps, flat.size)):
-        products.append(np.asarray(ravel_pytree(matvec(unravel(jnp.asarray(basis[-1], flat.dtype))))[0], np.float64))
-        rest = products[-1]
-        for _ in range(2):  # once leaves rounding errors that the second time removes
-            rest = rest - np.stack(basis).T @ (np.stack(basis) @ rest)
-        size = np.linalg.norm(rest)
-        if size <= np.finfo(flat.dtype).eps * np.linalg.norm(products[-1]):
-            break
-        basis.append(rest / size)
-    projected = np.stack(basis[: len(products)]) @ np.stack(products).T
-    return float(np.linalg.eigvalsh(0.5 * (projected + projected.T))[0])
+def _smallest_eigenvalue(matvec, like):
+    """Bound the smallest eigenvalue of a symmetric operator from above, with a margin for rounding."""
+    values = np.asarray(spectrum.ritz_values(matvec, like, LANCZOS_STEPS))
+    return float(values[0] + 10 * np.finfo(values.dtype).eps * np.abs(values).max())

@@ -1,22 +1,22 @@
-"""The outer loop: descent on θ, with each inner and adjoint solve started where the last one ended.
+"""The outer loop: descent on θ, with warm starts of the inner and the adjoint solve.
 
-Between two steps θ moves little, so the old w and the old adjoint are nearly right: a few steps of each solver
-are then as good as many from nothing. With one step of each it is the single-loop method of Dagréou et al.
+θ changes little between two outer steps, so the previous w and the previous adjoint are good starts. A few steps of
+each solver then reach what takes many steps from a cold start.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.conditions import Problem
-from bilevel.failures import advise, check_policy, check_status
-from bilevel.hypergradients import Method, Start, outer_variables, starting_point
+from bilevel.failures import Policy, advise, check_policy, check_status
+from bilevel.methods.protocol import Method, Start, outer_variables, starting_point
+from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.types import Hypergradient, PyTree, Status
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
-    """What an outer loop saw at each step, before it moved θ.
+    """The record of an outer loop: one entry for each step, computed before the step changes θ.
 
     Attributes:
         value: the outer value, ``[steps]``.
         gradient_norm: ‖d outer/dθ‖₂, ``[steps]``.
         inner_residual: ‖F(w, θ)‖₂, ``[steps]``.
         linear_residual: the adjoint system's true relative residual, ``[steps]``; NaN for a method without one.
-        status: the worse :class:`Status` of both solves, int32 ``[steps]``.
+        status: the worst :class:`Status` of both solves, int32 ``[steps]``.
     """
 
     value: jax.Array
@@ -47,12 +47,12 @@ class History:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Minimum:
-    """Where an outer loop ended.
+    """The result of an outer loop.
 
     Attributes:
-        theta: after the last step.
-        w: the inner solution of the last step, for the θ before it.
-        history: what each step saw.
+        theta: θ after the last step.
+        w: the inner solution of the last step, which belongs to the θ before that step.
+        history: the record of each step.
     """
 
     theta: PyTree
@@ -71,36 +71,37 @@ def minimize(
     steps: int,
     warm_start: bool = True,
     callback: Callable[[int, PyTree, Hypergradient], None] | None = None,
-    on_failure: Literal["raise", "warn", "ignore"] = "raise",
+    on_failure: Policy = "raise",
 ) -> Minimum:
     """Minimise outer(w*(θ), θ, data) over θ with an optax optimiser.
 
-    With ``GradientDescent(ρ, steps=1)`` and ``Implicit(Neumann(1, ρ))`` on an iterator of samples this is a
-    stochastic single loop: w, the adjoint and θ each move by one step on each sample.
+    With ``GradientDescent(ρ, 1)`` and ``Implicit(Neumann(1, ρ))`` on an iterator of samples this is a stochastic
+    single loop: w, the adjoint and θ each take one step on each sample, in this order.
 
     Args:
         problem: the condition and the outer function.
         theta: where θ starts.
         init: where the first inner solve starts, a pytree like w or ``init(theta, data)``.
-        data: a pytree, or an iterator of pytrees of one shape, one for each step; the loop ends with it.
+        data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early where the
+            iterator does.
         solver: finds the inner solution.
         method: differentiates it.
-        optimizer: an ``optax.GradientTransformation``. One that asks for ``value``, ``grad`` and ``value_fn`` (a line
-            search, Polyak's step) is given them; each evaluation is then an inner solve and an adjoint system.
+        optimizer: an ``optax.GradientTransformation``. One that needs ``value``, ``grad`` and ``value_fn`` (a line
+            search, Polyak's step) gets them; each of its evaluations takes an inner solve and an adjoint solve.
         steps: outer steps.
-        warm_start: start each inner and adjoint solve from the last one's solution; else from ``init``. Where
-            ``init`` depends on θ and its derivative counts (MAML), set it to False.
-        callback: called with the step's number, the θ it was taken at, and the :class:`Hypergradient`; it may
-            raise to stop.
-        on_failure: what to do on a failed status. A gradient that is not finite is never applied, and no solve
-            starts from the step that had it.
+        warm_start: start each inner and adjoint solve from the previous solution; otherwise from ``init``. Set it to
+            False where ``init`` depends on θ and its derivative counts (MAML).
+        callback: called with the number of the step, the θ at which it was taken, and the :class:`Hypergradient`. It
+            may raise an exception to stop the loop.
+        on_failure: what to do about a failed status. A gradient that is not finite is never applied, and the next step
+            starts from the solutions before it.
 
     Returns:
         a :class:`Minimum`.
 
     Raises:
         ValueError: for fewer than one step, or data that ends before the first.
-        TypeError: for data that can be iterated over and is no iterator, such as a loader of batches.
+        TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader.
         HypergradientError: on a failed status, with ``on_failure="raise"``.
 
     Source: warm starts and the single loop: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel
@@ -119,14 +120,14 @@ def minimize(
     if steps < 1:
         raise ValueError(f"minimize needs steps of at least 1, got {steps}")
     check_policy(on_failure)
-    theta = _as_after_a_step(outer_variables(theta))
+    theta = _strongly_typed(outer_variables(theta))
     batches = itertools.islice(_batches(data), steps)
     step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
     state, records, w = optimizer.init(theta), [], None
     for number, batch in enumerate(batches):
         batch = tree.arrays(batch)
         if w is None:
-            w = _as_after_a_step(starting_point(init, theta, batch))
+            w = _strongly_typed(starting_point(init, theta, batch))
             adjoint = jax.tree.map(jnp.zeros_like, w)
         moved, state, w, adjoint, record, out = step(theta, state, w, adjoint, batch)
         if callback is not None:
@@ -144,21 +145,20 @@ def _batches(data):
         return data
     if jax.tree_util.all_leaves([data]) and hasattr(data, "__iter__") and not hasattr(data, "__array__"):
         raise TypeError(
-            f"minimize takes data as a pytree or as an iterator of them, got {type(data).__name__}, which is neither: "
-            "hand it iter(...) of it, or a generator that goes over it again and again"
+            f"minimize takes data as a pytree or as an iterator of pytrees, and {type(data).__name__} is neither: "
+            "pass iter(...) of it, or a generator that repeats it"
         )
     return itertools.repeat(data)
 
 
-def _as_after_a_step(variables):
-    """Arrays of no weak type, as a step leaves them: a Python number would be traced anew at the second."""
+def _strongly_typed(variables):
+    """Return arrays without weak types, as a step returns them; a Python number would cause a second trace."""
     return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), variables)
 
 
 def _compiled_step(problem, solver, method, optimizer, cold_start):
-    """One outer step as a pure function; ``cold_start`` is where each inner solve begins, None for the last w."""
-
-    import optax  # optax takes a while to import: only when it is used
+    """Return one outer step as a pure function; ``cold_start`` is where inner solves start, None for the last w."""
+    import optax  # its import takes a while, so it waits until it is needed
 
     update = optax.with_extra_args_support(optimizer).update
 
@@ -172,7 +172,7 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
         out = solve(theta, w, adjoint, data)
         next_adjoint = adjoint if out.linear is None else out.linear.solution
         value_fn = _with_hypergradient(lambda theta: solve(theta, out.inner.w, next_adjoint, data))
-        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
             updates, next_state = update(
                 out.gradient, state, theta, value=out.value, grad=out.gradient, value_fn=value_fn
             )
@@ -181,7 +181,7 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
         sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
         after, before = (moved, next_state, out.inner.w, next_adjoint), (theta, state, w, adjoint)
         kept = jax.tree.map(partial(_either, sound), after, before)
-        linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.residual_norm
+        linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.relative_residual
         record = History(out.value, size, out.inner.residual_norm, linear, out.status)
         return *kept, record, out
 
@@ -189,13 +189,16 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
 
 
 def _either(sound, new, old):
-    """``new`` in the dtype of ``old``, or ``old``: an optimiser's state for an integer would turn to float."""
+    """Return ``new`` in the dtype of ``old`` where the step is sound, else ``old``.
+
+    Without the cast, the optimiser's state of an integer leaf would become a float.
+    """
     new = jnp.asarray(new)
     return jnp.where(sound, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
 
 def _with_hypergradient(solve):
-    """The outer value as a function of θ whose derivative is the hypergradient, whatever method made it."""
+    """Return the outer value as a function of θ whose derivative is the hypergradient of the chosen method."""
 
     @jax.custom_vjp
     def value(theta):

@@ -1,8 +1,8 @@
-"""Linear algebra on pytrees, as far as ``optax.tree`` lacks it.
+"""Linear algebra on pytrees that ``optax.tree`` does not have.
 
-Reductions accumulate in float32 at least, in the widest dtype among the leaves: a bfloat16 network has a
-million terms in one inner product. θ may hold leaves that are not floating, a count or a mask: they have no derivative
-and are left as they are.
+Reductions accumulate in the widest dtype among the leaves, and in float32 at least, because an inner product over a
+bfloat16 network has a million terms. Trees may hold leaves that are not floating point, such as a count or a mask.
+They have no derivative, and the functions here leave them as they are.
 """
 
 import functools
@@ -18,7 +18,7 @@ from bilevel.types import PyTree
 
 @jax.jit
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """⟨a, b⟩ over all leaves, a scalar."""
+    """Return ⟨a, b⟩ over all leaves, a scalar."""
     dtype = _accumulator(a)
     exact = partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
     products = jax.tree.map(lambda x, y: exact(x.astype(dtype), y.astype(dtype)), a, b)
@@ -27,16 +27,17 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 @jax.jit
 def norm(a: PyTree) -> jax.Array:
-    """‖a‖₂ over all leaves; entries are divided by the largest one where a square overflows or vanishes."""
+    """Return ‖a‖₂ over all leaves. Entries are divided by the largest one where their squares over- or underflow."""
     dtype = _accumulator(a)
     a = [leaf.astype(dtype) for leaf in jax.tree.leaves(a) if is_floating(leaf)]
     squares = vdot(a, a)
     number = jnp.finfo(dtype)
-    sound = (squares > number.tiny / number.eps**2) & (squares < number.max)
-    return jax.lax.cond(sound, lambda a, squares: jnp.sqrt(squares), _scaled_norm, a, squares)
+    in_range = (squares > number.tiny / number.eps**2) & (squares < number.max)
+    return jax.lax.cond(in_range, lambda a, squares: jnp.sqrt(squares), _scaled_norm, a, squares)
 
 
-def _scaled_norm(a, squares):  # seldom run, often compiled: one array is shorter than many
+def _scaled_norm(a, squares):
+    # This branch is compiled with every norm and seldom runs. One flat array makes a shorter program than many leaves.
     flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, squares.dtype)])
     peak = jnp.max(jnp.abs(flat), initial=0)
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
@@ -45,48 +46,48 @@ def _scaled_norm(a, squares):  # seldom run, often compiled: one array is shorte
 
 
 def arrays(a: PyTree) -> PyTree:
-    """Every leaf as a JAX array."""
+    """Return the tree with every leaf as a JAX array."""
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), a)
 
 
 def scale(factor: PyTree, a: PyTree) -> PyTree:
-    """``factor · a``: leaf by leaf where ``factor`` is a tree like ``a``, else one scalar for all leaves."""
+    """Return ``factor · a``: leaf by leaf where ``factor`` is a tree like ``a``, else one scalar for all leaves."""
     if jax.tree.structure(factor) != jax.tree.structure(a):
         factor = jax.tree.map(lambda _: factor, a)
     return jax.tree.map(lambda f, leaf: jnp.asarray(f, leaf.dtype) * leaf if is_floating(leaf) else leaf, factor, a)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
-    """``a + b``."""
+    """Return ``a + b``."""
     return jax.tree.map(lambda x, y: x + y if is_floating(x) else x, a, b)
 
 
 def subtract(a: PyTree, b: PyTree) -> PyTree:
-    """``a - b``."""
+    """Return ``a - b``."""
     return jax.tree.map(lambda x, y: x - y if is_floating(x) else x, a, b)
 
 
 def like(a: PyTree, template: PyTree) -> PyTree:
-    """``a`` in the dtypes of another tree."""
+    """Return ``a`` in the dtypes of another tree."""
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), a, template)
 
 
 def widened(a: PyTree) -> PyTree:
-    """Every leaf in the dtype that reductions over ``a`` accumulate in."""
+    """Return the tree with every leaf in the dtype that reductions over ``a`` accumulate in."""
     dtype = _accumulator(a)
     return jax.tree.map(lambda leaf: leaf.astype(dtype), a)
 
 
 def eps(a: PyTree) -> float:
-    """The coarsest machine epsilon among the leaves; 0 where there are none."""
+    """Return the largest machine epsilon among the leaves' dtypes; 0 for a tree without leaves."""
     return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(a)), default=0.0)
 
 
-def varying_alike(*trees: PyTree) -> tuple[PyTree, ...]:
-    """The trees with every leaf varying over each mesh axis that one of them varies over, inside of ``shard_map``.
+def match_varying_axes(*trees: PyTree) -> tuple[PyTree, ...]:
+    """Return the trees with every leaf varying over each mesh axis that any leaf varies over, inside ``shard_map``.
 
-    There JAX sums a derivative over the devices where it is taken in what all of them share: of an inner objective
-    this would be the sum over all tasks.
+    A derivative in a variable that all devices share is summed over the devices by JAX. The gradient of an inner
+    objective would become the sum over all tasks. Marking the variable as varying prevents that sum.
     """
     axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
     return jax.tree.map(lambda leaf: _vary(leaf, axes - _varying(leaf)), trees)
@@ -101,22 +102,22 @@ def _vary(leaf, axes):
 
 
 def is_floating(leaf: jax.Array) -> bool:
-    """Whether a leaf can have a derivative."""
+    """Return whether a leaf is real floating point, so that it can have a derivative."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def with_zeros(cotangent: PyTree, like: PyTree) -> PyTree:
-    """A derivative with zeros of a leaf's own dtype where JAX has float0, for what is not floating."""
+    """Return a cotangent whose float0 leaves are replaced by zeros of the dtype of the matching leaf of ``like``."""
     return jax.tree.map(lambda leaf, d: d if is_floating(leaf) else jnp.zeros_like(leaf), like, cotangent)
 
 
 def with_others(a: PyTree, like: PyTree) -> PyTree:
-    """``a``, with the leaves of another tree where they are not floating."""
+    """Return ``a`` with the leaves of ``like`` wherever those are not floating point."""
     return jax.tree.map(lambda leaf, other: leaf if is_floating(other) else other, a, like)
 
 
-def split_floating(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """The floating leaves of a tree, and the function that puts such leaves back among the others."""
+def partition_inexact(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+    """Return the floating-point leaves of a tree, and a function that puts such leaves back among the others."""
     leaves, structure = jax.tree.flatten(a)
     floating = [is_floating(leaf) for leaf in leaves]
 

@@ -1,11 +1,12 @@
-"""Records that cross ``jit``, and how a solve ended.
+"""Records that cross ``jit``, the status of a solve, and the protocol of a linear solver.
 
-Every record is a frozen dataclass registered as a pytree: data and nothing else. No constructor checks
-an array, because JAX calls it with tracers and placeholders when it unflattens.
+Every record is a frozen dataclass registered as a pytree. No constructor checks an array, because JAX calls it with
+tracers and placeholders when it unflattens a tree.
 """
 
 import enum
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,9 +22,10 @@ MatVec = Callable[[PyTree], PyTree]
 
 
 class Status(enum.IntEnum):
-    """How a solve ended, the worse the larger, so that ``maximum`` merges two.
+    """How a solve ended. A larger number is worse, so ``maximum`` merges two statuses.
 
-    Under a trace a status is an int32 array of one of these values; ``Status(int(array))`` names it.
+    Under a trace a status is an int32 array of one of these values; ``Status(int(array))`` names it. The numbers may
+    change between versions: save the name.
 
     Example:
         >>> Status.worst(Status.CONVERGED, Status.MAX_STEPS)
@@ -33,17 +35,17 @@ class Status(enum.IntEnum):
     """
 
     CONVERGED = 0
-    """The tolerance was met, by the true residual."""
+    """The true residual meets the tolerance."""
     BUDGET_USED = 1
-    """No tolerance was asked for: the budget was spent, and the residual tells what that reached."""
+    """No tolerance was set. The solver spent its budget, and the residual says how far it came."""
     STAGNATION = 2
-    """The solver stopped by its own recursion, yet the true residual is above the tolerance."""
+    """The solver's recursive residual met the tolerance, but the true residual does not."""
     MAX_STEPS = 3
-    """A tolerance was asked for and not met within the budget."""
+    """A tolerance was set, and the true residual does not meet it."""
     NONSYMMETRIC = 4
-    """A condition declared symmetric is not."""
+    """The condition is declared symmetric, but its Jacobian is not."""
     NEGATIVE_CURVATURE = 5
-    """A direction of negative curvature: what was found is no minimum, or λ is too small."""
+    """The operator is not positive definite: the inner solution is no minimum, or λ is too small."""
     SINGULAR = 6
     """The linear system has no unique solution."""
     NONFINITE = 7
@@ -51,34 +53,40 @@ class Status(enum.IntEnum):
 
     @property
     def ok(self) -> bool:
-        """Whether no failure was found; after BUDGET_USED the residual tells how far the budget went."""
+        """True for CONVERGED and BUDGET_USED; after BUDGET_USED the residual says how good the answer is."""
         return self <= Status.BUDGET_USED
 
     @property
     def message(self) -> str:
-        """One sentence: the cause and the remedy."""
+        """One sentence with the cause and the remedy."""
         return _MESSAGES[self]
 
     @staticmethod
     def worst(*statuses: "Status") -> "Status":
-        """The most severe of several."""
+        """Return the most severe of several statuses."""
         return max(statuses)
 
 
 _MESSAGES = {
-    Status.CONVERGED: "the tolerance was met, by the true residual.",
-    Status.BUDGET_USED: "the budget was spent as asked; look at residual_norm, or set tol to have it judged.",
+    Status.CONVERGED: "the true residual meets the tolerance.",
+    Status.BUDGET_USED: "the solver spent its budget; read the residual, or set tol to have it judged.",
     Status.STAGNATION: (
-        "the solver stopped by its own recursion and the true residual does not meet tol: this precision reaches no "
-        "further; use float64, a preconditioner, or a larger tol."
+        "the solver's recursive residual met tol, but the true residual does not: rounding errors dominate in this "
+        "precision; use float64, a preconditioner, or a larger tol."
     ),
-    Status.MAX_STEPS: "tol was not met within the budget: allow more steps, precondition, or loosen tol.",
-    Status.NONSYMMETRIC: "the condition is declared symmetric and is not: check the residual, or declare a Root.",
+    Status.MAX_STEPS: (
+        "the true residual does not meet tol: allow more steps, precondition, or loosen tol; where more steps do not "
+        "help, the precision is the limit, so use float64."
+    ),
+    Status.NONSYMMETRIC: (
+        "the condition is declared symmetric, but its Jacobian is not: check the residual function, or drop "
+        "symmetric=True."
+    ),
     Status.NEGATIVE_CURVATURE: (
-        "a direction of negative curvature was met, so the operator is not positive definite: increase the "
-        "regularisation (λ), solve the inner problem further, or use LU, which needs no definiteness."
+        "the operator is not positive definite, because a direction of negative curvature was found: increase the "
+        "regularisation (λ), solve the inner problem further, or use LU, which does not need positive definiteness."
     ),
-    Status.SINGULAR: "the linear system is singular: add a ridge or a strongly convex term to the inner problem.",
+    Status.SINGULAR: "the linear system is singular: add a ridge, or a strongly convex term to the inner problem.",
     Status.NONFINITE: "a NaN or an infinity appeared: check the data, the step sizes, and the inner solution.",
 }
 
@@ -86,11 +94,11 @@ _MESSAGES = {
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Solution:
-    """What an inner solver returns.
+    """The result of an inner solver.
 
     Attributes:
         w: the inner solution, a pytree like ``init``.
-        residual_norm: ‖F(w, θ)‖₂ of the condition, recomputed at ``w``; a scalar.
+        residual_norm: the absolute ‖F(w, θ)‖₂ of the condition, evaluated at ``w``; a scalar.
         steps: iterations taken, an int32 scalar.
         status: a :class:`Status` as an int32 scalar.
     """
@@ -104,33 +112,44 @@ class Solution:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LinearInfo:
-    """What is known of a linear solve Ax = b.
+    """The report on a linear solve Ax = b.
 
     Attributes:
         solution: x, a pytree like b.
-        residual_norm: the true ‖b − Ax‖₂ / ‖b‖₂, from one product of its own; 0 where b = 0. For ``Proximal`` it is
-            that of the scaled system (D A D)u = D b, which is the same number where λ is one for all parameters.
-        iterations: the iterations the solver was allowed; it took all of them where no ``tol`` was set.
+        relative_residual: the true ‖b − Ax‖₂ / ‖b‖₂, computed with one more product after the solve; 0 where b = 0.
+            ``Proximal`` is solved in the scaled form (D A D)u = D b, and this is the residual of that system. Both
+            residuals are equal where λ is one number.
+        iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not tell.
         status: a :class:`Status` as an int32 scalar.
+        least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² among the search directions; None for a solver that does not
+            tell. ``CG(engine="watched")`` tells.
     """
 
     solution: PyTree
-    residual_norm: jax.Array
-    iterations: jax.Array
+    relative_residual: jax.Array
+    iterations: jax.Array | None
     status: jax.Array
+    least_curvature: jax.Array | None = None
+
+    @property
+    def residual_norm(self) -> jax.Array:
+        """Deprecated name of ``relative_residual``, removed in version 0.3."""
+        message = "LinearInfo.residual_norm is deprecated and will be removed in version 0.3: use relative_residual"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self.relative_residual
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hypergradient:
-    """The outer value and its total derivative in θ, with what is known of both solves.
+    """The outer value, its total derivative in θ, and the reports on both solves.
 
     Attributes:
         value: outer(w, θ), a scalar.
         gradient: d outer(w*(θ), θ)/dθ, a pytree like θ.
-        aux: what the outer function returned beside its value, or None.
+        aux: the second output of an outer function with ``has_aux=True``; otherwise None.
         inner: the inner :class:`Solution`.
-        linear: the adjoint system's :class:`LinearInfo`; None for a method that solves no system.
+        linear: the :class:`LinearInfo` of the adjoint system; None for a method that solves no system.
     """
 
     value: jax.Array
@@ -141,19 +160,19 @@ class Hypergradient:
 
     @property
     def status(self) -> jax.Array:
-        """The worst of the inner and the linear status and of NONFINITE numbers, int32, a scalar for each task."""
+        """The worst of the inner status, the linear status and NONFINITE numbers: int32, one for each task."""
         numbers = jnp.where(self.finite((self.value, self.gradient)), jnp.int32(0), jnp.int32(Status.NONFINITE))
         status = jnp.maximum(self.inner.status, numbers)
         return status if self.linear is None else jnp.maximum(status, self.linear.status)
 
     def finite(self, numbers: PyTree) -> jax.Array:
-        """Whether all entries of a part of this record are finite, a bool for each task."""
+        """Return whether all entries of a part of this record are finite: a bool for each task."""
         tasks = jnp.shape(self.value)
         leaves = [jnp.isfinite(leaf).reshape(*tasks, -1).all(axis=-1) for leaf in jax.tree.leaves(numbers)]
         return functools.reduce(jnp.logical_and, leaves, jnp.ones(tasks, bool))
 
 
 class LinearSolver(Protocol):
-    """Solves ``matvec(x) = b`` on pytrees, from ``init`` where one is given."""
+    """A solver of ``matvec(x) = b`` on pytrees, which starts from ``init`` where one is given."""
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]: ...

@@ -1,7 +1,7 @@
-"""The site: pages in Markdown, an API drawn from docstrings, pictures that the examples draw while it is built.
+"""Settings of the site: Markdown pages, an API reference from docstrings, and pictures that the examples draw.
 
-Nothing is fetched, neither while it is built nor while it is read: formulas become MathML here, and no inventory of
-another project is asked for.
+Neither the build nor a reader's browser downloads anything. Formulas are converted to MathML during the build, and no
+inventories of other projects are used.
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    # of this project, in extensions/
+    # This project's own, in docs/extensions.
     "docstrings",
     "gallery",
     "mathml",
@@ -33,7 +33,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!bilevel|imaml).*")]  # names of other pr
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["ref.python"]  # several records have an attribute w: a name in their docstrings is no link
+suppress_warnings = ["ref.python"]  # several records have an attribute w, so w is ambiguous
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -1,3 +1,3 @@
-"""What in this folder is no page of the site, and has no doctests."""
+"""Exclude files that are not pages of the site from the doctests."""
 
 collect_ignore = ["_build", "conf.py", "extensions", "generated"]

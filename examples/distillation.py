@@ -34,7 +34,7 @@ def fit(w, theta, data):
 def main(picture="distillation.png"):
     data, (x, y) = load()
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: loss(w, *data))
-    solver, method = bl.GradientDescent(0.5, steps=40, momentum=0.8), bl.Implicit(bl.CG(maxiter=15))
+    solver, method = bl.GradientDescent(0.5, max_steps=40, momentum=0.8), bl.Implicit(bl.CG(max_steps=15))
     theta = jnp.asarray(np.random.default_rng(1).uniform(0, 0.5, (10, 64)), jnp.float32)
     found = bl.minimize(problem, theta, jnp.zeros((64, 10)), data, solver, method, optax.adam(0.05), 150)
 

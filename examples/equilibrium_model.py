@@ -38,7 +38,7 @@ def main(picture="equilibrium_model.png"):
     problem = bl.Problem(
         bl.FixedPoint(mapping), lambda h, theta, x: jnp.mean(jax.nn.softplus(-labels * (h @ theta["out"])))
     )
-    solver, method = bl.Anderson(12), bl.Implicit(bl.GMRES(maxiter=10))
+    solver, method = bl.Anderson(12), bl.Implicit(bl.GMRES(max_steps=10))
     found = bl.minimize(problem, theta, jnp.zeros((POINTS, WIDTH)), x, solver, method, optax.adam(0.02), 250)
 
     axis = np.linspace(-1.2, 1.2, 80, dtype=np.float32)

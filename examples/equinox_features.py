@@ -41,7 +41,7 @@ def main(picture="equinox_features.png"):
         return error(w, theta, *data["fit"]) + 1e-3 * jnp.sum(w**2)
 
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: error(w, theta, *data["judge"]))
-    solver, method, optimizer = bl.HessianFree(steps=1, cg_steps=24), bl.Implicit(bl.Cholesky()), optax.adam(5e-3)
+    solver, method, optimizer = bl.HessianFree(max_steps=1, cg_steps=24), bl.Implicit(bl.Cholesky()), optax.adam(5e-3)
     found = bl.minimize(problem, theta, jnp.zeros(12), data, solver, method, optimizer, 800)
 
     grid = jnp.linspace(-1, 1, 400)[:, None]

@@ -38,7 +38,7 @@ def fit(w, theta, data):
 def main(picture="feature_penalties.png"):
     data, theta, init = load(), jnp.full(30, -4.0), jnp.zeros(30)
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: loss(w, *data["valid"]))
-    solver, method = bl.HessianFree(steps=3, cg_steps=15), bl.Implicit(bl.CG(maxiter=30))
+    solver, method = bl.HessianFree(max_steps=3, cg_steps=15), bl.Implicit(bl.CG(max_steps=30))
     found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.15), 80)
 
     penalties = np.asarray(found.theta)

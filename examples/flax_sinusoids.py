@@ -27,7 +27,7 @@ def draw(key):
 
 def main(picture="flax_sinusoids.png", steps=800):
     network = nn.Sequential([nn.Dense(40), nn.tanh, nn.Dense(40), nn.tanh, nn.Dense(1)])
-    solver, method = bl.GradientDescent(0.02, steps=16), bl.Implicit(bl.CG(maxiter=6))
+    solver, method = bl.GradientDescent(0.02, max_steps=16), bl.Implicit(bl.CG(max_steps=6))
     learner = imaml.Learner(network.apply, solver, method, 0.5, lambda out, y: jnp.mean((out - y) ** 2))
     gradient, optimizer = imaml.meta_gradient(learner), optax.adam(3e-3)
 

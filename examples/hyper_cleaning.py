@@ -38,7 +38,7 @@ def fit(w, theta, data):
 def main(picture="hyper_cleaning.png"):
     data, (x, y), wrong = load()
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: jnp.mean(losses(w, *data["valid"])))
-    solver, method = bl.GradientDescent(1.0, steps=30, momentum=0.8), bl.Implicit(bl.CG(maxiter=10))
+    solver, method = bl.GradientDescent(1.0, max_steps=30, momentum=0.8), bl.Implicit(bl.CG(max_steps=10))
     theta, init = jnp.zeros(300), jnp.zeros((64, 10))
     found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.3), 60)
     train = lambda theta: bl.GradientDescent(1.0, 300, momentum=0.8)(problem.condition, init, theta, data).w  # noqa: E731

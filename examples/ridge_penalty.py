@@ -37,7 +37,7 @@ def error(w, theta, data):
 def main(picture="ridge_penalty.png"):
     data, init = load(), jnp.zeros(10)
     problem = bl.Problem(bl.Stationary(fit), error)
-    solver, method = bl.HessianFree(steps=4, cg_steps=10), bl.Implicit(bl.CG(maxiter=10))
+    solver, method = bl.HessianFree(max_steps=4, cg_steps=10), bl.Implicit(bl.CG(max_steps=10))
     path = []
     options = {"callback": lambda step, theta, out: path.append((float(theta), float(out.value)))}
     found = bl.minimize(problem, -6.0, init, data, solver, method, optax.adam(0.3), 60, **options)

@@ -1,16 +1,17 @@
-"""Implicit MAML: few-shot learning whose meta-gradient needs no memory of the inner loop.
+"""Implicit MAML: few-shot learning with a meta-gradient whose memory does not grow with the number of inner steps.
 
-The algorithm of Rajeswaran, Finn, Kakade and Levine (2019), as an instance of :mod:`bilevel`.
+Implements the algorithm of Rajeswaran, Finn, Kakade and Levine (2019) with :mod:`bilevel`.
 """
 
-from imaml.algorithms import Learner, MetaGradient, meta_gradient
 from imaml.errors import InputError
-from imaml.evaluation import Evaluation, evaluate
-from imaml.presets import preset, presets
-from imaml.settings import Preset
-from imaml.tasks import Curve, Episode, Task
-from imaml.training import Run, train
-from imaml.verification import Verification, verify
+from imaml.learning.algorithms import Learner, MetaGradient, meta_gradient
+from imaml.learning.tasks import Curve, Episode, Task
+from imaml.runs.evaluation import evaluate
+from imaml.runs.results import Evaluation, Run
+from imaml.runs.training import train
+from imaml.runs.verification import Verification, verify
+from imaml.settings.preset import Preset
+from imaml.settings.published_presets import preset, presets
 
 __all__ = [
     "Curve",

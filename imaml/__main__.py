@@ -1,4 +1,4 @@
-"""``python -m imaml`` is the command ``imaml``."""
+"""Run the command line of imaml by ``python -m imaml``."""
 
 import sys
 

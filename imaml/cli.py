@@ -1,7 +1,7 @@
 """The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
 
-What is wrong with what was typed, or with the files that it names, is said in one sentence with exit code 2,
-before anything is written. This module only parses and prints.
+An error in the arguments, or in the files that they name, is reported in one sentence with exit code 2, before anything
+is written. This module only parses arguments and prints; the work is done by the modules that its commands import.
 """
 
 import argparse
@@ -10,42 +10,47 @@ import io
 import sys
 from pathlib import Path
 
-from imaml.devices import check_shares
 from imaml.errors import InputError
-from imaml.interruption import exit_on_sigterm
-from imaml.processes import Processes, joined, leave
-from imaml.versions import versions
+from imaml.parallel.devices import check_shares
+from imaml.parallel.processes import Processes, joined, leave
+from imaml.runs.interruption import exit_on_sigterm
+from imaml.runs.versions import versions
 
 USAGE_ERROR = 2
 EPILOG = (
-    "Every setting of a preset can be changed: --strength 0.5 --inner.steps 32; 'imaml presets NAME' lists them. "
-    "--algorithm maml, fomaml or reptile trains that one with all else equal but the inner loop."
+    "Every setting of a preset can be changed, for example --strength 0.5 --inner.max_steps 32; 'imaml presets NAME' "
+    "lists the settings. --algorithm maml, fomaml or reptile trains another algorithm, with its own inner loop and all "
+    "other settings equal."
 )
 
 REPRODUCE_EPILOG = (
-    "table2 reads the records of runs ('imaml record' makes one); figure2a is computed in seconds, figure2b in minutes."
+    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, figure2b minutes."
 )
 
 TRAIN_OPTIONS = (
     "--data", "--out", "--meta-steps", "--keep-checkpoints", "--devices", "--coordinator", "--processes",
     "--process-id", "--help",
 )  # fmt: skip
-"""Those of ``imaml train`` beside the settings of its preset."""
+"""The options of ``imaml train`` that are not settings of a preset."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 1 for a check that failed; 2 for what cannot be used; 75 where another process of the run was lost; 130 or 143
-    when stopped.
+    The exit code is 0 for success, 1 for a failed check, 2 for arguments or files that cannot be used, 75 if another
+    process of the same run was lost, 130 after Ctrl-C and 143 after SIGTERM.
+
+    Args:
+        arguments: the words of the command line after ``imaml``. None takes them from ``sys.argv``; a failure then ends
+            the process without waiting for its threads.
     """
-    alone = arguments is None  # else the process belongs to whoever calls
+    owns_process = arguments is None  # with arguments, the process belongs to the caller and must not be ended
     try:
         code = _run(arguments)
-    except SystemExit as end:  # SIGTERM's; --help's is 0
-        leave(int(end.code or 0), threads=alone)
+    except SystemExit as end:  # raised on SIGTERM, and by --help and --version with code 0
+        leave(int(end.code or 0), threads=owns_process)
         raise
-    leave(code, threads=alone)
+    leave(code, threads=owns_process)
     return code
 
 
@@ -61,7 +66,7 @@ def _run(arguments):
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""  # a full disk names no file
+        where = f": {error.filename}" if error.filename else ""  # the error of a full disk has no file name
         print(f"{program}: {error.strerror or error}{where}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -70,7 +75,7 @@ def _run(arguments):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in one sentence like everybody else's."""
+    """argparse with errors raised as InputError, so that all errors are printed in the same form."""
 
     def error(self, message):
         raise InputError(f"{message}; see '{self.prog} --help'")
@@ -79,41 +84,67 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(
         prog="imaml",
-        description="Few-shot learning with implicit MAML, and MAML, first-order MAML and Reptile beside it.",
+        description="Few-shot learning with implicit MAML, MAML, first-order MAML and Reptile.",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a preset, or resume", epilog=EPILOG, allow_abbrev=False)
-    train.add_argument("preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no data")
-    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, where it is not embedded")
+    train = commands.add_parser("train", help="train a preset, or resume a run", epilog=EPILOG, allow_abbrev=False)
+    train.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
     train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
-        "--keep-checkpoints", metavar="K", type=int, default=2, help="the last K stay, and the best (default: 2)"
+        "--keep-checkpoints",
+        metavar="K",
+        type=int,
+        default=2,
+        help="keep the last K checkpoints and the best one (default: 2)",
     )
     train.add_argument(
-        "--devices", metavar="N", type=_devices, help="of each process, or 'all' (default: as many as divide the tasks)"
+        "--devices",
+        metavar="N",
+        type=_devices,
+        help="devices of each process, or 'all' (default: as many as divide the tasks)",
     )
-    train.add_argument("--coordinator", metavar="HOST:PORT", help="where the processes meet: a port of process 0")
-    train.add_argument("--processes", metavar="N", type=int, help="that train together; start the command in each")
-    train.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0; process 0 writes")
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, with a free port, for training with several processes",
+    )
+    train.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        help="number of processes that train together; start the same command in each",
+    )
+    train.add_argument(
+        "--process-id", metavar="I", type=int, help="number of this process, from 0; process 0 writes the files"
+    )
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="accuracy or error of a run on held-out tasks", allow_abbrev=False)
+    evaluate = commands.add_parser(
+        "evaluate", help="measure accuracy or error of a run on held-out tasks", allow_abbrev=False
+    )
     evaluate.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a run")
-    evaluate.add_argument("--data", metavar="DIR", help="as for train")
+    evaluate.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
     evaluate.add_argument(
-        "--tasks", metavar="N", type=int, default=600, help="held-out tasks (default: the paper's 600)"
+        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
     )
     evaluate.add_argument(
-        "--best", action="store_true", help="the checkpoint of least loss on training classes, not the last one"
+        "--best",
+        action="store_true",
+        help="evaluate the checkpoint with the least training loss instead of the last one",
     )
     evaluate.set_defaults(run=_evaluate)
 
     verify = commands.add_parser("verify", help="check a preset's meta-gradient at its real size", allow_abbrev=False)
-    verify.add_argument("preset", nargs="?", metavar="PRESET", help="as for train")
-    verify.add_argument("--data", metavar="DIR", help="as for train")
+    verify.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+    verify.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
     verify.set_defaults(run=_verify)
 
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
@@ -121,31 +152,38 @@ def _parser():
     presets.set_defaults(run=_presets)
 
     record = commands.add_parser(
-        "record", help="keep what a finished run came to, in one small file", allow_abbrev=False
+        "record", help="write the settings and results of a finished run into one small file", allow_abbrev=False
     )
     record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
-    record.add_argument("--out", metavar="DIR", type=Path, help="the folder that keeps records; default: records")
-    record.add_argument("--note", metavar="TEXT", default="", help="what a reader should know besides")
-    record.add_argument("--hardware", metavar="TEXT", help="that it was trained on, in words; default: this machine")
+    record.add_argument("--out", metavar="DIR", type=Path, help="the folder for the record; default: records")
+    record.add_argument("--note", metavar="TEXT", default="", help="a remark for readers of the record")
+    record.add_argument(
+        "--hardware",
+        metavar="TEXT",
+        help="description of the machine that the run was trained on; default: this machine",
+    )
     record.set_defaults(run=_record)
 
     reproduce = commands.add_parser(
-        "reproduce", help="the paper's table or figures beside ours", epilog=REPRODUCE_EPILOG, allow_abbrev=False
+        "reproduce", help="compare the paper's table or figures with ours", epilog=REPRODUCE_EPILOG, allow_abbrev=False
     )
     reproduce.add_argument("work", metavar="NAME", help="table2, figure2a or figure2b")
     reproduce.add_argument(
-        "--records", metavar="DIR", type=Path, help="of the runs in table2; default: those that come with the package"
+        "--records",
+        metavar="DIR",
+        type=Path,
+        help="the folder of the records for table2; default: the records in the package",
     )
-    reproduce.add_argument(
-        "--out", metavar="DIR", type=Path, help="a folder for the picture, and for what was measured"
-    )
+    reproduce.add_argument("--out", metavar="DIR", type=Path, help="a folder for the picture and the measured numbers")
     reproduce.add_argument("--format", metavar="FORM", default="terminal", help="terminal (default) or markdown")
     reproduce.set_defaults(run=_reproduce)
 
     data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
     data.add_argument("dataset", metavar="NAME", help="omniglot")
-    data.add_argument("--dir", metavar="DIR", type=Path, help="where to put them; default: where train looks for them")
-    data.add_argument("--url", metavar="URL", help="a mirror: the address of the folder that holds them")
+    data.add_argument(
+        "--dir", metavar="DIR", type=Path, help="the folder to put them in; default: the one that train reads"
+    )
+    data.add_argument("--url", metavar="URL", help="address of a folder on a mirror that has the files")
     data.set_defaults(run=_data)
     return parser
 
@@ -164,7 +202,10 @@ def _version():
 
 
 def _split(words):
-    """The words that argparse knows, and the settings, ``--path value`` or ``--path=value``, as pairs."""
+    """Split the arguments of ``train`` into those for argparse, and pairs of a setting's path and its text.
+
+    A setting is written ``--path value`` or ``--path=value``.
+    """
     known, overrides, rest = [], [], iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
@@ -181,19 +222,24 @@ def _split(words):
 
 
 def _chosen(options, overrides):
-    from imaml.presets import override, preset, presets
+    from imaml.settings.overrides import override
+    from imaml.settings.published_presets import preset, presets
+    from imaml.settings.renamed import current_path
 
     chosen = preset(presets()[0] if options.preset is None else options.preset)
     if options.meta_steps is not None:
         overrides = [*overrides, ("outer.steps", options.meta_steps)]
-    # The algorithm first: it brings its own inner loop, whose settings others may then change.
+    # Override the algorithm first: it replaces the inner loop, whose settings other overrides may change.
     for path, value in sorted(overrides, key=lambda pair: pair[0] != "algorithm"):
-        chosen = override(chosen, path, value)
+        current = current_path(chosen, path)
+        if current != path:
+            print(f"imaml train: --{path} is deprecated: use --{current}", file=sys.stderr)
+        chosen = override(chosen, current, value)
     return chosen
 
 
 def _processes(options, tasks):
-    """What the options say of processes, if anything, and whether the tasks can be shared out to them."""
+    """Return the processes that the options name, or None, after checking that they can share the tasks equally."""
     given = {"--coordinator": options.coordinator, "--processes": options.processes, "--process-id": options.process_id}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
@@ -205,11 +251,11 @@ def _processes(options, tasks):
 
 
 def _start_jax():
-    """All cores, and compiled programs kept between runs."""
+    """Configure JAX to use all cores and to cache compiled programs on disk."""
     import jax
 
     from imaml.datasets.cache import cache_directory
-    from imaml.devices import use_all_cores
+    from imaml.parallel.devices import use_all_cores
 
     use_all_cores()
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
@@ -225,16 +271,16 @@ def _train(options, overrides):
 
 
 def _train_here(options, chosen, writes):
-    """This process's share of the training; who does not write does not speak either, but of what went wrong."""
-    from imaml.plots import learning_curve
-    from imaml.progress import Reporter
-    from imaml.training import train
+    """Train on this process, and return the exit code. Only the process that writes the run's files prints progress."""
+    from imaml.report.plots import learning_curve
+    from imaml.report.progress import Reporter
+    from imaml.runs.training import train
 
     name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
     directory = options.out or Path("runs") / name
     reporter = Reporter(sys.stdout if writes else io.StringIO())
-    tell = print if writes else lambda *_, **__: None
-    tell(f"{chosen.name}: {chosen.title} on {chosen.dataset}, in {directory}", flush=True)
+    say = print if writes else lambda *_, **__: None
+    say(f"{chosen.name}: {chosen.title} on {chosen.dataset}, in {directory}", flush=True)
     try:
         run = train(
             chosen, directory, options.data, devices=options.devices, on_event=reporter.event,
@@ -244,16 +290,16 @@ def _train_here(options, chosen, writes):
         reporter.finish()
     picture = learning_curve(directory, getattr(chosen.episode, "ways", None)) if writes else None
     if run.stopped_by is not None:
-        tell(f"stopped at step {run.step} of {chosen.outer.steps} and saved; the same command goes on from there")
+        say(f"stopped at step {run.step} of {chosen.outer.steps} and saved; run the same command again to resume")
         return 128 + run.stopped_by
-    tell(run.evaluation)
-    tell(f"learning curve: {picture}")
+    say(run.evaluation)
+    say(f"learning curve: {picture}")
     return 0
 
 
 def _evaluate(options, _):
     _start_jax()
-    from imaml.evaluation import evaluate
+    from imaml.runs.evaluation import evaluate
 
     run = options.run_directory
     print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print))
@@ -261,12 +307,12 @@ def _evaluate(options, _):
 
 
 def _verify(options, _):
-    from imaml.presets import preset, presets
+    from imaml.settings.published_presets import preset, presets
 
     chosen = preset(presets()[0] if options.preset is None else options.preset)
     _start_jax()
-    from imaml.progress import Reporter
-    from imaml.verification import verify
+    from imaml.report.progress import Reporter
+    from imaml.runs.verification import verify
 
     verification = verify(chosen, options.data, on_event=Reporter().event)
     print(verification)
@@ -274,8 +320,9 @@ def _verify(options, _):
 
 
 def _presets(options, _):
-    from imaml.algorithms import ALGORITHMS
-    from imaml.presets import preset, presets, settings
+    from imaml.learning.algorithms import ALGORITHMS
+    from imaml.settings.overrides import settings
+    from imaml.settings.published_presets import preset, presets
 
     if options.preset is None:
         print("\n".join(presets()))
@@ -284,11 +331,11 @@ def _presets(options, _):
     print(f"{chosen.name}\n\n{chosen.citation}\n\nsettings")
     for path, value in settings(chosen).items():
         print(f"  --{path} {value}")
-    print("\nwhere it departs from the citation")
+    print("\ndepartures from the citation")
     for sentence in chosen.deviations():
         print(f"  - {sentence}")
     if chosen.baselines is not None:
-        print("\nother algorithms, each with its own inner loop and all else equal")
+        print("\nother algorithms, each with its own inner loop and all other settings equal")
         for algorithm in list(ALGORITHMS)[1:]:
             other = chosen.using(algorithm)
             print(f"  --algorithm {algorithm}  ({other.title}, {_inner_loop(other)})")
@@ -307,27 +354,28 @@ def _reproduce(options, _):
 
     check(options.work, options.records, options.format)
     _start_jax()
-    from imaml.progress import Reporter
+    from imaml.report.progress import Reporter
 
-    reporter = Reporter(sys.stderr)  # so that a table can be sent to a file
+    reporter = Reporter(sys.stderr)  # stdout is kept for the table, which may be redirected to a file
     print(reproduce(options.work, options.records, options.out, options.format, reporter.event))
     return 0
 
 
 def _inner_loop(chosen):
-    tested = f", {chosen.test_steps} in evaluation" if chosen.test_steps else ""
-    return f"steps of size {chosen.inner.step_size:g}: {chosen.inner.steps}{tested}"
+    steps = chosen.inner.max_steps
+    evaluated = f", {chosen.test_steps} in evaluation" if chosen.test_steps else ""
+    return f"{steps} inner steps of size {chosen.inner.step_size:g}{evaluated}"
 
 
 def _data(options, _):
     from imaml.datasets import download
-    from imaml.progress import Reporter
+    from imaml.report.progress import Reporter
 
     reporter = Reporter()
     try:
         folder = download(options.dataset, options.dir, options.url, reporter.event, reporter.transfer)
     finally:
         reporter.finish()
-    named = "" if options.dir is None else f" --data {folder}"
-    print(f"{options.dataset} is whole in {folder}; train on it: imaml train omniglot-5way-1shot-gd{named}")
+    data_option = "" if options.dir is None else f" --data {folder}"
+    print(f"{options.dataset} is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd{data_option}")
     return 0

@@ -1,5 +1,32 @@
-"""The one kind of error that a person can mend: the command line prints its sentence and exits with 2."""
+"""The error for wrong input. The command line prints its message without a traceback and exits with status 2."""
+
+import difflib
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Something typed, configured or handed in cannot be used; the message says what, and what to do."""
+    """An option, setting, file or argument that cannot be used. The message names the problem and the remedy."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise :class:`InputError` with ``message`` if ``condition`` is false."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise :class:`InputError` if ``value`` is not in ``known``. The message lists ``known`` and the closest match.
+
+    Args:
+        name: the noun for the message, such as ``"algorithm"``.
+        value: the value to check.
+        known: all valid values.
+
+    Raises:
+        InputError: if ``value`` is not in ``known``.
+    """
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"there is no {name} {value!r}: {hint}known: {', '.join(known)}")

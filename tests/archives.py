@@ -1,7 +1,7 @@
-"""Archives of Omniglot's layout, so small that a thousand faults can be tried on them; and random damage.
+"""Small archives in Omniglot's layout for tests of damaged input, and a function that damages bytes at random.
 
-They hold 3 and 2 characters of random drawings, and have content hashes of their own, computed here from Pillow's
-pixels: everything that is checked on the official archives is checked on them, in milliseconds.
+The two archives hold 3 and 2 characters of random drawings. Their content hashes are computed here from the pixels that
+Pillow decodes. So the loader runs all its checks on them, which takes milliseconds.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from PIL import Image
 from imaml.datasets import omniglot
 
 BACKGROUND, EVALUATION = "images_background", "images_evaluation"
-# In sorted order the second archive's come first: pooling must sort, not append.
+# The labels of the second archive sort first, so a loader that concatenates without sorting fails the tests.
 LABELS = {
     BACKGROUND: ["Mu/character01", "Mu/character02", "Nu_(x)/character01"],
     EVALUATION: ["Alpha_b/character01", "Gamma/character01"],
@@ -25,14 +25,14 @@ Members = dict[str, bytes]
 
 
 def png(pixels: np.ndarray, mode: str = "1") -> bytes:
-    """A PNG of ``[height, width]`` zeros and 255s."""
+    """Return a PNG of ``pixels``, an array ``[height, width]`` of zeros and 255s."""
     stream = io.BytesIO()
     Image.fromarray(pixels).convert("L").convert(mode, dither=Image.Dither.NONE).save(stream, "PNG")
     return stream.getvalue()
 
 
 def drawings(folder: str) -> Members:
-    """Twenty drawings of every label: blocks of ink, so that shrinking has something to do."""
+    """Return twenty drawings of every label of ``folder``: random blocks of 7 by 7 pixels, by member path."""
     generator = np.random.default_rng(len(folder) + len(LABELS[folder]))
     members = {}
     for number, label in enumerate(LABELS[folder], start=1):
@@ -44,6 +44,7 @@ def drawings(folder: str) -> Members:
 
 
 def content_hash(members: Members) -> str:
+    """Return the hash of member paths and decoded pixels that the loader compares."""
     digest = hashlib.sha256()
     for name in sorted(members):
         digest.update(name.encode() + b"\n" + Image.open(io.BytesIO(members[name])).convert("L").tobytes())
@@ -51,22 +52,23 @@ def content_hash(members: Members) -> str:
 
 
 def pack(path: Path, members: Members, compression: int = zipfile.ZIP_DEFLATED) -> None:
+    """Write ``members`` to a zip archive at ``path``."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
 
 
 def expected(members: dict[str, Members]) -> tuple[omniglot._Archive, ...]:
-    """What the loader must be told in place of the official archives."""
+    """Return the records of the small archives, with which tests replace ``omniglot.ARCHIVES``."""
     return tuple(omniglot._Archive(name, len(LABELS[name]), content_hash(members[name])) for name in LABELS)
 
 
 TRAIN_CHARACTERS = 3
-"""Of the five, in place of the official 1,200."""
+"""Number of training characters among the five, in place of the official 1,200."""
 
 
 class Tiny:
-    """A folder with both tiny archives, and their members to be tampered with."""
+    """A folder with both small archives, and methods that change their members."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -94,7 +96,10 @@ class Tiny:
 
 
 def damage(content: bytes, source: random.Random, start: int, end: int) -> bytes:
-    """``content`` with one fault between ``start`` and ``end``: a flipped bit, a cut, zeros, or what follows lost."""
+    """Return ``content`` with one random fault that begins between ``start`` and ``end``.
+
+    The fault is a flipped bit, some bytes that are removed, zeroed or replaced by random ones, or a truncation.
+    """
     at = source.randrange(start, end)
     until = min(at + source.choice([1, 4, 50, 1000]), end)
     kind = source.choice(["flip", "flip", "cut", "zero", "truncate", "random"])

@@ -1,1 +1,1 @@
-"""How fast is it, beside the others? See docs/speed.md; `python -m benchmarks.speed --help` lists the suites."""
+"""Speed of this library and of others; see docs/speed.md. `python -m benchmarks.speed --help` lists the suites."""

@@ -1,17 +1,18 @@
-"""The suites of the speed benchmark; each writes a record to benchmarks/results/ and prints its ratios.
+"""Run a suite of the speed benchmark, write its record to benchmarks/results/, and print its results.
 
-    python -m benchmarks.speed agree             float64: our gradient against PyTorch's of the same operator
-    python -m benchmarks.speed few-shot          W1 and W2 on one core, against the PyTorch libraries
-    python -m benchmarks.speed linear            ridge and logistic hypergradients, against JAX libraries and torchopt
-    python -m benchmarks.speed floor             the meta-gradient against the sum of what it cannot do without
-    python -m benchmarks.speed tasks             its time over 1 to 64 tasks
-    python -m benchmarks.speed devices           two devices against one core
-    python -m benchmarks.speed memory            its scratch memory over inner steps
-    python -m benchmarks.speed start             seconds from `imaml train` to the first meta-step
-    python -m benchmarks.speed host              the meta-step's share of a training run's time
-    python -m benchmarks.speed table, plot       from the records
+    python -m benchmarks.speed agree             compare our gradient with PyTorch's of the same operator, in float64
+    python -m benchmarks.speed few-shot          time W1 and W2 on one core, against the PyTorch libraries
+    python -m benchmarks.speed linear            time hypergradients of ridge and logistic regression, against others
+    python -m benchmarks.speed floor             time the meta-gradient and each of its parts
+    python -m benchmarks.speed tasks             time the meta-gradient for 1 to 64 tasks
+    python -m benchmarks.speed devices           time the meta-gradient on two devices and on one core
+    python -m benchmarks.speed memory            read the meta-gradient's temporary memory for 16 and 1000 inner steps
+    python -m benchmarks.speed start             time from `imaml train` to the first meta-step
+    python -m benchmarks.speed host              measure the meta-steps' share of a training run's time
+    python -m benchmarks.speed table             print the tables of docs/speed.md from the records
+    python -m benchmarks.speed plot              draw the picture of docs/speed.md from the records
 
-docs/speed.md says what each shows. Nothing else should run meanwhile.
+docs/speed.md describes the suites. No other program should run on the machine meanwhile.
 """
 
 import argparse
@@ -41,15 +42,19 @@ LINEAR = (
     Contender("torchopt, solve_cg", "torchopt_implicit", "hypergradient"),
 )
 TOLERANCE = 1e-10
+"""Largest relative difference between our gradient and PyTorch's in float64 that counts as agreement."""
 TASKS = (1, 4, 16, 64)
 KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "1000000000"))
-"""So that glibc keeps a call's scratch for the next one: to page it in again takes as long as a tenth of a task."""
+"""Make glibc keep freed memory for the next call: paging it in again takes a tenth of a task's time."""
 
 
 def agree(options) -> bool:
-    """Our meta-gradient and PyTorch's of the same operator, in float64; what the others compute, for information."""
+    """Compare our meta-gradient with PyTorch's of the same operator, in float64.
+
+    The other libraries compute other gradients, so their differences are only printed.
+    """
     item = dataclasses.replace(ITEMS["W1"], tasks=2)
-    apart = {}
+    differences = {}
     ours = _gradient(item, OURS, "float64")
     for module, program in (
         ("reference_torch", "paper's operator"),
@@ -58,14 +63,14 @@ def agree(options) -> bool:
         ("higher_maml", "meta-gradient"),
     ):
         theirs = _gradient(item, Contender(module, module, program), "float64")
-        apart[f"{module}: {program}"] = _relative(theirs, ours)
-    report.save("speed-agree", {"relative_difference": apart, "machine": machine()})
-    print("\n".join(f"{label:40} {value:.1e} from ours" for label, value in apart.items()))
-    return apart["reference_torch: paper's operator"] <= TOLERANCE
+        differences[f"{module}: {program}"] = _relative(theirs, ours)
+    report.save("speed-agree", {"relative_difference": differences, "machine": machine()})
+    print("\n".join(f"{label:40} {value:.1e} from ours" for label, value in differences.items()))
+    return differences["reference_torch: paper's operator"] <= TOLERANCE
 
 
 def few_shot(options) -> bool:
-    """Seconds for W1 and W2 on one core."""
+    """Time meta-gradients of W1 and W2 on one core."""
     for name in options.items or ("W1", "W2"):
         record = alternate(ITEMS[name], list(FEW_SHOT), options.rounds)
         report.save(f"speed-{name}", record)
@@ -74,7 +79,7 @@ def few_shot(options) -> bool:
 
 
 def linear(options) -> bool:
-    """Seconds and errors of two hypergradients in 10,000 unknowns."""
+    """Time two hypergradients in 10,000 unknowns, and compute their errors."""
     for name in options.items or ("ridge", "logistic"):
         item = ITEMS[name]
         exact = {"theta": item.exact()}
@@ -86,7 +91,7 @@ def linear(options) -> bool:
 
 
 def floor(options) -> bool:
-    """The meta-gradient's time per task beside the sum of its parts, each timed alone."""
+    """Time the meta-gradient and each of its parts alone, and print the share of the parts' sum."""
     item = ITEMS["W1"]
     names = ("meta-gradient", "20 gradients", "20 outer gradients", "linearise, 1", "linearise, 21")
     record = alternate(item, [Contender(name, "ours", name, ours=True) for name in names], 3 * options.rounds)
@@ -97,7 +102,7 @@ def floor(options) -> bool:
 
 
 def tasks(options) -> bool:
-    """Seconds per task over their number."""
+    """Time the meta-gradient per task for several numbers of tasks."""
     changes = {f"{count} tasks": (("tasks", count),) for count in TASKS}
     contenders = [
         dataclasses.replace(OURS, label=label, changes=change, calls=max(TASKS) // change[0][1], environment=KEPT)
@@ -109,12 +114,12 @@ def tasks(options) -> bool:
     ratios = {label: ratio(times, reference) for label, times in seconds.items()}
     record |= {"seconds": seconds, "ratios": ratios, "seconds_are": "per task"}
     report.save("speed-tasks", record)
-    report.show("seconds a task", record)
+    report.show("seconds per task", record)
     return True
 
 
 def devices(options) -> bool:
-    """32 tasks on two devices, on one device with two threads, on one core."""
+    """Time 32 tasks on two devices, one core each, and on one device with one core."""
     item = dataclasses.replace(ITEMS["W1"], tasks=32)
     two = dataclasses.replace(OURS, label="two devices", program="on all devices", cores=(0, 1))
     record = alternate(item, [two, dataclasses.replace(OURS, label="one core")], options.rounds)
@@ -124,7 +129,7 @@ def devices(options) -> bool:
 
 
 def memory(options) -> bool:
-    """Scratch bytes of the compiled meta-gradient; nothing is run."""
+    """Read the temporary memory of the compiled meta-gradient from XLA, without running the program."""
     from benchmarks.speed.peers import ours
 
     found = {
@@ -138,7 +143,7 @@ def memory(options) -> bool:
 
 
 def start(options) -> bool:
-    """Seconds until the first meta-step, with nothing kept from before and with everything."""
+    """Time `imaml train` until its first meta-step, with an empty cache and with a full one."""
     record = runs.starts(options.rounds) | {"machine": machine()}
     report.save("speed-start", record)
     print(json.dumps(record, indent=1))
@@ -146,7 +151,7 @@ def start(options) -> bool:
 
 
 def host(options) -> bool:
-    """The share of a training run that its meta-steps would take alone."""
+    """Measure the time of meta-steps alone relative to the time of the same steps in a training run."""
     record = runs.host_share(options.rounds) | {"machine": machine()}
     report.save("speed-host", record)
     print(json.dumps(record, indent=1))
@@ -154,13 +159,13 @@ def host(options) -> bool:
 
 
 def table(options) -> bool:
-    """The tables of docs/speed.md."""
+    """Print the tables of docs/speed.md."""
     print(report.table())
     return True
 
 
 def plot(options) -> bool:
-    """docs/images/speed.png."""
+    """Draw docs/images/speed.png."""
     print(report.plot())
     return True
 
@@ -185,13 +190,16 @@ def _relative(found, exact):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a suite; return 1 if it fails, 2 if a library's Python is missing, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("items", nargs="*", metavar="ITEM", help="of few-shot (W1, W2) or linear (ridge, logistic)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "items", nargs="*", metavar="ITEM", help="items of few-shot (W1, W2) or of linear (ridge, logistic)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     options = parser.parse_args(arguments)
     if unknown := set(options.items) - set(ITEMS):
-        parser.error(f"there is no item {', '.join(unknown)}; known: {', '.join(ITEMS)}")
+        parser.error(f"there is no item {', '.join(unknown)}; the items are {', '.join(ITEMS)}")
     try:
         return 0 if SUITES[options.suite](options) else 1
     except Missing as error:

@@ -1,7 +1,8 @@
-"""Contenders side by side: a process for each, rounds in which all take their turn, ratios within a round.
+"""Timing of several contenders, each in its own process, in alternating rounds.
 
-What else goes on on the machine changes from second to second. A ratio of two times from one round has seen the same
-weather; its median over rounds is the result, and least and largest say what the weather was like.
+Every round times every contender once. The load of the machine changes from second to second, but it affects two times
+of the same round alike. The result is therefore the ratio of two times within a round: its median over rounds, with the
+smallest and largest ratio as a measure of the load's variation.
 """
 
 import dataclasses
@@ -19,19 +20,27 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-"""The Python that has the other libraries; docs/speed.md says how it is made."""
+"""The Python that has the other libraries installed; docs/speed.md says how to make it."""
 
 
 class Missing(Exception):
-    """A peer that cannot be started here, with the reason."""
+    """Error for a peer that cannot be started on this machine; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing to time: ``program`` of a peer's ``module``; one process for each module, cores and changed item.
+    """One program to time. Contenders with the same module, cores and changes share a process.
 
-    ``calls`` of it are one run, where one is short: what a turn begins with, caches that others filled, then weighs as
-    little as on the longest. ``environment`` is of its process, beside the harness's own.
+    Args:
+        label: name in records and tables.
+        module: name of the module in :mod:`benchmarks.speed.peers`.
+        program: name of the program in that module.
+        cores: the CPU cores that the process is pinned to.
+        ours: whether the process runs this library, in this Python; otherwise it runs ``PEERS``.
+        changes: fields of the item with other values.
+        calls: number of calls in a timed run. Short programs need several: the first call of a run finds CPU caches
+            that other processes have filled, and takes longer.
+        environment: variables of the process in addition to this process's.
     """
 
     label: str
@@ -45,11 +54,21 @@ class Contender:
 
     @property
     def process(self) -> tuple:
+        """Key of the process that runs this contender."""
         return self.module, self.cores, self.changes
 
 
 class Process:
-    """A peer that waits for requests; use as a context manager."""
+    """A peer's process, which waits for requests; a context manager that ends it.
+
+    Args:
+        item: the workload, of :mod:`benchmarks.speed.workloads`.
+        contender: module, cores, changes and environment of the process.
+        dtype: ``"float32"`` or ``"float64"``.
+
+    Raises:
+        Missing: if there is no Python for the peer, or if the process ends at once.
+    """
 
     def __init__(self, item, contender: Contender, dtype: str = "float32"):
         python = Path(sys.executable) if contender.ours else Path(os.environ.get("SPEED_PEERS_PYTHON", PEERS))
@@ -84,17 +103,26 @@ class Process:
         assert self._child.stdout is not None
         line = self._child.stdout.readline()
         if not line:
-            raise Missing(f"{self._name} ended with status {self._child.wait()}; what it said stands above")
+            raise Missing(f"{self._name} ended with status {self._child.wait()}; its error output is above")
         return json.loads(line)
 
     def ask(self, **request) -> dict:
-        """The answer to one request."""
+        """Send a request and return the answer.
+
+        Raises:
+            Missing: if the process has ended.
+        """
         assert self._child.stdin is not None
         print(json.dumps(request), file=self._child.stdin, flush=True)
         return self._answer()
 
     def gradient(self, program: str, folder: Path) -> dict[str, np.ndarray]:
-        """What the program computes, by name."""
+        """Run a program once, and return its gradient by the names of the parameters.
+
+        Args:
+            program: name of the program.
+            folder: folder for the file that carries the arrays.
+        """
         path = folder / f"{self._name}-{program}.npz"
         self.versions |= self.ask(program=program, save=str(path))["versions"]
         with np.load(path) as found:
@@ -102,10 +130,16 @@ class Process:
 
 
 def alternate(item, contenders: list[Contender], rounds: int) -> dict:
-    """Time every contender in every round, after one run each that counts for nothing.
+    """Time every contender in every round, after one run each that is not counted, because it compiles.
+
+    Args:
+        item: the workload.
+        contenders: the programs to time.
+        rounds: number of rounds.
 
     Returns:
-        A record: seconds by label and round, of wall clock and processor, ratios to the first contender, versions.
+        A record with wall-clock and CPU seconds by label and round, ratios to the first contender's seconds, and
+        versions.
     """
     with ExitStack() as stack:
         processes: dict[tuple, Process] = {}
@@ -116,9 +150,9 @@ def alternate(item, contenders: list[Contender], rounds: int) -> dict:
             processes[contender.process].ask(program=contender.program, repeats=1)
         seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
         cpu: dict[str, list[float]] = {contender.label: [] for contender in contenders}
-        for turn in range(rounds):
-            # Forwards and backwards, so that nobody always comes after the same one.
-            for contender in contenders if turn % 2 == 0 else contenders[::-1]:
+        for number in range(rounds):
+            # Alternate the order, so that no contender always runs after the same other one.
+            for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 answer = processes[contender.process].ask(program=contender.program, repeats=contender.calls)
                 seconds[contender.label].append(answer["seconds"])
                 cpu[contender.label].append(answer["cpu"])
@@ -138,13 +172,13 @@ def alternate(item, contenders: list[Contender], rounds: int) -> dict:
 
 
 def ratio(times: list[float], reference: list[float]) -> dict[str, float]:
-    """Median, least and largest of the ratios within a round."""
+    """Return the median, least and largest of the ratios of two times in the same round."""
     found = [time / of for time, of in zip(times, reference, strict=True)]
     return {"median": statistics.median(found), "least": min(found), "largest": max(found)}
 
 
 def machine() -> dict[str, object]:
-    """What a time depends on beside the software."""
+    """Return the properties of the machine that times depend on: processor, number of cores, system, load."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     return {"processor": model, "cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()[0]}
 

@@ -1,4 +1,4 @@
-"""Records on disk, and the tables and the picture that are made of them."""
+"""Records of the speed benchmark on disk, and the tables and the picture made from them."""
 
 import json
 import statistics
@@ -17,7 +17,7 @@ def save(name: str, record: dict) -> None:
 
 
 def load(name: str) -> dict:
-    """The record of that name."""
+    """Return the record in ``benchmarks/results/NAME.json``."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -28,7 +28,10 @@ def show(title: str, record: dict) -> None:
 
 
 def rows(record: dict) -> list[str]:
-    """A Markdown row for each contender: median seconds, ratio with its spread, error where known, versions."""
+    """Return the lines of a Markdown table with one row for each contender.
+
+    The columns are median seconds, ratio to the first contender with its range, relative error if known, and versions.
+    """
     found = ["| | seconds | ratio (least to largest) | error | versions |", "|---|---|---|---|---|"]
     for label, seconds in record["seconds"].items():
         ratio, error = record["ratios"][label], record.get("relative_error", {}).get(label)
@@ -41,10 +44,15 @@ def rows(record: dict) -> list[str]:
 
 
 def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds a task of the whole and of its parts, the least of all rounds: what the machine can do.
+    """Return milliseconds per task of the meta-gradient and of its parts, from the least time of all rounds.
 
-    Conjugate gradients make one product an iteration, and the true residual is one more. The gradient of the inner
-    objective is taken once a step; that of its end is the linearisation's own value.
+    A meta-gradient consists of one inner gradient for each step, one outer gradient, one linearisation at φ, and one
+    product for each CG iteration and one for the true residual. The linearisation also computes the inner gradient at
+    φ.
+
+    Args:
+        item: the few-shot workload.
+        seconds: seconds of each program by round.
     """
     least = {name: 1e3 * min(times) for name, times in seconds.items()}
     product = (least["linearise, 21"] - least["linearise, 1"]) / REPEATS
@@ -61,13 +69,13 @@ def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def table() -> str:
-    """What docs/speed.md prints of the timed suites."""
+    """Return the Markdown tables of docs/speed.md, for the timed suites that have a record."""
     names = [name for name in ("W1", "W2", "ridge", "logistic", "devices", "tasks") if _path(name).exists()]
     return "\n\n".join(f"### {name}\n\n" + "\n".join(rows(load(f"speed-{name}"))) for name in names)
 
 
 def plot() -> Path:
-    """Times of each contender in multiples of ours, with the spread over rounds."""
+    """Draw the times of each contender in multiples of ours, with their range over rounds; return the file's path."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What a person waits for: the first meta-step of `imaml train`, and what a run spends beside its meta-steps."""
+"""Times of `imaml train`: until the first meta-step, and the share of the meta-steps in a run's time."""
 
 import os
 import statistics
@@ -13,7 +13,14 @@ STEPS = 100
 
 
 def starts(rounds: int) -> dict[str, list[float]]:
-    """Seconds from the command to the first meta-step shown: with an empty cache, and again with a full one."""
+    """Measure the seconds from the start of `imaml train` to its first printed meta-step.
+
+    Args:
+        rounds: number of measurements.
+
+    Returns:
+        Seconds by round, ``"first"`` with an empty cache, and ``"second"`` with the cache that the first run filled.
+    """
     found: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -40,14 +47,19 @@ def _seconds_to_first_step(cache, out):
 
 
 def host_share(rounds: int) -> dict[str, object]:
-    """The time of a hundred meta-steps alone over that of a hundred steps of `imaml train` with all it does besides."""
+    """Measure the time of 100 meta-steps alone relative to 100 steps of training, with its log and checkpoints.
+
+    Args:
+        rounds: number of measurements.
+    """
     import jax
 
-    from imaml import training
-    from imaml.compilation import StepCompiler
-    from imaml.devices import global_mesh, on_all, use_all_cores
-    from imaml.meta_step import initial_state
-    from imaml.presets import override, preset, presets
+    from imaml.parallel.devices import global_mesh, on_all, use_all_cores
+    from imaml.runs import training
+    from imaml.runs.compilation import StepCompiler
+    from imaml.runs.meta_step import initial_state
+    from imaml.settings.overrides import override
+    from imaml.settings.published_presets import preset, presets
 
     use_all_cores()
     chosen = override(preset(presets()[0]), "outer.steps", str(2 * STEPS))
@@ -60,7 +72,7 @@ def host_share(rounds: int) -> dict[str, object]:
     def alone():
         state, started = begun, time.perf_counter()
         for _ in range(STEPS):
-            # Each is waited for: the collectives of many under way would wait for each other.
+            # Wait for each step: sums over devices of several dispatched steps can block each other.
             state, _ = jax.block_until_ready(step(state, pixels))
         return time.perf_counter() - started
 
@@ -74,5 +86,5 @@ def host_share(rounds: int) -> dict[str, object]:
         return seconds[STEPS + 50] - seconds[50]
 
     times = [(alone(), trained()) for _ in range(rounds)]
-    shares = [bare / whole for bare, whole in times]
+    shares = [steps_alone / training_time for steps_alone, training_time in times]
     return {"seconds_alone_and_trained": times, "share": statistics.median(shares), "shares": shares}

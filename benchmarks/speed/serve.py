@@ -1,8 +1,9 @@
-"""A peer's process: pin to the cores, import the library, and run what is asked for, one JSON line for another.
+"""The process of a peer: it imports a library, reads requests from stdin, and answers each by one JSON line.
 
     python -m benchmarks.speed.serve MODULE ITEM DTYPE CORES     (ITEM as JSON, CORES as 0 or 0,1)
 
-Cores are set before anything is imported, since libraries count them when they start their threads.
+The process is pinned to its cores before it imports a library, because libraries count the cores when they start their
+threads.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ LIBRARIES = ("jax", "jaxlib", "jaxopt", "optimistix", "lineax", "torch", "torcho
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that this process has imported, and of Python."""
+    """Return the versions of Python and of the libraries that this process has imported."""
     found = {"python": sys.version.split()[0]}
     for name in LIBRARIES:
         if name in sys.modules:
@@ -26,9 +27,17 @@ def versions() -> dict[str, str]:
 
 
 def main(module: str, item_json: str, dtype: str, cores: str) -> None:
+    """Answer requests until stdin ends: save a program's gradient, or time its calls.
+
+    Args:
+        module: name of the module in :mod:`benchmarks.speed.peers`.
+        item_json: fields of the item, as JSON.
+        dtype: ``"float32"`` or ``"float64"``.
+        cores: numbers of the CPU cores, separated by commas.
+    """
     os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # Send what a library prints to stderr, so that stdout holds nothing but answers.
     import numpy as np
 
     from benchmarks.speed import workloads

@@ -1,6 +1,6 @@
-"""The work that is timed, in NumPy alone, so that every library is handed the same numbers.
+"""The timed workloads, in NumPy, so that every library gets the same numbers.
 
-Images are random: no time depends on what is drawn on them.
+Images are random, because no time depends on their content.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,20 @@ SIDE, FILTERS = 28, 64
 
 @dataclass(frozen=True)
 class FewShot:
-    """Meta-gradients of some tasks of N-way K-shot classification by four blocks of 3×3 convolution, stride 2.
+    """The mean meta-gradient of a batch of N-way K-shot tasks, with as many query images as support images.
 
-    The network: 64 filters, no bias before a batch normalisation, ReLU, a linear layer from 256 features. As many
-    query images as support images.
+    The network has four blocks of a 3×3 convolution with stride 2, 64 filters and no bias, batch normalisation and
+    ReLU, then a linear layer from 256 features.
+
+    Args:
+        name: key in ``ITEMS``.
+        ways: number of classes of a task.
+        shots: number of support images, and of query images, of each class.
+        tasks: number of tasks.
+        steps: number of inner gradient steps.
+        rate: step size of the inner gradient descent.
+        products: number of CG iterations.
+        strength: λ of the proximal term.
     """
 
     name: str
@@ -29,18 +39,21 @@ class FewShot:
 
     @property
     def images(self) -> int:
-        """Of each of a task's two sets."""
+        """Number of images in a task's support set, and in its query set."""
         return self.ways * self.shots
 
     def arrays(self, dtype: str) -> dict[str, np.ndarray]:
-        """Images ``[tasks, images, 28, 28, 1]`` of both sets, in [0, 1], and the labels ``[images]`` of each."""
+        """Return images ``[tasks, images, 28, 28, 1]`` in [0, 1] of both sets, and labels ``y [images]`` for all."""
         random = np.random.default_rng(0)
         shape = (self.tasks, self.images, SIDE, SIDE, 1)
         labels = np.repeat(np.arange(self.ways), self.shots)
         return {"support": random.random(shape).astype(dtype), "query": random.random(shape).astype(dtype), "y": labels}
 
     def parameters(self, dtype: str) -> dict[str, np.ndarray]:
-        """Glorot's initial ones; kernels ``[filters, 9 · channels]``, positions row by row, channels innermost."""
+        """Return the initial parameters, with Glorot's kernels.
+
+        Convolution kernels have shape ``[filters, 9 · channels]``, positions row by row, channels innermost.
+        """
         random = np.random.default_rng(1)
         found = {}
         for block, channels in enumerate((1, FILTERS, FILTERS, FILTERS)):
@@ -60,10 +73,21 @@ def _glorot(random, inputs, outputs, fan_out):
 
 @dataclass(frozen=True)
 class Linear:
-    """The hypergradient of a linear model's validation loss in one penalty ½e^θⱼw² a feature.
+    """The hypergradient of a linear model's validation loss with respect to θ, with one penalty ½e^θⱼwⱼ² per feature.
 
-    Gradient descent at 1/L for the inner problem, conjugate gradients for the adjoint one: everybody is given the same
-    steps and the same tolerance.
+    All libraries solve the inner problem by the same number of gradient steps of size 1/L, and the adjoint system by
+    conjugate gradients with the same tolerance.
+
+    Args:
+        name: key in ``ITEMS``.
+        loss: ``"ridge"``, half the mean squared error, or ``"logistic"``.
+        features: number of features, and of penalties.
+        samples: number of training samples.
+        validation: number of validation samples.
+        steps: number of inner gradient steps.
+        iterations: CG budget.
+        tol: relative tolerance of CG.
+        penalty: e^θⱼ without its random factor.
     """
 
     name: str
@@ -77,7 +101,11 @@ class Linear:
     penalty: float = 8.0
 
     def arrays(self, dtype: str) -> dict[str, np.ndarray]:
-        """``x [samples, features]``, ``y`` (±1 for logistic), the same for validation, and θ ``[features]``."""
+        """Return the data and θ.
+
+        ``x`` has shape ``[samples, features]`` and ``y`` shape ``[samples]``, with ±1 for ``"logistic"``. ``x_val`` and
+        ``y_val`` are the validation data, and ``theta`` has shape ``[features]``.
+        """
         random = np.random.default_rng(2)
         truth = random.normal(size=self.features) / np.sqrt(self.features)
         x, x_val = (random.normal(size=(n, self.features)) for n in (self.samples, self.validation))
@@ -90,12 +118,19 @@ class Linear:
 
     @property
     def step_size(self) -> float:
-        """1/L, with the largest singular value of Gaussian features by Marchenko and Pastur, and a tenth to spare."""
+        """Step size 1/L of the inner gradient descent.
+
+        L is the largest curvature: that of the loss after Marchenko and Pastur for Gaussian features, with a margin of
+        a tenth, plus 1.5 penalties.
+        """
         largest = (1 + np.sqrt(self.features / self.samples)) ** 2 * (0.25 if self.loss == "logistic" else 1.0)
         return 1 / (1.1 * largest + 1.5 * self.penalty)
 
     def exact(self) -> np.ndarray:
-        """The hypergradient in float64, by Newton's method and Woodbury's identity in as many unknowns as samples."""
+        """Return the exact hypergradient in float64, ``[features]``.
+
+        Newton's method solves the inner problem. Woodbury's identity reduces each system to ``samples`` unknowns.
+        """
         a = {name: value.astype(np.float64) for name, value in self.arrays("float32").items()}
         x, y, penalty, n = a["x"], a["y"], np.exp(a["theta"]), self.samples
 
@@ -125,4 +160,4 @@ ITEMS: dict[str, FewShot | Linear] = {
     "ridge": Linear("ridge", "ridge"),
     "logistic": Linear("logistic", "logistic", penalty=4.0),
 }
-"""By the name that a command line gives. W2 has two tasks: a time per task does not depend on their number."""
+"""Workloads by the name on the command line. W2 has two tasks only, because time per task hardly depends on it."""

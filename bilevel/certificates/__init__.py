@@ -1,6 +1,6 @@
-"""How far a hypergradient may be from the exact one, said after the fact by :func:`certify`; constants it takes."""
+"""Certificates: :func:`certify` bounds the error of a finished hypergradient, given constants of the problem."""
 
-from bilevel.certificates.certify import Certificate, CertificateKind, Finding, certify
+from bilevel.certificates.certificate import Certificate, CertificateKind, Finding, certify
 from bilevel.certificates.lipschitz import HALF_SQUARED, LOGISTIC, SOFTMAX, Ball, LinearLoss, Lipschitz
 
 __all__ = [

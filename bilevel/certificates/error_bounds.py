@@ -1,7 +1,8 @@
-"""The numbers of a certificate: a step of Newton's method on the inner and the adjoint equation, and error bounds.
+"""The numbers in a certificate: a Newton step on the inner and the adjoint equation, and error bounds at a point.
 
-With the Lagrangian outer − ⟨F, v⟩ all of it is one function: its derivative in w is the adjoint's residual g − Aᵀv,
-its derivative in θ the hypergradient h − Bᵀv. The formulas stand in :mod:`bilevel.certificates.certify`.
+Both equations derive from one function, the Lagrangian outer − ⟨F, v⟩. Its derivative in w is the adjoint equation's
+residual g − Aᵀv, and its derivative in θ is the hypergradient h − Bᵀv. The module docstring of
+:mod:`bilevel.certificates.certificate` has the formulas.
 """
 
 import functools
@@ -15,21 +16,21 @@ import jax.scipy.linalg
 import jax.scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
-from bilevel import tree
-from bilevel.certificates import spectrum
+from bilevel import spectrum, tree
 from bilevel.certificates.lipschitz import Ball
-from bilevel.certificates.spectrum import Spectrum
-from bilevel.conditions import Problem, Proximal, theta_itself
+from bilevel.conditions import Proximal, identity_center
+from bilevel.problem import Problem
+from bilevel.spectrum import Spectrum
 from bilevel.types import LinearSolver, MatVec, PyTree
 
 DENSE_LIMIT = 500
-"""Unknowns up to which A is factorised where no linear solver is given: n products and n² memory."""
+"""Largest number of unknowns n at which A is factorised where no linear solver is given: n products, n² memory."""
 ROUNDING = 16.0
-"""Allowance for rounding: F, g − Aᵀv and h − Bᵀv may each be off by 16·eps times the size of their terms."""
+"""Allowance for rounding in F, g − Aᵀv and h − Bᵀv, in units of eps times the norms of their terms."""
 
 
 class System(NamedTuple):
-    """A problem at one θ, as functions of w and v."""
+    """A problem at one θ and one data, as functions of w and of the adjoint vector v."""
 
     residual: Callable[[PyTree, PyTree], PyTree]
     """F(w, θ)."""
@@ -39,24 +40,24 @@ class System(NamedTuple):
     data: PyTree
 
     def lagrangian(self, w: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
-        """g − Aᵀv and h − Bᵀv, the derivatives of outer − ⟨F, v⟩ in w and θ."""
+        """Return g − Aᵀv and h − Bᵀv, the derivatives of outer − ⟨F, v⟩ in w and θ."""
         of_outer = jax.grad(self.outer, (0, 1))(w, self.theta)
         return tree.subtract(of_outer, jax.vjp(self.residual, w, self.theta)[1](v))
 
     def jacobian(self, w: PyTree) -> tuple[PyTree, MatVec, MatVec]:
-        """F(w), u ↦ Au and u ↦ Aᵀu."""
+        """Return F(w) and the maps u ↦ Au and u ↦ Aᵀu."""
         value, forward = jax.linearize(lambda w: self.residual(w, self.theta), w)
         pull_back = jax.vjp(lambda w: self.residual(w, self.theta), w)[1]
         return value, forward, lambda u: pull_back(u)[0]
 
     def mixed(self, w: PyTree) -> Callable[[PyTree], PyTree]:
-        """u ↦ Bᵀu."""
+        """Return the map u ↦ Bᵀu."""
         pull_back = jax.vjp(lambda theta: self.residual(w, theta), self.theta)[1]
         return lambda u: pull_back(u)[0]
 
 
 def system_at(problem: Problem, theta: PyTree, data: PyTree) -> System:
-    """The problem's residual and outer function at θ and data."""
+    """Fix θ and data in a problem's residual and outer function."""
 
     def outer(w, theta) -> Any:
         value: Any = problem.outer(w, theta, data)
@@ -66,16 +67,20 @@ def system_at(problem: Problem, theta: PyTree, data: PyTree) -> System:
 
 
 class LinearAlgebra(NamedTuple):
-    """Solves with A at one w, and the spectrum of A at any."""
+    """Linear solves with the A of one w, and the spectrum of A at any w."""
 
     solve: MatVec
+    """b ↦ A⁻¹b."""
     solve_transposed: MatVec
+    """b ↦ A⁻ᵀb."""
     spectrum: Callable[[PyTree], Spectrum]
+    """w ↦ the spectrum of A at w."""
     dense: bool
+    """True if A is factorised, False if it is used through products alone."""
 
 
 def linear_algebra(system: System, w: PyTree, linear: LinearSolver | None) -> LinearAlgebra:
-    """By a factorisation where no solver is given and A is small, else from products alone."""
+    """Prepare solves with the A at ``w``: by a factorisation if no solver is given and A is small, else by products."""
     _, forward, transpose = system.jacobian(w)
     flat, unravel = ravel_pytree(w)
     if linear is None and flat.size <= DENSE_LIMIT:
@@ -98,13 +103,13 @@ def linear_algebra(system: System, w: PyTree, linear: LinearSolver | None) -> Li
 
 
 def _gmres(matvec, b):
-    """To the square root of the precision: the correction needs few digits, its remainder is judged apart."""
-    with jax.numpy_dtype_promotion("standard"):  # JAX's GMRES mixes widths in its arithmetic
-        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=_eps(b) ** 0.5, restart=30, maxiter=20)
+    """Solve Ax = b to a relative residual of √eps, enough for a correction whose own residual is checked later."""
+    with jax.numpy_dtype_promotion("standard"):  # JAX's GMRES mixes float32 with float64 and fails under "strict"
+        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tree.eps(b) ** 0.5, restart=30, maxiter=20)
 
 
 class Step(NamedTuple):
-    """A point (w, v), its residuals, and the step of Newton's method from there."""
+    """A point (w, v), its residuals, and the Newton step from there."""
 
     w: PyTree
     v: PyTree
@@ -115,31 +120,34 @@ class Step(NamedTuple):
     gradient: PyTree
     """G = h − Bᵀv."""
     step_w: PyTree
-    """ε₁."""
+    """ε₁, subtracted from w."""
     step_v: PyTree
-    """ε_v."""
+    """ε_v, subtracted from v."""
     change: PyTree
-    """ΔG."""
+    """ΔG, subtracted from G."""
     adjoint_target: PyTree
-    """∂_w[g − Aᵀv]ε₁ − r₂, the right-hand side for ε_v."""
+    """∂_w[g − Aᵀv]ε₁ − r₂, the right-hand side of the equation for ε_v."""
     unsolved_w: PyTree
-    """r₁ − Aε₁: what the linear solve left over."""
+    """r₁ − Aε₁, the residual of the linear solve for ε₁."""
     unsolved_v: PyTree
-    """The same for ε_v."""
+    """The residual of the linear solve for ε_v."""
     product: PyTree
-    """Aw, whose size tells that of F's terms."""
+    """Aw, which stands for the terms of F in the allowance for rounding."""
 
     def target(self) -> tuple[PyTree, PyTree]:
-        """w − ε₁ and v − ε_v."""
+        """Return the point after the step, (w − ε₁, v − ε_v)."""
         return tree.subtract(self.w, self.step_w), tree.subtract(self.v, self.step_v)
 
     def corrected(self) -> PyTree:
-        """G − ΔG."""
+        """Return the gradient after the step, G − ΔG."""
         return tree.subtract(self.gradient, self.change)
 
 
 def newton_step(system: System, algebra: LinearAlgebra, w: PyTree, v: PyTree) -> Step:
-    """The step from (w, v), solved with the A that ``algebra`` holds: elsewhere than there it is a simplified one."""
+    """Compute the Newton step from (w, v).
+
+    The linear solves use the A that ``algebra`` was made for. At any other w the result is a simplified Newton step.
+    """
     residual, forward, transpose = system.jacobian(w)
     step_w = algebra.solve(residual)
     (defect, gradient), (moved_defect, moved_gradient) = jax.jvp(lambda w: system.lagrangian(w, v), (w,), (step_w,))
@@ -162,18 +170,18 @@ def newton_step(system: System, algebra: LinearAlgebra, w: PyTree, v: PyTree) ->
 
 
 class Bounds(NamedTuple):
-    """What is known of the exact solution from one point, as scalars; infinite where nothing is."""
+    """Upper bounds of the errors at one point (w, v), as scalars; infinite where no solution is proved to be near."""
 
     radius: jax.Array
-    """Of ‖w − w*‖."""
+    """Bound of ‖w − w*‖."""
     gradient: jax.Array
-    """Of ‖(h − Bᵀv) − G*‖."""
+    """Bound of ‖(h − Bᵀv) − G*‖."""
     rounding: jax.Array
-    """The share of it that rounding in the residuals would have at the exact solution."""
+    """The value of that bound if r₁ and r₂ were pure rounding."""
     residual_rounding: jax.Array
-    """Of r₁."""
+    """Allowance for rounding in r₁."""
     defect_rounding: jax.Array
-    """Of r₂."""
+    """Allowance for rounding in r₂."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +189,12 @@ class Constants:
     """Every constant of the bound, as a number or a function of a ball.
 
     Attributes:
-        known: by name, as in :class:`Lipschitz`, with ``strong_convexity`` where that is known.
+        known: the constants by name, as in :class:`Lipschitz`, and ``strong_convexity`` if it is declared.
         system: the problem at θ.
-        here: A's spectrum at the inner solution.
-        algebra: where A's spectrum elsewhere comes from.
-        probed: names of those that are no more than probed.
-        disproved: whether the declared strong convexity is.
+        here: the spectrum of A at the inner solution.
+        algebra: computes the spectrum of A at other points.
+        probed: the names of the constants that were probed at one point.
+        disproved: True if the spectrum contradicts the declared strong convexity or positive definiteness.
     """
 
     known: dict[str, Any]
@@ -198,11 +206,14 @@ class Constants:
 
     @property
     def convex(self) -> bool:
+        """True if strong convexity is declared."""
         return "strong_convexity" in self.known
 
     @staticmethod
-    def complete(problem: Problem, system: System, algebra: LinearAlgebra, declared: dict, step: Step) -> "Constants":
-        """What is declared, what structure tells, and probes at one point for the rest."""
+    def complete(
+        problem: Problem, system: System, algebra: LinearAlgebra, declared: dict[str, Any], step: Step
+    ) -> "Constants":
+        """Collect the constants: declared ones first, then those that follow from structure, then probes."""
         known = _from_structure(problem, system, step.w) | declared
         probes = _probes(known, system, step, algebra.dense)
         here = algebra.spectrum(step.w)
@@ -219,12 +230,12 @@ class Constants:
         return Constants(known | probes, system, here, algebra, probed, disproved)
 
     def bounds(self, step: Step) -> Bounds:
-        """The bound of the error at one point, from its residuals and what rounding may have done to them."""
+        """Bound the errors at one point from its residuals, each enlarged by its allowance for rounding."""
         system, norm = self.system, tree.norm
-        dtype, eps = norm(step.w).dtype, ROUNDING * _eps(step.w, step.gradient)
+        dtype, eps = norm(step.w).dtype, ROUNDING * tree.eps((step.w, step.gradient))
         of_w, of_v = norm(step.w), norm(step.v)
-        rounding_1 = eps * (self.here.norm * of_w + norm(tree.subtract(step.residual, step.product)))
-        radius, inverse = self._enclose(step, rounding_1)
+        rounding_w = eps * (self.here.norm * of_w + norm(tree.subtract(step.residual, step.product)))
+        radius, inverse = self._enclose(step, rounding_w)
         ball = Ball(step.w, radius, step.v)
 
         def value(name):
@@ -238,23 +249,28 @@ class Constants:
         else:
             mixed_norm = _mixed_norm(system, step.w).astype(dtype) + _times(mixed, radius)
         slope = outer_theta + mixed * of_v
-        rounding_2 = eps * (norm(step.defect) + self.here.norm * of_v + outer_w * of_w)
-        rounding_3 = eps * (norm(step.gradient).astype(dtype) + mixed_norm * of_v + outer_theta * of_w)
+        rounding_v = eps * (norm(step.defect) + self.here.norm * of_v + outer_w * of_w)
+        rounding_gradient = eps * (norm(step.gradient).astype(dtype) + mixed_norm * of_v + outer_theta * of_w)
 
         def total(radius, defect):
             through_v = _times(mixed_norm, inverse * (_times(outer_w + adjoint, radius) + defect))
-            return _times(slope, radius) + through_v + rounding_3
+            return _times(slope, radius) + through_v + rounding_gradient
 
         return Bounds(
             radius=radius,
-            gradient=total(radius, norm(step.defect) + rounding_2),
-            rounding=total(inverse * rounding_1, rounding_2),
-            residual_rounding=rounding_1,
-            defect_rounding=rounding_2,
+            gradient=total(radius, norm(step.defect) + rounding_v),
+            rounding=total(inverse * rounding_w, rounding_v),
+            residual_rounding=rounding_w,
+            defect_rounding=rounding_v,
         )
 
     def _enclose(self, step, rounding):
-        """Bounds of ‖w − w*‖ and of ‖A*⁻¹‖."""
+        """Bound ‖w − w*‖ and ‖A*⁻¹‖.
+
+        With strong convexity μ they are at most ‖F(w)‖/μ and 1/μ. Otherwise the Newton–Kantorovich theorem is used,
+        with η the length of the Newton step, β₀ ≥ ‖A⁻¹‖ and ρ the Lipschitz constant of A: where β₀ρη ≤ ½, they are at
+        most 2η/(1 + √(1 − 2β₀ρη)) and β₀/√(1 − 2β₀ρη). Where the condition fails, both are infinite.
+        """
         residual = tree.norm(step.residual) + rounding
         if self.convex:
             mu = self.known["strong_convexity"]
@@ -268,26 +284,22 @@ class Constants:
         product = _times(jnp.asarray(rho, length.dtype), inverse * length)
         root = jnp.sqrt(jnp.maximum(1 - 2 * product, jnp.zeros_like(product)))
         holds = product <= 0.5
-        nothing = jnp.full_like(product, jnp.inf)
-        return jnp.where(holds, 2 * length / (1 + root), nothing), jnp.where(holds, inverse / root, nothing)
+        infinite = jnp.full_like(product, jnp.inf)
+        return jnp.where(holds, 2 * length / (1 + root), infinite), jnp.where(holds, inverse / root, infinite)
 
 
 def distance(a: PyTree, b: PyTree) -> jax.Array:
-    """‖a − b‖."""
+    """Return ‖a − b‖."""
     return tree.norm(tree.subtract(a, b))
 
 
 def _times(constant, size):
-    """constant · size, where a constant of zero holds whatever the size."""
+    """Return constant · size, and zero for a constant of zero even where the size is infinite."""
     return jnp.where(constant == 0, jnp.zeros_like(size), constant * size)
 
 
-def _eps(*trees):
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
-
-
 def _mixed_norm(system, w):
-    """‖B‖ from the matrix BBᵀ, up to rounding."""
+    """Compute ‖B‖ from the largest eigenvalue of the matrix BBᵀ, up to rounding."""
     pull_back = system.mixed(w)
     _, push = jax.linearize(lambda theta: system.residual(w, theta), system.theta)
     gram = spectrum.matrix(lambda u: push(pull_back(u)), w)
@@ -295,7 +307,7 @@ def _mixed_norm(system, w):
 
 
 def _from_structure(problem, system, w):
-    """The constants that follow from what does not use θ."""
+    """Derive constants from structure: zero where a function does not use θ, or where B does not depend on w."""
     theta, data, condition = system.theta, system.data, problem.condition
     known = {}
     if not _uses_second(system.outer, w, theta):
@@ -306,15 +318,15 @@ def _from_structure(problem, system, w):
         strength = condition.strength if callable(condition.strength) else lambda *_: condition.strength
         fixed = not _uses_second(lambda w, theta: strength(theta, data), w, theta)
         if fixed and not _uses_second(lambda w, theta: condition.objective(w, theta, data), w, theta):
-            known["mixed"] = 0.0  # B = −λ ∂center/∂θ, whatever w is
-            if condition.center is theta_itself:
+            known["mixed"] = 0.0  # B = −λ ∂center/∂θ does not depend on w
+            if condition.center is identity_center:
                 strengths = [jnp.max(jnp.asarray(leaf)) for leaf in jax.tree.leaves(strength(theta, data))]
                 known["mixed_norm"] = functools.reduce(jnp.maximum, strengths)
     return known
 
 
 def _uses_second(function, first, second):
-    """Whether a function's program reads its second argument anywhere; True where in doubt."""
+    """Return True if the function's jaxpr reads its second argument, even where the result does not depend on it."""
     jaxpr = jax.make_jaxpr(function)(first, second).jaxpr
     inputs = jaxpr.invars[len(jax.tree.leaves(first)) :]
     read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | {id(o) for o in jaxpr.outvars}
@@ -322,11 +334,11 @@ def _uses_second(function, first, second):
 
 
 def _probes(known, system, step, dense):
-    """Derivatives at one point in place of constants that nobody declared: each is a lower bound of its constant."""
+    """Replace each missing constant by the norm of a derivative at one point, which is a lower bound of it."""
     w, v = step.w, step.v
 
     def at(function):
-        return spectrum.norm(jax.linearize(function, w)[1], w)
+        return spectrum.operator_norm(jax.linearize(function, w)[1], w)
 
     probes = {}
     if "outer_w" not in known:
@@ -341,12 +353,12 @@ def _probes(known, system, step, dense):
         size = tree.norm(v)
         probes["mixed"] = at(lambda w: system.mixed(w)(v)) / jnp.where(size > 0, size, jnp.ones_like(size))
     if "mixed_norm" not in known and not dense:
-        probes["mixed_norm"] = spectrum.norm(system.mixed(w), w)
+        probes["mixed_norm"] = spectrum.operator_norm(system.mixed(w), w)
     return probes
 
 
 def _probe_jacobian(system, w, direction):
-    """‖∂A in the direction of the step‖, for a step of length one."""
+    """Estimate the operator norm of the derivative of A along the unit vector of ``direction``."""
     size = tree.norm(direction)
     unit = tree.scale(1 / jnp.where(size > 0, size, jnp.ones_like(size)), direction)
 
@@ -356,4 +368,4 @@ def _probe_jacobian(system, w, direction):
 
         return jax.jvp(product, (w,), (unit,))[1]
 
-    return spectrum.norm(change, w)
+    return spectrum.operator_norm(change, w)

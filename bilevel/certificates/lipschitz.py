@@ -1,4 +1,4 @@
-"""Constants that bound how fast a problem's derivatives change: what a certificate needs to be a proof."""
+"""Lipschitz constants of a problem's derivatives: a certificate that has them all is a proof, else an estimate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,11 +11,11 @@ from bilevel.types import PyTree
 
 
 class Ball(NamedTuple):
-    """Where a constant has to hold: the w′ with ‖w′ − w‖ ≤ radius, among which w* is proved to be.
+    """The ball of all w′ with ‖w′ − w‖ ≤ radius. It contains w*, and a constant has to hold everywhere in it.
 
     Attributes:
         w: the centre, a pytree.
-        radius: a scalar.
+        radius: the radius, a scalar.
         v: the adjoint vector at the centre, a pytree like w.
     """
 
@@ -25,26 +25,27 @@ class Ball(NamedTuple):
 
 
 Constant = float | Callable[[Ball, PyTree, PyTree], jax.Array] | None
-"""A number that holds everywhere, ``f(ball, theta, data)`` that holds on a ball, or None: not known."""
+"""A number that holds everywhere, ``f(ball, theta, data)`` whose value holds on the ball, or None where unknown."""
 
 
 @dataclass(frozen=True)
 class Lipschitz:
-    """Lipschitz constants in w of a problem's derivatives, with F its residual; all norms are Euclidean.
+    """Lipschitz constants, in w, of the derivatives of a problem with residual F. All norms are Euclidean.
 
-    What is None is taken from the problem's structure where that tells it (an outer function or a residual that
-    does not use θ, a :class:`Proximal` with θ as its centre), else probed at one point, which proves nothing.
+    Where a constant is None, :func:`certify` derives it from the problem's structure if it can: from an outer function
+    or a residual that does not use θ, or from a :class:`Proximal` with θ as its centre. Otherwise it probes the
+    constant at one point, which proves nothing.
 
     Args:
-        outer_w: L_g, of w ↦ ∂outer/∂w.
-        outer_theta: L_h, of w ↦ ∂outer/∂θ.
-        jacobian: ρ, of w ↦ A = ∂F/∂w in the operator norm; 0 for a quadratic inner objective.
-        adjoint: ρ_v, of w ↦ Aᵀv for the ``ball.v`` at hand; None for ρ‖v‖.
-        mixed: β, of w ↦ B = ∂F/∂θ in the operator norm.
-        mixed_norm: the largest ‖B‖ on the ball; None for ‖B‖ at the centre, computed, and β times the radius.
+        outer_w: L_g, the constant of w ↦ ∂outer/∂w.
+        outer_theta: L_h, the constant of w ↦ ∂outer/∂θ.
+        jacobian: ρ, the constant of w ↦ A = ∂F/∂w in the operator norm; 0 for a quadratic inner objective.
+        adjoint: ρ_v, the constant of w ↦ Aᵀv for the adjoint vector ``ball.v``; None takes ρ‖v‖.
+        mixed: β, the constant of w ↦ B = ∂F/∂θ in the operator norm.
+        mixed_norm: the largest ‖B‖ on the ball; None computes ‖B‖ at the centre and adds β times the radius.
 
     Raises:
-        ValueError: for a number below zero, infinite, or not a number.
+        ValueError: for a number that is negative, infinite or NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,55 +65,64 @@ class Lipschitz:
     mixed: Constant = None
     mixed_norm: Constant = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in self.items():
             if isinstance(value, int | float) and not 0 <= value < float("inf"):
-                raise ValueError(f"Lipschitz needs {name} of at least 0 and finite, got {value}; None where not known")
+                raise ValueError(f"Lipschitz needs a finite {name} ≥ 0, got {value}; pass None if it is unknown")
 
     def items(self) -> list[tuple[str, Constant]]:
-        """Name and value of each constant that is given."""
+        """List the name and value of each constant that is not None."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return [(name, value) for name, value in pairs if value is not None]
 
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """The mean over m rows of φ(xᵢw), with |φ″| ≤ curvature and |φ‴| ≤ third in Euclidean operator norms.
+    """A loss of a linear model: the mean over m rows xᵢ of φ(xᵢw). It computes the loss's Lipschitz constants in w.
 
     Args:
-        curvature: the largest ‖∇²φ‖.
-        third: the largest ‖∇³φ‖.
+        curvature: the largest ‖∇²φ‖, in the Euclidean operator norm.
+        third: the largest ‖∇³φ‖, in the same norm.
     """
 
     curvature: float
     third: float
 
     def gradient(self, x: jax.Array) -> jax.Array:
-        """The Lipschitz constant of the gradient, curvature·‖X‖²/m. x: ``[m, features]``."""
+        """Compute the Lipschitz constant of the gradient, curvature·‖X‖²/m, for x of shape ``[m, features]``."""
         return self.curvature * _squared_norm(x, jnp.ones_like(x[:, 0])) / len(x)
 
     def hessian(self, x: jax.Array) -> jax.Array:
-        """The Lipschitz constant of the Hessian, third·‖Xᵀ diag(‖xᵢ‖) X‖/m. x: ``[m, features]``."""
+        """Compute the Lipschitz constant of the Hessian, third·‖Xᵀ diag(‖xᵢ‖) X‖/m, for x ``[m, features]``."""
         return self.third * _squared_norm(x, jnp.linalg.norm(x, axis=1)) / len(x)
 
     def hessian_times(self, x: jax.Array, v: jax.Array) -> jax.Array:
-        """The Lipschitz constant of w ↦ ∇²v, third·‖Xᵀ diag(‖xᵢv‖) X‖/m. v: ``[features]`` or ``[features, classes]``.
+        """Compute the Lipschitz constant of w ↦ (Hessian at w)·v, third·‖Xᵀ diag(‖xᵢv‖) X‖/m.
 
-        By Hölder |Σ ∇³φ[xᵢv, xᵢa, xᵢb]| ≤ third·Σ ‖xᵢv‖‖xᵢa‖‖xᵢb‖, a quadratic form for a = b.
+        By Hölder's inequality |Σ ∇³φ[xᵢv, xᵢa, xᵢb]| ≤ third·Σ ‖xᵢv‖‖xᵢa‖‖xᵢb‖, which for a = b is a quadratic form
+        in a with the matrix above.
+
+        Args:
+            x: the rows, ``[m, features]``.
+            v: ``[features]`` or ``[features, classes]``.
         """
         return self.third * _squared_norm(x, jnp.linalg.norm((x @ v).reshape(len(x), -1), axis=1)) / len(x)
 
 
 HALF_SQUARED = LinearLoss(curvature=1.0, third=0.0)
-"""½(xᵢw − yᵢ)²."""
+"""Half squared error, ½(xᵢw − yᵢ)²."""
 LOGISTIC = LinearLoss(curvature=1 / 4, third=1 / (6 * 3**0.5))
-"""log(1 + exp(−yᵢxᵢw)), yᵢ = ±1: σ(1 − σ) ≤ ¼, and |σ(1 − σ)(1 − 2σ)| ≤ 1/(6√3)."""
+"""Logistic loss log(1 + exp(−yᵢxᵢw)) with yᵢ = ±1: σ(1 − σ) ≤ ¼, and |σ(1 − σ)(1 − 2σ)| ≤ 1/(6√3)."""
 SOFTMAX = LinearLoss(curvature=1 / 2, third=2**0.5 / (3 * 3**0.5))
-"""−log softmax(xᵢw) of a class: variance and third central moment of a variable on an interval of length √2."""
+"""Cross-entropy −log softmax(xᵢw) of the true class.
+
+Along a unit vector the second and third derivatives are the variance and the third central moment of a random variable
+on an interval of length √2.
+"""
 
 
 def _squared_norm(x, weights):
-    """‖Xᵀ diag(weights) X‖₂ for weights ≥ 0, from the smaller of the two Gram matrices."""
+    """Compute ‖Xᵀ diag(weights) X‖₂ for weights ≥ 0 from the smaller of the two Gram matrices."""
     rows = x * jnp.sqrt(weights)[:, None]
     gram = rows.T @ rows if x.shape[1] <= x.shape[0] else rows @ rows.T
     return jnp.linalg.eigvalsh(gram)[-1]

@@ -1,7 +1,7 @@
-"""Assertions on a hypergradient and on a condition: each says where it failed, by how much, and the likely cause.
+"""Assertions on a hypergradient and on a condition; a failure says where, by how much, and the likely cause.
 
-They take the method and the solver as arguments and share no gradient code with them. A reference that is not
-sure enough to decide is a failure too: an assertion that cannot fail proves nothing.
+Methods and solvers are arguments, and no gradient code is shared with them. If a reference is not accurate enough to
+tell a right number from a wrong one, the assertion fails as well: a check that cannot fail proves nothing.
 """
 
 import functools
@@ -12,34 +12,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Condition, Problem
+from bilevel._deprecation import renamed_field
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
 from bilevel.testing.cases import Case
 from bilevel.types import Hypergradient, PyTree, Status
-from bilevel.verify import oracles
-from bilevel.verify.examine import check_condition
-from bilevel.verify.suspects import Answer, likely_cause
+from bilevel.verify.causes import likely_cause
+from bilevel.verify.comparison import Deviation, Tolerance
+from bilevel.verify.condition import check_condition
+from bilevel.verify.flat import flatten, vector_of
+from bilevel.verify.method_run import MethodRun, method_arguments, method_program
+from bilevel.verify.precision import as_double, double_precision, eps_of
+from bilevel.verify.references import Reference, dense, select_references
 from bilevel.verify.tables import label
 
-FIT = 1e-2
-"""How much of the error an explanation may leave over."""
+MAX_UNEXPLAINED = 1e-2
+"""A cause explains an error if it accounts for all but this fraction of it."""
 
 
+@renamed_field("oracle", "reference")
 @dataclass(frozen=True)
 class Check:
-    """One comparison: a row of the report.
+    """The result of one comparison, a row of the plugin's report.
 
     Attributes:
         problem: what was checked, in a few words.
-        method: what it was computed with.
-        oracle: what it was compared with.
-        error: the worst error, relative to the reference's largest entry.
-        rtol: the tolerance on it.
-        message: why it failed; empty where it did not.
+        method: what computed it.
+        reference: what it was compared with.
+        error: the largest error, relative to the reference's largest entry.
+        rtol: the tolerance on ``error``.
+        message: why the check failed; empty if it passed.
     """
 
     problem: str
     method: str
-    oracle: str
+    reference: str
     error: float
     rtol: float
     message: str = ""
@@ -66,8 +73,9 @@ def assert_hypergradient(
 ) -> None:
     """Assert that ``method`` returns the derivative of the outer value, in every coordinate of θ.
 
-    |got − expected| ≤ rtol·max|expected| + atol, for each coordinate; where θ has more than 64 entries, for
-    random directions. The method runs in the precision of its arguments, the oracle in float64.
+    Each coordinate must satisfy |got − expected| ≤ rtol·max|expected| + atol, plus the reference's own uncertainty. A
+    θ of more than 64 entries is checked along 8 random directions. The method runs in the precision of its arguments,
+    and the reference in float64.
 
     Args:
         problem: the condition and the outer function.
@@ -77,15 +85,15 @@ def assert_hypergradient(
         solver: finds the inner solution.
         method: called as ``method(problem, solver, theta, init, data)``; it returns a
             :class:`~bilevel.Hypergradient`, or the bare gradient.
-        rtol: None for 10·√eps of the gradient's dtype, half of its digits.
-        atol: None for a thousandth of ``rtol``.
-        against: ``"finite_differences"`` and ``"dense"`` know the derivative at the solution, however far the
-            solver came; ``"unrolled"`` that of the solver's output. Or several of them.
-        record: called with each :class:`Check`, before it is asserted.
+        rtol: None means 10·√eps of the gradient's dtype, about half of its digits.
+        atol: None means a thousandth of ``rtol``.
+        against: one or several references. ``"finite_differences"`` and ``"dense"`` differentiate the exact solution,
+            however far the solver came; ``"unrolled"`` differentiates the solver's output.
+        record: called with each :class:`Check` before it is asserted.
 
     Raises:
-        AssertionError: naming the leaf, the coordinate, both numbers, the oracle and the likely cause.
-        ValueError: for an oracle that does not exist.
+        AssertionError: with the leaf, the coordinate, both numbers, the reference and the likely cause.
+        ValueError: for an unknown reference.
 
     Example:
         >>> import bilevel as bl
@@ -99,21 +107,17 @@ def assert_hypergradient(
         AssertionError: the hypergradient is wrong at theta['a']: got 8.0, ...
     """
     __tracebackhide__ = True
-    asked = oracles.chosen(against)
-    out = run(problem, solver, method, theta, init, data)
-    gradient = _gradient(out, theta)
-    for name, oracle in asked.items():
-        reference = oracle(problem, solver, theta, init, data)
-        answer = Answer(problem, solver, theta, init, data, out, reference.directions)
-        compared = _Comparison(
-            reference.labels,
-            answer.derivatives,
-            reference.derivatives,
-            reference.uncertainty,
-            *_tolerances(gradient, rtol, atol),
-        )
-        check = compared.check(describe(problem), label(method), f"{name}, of {reference.question}", out)
-        judge(_with_cause(check, answer, reference) if compared.decided else check, record)
+    selected = select_references(against)
+    out = run_method(problem, solver, method, theta, init, data)
+    tolerance = _tolerance(_gradient(out, theta), rtol, atol)
+    for name, evaluate in selected.items():
+        reference = evaluate(problem, solver, theta, init, data)
+        run = MethodRun(problem, solver, theta, init, data, out, reference.directions)
+        expected, uncertainty = reference.derivatives, reference.uncertainty
+        deviation = Deviation(reference.labels, run.derivatives, expected, uncertainty, tolerance)
+        source = f"{name}, of {reference.question}"
+        check = _check(deviation, describe(problem), label(method), source, out)
+        assert_check(_add_cause(check, run, reference) if deviation.decided else check, record)
 
 
 def assert_case(
@@ -123,40 +127,41 @@ def assert_case(
     rtol: float | None = None,
     record: Record | None = None,
 ) -> None:
-    """Assert that a solver and a method find the exact solution, value and hypergradient of a drawn case.
+    """Assert that a solver and a method find the exact solution, value and hypergradient of a case.
 
     Args:
         case: drawn by a strategy, or made by a family.
-        solver: yours; None for the one that the case suggests.
-        method: yours; None for the one that the case suggests.
-        rtol: relative to each tree's largest entry; None for ``case.rtol``, 1000·eps·κ.
-        record: called with each :class:`Check`, before it is asserted.
+        solver: the solver under test; None means the one that the case suggests.
+        method: the method under test; None means the one that the case suggests.
+        rtol: relative to each tree's largest entry; None means ``case.rtol``, 1000·eps·κ.
+        record: called with each :class:`Check` before it is asserted.
 
     Raises:
-        AssertionError: naming the leaf, the coordinate, both numbers and the likely cause.
+        AssertionError: with the leaf, the coordinate, both numbers and the likely cause.
 
     Example:
         >>> import bilevel as bl
         >>> from bilevel.testing import families
-        >>> assert_case(families.ridge(dtype="float32", seed=1), method=bl.Implicit(bl.CG(maxiter=10)))
+        >>> assert_case(families.ridge(dtype="float32", seed=1), method=bl.Implicit(bl.CG(10)))
     """
     __tracebackhide__ = True
     rtol = case.rtol if rtol is None else rtol
+    tolerance = Tolerance(rtol, 1e-3 * rtol)
     solver, method = solver or case.solver, method or case.method
-    out = run(case.problem, solver, method, case.theta, case.init, case.data)
-    found = {"theta": (_gradient(out, case.theta), case.gradient)}
+    out = run_method(case.problem, solver, method, case.theta, case.init, case.data)
+    results = {"theta": (_gradient(out, case.theta), case.gradient)}
     if isinstance(out, Hypergradient):
-        found = {"w": (out.inner.w, case.w), "value": (out.value, case.value)} | found
-    for name, (got, expected) in found.items():
-        labels, expected = _labels(expected, name), oracles.vector_of(expected)
-        exact = np.zeros_like(expected)
-        compared = _Comparison(labels, oracles.vector_of(got), expected, exact, rtol, 1e-3 * rtol)
-        check = compared.check(repr(case), label(method), "closed form", out, _SUBJECTS[name])
+        # The hypergradient comes last: its error may follow from that of the solution, which then is named instead.
+        results = {"w": (out.inner.w, case.w), "value": (out.value, case.value)} | results
+    for name, (got, exact) in results.items():
+        expected = vector_of(exact)
+        deviation = Deviation(_labels(exact, name), vector_of(got), expected, np.zeros_like(expected), tolerance)
+        check = _check(deviation, repr(case), label(method), "closed form", out, _SUBJECTS[name])
         if check.message and name == "theta":
-            reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
-            question = case.problem, solver, case.theta, case.init, case.data
-            check = _with_cause(check, Answer(*question, out, reference.directions), reference)
-        judge(check, record)
+            reference = dense(case.problem, None, case.theta, None, case.data, w=case.w)
+            arguments = case.problem, solver, case.theta, case.init, case.data
+            check = _add_cause(check, MethodRun(*arguments, out, reference.directions), reference)
+        assert_check(check, record)
 
 
 def assert_condition(
@@ -168,23 +173,23 @@ def assert_condition(
     rtol: float = 1e-5,
     record: Record | None = None,
 ) -> None:
-    """Assert that a condition is what it says of itself at w: finite, solved, symmetric, positive definite.
+    """Assert what a condition declares, at w: finite, solved, symmetric, positive definite.
 
-    These are rows of :func:`~bilevel.check_condition`. A = ∂F/∂w is written out up to 1000 unknowns; beyond, products
-    with it stand for it, which can disprove symmetry and definiteness, and prove neither.
+    The assertions are rows of :func:`~bilevel.check_condition`. Up to 1000 unknowns A = ∂F/∂w is written out. Beyond,
+    only products with A are used, which can disprove symmetry and definiteness but never prove them.
 
     Args:
         problem: a condition, or a problem that has one.
         theta: outer variables.
-        w: where to look, a tree like the inner variables.
+        w: the point, a tree like the inner variables.
         data: of the problem.
-        solved: whether w is meant to be the solution: Newton's step from it, ‖A⁻¹F‖, is then at most
-            ``rtol·(1 + ‖w‖)``; beyond 1000 unknowns ‖F‖ is.
-        rtol: also what symmetry may be missed by, relative to ‖A‖.
-        record: called with each :class:`Check`, before it is asserted.
+        solved: whether w is meant to be the solution. If so, the length of Newton's step from it, ‖A⁻¹F‖, must be at
+            most ``rtol·(1 + ‖w‖)``. For more than 1000 unknowns ‖F‖ must.
+        rtol: also the allowed asymmetry, relative to ‖A‖.
+        record: called with each :class:`Check` before it is asserted.
 
     Raises:
-        AssertionError: naming what was declared, the coordinates and the numbers.
+        AssertionError: with the property, the coordinates and the numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -206,97 +211,60 @@ def assert_condition(
         if row.name in asserted or (row.name in ("leaves", "structure") and not row.ok):
             error = row.value or 0.0 if row.name in ("residual", "symmetry") else 0.0 if row.ok else np.inf
             message = "" if row.ok else f"{name}, {row.name}: {row.found}\n  {row.remedy}"
-            judge(Check(name, "", row.name, error, rtol, message), record)
+            assert_check(Check(name, "", row.name, error, rtol, message), record)
 
 
 _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "the hypergradient"}
 
 
-def run(problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree) -> object:
-    """What the method returns, compiled once for each method, solver, problem and shape."""
-    theta, data = jax.tree.map(jnp.asarray, (theta, data))
-    start = None if callable(init) else jax.tree.map(jnp.asarray, init)
-    arguments = (problem, solver, method, init if callable(init) else None)
+def run_method(
+    problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree
+) -> object:
+    """Run the method, compiled once for each method, solver, problem and shape."""
+    settings = problem, solver, method, init if callable(init) else None
     try:
-        compiled = _compiled(*arguments)
-    except TypeError:  # a solver of the user's own that cannot be hashed
-        compiled = _compiled.__wrapped__(*arguments)
-    return compiled(theta, start, data)
+        compiled = _compiled(*settings)
+    except TypeError:  # a user's solver that cannot be hashed
+        compiled = _compiled.__wrapped__(*settings)
+    return compiled(*method_arguments(theta, init, data))
 
 
 @functools.lru_cache(maxsize=128)
 def _compiled(problem, solver, method, init):
-    return jax.jit(lambda theta, start, data: method(problem, solver, theta, init or start, data))
+    return jax.jit(method_program(problem, solver, method, init))
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    labels: Sequence[str]
-    got: np.ndarray
-    expected: np.ndarray
-    uncertainty: np.ndarray
-    rtol: float
-    atol: float
-
-    @property
-    def scale(self):
-        return np.abs(self.expected).max(initial=0.0)
-
-    @property
-    def tolerance(self):
-        return self.rtol * self.scale + self.atol
-
-    @property
-    def decided(self):
-        """Whether the reference is sure enough to tell."""
-        return bool(np.all(self.uncertainty <= self.tolerance))
-
-    def check(self, problem, method, oracle, out, subject="the hypergradient"):
-        missed = np.abs(self.got - self.expected)
-        missed = np.where(np.isfinite(missed), missed, np.inf)
-        worst = int(missed.argmax()) if missed.size else 0
-        error = missed.max(initial=0.0) / max(self.scale, self.atol, np.finfo(float).tiny)
-        check = functools.partial(Check, problem, method, oracle, float(error), self.rtol)
-        if not self.decided:
-            return check(self._undecided(oracle))
-        off = missed > self.tolerance + self.uncertainty
-        if not off.any():
-            return check()
-        return check(
-            f"{subject} is wrong at {self.labels[worst]}: got {self.got[worst]:.8}, expected {self.expected[worst]:.8} "
-            f"({oracle}), relative error {error:.3g} above rtol {self.rtol:.3g}; {off.sum()} of {off.size} are off\n"
-            f"  {_endings(out)}"
-        )
-
-    def _undecided(self, oracle):
-        worst = int(np.argmax(self.uncertainty))
-        return (
-            f"{oracle} cannot decide at {self.labels[worst]}: its own uncertainty, {self.uncertainty[worst]:.3g}, is "
-            f"above the tolerance of {self.tolerance:.3g}. Is there a kink, or a singular system? Else take another "
-            "oracle, or a larger rtol"
-        )
+def _check(deviation: Deviation, problem: str, method: str, source: str, out, subject="the hypergradient") -> Check:
+    """Turn a deviation into a check; it fails if the reference cannot decide."""
+    message = ""
+    if not deviation.decided:
+        message = deviation.indecision(source)
+    elif not deviation.agrees:
+        message = f"{deviation.mismatch(subject, source)}\n  {_solve_report(out)}"
+    return Check(problem, method, source, deviation.relative_error, deviation.tolerance.rtol, message)
 
 
-def _endings(out):
-    """How the solves ended, in a line."""
+def _solve_report(out) -> str:
+    """Describe in a line how the method's solves ended."""
     if not isinstance(out, Hypergradient):
         return "the method reported no solves"
     line = f"inner solve: {_status(out.inner.status)}, ‖F‖ = {float(out.inner.residual_norm):.3g}"
     if out.linear is None:
         return line
-    return f"{line}; linear solve: {_status(out.linear.status)}, residual {float(out.linear.residual_norm):.3g}"
+    residual = float(out.linear.relative_residual)
+    return f"{line}; linear solve: {_status(out.linear.status)}, relative residual {residual:.3g}"
 
 
-def _status(status):
+def _status(status) -> str:
     return Status(int(status)).name
 
 
-def _gradient(out, theta):
-    """The gradient in what a method returned, which must be a tree like θ."""
+def _gradient(out, theta: PyTree) -> PyTree:
+    """Return the gradient from a method's result, and fail if it is not a tree like θ."""
     gradient = out.gradient if isinstance(out, Hypergradient) else out
     got, wanted = (jax.tree.structure(gradient), _shapes(gradient)), (jax.tree.structure(theta), _shapes(theta))
     if got != wanted:
-        raise AssertionError(f"the gradient is no tree like theta: got {got}, expected {wanted}")
+        raise AssertionError(f"the gradient is not a tree like theta: got {got}, expected {wanted}")
     return gradient
 
 
@@ -304,39 +272,39 @@ def _shapes(tree):
     return [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _tolerances(gradient, rtol, atol):
-    rtol = 10 * oracles.eps_of(gradient) ** 0.5 if rtol is None else rtol
-    return rtol, 1e-3 * rtol if atol is None else atol
+def _tolerance(gradient: PyTree, rtol: float | None, atol: float | None) -> Tolerance:
+    relative = 10 * eps_of(gradient) ** 0.5 if rtol is None else rtol
+    return Tolerance(relative, 1e-3 * relative if atol is None else atol)
 
 
-def _labels(tree, name):
-    with oracles.double_precision():
-        return oracles.flatten(oracles.as_double(tree), name).labels
+def _labels(tree: PyTree, name: str) -> Sequence[str]:
+    with double_precision():
+        return flatten(as_double(tree), name).labels
 
 
-def _with_cause(check, answer, reference):
-    """The check, and where it failed what the mistake looks like."""
+def _add_cause(check: Check, run: MethodRun, reference: Reference) -> Check:
+    """Return the check with the likely cause in its message, if it failed."""
     if check.ok:
         return check
-    error = np.linalg.norm(answer.derivatives - reference.derivatives)
+    error = np.linalg.norm(run.derivatives - reference.derivatives)
 
     def explains(derivatives):
-        return bool(np.linalg.norm(answer.derivatives - derivatives) <= FIT * error)
+        return bool(np.linalg.norm(run.derivatives - derivatives) <= MAX_UNEXPLAINED * error)
 
-    cause = likely_cause(answer, explains, [reference]) or (
-        "none that is known; it fits no flipped sign, lost transpose, lost term or unfinished solve"
+    cause = likely_cause(run, explains, [reference]) or (
+        "unknown; it is not a flipped sign, a dropped transpose or term, or an unfinished solve"
     )
     return replace(check, message=f"{check.message}\n  likely cause: {cause}")
 
 
 def describe(problem: Problem) -> str:
-    """A problem in a few words: its condition and the name of its outer function."""
+    """Return a problem in a few words: its condition and the name of its outer function."""
     outer = getattr(problem.outer, "__name__", type(problem.outer).__name__)
     return f"{type(problem.condition).__name__}, {outer.strip('<>')}"
 
 
-def judge(check: Check, record: Record | None) -> None:
-    """Record a check, and raise where it failed."""
+def assert_check(check: Check, record: Record | None) -> None:
+    """Record a check, and raise AssertionError if it failed."""
     __tracebackhide__ = True
     if record is not None:
         record(check)

@@ -1,7 +1,7 @@
-"""A case: a bilevel problem whose answer is known, and from where.
+"""The record of a test problem with a known answer, and its layouts as a pytree.
 
-The answer is linear algebra in NumPy and float64 on the very numbers the problem is given, after they were
-rounded to its dtype. No line of it is shared with the library, so that nothing can agree by mistake.
+The answer is a closed form, computed by NumPy in float64 from the numbers of the problem after they were rounded to
+its dtype. It shares no code with the methods of the library, so a bug there cannot confirm itself.
 """
 
 from collections.abc import Callable
@@ -13,32 +13,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.conditions import Problem
+from bilevel.problem import Problem
 from bilevel.types import PyTree
 
 LAYOUTS = ("flat", "dict", "tuple", "scalars")
-"""How a vector is laid out as a pytree; θ may also be a single ``"scalar"``."""
+"""Names of the layouts of a vector as a pytree. θ may also be a ``"scalar"``."""
 ClosedForm = Callable[[PyTree, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""``closed_form(data, theta) -> (w, ∂w/∂θ, A)``, on flat float64 vectors; A is the matrix that was inverted."""
+"""``closed_form(data, theta) -> (w, ∂w/∂θ, A)``, on flat float64 vectors. A is the matrix of the solved system."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, where to stand in it, and its exact inner solution and hypergradient.
+    """A problem with its arguments, its exact inner solution and its exact hypergradient.
 
-    It prints as the call that makes it again, ``ridge(size=3, condition=10.0, …, seed=7)``, which is what
-    Hypothesis shows of a failing example.
+    It prints as the call that makes it again, ``ridge(size=3, condition=10.0, …, seed=7)``. Hypothesis shows this for a
+    failing example.
 
     Attributes:
-        recipe: the call that makes it.
-        problem: the condition and the outer function; the same object for the same shapes, whatever the
-            seed, so that what was compiled for it serves again.
-        theta: outer variables, NumPy arrays of ``dtype``.
-        init: where an inner solver may start.
-        data: every number of the problem.
-        solver: an inner solver that converges here, from ``init``, to rounding.
+        recipe: the call that makes the case.
+        problem: the condition and the outer function. Cases of one family with the same layouts share this object
+            whatever their seed, so that a program compiled for one serves the others.
+        theta: the outer variables, NumPy arrays of ``dtype``.
+        init: an initial point for inner solvers.
+        data: all numbers of the problem.
+        solver: an inner solver that converges from ``init`` to rounding.
         method: a method that is exact at the inner solution.
-        margin: the distance of w − η∇ from the nearest kink; infinite where there is none.
+        margin: the distance of w − η∇ (the argument of the projection or prox) from the nearest kink; infinite where
+            there is none.
     """
 
     recipe: str
@@ -56,24 +57,30 @@ class Case:
 
     @property
     def solver(self) -> Callable[..., Any]:
+        """An inner solver that converges from ``init`` to rounding."""
         return self._suggest()[0]
 
     @property
     def method(self) -> Callable[..., Any]:
+        """A method that is exact at the inner solution."""
         return self._suggest()[1]
 
     @property
     def dtype(self) -> np.dtype:
-        """float32 or float64, of every array in it."""
+        """The dtype of every array in the case, float32 or float64."""
         return np.dtype(jax.tree.leaves(self.theta)[0].dtype)
 
     def exact(self, theta: PyTree = None) -> PyTree:
-        """w*(θ), a tree like ``init`` in float64; beside kinks it holds within ``margin``."""
+        """Return w*(θ), a tree like ``init`` in float64.
+
+        Where the problem has kinks, it holds only for θ that leave the argument of the projection or prox within
+        ``margin``. The default is the θ of the case.
+        """
         return self._arrange(self._solved(theta)[0])
 
     @cached_property
     def w(self) -> PyTree:
-        """The exact inner solution, float64."""
+        """The exact inner solution in float64."""
         return self.exact()
 
     @cached_property
@@ -92,12 +99,12 @@ class Case:
 
     @cached_property
     def condition_number(self) -> float:
-        """κ of the system that determines the solution, in the 2-norm."""
+        """The condition number κ, in the 2-norm, of the system that determines the solution."""
         return float(np.linalg.cond(self._solved(None)[2]))
 
     @property
     def rtol(self) -> float:
-        """1000·eps·κ, relative to the largest entry: what a solve to rounding leaves, with a wide margin."""
+        """A tolerance relative to the largest entry, 1000·eps·κ: rounding in a solve, with a wide margin."""
         return 1000 * float(np.finfo(self.dtype).eps) * self.condition_number
 
     @cached_property
@@ -108,23 +115,29 @@ class Case:
         return self._closed_form(self._numbers, flatten(self.theta if theta is None else theta, np))
 
     def _value(self, theta):
-        """The outer value by NumPy: what differences of the closed form are taken of."""
+        """Evaluate the outer value at the exact w*(θ) by NumPy, for difference quotients."""
         return float(evaluate_outer(self._solved(theta)[0], flatten(theta, np), self._numbers["outer"]))
 
 
 def evaluate_outer(w: Any, theta: Any, numbers: PyTree) -> Any:
-    """½‖w − target‖² + ½‖θ − center‖² + ⟨a, w⟩⟨b, θ⟩ on flat vectors: θ counts directly, alone and with w."""
+    """Evaluate ½‖w − target‖² + ½‖θ − center‖² + ⟨a, w⟩⟨b, θ⟩ on flat vectors.
+
+    The direct derivative in θ has a term of its own and one that depends on w.
+    """
     away, moved = w - numbers["target"], theta - numbers["center"]
     return 0.5 * away @ away + 0.5 * moved @ moved + (numbers["weight_w"] @ w) * (numbers["weight_theta"] @ theta)
 
 
 def outer(w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
-    """The outer function of every case."""
+    """Evaluate the outer function that all cases share."""
     return evaluate_outer(flatten(w), flatten(theta), data["outer"])
 
 
 def arrange(flat: Any, layout: str) -> Any:
-    """A vector of at least three entries as a pytree, whose leaves in order are the vector again."""
+    """Lay out a vector of at least three entries as a pytree. Its leaves, in order, concatenate to the vector.
+
+    The layout ``"scalar"`` takes a vector of one entry.
+    """
     if layout == "dict":
         return {"bias": flat[:1], "weight": flat[1:, None]}
     if layout == "tuple":
@@ -135,13 +148,13 @@ def arrange(flat: Any, layout: str) -> Any:
 
 
 def flatten(tree: PyTree, numpy: Any = jnp) -> Any:
-    """All leaves as one vector: in their dtype for a trace, in float64 for NumPy."""
+    """Concatenate all leaves into one vector, in their own dtype by default, in float64 for ``numpy=np``."""
     flat = numpy.concatenate([numpy.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     return flat.astype(np.float64) if numpy is np else flat
 
 
 def unflatten_like(flat: np.ndarray, tree: PyTree) -> PyTree:
-    """The vector as a tree of the shapes of another."""
+    """Split a vector into a tree with the structure and shapes of another."""
     leaves, structure = jax.tree.flatten(tree)
     parts = np.split(flat, np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
     return structure.unflatten([part.reshape(np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)])

@@ -1,43 +1,64 @@
-"""What the pytest fixture ``hypergradient`` is: the assertions in float64, each remembered for the report."""
+"""The object behind the pytest fixture ``hypergradient``: the assertions in float64, recorded for the report."""
 
-from bilevel.conditions import Condition, Problem
+from collections.abc import Callable
+from typing import Any
+
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
 from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
 from bilevel.testing.cases import Case
 from bilevel.types import PyTree
-from bilevel.verify import oracles
+from bilevel.verify.precision import as_double
 
 
 class Hypergradients:
-    """The assertions of :mod:`bilevel.testing`; a test that asks for the fixture runs in float64."""
+    """The assertions of :mod:`bilevel.testing`; the plugin runs a test that asks for the fixture in float64."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._checks: list[Check] = []
 
-    def assert_hypergradient(self, problem: Problem, theta: PyTree, init, data: PyTree, solver, method, **options):
-        """:func:`bilevel.testing.assert_hypergradient` on ``theta``, ``init`` and ``data`` cast to float64."""
+    def assert_hypergradient(
+        self,
+        problem: Problem,
+        theta: PyTree,
+        init: PyTree | Callable[[PyTree, PyTree], PyTree],
+        data: PyTree,
+        solver: Callable[..., Any],
+        method: Callable[..., Any],
+        **options: Any,
+    ) -> None:
+        """Call :func:`bilevel.testing.assert_hypergradient` with ``theta``, ``init`` and ``data`` cast to float64."""
         __tracebackhide__ = True
-        theta, data = oracles.as_double(theta), oracles.as_double(data)
-        init = init if callable(init) else oracles.as_double(init)
+        theta, data = as_double(theta), as_double(data)
+        init = init if callable(init) else as_double(init)
         assert_hypergradient(problem, theta, init, data, solver, method, record=self._checks.append, **options)
 
-    def assert_case(self, case: Case, solver=None, method=None, **options):
-        """:func:`bilevel.testing.assert_case`, in the case's own dtype."""
+    def assert_case(
+        self,
+        case: Case,
+        solver: Callable[..., Any] | None = None,
+        method: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Call :func:`bilevel.testing.assert_case` in the case's own dtype."""
         __tracebackhide__ = True
         assert_case(case, solver, method, record=self._checks.append, **options)
 
-    def assert_condition(self, problem: Problem | Condition, theta: PyTree, w: PyTree, data: PyTree, **options):
-        """:func:`bilevel.testing.assert_condition`."""
+    def assert_condition(
+        self, problem: Problem | Condition, theta: PyTree, w: PyTree, data: PyTree, **options: Any
+    ) -> None:
+        """Call :func:`bilevel.testing.assert_condition`."""
         __tracebackhide__ = True
         assert_condition(problem, theta, w, data, record=self._checks.append, **options)
 
-    def take(self) -> list[dict]:
-        """The checks since the last call, as plain dictionaries: the worst for each method and oracle.
+    def take(self) -> list[dict[str, Any]]:
+        """Return the worst check since the last call for each method and reference, and forget all of them.
 
-        Plain, because a report of pytest may travel between processes.
+        Each is a plain dictionary with the number of its checks, because pytest-xdist serialises test reports.
         """
         worst, counts = {}, {}
         for check in self._checks:
-            key = check.method, check.oracle
+            key = check.method, check.reference
             counts[key] = counts.get(key, 0) + 1
             if key not in worst or _badness(check) > _badness(worst[key]):
                 worst[key] = check
@@ -46,4 +67,5 @@ class Hypergradients:
 
 
 def _badness(check):
+    """A sort key: failed checks are worse than passed ones, then a larger error in units of its tolerance is worse."""
     return not check.ok, check.error / check.rtol if check.rtol else check.error

@@ -1,7 +1,7 @@
 """Hypothesis strategies that draw bilevel problems with a known answer, for the tests of your own method or solver.
 
-Shapes are drawn from few, so that what was compiled for one example serves others. Shrinking goes towards small,
-flat, well conditioned problems with seed 0, and a failing example prints as the call that makes it again.
+There are few different shapes, so that a program compiled for one example serves others. Shrinking goes towards small,
+flat, well-conditioned problems with seed 0. A failing example prints as the call that makes it again.
 
 Example:
     >>> from hypothesis import given, settings
@@ -9,13 +9,14 @@ Example:
     >>> @settings(max_examples=3, deadline=None, derandomize=True, database=None)
     ... @given(ridge_problems(sizes=(3,), w_layouts=("flat",), theta_layouts=("flat",)))
     ... def test_my_method(case):
-    ...     function = bl.value_and_hypergradient(case.problem, case.solver, bl.Implicit(bl.CG(maxiter=10)))
+    ...     function = bl.value_and_hypergradient(case.problem, case.solver, bl.Implicit(bl.CG(max_steps=10)))
     ...     out = function(case.theta, case.init, case.data)
     ...     np.testing.assert_allclose(out.gradient, case.gradient, atol=case.rtol * abs(case.gradient).max())
     >>> test_my_method()
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,51 +59,66 @@ def _problems(
 
 
 def _available():
-    """float64 only where JAX has it: elsewhere it would be rounded to float32 in silence."""
+    """Return the dtypes to draw: float64 only if JAX has it enabled, else JAX would silently round it to float32."""
     return ("float64", "float32") if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else ("float32",)
 
 
-def _strategy(family, theta_layouts=(*LAYOUTS, "scalar"), **more):
+Strategy = Callable[..., st.SearchStrategy[Case]]
+
+
+def _strategy(
+    family: Callable[..., Case], theta_layouts: Sequence[str] | None = (*LAYOUTS, "scalar"), **more: Sequence[Any]
+) -> Strategy:
     def strategy(
         sizes: Sequence[int] = (3, 4),
         conditions: Sequence[float] = (2.0, 10.0, 100.0),
         dtypes: Sequence[str] | None = None,
         w_layouts: Sequence[str] = LAYOUTS,
         theta_layouts: Sequence[str] | None = theta_layouts,
-        **choices: Sequence,
+        **choices: Sequence[Any],
     ) -> st.SearchStrategy[Case]:
         unknown = choices.keys() - more.keys()
         if unknown:
-            raise TypeError(f"{strategy.__name__} knows no {', '.join(sorted(unknown))}")
+            raise TypeError(
+                f"{strategy.__name__} has no option {', '.join(sorted(unknown))}; "
+                f"apart from those of every family it takes: {', '.join(more) or 'none'}"
+            )
         return _problems(family, sizes, conditions, dtypes, w_layouts, theta_layouts, more | choices)
 
     strategy.__name__ = strategy.__qualname__ = f"{family.__name__}_problems"
-    strategy.__doc__ = f"""{family.__doc__.splitlines()[0]}
+    strategy.__doc__ = f"""{(family.__doc__ or "").splitlines()[0]}
 
     Args:
-        sizes: what the number of inner variables is drawn from, each at least 3.
-        conditions: the condition numbers aimed at.
-        dtypes: of all arrays; None for float32, and float64 where ``jax_enable_x64`` is set.
-        w_layouts: trees of the inner variables.
-        theta_layouts: trees of the outer variables.
-        choices: {", ".join(f"``{name}``" for name in more) or "none"}.
+        sizes: numbers of inner variables to draw from, each at least 3.
+        conditions: condition numbers to draw from.
+        dtypes: dtypes to draw from; None for float32, and float64 where ``jax_enable_x64`` is set.
+        w_layouts: layouts of the inner variables to draw from.
+        theta_layouts: layouts of the outer variables to draw from.
+        choices: values to draw from for further arguments of the family: {_listed(more)}.
 
     Returns:
-        a strategy of :class:`~bilevel.testing.Case`.
+        A strategy of :class:`~bilevel.testing.Case`.
+
+    Raises:
+        TypeError: for any other argument.
     """
     return strategy
 
 
-quadratic_problems = _strategy(families.quadratic)
-ridge_problems = _strategy(families.ridge)
-logistic_problems = _strategy(families.logistic)
-imaml_problems = _strategy(families.imaml, theta_layouts=None, strength=("one", "each"))
-fixed_point_problems = _strategy(families.fixed_point)
-root_problems = _strategy(families.root)
-box_problems = _strategy(families.box)
-simplex_problems = _strategy(families.simplex)
-lasso_problems = _strategy(families.lasso)
-kkt_problems = _strategy(families.kkt, inequality=(False, True))
+def _listed(names):
+    return ", ".join(f"``{name}``" for name in names) or "none"
+
+
+quadratic_problems: Strategy = _strategy(families.quadratic)
+ridge_problems: Strategy = _strategy(families.ridge)
+logistic_problems: Strategy = _strategy(families.logistic)
+imaml_problems: Strategy = _strategy(families.imaml, theta_layouts=None, strength=("one", "each"))
+fixed_point_problems: Strategy = _strategy(families.fixed_point)
+root_problems: Strategy = _strategy(families.root)
+box_problems: Strategy = _strategy(families.box)
+simplex_problems: Strategy = _strategy(families.simplex)
+lasso_problems: Strategy = _strategy(families.lasso)
+kkt_problems: Strategy = _strategy(families.kkt, inequality=(False, True))
 
 
 def problems(
@@ -111,7 +127,7 @@ def problems(
     dtypes: Sequence[str] | None = None,
     w_layouts: Sequence[str] = LAYOUTS,
 ) -> st.SearchStrategy[Case]:
-    """Any of the families, each drawn as its own strategy draws it."""
+    """Draw a case of any family, each as its own strategy draws it."""
     strategies = (
         quadratic_problems,
         ridge_problems,

@@ -1,14 +1,17 @@
-"""Is this hypergradient right? Checks for a person, of a condition, of a method, and of methods side by side.
+"""Verify hypergradients: one point of a problem, one method against references, several methods against each other.
 
-:func:`check_condition` looks at one point: what the implicit function theorem asks for, and does it hold here?
-:func:`check_hypergradient` sets a method's gradient beside the references of :mod:`bilevel.verify.oracles` and says
-which side is wrong, and how. :func:`compare_methods` measures. Methods are arguments; no gradient code is shared with
-them.
+- :func:`check_condition` checks at one point whether the assumptions of the implicit function theorem hold.
+- :func:`check_hypergradient` compares a method's gradient with the references of :mod:`bilevel.verify.references`. If
+  they differ, it names the likely cause.
+- :func:`compare_methods` measures the error, time, memory and products of several methods.
+
+Methods are arguments of these functions. The references share no gradient code with them, so that a fault in that code
+cannot show on both sides.
 """
 
-from bilevel.verify.compare import MethodComparison, MethodReport, compare_methods
-from bilevel.verify.examine import Check, ConditionReport, check_condition
-from bilevel.verify.verdict import Comparison, HypergradientReport, check_hypergradient
+from bilevel.verify.condition import Check, ConditionReport, check_condition
+from bilevel.verify.gradient import Comparison, HypergradientReport, check_hypergradient
+from bilevel.verify.methods import MethodComparison, MethodReport, compare_methods
 
 __all__ = [
     "Check",

@@ -1,4 +1,4 @@
-"""Text tables: what the records of verification print as."""
+"""Text tables and numbers, as the reports of verification print them."""
 
 import dataclasses
 import functools
@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Sequence
 
 WIDTH = 100
+"""Characters a line of running text."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned at their left, two spaces between them.
+    """Return a table with columns aligned at the left and two spaces between them.
 
     Example:
         >>> print(table(("a", "b"), [("1", "2"), ("333", "4")]))
@@ -24,12 +25,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def wrapped(text: str, indent: str = "  ") -> str:
-    """``text`` in lines of at most :data:`WIDTH`, those after the first indented."""
+    """Return ``text`` in lines of at most 100 characters; those after the first are indented."""
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False)
 
 
 def label(value: object) -> str:
-    """A configuration's name with what is not its default: ``Implicit(CG(5))``.
+    """Return the name of a configuration with the settings that differ from the defaults: ``Implicit(CG(5))``.
 
     Example:
         >>> from bilevel import CG, GMRES, Implicit
@@ -42,16 +43,16 @@ def label(value: object) -> str:
         return getattr(value, "__name__", None) or (
             value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)
         )
-    parts, in_order = [], True
+    parts, positional = [], True
     for field in dataclasses.fields(value):
         entry = getattr(value, field.name)
         if field.default is not dataclasses.MISSING and entry == field.default:
-            in_order = False
+            positional = False
             continue
-        parts.append(label(entry) if in_order else f"{field.name}={label(entry)}")
+        parts.append(label(entry) if positional else f"{field.name}={label(entry)}")
     return f"{type(value).__name__}({', '.join(parts)})"
 
 
 def figure(number: float | None) -> str:
-    """Three digits, or a dash for what is not known."""
+    """Return a number with three digits, or a dash for None."""
     return "—" if number is None else f"{number:.3g}"

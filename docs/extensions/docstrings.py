@@ -1,7 +1,8 @@
-"""Two things that autodoc does not know of the docstrings of this project.
+"""Adapt autodoc to two habits of this project's docstrings.
 
-A string below an assignment is found in its own file only, not where a package hands the name on; classes and functions
-carry theirs along. And |x| is an absolute value, where reStructuredText sees a substitution.
+- Autodoc reads the string below a constant's assignment only from the file with the assignment. A package that
+  re-exports the constant needs a copy of that string.
+- |x| is an absolute value, but reStructuredText reads it as a substitution.
 """
 
 import importlib
@@ -9,29 +10,33 @@ import re
 
 from sphinx.pycode import ModuleAnalyzer
 
-HOMES = {"bilevel": ("bilevel.certificates.lipschitz", "bilevel.solvers")}
+DEFINING_MODULES = {
+    "bilevel": ("bilevel.certificates.lipschitz", "bilevel.conditions.stationary", "bilevel.solvers.protocol")
+}
+"""For each package, the modules that define the documented constants which it re-exports."""
 
 
 def setup(app):
-    app.connect("builder-inited", hand_on)
-    app.connect("autodoc-process-docstring", keep_absolute_values)
+    app.connect("builder-inited", copy_docstrings_of_constants)
+    app.connect("autodoc-process-docstring", escape_absolute_values)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
-def hand_on(app):
-    for package, homes in HOMES.items():
+def copy_docstrings_of_constants(app):
+    """Add the strings below the constants' assignments to what autodoc has read from the package."""
+    for package, modules in DEFINING_MODULES.items():
         names = importlib.import_module(package).__all__
         target = ModuleAnalyzer.for_module(package)
         target.analyze()
-        for home in homes:
-            source = ModuleAnalyzer.for_module(home)
+        for module in modules:
+            source = ModuleAnalyzer.for_module(module)
             source.analyze()
             found = {key: lines for key, lines in source.attr_docs.items() if key[0] == "" and key[1] in names}
             target.attr_docs = target.attr_docs | found
 
 
-def keep_absolute_values(app, what, name, obj, options, lines):
-    """Escape | outside of literals and doctests, which go on until an empty line."""
+def escape_absolute_values(app, what, name, obj, options, lines):
+    """Escape every | outside of literals and doctests. A doctest ends at an empty line."""
     in_doctest = False
     for number, line in enumerate(lines):
         in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))

@@ -1,6 +1,7 @@
-"""Runs one example twice, once with dark ink and once with light, and lets it print what it prints.
+"""Run one example twice, to draw its picture for light and for dark pages.
 
-`python draw.py EXAMPLE FOLDER` writes NAME-light.png and NAME-dark.png. Both have no background of their own.
+`python draw.py EXAMPLE FOLDER` writes NAME-light.png and NAME-dark.png, with transparent backgrounds. The first run
+prints the example's output.
 """
 
 import contextlib
@@ -14,14 +15,15 @@ import jax
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the choice of a backend
+import matplotlib.pyplot as plt  # needs the backend
 
 STYLES = {"dark": ["dark_background", {"axes.prop_cycle": plt.rcParams["axes.prop_cycle"]}], "light": []}
-"""Lines keep their colours: text that speaks of them is right for both."""
+"""The lines have the same colours in both styles, so that a text can refer to the colours."""
 
 
 def main(example: str, folder: str) -> None:
-    # The second run computes what the first did: with its programs it is a matter of seconds.
+    """Write both pictures of an example to a folder."""
+    # The second run compiles the same programs as the first, so it takes them from the cache.
     jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     sys.path.insert(0, str(Path(example).parent))

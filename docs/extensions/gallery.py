@@ -1,6 +1,6 @@
-"""Runs the examples while the site is built: their pictures, for light and dark pages, and what they print.
+"""Run the examples during the build of the site, and keep their pictures and their printed output.
 
-An example is run again when it or the library has changed; otherwise the pictures of the last build serve again.
+An example runs only if its file, `draw.py` or the library has changed since the last build.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ def setup(app):
 
 
 def run_examples(app):
+    """Write the pictures, the output and the digest of every example that has changed."""
     PICTURES.mkdir(exist_ok=True)
     library = digest(*sorted(path for package in ("bilevel", "imaml") for path in (ROOT / package).rglob("*.py")))
     stale = [path for path in examples() if not is_drawn(path, library)]
@@ -39,16 +40,17 @@ def examples():
 
 
 def is_drawn(path, library):
+    """Return True if the pictures are those of this example and of this library, given by its digest."""
     stamp = PICTURES / f"{path.stem}.digest"
     return stamp.exists() and stamp.read_text() == digest(path, DRAW) + library
 
 
 def run(path):
-    """What the example prints; its two pictures lie in PICTURES."""
+    """Draw both pictures of an example into PICTURES, and return its printed output."""
     command = [sys.executable, str(DRAW), str(path), str(PICTURES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ExtensionError(f"{path.name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise ExtensionError(f"{path.name} exited with {done.returncode}:\n{done.stderr[-3000:]}")
     return done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Formulas as MathML, written by docutils while the site is built: a browser needs no script for them."""
+"""Convert formulas to MathML during the build of the site, so that a browser needs no script to show them."""
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml

@@ -1,6 +1,6 @@
-"""Every refusal of both packages, read from the `raise` statements of the source, as a page to be included.
+"""Write a table of the error messages of both packages, read from the `raise` statements in their source.
 
-The messages name the cause and the remedy themselves; a list that is kept by hand would miss the next one.
+A refusal is a ValueError, TypeError or InputError with its message. Reading the source keeps the table complete.
 """
 
 import ast
@@ -12,11 +12,11 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 REFUSALS = ("ValueError", "TypeError", "InputError")
 CHECKS = ("_check", "check")
-"""Helpers that raise their second argument where the first is false."""
+"""Functions that raise an InputError with their second argument if the first is false."""
 
 
 class Refusal(NamedTuple):
-    """One `raise`: its kind, its message with the blanks as they stand in the source, and where."""
+    """One refusal: the type of its error, its message with … for each value, and its module."""
 
     kind: str
     message: str
@@ -29,21 +29,22 @@ def setup(app):
 
 
 def write(app):
+    """Write the table of each package to docs/generated, where a page includes it."""
     (DOCS / "generated").mkdir(exist_ok=True)
     for package in ("bilevel", "imaml"):
         (DOCS / "generated" / f"refusals-{package}.md").write_text(page(package))
 
 
 def page(package: str) -> str:
-    """A table of all refusals of a package, in the order of its modules."""
+    """Return a Markdown table of all refusals of a package, ordered by module."""
     rows = [f"| `{r.place}` | {r.kind} | {_escaped(r.message)} |" for r in refusals(ROOT / package)]
     return "\n".join(["| where | kind | message |", "|---|---|---|", *rows, ""])
 
 
 def refusals(package: Path) -> Iterator[Refusal]:
-    """All refusals of a package whose message stands in the `raise` itself."""
+    """Yield all refusals of a package whose message is written in the `raise` statement or the helper's call."""
     for path in sorted(package.rglob("*.py")):
-        if path.parent.name == "testing":  # assertions fail by AssertionError, and say what they found
+        if path.parent.name == "testing":  # its assertions raise AssertionError
             continue
         tree = ast.parse(path.read_text())
         place = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
@@ -54,7 +55,7 @@ def refusals(package: Path) -> Iterator[Refusal]:
 
 
 def _raised(node):
-    """Kind and message of a statement that refuses something, or None."""
+    """Return the type and the message of a statement that raises a refusal; None for any other node."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
         kind, arguments = node.exc.func.id, node.exc.args
         if kind in REFUSALS and arguments and (message := _text(arguments[0])):
@@ -66,7 +67,7 @@ def _raised(node):
 
 
 def _text(node):
-    """A string as it stands in the source, with `…` where a value goes; None for what is no string."""
+    """Return the text of a string expression, with … for each value; None for any other expression."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):

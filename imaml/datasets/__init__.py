@@ -1,4 +1,4 @@
-"""Few-shot datasets: classes of small images, split into training and held-out classes, and families of curves."""
+"""Few-shot datasets: images of training classes and held-out test classes, and a distribution of sinusoids."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,23 +18,26 @@ def load(
     directory: str | Path | None = None,
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
 ) -> ImageDataset | SinusoidDataset:
-    """The dataset of that name.
+    """Return the dataset called ``name``.
 
     Args:
-        name: ``"glyphs"``, embedded; ``"sinusoid"``, drawn; ``"omniglot"`` or ``"miniimagenet"``, from files.
-        directory: the folder of those files: Omniglot's two official archives, by default where :func:`download` put
-            them; Mini-ImageNet's images and split.
-        meanwhile: called before glyphs are drawn or Omniglot is decoded, where that is not in the cache, with blank
-            classes in the shape that the training classes will have; a thread that it starts goes on beside.
+        name: ``"glyphs"`` (rendered from fonts), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"`` (both
+            read from files).
+        directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
+            to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
+            files. The other two datasets need None.
+        meanwhile: called before glyphs are rendered or Omniglot is decoded, which takes seconds; not called if the
+            arrays are in the cache. The argument is a blank :class:`ImageClasses` in the shape of the training classes.
+            ``meanwhile`` may start a thread, for example to compile for that shape, which then runs during the loading.
 
     Raises:
-        InputError: for an unknown name, a folder where none is needed or none where one is, or files
-            that are missing or damaged.
+        InputError: if the name is unknown, if ``directory`` is given but not used or required but None, or if files
+            are missing or damaged.
     """
     if name == "glyphs":
         if directory is not None:
             raise InputError(
-                "glyphs are embedded and take no data folder: leave --data out, or name an omniglot preset"
+                "the glyphs dataset reads no files and takes no data folder: omit --data, or choose an omniglot preset"
             )
         return glyphs.load(meanwhile)
     if name == "omniglot":
@@ -43,13 +46,13 @@ def load(
             if not directory.is_dir():
                 raise InputError(
                     "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: "
-                    "fetch them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
+                    "download them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
                 )
         return omniglot.load(directory, meanwhile)
     if name == "miniimagenet":
         if directory is None:
             raise InputError(
-                f"miniimagenet needs its images: name the folder that holds {miniimagenet.LAYOUT}, with --data DIR"
+                f"miniimagenet needs its images: name the folder that holds {miniimagenet.LAYOUT} with --data DIR"
             )
         return miniimagenet.load(directory)
     if name == "sinusoid":
@@ -64,18 +67,29 @@ def download(
     on_event: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Path:
-    """Fetch and check the official files of a dataset that is not embedded; see :func:`.omniglot.download`.
+    """Download the official files of a dataset and verify their contents. Only ``"omniglot"`` can be downloaded.
+
+    Args:
+        name: the dataset.
+        directory: the folder for the files. None takes the folder in which :func:`load` looks by default.
+        url, on_event, on_progress: see :func:`.omniglot.download`.
 
     Returns:
-        The folder that holds them: ``directory``, or the one where :func:`load` looks for them by default.
+        The folder that holds the files.
+
+    Raises:
+        InputError: if the name is unknown, if the dataset cannot be downloaded, if the download fails, or if the
+            downloaded files are not the official ones.
+        OSError: if the folder cannot be written.
     """
     if name == "glyphs":
-        raise InputError("glyphs are embedded: there is nothing to fetch")
+        raise InputError("the glyphs dataset is rendered from fonts: there is nothing to download")
     if name == "sinusoid":
-        raise InputError("sinusoids are drawn: there is nothing to fetch")
+        raise InputError("the sinusoid dataset is sampled: there is nothing to download")
     if name == "miniimagenet":
         raise InputError(
-            f"miniimagenet may not be handed on: ask for it, and name the folder that holds {miniimagenet.LAYOUT}"
+            f"miniimagenet may not be redistributed: obtain the images yourself, and name the folder that holds "
+            f"{miniimagenet.LAYOUT} with --data DIR"
         )
     if name != "omniglot":
         raise _unknown(name)

@@ -1,4 +1,4 @@
-"""Arrays kept between runs: written whole or not at all, and checked when read."""
+"""A cache of arrays on disk, written atomically and verified by a checksum on reading."""
 
 import contextlib
 import os
@@ -7,25 +7,29 @@ from pathlib import Path
 
 import numpy as np
 
-from imaml import arrays
-from imaml.files import sweep
+from imaml.storage import arrays
+from imaml.storage.files import sweep
 
 STALE = 3600.0
-"""Seconds after which a file that was never finished belongs to a process that died: writing takes seconds."""
+"""Age in seconds at which a temporary file counts as abandoned. Writing a cache file takes only seconds."""
 
 
 def cache_directory() -> Path:
-    """``$IMAML_CACHE``, else ``$XDG_CACHE_HOME/imaml``, else ``~/.cache/imaml``."""
+    """Return the cache folder: ``$IMAML_CACHE``, else ``$XDG_CACHE_HOME/imaml``, else ``~/.cache/imaml``."""
     if directory := os.environ.get("IMAML_CACHE"):
         return Path(directory)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imaml"
 
 
 def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """``build()``'s arrays, from ``cache_directory()/name.npz`` where it holds them whole.
+    """Return the arrays of ``build()``, read from ``cache_directory()/NAME.npz`` if that file exists and is undamaged.
 
-    ``name`` carries whatever the arrays depend on (a version, a hash of the source). A folder that
-    cannot be read or written costs time, never a run.
+    If the cache cannot be read or written, the arrays are built on every call and nothing is raised.
+
+    Args:
+        name: the name of the cache entry. It must contain everything on which the arrays depend, such as a version
+            or a hash of the source.
+        build: called without arguments if the entry is missing or damaged; returns arrays by name.
     """
     path = cache_directory() / f"{name}.npz"
     with contextlib.suppress(OSError, arrays.DamagedFile):

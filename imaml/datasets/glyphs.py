@@ -1,13 +1,14 @@
-"""Glyphs: a few-shot dataset that is drawn, not downloaded, from the fonts that matplotlib carries.
+"""Glyphs: a few-shot dataset rendered from the fonts of matplotlib, so that no download is needed.
 
-It stands in for Omniglot where nothing can be fetched: some two thousand characters of many scripts, twenty
-28x28 samples each, whole scripts held out for test. A font is too regular to be handwriting, so every character
-goes through three steps. It is thinned to a skeleton, which takes the weight of the face away; a sample bends,
-turns and scales the skeleton of one of the character's faces; a soft pen of two pixels draws the result.
+It replaces Omniglot on machines without a network. It has about two thousand characters with twenty 28x28 samples
+each, and the test classes come from scripts without training classes. Fonts are more regular than handwriting, so each
+sample is made in three steps. First, a character in one of its fonts is thinned to a skeleton, which removes the stroke
+width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen two pixels wide draws
+along it.
 
-Equal bits on every machine are part of the promise, because checkpoints carry the dataset's fingerprint. FreeType
-works in integers; random numbers are rounded to a grid before they are used; sums of products are sums of
-integers, which floats hold exactly in any order; the rest is elementwise and rounded as IEEE 754 demands.
+The pixels are bit for bit the same on every machine, because checkpoints store the dataset's fingerprint. FreeType
+computes in integers. Random numbers are rounded to a grid before use. Matrix products and sums are over integers that
+floats represent exactly, in any order. All other operations are elementwise and correctly rounded by IEEE 754.
 """
 
 import unicodedata
@@ -22,38 +23,39 @@ from imaml.datasets.cache import cached
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.errors import InputError
 
-VERSION = 1  # part of the cache's name: raise it with every change of a pixel
+VERSION = 1  # part of the name of the cache entry: increase it with every change that alters a pixel
 SEED = 20190910
 SAMPLES = 20
 SIDE = 28
-TRAIN_CLASSES = 1463  # with the fonts of today's matplotlib: what is begun while they are drawn relies on it
+TRAIN_CLASSES = 1463  # with the fonts of current matplotlib releases; `load` announces this number before rendering
 
 TEST_SCRIPTS = ("GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "LAO", "OLD ITALIC", "COPTIC", "LISU")
 TRAIN_SCRIPTS = ("LATIN", "ARABIC", "CANADIAN SYLLABICS")
-# What belongs to no script above, by Unicode category; all of it for training.
+# Groups of characters that belong to no script, by Unicode category. All are training classes.
 SIGNS = {"N": "NUMBER", "Sm": "MATH", "Sc": "CURRENCY", "L": "LETTERLIKE"}
 VARIANTS = ("<font>", "<super>", "<sub>", "<fraction>")
 
-# Standard deviations of a sample's distortion; lengths in half image sides (14 pixels), each axis with its own scale.
-# In these units nearest neighbours on pixels do about as well as on Omniglot, which a test measures.
+# Standard deviations of a sample's distortion. Lengths are in half image sides (14 pixels); the two axes have
+# independent scales. With these values, nearest neighbours on pixels are about as accurate as on Omniglot. A test
+# measures that.
 ROTATION, LOG_SCALE, SHEAR, SHIFT, ELASTIC = 0.13, 0.15, 0.12, 0.11, 0.065
 
 MIN_FONTS = 4
-FINE = 64  # pixels of the canvas on which a character is thinned
-LONG_SIDE = 48  # of which its longer side fills these many ...
-INK_SIDE = 19  # ... and these many of the 28 in the picture, before distortion
+FINE = 64  # side in pixels of the fine canvas, on which a character is thinned
+LONG_SIDE = 48  # length in fine pixels of the character's longer side
+INK_SIDE = 19  # length in picture pixels of the character's longer side before distortion
 MAGNIFICATION = LONG_SIDE / INK_SIDE
-DARK = 80  # grey level of ink, below one half: the serif faces' hairlines are about a fine pixel wide
-REACH = 8  # fine pixels around the skeleton in which its distance is known: the margin, so that nothing wraps around
-PER_PIXEL = 28  # steps of a distance in a fine pixel, as uint8
-PEN_RADIUS = 1.0  # in pixels of the picture
-BLUR = 3.0  # softness of the pen, in pixels, with which look-alikes are compared
-DISTINCT = 0.05  # one minus the cosine between two characters' blurred pictures, below which they look alike
-DISTINCT_ACROSS = 0.07  # the same where one is for training and one for test
-LEAST_INK = 20  # skeleton pixels; a dot has fewer, and so has a blank
-CALMER = np.float32(0.875)  # step in which the distortion of a picture that would leave its frame is made less
-GRID = 2.0**-12  # what the random numbers decide is rounded to it
-FACES_AT_ONCE, PICTURES_AT_ONCE = 64, 240  # so few that what is made of them stays in the processor's cache
+DARK = 80  # least grey level of ink; below 128 because hairlines of serif fonts are only about one fine pixel wide
+REACH = 8  # greatest distance in fine pixels; equal to the empty margin, so that shifted images do not wrap into ink
+PER_PIXEL = 28  # units of a stored distance per fine pixel; 255 / 28 exceeds REACH
+PEN_RADIUS = 1.0  # in picture pixels
+BLUR = 3.0  # softness of the pen, in picture pixels, for comparing characters that look alike
+DISTINCT = 0.05  # characters look alike if one minus the cosine of their blurred pictures is below this
+DISTINCT_ACROSS = 0.07  # the same threshold for a training and a test character
+LEAST_INK = 20  # least number of skeleton pixels; excludes dots and blanks
+SHRINK = np.float32(0.875)  # factor on the distortion, applied until the ink stays inside the picture
+GRID = 2.0**-12  # grid to which the distortions are rounded
+FACES_AT_ONCE, PICTURES_AT_ONCE = 64, 240  # batch sizes whose temporaries fit into the processor's cache
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class _Character:
 
 
 def _fonts() -> list:
-    """The text faces; the cm fonts' code points are not Unicode, the display faces repeat a few of these signs."""
+    """Return the text fonts: not the cm fonts (not indexed by Unicode), nor the display fonts (no more characters)."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -78,12 +80,12 @@ def _fonts() -> list:
     stix = [f"STIXGeneral{style}" for style in ("", "Italic", "Bol", "BolIta")]
     paths = [folder / f"{name}.ttf" for name in sans + serif + stix]
     if missing := [path.name for path in paths if not path.exists()]:
-        raise InputError(f"{folder} lacks fonts that glyphs is drawn from, {', '.join(missing)}: reinstall matplotlib")
+        raise InputError(f"{folder} lacks fonts of the glyphs dataset, {', '.join(missing)}: reinstall matplotlib")
     return [FT2Font(str(path)) for path in paths]
 
 
 def _script(code: int) -> str | None:
-    """The character's script, or the group of signs it belongs to; None where it belongs to neither."""
+    """Return the script of a character or its group in SIGNS, or None if it belongs to neither."""
     name, category = unicodedata.name(chr(code), ""), unicodedata.category(chr(code))
     for script in TRAIN_SCRIPTS + TEST_SCRIPTS:
         if category[0] in "LN" and name.removeprefix("EXTENDED ").startswith(script):
@@ -92,14 +94,14 @@ def _script(code: int) -> str | None:
 
 
 def _is_variant(code: int) -> bool:
-    """Whether Unicode itself calls it another character in another dress, or it bears more than one accent."""
+    """Return True if Unicode defines the character as a variant of another one, or if it has several accents."""
     tag, *parts = unicodedata.decomposition(chr(code)).split(" ")
-    same = tag in VARIANTS or (tag == "<compat>" and len(parts) == 1)  # the alef symbol is the letter alef
+    same = tag in VARIANTS or (tag == "<compat>" and len(parts) == 1)  # for example, the alef symbol is the letter alef
     return same or len(unicodedata.normalize("NFD", chr(code))) > 2
 
 
 def _characters(fonts: list) -> list[_Character]:
-    """Characters that enough fonts hold, scripts before signs: of two look-alikes the first is kept."""
+    """Return the characters in at least MIN_FONTS fonts, scripts before signs. `_distinct` prefers earlier ones."""
     charmaps = [font.get_charmap() for font in fonts]
     order = ("LATIN", *TEST_SCRIPTS, *TRAIN_SCRIPTS[1:], *SIGNS.values())
     found = []
@@ -111,7 +113,7 @@ def _characters(fonts: list) -> list[_Character]:
 
 
 def _raster(font, code: int) -> np.ndarray:
-    """One character, bool ``[FINE, FINE]``: its longer side LONG_SIDE, centred; empty where the font draws nothing."""
+    """Render one character, centred, with its longer side LONG_SIDE; bool ``[FINE, FINE]``, empty for blanks."""
     from matplotlib.ft2font import LoadFlags
 
     font.set_size(FINE, 72)
@@ -122,16 +124,16 @@ def _raster(font, code: int) -> np.ndarray:
     font.set_size(FINE * 64 * LONG_SIDE / longest, 72)
     glyph = font.load_char(code, LoadFlags.NO_HINTING)
     left, bottom, right, top = (side / 64 for side in glyph.bbox)
-    # The call adds the left bearing by itself, but takes y for the top of the bitmap.
+    # draw_glyph_to_bitmap adds the left bearing to x, but takes y as the top of the bitmap.
     return _canvas(font, glyph, round((FINE - left - right) / 2), round((FINE - top + bottom) / 2)) > DARK
 
 
 def _canvas(font, glyph, x: int, y: int) -> np.ndarray:
-    """The glyph in grey, uint8 ``[FINE, FINE]``."""
+    """Render the glyph in grey, uint8 ``[FINE, FINE]``."""
     canvas = np.zeros((FINE, FINE), np.uint8)
     try:
         font.draw_glyph_to_bitmap(canvas, x, y, glyph)
-    except TypeError:  # before matplotlib 3.11, which deprecates this class
+    except TypeError:  # matplotlib before 3.11 needs an FT2Image; later versions deprecate it
         from matplotlib.ft2font import FT2Image
 
         canvas = FT2Image(FINE, FINE)
@@ -140,49 +142,49 @@ def _canvas(font, glyph, x: int, y: int) -> np.ndarray:
 
 
 def _shifts(images: np.ndarray, offsets: list[int]) -> list[np.ndarray]:
-    """Flat views of the images with each pixel's neighbour in its place; FINE is one row, 1 is one column.
+    """Return one flat view of the images per offset, shifted by it; an offset of FINE is one row and 1 is one column.
 
-    No pixel is copied. What lies beyond an edge comes from the next row or image, whose margin is empty as well.
+    The views share memory. A shift across an edge reads from the next row or image, whose margin is empty too.
     """
     reach = max(map(abs, offsets))
     padded = np.pad(images.reshape(-1), reach, mode="edge")
     return [padded[reach + offset : reach + offset + images.size] for offset in offsets]
 
 
-def _two_of(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
+def _at_least_two(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
     return (a & b) | (c & d) | ((a | b) & (c | d))
 
 
 def _deletable(ink: np.ndarray, second: bool) -> np.ndarray:
-    """The pixels that a half step of Guo and Hall (1989) takes away, for the 8 images in the bits of each byte."""
+    """Return the pixels that a half step of Guo and Hall (1989) deletes. Each bit of a byte is one of 8 images."""
     ring = [-FINE, 1 - FINE, 1, FINE + 1, FINE, FINE - 1, -1, -FINE - 1]
     n, ne, e, se, s, sw, w, nw = _shifts(ink, ring)
     n_ne, ne_e, e_se, se_s, s_sw, sw_w, w_nw, nw_n = n | ne, ne | e, e | se, se | s, s | sw, sw | w, w | nw, nw | n
     a, b, c, d = ~n & ne_e, ~e & se_s, ~s & sw_w, ~w & nw_n
     one_crossing = (a ^ b ^ c ^ d) & ~((a & b) | (c & d))
-    enough = _two_of(nw_n, ne_e, se_s, sw_w) & _two_of(n_ne, e_se, s_sw, w_nw)
+    enough = _at_least_two(nw_n, ne_e, se_s, sw_w) & _at_least_two(n_ne, e_se, s_sw, w_nw)
     inside = nw_n & ne_e & se_s & sw_w & n_ne & e_se & s_sw & w_nw
     border = ~((n_ne | ~se) & e if second else (s_sw | ~nw) & w)
     return (one_crossing & enough & ~inside & border).reshape(ink.shape)
 
 
 def _thin(ink: np.ndarray) -> np.ndarray:
-    """Skeletons of bool ``[images, FINE, FINE]``."""
+    """Thin the ink, bool ``[images, FINE, FINE]``, to skeletons of the same shape."""
     packed = np.packbits(ink, axis=0)
-    left = np.arange(len(packed))
-    while len(left):
-        before = after = packed[left]
+    active = np.arange(len(packed))
+    while len(active):
+        before = after = packed[active]
         for second in (False, True):
             after = after & ~_deletable(after, second)
-        packed[left] = after
-        left = left[(after != before).any(axis=(1, 2))]
+        packed[active] = after
+        active = active[(after != before).any(axis=(1, 2))]
     return np.unpackbits(packed, axis=0, count=len(ink)).astype(bool)
 
 
 def _distances(skeleton: np.ndarray) -> np.ndarray:
-    """Distance to the skeleton in 1/PER_PIXEL fine pixels, capped: uint8 ``[images, FINE, FINE]``."""
+    """Return the distance to the skeleton in units of 1/PER_PIXEL fine pixels, at most 255; the shape is kept."""
     squared = np.where(skeleton, 0, (REACH + 1) ** 2).astype(np.uint8)
-    for stride in (FINE, 1):  # a squared distance is the sum of its squares along columns and rows
+    for stride in (FINE, 1):  # the squared distance separates into columns and rows
         nearest = squared.reshape(-1).copy()
         steps = [step for step in range(-REACH, REACH + 1) if step]
         for step, shifted in zip(steps, _shifts(squared, [stride * step for step in steps]), strict=True):
@@ -193,30 +195,32 @@ def _distances(skeleton: np.ndarray) -> np.ndarray:
 
 
 def _fields(fonts: list, characters: list[_Character]) -> np.ndarray:
-    """Distance fields of every face of every character, one after the other."""
+    """Return the distance fields of every character in every font that has it, uint8 ``[faces, FINE, FINE]``."""
     jobs = [(fonts[font], character.code) for character in characters for font in character.fonts]
     chunks = [jobs[start : start + FACES_AT_ONCE] for start in range(0, len(jobs), FACES_AT_ONCE)]
     return np.concatenate([_distances(_thin(np.stack([_raster(*job) for job in chunk]))) for chunk in chunks])
 
 
 def _bilinear(fields: np.ndarray, face: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """``fields[face]`` at fine pixels x, y, ``[images, SIDE, SIDE]``."""
+    """Interpolate ``fields[face]`` linearly at the fine pixels x, y; all are ``[images, SIDE, SIDE]``."""
     x, y = np.clip(x, 0, FINE - 1.001), np.clip(y, 0, FINE - 1.001)
     column, row = x.astype(np.int32), y.astype(np.int32)
     corner = face.astype(np.intp)[:, None, None] * (FINE * FINE) + (row * FINE + column)
     x, y, flat = x - column, y - row, fields.reshape(-1)
 
-    def between(left):  # neighbours in a row; 'clip' is quicker than a check of what is clipped above
+    # The coordinates are already clipped, so mode="clip" changes no index; it is faster than numpy's bounds check.
+    def between(left):
         return left.take(corner, mode="clip") * (1 - x) + left[1:].take(corner, mode="clip") * x
 
     return between(flat) * (1 - y) + between(flat[FINE:]) * y
 
 
 def _draw(fields: np.ndarray, face: np.ndarray, inverse, shift, bend, softness: float = 1.0) -> np.ndarray:
-    """Pen strokes along distorted skeletons, uint8 ``[images, SIDE, SIDE]``.
+    """Draw pen strokes along distorted skeletons, uint8 ``[images, SIDE, SIDE]``.
 
-    ``inverse`` ``[images, 2, 2]`` leads from the picture back to the upright character, ``shift`` ``[images, 2]`` and
-    ``bend`` ``[images, 2, SIDE, SIDE]`` are in pixels of the picture; all float32, x before y. One may stand for all.
+    ``inverse`` ``[images, 2, 2]`` maps picture coordinates to coordinates of the undistorted character. ``shift``
+    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. All are float32 with x before y, and
+    broadcast over images.
     """
     grid = np.arange(SIDE, dtype=np.float32) - np.float32((SIDE - 1) / 2)
     u, v = grid[None, None, :] - shift[:, 0, None, None], grid[None, :, None] - shift[:, 1, None, None]
@@ -230,19 +234,19 @@ def _draw(fields: np.ndarray, face: np.ndarray, inverse, shift, bend, softness: 
 
 
 def _upright(fields: np.ndarray, face: np.ndarray, softness: float = 1.0) -> np.ndarray:
-    """The undistorted pictures of faces, uint8 ``[images, SIDE, SIDE]``."""
-    inverse = np.eye(2, dtype=np.float32)[None]  # the same for all
+    """Draw the undistorted pictures of faces, uint8 ``[images, SIDE, SIDE]``."""
+    inverse = np.eye(2, dtype=np.float32)[None]
     shift, bend = np.zeros((1, 2), np.float32), np.zeros((1, 2, 1, 1), np.float32)
     return _draw(fields, face, inverse, shift, bend, softness)
 
 
 def _starts(characters: list[_Character]) -> np.ndarray:
-    """Where each character's faces begin among all faces, ``[characters]``."""
+    """Return the index of each character's first face among all faces, ``[characters]``."""
     return np.cumsum([0] + [len(character.fonts) for character in characters[:-1]])
 
 
 def _views(fields: np.ndarray, characters: list[_Character]) -> tuple[np.ndarray, np.ndarray]:
-    """Two blurred pictures of each character, ``[characters, pixels]``: the mean of its faces, and its first face."""
+    """Return blurred pictures of each character, ``[characters, pixels]``: the mean of its faces, and the first."""
     begins = range(0, len(fields), PICTURES_AT_ONCE)
     pieces = [np.arange(begin, min(begin + PICTURES_AT_ONCE, len(fields))) for begin in begins]
     faces = np.concatenate([_upright(fields, piece, BLUR).reshape(len(piece), -1) for piece in pieces])
@@ -253,7 +257,7 @@ def _views(fields: np.ndarray, characters: list[_Character]) -> tuple[np.ndarray
 
 
 def _distance_matrix(pictures: np.ndarray) -> np.ndarray:
-    """One minus the cosine between rows that hold integers, whose products float64 sums exactly in any order."""
+    """Return one minus the cosine between rows. The rows hold integers, so float64 sums are exact in any order."""
     gram = pictures @ pictures.T
     lengths = np.sqrt(np.maximum(np.diag(gram), 1))
     gram /= lengths[:, None] * lengths
@@ -261,13 +265,13 @@ def _distance_matrix(pictures: np.ndarray) -> np.ndarray:
 
 
 def _alike(views: tuple[np.ndarray, np.ndarray], held_out: np.ndarray) -> np.ndarray:
-    """Which pairs look alike in either view, bool ``[characters, characters]``; across the split, sooner."""
+    """Return which pairs look alike in either view, bool ``[characters, characters]``; stricter across the split."""
     least = np.where(held_out[:, None] == held_out, DISTINCT, DISTINCT_ACROSS)
     return np.minimum(*map(_distance_matrix, views)) < least
 
 
 def _distinct(alike: np.ndarray) -> np.ndarray:
-    """Which characters to keep: each one that looks like none kept before it, bool ``[characters]``."""
+    """Keep each character that looks like none of those kept before it, bool ``[characters]``."""
     keep = np.ones(len(alike), bool)
     for row in range(len(alike)):
         if keep[row]:
@@ -276,12 +280,12 @@ def _distinct(alike: np.ndarray) -> np.ndarray:
 
 
 def _on_grid(numbers: np.ndarray) -> np.ndarray:
-    """Rounded far above the last bit, in which one machine's cosine or exponential differs from another's."""
+    """Round to GRID. The last bits of a cosine or exponential differ between machines; GRID is far coarser."""
     return (np.round(numbers / GRID) * GRID).astype(np.float32)
 
 
 def _affine(normal: np.ndarray) -> np.ndarray:
-    """Rotation, shear and two scales from standard normals ``[samples, 4]``: ``[samples, 2, 2]``."""
+    """Return matrices ``[samples, 2, 2]`` of rotation, shear and two scales from normals ``[samples, 4]``."""
     angle, shear = ROTATION * normal[:, 0], SHEAR * normal[:, 1]
     wide, high = np.exp(LOG_SCALE * normal[:, 2]), np.exp(LOG_SCALE * normal[:, 3])
     cos, sin = np.cos(angle), np.sin(angle)
@@ -290,9 +294,9 @@ def _affine(normal: np.ndarray) -> np.ndarray:
 
 
 def _bend(normal: np.ndarray) -> np.ndarray:
-    """A smooth field of displacements in pixels, ``[samples, 2, SIDE, SIDE]``, from normals ``[samples, 2, 4, 4]``.
+    """Return smooth displacements in pixels, ``[samples, 2, SIDE, SIDE]``, from normals ``[samples, 2, 4, 4]``.
 
-    Cosine bells between the knots; integers up to the last line, so that the matrix products are exact.
+    Cosine bells interpolate between the knots. The factors are rounded to integers, so the matrix products are exact.
     """
     knots = normal.shape[-1]
     place = np.arange(SIDE)[:, None] * (knots - 1) / (SIDE - 1) - np.arange(knots)
@@ -302,7 +306,7 @@ def _bend(normal: np.ndarray) -> np.ndarray:
 
 
 def _samples(fields: np.ndarray, first_face: int, character: _Character) -> tuple[np.ndarray, ...]:
-    """What `_draw` wants for SAMPLES pictures of a character; a stream of random numbers for each character."""
+    """Return the arguments of `_draw` for SAMPLES pictures of a character, from that character's own random stream."""
     random = np.random.Generator(np.random.PCG64([SEED, character.code]))
     faces = random.permutation(len(character.fonts))
     face = first_face + faces[np.arange(SAMPLES) % len(faces)]
@@ -314,15 +318,15 @@ def _samples(fields: np.ndarray, first_face: int, character: _Character) -> tupl
 
 
 def _draw_inside(fields: np.ndarray, face: np.ndarray, inverse, shift, bend) -> np.ndarray:
-    """`_draw`, where what would run over the edge is distorted less and less until it does not; upright, it fits."""
+    """Draw like `_draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink fits."""
     pictures = np.empty((len(face), SIDE, SIDE), np.uint8)
     upright = np.eye(2, dtype=np.float32)
-    left = np.arange(len(face))
-    while len(left):
-        pictures[left] = _draw(fields, face[left], inverse[left], shift[left], bend[left])
-        left = left[_touches_edge(pictures[left])]
-        inverse[left] = upright + (inverse[left] - upright) * CALMER
-        shift[left], bend[left] = shift[left] * CALMER, bend[left] * CALMER
+    redo = np.arange(len(face))
+    while len(redo):
+        pictures[redo] = _draw(fields, face[redo], inverse[redo], shift[redo], bend[redo])
+        redo = redo[_touches_edge(pictures[redo])]
+        inverse[redo] = upright + (inverse[redo] - upright) * SHRINK
+        shift[redo], bend[redo] = shift[redo] * SHRINK, bend[redo] * SHRINK
     return pictures
 
 
@@ -332,7 +336,7 @@ def _touches_edge(pictures: np.ndarray) -> np.ndarray:
 
 
 def _pictures(fields: np.ndarray, characters: list[_Character], starts: np.ndarray) -> np.ndarray:
-    """The samples of each character, uint8 ``[characters, SAMPLES, SIDE, SIDE, 1]``."""
+    """Draw the samples of each character, uint8 ``[characters, SAMPLES, SIDE, SIDE, 1]``."""
     drawn = []
     at_once = PICTURES_AT_ONCE // SAMPLES
     for begin in range(0, len(characters), at_once):
@@ -343,7 +347,7 @@ def _pictures(fields: np.ndarray, characters: list[_Character], starts: np.ndarr
 
 
 def _chosen(fields: np.ndarray, characters: list[_Character], held_out: np.ndarray) -> np.ndarray:
-    """Which characters become classes: no dots, no look-alikes, bool ``[characters]``."""
+    """Return which characters become classes, bool ``[characters]``: neither dots nor look-alikes."""
     ink = np.minimum.reduceat(np.count_nonzero(fields == 0, axis=(1, 2)), _starts(characters))
     return _distinct(_alike(_views(fields, characters), held_out)) & (ink >= LEAST_INK)
 
@@ -353,7 +357,7 @@ def _held_out(characters: list[_Character]) -> np.ndarray:
 
 
 def _build() -> dict[str, np.ndarray]:
-    """Pixels and labels of both splits, classes sorted by label."""
+    """Return pixels and labels of both splits, with classes sorted by label."""
     fonts = _fonts()
     characters = _characters(fonts)
     fields, starts, held_out = _fields(fonts, characters), _starts(characters), _held_out(characters)
@@ -368,13 +372,18 @@ def _build() -> dict[str, np.ndarray]:
 
 
 def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> ImageDataset:
-    """The dataset, drawn on the first call (some 7 seconds) and read from the cache afterwards.
+    """Return the dataset. The first call renders it in about 7 seconds; later calls read it from the cache.
 
-    Both splits are uint8 ``[classes, 20, 28, 28, 1]``, ink 255 on 0, with labels such as ``"ARMENIAN/U+0531"``. The
-    pixels depend on nothing but this module's constants and on matplotlib's fonts, hence on its version.
+    Both splits are uint8 ``[classes, 20, 28, 28, 1]`` with ink 255 and paper 0, and labels such as
+    ``"ARMENIAN/U+0531"``. The pixels depend only on this module's constants and on the fonts of the installed
+    matplotlib.
 
     Args:
-        meanwhile: called before they are drawn, with blank classes in the shape of the training classes.
+        meanwhile: called before rendering with blank classes in the shape of the training classes; not called if the
+            dataset is in the cache.
+
+    Raises:
+        InputError: if matplotlib's fonts are missing.
     """
 
     def build():

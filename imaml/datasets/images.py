@@ -1,8 +1,8 @@
-"""What every image dataset hands on: classes of small images, split once and for all.
+"""The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
-A few-shot dataset is an array indexed ``[class, sample]``. Train and test hold different classes; the
-split belongs to the dataset, not to a run, and its fingerprint goes into every checkpoint, so that no
-class can be trained on and tested on.
+Images are indexed by ``[class, sample]``, and the training and test parts hold different classes. The split is part of
+the dataset, not a choice of a run. Every checkpoint stores the fingerprint of the split, so a run cannot be tested on a
+class that it was trained on.
 """
 
 import hashlib
@@ -15,7 +15,16 @@ from imaml.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class ImageClasses:
-    """Classes of images: ``pixels`` is uint8 ``[classes, samples, height, width, channels]``; ink is bright on 0."""
+    """Classes of images, each with the same number of images.
+
+    Args:
+        pixels: uint8 ``[classes, samples, height, width, channels]``. In drawings the ink is 255 and the paper 0.
+        labels: one distinct name for each class.
+
+    Raises:
+        InputError: if ``pixels`` has another dtype or number of axes, or if the labels are not distinct or not as many
+            as the classes.
+    """
 
     pixels: np.ndarray
     labels: tuple[str, ...]
@@ -27,11 +36,11 @@ class ImageClasses:
                 f"got {self.pixels.dtype} {self.pixels.shape}"
             )
         if len(self.labels) != len(self.pixels) or len(set(self.labels)) != len(self.labels):
-            raise InputError(f"{len(self.pixels)} classes need as many different labels, got {len(set(self.labels))}")
+            raise InputError(f"{len(self.pixels)} classes need as many distinct labels, got {len(set(self.labels))}")
 
     @classmethod
     def blank(cls, *shape: int) -> "ImageClasses":
-        """Classes that stand for others of that shape: no ink, and no memory."""
+        """Return classes of zeros for code that needs only a shape. The pixels are a broadcast zero of one byte."""
         return cls(np.broadcast_to(np.uint8(0), shape), tuple(map(str, range(shape[0]))))
 
     def __len__(self) -> int:
@@ -39,18 +48,27 @@ class ImageClasses:
 
     @property
     def samples(self) -> int:
-        """Images in each class."""
+        """Number of images in each class."""
         return self.pixels.shape[1]
 
     @property
     def source(self) -> np.ndarray:
-        """What tasks are drawn from inside a compiled program: the pixels."""
+        """The array from which a compiled program samples tasks: the pixels."""
         return self.pixels
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Training classes and held-out test classes, which share no label."""
+    """Training classes and held-out test classes.
+
+    Args:
+        name: the name of the dataset.
+        train: the classes of the training tasks.
+        test: the classes of the test tasks.
+
+    Raises:
+        InputError: if a label is in both parts.
+    """
 
     name: str
     train: ImageClasses
@@ -59,10 +77,10 @@ class ImageDataset:
     def __post_init__(self):
         shared = set(self.train.labels) & set(self.test.labels)
         if shared:
-            raise InputError(f"{self.name}: {len(shared)} classes, {min(shared)} among them, are in train and in test")
+            raise InputError(f"{self.name}: {len(shared)} classes, including {min(shared)}, are in both train and test")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the split, labels and pixels: two runs that agree on it saw the same data."""
+        """Return the SHA-256 of the split, labels and pixels. Runs with equal fingerprints used the same data."""
         digest = hashlib.sha256()
         for classes in (self.train, self.test):
             digest.update("\n".join(classes.labels).encode())

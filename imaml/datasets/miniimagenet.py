@@ -1,8 +1,8 @@
-"""Mini-ImageNet from the usual folder: ``images/`` and three CSV files that say which image is of which class.
+"""Mini-ImageNet, read from a folder ``images/`` and three CSV files that assign each image to a class.
 
-The images are ImageNet's and may not be handed on, so there is nothing to fetch here. The split is that of Ravi and
-Larochelle (2017): 64 classes to train on, 16 for validation, 20 for test, 600 images each, 84×84 in colour. Nothing in
-this package is chosen by the validation classes; they are looked at only to see that no class is in two parts.
+ImageNet's terms do not allow redistribution of the images, so this package cannot download them. The split is that of
+Ravi and Larochelle (2017): 64 training, 16 validation and 20 test classes, with 600 colour images of 84×84 pixels each.
+This package does not use the validation classes, except to check that no class is in two parts.
 """
 
 import csv
@@ -19,24 +19,27 @@ from imaml.errors import InputError
 SIDE = 84
 PARTS = ("train", "val", "test")
 LAYOUT = "images/ and train.csv, val.csv, test.csv, each with the columns filename,label"
-_MOST_BYTES = 4 * 1024 * 1024
-"""Of one image; as JPEG they have some thousand."""
+_MAX_BYTES = 4 * 1024 * 1024
+"""Greatest size of one image file. A JPEG of 84×84 pixels has a few thousand bytes."""
 
 
 def load(directory: str | os.PathLike[str]) -> ImageDataset:
-    """Mini-ImageNet from a folder in the usual layout; nothing is written to it.
+    """Return Mini-ImageNet, read from ``directory``.
+
+    Images are not resized, because the method of resizing changes the task.
 
     Args:
-        directory: holds ``images/`` and ``train.csv``, ``val.csv``, ``test.csv`` with a header ``filename,label``.
+        directory: the folder with ``images/`` and ``train.csv``, ``val.csv``, ``test.csv``. The header of each CSV file
+            is ``filename,label``. The folder is only read.
 
     Returns:
-        A data set named ``miniimagenet``: pixels uint8 ``[classes, samples, 84, 84, 3]``, as stored; labels as in the
-        CSV files, sorted. With all classes that is 1.1 GB, and as much again on each device for training.
+        A dataset named ``miniimagenet``. Its pixels are uint8 ``[classes, samples, 84, 84, 3]`` in RGB, unscaled. Its
+        labels are those of the CSV files, sorted. The full training and test classes take 1.1 GB of host memory. During
+        training, each device holds another copy.
 
     Raises:
-        InputError: for a folder, file or column that is missing, an image that is not 84×84 or cannot be decoded, a
-            class with more images than another, or one that is in two parts. Images are not resized here: how that is
-            done changes the task.
+        InputError: if a folder, file or column is missing, if an image is not 84×84 pixels or cannot be decoded, if the
+            classes of a part differ in their number of images, or if a class or file is in two parts.
 
     Source: Vinyals et al. (2016); split: Ravi and Larochelle (2017).
     """
@@ -52,7 +55,7 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
 
 
 def _classes(path: Path) -> dict[str, list[str]]:
-    """The sorted file names of each class of a CSV file, by sorted label."""
+    """Return the sorted file names of each class in a CSV file, keyed by sorted label."""
     found: dict[str, list[str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -85,8 +88,8 @@ def _check_disjoint(directory, classes):
         if twice:
             where = [f"{part}.csv" for part, names in members.items() if twice[0] in names]
             raise InputError(
-                f"{directory}: {what} {twice[0]} is named more than once, in {' and '.join(where)}; each should be in "
-                "one part alone"
+                f"{directory}: {what} {twice[0]} is named more than once, in {' and '.join(where)}; each should be "
+                "in exactly one part"
             )
 
 
@@ -96,21 +99,23 @@ def _images(directory: Path, part: str, classes: dict[str, list[str]]) -> ImageC
     for label, size in sizes.items():
         if size != most:
             raise InputError(
-                f"{directory / part}.csv: class {label} has {size} images and others {most}; all should have as many"
+                f"{directory / part}.csv: class {label} has {size} images and others {most}; all classes should have "
+                "the same number"
             )
     paths = [directory / "images" / name for names in classes.values() for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
-            f"{missing[0]}: no such file, and it is named in {part}.csv; {len(missing)} of its {len(paths)} are missing"
+            f"{missing[0]}: no such file, although {part}.csv names it; {len(missing)} of its {len(paths)} files are "
+            "missing"
         )
     with ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(_decoded, paths)))
+        pixels = np.stack(list(pool.map(_decode, paths)))
     return ImageClasses(pixels.reshape(len(classes), most, SIDE, SIDE, 3), tuple(classes))
 
 
-def _decoded(path: Path) -> np.ndarray:
-    """uint8 ``[84, 84, 3]``."""
+def _decode(path: Path) -> np.ndarray:
+    """Return the pixels of an image file, uint8 ``[84, 84, 3]`` in RGB."""
     try:
         from PIL import Image  # comes with matplotlib
     except ImportError as error:
@@ -118,14 +123,16 @@ def _decoded(path: Path) -> np.ndarray:
             "Mini-ImageNet's images are decoded by Pillow, which is missing: pip install pillow"
         ) from error
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path}: larger than {_MOST_BYTES:,} bytes, so not one of Mini-ImageNet's images")
+        if path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path}: larger than {_MAX_BYTES:,} bytes, so it is not an image of Mini-ImageNet")
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if image.size != (SIDE, SIDE):  # said by the header, before anything is decoded
+            if image.size != (SIDE, SIDE):  # known from the header, before the pixels are decoded
                 width, height = image.size
                 raise InputError(f"{path}: {width}×{height} pixels instead of {SIDE}×{SIDE}; resize the images first")
             return np.asarray(image.convert("RGB"))
     except InputError:
         raise
-    except Exception as error:  # damaged bytes make Pillow raise nearly anything
-        raise InputError(f"{path}: cannot be decoded as a JPEG or PNG ({error}); put a whole one there") from error
+    except Exception as error:  # Pillow raises many exception types on damaged bytes
+        raise InputError(
+            f"{path}: cannot be decoded as a JPEG or PNG ({error}); replace it by an undamaged file"
+        ) from error

@@ -1,10 +1,9 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings of each, read from the two official archives.
 
-The archives are somebody's download, so nothing about them is believed. They are read in memory (never
-extracted), every size is bounded before a byte is inflated, and what they hold is compared with a hash of
-member paths and decoded pixels. The bytes of the container do not count, only its content does: the same
-drawings zipped by another program, in another order, with folder entries or a file manager's litter, are
-the same data set. Whatever does not fit is an `InputError` before anything is cached.
+The archives are untrusted input. They are read in memory and never extracted to disk. All sizes are checked before
+anything is decompressed. A hash of the member paths and the decoded pixels is compared with the recorded one. The hash
+does not cover the zip container, so copies with another compression, another order of members, folder entries or files
+such as ``.DS_Store`` are accepted. Any other difference raises an `InputError` before anything is cached.
 
 Source: Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program
 induction", Science 350 (2015); https://github.com/brendenlake/omniglot, folder ``python``.
@@ -31,16 +30,16 @@ from imaml.datasets.cache import cache_directory, cached
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.datasets.web import Unreachable, fetch
 from imaml.errors import InputError
-from imaml.files import alone_in
+from imaml.storage.files import alone_in
 
 
 @dataclass(frozen=True)
 class _Archive:
-    """One official archive: the name of its only folder, how much it holds, and the hash of what it holds."""
+    """One official archive: the name of its only folder, its number of characters, and the hash of its drawings."""
 
     folder: str
     characters: int
-    sha256: str  # over the drawings in the order of their paths: path, newline, 105 x 105 bytes (paper 255, ink 0)
+    sha256: str  # of each drawing, by sorted path: path, newline, 105 x 105 bytes (paper 255, ink 0)
 
     @property
     def file(self) -> str:
@@ -51,52 +50,51 @@ ARCHIVES = (
     _Archive("images_background", 964, "0a1bc63751a4c84e73a57aad0374cf4172faaa4f18b108869426de584d4b41b5"),
     _Archive("images_evaluation", 659, "66a879024f66d84f509bc18fe9e03e4c1aa4778443eda76bc13131ebda5561ee"),
 )
-URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"  # the official place of both
-DRAWINGS = 20  # of every character
-DRAWN_SIZE, SIZE = 105, 28  # pixels, as drawn and as used in few-shot learning
-TRAIN_CHARACTERS = 1200  # and 423 for test: the counts of MAML and iMAML
-SPLIT_SEED = 2015  # belongs to the data set: another seed is another split, so never an argument
+URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"  # the official source of both archives
+DRAWINGS = 20  # per character
+DRAWN_SIZE, SIZE = 105, 28  # side in pixels, in the archives and in few-shot learning
+TRAIN_CHARACTERS = 1200  # leaves 423 for test, the counts of MAML and iMAML
+SPLIT_SEED = 2015  # another seed would be another split and thus another dataset, so this is not an argument
 
-# The cached arrays are looked up under this version: raise it whenever the arrays would differ.
+# Part of the name of the cache entry: increase it with every change that alters the arrays.
 _CACHE_VERSION = 1
 
-# The largest official drawing has 522 bytes. An uncompressed RGBA picture of this size would have 44 kB.
-_MOST_DRAWING_BYTES = 64 * 1024
-_MOST_TOTAL_BYTES = 64 * 1024 * 1024  # official: 8 MB together
-_MOST_ARCHIVE_BYTES = 32 * 1024 * 1024  # official: under 10 MB
+# The largest official drawing has 522 bytes. An uncompressed RGBA picture of 105 x 105 pixels has 44 kB.
+_MAX_DRAWING_BYTES = 64 * 1024
+_MAX_TOTAL_BYTES = 64 * 1024 * 1024  # the official archives: 8 MB together
+_MAX_ARCHIVE_BYTES = 32 * 1024 * 1024  # the official archives: less than 10 MB each
 
 _DRAWING = re.compile(r"[^/]+/[^/]+/character\d\d/\d{4}_\d\d\.png", re.ASCII)
-_LITTER = re.compile(r"(.*/)?(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.DOTALL)
-_Where = Path | str  # of an archive: its path, or the address that it is fetched from
-_UNIT = 2**22  # of Pillow's fixed point for 8-bit pictures
+_IGNORED = re.compile(r"(.*/)?(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.DOTALL)
+_Source = Path | str  # of an archive, for messages: its path or its URL
+_UNIT = 2**22  # one in Pillow's fixed-point arithmetic for 8-bit pictures
 _PNG_HEADER = struct.Struct(">8s4x4sII")
-_AGAIN = "download it again from https://github.com/brendenlake/omniglot (folder python)"
+_DOWNLOAD_AGAIN = "download it again from https://github.com/brendenlake/omniglot (folder python)"
 
 
 def load(
     directory: str | os.PathLike[str], meanwhile: Callable[[ImageClasses], None] = lambda training: None
 ) -> ImageDataset:
-    """Omniglot from the folder ``directory``, which holds ``images_background.zip`` and ``images_evaluation.zip``.
+    """Return Omniglot, read from ``images_background.zip`` and ``images_evaluation.zip`` in ``directory``.
 
-    Both archives are pooled and split into 1,200 characters for training and 423 for test by a fixed
-    permutation of the sorted labels. Drawings are shrunk from 105 x 105 to 28 x 28 as in the published
-    few-shot code (to grey, then Lanczos), but **inverted**: there paper is 255 and ink 0, here ink is
-    bright on 0, as in every `ImageClasses`. Multiply by 1/255 for [0, 1]; ``255 - pixels`` is the published
-    form.
+    The characters of both archives are pooled. A fixed permutation of the sorted labels splits them into 1,200 for
+    training and 423 for test. Drawings are resized from 105 x 105 to 28 x 28 pixels as in the published few-shot code
+    (greyscale, then Lanczos) but **inverted**: as in every `ImageClasses`, ink is 255 and paper 0. Compute
+    ``255 - pixels`` for the published form, in which paper is 255.
 
     Args:
-        directory: The folder with both archives, as downloaded; nothing is written to it.
-        meanwhile: Called once their containers are found in order, before they are decoded, with blank classes in the
-            shape of the training classes.
+        directory: the folder with both archives as downloaded. It is only read.
+        meanwhile: called after the containers are verified and before the drawings are decoded, with blank classes in
+            the shape of the training classes. It is not called if the arrays are in the cache.
 
     Returns:
-        A data set named ``omniglot``: ``train.pixels`` uint8 ``[1200, 20, 28, 28, 1]``, ``test.pixels`` uint8
+        A dataset named ``omniglot``: ``train.pixels`` uint8 ``[1200, 20, 28, 28, 1]``, ``test.pixels`` uint8
         ``[423, 20, 28, 28, 1]``, labels ``ALPHABET/characterNN``, sorted in each part. Decoded arrays are
-        cached under a hash of the archives' bytes, so a changed archive is decoded and checked anew.
+        cached under a hash of the archives' bytes, so a changed archive is decoded and verified again.
 
     Raises:
-        InputError: the folder or an archive is missing, unreadable, damaged, unsafe or not Omniglot. The
-            message names the file, what is wrong with it and what to do; nothing has been written.
+        InputError: if the folder or an archive is missing, unreadable, damaged, unsafe or not Omniglot's. The
+            message names the file, the fault and the remedy. Nothing has been written then.
 
     Source: Lake, Salakhutdinov, Tenenbaum 2015.
 
@@ -113,7 +111,7 @@ def load(
 
 
 def default_directory() -> Path:
-    """Where :func:`download` puts the archives, and where they are looked for, when no folder is named."""
+    """Return the folder to which :func:`download` writes the archives if the caller names none."""
     return cache_directory() / "omniglot"
 
 
@@ -123,39 +121,41 @@ def download(
     on_event: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> None:
-    """Put both official archives into ``directory``; what is there and whole stays, what was begun is gone on with.
+    """Download both official archives to ``directory``, and resume an interrupted download.
 
-    Each archive is checked as :func:`load` does before it gets its name: there is Omniglot or nothing.
+    An archive that is already there and undamaged is kept. A downloaded archive is verified like in :func:`load` before
+    it gets its final name, so the folder never holds a wrong or partial archive under that name.
 
     Args:
-        directory: made where it does not exist.
-        url: of the folder with the archives, for a mirror.
-        on_event: told in a phrase what happens.
-        on_progress: told the bytes of an archive that are there, and how many it has where that is known.
+        directory: the folder for the archives. It is created if it does not exist.
+        url: address of the folder with the archives. Give another one to use a mirror.
+        on_event: called with a short description of each event.
+        on_progress: called with the bytes of an archive on disk and its total size, or None if that is unknown.
 
     Raises:
-        InputError: where the archives cannot be fetched, with what to put where by hand, or are not Omniglot's.
-        OSError: where the folder cannot be written.
+        InputError: if an archive cannot be downloaded, if a downloaded archive is not Omniglot's, or if another process
+            downloads to the same folder. If the network fails, the message says which files to copy by hand.
+        OSError: if the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with alone_in(directory):
         for archive in ARCHIVES:
             path, source = directory / archive.file, f"{url.rstrip('/')}/{archive.file}"
-            if _is_whole(archive, path, on_event):
+            if _is_intact(archive, path, on_event):
                 continue
-            on_event(f"fetching {source}")
+            on_event(f"downloading {source}")
             try:
                 check = functools.partial(_verify, archive, source)
-                fetch(source, path, check, _MOST_ARCHIVE_BYTES, on_progress)
+                fetch(source, path, check, _MAX_ARCHIVE_BYTES, on_progress)
             except Unreachable as error:
                 files = " and ".join(f"{URL}/{each.file}" for each in ARCHIVES)
                 raise InputError(
-                    f"{error}; try again later, which goes on from what has come, or fetch {files} "
-                    f"where there is a network and put them into {directory}"
+                    f"{error}; try again later to resume the download, or download {files} "
+                    f"on another machine and copy them to {directory}"
                 ) from error
 
 
-def _is_whole(archive: _Archive, path: Path, on_event: Callable[[str], None]) -> bool:
+def _is_intact(archive: _Archive, path: Path, on_event: Callable[[str], None]) -> bool:
     if not path.exists():
         return False
     try:
@@ -163,17 +163,17 @@ def _is_whole(archive: _Archive, path: Path, on_event: Callable[[str], None]) ->
     except InputError as error:
         on_event(str(error))
         return False
-    on_event(f"{path} is there and whole")
+    on_event(f"{path} is already there and intact")
     return True
 
 
-def _verify(archive: _Archive, path: _Where, content: bytes) -> None:
-    """Raise InputError where ``content``, from ``path``, is not the official archive's."""
+def _verify(archive: _Archive, path: _Source, content: bytes) -> None:
+    """Raise InputError if ``content``, the bytes of the file ``path``, does not hold the drawings of ``archive``."""
     _pixels(archive, path, _drawings(archive, path, content))
 
 
 def _split(pixels: np.ndarray, labels: list[str]) -> ImageDataset:
-    # RandomState, not Generator: numpy promises the stream of the former for ever (NEP 19).
+    # Use RandomState: numpy guarantees that its stream never changes, but not that of Generator (NEP 19).
     order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
     train, test = np.sort(order[:TRAIN_CHARACTERS]), np.sort(order[TRAIN_CHARACTERS:])
 
@@ -186,7 +186,7 @@ def _split(pixels: np.ndarray, labels: list[str]) -> ImageDataset:
 def _read_archives(directory: Path) -> dict[Path, bytes]:
     paths = [directory / archive.file for archive in ARCHIVES]
     wanted = f"name the one that holds {' and '.join(path.name for path in paths)} with --data or as load's argument"
-    if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
+    if not os.path.isdir(directory):  # unlike Path.is_dir, never raises an error
         raise InputError(f"{directory}: no such folder; {wanted}")
     missing = [path.name for path in paths if not os.path.isfile(path)]
     if missing:
@@ -197,18 +197,20 @@ def _read_archives(directory: Path) -> dict[Path, bytes]:
 def _read_file(path: Path) -> bytes:
     try:
         with path.open("rb") as stream:
-            content = stream.read(_MOST_ARCHIVE_BYTES + 1)
+            content = stream.read(_MAX_ARCHIVE_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk") from error
-    if len(content) > _MOST_ARCHIVE_BYTES:
-        raise InputError(f"{path}: larger than {_MOST_ARCHIVE_BYTES:,} bytes, so not Omniglot's archive; {_AGAIN}")
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions and its disk") from error
+    if len(content) > _MAX_ARCHIVE_BYTES:
+        raise InputError(
+            f"{path}: larger than {_MAX_ARCHIVE_BYTES:,} bytes, so it is not Omniglot's archive; {_DOWNLOAD_AGAIN}"
+        )
     return content
 
 
 def _decode(contents: dict[Path, bytes], meanwhile: Callable[[ImageClasses], None]) -> dict[str, np.ndarray]:
-    """``pixels`` uint8 ``[characters, 20, 28, 28, 1]`` and ``labels``, sorted by label."""
+    """Return ``pixels``, uint8 ``[characters, 20, 28, 28, 1]``, and ``labels``, both sorted by label."""
     pairs = list(zip(ARCHIVES, contents.items(), strict=True))
-    # Every archive's container is checked before the slow part begins.
+    # Check both containers first, so that errors in them are raised before the slow decoding.
     drawings = [_drawings(archive, path, content) for archive, (path, content) in pairs]
     meanwhile(ImageClasses.blank(TRAIN_CHARACTERS, DRAWINGS, SIZE, SIZE, 1))
     pixels, labels = [], []
@@ -220,120 +222,138 @@ def _decode(contents: dict[Path, bytes], meanwhile: Callable[[ImageClasses], Non
 
 
 def _label(member: str) -> str:
-    """``ALPHABET/characterNN`` of ``images_background/ALPHABET/characterNN/xxxx_yy.png``."""
+    """Return the label ``ALPHABET/characterNN`` of the member ``ARCHIVE/ALPHABET/characterNN/xxxx_yy.png``."""
     return member.split("/", 1)[1].rsplit("/", 1)[0]
 
 
 @contextmanager
-def _refusing(path: _Where, what: str) -> Iterator[None]:
-    """Damaged bytes make zipfile, zlib and Pillow raise nearly anything; a person gets one kind of error."""
+def _as_input_error(path: _Source, fault: str) -> Iterator[None]:
+    """Convert every exception to an InputError: on damaged bytes, zipfile, zlib and Pillow raise many types."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: {what}; {_AGAIN}") from error
+        raise InputError(f"{path}: {fault}; {_DOWNLOAD_AGAIN}") from error
 
 
-def _drawings(archive: _Archive, path: _Where, content: bytes) -> dict[str, bytes]:
-    """The PNG bytes of every drawing by member path, once the whole container is found in order."""
-    with _refusing(path, "truncated, damaged or not a zip archive"), zipfile.ZipFile(io.BytesIO(content)) as container:
-        members = [info for info in container.infolist() if _counts(path, info)]
+def _drawings(archive: _Archive, path: _Source, content: bytes) -> dict[str, bytes]:
+    """Return the PNG bytes of every drawing by member path, after checking the names and sizes of all members."""
+    with (
+        _as_input_error(path, "truncated, damaged or not a zip archive"),
+        zipfile.ZipFile(io.BytesIO(content)) as container,
+    ):
+        members = [info for info in container.infolist() if _is_content(path, info)]
         _check_names(archive, path, [info.filename for info in members])
         _check_sizes(path, members)
         return {info.filename: _read_member(path, container, info) for info in members}
 
 
-def _counts(path: _Where, info: zipfile.ZipInfo) -> bool:
-    """Whether a member is content; folders and litter are not. Unsafe ones are refused whatever they are."""
+def _is_content(path: _Source, info: zipfile.ZipInfo) -> bool:
+    """Return False for folders and for files such as ``.DS_Store``, which are ignored, and True for all others.
+
+    Raises:
+        InputError: if the member is unsafe, even if it would be ignored.
+    """
     name = info.filename
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-        raise InputError(f"{path}: member {_shown(name)} points outside of its folder; do not use it, {_AGAIN}")
+        raise InputError(
+            f"{path}: member {_shown(name)} points outside the archive's folder; do not use it, {_DOWNLOAD_AGAIN}"
+        )
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise InputError(f"{path}: member {_shown(name)} is a symbolic link or device; do not use it, {_AGAIN}")
-    return not (info.is_dir() or _LITTER.fullmatch(name))
+        raise InputError(
+            f"{path}: member {_shown(name)} is a symbolic link or device; do not use it, {_DOWNLOAD_AGAIN}"
+        )
+    return not (info.is_dir() or _IGNORED.fullmatch(name))
 
 
 def _shown(name: str) -> str:
     return repr(name if len(name) <= 100 else name[:97] + "...")
 
 
-def _check_names(archive: _Archive, path: _Where, names: list[str]) -> None:
+def _check_names(archive: _Archive, path: _Source, names: list[str]) -> None:
     for name in names:
         if not (_DRAWING.fullmatch(name) and name.startswith(f"{archive.folder}/")):
             layout = f"{archive.folder}/ALPHABET/characterNN/xxxx_yy.png"
-            raise InputError(f"{path}: unexpected member {_shown(name)}, all should be {layout}; {_AGAIN}")
+            raise InputError(
+                f"{path}: unexpected member {_shown(name)}, all members should be {layout}; {_DOWNLOAD_AGAIN}"
+            )
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
-        raise InputError(f"{path}: member {_shown(twice)} is there twice; {_AGAIN}")
+        raise InputError(f"{path}: member {_shown(twice)} occurs twice; {_DOWNLOAD_AGAIN}")
     drawings = Counter(map(_label, names))
     if len(drawings) != archive.characters:
-        raise InputError(f"{path}: {len(drawings)} characters instead of {archive.characters}; {_AGAIN}")
+        raise InputError(f"{path}: {len(drawings)} characters instead of {archive.characters}; {_DOWNLOAD_AGAIN}")
     for label, count in drawings.items():
         if count != DRAWINGS:
-            raise InputError(f"{path}: {count} drawings of {_shown(label)} instead of {DRAWINGS}; {_AGAIN}")
+            raise InputError(f"{path}: {count} drawings of {_shown(label)} instead of {DRAWINGS}; {_DOWNLOAD_AGAIN}")
 
 
-def _check_sizes(path: _Where, members: list[zipfile.ZipInfo]) -> None:
+def _check_sizes(path: _Source, members: list[zipfile.ZipInfo]) -> None:
     for info in members:
-        if info.file_size > _MOST_DRAWING_BYTES:
-            size = f"declares {info.file_size:,} bytes, a drawing has less than {_MOST_DRAWING_BYTES:,}"
-            raise InputError(f"{path}: member {_shown(info.filename)} {size}; do not use it, {_AGAIN}")
-        # Other methods (LZMA's dictionary, say) may take memory that no declared size bounds.
+        if info.file_size > _MAX_DRAWING_BYTES:
+            size = f"declares {info.file_size:,} bytes, but a drawing has at most {_MAX_DRAWING_BYTES:,}"
+            raise InputError(f"{path}: member {_shown(info.filename)} {size}; do not use it, {_DOWNLOAD_AGAIN}")
+        # Other methods may use memory that the declared size does not bound, such as LZMA's dictionary.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(f"{path}: member {_shown(info.filename)} is neither stored nor deflated; {_AGAIN}")
+            raise InputError(
+                f"{path}: member {_shown(info.filename)} is neither stored nor deflated; {_DOWNLOAD_AGAIN}"
+            )
     total = sum(info.file_size for info in members)
-    if total > _MOST_TOTAL_BYTES:
-        limit = f"{total:,} bytes, Omniglot's have less than {_MOST_TOTAL_BYTES:,}"
-        raise InputError(f"{path}: its members declare {limit}; do not use it, {_AGAIN}")
+    if total > _MAX_TOTAL_BYTES:
+        limit = f"{total:,} bytes in all, but Omniglot's have at most {_MAX_TOTAL_BYTES:,}"
+        raise InputError(f"{path}: its members declare {limit}; do not use it, {_DOWNLOAD_AGAIN}")
 
 
-def _read_member(path: _Where, container: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    # zipfile inflates no more than the declared size, which is bounded, and raises BadZipFile where the
-    # checksum is another: a member that declares less than it holds ends there.
-    with _refusing(path, f"member {_shown(info.filename)} is damaged or encrypted"), container.open(info) as stream:
-        return stream.read(_MOST_DRAWING_BYTES)
+def _read_member(path: _Source, container: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    # zipfile decompresses at most the declared size, which _check_sizes has bounded. If a member declares less than it
+    # holds, its checksum does not match and zipfile raises BadZipFile.
+    with (
+        _as_input_error(path, f"member {_shown(info.filename)} is damaged or encrypted"),
+        container.open(info) as stream,
+    ):
+        return stream.read(_MAX_DRAWING_BYTES)
 
 
-def _pixels(archive: _Archive, path: _Where, drawings: dict[str, bytes]) -> np.ndarray:
-    """uint8 ``[characters, 20, 28, 28, 1]``, ink bright on 0, of drawings whose content hash is the right one."""
+def _pixels(archive: _Archive, path: _Source, drawings: dict[str, bytes]) -> np.ndarray:
+    """Return the drawings as uint8 ``[characters, 20, 28, 28, 1]`` with ink 255, after verifying their hash."""
     pillow = _pillow()
     digest = hashlib.sha256()
     names = sorted(drawings)
-    small = []
-    for first in range(0, len(names), DRAWINGS):  # one character at a time: all drawings as drawn are 360 MB
+    resized = []
+    for first in range(0, len(names), DRAWINGS):  # one character at a time: all drawings at 105 x 105 take 360 MB
         drawn = []
         for name in names[first : first + DRAWINGS]:
-            with _refusing(path, f"member {_shown(name)} cannot be decoded as a PNG"):
+            with _as_input_error(path, f"member {_shown(name)} cannot be decoded as a PNG"):
                 drawn.append(_grey(pillow, path, name, drawings[name]))
             digest.update(f"{name}\n".encode() + drawn[-1])
-        small.append(_shrink(np.frombuffer(b"".join(drawn), np.uint8).reshape(-1, DRAWN_SIZE, DRAWN_SIZE)))
+        resized.append(_shrink(np.frombuffer(b"".join(drawn), np.uint8).reshape(-1, DRAWN_SIZE, DRAWN_SIZE)))
     if digest.hexdigest() != archive.sha256:
-        raise InputError(f"{path}: its drawings are not Omniglot's (the content hash is another); {_AGAIN}")
-    return 255 - np.stack(small)[..., np.newaxis]
+        raise InputError(f"{path}: its drawings are not Omniglot's (their content hash differs); {_DOWNLOAD_AGAIN}")
+    return 255 - np.stack(resized)[..., np.newaxis]
 
 
-def _grey(pillow: ModuleType, path: _Where, name: str, png: bytes) -> bytes:
-    """The 105 x 105 bytes of one drawing, row by row: paper 255, ink 0."""
+def _grey(pillow: ModuleType, path: _Source, name: str, png: bytes) -> bytes:
+    """Return the 105 x 105 bytes of one drawing in row-major order: paper 255, ink 0."""
     signature, chunk, width, height = _PNG_HEADER.unpack_from(png)
     if signature != b"\x89PNG\r\n\x1a\n" or chunk != b"IHDR":
-        raise InputError(f"{path}: member {_shown(name)} is not a PNG; {_AGAIN}")
-    # The header first, so that Pillow never sees a picture that says it is large; then what Pillow made of
-    # the file (nothing is decoded before `convert`), because a second header may follow the first.
+        raise InputError(f"{path}: member {_shown(name)} is not a PNG; {_DOWNLOAD_AGAIN}")
+    # Check the size in the first header, so that Pillow never opens a picture of another size. Check the size that
+    # Pillow reports too, because a second header may follow. Pillow decodes pixels only in `convert`.
     _check_drawn(path, name, (width, height))
     image = pillow.open(io.BytesIO(png), formats=("PNG",))
     _check_drawn(path, name, image.size)
     return image.convert("L").tobytes()
 
 
-def _check_drawn(path: _Where, name: str, size: tuple[int, int]) -> None:
+def _check_drawn(path: _Source, name: str, size: tuple[int, int]) -> None:
     if size != (DRAWN_SIZE, DRAWN_SIZE):
         pixels = f"{size[0]} x {size[1]} pixels instead of {DRAWN_SIZE} x {DRAWN_SIZE}"
-        raise InputError(f"{path}: member {_shown(name)} has {pixels}; {_AGAIN}")
+        raise InputError(f"{path}: member {_shown(name)} has {pixels}; {_DOWNLOAD_AGAIN}")
 
 
 def _pillow() -> ModuleType:
-    # Pillow comes with matplotlib. It is imported here and nowhere else: a cached load does without it.
+    # Pillow is a dependency of matplotlib. Import it only here, because loading from the cache does not need it.
     try:
         from PIL import Image
     except ImportError as error:
@@ -343,7 +363,7 @@ def _pillow() -> ModuleType:
 
 @functools.cache
 def _lanczos() -> np.ndarray:
-    """``[105, 28]``: the weight of each old pixel in each new one, in units of 2**-22 (whole numbers)."""
+    """Return the weight of each old pixel in each new one, ``[105, 28]``, as integers in units of 2**-22."""
     scale = DRAWN_SIZE / SIZE
     distance = (np.arange(DRAWN_SIZE)[:, np.newaxis] + 0.5) / scale - (np.arange(SIZE) + 0.5)
     weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
@@ -351,11 +371,11 @@ def _lanczos() -> np.ndarray:
 
 
 def _shrink(drawn: np.ndarray) -> np.ndarray:
-    """uint8 ``[n, 105, 105]`` to ``[n, 28, 28]`` by an antialiased Lanczos filter, bit for bit as Pillow does it.
+    """Resize uint8 ``[n, 105, 105]`` to ``[n, 28, 28]`` by an antialiased Lanczos filter, bit for bit like Pillow.
 
-    Rows first, columns second, each rounded to whole grey levels, in Pillow's fixed point. The float64 sums
-    are exact (whole numbers under 2**35), so that every machine, and whatever Pillow there is, gets the same
-    pixels and with them the same fingerprint. It also takes half of Pillow's time on such small pictures.
+    Rows are filtered first and columns second. Each result is rounded to integer grey levels in Pillow's fixed-point
+    arithmetic. The float64 sums are exact, because they are integers below 2**35. So the pixels and the fingerprint do
+    not depend on the machine or on Pillow's version. For pictures of this size, this takes half of Pillow's time.
     """
 
     def along_rows(images: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Sinusoids: regression tasks that need no data, since each is a pure function of a key.
+"""Sinusoids: regression tasks that need no data files, because each task is a pure function of a random key.
 
-A task is a curve a·sin(x − b) with amplitude a and phase b of its own, and some of its points. Training and test draw
-from the same distribution, by different keys: what is held out is the curve, not a class.
+A task consists of points on one curve a·sin(x − b). The amplitude a, the phase b and the points are sampled per task.
+Training and test tasks come from the same distribution with different keys, so the test curves are new to the learner.
 
 Source: Finn, Abbeel, Levine (2017), section 5.1.
 """
@@ -20,41 +20,51 @@ AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 
 @dataclass(frozen=True)
 class Curves:
-    """All sinusoids: stands where a dataset of images has classes, and holds nothing."""
+    """The counterpart of :class:`.ImageClasses` for sinusoids. It holds no data: ``source`` is empty."""
 
     source = ()
 
 
 @dataclass(frozen=True)
 class SinusoidDataset:
-    """The distribution as a dataset whose two parts are the same."""
+    """The distribution of sinusoids as a dataset. Its training and test parts are equal."""
 
     name: str = "sinusoid"
     train: Curves = Curves()
     test: Curves = Curves()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the ranges: two runs that agree on it drew from the same distribution."""
+        """Return the SHA-256 of the formula and its ranges. Equal fingerprints mean the same distribution."""
         return hashlib.sha256(f"a sin(x - b): {AMPLITUDES}, {PHASES}, {INPUTS}".encode()).hexdigest()
 
 
 def load(directory: object = None) -> SinusoidDataset:
-    """The distribution.
+    """Return the sinusoid dataset.
+
+    Args:
+        directory: must be None. The parameter exists because other datasets take a data folder.
 
     Raises:
-        InputError: for a data folder.
+        InputError: if ``directory`` is not None.
     """
     if directory is not None:
-        raise InputError("sinusoids are drawn and take no data folder: leave --data out, or name another preset")
+        raise InputError(
+            "the sinusoid dataset reads no files and takes no data folder: omit --data, or choose another preset"
+        )
     return SinusoidDataset()
 
 
 def draw(key: jax.Array, points: int) -> tuple[jax.Array, jax.Array]:
-    """``points`` points of one curve, x and y, float32 ``[points, 1]`` each; all uniform in the module's ranges.
+    """Sample one curve a·sin(x − b) and ``points`` points on it.
+
+    The amplitude a, the phase b and each x are uniform on ``AMPLITUDES``, ``PHASES`` and ``INPUTS``.
 
     Args:
-        key: a typed random key, which decides the curve and its points.
-        points: how many.
+        key: a typed random key, which determines the curve and its points.
+        points: number of points.
+
+    Returns:
+        The inputs x and the values y, float32 ``[points, 1]`` each.
     """
     keys = jax.random.split(key, 3)
     amplitude = jax.random.uniform(keys[0], (), minval=AMPLITUDES[0], maxval=AMPLITUDES[1])

@@ -1,4 +1,7 @@
-"""A file from the network: fetched in parts that a later call goes on from, and checked before it gets its name."""
+"""Download of a single file, which resumes after an interruption and verifies the contents before the final rename.
+
+The bytes received so far are in a file with the suffix ``.part``. A later call requests only the missing bytes.
+"""
 
 import http.client
 import urllib.error
@@ -8,17 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from imaml.errors import InputError
-from imaml.files import put_in_place
+from imaml.storage.files import put_in_place
 
 TIMEOUT = 30.0
-"""Seconds of silence after which a connection counts as lost."""
+"""Seconds without data from the server after which a connection counts as lost."""
 ATTEMPTS = 5
-"""Connections for one file; a new one only where the last one brought something."""
+"""Greatest number of connections for one file. A new one is made only if the last one transferred some bytes."""
 CHUNK = 64 * 1024
 
 
 class Unreachable(InputError):
-    """The network or the server did not give the file; what came of it is kept."""
+    """A failure of the network or the server. The bytes received so far are kept for the next call."""
 
 
 def fetch(
@@ -28,32 +31,34 @@ def fetch(
     limit: int,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> None:
-    """Fetch ``url`` to ``path``; of a call that was cut short, ``path`` with ``.part`` behind it is gone on from.
+    """Download ``url`` to ``path``, resuming from ``path`` with the suffix ``.part`` if that file exists.
 
     Args:
-        url: http or https.
-        path: in a folder that this process alone writes to.
-        check: raises InputError for contents that are not the right ones.
-        limit: bytes above which nothing right can be there.
-        on_progress: told the bytes on disk and, where the server says so, how many there will be.
+        url: an http or https address.
+        path: the file to create or replace. No other process may write to its folder during the call.
+        check: called with the complete contents; raises :class:`.InputError` if they are wrong.
+        limit: greatest size in bytes. A larger file is refused without reading the rest.
+        on_progress: called after each chunk with the bytes on disk and the total size, or None if the server does not
+            send the size.
 
     Raises:
-        Unreachable: where the server cannot be reached, refuses, or falls silent.
-        InputError: for another kind of address, or contents that ``check`` refuses; they are thrown away.
-        OSError: where the folder cannot be written.
+        Unreachable: if the server cannot be reached, answers with an error, or sends nothing for ``TIMEOUT`` seconds.
+        InputError: if the address is not http or https, if the file is larger than ``limit``, or if ``check`` refuses
+            the contents. The downloaded bytes are then deleted.
+        OSError: if the folder cannot be written.
     """
     if not url.startswith(("https://", "http://")):
-        raise InputError(f"{url} is no http or https address")
+        raise InputError(f"{url} is not an http or https address")
     part = path.with_name(f"{path.name}.part")
-    begun = part.exists()
+    resumed = part.exists()
     _fetch_all(url, part, limit, on_progress)
     try:
         check(part.read_bytes())
     except InputError:
         part.unlink()
-        if not begun:
+        if not resumed:
             raise
-        # The beginning may have been another file's, or damaged: once more, all of it.
+        # The bytes of the earlier call may be damaged or from another file. Download everything once more.
         return fetch(url, path, check, limit, on_progress)
     put_in_place(part, path)
 
@@ -69,7 +74,7 @@ def _fetch_all(url, part, limit, on_progress):
 
 
 def _fetch_rest(url, part, limit, on_progress):
-    """Append to ``part`` what is missing of it, or write all of it where the server only sends that."""
+    """Append the missing bytes to ``part``. If the server ignores the requested range, write the whole file instead."""
     have = _size(part)
     with _connected(url, have) as response:
         if response is None:
@@ -82,7 +87,7 @@ def _fetch_rest(url, part, limit, on_progress):
                 have += len(chunk)
                 if have > limit:
                     part.unlink()
-                    raise InputError(f"{url} is larger than {limit:,} bytes, so not the right file")
+                    raise InputError(f"{url} is larger than {limit:,} bytes, so it is not the expected file")
                 stream.write(chunk)
                 on_progress(have, total)
     if total is not None and have < total:
@@ -91,11 +96,11 @@ def _fetch_rest(url, part, limit, on_progress):
 
 @contextmanager
 def _connected(url, have) -> Iterator[http.client.HTTPResponse | None]:
-    """The server's answer to the wish for what follows the first ``have`` bytes; None where nothing does."""
-    # Identity: a part of a compressed answer could not be gone on from.
+    """Request the bytes after the first ``have`` and yield the response, or None if the file has no further bytes."""
+    # Refuse compression: a range of a compressed response could not be appended to the uncompressed part.
     headers = {"User-Agent": "imaml", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        with _told_apart(url):
+        with _network_errors(url):
             response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except _NothingFollows:
         yield None
@@ -105,12 +110,12 @@ def _connected(url, have) -> Iterator[http.client.HTTPResponse | None]:
 
 
 class _NothingFollows(Exception):
-    pass
+    """The server reports that the requested range begins at the end of the file."""
 
 
 def _chunks(url, response) -> Iterator[bytes]:
     while True:
-        with _told_apart(url):
+        with _network_errors(url):
             chunk = response.read(CHUNK)
         if not chunk:
             return
@@ -118,11 +123,12 @@ def _chunks(url, response) -> Iterator[bytes]:
 
 
 @contextmanager
-def _told_apart(url):
-    """What goes wrong with the network, told apart from what goes wrong with the disk."""
+def _network_errors(url):
+    """Convert errors of the network to :class:`Unreachable`, so that OSErrors of the disk remain distinguishable."""
     try:
         yield
     except urllib.error.HTTPError as error:
+        error.close()  # an HTTPError is also the response and keeps the socket open until it is closed
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise _NothingFollows from None
         raise Unreachable(f"{url}: the server answers {error.code} {error.reason}") from error

@@ -1,5 +1,5 @@
-"""The paper's table and figures beside ours.
+"""Reproduction of the paper's table 2 and figures 2a and 2b.
 
-``paper`` has its printed numbers, ``records`` what our runs came to, ``table`` both side by side; ``gradient_error``
-and ``memory`` compute figures 2a and 2b on the spot; ``pictures`` draws them, and imports no JAX.
+``paper`` holds the printed numbers and ``records`` the results of our runs; ``table`` prints both side by side.
+``gradient_error`` computes figure 2a and ``memory`` figure 2b. ``pictures`` draws all three and does not import JAX.
 """

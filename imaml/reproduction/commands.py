@@ -1,4 +1,4 @@
-"""What ``imaml reproduce`` and ``imaml record`` do: text to print, files where a folder is named."""
+"""The commands ``imaml reproduce`` and ``imaml record``: they return text to print, and write files to a folder."""
 
 import difflib
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from imaml.errors import InputError
-from imaml.files import write_whole
 from imaml.reproduction import gradient_error, memory, pictures, records
 from imaml.reproduction.paper import ROWS, TABLE_2
 from imaml.reproduction.table import rows, table_2
-from imaml.versions import versions
+from imaml.runs.versions import versions
+from imaml.storage.files import write_whole
 
 FORMS = ("terminal", "markdown")
 
@@ -24,17 +24,18 @@ def reproduce(
     form: str = "terminal",
     on_event: Callable[[str], None] = lambda message: None,
 ) -> str:
-    """The text of a table or figure of the paper; with ``out`` also its picture, and the measurement as JSON.
+    """Return a table or figure of the paper as text; with ``out``, also write its picture, and a figure's data as JSON.
 
     Args:
         what: ``"table2"``, ``"figure2a"`` or ``"figure2b"``.
-        directory: of records, for the table; by default those that come with the package.
-        out: a folder to write to, made where it does not exist.
+        directory: folder of the records for ``"table2"``; by default the records that come with the package.
+        out: folder to write to, created if it does not exist; None writes nothing.
         form: ``"terminal"`` or ``"markdown"``.
-        on_event: told in a phrase what takes time.
+        on_event: called with a message before each long computation.
 
     Raises:
-        InputError: as for :func:`check`, or for records that cannot be read.
+        InputError: as :func:`check` does, and if a record cannot be read.
+        OSError: if ``out`` cannot be written.
     """
     check(what, directory, form)
     text, draw, measured = WORKS[what](directory, form, on_event)
@@ -49,32 +50,42 @@ def reproduce(
 
 
 def check(what: str, directory: Path | None, form: str) -> None:
-    """Raise InputError for names that do not exist, with those that do, and for records where none are read."""
+    """Check the arguments of :func:`reproduce` before anything is computed or written.
+
+    Raises:
+        InputError: for an unknown table, figure or format, or if ``directory`` is given for a figure, which reads no
+            records.
+    """
     for given, known, kind in ((what, WORKS, "table or figure"), (form, FORMS, "format")):
         if given not in known:
             near = difflib.get_close_matches(given, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"there is no {kind} {given!r}: {hint}known are {', '.join(known)}")
     if directory is not None and what != "table2":
-        raise InputError(f"{what} is computed on the spot and reads no records: leave --records out")
+        raise InputError(f"{what} is computed by this command and reads no records: omit --records")
 
 
 def record(run: Path, out: Path | None = None, note: str = "", hardware: str | None = None) -> str:
-    """Make the record of a finished run; returns a sentence about it.
+    """Write the record of a finished run, and return a sentence about the record.
 
     Args:
-        run: its folder.
-        out: the folder that keeps records, made where it does not exist; by default the working folder's ``records``.
-        note: what a reader should know besides.
-        hardware: in words; by default this machine's.
+        run: the run's folder.
+        out: folder that the record is written to, created if it does not exist; by default ``records`` in the working
+            folder.
+        note: remark for the reader of the record.
+        hardware: the machine that trained the run, in words; by default this machine.
+
+    Raises:
+        InputError: if the folder holds no finished run, or if its log is incomplete.
+        OSError: if the record cannot be written.
     """
     made = records.of_run(run, note, hardware)
     out = out or Path("records")
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{run.resolve().name}.json"
     made.write(path)
-    place = f"table 2, {ROWS[made.cell.algorithm]}" if made.cell in TABLE_2 and made.cell else "no cell of table 2"
-    return f"{path}: {made.meta_steps} meta-steps in {made.seconds:.0f} s; it belongs to {place}"
+    place = f"row {ROWS[made.cell.algorithm]!r}" if made.cell in TABLE_2 and made.cell else "no cell"
+    return f"wrote {path}: {made.meta_steps} meta-steps in {made.seconds:.0f} s, for {place} of table 2"
 
 
 def _table(directory, form, on_event) -> tuple[str, Callable[[Path], Path], Any]:
@@ -83,7 +94,7 @@ def _table(directory, form, on_event) -> tuple[str, Callable[[Path], Path], Any]
 
 
 def _lines(found):
-    """Each cell's name, the paper's numbers and ours, in per cent."""
+    """Return the lines that :func:`pictures.table` draws: the name of each cell, the paper's numbers and ours, in %."""
     ours = {cell: [] for cell in TABLE_2}
     for row in rows(found):
         if row.evaluation:
@@ -122,4 +133,4 @@ WORKS: dict[str, Callable[..., tuple[str, Callable[[Path], Path], Any]]] = {
     "figure2a": _figure_2a,
     "figure2b": _figure_2b,
 }
-"""What can be reproduced, each giving its text, how to draw it, and what was measured."""
+"""Functions by the name of the table or figure; each returns its text, a function that draws it, and its JSON data."""

@@ -1,11 +1,13 @@
-"""Figure 2a: how far a meta-gradient is from the exact one, where the exact one has a closed form.
+"""Figure 2a: the error of the meta-gradients of implicit MAML and MAML on a problem with a closed-form meta-gradient.
 
-The inner problem is a linear regression, ½|Xφ − y|²/n + ½λ|φ − θ|², the outer one half the mean square on a query set.
-Descent from θ is cut off after so many steps, and both methods are handed the same φ: implicit MAML solves
-(I + H/λ)g = v there by so many CG steps, MAML differentiates the steps. The exact gradient is NumPy's, and shares no
-code with either.
+The inner objective is that of a linear regression, ½‖Xφ − y‖²/n + ½λ‖φ − θ‖². The outer objective is half the mean
+squared error on a query set. Gradient descent from θ stops after a given number of steps, and both methods use the same
+φ: implicit MAML solves (I + H/λ)g = v there by a given number of CG steps, and MAML differentiates the descent. NumPy
+computes the exact gradient from its closed form, without code of either method.
 
-Everything is float64, the mean is over tasks, and errors are relative to the exact gradient.
+All numbers are float64. Errors are relative to the exact gradient's norm and averaged over tasks.
+
+Source: Rajeswaran et al. (2019), figure 2a.
 """
 
 from collections.abc import Sequence
@@ -18,20 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from imaml.problem import task_problem
-from imaml.tasks import Task
+from imaml.learning.problem import task_problem
+from imaml.learning.tasks import Task
 
 TASKS, UNKNOWNS, SAMPLES, STRENGTH, NOISE = 16, 100, 10, 0.05, 0.1
-"""Few samples of many unknowns, as in few-shot learning: most of H is zero, and CG is quick."""
+"""Fewer samples than unknowns, as in few-shot learning: the rank of H is at most ``SAMPLES``, so CG needs few steps."""
 DECAY = 30.0
-"""The features' scales fall by this factor in all, so that the eigenvalues of H do by its square."""
+"""Ratio of the largest to the smallest scale of a feature; the eigenvalues of H spread by about its square."""
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CG_STEPS = (2, 5, 11)
-"""The last is as many as I + H/λ has different eigenvalues: one for each sample, and 1."""
+"""I + H/λ has 11 different eigenvalues, one for each sample and 1: in exact arithmetic, 11 CG steps suffice."""
 
 
 class Curve(NamedTuple):
-    """The error of one method, in the order of ``GradientErrors.steps``."""
+    """Relative errors of one method, one for each entry of ``GradientErrors.steps``."""
 
     method: str
     errors: tuple[float, ...]
@@ -39,13 +41,13 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class GradientErrors:
-    """Mean relative errors over the tasks.
+    """Relative errors of meta-gradients, averaged over tasks.
 
     Attributes:
-        steps: inner gradient steps.
-        curves: a :class:`Curve` for each method.
-        condition_number: of I + H/λ, the mean over tasks.
-        problem: in words.
+        steps: numbers of inner gradient steps.
+        curves: one :class:`Curve` for each method.
+        condition_number: condition number of I + H/λ, averaged over tasks.
+        problem: description of the problem.
     """
 
     steps: tuple[int, ...]
@@ -54,12 +56,21 @@ class GradientErrors:
     problem: str
 
     def __getitem__(self, method: str) -> tuple[float, ...]:
-        """The errors of a method."""
+        """Return the errors of a method by its name, in the order of ``steps``."""
         return dict(self.curves)[method]
 
 
 def draw(tasks: int = TASKS, seed: int = 0) -> tuple[np.ndarray, Task]:
-    """θ, and linear regressions whose truths scatter around it; arrays with a leading axis of ``tasks``."""
+    """Draw θ and a batch of linear regressions whose true parameters scatter around θ.
+
+    Args:
+        tasks: number of regressions.
+        seed: seed of NumPy's generator.
+
+    Returns:
+        θ, of shape ``[UNKNOWNS]``, and a batch of tasks, with inputs of shape ``[tasks, SAMPLES, UNKNOWNS]`` and
+        targets of shape ``[tasks, SAMPLES]``.
+    """
     random = np.random.default_rng(seed)
     scales = DECAY ** -np.linspace(0, 1, UNKNOWNS)
     theta = random.normal(size=UNKNOWNS)
@@ -70,7 +81,14 @@ def draw(tasks: int = TASKS, seed: int = 0) -> tuple[np.ndarray, Task]:
 
 
 def exact(theta: np.ndarray, task: Task) -> tuple[np.ndarray, float, float]:
-    """The meta-gradient of one task in closed form, with the least and the largest eigenvalue of H + λI."""
+    """Return the meta-gradient of one task from its closed form, and the smallest and largest eigenvalue of H + λI.
+
+    With A = XᵀX/n + λI and φ = A⁻¹(Xᵀy/n + λθ), the meta-gradient is λA⁻¹v, where v is the query loss's gradient at φ.
+
+    Args:
+        theta: θ, of shape ``[UNKNOWNS]``.
+        task: one task of :func:`draw`.
+    """
     x, y, x_query, y_query = map(np.asarray, (task.support_x, task.support_y, task.query_x, task.query_y))
     system = x.T @ x / len(x) + STRENGTH * np.eye(len(theta))
     phi = np.linalg.solve(system, x.T @ y / len(x) + STRENGTH * theta)
@@ -82,23 +100,27 @@ def exact(theta: np.ndarray, task: Task) -> tuple[np.ndarray, float, float]:
 def gradient_errors(
     steps: Sequence[int] = STEPS, cg_steps: Sequence[int] = CG_STEPS, tasks: int = TASKS, seed: int = 0
 ) -> GradientErrors:
-    """Run both methods on every task at every number of steps.
+    """Compute the errors of MAML and of implicit MAML for each number of inner steps.
+
+    The step size of descent is 2 / (smallest + largest eigenvalue of H + λI over all tasks), which minimises the worst
+    contraction factor.
 
     Args:
-        steps: inner gradient steps, at the rate 2 / (least + largest eigenvalue), the best for its worst direction.
-        cg_steps: of implicit MAML's linear solve, a curve for each.
-        tasks: over which the mean is taken.
-        seed: of the tasks.
+        steps: numbers of inner gradient steps.
+        cg_steps: numbers of CG steps of implicit MAML's linear solve; one curve is computed for each.
+        tasks: number of tasks that errors are averaged over.
+        seed: seed of the tasks.
     """
     with jax.enable_x64(True):
         theta, batch = draw(tasks, seed)
         each = [jax.tree.map(lambda array, i=i: array[i], batch) for i in range(tasks)]
         answers, least, largest = zip(*(exact(theta, task) for task in each), strict=True)
         rate = 2 / (min(least) + max(largest))
-        unrolled = [_outs(bl.Unrolled(), bl.GradientDescent(rate, count), theta, theta, batch) for count in steps]
+        unrolled = [_of_tasks(bl.Unrolled(), bl.GradientDescent(rate, count), theta, theta, batch) for count in steps]
         curves = {"MAML": [_mean_error(out.gradient, answers) for out in unrolled]}
         for count in cg_steps:
-            found = [_outs(bl.Implicit(bl.CG(count)), _stay, theta, out.inner.w, batch) for out in unrolled]
+            method = bl.Implicit(bl.CG(count))
+            found = [_of_tasks(method, _return_init, theta, out.inner.w, batch) for out in unrolled]
             curves[f"iMAML, {count} CG steps"] = [_mean_error(out.gradient, answers) for out in found]
     return GradientErrors(
         tuple(steps),
@@ -108,17 +130,17 @@ def gradient_errors(
     )
 
 
-def _stay(condition, init, theta, data):
-    """The inner solver that is handed its result."""
+def _return_init(condition, init, theta, data):
+    """Return ``init``: an inner solver for a problem that was solved before."""
     return init
 
 
 @partial(jax.jit, static_argnames=("method", "solver"))
-def _outs(method, solver, theta, start, batch):
-    """Of every task, from one start for all or one for each."""
+def _of_tasks(method, solver, theta, start, batch):
+    """Return the hypergradients of all tasks; ``start`` is θ for all tasks, or a batch with one φ for each task."""
     hypergradient = bl.value_and_hypergradient(_PROBLEM, solver, method, on_failure="ignore")
     if start.ndim == theta.ndim:
-        return jax.vmap(lambda task: hypergradient(theta, bl.theta_itself, task))(batch)
+        return jax.vmap(lambda task: hypergradient(theta, bl.identity_center, task))(batch)
     return jax.vmap(lambda phi, task: hypergradient(theta, phi, task))(start, batch)
 
 
@@ -131,7 +153,7 @@ _PROBLEM = task_problem(lambda phi, x: x @ phi, lambda outputs, y: 0.5 * jnp.mea
 
 
 def shown(found: GradientErrors) -> str:
-    """As a table, a line for each method."""
+    """Format the errors as a text table with one line for each method."""
     width = max(len(curve.method) for curve in found.curves)
     lines = [f"{'inner steps':{width}}" + "".join(f"{count:>10}" for count in found.steps)]
     lines += [f"{name:{width}}" + "".join(f"{error:10.1e}" for error in errors) for name, errors in found.curves]

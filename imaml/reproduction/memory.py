@@ -1,7 +1,9 @@
-"""Figure 2b: the memory of one task's meta-gradient over the number of inner steps.
+"""Figure 2b: the memory of one task's meta-gradient as a function of the number of inner steps.
 
-XLA says it of a compiled program, so that nothing is run and the figure is exact: the bytes that it sets aside beside
-its arguments and results.
+The numbers are XLA's: the bytes of temporary buffers that a compiled program allocates, without its arguments and
+results. They are exact, and the program is not run.
+
+Source: Rajeswaran et al. (2019), figure 2b.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +15,9 @@ import jax.numpy as jnp
 
 import bilevel as bl
 from imaml.errors import InputError
-from imaml.networks import Network, conv4
-from imaml.problem import cross_entropy, task_problem
-from imaml.tasks import Task
+from imaml.learning.networks import Network, conv4
+from imaml.learning.problem import cross_entropy, task_problem
+from imaml.learning.tasks import Task
 
 STEPS = (16, 128, 1000)
 WAYS, SHOTS, IMAGE = 20, 5, (28, 28, 1)
@@ -28,12 +30,12 @@ METHODS: Mapping[str, bl.Method] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by method and number of inner steps.
+    """Temporary memory of meta-gradients, in bytes.
 
     Attributes:
-        steps: inner gradient steps.
-        temporary: for each method the bytes at each of ``steps``.
-        problem: in words.
+        steps: numbers of inner gradient steps.
+        temporary: bytes of each method, one number for each entry of ``steps``.
+        problem: description of the problem.
     """
 
     steps: tuple[int, ...]
@@ -48,20 +50,20 @@ def memory(
     shots: int = SHOTS,
     on_event: Callable[[str], None] = lambda message: None,
 ) -> Memory:
-    """Compile the meta-gradient of one task for each method and number of steps, and ask what it needs.
+    """Compile the meta-gradient of one task for each method and number of steps, and read its temporary memory.
 
     Args:
-        steps: inner gradient steps.
-        network: on images of 28 × 28; by default the published one of four blocks of 64 filters.
-        ways: classes of a task.
-        shots: support and query images of each.
-        on_event: told in a phrase what comes next.
+        steps: numbers of inner gradient steps.
+        network: a network for images of shape ``(28, 28, 1)``; by default the published one, four blocks of 64 filters.
+        ways: number of classes of the task.
+        shots: number of support images, and of query images, of each class.
+        on_event: called with a message before the programs of a method are compiled.
 
     Raises:
-        InputError: where the backend does not tell.
+        InputError: if XLA does not report a program's memory on this backend.
     """
     network = network or conv4(ways)
-    problem = task_problem(network.apply, cross_entropy, 2.0)  # no number of λ changes a size
+    problem = task_problem(network.apply, cross_entropy, 2.0)  # Memory does not depend on the value of λ.
     shapes = jax.eval_shape(network.init, jax.random.key(0)), _task_shapes(ways * shots)
     found = {name: [] for name in METHODS}
     for name, method in METHODS.items():
@@ -81,19 +83,19 @@ def _task_shapes(images):
 
 def _temporary(problem, solver, method, shapes):
     hypergradient = bl.value_and_hypergradient(problem, solver, method, on_failure="ignore")
-    program = jax.jit(lambda theta, task: hypergradient(theta, bl.theta_itself, task).gradient)
+    program = jax.jit(lambda theta, task: hypergradient(theta, bl.identity_center, task).gradient)
     analysis = program.lower(*shapes).compile().memory_analysis()
     if analysis is None:
-        raise InputError(f"XLA says nothing of a program's memory on {jax.default_backend()}: try JAX_PLATFORMS=cpu")
+        raise InputError(f"XLA reports no program memory on {jax.default_backend()}: try JAX_PLATFORMS=cpu")
     return int(analysis.temp_size_in_bytes)
 
 
 def shown(found: Memory) -> str:
-    """As a table in MiB, a line for each method."""
+    """Format the memory as a text table in MiB with one line for each method."""
     width = max(map(len, found.temporary))
     lines = [f"{'inner steps':{width}}" + "".join(f"{count:>12}" for count in found.steps)]
     lines += [
         f"{name:{width}}" + "".join(f"{size / 2**20:12.2f}" for size in sizes)
         for name, sizes in found.temporary.items()
     ]
-    return "\n".join([f"Memory of a meta-gradient, MiB: {found.problem}", *lines])
+    return "\n".join([f"Temporary memory of a meta-gradient, MiB: {found.problem}", *lines])

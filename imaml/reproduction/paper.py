@@ -1,8 +1,8 @@
-"""The paper's printed numbers, once: what ours stand beside.
+"""The numbers that the paper prints for Omniglot.
 
 Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019 (arXiv 1909.04630),
-table 2, Omniglot. Its rows for MAML, first-order MAML and Reptile are copied there from Finn et al. (2017) and Nichol
-et al. (2018). The ranges are 95 % intervals over test tasks.
+table 2. The paper takes its rows for MAML, first-order MAML and Reptile from Finn et al. (2017) and Nichol et al.
+(2018). The ranges are 95 % intervals over test tasks.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,13 @@ SOURCE = "Rajeswaran et al. (2019), arXiv 1909.04630, table 2"
 
 
 class Printed(NamedTuple):
-    """A number of the paper's, in per cent: accuracy, half the width of its interval, and both as they are printed."""
+    """A printed accuracy.
+
+    Attributes:
+        accuracy: in per cent.
+        interval: half the width of its 95 % interval, in per cent.
+        text: both as the paper prints them.
+    """
 
     accuracy: float
     interval: float
@@ -19,12 +25,12 @@ class Printed(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Where a number stands in table 2.
+    """A cell of table 2.
 
     Attributes:
         algorithm: ``"maml"``, ``"fomaml"``, ``"reptile"``, ``"imaml-gd"`` or ``"imaml-hf"``.
-        ways: classes of a task.
-        shots: support images of each.
+        ways: number of classes of a task.
+        shots: number of support images of each class.
     """
 
     algorithm: str
@@ -39,9 +45,9 @@ ROWS = {
     "imaml-gd": "iMAML, gradient descent",
     "imaml-hf": "iMAML, Hessian-free",
 }
-"""The rows of table 2 and their names, in its order."""
+"""The rows of table 2 in the paper's order, with their names in words."""
 COLUMNS = ((5, 1), (5, 5), (20, 1), (20, 5))
-"""The columns of table 2: ways and shots."""
+"""The columns of table 2, as (ways, shots)."""
 
 _TABLE_2 = {
     "maml": ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2"),
@@ -56,7 +62,10 @@ TABLE_2 = {
     for row, line in _TABLE_2.items()
     for column, text in zip(COLUMNS, line, strict=True)
 }
-"""Table 2, cell by cell, column after column within each row."""
+"""Table 2: the printed accuracy of each cell, row by row."""
 
 REFERENCE_CODE_5WAY_1SHOT = 98.204
-"""Per cent that a user of the authors' public code reports for 5-way 1-shot after 200,000 tasks (its issue 3)."""
+"""Accuracy in per cent that a user of the authors' public code reports for 5-way 1-shot after 200,000 tasks.
+
+Source: issue 3 of github.com/aravindr93/imaml_dev.
+"""

@@ -1,21 +1,27 @@
-"""The figures, drawn from what was measured. Nothing here imports jax; matplotlib is loaded when one is drawn.
+"""Pictures of table 2 and figures 2a and 2b. This module does not import JAX, and loads matplotlib only to draw.
 
-They stand on white, so that they can be read on a dark page too.
+The background is white, so that the black labels are readable on a dark page too.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imaml.plots import BLUE, GREY, ORANGE, new_figure, plain, save
+from imaml.report.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 GREEN = "#2f855a"
 DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"
 
 
 def gradient_error(path: Path, steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> Path:
-    """Figure 2a: relative errors over inner gradient steps."""
+    """Draw figure 2a, the relative errors of meta-gradients over inner gradient steps, and return ``path``.
+
+    Args:
+        path: file of the PNG.
+        steps: numbers of inner gradient steps.
+        curves: relative errors by method, one for each entry of ``steps``; at most four methods besides ``"MAML"``.
+    """
     figure, axes = _figure(6.6, 4.2)
-    shades = iter((PALE_BLUE, LIGHT_BLUE, BLUE, DARK_BLUE))  # of implicit MAML, darker for more CG steps
+    shades = iter((PALE_BLUE, LIGHT_BLUE, BLUE, DARK_BLUE))  # Implicit MAML: darker for more CG steps.
     for name, errors in curves.items():
         color = ORANGE if name == "MAML" else next(shades)
         axes.plot(steps, errors, marker="o", markersize=4, label=name, color=color)
@@ -25,7 +31,13 @@ def gradient_error(path: Path, steps: Sequence[int], curves: Mapping[str, Sequen
 
 
 def memory(path: Path, steps: Sequence[int], temporary: Mapping[str, Sequence[int]]) -> Path:
-    """Figure 2b: MiB over inner steps."""
+    """Draw figure 2b, the memory of meta-gradients over inner gradient steps, and return ``path``.
+
+    Args:
+        path: file of the PNG.
+        steps: numbers of inner gradient steps.
+        temporary: bytes by method, one number for each entry of ``steps``; at most three methods.
+    """
     figure, axes = _figure(6.6, 4.2)
     colors = (BLUE, ORANGE, GREEN)
     for (name, sizes), color in zip(temporary.items(), colors, strict=False):
@@ -34,12 +46,13 @@ def memory(path: Path, steps: Sequence[int], temporary: Mapping[str, Sequence[in
 
 
 def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[float, float, bool]]]]) -> Path:
-    """Table 2 as a picture: a line for each cell, the paper's number with its interval, and ours where there are any.
+    """Draw table 2 with one line for each cell: the paper's accuracy with its interval, and ours. Return ``path``.
 
     Args:
-        path: of the PNG.
-        lines: name, the paper's accuracy and interval, and ours: accuracy, interval and whether that one was by the
-            support set's statistics, each; numbers in per cent.
+        path: file of the PNG.
+        lines: for each cell its name, the paper's accuracy and interval, and a list of our evaluations. An evaluation
+            is accuracy, interval, and whether batch normalisation used the support set's statistics. Accuracies and
+            intervals are in per cent.
     """
     figure, axes = _figure(7.4, 0.28 * len(lines) + 1.4)
     for height, (_, accuracy, interval, ours) in enumerate(reversed(lines)):
@@ -51,8 +64,8 @@ def table(path: Path, lines: Sequence[tuple[str, float, float, Sequence[tuple[fl
     axes.set_title("Omniglot, test accuracy with 95 % intervals")
     axes.set_xlabel("%")
     axes.plot([], [], color=GREY, marker="o", markersize=5, label="the paper")
-    axes.plot([], [], color=BLUE, marker="D", markersize=4, label="ours, normalised over the query batch")
-    axes.plot([], [], color=ORANGE, marker="D", markersize=4, label="ours, by the support set's statistics")
+    axes.plot([], [], color=BLUE, marker="D", markersize=4, label="ours, query batch's statistics")
+    axes.plot([], [], color=ORANGE, marker="D", markersize=4, label="ours, support set's statistics")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return _save(figure, axes, path)
 
@@ -63,7 +76,7 @@ def _figure(width, height):
 
 
 def _over_steps(figure, axes, steps, title, label, path):
-    """Curves over inner gradient steps, both axes logarithmic."""
+    """Label the axes of a picture over inner gradient steps, make both logarithmic, and save the picture."""
     axes.set_title(title)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("inner gradient steps")

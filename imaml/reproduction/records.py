@@ -1,7 +1,7 @@
-"""What a run came to, in one small file that can be kept when the run's folder is gone.
+"""Records of finished runs: one small JSON file holds a run's settings and results, without its parameters.
 
-A record is made from a finished run's folder alone: its result, its log and its checkpoints' description. Those kept in
-this package are what ``imaml reproduce table2`` shows; another folder of records can be named.
+A record is made from a run's folder: from ``result.json`` and the log. ``imaml reproduce table2`` shows the records
+that come with the package, or those of another folder.
 """
 
 import json
@@ -12,37 +12,37 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from imaml import runlog
 from imaml.errors import InputError
-from imaml.files import write_whole
 from imaml.reproduction.paper import Cell
-from imaml.runfolder import RESULT
+from imaml.runs.folder import RESULT
+from imaml.runs.log import Progress, read_log
+from imaml.storage.files import write_whole
 
 KEPT = Path(__file__).parent / "records"
-"""The records that come with the package."""
+"""The folder of the records that come with the package."""
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run, without its parameters.
+    """Settings and results of one finished run.
 
     Attributes:
-        preset: the name of the preset that it began from.
-        config: every setting, as :meth:`imaml.Preset.config` gives them.
+        preset: name of the preset that the run started from.
+        config: all settings, as :meth:`imaml.Preset.config` returns them.
         algorithm: ``"imaml"``, ``"maml"``, ``"fomaml"`` or ``"reptile"``.
         fidelity: ``"paper"`` for the paper's equations, ``"reference-code"`` for those of the authors' public code.
-        split: the fingerprint of training and held-out classes, SHA-256.
-        evaluations: of held-out tasks: metric, value, interval, tasks, normalisation and chance, each.
-        meta_steps: that were done.
-        tasks_seen: training tasks, counted again each time one is drawn.
-        seconds: wall time of training, summed over the stretches between resumptions; evaluation is not in it.
-        stretches: how many processes trained one after another.
-        hardware: in words.
-        versions: of the package, Python and what it computes with.
-        command: that trains the same again.
-        note: what a reader should know besides.
-        format: of this record.
+        split: SHA-256 fingerprint of the training and held-out classes.
+        evaluations: evaluations on held-out tasks; each has metric, value, interval, chance, tasks and normalisation.
+        meta_steps: number of meta-steps.
+        tasks_seen: number of training tasks drawn.
+        seconds: wall time of training, summed over all processes that trained the run; evaluation is not included.
+        stretches: number of processes that trained the run, one after another: 1 plus the number of resumptions.
+        hardware: the machine, in words.
+        versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
+        command: the command that trains the same run again.
+        note: remark for the reader.
+        format: version of the record's file format.
     """
 
     preset: str
@@ -63,7 +63,10 @@ class Record:
 
     @property
     def cell(self) -> Cell | None:
-        """Where in table 2 it belongs; None for a run on other data or of other tasks."""
+        """Cell that the run's algorithm, ways and shots describe; None for a run on another dataset than Omniglot.
+
+        Ways and shots need not be among those of table 2.
+        """
         if self.config["dataset"] != "omniglot":
             return None
         episode, row = self.config["episode"], self.algorithm
@@ -72,16 +75,16 @@ class Record:
         return Cell(row, episode["ways"], episode["shots"])
 
     def write(self, path: Path) -> None:
-        """Make or replace the file at ``path``, whole or not at all."""
+        """Write the record to ``path``, replacing an existing file; after an error the old file is unchanged."""
         content = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
         write_whole(path, lambda stream: stream.write(content.encode()))
 
 
 def read(directory: Path = KEPT) -> list[Record]:
-    """All records in a folder, by name.
+    """Return the records of all JSON files in a folder, sorted by the files' names.
 
     Raises:
-        InputError: for a folder that does not exist, and a file that is no record.
+        InputError: if the folder does not exist or one of the files is not a record.
     """
     if not directory.is_dir():
         raise InputError(f"there is no folder {directory} of records; 'imaml record RUN --out DIR' makes one")
@@ -93,32 +96,33 @@ def _read(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is no record of a run: make one with 'imaml record RUN --out DIR'") from None
+        raise InputError(f"{path} is not a record of a run: make one with 'imaml record RUN --out DIR'") from None
     if version != FORMAT:
         raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
     names = {field.name for field in fields(Record)}
     if set(content) != names:
-        raise InputError(f"{path} is no record of a run: {', '.join(sorted(names ^ set(content)))} missing or unknown")
+        differing = ", ".join(sorted(names ^ set(content)))
+        raise InputError(f"{path} is not a record of a run: missing or unknown fields {differing}")
     return Record(**content | {"evaluations": tuple(content["evaluations"])})
 
 
 def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Record:
-    """The record of a finished run.
+    """Make the record of a finished run.
 
     Args:
         directory: the run's folder.
-        note: what a reader should know besides.
-        hardware: in words; by default this machine's processor, which then should be the one that trained.
+        note: remark for the reader.
+        hardware: the machine that trained the run, in words; by default this machine and the run's devices.
 
     Raises:
-        InputError: for a folder without a finished run, or a log with steps missing, whose time cannot be told.
+        InputError: if the folder holds no finished run, or if its log lacks a step, so that the time is unknown.
     """
     result = _result(directory)
     config = result["config"]
-    log = runlog.read(directory)
+    log = read_log(directory)
     steps = config["outer"]["steps"]
     if [entry.step for entry in log] != list(range(1, steps + 1)):
-        raise InputError(f"{directory} has a log of {len(log)} whole lines, not one for each of its {steps} meta-steps")
+        raise InputError(f"the log in {directory} has {len(log)} intact lines for {steps} meta-steps, not one for each")
     seconds, stretches = time_of(log)
     return Record(
         preset=result["preset"],
@@ -139,6 +143,7 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
 
 
 def _result(directory):
+    """Return the content of ``result.json``, written by this or an earlier version."""
     path = directory / RESULT
     try:
         result = json.loads(path.read_text())
@@ -152,18 +157,20 @@ def _result(directory):
 
 
 def _evaluations(result):
+    """Return the evaluations in a result; earlier versions wrote one only, with the query batch's statistics."""
     if "evaluations" in result:
         return tuple(result["evaluations"])
-    former = dict(result["evaluation"])  # of a version that evaluated with the query batch alone
+    former = dict(result["evaluation"])
     accuracy, normalisation = former.pop("accuracy"), former.pop("normalisation").split(",")[0]
     return ({"metric": "accuracy", "value": accuracy} | former | {"normalisation": normalisation},)
 
 
-def time_of(log: list[runlog.Progress]) -> tuple[float, int]:
-    """Seconds of training in a log, and the number of processes that wrote it.
+def time_of(log: list[Progress]) -> tuple[float, int]:
+    """Return the seconds of training in a log, and the number of processes that wrote the log.
 
-    Each process counts from its own start, so a fall in the count is where another one went on, and the last count of
-    each is what it took. What a process did beyond the checkpoint that was gone on from is not in the log, nor here.
+    Each process measures from its own start. A time less than the one before it therefore begins another process, and
+    the last time of each process is its share. Steps that were lost because a process ended after its last checkpoint
+    are neither in the log nor in the sum.
     """
     total, stretches = 0.0, 0
     for entry, following in zip(log, [*log[1:], None], strict=True):
@@ -173,8 +180,17 @@ def time_of(log: list[runlog.Progress]) -> tuple[float, int]:
 
 
 def command_of(name: str, config: dict[str, Any]) -> str:
-    """The command that trains with these settings: a preset's name, and every setting that differs from it."""
-    from imaml.presets import preset, restore, settings
+    """Return the command that trains with these settings: a preset's name, and the options that differ from it.
+
+    Args:
+        name: name of the preset.
+        config: all settings, as :meth:`imaml.Preset.config` returned them in this or an earlier version.
+
+    Raises:
+        InputError: if there is no such preset, or if this version cannot express the settings.
+    """
+    from imaml.settings.overrides import settings
+    from imaml.settings.published_presets import preset, restore
 
     wanted = settings(restore(name, config))
     begun = preset(name).using(config.get("algorithm", "imaml"))
@@ -185,11 +201,11 @@ def command_of(name: str, config: dict[str, Any]) -> str:
 
 
 def this_machine(devices: str = "") -> str:
-    """This machine in words: its processor, and the devices that a run says it had."""
+    """Return this machine in words: its processor, and ``devices``, such as ``"2 cpu"``, if given."""
     processor = platform.machine()
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         processor = found[1] if found else processor
-    except OSError:  # not Linux
+    except OSError:  # Only Linux has /proc/cpuinfo.
         pass
     return f"{processor}, {devices.replace(' cpu', ' CPU')} devices" if devices else processor

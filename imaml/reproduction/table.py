@@ -1,9 +1,9 @@
-"""Table 2 of the paper, its numbers beside what our records say; a cell that nobody has run says so."""
+"""Table 2 of the paper with the results of our runs next to its numbers; a cell without a record prints ``not run``."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from imaml.progress import duration
+from imaml.report.progress import duration
 from imaml.reproduction.paper import ROWS, SOURCE, TABLE_2, Cell
 from imaml.reproduction.records import Record
 
@@ -14,7 +14,14 @@ HEADER = (
 
 
 class Row(NamedTuple):
-    """One line of the table: a cell of the paper's, and one evaluation of one of our runs, if there is any."""
+    """One line of the printed table.
+
+    Attributes:
+        cell: the cell of table 2.
+        record: our run, or None if there is none for this cell.
+        evaluation: one evaluation of that run, or None.
+        number: number of the note that describes the run, or None.
+    """
 
     cell: Cell
     record: Record | None
@@ -23,7 +30,7 @@ class Row(NamedTuple):
 
 
 def rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Every cell in the paper's order, with a row for each evaluation of each record that belongs to it."""
+    """Yield the rows of the table in the paper's order: one for each evaluation of a cell's records, at least one."""
     numbers = {id(record): number for number, record in enumerate(_ordered(records), start=1)}
     for cell in TABLE_2:
         found = [record for record in _ordered(records) if record.cell == cell]
@@ -35,17 +42,20 @@ def rows(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def _ordered(records: Iterable[Record]) -> list[Record]:
-    """Those that have a cell, in the cells' order; within one the paper's equations first, and the longest run."""
+    """Return the records that have a cell in table 2, in the cells' order.
+
+    Within a cell, records with the paper's equations come first, then longer runs before shorter ones.
+    """
     order = list(TABLE_2)
     placed = [record for record in records if record.cell in TABLE_2]
     return sorted(placed, key=lambda r: (order.index(r.cell), r.fidelity != "paper", -r.meta_steps))  # type: ignore[arg-type]
 
 
 def table_2(records: Sequence[Record], form: str = "terminal") -> str:
-    """The table as text.
+    """Format the table as text, with a note on each run below.
 
     Args:
-        records: of our runs; those of other data are left out.
+        records: records of our runs; those without a cell in table 2 are ignored.
         form: ``"terminal"``, with aligned columns, or ``"markdown"``.
     """
     lines = [_words(row) for row in rows(records)]
@@ -84,10 +94,12 @@ def _markdown(lines):
 
 
 def _notes(records):
-    """Of each run that the table shows: how it is made again, on what it was made, and what else to know."""
+    """Return one note for each run in the table: its command, its tasks, hardware and seed, and its remark."""
     placed = _ordered(records)
     if not placed:
-        return ["No run of these is on record: 'imaml record RUN --out DIR' makes one of a finished run's folder."]
+        return [
+            "There is no record for this table: 'imaml record RUN --out DIR' makes one from a finished run's folder."
+        ]
     notes = []
     for number, record in enumerate(placed, start=1):
         notes.append(
@@ -95,4 +107,4 @@ def _notes(records):
             + (f". {record.note}" if record.note else "")
         )
     run = sum(any(record.cell == cell for record in placed) for cell in TABLE_2)
-    return [*notes, f"{run} of {len(TABLE_2)} cells have been run."]
+    return [*notes, f"{run} of {len(TABLE_2)} cells have a record."]

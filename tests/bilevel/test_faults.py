@@ -39,16 +39,22 @@ class TestIndefinite:
     @pytest.mark.parametrize("steps", [2, 3, 20])
     def test_curvature_met_on_the_way_is_reported_although_the_solution_does_not_show_it(self, steps):
         matvec, b = system([2.0, -1.0, 0.5])  # ⟨x, Ax⟩ = ½ − 1 + 2 > 0 at the solution
-        x, info = bl.CG(steps)(matvec, b)
+        x, info = bl.CG(steps, engine="watched")(matvec, b)
         assert status_of(info) == "NEGATIVE_CURVATURE"
         assert float(jnp.vdot(x, matvec(x))) > 0 or steps == 2
 
+    def test_the_default_engine_reports_what_its_answer_shows(self):
+        for diagonal in ([1.0, -1.0], [-1.0, -1.0], [1.0, -0.5]):  # ⟨x, Ax⟩ = ⟨x, b⟩ is not above zero
+            assert status_of(bl.CG(4)(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
+        # Here ⟨x, Ax⟩ is above zero, and a negative direction on the way goes unnoticed, as documented.
+        assert status_of(bl.CG(4)(*system([2.0, -1.0, 0.5]))[1]) == "BUDGET_USED"
+
     @pytest.mark.parametrize("diagonal", [[1.0, -1.0], [1.0, -3.0], [-1.0, -1.0]])
     def test_a_saddle_is_negative_curvature(self, diagonal):
-        assert status_of(bl.CG(4)(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
+        assert status_of(bl.CG(4, engine="watched")(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-    def test_watching_the_curvature_changes_no_number_of_the_solve(self, dtype):
+    def test_the_watched_engine_computes_what_jaxopt_computes(self, dtype):
         from jaxopt.linear_solve import solve_cg
 
         matvec, b = rotated(np.linspace(-1, 5, 12), dtype)
@@ -56,7 +62,7 @@ class TestIndefinite:
         eps = float(jnp.finfo(dtype).eps)
         with jax.numpy_dtype_promotion("standard"):
             plain = jax.jit(lambda b: solve_cg(matvec, b, maxiter=6, tol=eps**2))(unit)
-            watched, info = jax.jit(lambda b: bl.CG(6)(matvec, b))(unit)
+            watched, info = jax.jit(lambda b: bl.CG(6, engine="watched")(matvec, b))(unit)
         assert status_of(info) == "NEGATIVE_CURVATURE"
         np.testing.assert_allclose(np.asarray(watched, float), np.asarray(plain, float), rtol=20 * eps, atol=20 * eps)
 
@@ -64,7 +70,8 @@ class TestIndefinite:
         for scale in (1e-12, 1.0, 1e12):
             for dtype in (jnp.float32, jnp.float64):
                 matvec, b = rotated(scale * np.logspace(0, 3, 12), dtype)
-                assert status_of(bl.CG(30)(matvec, b)[1]) == "BUDGET_USED"
+                for solver in (bl.CG(30), bl.CG(30, engine="watched")):
+                    assert status_of(solver(matvec, b)[1]) == "BUDGET_USED"
 
     def test_the_error_names_the_regularisation_that_suffices(self):
         # The eigenvalues are 1 − 3 and 1: λ = 1 is too small by 2.
@@ -75,13 +82,13 @@ class TestIndefinite:
             return jnp.array([0.5, -1.0]) + theta * jnp.array([-0.5, 1.0])
 
         problem = bl.Problem(bl.Proximal(loss, 1.0), lambda w, theta, data: jnp.sum(w))
-        function = bl.value_and_hypergradient(problem, at_the_saddle, bl.Implicit(bl.CG(5)))
+        function = bl.value_and_hypergradient(problem, at_the_saddle, bl.Implicit(bl.CG(5, engine="watched")))
         with pytest.raises(bl.HypergradientError, match=r"NEGATIVE_CURVATURE.*at most -2: a λ larger by 2,"):
             function(jnp.zeros(2), jnp.zeros(2), None)
 
 
 class TestSingular:
-    @pytest.mark.parametrize("solver", [bl.CG(5), bl.LU()])
+    @pytest.mark.parametrize("solver", [bl.CG(5, engine="watched"), bl.LU()])
     @pytest.mark.parametrize("diagonal", [[1.0, 0.0], [0.0, 0.0]])
     def test_a_null_direction_is_singular(self, solver, diagonal):
         assert status_of(solver(*system(diagonal))[1]) == "SINGULAR"
@@ -90,7 +97,7 @@ class TestSingular:
     def test_least_squares_without_a_penalty_and_with_few_samples_is_singular(self, dtype):
         rng = np.random.default_rng(0)
         x, b = jnp.asarray(rng.normal(size=(5, 12)), dtype), jnp.asarray(rng.normal(size=12), dtype)
-        for solver in (bl.CG(8), bl.LU()):
+        for solver in (bl.CG(8, engine="watched"), bl.LU()):
             assert status_of(solver(lambda v: x.T @ (x @ v), b)[1]) == "SINGULAR"
 
 
@@ -105,25 +112,41 @@ class TestShortOfTheTolerance:
     def test_an_exhausted_budget_is_max_steps_and_a_recursion_that_stops_is_stagnation(self):
         # κ = 1e6 in float32: CG's recursive residual falls below tol, the true one stays near eps·κ = 0.1.
         matvec, b = rotated(np.logspace(0, 6, 60), jnp.float32)
-        _, short = bl.CG(5, tol=1e-5)(matvec, b)
-        _, long = bl.CG(3000, tol=1e-5)(matvec, b)
+        _, short = bl.CG(5, tol=1e-5, engine="watched")(matvec, b)
+        _, long = bl.CG(3000, tol=1e-5, engine="watched")(matvec, b)
         assert status_of(short) == "MAX_STEPS" and status_of(long) == "STAGNATION"
-        assert float(long.residual_norm) > 1e-3
+        assert float(long.relative_residual) > 1e-3
 
-    def test_a_solve_that_meets_its_tolerance_runs_once(self):
+    @pytest.mark.parametrize("engine", ["jaxopt", "watched"])
+    def test_a_solve_costs_its_steps_and_one_product_whether_it_meets_its_tolerance_or_not(self, engine):
         calls = []
 
         def counted(v):
             jax.debug.callback(lambda: calls.append(1))
             return jnp.array([1.0, 2.0, 3.3]) * v
 
-        bl.CG(3, tol=1e-10)(counted, jnp.ones(3))
+        _, long = bl.CG(3, tol=1e-10, engine=engine)(counted, jnp.ones(3))
         jax.effects_barrier()
         met = len(calls)
-        bl.CG(2, tol=1e-10)(counted, jnp.ones(3))
+        _, short = bl.CG(2, tol=1e-10, engine=engine)(counted, jnp.ones(3))
         jax.effects_barrier()
         assert met == 4  # three steps and the true residual; a start at zero costs no product
-        assert len(calls) - met == 3 + 2  # two steps and a residual, then one step and a residual
+        assert len(calls) - met == 3  # two steps and the true residual
+        assert status_of(long) == "CONVERGED" and status_of(short) == "MAX_STEPS"
+
+    def test_the_watched_engine_reports_the_iterations_it_took(self):
+        matvec, b = rotated(np.repeat([1.0, 2.0, 5.0], 4), jnp.float64)  # three eigenvalues: three iterations
+        _, info = bl.CG(20, tol=1e-10, engine="watched")(matvec, b)
+        assert int(info.iterations) == 3 and status_of(info) == "CONVERGED"
+        assert 1.0 <= float(info.least_curvature) <= 5.0
+        assert bl.CG(20, tol=1e-10)(matvec, b)[1].iterations is None
+        _, zero = bl.CG(20, engine="watched")(matvec, 0 * b)
+        assert int(zero.iterations) == 0
+
+    def test_the_least_curvature_is_a_rayleigh_quotient_of_the_operator(self):
+        matvec, b = rotated(np.linspace(-1e-3, 5, 8), jnp.float64)
+        _, info = bl.CG(8, engine="watched")(matvec, b)
+        assert status_of(info) == "NEGATIVE_CURVATURE" and -1e-3 <= float(info.least_curvature) < 0
 
     def test_an_inner_solve_that_ends_early_is_max_steps(self):
         with pytest.raises(bl.HypergradientError, match="inner solve, MAX_STEPS") as caught:
@@ -238,7 +261,9 @@ class TestBatches:
     def function(on_failure="raise"):
         condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum(data * w**2) - jnp.sum(theta * w))
         problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**2))
-        return bl.value_and_hypergradient(problem, bl.HessianFree(3), bl.Implicit(bl.CG(4)), on_failure)
+        return bl.value_and_hypergradient(
+            problem, bl.HessianFree(3), bl.Implicit(bl.CG(4, engine="watched")), on_failure
+        )
 
     @pytest.mark.parametrize(
         ("bad", "status"), [(jnp.nan, "NONFINITE"), (-1.0, "NEGATIVE_CURVATURE"), (0.0, "SINGULAR")]
@@ -363,10 +388,10 @@ class TestDtypes:
             problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w["a"] * w["a"]))
             function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.25, 30), bl.Implicit(bl.CG(2)))
             theta = {"a": jnp.array([1.0, -2.0], dtype)}
-            out = function(theta, bl.theta_itself, jnp.ones(2, dtype))
+            out = function(theta, bl.identity_center, jnp.ones(2, dtype))
             assert out.gradient["a"].dtype == out.inner.w["a"].dtype == dtype
             sums = jnp.float64 if dtype == jnp.float64 else jnp.float32
-            assert out.inner.residual_norm.dtype == out.linear.residual_norm.dtype == sums
+            assert out.inner.residual_norm.dtype == out.linear.relative_residual.dtype == sums
             # w = (2·data + θ)/3, and the gradient 2w/3.
             expected = 2 / 3 * (2 + np.array([1.0, -2.0])) / 3
             eps = float(jnp.finfo(dtype).eps)

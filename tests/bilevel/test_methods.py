@@ -26,7 +26,7 @@ def gradient(problem, solver, method, theta, init=None, data=None):
     return bl.value_and_hypergradient(problem, solver, method)(jax.tree.map(jnp.asarray, theta), init, data)
 
 
-@pytest.mark.parametrize("init", [np.zeros(2), bl.theta_itself], ids=["zero", "theta"])
+@pytest.mark.parametrize("init", [np.zeros(2), bl.identity_center], ids=["zero", "theta"])
 @DESCENTS
 def test_forward_and_backward_unrolling_give_the_same_gradient(solver, init):
     forward = gradient(descent_problem(), solver, bl.ForwardUnrolled(), THETA, init)
@@ -39,9 +39,9 @@ def test_forward_and_backward_unrolling_give_the_same_gradient(solver, init):
 @DESCENTS
 def test_first_order_unrolling_differentiates_the_start_only(solver, checkpoint):
     method = bl.Unrolled(first_order=True, checkpoint=checkpoint)
-    from_theta = gradient(descent_problem(), solver, method, THETA, bl.theta_itself)
+    from_theta = gradient(descent_problem(), solver, method, THETA, bl.identity_center)
     np.testing.assert_allclose(from_theta.gradient, from_theta.inner.w, rtol=1e-14)  # ∇½‖w‖² = w, and dw/dinit = I
-    full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.theta_itself)
+    full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.identity_center)
     np.testing.assert_array_equal(from_theta.inner.w, full.inner.w)
     assert np.abs(full.gradient - from_theta.gradient).max() > 0.01
     # A θ in the inner objective gets no derivative, and a θ in the outer function keeps its direct one.
@@ -186,8 +186,8 @@ def test_invalid_options_are_refused(make, message):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (bl.FiniteDifference(bl.CG(3)), "Root is no gradient of one: use Stationary or Proximal, or Implicit"),
-        (bl.ValuePenalty(1.0), "Root is no gradient of one: use Stationary or Proximal, or Implicit"),
+        (bl.FiniteDifference(bl.CG(3)), "Root is not the gradient of one: use Stationary or Proximal, or Implicit"),
+        (bl.ValuePenalty(1.0), "Root is not the gradient of one: use Stationary or Proximal, or Implicit"),
         (bl.FirstOrder(), "use it with Proximal, FixedPoint, Projected"),
         (bl.OneStep(), "use GradientDescent, FixedPointIteration or Anderson"),
     ],

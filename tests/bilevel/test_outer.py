@@ -204,7 +204,7 @@ def test_a_data_loader_is_refused_with_a_remedy():
         def __iter__(self):
             return iter([TARGET])
 
-    with pytest.raises(TypeError, match=r"got Loader, which is neither: hand it iter\(...\)"):
+    with pytest.raises(TypeError, match=r"Loader is neither: pass iter\(...\)"):
         run(bl.GradientDescent(0.3, 4), bl.Implicit(bl.CG(2)), 3, data=Loader())
 
 

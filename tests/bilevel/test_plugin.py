@@ -1,4 +1,4 @@
-"""The pytest plugin in test runs of its own: what it checks, what it prints, and that it stays out of the way."""
+"""The pytest plugin, in separate test runs: its checks, its report, and no effect on tests without the fixture."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def test_drawn(hypergradient, case):
 
 
 @pytest.mark.parametrize("hypergradient", [1])
-def test_a_parameter_of_that_name_is_no_fixture(hypergradient):
+def test_a_parameter_of_that_name_is_not_the_fixture(hypergradient):
     assert jnp.zeros(()).dtype == jnp.float32
 
 
@@ -73,10 +73,10 @@ STRICT = (
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Runs pytest with the plugin in a folder of its own, as strictly as this repository does."""
+    """Run pytest with the plugin in a temporary folder, with this repository's strict settings."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # there is little to run
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test may be run by one
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compilation takes most of the time
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test itself may run in a worker of xdist
     return lambda *arguments: pytester.runpytest_subprocess(*STRICT, *arguments)
 
 
@@ -94,15 +94,15 @@ def test_right_and_wrong_methods_and_the_report(pytester, run):
     places = ["test_project.py::test_drawn", "test_project.py::test_right", "test_project.py::test_wrong"]
     assert re.findall(r"^test_project\S+$", report, re.MULTILINE) == places
     found = rows(report)
-    assert len(found) == 6  # the case; the gradient, and finite, solved, symmetric; the wrong gradient
+    assert len(found) == 6  # the case; a gradient, and finite, residual, symmetry; the wrong gradient
     for verdict, error, rtol, _, _ in found:
         assert (float(error) <= float(rtol)) == (verdict == "ok")
-    # Two examples of three comparisons each: solution, value and gradient.
+    # Two examples with three comparisons each: solution, value and gradient.
     assert [int(count) for *_, count, rest in found if "closed form" in rest] == [6]
     assert [rest.split()[0] for verdict, *_, rest in found if verdict == "WRONG"] == ["wrong"]
 
 
-def test_the_report_comes_home_from_the_processes_of_xdist(pytester, run):
+def test_the_report_includes_tests_in_processes_of_xdist(pytester, run):
     pytester.makepyfile(test_project=PROJECT)
     result = run("--hypergradient-report", "-n", "1", "-k", "wrong")
     result.assert_outcomes(failed=1)
@@ -132,7 +132,7 @@ def test_without_the_fixture_jax_is_not_imported_and_nothing_is_printed(pytester
 
 
 def test_the_plugin_is_registered_under_its_own_name():
-    """Named like its module, so that ``-p pytest_bilevel`` does not load it twice."""
+    """The entry point has the module's name, so that ``-p pytest_bilevel`` does not load the plugin twice."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

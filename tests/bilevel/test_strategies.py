@@ -1,4 +1,4 @@
-"""The closed forms of the test kit against what knows nothing of them: differences, a dense solve, each other."""
+"""The closed forms of the test kit against independent references: difference quotients and a dense solve."""
 
 import functools
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from bilevel import testing
 from bilevel.testing import families, strategies
 from bilevel.testing.cases import LAYOUTS, arrange, flatten
-from bilevel.verify import oracles
+from bilevel.verify import precision, references
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 few = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)
@@ -36,7 +36,8 @@ def test_the_gradient_is_the_difference_quotient_of_the_closed_form(name, seed, 
         ahead, behind = (case._value(theta + sign * step * row) for sign in (1, -1))
         return (ahead - behind) / (2 * step)
 
-    # Richardson: off by O(step⁴), with a fifth derivative like κ⁵ at the most; rounding is eps·κ·|value| / step.
+    # Richardson's extrapolation has the error O(step⁴) times a fifth derivative of at most the order of κ⁵. The
+    # closed form is rounded by eps·κ·|value|, which the quotient divides by the step.
     rows = np.eye(theta.size)
     found = np.array([(4 * slope(row, step / 2) - slope(row, step)) / 3 for row in rows])
     expected = flatten(case.gradient, np)
@@ -48,7 +49,7 @@ def test_the_gradient_is_the_difference_quotient_of_the_closed_form(name, seed, 
 def test_the_closed_form_solves_the_condition_and_agrees_with_a_dense_solve(name):
     family, options = VARIANTS[name]
     case = family(w="dict", theta="dict", seed=3, **options)
-    reference = oracles.dense(case.problem, None, case.theta, None, case.data, w=case.w)
+    reference = references.dense(case.problem, None, case.theta, None, case.data, w=case.w)
     size = 1 + np.abs(flatten(case.w, np)).max()
     assert reference.residual_norm <= 100 * np.finfo(float).eps * case.condition_number * size
     found, expected = flatten(reference.gradient, np), flatten(case.gradient, np)
@@ -56,25 +57,25 @@ def test_the_closed_form_solves_the_condition_and_agrees_with_a_dense_solve(name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_a_case_suggests_finds_its_answer(name):
+def test_the_suggested_solver_and_method_find_the_answer(name):
     family, options = VARIANTS[name]
     testing.assert_case(family(w="tuple", theta="tuple", seed=5, **options))
 
 
 @pytest.mark.parametrize("family", [families.fixed_point, families.root])
-def test_what_should_not_be_symmetric_is_not(family):
+def test_the_matrices_of_general_families_are_not_symmetric(family):
     for seed in range(10):
         matrix = family(seed=seed).data["matrix"]
         assert np.linalg.norm(matrix - matrix.T) > 0.1 * np.linalg.norm(matrix)
 
 
 @pytest.mark.parametrize("family", [families.box, families.simplex, families.lasso])
-def test_a_margin_holds(family):
-    """Within the margin every w − η∇ has the same active set, so that the projection there is affine."""
+def test_the_active_set_is_constant_within_the_margin(family):
+    """Every w − η∇ within the margin has the same active set, so that the projection or prox is affine there."""
     for seed in range(20):
         case = family(seed=seed)
         assert case.margin > 0.01
-        with oracles.double_precision():
+        with precision.double_precision():
             condition = case.problem.condition
             at = case.w - condition.step_size * jax.grad(condition.objective)(case.w, case.theta, case.data)
             project = getattr(condition, "projection", None) or functools.partial(condition.prox, step_size=1.0)
@@ -90,7 +91,7 @@ def test_a_margin_holds(family):
 def test_a_case_is_printed_as_the_call_that_makes_it(case):
     again = eval(repr(case), vars(families).copy())
     assert repr(again) == repr(case)
-    assert again.problem is case.problem  # so that what was compiled for it serves again
+    assert again.problem is case.problem  # the same object, for which a program may be compiled already
     for one, other in zip(jax.tree.leaves(case.data), jax.tree.leaves(again.data), strict=True):
         np.testing.assert_array_equal(one, other)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves((case.theta, case.init, case.data))}
@@ -121,11 +122,11 @@ def test_a_layout_keeps_the_order_of_entries(layout):
 @pytest.mark.parametrize(
     "options", [{"size": 2}, {"condition": 0.5}, {"dtype": "float16"}, {"w": "scalar"}, {"theta": "x"}]
 )
-def test_options_that_make_no_case_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(ValueError, match="got Options"):
         families.quadratic(**options)
 
 
-def test_a_strategy_refuses_a_choice_it_does_not_have():
-    with pytest.raises(TypeError, match="ridge_problems knows no inequality"):
+def test_a_strategy_refuses_an_argument_its_family_does_not_take():
+    with pytest.raises(TypeError, match="ridge_problems has no option inequality"):
         strategies.ridge_problems(inequality=(True,))

@@ -133,7 +133,7 @@ RULES = [
         lambda c: c.method == "Unrolled" and c.solver in ("HessianFree", "Anderson", "Jaxopt", "function"),
     ),
     (
-        "differentiates a step that remembers nothing",
+        "differentiates a step without memory",
         "refused",
         lambda c: c.method == "OneStep" and c.solver in ("Optax", "HessianFree", "Jaxopt", "function"),
     ),

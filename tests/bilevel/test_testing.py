@@ -1,4 +1,4 @@
-"""The assertions: what is right passes, what is wrong fails with its place, its numbers and its cause."""
+"""The assertions pass right results; a failure names the coordinate, both numbers and the likely cause."""
 
 import re
 
@@ -24,7 +24,7 @@ def check(method, solver=None, case=CASE, **options):
 
 
 def faulty(change):
-    """A method whose gradient is ``change(right, direct)``: of the right one, and its part ∂outer/∂θ."""
+    """Return a method whose gradient is ``change(right, direct)`` of the right gradient and ∂outer/∂θ."""
 
     def method(problem, solver, theta, init, data):
         out = EXACT(problem, solver, theta, init, data)
@@ -35,7 +35,7 @@ def faulty(change):
 
 
 def untransposed(problem, solver, theta, init, data):
-    """h − Bᵀv of A v = g, the matrices written out."""
+    """A method that forgets a transpose: it returns h − Bᵀv with Av = g, by written-out matrices."""
     w, back = ravel_pytree(bl.solve(solver, problem.condition, init, theta, data).w)
     flat = lambda w: ravel_pytree(problem.condition.residual(back(w), theta, data))[0]  # noqa: E731
     g, direct = jax.grad(problem.outer, argnums=(0, 1))(back(w), theta, data)
@@ -45,7 +45,7 @@ def untransposed(problem, solver, theta, init, data):
 
 
 @pytest.mark.parametrize("against", ["finite_differences", "dense", "unrolled", ("dense", "unrolled")])
-def test_what_is_right_passes(against):
+def test_a_right_gradient_passes(against):
     check(EXACT, against=against)
 
 
@@ -57,18 +57,18 @@ FAULTS = {
     "the term through w is multiplied by 0.5": faulty(lambda right, direct: direct + 0.5 * (right - direct)),
     "the whole gradient is multiplied by 3": faulty(lambda right, direct: 3 * right),
     "with ∂F/∂w in place of its transpose": untransposed,
-    "none that is known": faulty(lambda right, direct: right**2 + 1),
+    "unknown; it is not": faulty(lambda right, direct: right**2 + 1),
     "a NaN or an infinity; θ, data, w": faulty(lambda right, direct: right * jnp.nan),
 }
 
 
 @pytest.mark.parametrize("cause", FAULTS)
-def test_what_is_wrong_fails_with_its_cause(cause):
+def test_a_wrong_gradient_fails_with_its_cause(cause):
     with pytest.raises(AssertionError, match=f"likely cause: .*{re.escape(cause)}"):
         check(FAULTS[cause])
 
 
-def test_the_message_names_leaf_coordinate_numbers_oracle_and_error():
+def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     def one_off(problem, solver, theta, init, data):
         gradient = EXACT(problem, solver, theta, init, data).gradient
         return {**gradient, "weight": gradient["weight"].at[1, 0].add(1.0)}
@@ -80,21 +80,22 @@ def test_the_message_names_leaf_coordinate_numbers_oracle_and_error():
     pattern = r"wrong at theta\['weight'\]\[1, 0\]: got (\S+), expected (\S+) \(dense, of the solution\)"
     got, wanted = (float(number) for number in re.search(pattern, message).groups())
     assert got == pytest.approx(expected + 1, rel=1e-7) and wanted == pytest.approx(expected, rel=1e-7)
-    assert "1 of 4 are off" in message
+    assert "1 of 4 entries are off" in message
 
 
 @pytest.mark.parametrize("method", [EXACT, faulty(lambda right, direct: right)], ids=["reported", "bare gradient"])
-def test_an_unfinished_inner_solve_is_told_from_a_wrong_method(method):
+def test_an_unfinished_inner_solve_is_distinguished_from_a_wrong_method(method):
     with pytest.raises(AssertionError, match=r"the inner problem is not solved: ‖F‖ = .* allow more steps"):
         check(method, solver=bl.FixedPointIteration(2))
 
 
-def test_an_unfinished_linear_solve_is_told_from_a_wrong_method():
+def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_method():
     with pytest.raises(AssertionError, match=r"the linear solve is not finished: its true residual is"):
         check(bl.Implicit(bl.GMRES(1)))
 
 
-def test_a_singular_system_is_not_decided_and_does_not_pass():
+def test_a_reference_that_cannot_decide_is_a_failure():
+    """A is singular, so the dense reference has an infinite uncertainty."""
     singular = bl.Stationary(lambda w, theta, data: 0.5 * w[0] ** 2 - w[0] * theta)
     problem = bl.Problem(singular, lambda w, theta, data: w[0] + w[1])
     with pytest.raises(AssertionError, match="cannot decide at theta: its own uncertainty"):
@@ -104,16 +105,22 @@ def test_a_singular_system_is_not_decided_and_does_not_pass():
 
 
 def test_a_gradient_of_another_shape_fails():
-    with pytest.raises(AssertionError, match="the gradient is no tree like theta: got"):
+    with pytest.raises(AssertionError, match="the gradient is not a tree like theta: got"):
         check(lambda problem, solver, theta, init, data: jnp.zeros(4))
 
 
-def test_an_unknown_oracle_is_refused():
-    with pytest.raises(ValueError, match="against takes finite_differences, unrolled, dense, got 'oracle'"):
-        check(EXACT, against="oracle")
+def test_an_unknown_reference_is_refused():
+    with pytest.raises(ValueError, match="against takes finite_differences, unrolled, dense, got 'sense'"):
+        check(EXACT, against="sense")
 
 
-def test_a_case_tells_a_wrong_solution_from_a_wrong_gradient():
+def test_the_old_name_of_a_checks_reference_is_deprecated():
+    found = testing.Check("problem", "method", "dense", 0.0, 1e-3)
+    with pytest.warns(DeprecationWarning, match=r"Check.oracle is deprecated.* use reference"):
+        assert found.oracle == found.reference
+
+
+def test_a_case_distinguishes_a_wrong_solution_from_a_wrong_gradient():
     with pytest.raises(AssertionError, match=r"the inner solution is wrong at w\['"):
         testing.assert_case(CASE, solver=bl.FixedPointIteration(3))
     with pytest.raises(AssertionError, match="the sign of the term through w is flipped"):
@@ -123,10 +130,12 @@ def test_a_case_tells_a_wrong_solution_from_a_wrong_gradient():
 def test_more_than_64_outer_variables_are_checked_along_directions():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - jnp.sum(jnp.sin(theta))) ** 2))
     problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**3))
-    place = problem, jnp.linspace(0.0, 1.0, 70), jnp.zeros(2), None, bl.GradientDescent(1.0, 1)
-    testing.assert_hypergradient(*place, EXACT, against="dense")
-    with pytest.raises(AssertionError, match=r"wrong at direction \d.*of 8 are off[^@]*the sign of the whole gradient"):
-        testing.assert_hypergradient(*place, faulty(lambda right, direct: -right), against="dense")
+    arguments = problem, jnp.linspace(0.0, 1.0, 70), jnp.zeros(2), None, bl.GradientDescent(1.0, 1)
+    testing.assert_hypergradient(*arguments, EXACT, against="dense")
+    with pytest.raises(
+        AssertionError, match=r"wrong at direction \d.*of 8 entries are off[^@]*the sign of the whole gradient"
+    ):
+        testing.assert_hypergradient(*arguments, faulty(lambda right, direct: -right), against="dense")
 
 
 A = np.array([[2.0, 1.0], [0.0, 2.0]])
@@ -136,13 +145,14 @@ def affine(w, theta, data):
     return {"a": A @ w["a"] - theta}
 
 
-def at(w):
-    return jnp.array([3.0, 2.0]), {"a": jnp.asarray(w)}, None  # θ; the solution is w = (1, 1)
+def point(w):
+    """Return θ, w and data for `affine`, whose solution at this θ is w = (1, 1)."""
+    return jnp.array([3.0, 2.0]), {"a": jnp.asarray(w)}, None
 
 
-def test_a_condition_that_is_what_it_says_passes():
-    testing.assert_condition(bl.Root(affine, positive_definite=True, strong_convexity=1.5), *at([1.0, 1.0]))
-    testing.assert_condition(bl.Problem(bl.Root(affine), lambda w, theta, data: 0.0), *at([5.0, 1.0]), solved=False)
+def test_a_condition_with_true_declarations_passes():
+    testing.assert_condition(bl.Root(affine, positive_definite=True, strong_convexity=1.5), *point([1.0, 1.0]))
+    testing.assert_condition(bl.Problem(bl.Root(affine), lambda w, theta, data: 0.0), *point([5.0, 1.0]), solved=False)
 
 
 def stretched(w, theta, data):
@@ -150,7 +160,7 @@ def stretched(w, theta, data):
 
 
 CONDITIONS = {
-    "residual: ‖F‖ = 0.2; ‖A⁻¹F‖ / (1 + ‖w‖) = 0.0402, above 1e-05\n  solve the inner problem": (
+    "residual: ‖F‖ = 0.2; ‖A⁻¹F‖ / (1 + ‖w‖) = 0.0402, above 1e-05\n  solve the inner problem until": (
         bl.Root(affine),
         [1.1, 1.0],
     ),
@@ -162,7 +172,7 @@ CONDITIONS = {
         bl.Root(stretched, positive_definite=True),
         [1.0, 1.0],
     ),
-    "strong convexity: declared 1.6; the smallest eigenvalue seen is 1.5": (
+    "strong convexity: declared 1.6; the smallest eigenvalue found is 1.5": (
         bl.Root(affine, strong_convexity=1.6),
         [1.0, 1.0],
     ),
@@ -171,20 +181,19 @@ CONDITIONS = {
         bl.Root(lambda w, theta, data: {"a": jnp.sqrt(jnp.abs(w["a"]))}),
         [0.0, 1.0],
     ),
-    "the residual is no tree like w": (bl.Root(lambda w, theta, data: w["a"]), [1.0, 1.0]),
+    "the residual is not a tree like w": (bl.Root(lambda w, theta, data: w["a"]), [1.0, 1.0]),
 }
 
 
 @pytest.mark.parametrize("message", CONDITIONS)
-def test_a_condition_that_is_not_what_it_says_fails(message):
+def test_a_condition_with_a_false_declaration_fails(message):
     condition, w = CONDITIONS[message]
     theta = jnp.array([3.0, 2.0])
-    data = {"a": jnp.asarray(w)}
     with pytest.raises(AssertionError, match=re.escape(message)):
-        testing.assert_condition(condition, theta, data, None)
+        testing.assert_condition(condition, theta, {"a": jnp.asarray(w)}, None)
 
 
-def test_a_large_condition_is_probed():
+def test_a_large_condition_is_checked_by_products():
     size = 1200
     weights = jnp.linspace(1.0, 2.0, size)
     right = bl.Root(lambda w, theta, data: weights * w, symmetric=True, positive_definite=True)

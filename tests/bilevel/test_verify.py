@@ -1,4 +1,4 @@
-"""Checks for a person: right methods pass, wrong ones are told apart and named, bad points are seen."""
+"""The checks pass right methods and good points; they name the fault of a wrong method and of a bad point."""
 
 from dataclasses import replace
 
@@ -10,29 +10,30 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from bilevel.verify.examine import lanczos
+from bilevel.spectrum import ritz_values
+from bilevel.verify.comparison import Deviation, Tolerance
 
 NEWTON = problems.newton
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_to_run(quick_compilation):
-    """Compilation is all the time these tests take."""
+def compile_quickly(quick_compilation):
+    """These tests spend nearly all their time in compilation."""
 
 
 # --- check_hypergradient -------------------------------------------------------------------------------------------
 
 
 def dense_method(fault="none"):
-    """The implicit function theorem with dense Jacobians, and one fault planted in it."""
+    """Return a method: the implicit function theorem with dense Jacobians and one planted fault."""
 
     def method(problem, solver, theta, init, data, linear_init=None):
         inner = bl.solve(solver, problem.condition, init, theta, data)
-        place, unravel = ravel_pytree(init if fault == "initial point" else inner.w)
+        w, unravel = ravel_pytree(init if fault == "initial point" else inner.w)
         if fault == "iterate before":
-            earlier = replace(solver, steps=solver.steps - 1)
-            place = ravel_pytree(bl.solve(earlier, problem.condition, init, theta, data).w)[0]
-        point, unravel_theta = ravel_pytree(theta)
+            one_less = replace(solver, max_steps=solver.max_steps - 1)
+            w = ravel_pytree(bl.solve(one_less, problem.condition, init, theta, data).w)[0]
+        flat_theta, unravel_theta = ravel_pytree(theta)
 
         def residual(w, theta):
             return ravel_pytree(problem.condition.residual(unravel(w), unravel_theta(theta), data))[0]
@@ -40,8 +41,8 @@ def dense_method(fault="none"):
         def outer(w, theta):
             return problem.outer(unravel(w), unravel_theta(theta), data)
 
-        a, b = jax.jacrev(residual, (0, 1))(place, point)
-        value, (g, h) = jax.value_and_grad(outer, (0, 1))(place, point)
+        a, b = jax.jacrev(residual, (0, 1))(w, flat_theta)
+        value, (g, h) = jax.value_and_grad(outer, (0, 1))(w, flat_theta)
         if fault == "λ dropped":
             a = a - problem.condition.strength * jnp.eye(len(a))
         v = jnp.linalg.solve(a if fault == "transpose" else a.T, g)
@@ -85,13 +86,13 @@ def test_a_right_method_agrees_with_every_reference(name):
         ("imaml", "first order", "a first-order approximation"),
     ],
 )
-def test_a_wrong_method_is_named(name, fault, words):
+def test_the_fault_of_a_wrong_method_is_named(name, fault, words):
     report = check(problems.CASES[name](), dense_method(fault))
     assert not report.ok and words in report.verdict
     assert not report.comparisons[0].agrees
 
 
-def test_the_methods_that_are_faulty_above_are_right_without_the_fault():
+def test_the_dense_method_without_a_fault_is_right():
     assert check(problems.affine_root(), dense_method()).ok and check(problems.imaml(), dense_method()).ok
 
 
@@ -104,21 +105,21 @@ def test_the_worst_coordinate_and_both_numbers_are_named():
 
 
 def quartic():
-    """w³ = θ: a nonlinear condition, so that the theorem at another w gives another number."""
+    """The condition w³ = θ: it is nonlinear, so the theorem gives another number at another w."""
     condition = bl.Stationary(lambda w, theta, data: jnp.sum(0.25 * w**4 - theta * w))
     return problems.Case(
         condition, lambda w, theta, data: jnp.sum(w), jnp.array([2.0, 3.0]), jnp.ones(2), None, lambda t, d: t, 1.0
     )
 
 
-def test_an_unsolved_inner_problem_is_told_from_a_wrong_formula():
-    few = bl.GradientDescent(0.1, steps=3)
-    everything = ("finite_differences", "unrolled", "dense")
-    unsolved = check(quartic(), bl.Implicit(bl.CG(2)), few, everything)
+def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
+    few = bl.GradientDescent(0.1, 3)
+    all_references = ("finite_differences", "unrolled", "dense")
+    unsolved = check(quartic(), bl.Implicit(bl.CG(2)), few, all_references)
     assert not unsolved.ok and unsolved.verdict.startswith("the formula is right and the inner problem is not solved")
-    assert "no say" in str(unsolved)  # of the derivative of steps that have not converged
-    steps = check(quartic(), bl.Unrolled(), few, everything)
-    assert not steps.ok and steps.verdict.startswith("this is the derivative of the solver's steps")
+    assert "not counted" in str(unsolved)  # the derivative of steps that have not converged
+    unrolled = check(quartic(), bl.Unrolled(), few, all_references)
+    assert not unrolled.ok and unrolled.verdict.startswith("this is the derivative of the solver's steps")
     assert check(quartic(), bl.Unrolled(), few, ("unrolled",)).ok
     stale = check(quartic(), dense_method("iterate before"), few)
     assert not stale.ok and "taken at the iterate before the last" in stale.verdict
@@ -126,14 +127,14 @@ def test_an_unsolved_inner_problem_is_told_from_a_wrong_formula():
     assert not start.ok and "taken at the initial point" in start.verdict
 
 
-def test_an_unfinished_linear_solve_is_told_from_a_wrong_formula():
+def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():
     case = problems.quadratic()
     truncated = check(case, bl.Implicit(bl.CG(1)))
     assert not truncated.ok and "the linear solve is not finished" in truncated.verdict
 
 
-def test_what_a_tolerance_left_open_is_allowed_for():
-    """‖F‖ ≤ 1e-3 was asked for and met: an error of that size is no fault, and the same without a tol is one."""
+def test_an_error_within_a_tol_that_was_met_is_allowed():
+    """‖F‖ ≤ 1e-3 is asked for and met, so an error of that size is no fault; without a tol the same error is one."""
     with_tol = check(quartic(), bl.Implicit(bl.CG(2)), bl.GradientDescent(0.1, 500, tol=1e-3))
     assert with_tol.ok and with_tol.comparisons[0].error > 1e-6
     steps = int(with_tol.out.inner.steps)
@@ -165,18 +166,35 @@ def test_a_large_theta_is_compared_along_directions():
     assert not bl.check_hypergradient(*arguments, dense_method("factor"), ("finite_differences",)).ok
 
 
-def test_what_no_reference_can_answer_is_not_ok():
-    """A singular A: each method's number is one of many."""
+def test_a_gradient_without_an_available_reference_is_not_ok():
+    """A is singular, so dense has no finite uncertainty."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (jnp.sum(w) - theta) ** 2)
     problem = bl.Problem(condition, lambda w, theta, data: w[0])
     arguments = problem, 1.0, jnp.zeros(2), None, bl.GradientDescent(0.5, 2)
     report = bl.check_hypergradient(*arguments, dense_method("implicit missing"), ("dense",))
-    assert not report.ok and "no reference could answer" in report.verdict and "singular" in str(report)
+    assert not report.ok and "no reference is available" in report.verdict and "singular" in str(report)
 
 
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match=r"finite_differences, unrolled, dense, got \('sense',\)"):
         check(quartic(), bl.Implicit(bl.CG(2)), against=("sense",))
+
+
+# --- The comparison that checks and assertions share ---------------------------------------------------------------
+
+
+def test_the_worst_entry_is_the_one_furthest_off_in_units_of_what_is_allowed():
+    """Entry b has the larger error, and an uncertainty that allows for it."""
+    got, expected, uncertainty = np.array([1.2, 2.25]), np.array([1.0, 2.0]), np.array([0.0, 0.1])
+    found = Deviation(("a", "b"), got, expected, uncertainty, Tolerance(rtol=0.09))
+    assert found.decided and not found.agrees and found.off.tolist() == [True, False] and found.worst == 0
+    assert found.mismatch("w", "dense").startswith("w is wrong at a: got 1.2, expected 1.0 (dense), relative error 0.1")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_never_agree(number):
+    found = Deviation(("a",), np.array([number]), np.array([np.inf]), np.zeros(1), Tolerance(rtol=0.1))
+    assert not found.agrees and found.worst == 0 and found.relative_error == np.inf
 
 
 # --- check_condition -----------------------------------------------------------------------------------------------
@@ -191,7 +209,7 @@ def stationary(objective, outer=lambda w, theta, data: jnp.sum(w**2)):
 
 
 @pytest.mark.parametrize("name", problems.CASES)
-def test_at_the_solution_of_a_smooth_problem_nothing_is_wrong(name):
+def test_every_check_passes_at_the_solution_of_a_smooth_problem(name):
     case = problems.CASES[name]()
     w = case.exact(case.theta, case.data)
     report = bl.check_condition(case.problem, case.theta, w, case.data)
@@ -208,18 +226,18 @@ def test_away_from_the_solution_the_residual_row_fails():
 
 
 def kinked(activation):
-    """½‖act(w)‖² + ½‖w − θ‖² at w = θ = 0 in one entry: the ReLU of that entry is at its tie."""
+    """Return the problem ½(Σact(w))² + ½‖w − θ‖²; with act = ReLU it has a kink where an entry of w is zero."""
     return stationary(lambda w, theta, data: 0.5 * jnp.sum(activation(w)) ** 2 + 0.5 * jnp.sum((w - theta) ** 2))
 
 
-def test_a_tie_is_found_and_its_softplus_twin_is_not():
-    """θ is chosen so that w = (0, ½) solves: F = act'(w)·Σact(w) + w − θ."""
+def test_a_kink_is_found_and_its_smooth_variant_is_not():
+    """θ is chosen so that w = (0, ½) is the solution: F = act'(w)·Σact(w) + w − θ."""
     w = jnp.array([0.0, 0.5])
-    for activation, tie in ((jax.nn.relu, True), (lambda x: jax.nn.softplus(50 * x) / 50, False)):
+    for activation, has_kink in ((jax.nn.relu, True), (lambda x: jax.nn.softplus(50 * x) / 50, False)):
         problem = kinked(activation)
         theta = problem.condition.residual(w, jnp.zeros(2), None)
         report = bl.check_condition(problem, theta, w, None)
-        assert failed(report) == (["kinks"] if tie else [])
+        assert failed(report) == (["kinks"] if has_kink else [])
     assert bl.check_condition(kinked(jax.nn.relu), theta, w + 0.01, None, tol=1.0)["kinks"].ok
 
 
@@ -228,10 +246,10 @@ def test_a_projection_at_its_bound_is_a_kink():
     problem = bl.Problem(clip, lambda w, theta, data: jnp.sum(w))
     assert failed(bl.check_condition(problem, jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0]), None)) == ["kinks"]
     inside = bl.check_condition(problem, jnp.array([-0.01, 1.0]), jnp.array([0.0, 1.0]), None)
-    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the bound is near, and said to be
+    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the bound is near, and the value says how near
 
 
-def test_unsymmetric_declared_symmetric_is_found():
+def test_a_false_declaration_of_symmetry_is_found():
     shear = jnp.array([[1.0, 5.0], [0.0, 1.0]])
     for symmetric in (True, False):
         condition = bl.Root(lambda w, theta, data: shear @ w - theta, symmetric=symmetric)
@@ -251,14 +269,14 @@ def test_an_indefinite_or_singular_operator_is_found(diagonal, row, words):
     assert failed(report) == [row] and words in report[row].remedy
 
 
-def test_a_declared_strong_convexity_is_held_against_the_curvature():
+def test_a_declared_strong_convexity_above_the_curvature_is_found():
     for declared in (2.0, 2.1):
         condition = bl.Stationary(lambda w, theta, data: (w - theta) ** 2, strong_convexity=declared)
         report = bl.check_condition(bl.Problem(condition, lambda w, t, d: w), 1.0, 1.0, None)
         assert failed(report) == ([] if declared == 2.0 else ["strong convexity"])
 
 
-def test_a_large_operator_is_looked_at_by_lanczos():
+def test_the_spectrum_of_a_large_operator_is_estimated_by_lanczos():
     curvature = jnp.linspace(-1.0, 10.0, 1200)
     problem = stationary(lambda w, theta, data: 0.5 * jnp.sum(curvature * (w - theta) ** 2))
     report = bl.check_condition(problem, jnp.ones(()), jnp.ones(1200), None)
@@ -271,14 +289,14 @@ def test_lanczos_finds_the_ends_of_a_spectrum():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
     matrix = basis @ np.diag([-5.0, *np.linspace(1, 2, 28), 50.0]) @ basis.T
-    ritz = lanczos(lambda u: matrix @ np.asarray(u), jnp.asarray(rng.normal(size=30)), 20)
+    ritz = ritz_values(lambda u: matrix @ u, jnp.zeros(30), 20, jnp.asarray(rng.normal(size=30)))
     np.testing.assert_allclose([ritz[0], ritz[-1]], [-5.0, 50.0], atol=1e-8)
 
 
-def test_a_theta_that_is_only_in_the_initial_point_is_found():
+def test_a_theta_that_enters_only_the_initial_point_is_found():
     report = bl.check_condition(stationary(lambda w, theta, data: 0.5 * (w - 1.0) ** 2), 3.0, 1.0, None)
     assert failed(report) == ["θ in the condition"]
-    assert "nowhere but in the initial point" in report["θ in the condition"].found
+    assert "enters only the initial point" in report["θ in the condition"].found
     assert "Unrolled" in report["θ in the condition"].remedy
 
 
@@ -289,7 +307,7 @@ def test_an_unused_leaf_and_an_ignored_w_are_found():
     assert "theta['b']" in report["θ in the condition"].found
     squared = stationary(lambda w, theta, data: 0.5 * (w - theta**2) ** 2)
     at_zero = bl.check_condition(squared, 0.0, 0.0, None)
-    assert at_zero.ok and "not elsewhere" in at_zero["θ in the condition"].found
+    assert at_zero.ok and "but not nearby" in at_zero["θ in the condition"].found
 
 
 def test_a_captured_theta_is_found():
@@ -299,7 +317,7 @@ def test_a_captured_theta_is_found():
     assert "captured θ" not in failed(bl.check_condition(problem, theta + 0.0, theta, None))
 
 
-def test_leaves_that_are_complex_integer_or_not_finite():
+def test_complex_integer_and_nonfinite_leaves_are_named():
     problem = stationary(lambda w, theta, data: 0.5 * (w - theta["x"] * theta["n"] - 0.0 * data) ** 2)
     good = {"x": jnp.ones(()), "n": jnp.int32(1)}
     assert "theta['n']" in bl.check_condition(problem, good, 1.0, 0.0)["leaves"].found
@@ -307,24 +325,24 @@ def test_leaves_that_are_complex_integer_or_not_finite():
     assert failed(bl.check_condition(problem, good, 1.0, jnp.nan)) == ["finite"]
     root = stationary(lambda w, theta, data: 0.5 * (w - jnp.sqrt(theta)) ** 2)
     report = bl.check_condition(root, 0.0, 0.0, None)
-    assert failed(report) == ["finite"]  # the value is finite, its derivative is not
+    assert failed(report) == ["finite"]  # √θ is finite at 0, its derivative is not
 
 
 # --- compare_methods -----------------------------------------------------------------------------------------------
 
 
-def test_methods_side_by_side():
+def test_methods_are_measured_and_compared():
     case = problems.quadratic()  # 4 unknowns
     methods = [bl.Implicit(bl.CG(4)), bl.Implicit(bl.LU()), bl.Unrolled(), dense_method("factor")]
     arguments = case.problem, case.theta, case.init, case.data, bl.GradientDescent(0.1, 30)
     found = bl.compare_methods(*arguments, methods, runs=2)
     implicit, lu, unrolled, wrong = found.methods
-    exact = flat_gradient = np.asarray(case.gradient)
+    exact = np.asarray(case.gradient)
     for row in (implicit, unrolled):
-        error = np.linalg.norm(np.asarray(row.out.gradient) - exact) / np.linalg.norm(flat_gradient)
+        error = np.linalg.norm(np.asarray(row.out.gradient) - exact) / np.linalg.norm(exact)
         assert row.error == pytest.approx(error, rel=1e-6)
     assert wrong.error == pytest.approx(0.5, abs=0.05) and lu.error == pytest.approx(implicit.error, rel=1e-3)
-    # CG: one product for each of four iterations, one for the true residual.
+    # CG takes one product for each of its four iterations, and one for the true residual.
     assert (implicit.products, lu.products, unrolled.products) == (5, None, 30)
     assert all(row.seconds > 0 and row.compile_seconds > 0 and row.steps == 30 for row in found.methods)
     assert found.ok and "dense at the solution" in str(found)
@@ -332,7 +350,7 @@ def test_methods_side_by_side():
     assert len(lines) == 6 and max(map(len, lines)) <= 100 and lines[1].startswith("Implicit(CG(4))")
 
 
-def test_a_failed_status_is_seen_in_the_comparison():
+def test_a_failed_status_fails_the_comparison():
     case = problems.quadratic()
     solver = bl.GradientDescent(0.1, 2, tol=1e-9)
     arguments = case.problem, case.theta, case.init, case.data, solver

@@ -1,4 +1,4 @@
-"""What the tests of imaml share: where the real archives are, a cache of one's own, disks that are full or sealed."""
+"""Fixtures of the tests of imaml: Omniglot's archives, an empty cache, a small disk and a read-only folder."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import archives`: those that faults are tried on
+sys.path.insert(0, str(Path(__file__).parents[1]))  # makes tests/archives.py importable
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 
 
 @pytest.fixture(scope="session")
 def omniglot_directory() -> Path:
-    """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR``, else ``../shared/omniglot``; skips without them."""
+    """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR``, else ``../shared/omniglot``. Skip without them."""
     candidates = [Path(__file__).resolve().parents[2].parent / "shared" / "omniglot"]
     if named := os.environ.get("OMNIGLOT_DIR"):
         candidates.insert(0, Path(named))
@@ -28,25 +28,25 @@ def omniglot_directory() -> Path:
 
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder of this test's own, not created yet."""
+    """A cache folder for one test, which does not exist yet."""
     directory = tmp_path / "cache"
     monkeypatch.setenv("IMAML_CACHE", str(directory))
     return directory
 
 
 def mount(*words: str | Path) -> None:
-    """``mount`` these, or skip the test: only the superuser may."""
+    """Run ``mount`` with the arguments ``words``. Skip the test if that fails, because only root may mount."""
     try:
         done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if done.returncode:
-        pytest.skip(f"nothing can be mounted: {done.stderr.strip()}")
+        pytest.skip(f"mount failed: {done.stderr.strip()}")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system of half a megabyte; skips where none can be made."""
+    """An empty file system of half a megabyte. Skip the test if it cannot be mounted."""
     folder = tmp_path / "small-disk"
     folder.mkdir()
     mount("-t", "tmpfs", "-o", "size=512k", "none", folder)
@@ -56,13 +56,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Callable[[dict[str, bytes]], AbstractContextManager[Path]]:
-    """``with sealed(contents) as folder:`` has files in a folder that nothing can be written to."""
+    """A context manager ``sealed(contents)`` that yields a read-only folder with the given files."""
 
     def seal_by_permissions(folder):
         folder.chmod(0o555)
         return lambda: folder.chmod(0o755)
 
-    def seal_by_mount(folder):  # permissions do not hold the superuser back
+    def seal_by_mount(folder):  # permissions do not restrict root
         mount("--bind", folder, folder)
         mount("-o", "remount,bind,ro", folder)
         return lambda: subprocess.run(["umount", str(folder)], check=True)

@@ -1,65 +1,69 @@
-"""Who may import whom in imaml: each layer only those above it in this list, read from the source."""
+"""The imports between the rooms of imaml: each room imports only from lower ones, and there is no cycle.
 
-import ast
+A room is a folder of ``imaml/``, or one of the modules directly in it.
+"""
+
 from pathlib import Path
 
 import pytest
+from architecture import arrows, between_rooms, circle, room
 
-PACKAGE = Path(__file__).parents[2] / "imaml"
-LAYERS = (
-    {"errors", "interruption", "networks", "versions"},
-    {"files", "rollcall"},
-    {"arrays", "runlog"},
-    {"checkpoints", "datasets", "devices", "plots", "problem", "processes", "progress"},
-    {"tasks"},
-    {"algorithms"},
-    {"settings"},
-    {"meta_step", "presets"},
-    {"compilation", "evaluation", "verification"},
-    {"runfolder"},
-    {"training", "reproduction"},
-    {"cli"},
-    {"__main__"},
+ARROWS = arrows(Path(__file__).parents[2] / "imaml")
+# `imaml/__init__.py` belongs to no room: it imports the public names from all of them.
+MODULES = {name: targets for name, targets in ARROWS.items() if name != "imaml"}
+# The rooms from the lowest to the highest, each with the rooms that it may import from.
+ALLOWED = {
+    "errors": set(),
+    "storage": {"errors"},
+    "parallel": {"errors"},
+    "datasets": {"storage", "errors"},
+    "learning": {"datasets", "errors"},
+    "settings": {"learning", "errors"},
+    "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
+    "report": {"runs", "storage"},
+    "reproduction": {"report", "runs", "settings", "learning", "storage", "errors"},
+    "cli": {"reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
+    "__main__": {"cli"},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_its_own_room_and_allowed_lower_rooms(name):
+    allowed = ALLOWED[room(name)] | {room(name)}
+    assert {target for target in MODULES[name] if target == "imaml" or room(target) not in allowed} == set()
+
+
+def test_the_table_lists_exactly_the_imports_between_rooms():
+    assert between_rooms(ARROWS, "imaml") == ALLOWED
+
+
+def test_each_room_in_the_table_may_import_only_from_rooms_above_it_in_the_table():
+    rooms = list(ALLOWED)
+    assert all(rooms.index(other) < rooms.index(name) for name, others in ALLOWED.items() for other in others)
+
+
+def test_the_imports_of_modules_have_no_cycle():
+    assert circle(ARROWS) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from house.upper.roof import tile",
+        "from house.upper import roof",
+        "import house.upper.roof",
+        "if TYPE_CHECKING:\n    from house.upper.roof import tile",
+        "def late():\n    from house.upper import roof",
+    ],
 )
-
-
-def layer(module: str) -> int:
-    return next(number for number, modules in enumerate(LAYERS) if module in modules)
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Modules of imaml that a file imports when it runs; what only a type checker reads does not count."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = []
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "imaml":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("imaml."):
-            found.add(node.module.split(".")[1])
-    return found
-
-
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_point_to_earlier_layers(path):
-    assert {name: layer(name) for name in imported_modules(path) if layer(name) >= layer(path.stem)} == {}
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "datasets").glob("*.py")), ids=lambda path: path.stem)
-def test_datasets_know_of_nothing_but_files_and_errors(path):
-    assert imported_modules(path) <= {"datasets", "arrays", "files", "errors"}
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "reproduction").glob("*.py")), ids=lambda path: path.stem)
-def test_reproduction_imports_earlier_layers(path):
-    others = imported_modules(path) - {"reproduction"}
-    assert {name: layer(name) for name in others if layer(name) >= layer("reproduction")} == {}
-
-
-def test_every_module_has_a_layer():
-    assert {path.stem for path in MODULES} | {"datasets", "reproduction"} == set().union(*LAYERS)
+def test_every_form_of_import_is_found_anywhere_in_a_module(tmp_path, line):
+    sources = {"__init__": "", "upper/__init__": "", "upper/roof": "from house import lower", "lower": line}
+    for name, source in sources.items():
+        path = tmp_path / "house" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    found = arrows(tmp_path / "house")
+    assert found == {
+        "house": set(), "house.upper": set(), "house.upper.roof": {"house.lower"}, "house.lower": {"house.upper.roof"},
+    }  # fmt: skip
+    assert set(circle(found)) == {"house.lower", "house.upper.roof"}

@@ -1,4 +1,4 @@
-"""The fenced blocks of a Markdown page, as far as the tests of the site need to know them."""
+"""A reader of the fenced blocks of a Markdown page, for the tests of the site."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ OPTION = re.compile(r"^:[\w-]+:")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language or directive, the options of a directive, and what stands in it."""
+    """A fenced block: its place, its language or directive, the options of a directive, and its text."""
 
     path: Path
     line: int
@@ -29,18 +29,18 @@ class Block:
 
     @property
     def not_run(self) -> bool:
-        """Whether the reader is told that nobody runs it: in its caption, and by its look."""
+        """Return True if the page marks the block as not run, by its class and in its caption."""
         return ":class: not-run" in self.options and any("not run here" in option for option in self.options)
 
 
 def pages() -> list[Path]:
-    """Every page of the site, and those that GitHub shows."""
+    """Return every page of the site, and the Markdown files in the root of the repository."""
     site = [path for path in (ROOT / "docs").rglob("*.md") if not {"_build", "generated"} & set(path.parts)]
     return sorted([*site, *ROOT.glob("*.md")])
 
 
 def blocks(path: Path) -> Iterator[Block]:
-    """The blocks of a page, in their order; those of admonitions are entered."""
+    """Yield the blocks of a page in order, including those inside admonitions."""
     lines = path.read_text().splitlines()
     number = 0
     while number < len(lines):
@@ -68,4 +68,5 @@ def _block(path, line, info, body):
 
 
 def all_blocks() -> list[Block]:
+    """Return the blocks of all pages."""
     return [block for path in pages() for block in blocks(path)]

@@ -1,6 +1,6 @@
-"""Every code block of the README and the site runs, or its commands can be understood, or it says that it is not run.
+"""Check every code block of the README and the site: Python blocks run, and shell commands exist with valid arguments.
 
-Doctests are pytest's own business. Here are the blocks that are files, whose tests are called, and those for a shell.
+Pytest itself collects the doctests on the pages. A block that cannot run must be marked as not run.
 """
 
 import importlib.util
@@ -32,22 +32,23 @@ TARGETS = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULT
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)
-def test_a_block_says_what_it_is(block):
-    assert block.language in LANGUAGES or block.language.startswith("{"), "an unknown language is not checked"
+def test_a_block_declares_its_language(block):
+    assert block.language in LANGUAGES or block.language.startswith("{"), "no test checks a block in this language"
     if block.language in ("", "text"):
-        assert not COMMANDS.search(block.text), "commands are for sh, or with their output for console"
-    of_pytorch = block.language == "python" and re.search(r"\b(torch|torchopt|higher)\.", block.text) is not None
-    assert of_pytorch == block.not_run, "a block that cannot run says so, and no other does"
+        assert not COMMANDS.search(block.text), "write commands in a block for sh, or for console with their output"
+    # PyTorch is not a dependency of the tests.
+    uses_pytorch = block.language == "python" and re.search(r"\b(torch|torchopt|higher)\.", block.text) is not None
+    assert uses_pytorch == block.not_run, "mark exactly the blocks with PyTorch as not run"
 
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=repr)
-def test_a_file_on_a_page_runs_and_its_tests_pass(block):
+def test_a_script_on_a_page_runs_and_its_tests_pass(block):
     from bilevel.testing.fixture import Hypergradients
 
     namespace = {"__name__": "page"}
     exec(compile(block.text, repr(block), "exec"), namespace)
     tests = {name: test for name, test in namespace.items() if name.startswith("test_")}
-    assert tests, "a file without a test would show nothing"
+    assert tests, "a script on a page needs a test"
     for test in tests.values():
         wants_fixture = "hypergradient" in test.__code__.co_varnames[: test.__code__.co_argcount]
         with jax.enable_x64(wants_fixture):
@@ -55,28 +56,28 @@ def test_a_file_on_a_page_runs_and_its_tests_pass(block):
 
 
 @pytest.mark.parametrize("block", SHELL, ids=repr)
-def test_a_command_is_one(block):
+def test_commands_exist_and_their_arguments_are_valid(block):
     commands = list(commands_of(block))
     assert commands
     script = "\n".join(command for command, _ in commands)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     for command, output in commands:
         words = shlex.split(command, comments=True)
-        while words and "=" in words[0]:  # an environment variable
+        while words and "=" in words[0]:  # it sets an environment variable
             words.pop(0)
         program = Path(words[0]).name
         if program == "imaml" and output.startswith("imaml "):
-            says(words[1:], output, cli.USAGE_ERROR, redirect_stderr)
+            check_output(words[1:], output, cli.USAGE_ERROR, redirect_stderr)
         elif program == "imaml" and output and words[1] == "presets":
-            says(words[1:], output, 0, redirect_stdout)
-        elif program in UNDERSTOOD:
-            UNDERSTOOD[program](words[1:])
+            check_output(words[1:], output, 0, redirect_stdout)
+        elif program in ARGUMENT_CHECKS:
+            ARGUMENT_CHECKS[program](words[1:])
         else:
-            raise AssertionError(f"nobody knows {words[0]}")
+            raise AssertionError(f"no check for the arguments of {words[0]}")
 
 
 def commands_of(block: Block):
-    """Each command with the output that follows it, in a transcript; else each line."""
+    """Yield each command of a block with the output that follows it; a block for sh has no output."""
     if block.language == "sh":
         yield from ((line, "") for line in block.text.splitlines() if line.strip() and line[0] != "#")
         return
@@ -85,40 +86,50 @@ def commands_of(block: Block):
         yield PROMPT.sub("", command), output.strip()
 
 
-def says(words, output, code, redirect):
-    """The command line says what the page says it says; … stands for anything."""
-    said = io.StringIO()
-    with redirect(said):
+def check_output(words, output, code, redirect):
+    """Assert that a command of `imaml` prints the output on the page, where … matches any text."""
+    printed = io.StringIO()
+    with redirect(printed):
         assert cli.main(words) == code
     pattern = ".*".join(map(re.escape, output.split("…")))
-    assert re.fullmatch(pattern, said.getvalue().strip(), re.DOTALL), said.getvalue()
+    assert re.fullmatch(pattern, printed.getvalue().strip(), re.DOTALL), printed.getvalue()
 
 
-def imaml_command(words):
+def check_imaml(words):
+    """Parse the arguments of a command, and resolve the preset and its settings for `imaml train`."""
     known, overrides = cli._split(words) if words[0] == "train" else (words, [])
     options = cli._parser().parse_args(known)
     if words[0] == "train":
         cli._chosen(options, overrides)
 
 
-def make(words):
+def check_make(words):
+    """Assert that the Makefile has the targets."""
     targets = [word for word in words if "=" not in word]
     assert targets and set(targets) <= set(TARGETS)
 
 
-def python(words):
+def check_python(words):
+    """Assert that the module or the script exists."""
     if words[:1] == ["-m"]:
         assert importlib.util.find_spec(words[1].split(".")[0]) or words[1] in ("venv", "pip", "build")
     elif words and words[0] != "examples/NAME.py":
         assert (ROOT / words[0]).exists()
 
 
-def pip(words):
+def check_pip(words):
+    """Assert that pyproject.toml has the extras."""
     assert words[0] == "install"
     for extras in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
-UNDERSTOOD = {
-    "imaml": imaml_command, "make": make, "python": python, "python3": python, "pip": pip, "source": list, "git": list,
-}  # fmt: skip
+ARGUMENT_CHECKS = {
+    "imaml": check_imaml,
+    "make": check_make,
+    "python": check_python,
+    "python3": check_python,
+    "pip": check_pip,
+    "source": list,  # accepts any arguments
+    "git": list,
+}

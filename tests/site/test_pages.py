@@ -1,4 +1,4 @@
-"""Links lead somewhere, public names stand on an API page, the gallery shows every example, the list of refusals is."""
+"""Check the links, the API pages, the gallery, and the list of error messages."""
 
 import ast
 import importlib
@@ -17,21 +17,21 @@ from blocks import ROOT, blocks, pages
 PACKAGES = ("bilevel", "bilevel.testing", "imaml", "imaml.datasets")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEAVY = {"jaxopt", "optax", "matplotlib", "rich", "scipy", "sklearn", "hypothesis", "pytest", "PIL", "flax", "equinox"}
-"""What only some of the work needs, and what takes its time to import."""
+"""Packages that take long to import and that only some functions need."""
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and the site make them."""
+    """Return the anchors of a page's headings, as GitHub and the site generate them."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_inside_lead_somewhere(page):
+def test_internal_links_have_targets(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in LINK.findall(re.sub(r"`[^`\n]*`", "", text)):
-        if re.match(r"\w+:", target):  # to another site
+        if re.match(r"\w+:", target):  # an external link
             continue
         name, _, anchor = target.partition("#")
         goal = (page.parent / name).resolve() if name else page
@@ -40,7 +40,7 @@ def test_links_inside_lead_somewhere(page):
 
 
 def documented() -> set[str]:
-    """Dotted names that the API pages hand to autodoc; a module with its members stands for all of them."""
+    """Return the dotted names that the API pages document; `automodule` documents all public names of a module."""
     found = set()
     for page in (ROOT / "docs" / "api").glob("*.md"):
         for block in blocks(page):
@@ -57,7 +57,7 @@ def documented() -> set[str]:
 
 
 def public(module: str) -> list[str]:
-    """A module's ``__all__``, or what is defined in it and has a public name."""
+    """Return a module's ``__all__``, or else the public names that it defines."""
     names = vars(importlib.import_module(module))
     return names.get("__all__") or [
         name for name, value in names.items() if name[0] != "_" and getattr(value, "__module__", None) == module
@@ -65,7 +65,7 @@ def public(module: str) -> list[str]:
 
 
 def described(module: str) -> set[str]:
-    """Names below whose assignment a string stands, in a module's source."""
+    """Return the names in a module's source whose assignment is followed by a string."""
     body = ast.parse(Path(importlib.import_module(module).__file__).read_text()).body
     return {
         node.targets[0].id
@@ -77,18 +77,31 @@ def described(module: str) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_on_an_api_page(package):
     missing = {f"{package}.{name}" for name in public(package)} - documented()
-    assert not missing, "write them into a page in docs/api/"
+    assert not missing, "document them on a page in docs/api/"
+
+
+def test_the_api_pages_have_no_other_names_of_bilevel():
+    names = {name.removeprefix("bilevel.") for name in documented() if name.startswith("bilevel.")}
+    assert {name for name in names if "." not in name} == set(public("bilevel"))
+
+
+def test_the_front_page_of_the_api_has_the_names_in_the_docstring():
+    front = (ROOT / "docs" / "api" / "index.md").read_text()
+    listed = set(re.findall(r"`~bilevel\.(\w+)`", front))
+    docstring = importlib.import_module("bilevel").__doc__
+    assert listed == set(re.findall(r"``(\w+)``", docstring.partition("The other names")[0]))
+    assert listed <= set(public("bilevel"))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_has_a_docstring(package):
     module = importlib.import_module(package)
-    constants = described("bilevel.certificates.lipschitz") | described("bilevel.solvers")
+    constants = described("bilevel.certificates.lipschitz") | described("bilevel.solvers.protocol")
     for name in public(package):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
             text = inspect.getdoc(value) or ""
-            assert len(text) > 20 and not text.startswith(f"{name}("), name  # a dataclass writes itself such a one
+            assert len(text) > 20 and not text.startswith(f"{name}("), name  # the default of a dataclass
         else:
             assert name in constants, f"{name} needs a string below its assignment"
 
@@ -100,13 +113,13 @@ def test_the_gallery_shows_every_example():
         assert all(shown) and f"../examples/{example.name}" in gallery, example.stem
 
 
-def test_refusals_are_read_from_the_source():
+def test_the_list_of_error_messages_is_complete():
     sys.path.insert(0, str(ROOT / "docs" / "extensions"))
     import refusals
 
     bilevel, imaml = (refusals.page(package) for package in ("bilevel", "imaml"))
     assert "Unrolled(last=…) needs between 1 and the solver's … steps" in bilevel
-    assert "outer.steps must be at least 1, got …" in imaml  # raised by a helper
+    assert "outer.steps must be at least 1, got …" in imaml  # the helper `_check` raises it
     raises = sum(len(re.findall(r"raise (ValueError|TypeError)\(", p.read_text())) for p in sources("bilevel"))
     assert bilevel.count("\n") - 2 == raises
 

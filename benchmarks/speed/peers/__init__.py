@@ -1,5 +1,5 @@
-"""What is timed: a module for each library, imported only in a process of its own.
+"""The timed programs: one module for each library, which is imported only in its peer's process.
 
-Each has ``programs(item, dtype) -> dict of name to callable``. A program does its whole work when it is called, waits
-for it, and returns its gradient as NumPy arrays under the names that :mod:`benchmarks.speed.workloads` gives them.
+Each module has a function ``programs(item, dtype)`` that returns callables by name. A call computes a gradient, waits
+for the result, and returns it as NumPy arrays under the names of :mod:`benchmarks.speed.workloads`.
 """

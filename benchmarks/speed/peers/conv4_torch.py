@@ -1,4 +1,4 @@
-"""The few-shot network in PyTorch, as one would write it there: images [batch, channels, height, width]."""
+"""The few-shot network in PyTorch, in PyTorch's usual layout of images, [batch, channels, height, width]."""
 
 import os
 
@@ -11,7 +11,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def start(item: FewShot, dtype: str) -> tuple[Tensors, list[tuple[torch.Tensor, ...]]]:
-    """The parameters, in PyTorch's layouts, and the tasks as (support, labels, query, labels)."""
+    """Return the parameters in PyTorch's layouts, and the tasks as (support, labels, query, labels).
+
+    PyTorch is set to use as many threads as the process has cores.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     parameters = {name: to_torch(name, torch.from_numpy(value)) for name, value in item.parameters(dtype).items()}
     arrays = {name: torch.from_numpy(value) for name, value in item.arrays(dtype).items()}
@@ -21,7 +24,10 @@ def start(item: FewShot, dtype: str) -> tuple[Tensors, list[tuple[torch.Tensor, 
 
 
 def apply(parameters: Tensors, x: torch.Tensor) -> torch.Tensor:
-    """Logits; odd maps are zero-padded at their end, so that 7×7 gives 4×4 as in the JAX network."""
+    """Return the logits ``[images, ways]``.
+
+    Feature maps of odd size are padded by zeros at their end, so that 7×7 becomes 4×4 as in the JAX network.
+    """
     for block in range(4):
         if x.shape[-1] % 2:
             x = F.pad(x, (0, 1, 0, 1))
@@ -32,13 +38,13 @@ def apply(parameters: Tensors, x: torch.Tensor) -> torch.Tensor:
 
 
 def loss(parameters: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return F.cross_entropy(apply(parameters, x), y)
 
 
 def to_torch(name: str, value: torch.Tensor) -> torch.Tensor:
-    """From the workload's layout to PyTorch's."""
-    if name == "head.kernel":  # its inputs lie channels innermost there and outermost here
+    """Convert a parameter from the workload's layout to PyTorch's."""
+    if name == "head.kernel":  # Channels are innermost in the workload's features, outermost in PyTorch's.
         return value.reshape(2, 2, -1, value.shape[1]).permute(3, 2, 0, 1).flatten(1).contiguous()
     if name.endswith("kernel"):
         return value.reshape(value.shape[0], 3, 3, -1).permute(0, 3, 1, 2).contiguous()
@@ -46,7 +52,7 @@ def to_torch(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def from_torch(name: str, value: torch.Tensor):
-    """Back again, as NumPy."""
+    """Convert a parameter or its gradient from PyTorch's layout to the workload's, as a NumPy array."""
     if name == "head.kernel":
         value = value.reshape(value.shape[0], -1, 2, 2).permute(2, 3, 1, 0).reshape(-1, value.shape[0])
     elif name.endswith("kernel"):

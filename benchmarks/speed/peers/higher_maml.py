@@ -1,4 +1,4 @@
-"""higher: MAML by backpropagation through the same number of inner steps. Another algorithm, and another gradient."""
+"""higher: MAML by backpropagation through the same number of inner steps, which computes another gradient than ours."""
 
 import higher
 import torch
@@ -19,6 +19,7 @@ class _Network(torch.nn.Module):
 
 
 def programs(item: FewShot, dtype: str):
+    """Return the program ``meta-gradient``."""
     parameters, tasks = start(item, dtype)
     network = _Network(parameters)
     optimiser = torch.optim.SGD(network.parameters(), lr=item.rate)

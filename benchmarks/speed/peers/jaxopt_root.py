@@ -1,4 +1,4 @@
-"""jaxopt: ``custom_root`` around gradient descent, its own conjugate gradients, ``jax.grad`` of the validation loss."""
+"""jaxopt: ``custom_root`` with ``solve_cg`` around gradient descent, and ``jax.grad`` of the validation loss."""
 
 import warnings
 
@@ -16,6 +16,7 @@ with warnings.catch_warnings():
 
 
 def programs(item: Linear, dtype: str):
+    """Return the program ``hypergradient``."""
     jax.config.update("jax_enable_x64", dtype == "float64")
     data = {name: jnp.asarray(value) for name, value in item.arrays(dtype).items()}
     theta, init = data.pop("theta"), jnp.zeros(item.features, dtype)
@@ -25,7 +26,7 @@ def programs(item: Linear, dtype: str):
     def solve(w, theta, data):
         return jax.lax.fori_loop(0, item.steps, lambda _, w: w - item.step_size * slope(w, theta, data), w)
 
-    def value(theta, data):  # data are arguments, as they are for the others
+    def value(theta, data):  # Data are arguments of the compiled program, as in the other libraries' programs.
         return validation(item.loss, solve(init, theta, data), data)
 
     hypergradient = jax.jit(jax.value_and_grad(value))

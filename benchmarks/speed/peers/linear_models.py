@@ -1,16 +1,16 @@
-"""Ridge and logistic regression with a penalty a feature, in JAX: the objectives that all JAX libraries are handed."""
+"""Ridge and logistic regression with one penalty per feature: the objectives that all JAX libraries use."""
 
 import jax
 import jax.numpy as jnp
 
 
 def objective(loss, w, theta, data):
-    """Mean training loss with ½ Σ e^θⱼ wⱼ²."""
+    """Return the mean training loss plus the penalty ½ Σ e^θⱼ wⱼ²."""
     return _mean(loss, data["x"] @ w, data["y"]) + 0.5 * jnp.sum(jnp.exp(theta) * w**2)
 
 
 def validation(loss, w, data):
-    """Mean loss on the validation data."""
+    """Return the mean loss on the validation data."""
     return _mean(loss, data["x_val"] @ w, data["y_val"])
 
 

@@ -1,6 +1,6 @@
-"""optimistix: ``minimise`` by its gradient descent, ``ImplicitAdjoint`` with lineax's conjugate gradients.
+"""optimistix: ``minimise`` by gradient descent, ``ImplicitAdjoint`` with lineax's conjugate gradients.
 
-Tolerances of zero make it spend the same steps as the others do.
+With tolerances of zero, gradient descent takes the same number of steps as the other libraries.
 """
 
 import jax
@@ -14,12 +14,13 @@ from benchmarks.speed.workloads import Linear
 
 
 def programs(item: Linear, dtype: str):
+    """Return the program ``hypergradient``."""
     jax.config.update("jax_enable_x64", dtype == "float64")
     data = {name: jnp.asarray(value) for name, value in item.arrays(dtype).items()}
     theta, init = data.pop("theta"), jnp.zeros(item.features, dtype)
     solver = optx.GradientDescent(item.step_size, rtol=0.0, atol=0.0)
-    # Its test is entry by entry, of the residual and of the step; an entry near zero needs an absolute tolerance, and a
-    # budget that ends it would raise.
+    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. It has no budget
+    # here, because lineax raises an error when a budget is exhausted.
     adjoint = optx.ImplicitAdjoint(lx.CG(rtol=item.tol, atol=item.tol, max_steps=None))
     tags = frozenset({lx.positive_semidefinite_tag})
 

@@ -1,4 +1,4 @@
-"""This library, as anybody would call it: ``imaml.meta_gradient`` and ``bl.value_and_hypergradient``, as they come."""
+"""This library: ``imaml.meta_gradient`` and ``bl.value_and_hypergradient`` with default settings."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,14 @@ import numpy as np
 
 import bilevel as bl
 from benchmarks.speed.workloads import FewShot, Linear
-from imaml.algorithms import Learner, meta_gradient
-from imaml.devices import AXIS, SHARED, global_mesh, over_tasks, use_all_cores
-from imaml.networks import conv4
-from imaml.tasks import Task
+from imaml.learning.algorithms import Learner, meta_gradient
+from imaml.learning.networks import conv4
+from imaml.learning.tasks import Task
+from imaml.parallel.devices import AXIS, SHARED, global_mesh, over_tasks, use_all_cores
 
 
 def programs(item, dtype: str):
+    """Return the programs of a few-shot item (meta-gradient and its parts), or of a linear item (hypergradient)."""
     use_all_cores()
     jax.config.update("jax_enable_x64", dtype == "float64")
     return _few_shot(item, dtype) if isinstance(item, FewShot) else _linear(item, dtype)
@@ -24,22 +25,22 @@ def _few_shot(item: FewShot, dtype: str):
     tasks = Task(jnp.asarray(arrays["support"]), y, jnp.asarray(arrays["query"]), y)
     theta = _nested(item.parameters(dtype))
     learner = learner_of(item)
-    whole = jax.jit(meta_gradient(learner))
+    compiled = jax.jit(meta_gradient(learner))
 
     def meta():
-        return _flat(jax.block_until_ready(whole(theta, tasks)).gradient)
+        return _flat(jax.block_until_ready(compiled(theta, tasks)).gradient)
 
     return {"meta-gradient": meta} | _spread(learner, theta, tasks, item.tasks) | _parts(learner, theta, tasks)
 
 
 def learner_of(item: FewShot) -> Learner:
-    """The item's network, solver and method."""
+    """Return a learner with the item's network, inner solver, method and λ."""
     solver = bl.GradientDescent(item.rate, item.steps)
     return Learner(conv4(item.ways).apply, solver, bl.Implicit(bl.CG(item.products)), item.strength)
 
 
 def _spread(learner, theta, tasks, count):
-    """The same over all devices, as `imaml train` does it; where there is but one, nothing."""
+    """Return the meta-gradient spread over all devices, as in `imaml train`; no program if there is one device only."""
     if jax.device_count() == 1 or count % jax.device_count():
         return {}
     gradient = meta_gradient(learner, axis=AXIS)
@@ -48,7 +49,7 @@ def _spread(learner, theta, tasks, count):
 
 
 def _parts(learner, theta, tasks):
-    """What a meta-gradient cannot do without, each alone, on the first task."""
+    """Return programs for the parts of a meta-gradient, each alone, on the first task."""
     task = jax.tree.map(lambda leaf: leaf[0], tasks)
     condition = learner.problem.condition
     many = 20
@@ -56,7 +57,8 @@ def _parts(learner, theta, tasks):
     def residual(w):
         return condition.residual(w, theta, task)
 
-    def repeated(function, w):  # in a compiled loop, as it is used, without the cost of a call from Python
+    # A compiled loop, as in the meta-gradient: calls from Python would be timed as well.
+    def repeated(function, w):
         return jax.lax.fori_loop(0, many, lambda _, w: jax.tree.map(lambda a, b: a - 1e-3 * b, w, function(w)), w)
 
     def products(w, count):
@@ -74,7 +76,7 @@ def _parts(learner, theta, tasks):
 
 
 def memory(item: FewShot) -> int:
-    """Bytes of scratch that the compiled meta-gradient takes, by XLA's own account."""
+    """Return the bytes of temporary memory of the compiled meta-gradient, as reported by XLA, without running it."""
     shapes = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in item.parameters("float32").items()
     }

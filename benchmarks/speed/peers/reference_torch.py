@@ -1,11 +1,13 @@
-"""What the iMAML authors' public script computes for a batch of tasks, in PyTorch, without its logging.
+"""The computation of the iMAML authors' public script for a batch of tasks, in PyTorch, without its logging.
 
-``meta-gradient``: plain gradient steps on the support loss, one proximal step, the gradient of the query loss, and
-conjugate gradients from zero on (1 + 1)v + Hv/(λ + 10); each product builds the gradient's graph anew, and vectors are
-flat. λ is 2.
+The program ``meta-gradient`` does what the script does: plain gradient steps on the support loss, one proximal step,
+the gradient of the query loss, and conjugate gradients from zero with the operator v ↦ (1 + 1)v + Hv/(λ + 10). As in
+the script, λ is 2, vectors are flat, and each product builds the gradient's graph again.
 
-``paper's operator``: the algorithm of the paper, which this library computes, in the same PyTorch: proximal gradient
-steps, conjugate gradients from zero on v + Hv/λ. It is here to compare numbers, not times.
+The program ``paper's operator`` is the paper's algorithm, which this library computes too: proximal gradient steps, and
+conjugate gradients from zero with the operator v ↦ v + Hv/λ. It serves to compare gradients, not times.
+
+Source: github.com/aravindr93/imaml_dev.
 """
 
 import torch
@@ -15,6 +17,7 @@ from benchmarks.speed.workloads import FewShot
 
 
 def programs(item: FewShot, dtype: str):
+    """Return the programs ``meta-gradient`` and ``paper's operator``."""
     parameters, tasks = start(item, dtype)
     theta = [value.requires_grad_() for value in parameters.values()]
 
@@ -57,7 +60,10 @@ def _paper(item, names, theta, task):
 
 
 def conjugate_gradients(product, b, iterations):
-    """Hestenes and Stiefel's recursion from zero."""
+    """Solve ``product(x) = b`` by conjugate gradients from zero with a fixed number of iterations.
+
+    Source: Hestenes and Stiefel (1952).
+    """
     x, r, p, squared = torch.zeros_like(b), b, b, b @ b
     for _ in range(iterations):
         image = product(p)

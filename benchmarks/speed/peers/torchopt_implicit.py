@@ -11,6 +11,7 @@ from benchmarks.speed.workloads import FewShot, Linear
 
 
 def programs(item, dtype: str):
+    """Return the program ``meta-gradient`` of a few-shot item, or ``hypergradient`` of a linear item."""
     return _few_shot(item, dtype) if isinstance(item, FewShot) else _linear(item, dtype)
 
 
@@ -59,7 +60,7 @@ def _linear(item: Linear, dtype: str):
         return mean(data["x"] @ w, data["y"]) + 0.5 * torch.sum(torch.exp(theta) * w**2)
 
     slope = torch.func.grad(objective, argnums=0)
-    # torchopt's recursion compares ‖r‖ with max(rtol‖b‖, atol).
+    # torchopt's CG stops when ‖r‖ is at most max(rtol‖b‖, atol).
     solve = torchopt.linear_solve.solve_cg(maxiter=item.iterations, rtol=item.tol, atol=0.0)
 
     @torchopt.diff.implicit.custom_root(slope, argnums=1, solve=solve)

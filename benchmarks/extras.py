@@ -1,0 +1,171 @@
+"""Install each extra alone into a clean environment, and run what the extra is for.
+
+    python benchmarks/extras.py                    # the base installation and every extra but benchmarks
+    python benchmarks/extras.py docs flax          # these two extras
+    python benchmarks/extras.py benchmarks         # installs several gigabytes: PyTorch and the libraries to compare
+
+This finds a dependency that is missing in pyproject.toml: in a developer's environment, another extra has installed
+it. The script needs a package index; pip's cache makes later runs faster. The environments are removed at the end.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_STEPS = """
+import jax.numpy as jnp
+import bilevel as bl
+import imaml
+
+problem = bl.Problem(
+    bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2) + 0.5 * jnp.exp(theta) * jnp.sum(w**2)),
+    lambda w, theta, data: jnp.sum(w**2),
+)
+out = bl.value_and_hypergradient(problem, bl.GradientDescent(0.3, 200), bl.Implicit(bl.CG(10)))(
+    0.0, jnp.zeros(2), jnp.ones(2)
+)
+assert abs(float(out.gradient) + 0.5) < 1e-4, out.gradient  # w = 1/2, d(2 w²)/dθ = -4 w³
+assert imaml.preset("glyphs-5way-1shot-gd")
+"""
+
+USERS_TEST = """
+import jax.numpy as jnp
+from hypothesis import given, settings
+
+import bilevel as bl
+from bilevel.testing import strategies
+
+
+def test_mine(hypergradient):
+    problem = bl.Problem(
+        bl.Stationary(lambda w, theta, data: 0.5 * (w - data) ** 2 + 0.5 * jnp.exp(theta) * w**2),
+        lambda w, theta, data: w**2,
+    )
+    hypergradient.assert_hypergradient(problem, 0.5, 0.0, 2.0, bl.GradientDescent(0.3, 200), bl.Implicit(bl.CG(1)))
+
+
+@settings(max_examples=2, deadline=None)
+@given(case=strategies.quadratic_problems())
+def test_drawn(hypergradient, case):
+    hypergradient.assert_case(case)
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A clean environment in which this checkout is installed with one extra.
+
+    Attributes:
+        python: its interpreter.
+        folder: an empty folder to work in. It is outside the checkout, so that imports find what was installed.
+    """
+
+    python: Path
+    folder: Path
+
+    def run(self, *words: str | Path) -> str:
+        """Run ``python`` with these arguments, and return its output.
+
+        Raises:
+            RuntimeError: if the exit code is not 0.
+        """
+        inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        done = subprocess.run(
+            [self.python, *words],
+            cwd=self.folder,
+            env=inherited | {"MPLBACKEND": "agg"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, words))} exits with {done.returncode}:\n{done.stdout}")
+        return done.stdout
+
+
+def base(env: Environment) -> None:
+    """Check the base installation: a hypergradient, the command line, and an example that needs no extra."""
+    env.run("-c", FIRST_STEPS)
+    assert "glyphs-5way-1shot-gd" in env.run("-m", "imaml", "presets")
+    env.run(ROOT / "examples" / "portfolio.py", env.folder / "portfolio.png")
+
+
+def testing(env: Environment) -> None:
+    """Run a user's tests with the pytest plugin and the Hypothesis strategies."""
+    (env.folder / "test_mine.py").write_text(USERS_TEST)
+    report = env.run("-m", "pytest", "--hypergradient-report", "--numprocesses", "1")
+    assert "2 passed" in report and "hypergradients checked" in report, report
+
+
+def flax(env: Environment) -> None:
+    """Run the Flax example."""
+    env.run(ROOT / "examples" / "flax_sinusoids.py", env.folder / "picture.png")
+
+
+def equinox(env: Environment) -> None:
+    """Run the Equinox example."""
+    env.run(ROOT / "examples" / "equinox_features.py", env.folder / "picture.png")
+
+
+def docs(env: Environment) -> None:
+    """Build the documentation, with warnings as errors."""
+    env.run("-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html", ROOT / "docs", env.folder / "html")
+    assert (env.folder / "html" / "index.html").is_file()
+
+
+def benchmarks(env: Environment) -> None:
+    """Import the libraries that :mod:`benchmarks.speed` times."""
+    env.run("-c", "import higher, lineax, optimistix, torch, torchopt")
+
+
+def dev(env: Environment) -> None:
+    """Run the linter, the type checker and one of the tests that need a type checker."""
+    env.run("-m", "ruff", "check", ROOT)
+    env.run("-m", "pyright", "--project", ROOT, "--pythonpath", env.python)
+    report = env.run("-m", "pytest", "--all", "--rootdir", ROOT, ROOT / "tests" / "package" / "test_types.py")
+    assert "skipped" not in report, report
+
+
+JOBS = {job.__name__: job for job in (base, testing, flax, equinox, docs, dev, benchmarks)}
+
+
+def check(extra: str) -> None:
+    """Install the checkout with one extra into a new environment, and run the extra's function in ``JOBS``.
+
+    Raises:
+        RuntimeError: if the installation or a command fails.
+        AssertionError: if a command's output is not as expected.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"extra-{extra}-") as place:
+        venv = Path(place) / "venv"
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        env = Environment(venv / "bin" / "python", Path(place) / "work")
+        env.folder.mkdir()
+        wanted = str(ROOT) if extra == "base" else f"{ROOT}[{extra}]"
+        env.run("-m", "pip", "install", "--quiet", wanted)
+        JOBS[extra](env)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "extras", nargs="*", metavar="EXTRA", help=f"one of {', '.join(JOBS)}; default: all but benchmarks"
+    )
+    chosen = parser.parse_args().extras or [name for name in JOBS if name != "benchmarks"]
+    if unknown := set(chosen) - set(JOBS):
+        parser.error(f"unknown extra {', '.join(sorted(unknown))}; the extras are {', '.join(JOBS)}")
+    for extra in chosen:
+        start = time.perf_counter()
+        check(extra)
+        print(f"{extra}: ok, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

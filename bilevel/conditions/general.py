@@ -1,0 +1,72 @@
+"""Conditions with a general Jacobian: Root and FixedPoint."""
+
+from dataclasses import dataclass
+
+from bilevel import tree
+from bilevel.conditions.protocol import Residual, StrongConvexity, check_strong_convexity, no_scaling
+from bilevel.types import PyTree
+
+
+@dataclass(frozen=True)
+class Root:
+    """The condition residual(w, θ, data) = 0: any system of as many equations as unknowns, with A = ∂residual/∂w.
+
+    Args:
+        residual: ``residual(w, theta, data)``, a pytree like w.
+        symmetric: whether A is known to be symmetric everywhere, so that CG can be used.
+        positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0.
+        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: a number above 0, or ``f(theta, data)``.
+
+    Raises:
+        ValueError: for a strong convexity that is a number and not positive and finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> root = Root(lambda w, theta, data: w**3 - theta)
+        >>> float(root.residual(jnp.float32(2.0), jnp.float32(8.0), None))
+        0.0
+    """
+
+    residual: Residual
+    symmetric: bool = False
+    positive_definite: bool = False
+    strong_convexity: StrongConvexity = None
+
+    scaling = no_scaling
+
+    def __post_init__(self) -> None:
+        check_strong_convexity("Root", self.strong_convexity)
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The condition w = mapping(w, θ, data), with residual w − mapping and A = I − ∂mapping/∂w.
+
+    Args:
+        mapping: ``mapping(w, theta, data)``, a pytree like w.
+        symmetric: whether ∂mapping/∂w is known to be symmetric everywhere, so that CG can be used.
+        positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0, as it does for a contraction.
+        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a contraction by c.
+
+    Raises:
+        ValueError: for a strong convexity that is a number and not positive and finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> half = FixedPoint(lambda w, theta, data: 0.5 * w + theta)
+        >>> float(half.residual(jnp.float32(2.0), jnp.float32(1.0), None))
+        0.0
+    """
+
+    mapping: Residual
+    symmetric: bool = False
+    positive_definite: bool = False
+    strong_convexity: StrongConvexity = None
+
+    scaling = no_scaling
+
+    def __post_init__(self) -> None:
+        check_strong_convexity("FixedPoint", self.strong_convexity)
+
+    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return tree.subtract(w, self.mapping(w, theta, data))

@@ -1,0 +1,130 @@
+"""Conditions that are the gradient of an objective: Stationary and Proximal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.conditions.protocol import StrongConvexity, check_strong_convexity, no_scaling
+from bilevel.types import Objective, PyTree
+
+
+@dataclass(frozen=True)
+class Stationary:
+    """The condition ∇_w objective(w, θ, data) = 0, at an unconstrained minimum or any other stationary point.
+
+    Args:
+        objective: ``objective(w, theta, data) -> scalar``.
+        positive_definite: whether the Hessian of the objective in w is known to be positive definite.
+        strong_convexity: μ, a lower bound of that Hessian's smallest eigenvalue, where one is known: a number above
+            0, or ``f(theta, data)``.
+
+    Raises:
+        ValueError: for a strong convexity that is a number and not positive and finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> ridge = Stationary(lambda w, theta, data: 0.5 * (w - data) ** 2 + 0.5 * theta * w**2)
+        >>> float(ridge.residual(jnp.float32(1.0), jnp.float32(1.0), jnp.float32(2.0)))
+        0.0
+    """
+
+    objective: Objective
+    positive_definite: bool = False
+    strong_convexity: StrongConvexity = None
+
+    symmetric = True
+    scaling = no_scaling
+
+    def __post_init__(self) -> None:
+        check_strong_convexity("Stationary", self.strong_convexity)
+
+    def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
+        """Return the function whose gradient in w is the residual, a scalar."""
+        return self.objective(w, theta, data)
+
+    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return jax.grad(self.objective)(w, theta, data)
+
+
+def identity_center(theta: PyTree, data: PyTree) -> PyTree:
+    """Return θ, the centre of a proximal term that pulls w towards θ."""
+    del data
+    return theta
+
+
+theta_itself = identity_center
+"""The former name of :func:`identity_center`."""
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """The condition ∇_w objective + λ(w − c) = 0, at a minimum of objective(w, θ, data) + ½ λ‖w − c‖².
+
+    Its Jacobian is A = H + λI. The adjoint system Av = g is solved in the scaled form (I + H/λ)u = g, whose
+    eigenvalues are close to one where H is small compared with λ.
+
+    Args:
+        objective: ``objective(w, theta, data) -> scalar``, without the proximal term.
+        strength: λ, a positive float; or ``strength(theta, data)``, a scalar or a pytree like w with one
+            λ per parameter, which may be learned.
+        center: ``center(theta, data)``, a pytree like w; θ by default.
+        positive_definite: whether H + λI is known to be positive definite, as it is for a convex objective.
+        strong_convexity: μ of the objective and the proximal term together, where it is known (λ for a convex
+            objective): a number above 0, or ``f(theta, data)``.
+
+    Raises:
+        ValueError: for a λ or μ that is a number and not positive and finite.
+
+    Source: Rajeswaran, Finn, Kakade, Levine (2019), equation 3; for a λ per parameter the scaling is
+    symmetric, (I + Λ^-½ H Λ^-½).
+    """
+
+    objective: Objective
+    strength: float | Callable[[PyTree, PyTree], PyTree]
+    center: Callable[[PyTree, PyTree], PyTree] = identity_center
+    positive_definite: bool = False
+    strong_convexity: StrongConvexity = None
+
+    symmetric = True
+
+    def __post_init__(self) -> None:
+        check_strong_convexity("Proximal", self.strong_convexity)
+        if not callable(self.strength) and not 0 < self.strength < float("inf"):
+            raise ValueError(
+                f"Proximal needs a strength λ above 0, got {self.strength}; for none at all use Stationary(objective)"
+            )
+
+    def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
+        """Return the function whose gradient in w is the residual, a scalar."""
+        difference = self._difference(w, theta, data)
+        penalty = tree.vdot(difference, tree.scale(self._strength(theta, data), difference))
+        value = self.objective(w, theta, data)
+        return value + 0.5 * penalty.astype(value.dtype)
+
+    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        pull = tree.scale(self._strength(theta, data), self._difference(w, theta, data))
+        return tree.add(jax.grad(self.objective)(w, theta, data), pull)
+
+    def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
+        # Where a learned λ is not positive the system stays unscaled, and the status of its solve reports that.
+        return jax.tree.map(
+            lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
+            tree.arrays(self._strength(theta, data)),
+        )
+
+    def _difference(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        """Return w − c."""
+        center = self.center(theta, data)
+        expected, got = jax.tree.structure(w), jax.tree.structure(center)
+        if got != expected:
+            raise ValueError(
+                f"Proximal needs a centre with the tree structure of w, {expected}, got {got}: pass "
+                "center(theta, data), which is theta by default"
+            )
+        return tree.subtract(w, center)
+
+    def _strength(self, theta: PyTree, data: PyTree) -> PyTree:
+        return self.strength(theta, data) if callable(self.strength) else self.strength

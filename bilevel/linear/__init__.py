@@ -1,0 +1,27 @@
+"""Linear solvers of the adjoint system: one protocol, and a status that rests on the true residual.
+
+A solver is a frozen value, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. Most of the
+algorithms are jaxopt's, which return x and nothing else. In float32 the recursive residual of such an algorithm can be
+wrong by orders of magnitude. So every solve ends with one more product Ax, which gives the true residual and the sign
+of ⟨x, Ax⟩.
+"""
+
+from bilevel.linear.choose import DENSE_LIMIT, LinearChoice, choose_linear
+from bilevel.linear.dense import LU, Cholesky
+from bilevel.linear.iterative import CG, GMRES, BiCGStab, NormalCG
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.series import Neumann
+
+__all__ = [
+    "CG",
+    "DENSE_LIMIT",
+    "GMRES",
+    "LU",
+    "BiCGStab",
+    "Cholesky",
+    "LinearChoice",
+    "Neumann",
+    "NormalCG",
+    "Nystrom",
+    "choose_linear",
+]

@@ -1,0 +1,291 @@
+"""Iterative linear solvers: jaxopt's, and conjugate gradients that watch their own recursion."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel._deprecation import renamed_field
+from bilevel.linear import diagnosis
+from bilevel.linear._cg import conjugate_gradients
+from bilevel.linear.system import (
+    check_not_negative,
+    denormalise,
+    in_accumulation_dtype,
+    normalise,
+    recursive_tol,
+    with_ridge,
+)
+from bilevel.types import LinearInfo, MatVec, PyTree, Status
+
+ENGINES = ("jaxopt", "watched")
+
+
+@renamed_field("maxiter", "max_steps")
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients, for a symmetric positive definite operator.
+
+    Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``, and its report rests on the answer x
+    alone: the true residual, and NEGATIVE_CURVATURE where ⟨x, Ax⟩ ≤ 0 or where the recursion broke down. A direction
+    of negative curvature on the way, which the answer does not show, goes unnoticed. ``"watched"`` is a loop of this
+    library that also reports the iterations taken, the least curvature among its directions, NEGATIVE_CURVATURE
+    wherever a direction shows it, SINGULAR where A maps a direction to zero, and STAGNATION where the recursive
+    residual met ``tol`` and the true one does not. It costs three more reductions over vectors in an iteration.
+
+    Args:
+        max_steps: iterations, each one product with A. The error falls like ((√κ − 1)/(√κ + 1))^k.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
+        preconditioner: a function r ↦ M⁻¹r, symmetric positive definite; None for the identity.
+        engine: ``"jaxopt"`` or ``"watched"``.
+
+    Raises:
+        ValueError: for a budget below one, a negative tolerance or ridge, or an unknown engine.
+
+    Source: Hestenes and Stiefel (1952).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, info = CG(max_steps=2)(lambda v: jnp.array([2.0, 4.0]) * v, jnp.array([2.0, 2.0]))
+        >>> [round(float(entry), 5) for entry in x]
+        [1.0, 0.5]
+        >>> x, info = CG(5, engine="watched")(lambda v: jnp.array([2.0, -1.0, 0.5]) * v, jnp.ones(3))
+        >>> Status(int(info.status)).name, bool(info.least_curvature < 0)
+        ('NEGATIVE_CURVATURE', True)
+    """
+
+    max_steps: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+    engine: Literal["jaxopt", "watched"] = "jaxopt"
+
+    needs_symmetry = True
+
+    def __post_init__(self) -> None:
+        _check_iterative(self)
+        if self.engine not in ENGINES:
+            raise ValueError(f"CG needs an engine of {' or '.join(map(repr, ENGINES))}, got {self.engine!r}")
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        if self.engine == "watched":
+            return _solve_watched(self, matvec, b, init)
+        return _solve_with_jaxopt("solve_cg", self, matvec, b, init, maxiter=self.max_steps, needs_definite=True)
+
+
+@renamed_field("maxiter", "max_steps")
+@dataclass(frozen=True)
+class NormalCG:
+    """Conjugate gradients on AᵀAx = Aᵀb, for any regular operator: jaxopt's ``solve_normal_cg``.
+
+    It is robust and slow, because AᵀA has the square of A's condition number. Each iteration is a product with A and
+    one with Aᵀ.
+
+    Args:
+        max_steps: iterations. The error falls like ((κ − 1)/(κ + 1))^k.
+        tol: judge the true ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure. The recursion
+            sees Aᵀ(b − Ax) alone, so it runs until that has the size of rounding errors.
+        ridge: solve (A + ridge·I)x = b instead.
+        preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
+
+    Raises:
+        ValueError: for a budget below one or a negative tolerance or ridge.
+
+    Source: Hestenes and Stiefel (1952), section 10.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> x, info = NormalCG(max_steps=4)(lambda v: matrix @ v, jnp.array([3.0, 1.0]))
+        >>> [round(float(entry), 4) for entry in x]
+        [1.0, 1.0]
+    """
+
+    max_steps: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+
+    needs_symmetry = False
+
+    def __post_init__(self) -> None:
+        _check_iterative(self)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        # ‖Aᵀr‖ gives no bound of ‖r‖ without knowledge of A, so only rounding stops the recursion.
+        options: dict[str, Any] = {"maxiter": self.max_steps, "tol": recursive_tol(None, b)}
+        return _solve_with_jaxopt("solve_normal_cg", self, matvec, b, init, **options)
+
+
+@renamed_field("maxiter", "max_steps")
+@dataclass(frozen=True)
+class GMRES:
+    """Generalised minimal residuals, for any regular operator: jaxopt's ``solve_gmres``.
+
+    Args:
+        max_steps: products in all, rounded up to cycles of ``restart`` products.
+        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        ridge: solve (A + ridge·I)x = b instead.
+        preconditioner: a function r ↦ M⁻¹r, applied from the left; None for the identity.
+        restart: the Krylov vectors kept, each as large as b, at most as many as b has entries.
+
+    Raises:
+        ValueError: for a budget or restart below one or a negative tolerance or ridge.
+
+    Source: Saad and Schultz (1986).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> x, info = GMRES(max_steps=2)(lambda v: matrix @ v, jnp.array([3.0, 1.0]))
+        >>> [round(float(entry), 4) for entry in x]
+        [1.0, 1.0]
+    """
+
+    max_steps: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+    restart: int = 20
+
+    needs_symmetry = False
+
+    def __post_init__(self) -> None:
+        _check_iterative(self)
+        if self.restart < 1:
+            raise ValueError(f"GMRES needs restart of at least 1, got {self.restart}")
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        restart = min(self.restart, self.max_steps)
+        options: dict[str, Any] = {"maxiter": -(-self.max_steps // restart), "restart": restart}
+        return _solve_with_jaxopt("solve_gmres", self, matvec, b, init, **options)
+
+
+@renamed_field("maxiter", "max_steps")
+@dataclass(frozen=True)
+class BiCGStab:
+    """Stabilised biconjugate gradients, for any regular operator: jaxopt's ``solve_bicgstab``.
+
+    Each iteration takes two products, and memory does not grow. The recursion may break down where GMRES does not.
+
+    Args:
+        max_steps: iterations, each two products.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        ridge: solve (A + ridge·I)x = b instead.
+        preconditioner: a function r ↦ M⁻¹r; None for the identity.
+
+    Raises:
+        ValueError: for a budget below one or a negative tolerance or ridge.
+
+    Source: van der Vorst (1992).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> x, info = BiCGStab(max_steps=4)(lambda v: matrix @ v, jnp.array([3.0, 1.0]))
+        >>> [round(float(entry), 4) for entry in x]
+        [1.0, 1.0]
+    """
+
+    max_steps: int = 20
+    tol: float | None = None
+    ridge: float = 0.0
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+
+    needs_symmetry = False
+
+    def __post_init__(self) -> None:
+        _check_iterative(self)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        # The recursion divides by ‖Ar‖² and ends in 0/0 between eps and eps², so it stops at eps.
+        options: dict[str, Any] = {"maxiter": self.max_steps, "tol": max(recursive_tol(self.tol, b), tree.eps(b))}
+        return _solve_with_jaxopt("solve_bicgstab", self, matvec, b, init, **options)
+
+
+Iterative = CG | NormalCG | GMRES | BiCGStab
+
+
+def _solve_with_jaxopt(
+    name: str,
+    solver: Iterative,
+    matvec: MatVec,
+    b: PyTree,
+    init: PyTree | None,
+    needs_definite: bool = False,
+    **options: Any,
+) -> tuple[PyTree, LinearInfo]:
+    """Run one of jaxopt's iterative solvers on b / ‖b‖ in the accumulation dtype, and report on its answer."""
+    from bilevel._jaxopt import library  # imports jaxopt
+
+    operator = with_ridge(matvec, solver.ridge)
+    size, b_unit, init_unit = normalise(b, init)
+    wide = in_accumulation_dtype(operator, b)
+    if init is None and name == "solve_cg":
+        wide = _without_zero_products(wide)
+    precondition = None if solver.preconditioner is None else in_accumulation_dtype(solver.preconditioner, b)
+    start = None if init is None else tree.widened(init_unit)
+    options = {"tol": recursive_tol(solver.tol, b), "M": precondition, "init": start} | options
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes dtypes in its arithmetic
+        x = tree.like(getattr(library, name)(wide, tree.widened(b_unit), **options), b)
+    breakdown = Status.NEGATIVE_CURVATURE if needs_definite else Status.SINGULAR
+    info = diagnosis.report(operator, b_unit, x, solver.tol, breakdown=breakdown, needs_definite=needs_definite)
+    return denormalise(size, info)
+
+
+def _without_zero_products(matvec: MatVec) -> MatVec:
+    """Return ``matvec`` without the product of a zero vector, which JAX's CG makes for a start at zero.
+
+    The other solvers transpose ``matvec``, and JAX cannot transpose this condition on v.
+    """
+
+    def product(v: PyTree) -> PyTree:
+        nonzero = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(v)]
+        return jax.lax.cond(
+            jnp.stack(nonzero).any() if nonzero else True, matvec, lambda v: jax.tree.map(jnp.zeros_like, v), v
+        )
+
+    return product
+
+
+def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
+    operator = with_ridge(matvec, solver.ridge)
+    size, b_unit, init_unit = normalise(b, init)
+    precondition = None if solver.preconditioner is None else in_accumulation_dtype(solver.preconditioner, b)
+    seen = jax.lax.stop_gradient(
+        conjugate_gradients(
+            in_accumulation_dtype(operator, b),
+            tree.widened(b_unit),
+            None if init is None else tree.widened(init_unit),
+            solver.max_steps,
+            recursive_tol(solver.tol, b),
+            precondition,
+        )
+    )
+    stopped_by_itself = seen.iterations < solver.max_steps
+    failure = jnp.where(stopped_by_itself, jnp.int32(Status.STAGNATION), jnp.int32(Status.MAX_STEPS))
+    info = diagnosis.report(
+        operator,
+        b_unit,
+        tree.like(seen.x, b),
+        solver.tol,
+        iterations=seen.iterations,
+        failure=failure,
+        breakdown=Status.NEGATIVE_CURVATURE,
+        needs_definite=True,
+    )
+    status = jnp.where(seen.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
+    status = jnp.where(seen.null, jnp.int32(Status.SINGULAR), status)
+    status = jnp.maximum(info.status, status)
+    return denormalise(size, replace(info, status=status, least_curvature=seen.least_curvature))
+
+
+def _check_iterative(solver: Iterative) -> None:
+    name = type(solver).__name__
+    if solver.max_steps < 1:
+        raise ValueError(f"{name} needs max_steps of at least 1, got {solver.max_steps}")
+    check_not_negative(name, tol=solver.tol, ridge=solver.ridge)

@@ -1,0 +1,78 @@
+"""The Nyström approximation of the inverse."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel import tree
+from bilevel.linear import diagnosis
+from bilevel.linear.system import check_not_negative, denormalise, in_accumulation_dtype, normalise, with_ridge
+from bilevel.types import LinearInfo, MatVec, PyTree, Status
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """The solution x = (ρI + H_r)⁻¹b with the rank-r Nyström approximation H_r of a positive semi-definite A.
+
+    H_r = C W⁺ Cᵀ from r random columns C = AΩ and W = ΩᵀAΩ, and the inverse follows from Woodbury's identity. The r
+    products are independent of each other and can run at the same time, while those of CG follow one another. At full
+    rank the solution is exact for A + ρI.
+
+    Args:
+        rank: r, at most the number of unknowns.
+        ridge: ρ > 0; the residual reported is that of (A + ρI)x = b.
+        tol: judge ‖b − Ax‖ ≤ tol·‖b‖; None for no judgement.
+        seed: the seed of the Gaussian Ω.
+
+    Raises:
+        ValueError: for a rank below one, a ridge that is not positive, or a negative tol.
+
+    Source: Hataya and Yamada (2023), Nyström method for accurate and scalable implicit differentiation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, info = Nystrom(rank=2, ridge=1.0)(lambda v: jnp.array([1.0, 3.0]) * v, jnp.array([2.0, 2.0]))
+        >>> [round(float(entry), 3) for entry in x]
+        [1.0, 0.5]
+    """
+
+    rank: int
+    ridge: float = 1e-2
+    tol: float | None = None
+    seed: int = 0
+
+    needs_symmetry = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.ridge > 0:
+            raise ValueError(f"Nystrom needs a rank of at least 1 and a ridge above 0, got {self.rank}, {self.ridge}")
+        check_not_negative("Nystrom", tol=self.tol)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        del init  # the approximation needs no start
+        size, b_unit, _ = normalise(b)
+        flat, unravel = ravel_pytree(tree.widened(b_unit))
+        wide = in_accumulation_dtype(matvec, b)
+        x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b))
+        x = tree.like(unravel(x), b)
+        operator = with_ridge(matvec, self.ridge)
+        info = diagnosis.report(operator, b_unit, x, self.tol, breakdown=Status.SINGULAR)
+        return denormalise(size, info)
+
+    def _woodbury(self, matvec: Callable[[jax.Array], jax.Array], b: jax.Array, eps: float) -> jax.Array:
+        normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
+        sketch, _ = jnp.linalg.qr(normal)
+        columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
+        # W is singular where A is: eigenvalues of the size of rounding errors are left out.
+        core = sketch.T @ columns
+        values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
+        # A sum of b.size terms is rounded in b's dtype, and each product is rounded in the leaves' dtype.
+        rounding = max(10 * b.size * float(jnp.finfo(b.dtype).eps), 2 * eps)
+        kept = values > rounding * jnp.max(jnp.abs(values))
+        root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), jnp.zeros_like(values))
+        factor = columns @ (vectors * root)  # H_r = factor·factorᵀ
+        inner = self.ridge * jnp.eye(factor.shape[1], dtype=b.dtype) + factor.T @ factor
+        return (b - factor @ jnp.linalg.solve(inner, factor.T @ b)) / self.ridge

@@ -1,0 +1,64 @@
+"""The Neumann series."""
+
+from dataclasses import dataclass
+
+import jax
+
+from bilevel import tree
+from bilevel._deprecation import renamed_field
+from bilevel.linear import diagnosis
+from bilevel.linear.system import check_not_negative, denormalise, normalise, with_ridge
+from bilevel.types import LinearInfo, MatVec, PyTree
+
+
+@renamed_field("terms", "max_steps")
+@dataclass(frozen=True)
+class Neumann:
+    """The truncated series x = α Σ_{k<K} (I − αA)^k b, for an operator with ‖I − αA‖ < 1.
+
+    It equals backpropagation through the last K steps of gradient descent with rate α.
+
+    Args:
+        max_steps: K, the number of terms. The first term takes no product, each later one takes one. The error is
+            (I − αA)^K x.
+        step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed point.
+        tol: judge ‖b − Ax‖ ≤ tol·‖b‖; None for no judgement. All terms are summed in either case.
+        ridge: solve (A + ridge·I)x = b instead.
+
+    Raises:
+        ValueError: for fewer than one term, a step size that is not positive, or a negative tol or ridge.
+
+    Source: Lorraine, Vicol, Duvenaud (2020), algorithm 3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, info = Neumann(max_steps=3)(lambda v: 0.5 * v, jnp.float32(1.0))
+        >>> float(x)  # 1 + ½ + ¼
+        1.75
+    """
+
+    max_steps: int = 20
+    step_size: float = 1.0
+    tol: float | None = None
+    ridge: float = 0.0
+
+    needs_symmetry = False
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or not self.step_size > 0:
+            raise ValueError(
+                f"Neumann needs max_steps of at least 1 and a step_size above 0, got {self.max_steps} and "
+                f"{self.step_size}"
+            )
+        check_not_negative("Neumann", tol=self.tol, ridge=self.ridge)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        operator = with_ridge(matvec, self.ridge)
+        size, b_unit, init_unit = normalise(b, init)
+
+        def advance(_, x):
+            return tree.add(x, tree.scale(self.step_size, tree.subtract(b_unit, operator(x))))
+
+        first = tree.scale(self.step_size, b_unit)
+        x = jax.lax.fori_loop(1, self.max_steps, advance, first if init is None else advance(0, init_unit))
+        return denormalise(size, diagnosis.report(operator, b_unit, x, self.tol, iterations=self.max_steps))

@@ -1,0 +1,91 @@
+"""Hypergradients from samples of the outer value: EvolutionStrategies."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel import tree
+from bilevel.methods.protocol import Start, outer_with_aux, solve_constant
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+from bilevel.types import Hypergradient, PyTree
+
+
+@dataclass(frozen=True)
+class EvolutionStrategies:
+    """Antithetic samples of the outer value, for an inner loop that cannot be differentiated.
+
+    It estimates the gradient of E outer(w(θ + σε)) from pairs θ ± σε along orthogonal directions of length √d, where d
+    is the number of entries of θ. With d pairs the estimate is central differences in a random basis, with an error of
+    O(σ²). With fewer pairs it is an unbiased estimate of those differences, and its variance falls with more pairs.
+
+    Args:
+        pairs: the number of directions, each of which takes two inner solves; at most d are used.
+        scale: σ > 0.
+        seed: the seed of the directions. They depend on θ too, and are the same at the same θ.
+
+    Raises:
+        ValueError: for fewer than one pair or a scale that is not positive.
+
+    Source: Metz et al. (2019), Understanding and correcting pathologies in the training of learned optimizers;
+    orthogonal directions: Choromanski et al. (2018).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import Problem, value_and_hypergradient
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
+        >>> problem = Problem(condition, lambda w, theta, data: 0.5 * jnp.sum(w**2))
+        >>> black_box = lambda condition, init, theta, data: theta
+        >>> function = value_and_hypergradient(problem, black_box, EvolutionStrategies(pairs=2, scale=0.1))
+        >>> [round(float(entry), 2) for entry in function(jnp.array([1.0, 2.0]), jnp.zeros(2), None).gradient]
+        [1.0, 2.0]
+    """
+
+    pairs: int
+    scale: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or not self.scale > 0:
+            raise ValueError(
+                f"EvolutionStrategies needs pairs of at least 1 and a scale above 0, got {self.pairs} and {self.scale}"
+            )
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient:
+        del linear_init  # this method solves no linear system
+        floats, join = tree.partition_inexact(theta)
+        flat, unravel = ravel_pytree(tree.widened(floats))
+
+        def value_at(flat):
+            theta = join(tree.like(unravel(flat), floats))
+            inner = solve_constant(solver, problem.condition, init, theta, data)
+            value, aux = outer_with_aux(problem)(inner.w, theta, data)
+            return value, aux, inner
+
+        def derivative_along(direction):
+            ahead, behind = (value_at(flat + sign * self.scale * direction)[0] for sign in (1, -1))
+            return direction * ((ahead - behind) / (2 * self.scale)).astype(flat.dtype)
+
+        value, aux, inner = value_at(flat)
+        gradient = jnp.mean(jax.lax.map(derivative_along, self._directions(flat)), axis=0)
+        return Hypergradient(
+            value, tree.with_zeros(join(tree.like(unravel(gradient), floats)), theta), aux, inner, None
+        )
+
+    def _directions(self, flat: jax.Array) -> jax.Array:
+        """Return orthogonal rows of length √d, drawn from a key that depends on θ."""
+        key = jax.random.fold_in(
+            jax.random.key(self.seed), jax.lax.bitcast_convert_type(jnp.sum(flat).astype(jnp.float32), jnp.uint32)
+        )
+        normal = jax.random.normal(key, (flat.size, min(self.pairs, flat.size)), flat.dtype)
+        return jnp.linalg.qr(normal)[0].T * jnp.sqrt(jnp.asarray(flat.size, flat.dtype))

@@ -1,0 +1,83 @@
+"""The implicit function theorem by differences: FiniteDifference."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.linear import CG, Neumann
+from bilevel.methods.protocol import Start, check_potential, outer_derivatives, solve_constant
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+from bilevel.theorem import solve_scaled
+from bilevel.types import Hypergradient, PyTree
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """The implicit function theorem with central differences of gradients in place of second derivatives.
+
+    A u ≈ (F(w + εu) − F(w − εu)) / 2ε. As B = ∂_θ∇_w L, also Bᵀv ≈ (∇_θL(w + εv) − ∇_θL(w − εv)) / 2ε. The error is
+    O(ε²) from the third derivative and eps/ε from rounding. The default ε = eps^⅓·(1 + ‖w‖) / ‖u‖ balances both. The
+    relative error is then about eps^⅔: 2e-5 in float32 and 4e-11 in float64.
+
+    Args:
+        linear: solves the adjoint system by products alone: :class:`CG` or :class:`Neumann`. ``Neumann(1, α)``
+            is DARTS, which unrolls one step of the inner solver.
+        step: ε·‖u‖ / (1 + ‖w‖); None for eps^⅓.
+
+    Raises:
+        ValueError: for a step that is not positive or another linear solver, and, when called, for a condition that
+            is not the gradient of an objective.
+
+    Source: Liu, Simonyan, Yang (2019), DARTS, equation 8.
+
+    Example:
+        >>> from bilevel import GradientDescent, Problem, value_and_hypergradient
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta**2) ** 2)
+        >>> problem = Problem(condition, lambda w, theta, data: w)
+        >>> method = FiniteDifference(CG(1))
+        >>> round(float(value_and_hypergradient(problem, GradientDescent(1.0, 1), method)(3.0, 0.0, None).gradient), 2)
+        6.0
+    """
+
+    linear: CG | Neumann
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not self.step > 0:
+            raise ValueError(f"FiniteDifference needs a step above 0, got {self.step}; None for the cube root of eps")
+        if not isinstance(self.linear, CG | Neumann):
+            raise ValueError(
+                f"FiniteDifference needs a solver that works by products, CG or Neumann, got {self.linear}"
+            )
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient:
+        condition = check_potential("FiniteDifference", problem.condition)
+        inner = solve_constant(solver, condition, init, theta, data)
+
+        def along(function, u):
+            """Return d function(w + εu)/dε at ε = 0."""
+            size, reach = tree.norm(u), 1 + tree.norm(inner.w)
+            step = tree.eps(inner.w) ** (1 / 3) if self.step is None else self.step
+            epsilon = step * reach / jnp.where(size > 0, size, jnp.ones_like(size))
+            ahead, behind = (function(tree.add(inner.w, tree.scale(e, u))) for e in (epsilon, -epsilon))
+            return tree.scale(0.5 / epsilon, tree.subtract(ahead, behind))
+
+        def matvec(u):
+            return along(lambda w: condition.residual(w, theta, data), u)
+
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
+        adjoint, info = solve_scaled(self.linear, matvec, outer_w, condition.scaling(theta, data), True, linear_init)
+        gradient_in_theta = jax.grad(condition.potential, argnums=1, allow_int=True)
+        through_w = along(lambda w: tree.with_zeros(gradient_in_theta(w, theta, data), theta), adjoint)
+        return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, info)

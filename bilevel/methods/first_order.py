@@ -1,0 +1,57 @@
+"""First-order hypergradients: FirstOrder."""
+
+from dataclasses import dataclass
+
+from bilevel import tree
+from bilevel.methods.protocol import Start, outer_derivatives, solve_constant
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+from bilevel.theorem import pull_back_to_theta
+from bilevel.types import Hypergradient, PyTree
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """The adjoint system without the second derivatives in A, so that its solution is explicit.
+
+    For :class:`Proximal`, A = H + λI is replaced by λI. With θ as the centre, the gradient is then ∇_w outer at the
+    solution, which is first-order MAML. For a condition with a mapping, A = I − ∂mapping/∂w is replaced by I. A
+    derivative of this hypergradient holds w* fixed; for a second derivative use :class:`Implicit`.
+
+    Raises:
+        ValueError: when called, for a condition whose A consists of second derivatives alone.
+
+    Source: Finn, Abbeel, Levine (2017), section 5.2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import GradientDescent, Problem, Proximal, value_and_hypergradient
+        >>> pull = Proximal(lambda w, theta, data: 0.5 * (w - data) ** 2, strength=1.0)
+        >>> problem = Problem(pull, lambda w, theta, data: w**2)
+        >>> out = value_and_hypergradient(problem, GradientDescent(0.5, max_steps=1), FirstOrder())(1.0, 0.0, 3.0)
+        >>> float(out.inner.w), float(out.gradient)  # the exact one has a factor λ / (1 + λ)
+        (2.0, 4.0)
+    """
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient:
+        del linear_init  # this method solves no linear system
+        condition = problem.condition
+        scaling = condition.scaling(theta, data)
+        if scaling is None and not hasattr(condition, "mapping"):
+            raise ValueError(
+                f"FirstOrder leaves out second derivatives, and A of {type(condition).__name__} is nothing else: use "
+                "it with Proximal, FixedPoint, Projected or ProximalGradient, or use Implicit, OneStep or Unrolled"
+            )
+        inner = solve_constant(solver, condition, init, theta, data)
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
+        adjoint = outer_w if scaling is None else tree.scale(scaling, tree.scale(scaling, outer_w))
+        through_w = pull_back_to_theta(condition, inner.w, theta, data, adjoint)
+        return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, None)

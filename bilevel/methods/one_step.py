@@ -1,0 +1,59 @@
+"""One-step differentiation: OneStep."""
+
+from dataclasses import dataclass
+
+import jax
+
+from bilevel import solvers, tree
+from bilevel.methods.protocol import Start, outer_derivatives, solve_constant
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+from bilevel.types import Hypergradient, PyTree
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """One-step (Jacobian-free) differentiation: dw/dθ ≈ ∂step(w*, θ)/∂θ, with w* held fixed.
+
+    It needs no linear system and no second derivative in w. Its relative error is at most the contraction factor of
+    the step, so it is accurate for a solver that converges in few steps. A derivative of this hypergradient holds w*
+    fixed too; for a second derivative use :class:`Implicit`.
+
+    Raises:
+        ValueError: when called, for a solver whose step depends on more than w and θ.
+
+    Source: Bolte, Pauwels, Vaiter (2023), One-step differentiation of iterative algorithms.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import FixedPoint, FixedPointIteration, Problem, value_and_hypergradient
+        >>> problem = Problem(FixedPoint(lambda w, theta, data: 0.1 * w + theta), lambda w, theta, data: w)
+        >>> out = value_and_hypergradient(problem, FixedPointIteration(20), OneStep())(1.0, 0.0, None)
+        >>> round(float(out.value), 3), float(out.gradient)  # 1 / 0.9; its derivative is as large
+        (1.111, 1.0)
+    """
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient:
+        del linear_init  # this method solves no linear system
+        if not isinstance(solver, solvers.GradientDescent | solvers.FixedPointIteration | solvers.Anderson):
+            raise ValueError(
+                "OneStep differentiates a step without memory: use GradientDescent, FixedPointIteration or Anderson, "
+                f"whose first steps have none, or Implicit, which takes any solver; got {solver}"
+            )
+        inner = solve_constant(solver, problem.condition, init, theta, data)
+
+        def step(theta):
+            return solver.update(solver.start(inner.w), problem.condition.residual(inner.w, theta, data))[0]
+
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
+        (through_w,) = jax.vjp(step, theta)[1](outer_w)
+        gradient = tree.add(outer_theta, tree.with_zeros(through_w, theta))
+        return Hypergradient(value, gradient, aux, inner, None)

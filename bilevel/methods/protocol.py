@@ -1,0 +1,95 @@
+"""The protocol of a method, and what all methods share: checked inputs and the derivatives of the outer function."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import solvers, tree
+from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+from bilevel.types import Hypergradient, PyTree, Solution
+
+Start = PyTree | Callable[[PyTree, PyTree], PyTree]
+"""Where the inner solver starts: a pytree like w, or ``init(theta, data)`` that returns one."""
+
+
+class Method(Protocol):
+    """A way to differentiate the inner solution."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient: ...
+
+
+def outer_variables(theta: PyTree) -> PyTree:
+    """Return θ as arrays. A leaf that is not floating point is kept and has no derivative.
+
+    Raises:
+        TypeError: for a complex leaf.
+    """
+    theta = tree.arrays(theta)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: a derivative in a "
+                "complex variable has two conventions; write it as its real and imaginary part"
+            )
+    return theta
+
+
+def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
+    """Return ``init``, or ``init(theta, data)`` where it is a function, as floating-point arrays.
+
+    Raises:
+        TypeError: for a leaf that is not floating point.
+    """
+    start = tree.arrays(init(theta, data) if callable(init) else init)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
+        if not tree.is_floating(leaf):
+            raise TypeError(
+                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write it "
+                "as a float (0.0), keep a count or a mask in data, and a complex variable as two real ones"
+            )
+    return start
+
+
+def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
+    """Return the inner Solution as a constant, for methods that have a formula of their own for its derivative."""
+    theta = jax.lax.stop_gradient(theta)
+    found = solvers.solve(solver, condition, starting_point(init, theta, data), theta, data)
+    return jax.lax.stop_gradient(found)
+
+
+def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
+    """Return the outer function as one that returns ``(value, aux)``, with aux None where it has none."""
+    if problem.has_aux:
+        return problem.outer
+    return lambda w, theta, data: (problem.outer(w, theta, data), None)
+
+
+def outer_derivatives(
+    problem: Problem, w: PyTree, theta: PyTree, data: PyTree
+) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
+    """Return value, aux, ∂outer/∂w and ∂outer/∂θ."""
+    differentiate = jax.value_and_grad(outer_with_aux(problem), argnums=(0, 1), has_aux=True, allow_int=True)
+    (value, aux), (outer_w, outer_theta) = differentiate(w, theta, data)
+    return value, aux, outer_w, tree.with_zeros(outer_theta, theta)
+
+
+def check_potential(name: str, condition: Condition) -> GradientCondition:
+    """Return the condition; ValueError where it is not the gradient of an inner objective."""
+    if not is_gradient(condition):
+        raise ValueError(
+            f"{name} differentiates an inner objective, and {type(condition).__name__} is not the gradient of one: "
+            "use Stationary or Proximal, or Implicit, which takes any condition"
+        )
+    return condition

@@ -1,0 +1,129 @@
+"""Differentiation through the inner solver's steps: Unrolled and ForwardUnrolled."""
+
+from dataclasses import dataclass
+
+import jax
+
+from bilevel import solvers, tree
+from bilevel.conditions.protocol import Condition
+from bilevel.methods.protocol import Start, outer_with_aux, starting_point
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver, IterativeSolver
+from bilevel.types import Hypergradient, PyTree
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Backpropagation through the inner solver's steps, all of them or the last few.
+
+    The result is the derivative of what the solver computed, not of the solution; both agree as the steps converge.
+    Memory grows with the number of steps that are differentiated. Where ``init`` is a function of θ, its derivative
+    counts. With ``init=lambda theta, data: theta`` this is MAML.
+
+    Args:
+        last: differentiate the last ``last`` steps only; None for all.
+        checkpoint: recompute each step in the backward pass and keep only the iterates.
+        first_order: treat the residual of each step as a constant, so that no second derivative is computed and no
+            iterate is stored. The inner solution's derivative is then that of ``init``. With MAML's start at θ this is
+            first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
+
+    Raises:
+        ValueError: when called, for ``last`` below one or above the solver's steps, for a solver without steps of its
+            own, and for a solver with a ``tol``, whose number of steps is known only at run time.
+
+    Source: Franceschi et al. (2017); truncation: Shaban et al. (2019).
+    """
+
+    last: int | None = None
+    checkpoint: bool = False
+    first_order: bool = False
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient:
+        del linear_init  # this method solves no linear system
+        iterative = self._check(solver)
+        iterative.check(problem.condition)
+
+        def outer(theta):
+            w = self._inner(problem.condition, iterative, theta, starting_point(init, theta, data), data)
+            value, aux = outer_with_aux(problem)(w, theta, data)
+            return value, (aux, w)
+
+        (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
+        inner = solvers.report(problem.condition.residual(w, theta, data), w, iterative.max_steps)
+        return Hypergradient(value, tree.with_zeros(gradient, theta), aux, inner, None)
+
+    def _check(self, solver: InnerSolver) -> IterativeSolver:
+        if not isinstance(solver, IterativeSolver) or solver.tol is not None:
+            raise ValueError(
+                "Unrolled differentiates a fixed number of steps: use GradientDescent, Optax, FixedPointIteration or "
+                f"Anderson with tol=None, or Implicit, which takes any solver; got {solver}"
+            )
+        if self.last is not None and not 1 <= self.last <= solver.max_steps:
+            raise ValueError(f"Unrolled(last={self.last}) needs between 1 and the solver's {solver.max_steps} steps")
+        return solver
+
+    def _inner(
+        self, condition: Condition, solver: IterativeSolver, theta: PyTree, init: PyTree, data: PyTree
+    ) -> PyTree:
+        def advance(_, state):
+            residual = condition.residual(state[0], theta, data)
+            return solver.update(state, jax.lax.stop_gradient(residual) if self.first_order else residual)
+
+        last = solver.max_steps if self.last is None else self.last
+        state = jax.lax.fori_loop(0, solver.max_steps - last, advance, solver.start(init))
+        if last < solver.max_steps:
+            state = jax.lax.stop_gradient(state)
+        if self.checkpoint:
+            advance = jax.checkpoint(advance)
+        return jax.lax.fori_loop(0, last, advance, state)[0]
+
+
+@dataclass(frozen=True)
+class ForwardUnrolled:
+    """Forward-mode differentiation through the inner solver: one tangent for each entry of θ.
+
+    Like that of :class:`Unrolled`, the result is the derivative of what the solver computed. Time and memory grow with
+    the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. Where
+    ``init`` is a function of θ, its derivative counts.
+
+    Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import GradientDescent, Problem, Stationary, value_and_hypergradient
+        >>> problem = Problem(Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+        >>> function = value_and_hypergradient(problem, GradientDescent(0.5, max_steps=2), ForwardUnrolled())
+        >>> float(function(1.0, 0.0, None).gradient)  # 1 − ½²
+        0.75
+    """
+
+    def __call__(
+        self,
+        problem: Problem,
+        solver: InnerSolver,
+        theta: PyTree,
+        init: Start,
+        data: PyTree,
+        linear_init: PyTree | None = None,
+    ) -> Hypergradient:
+        del linear_init  # this method solves no linear system
+        floats, join = tree.partition_inexact(theta)
+
+        def outer(floats):
+            theta = join(floats)
+            inner = solvers.solve(solver, problem.condition, starting_point(init, theta, data), theta, data)
+            value, aux = outer_with_aux(problem)(inner.w, theta, data)
+            return value, (value, aux, inner)
+
+        # jacfwd refuses an empty tree.
+        differentiate = jax.jacfwd(outer, has_aux=True) if floats else lambda floats: (floats, outer(floats)[1])
+        gradient, (value, aux, inner) = differentiate(floats)
+        return Hypergradient(value, tree.with_zeros(join(gradient), theta), aux, inner, None)

@@ -1,0 +1,22 @@
+"""The record of a bilevel problem: a condition and an outer function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bilevel.conditions.protocol import Condition
+from bilevel.types import PyTree
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bilevel problem: minimise outer(w*(θ), θ, data) over θ, where w*(θ) satisfies a condition.
+
+    Args:
+        condition: what holds at w*.
+        outer: ``outer(w, theta, data) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
+        has_aux: whether ``outer`` returns a pair, its value and any pytree.
+    """
+
+    condition: Condition
+    outer: Callable[[PyTree, PyTree, PyTree], object]
+    has_aux: bool = False

@@ -1,0 +1,27 @@
+"""Inner solvers: how w*(θ) is found.
+
+A solver is a frozen value, called as ``solver(condition, init, theta, data) -> Solution``. Any function with these
+arguments that returns w, or a Solution, is a solver too. An iterative solver also shows its single step (``start`` and
+``update``). A method that differentiates through the iterations builds its own loop from that step, so both loops
+compute the same numbers.
+"""
+
+from bilevel.solvers.adapters import Jaxopt
+from bilevel.solvers.descent import GradientDescent, Optax
+from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
+from bilevel.solvers.newton import HessianFree
+from bilevel.solvers.protocol import InnerSolver, IterativeSolver, report, solve, with_residual
+
+__all__ = [
+    "Anderson",
+    "FixedPointIteration",
+    "GradientDescent",
+    "HessianFree",
+    "InnerSolver",
+    "IterativeSolver",
+    "Jaxopt",
+    "Optax",
+    "report",
+    "solve",
+    "with_residual",
+]

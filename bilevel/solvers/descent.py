@@ -1,0 +1,121 @@
+"""Inner solvers that follow the gradient: GradientDescent and Optax."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel._deprecation import renamed_field
+from bilevel.conditions.protocol import Condition
+from bilevel.solvers.protocol import check_budget, check_gradient, iterate
+from bilevel.types import PyTree, Solution
+
+if TYPE_CHECKING:
+    import optax
+
+
+@renamed_field("steps", "max_steps")
+@dataclass(frozen=True)
+class GradientDescent:
+    """Gradient descent: w ← w − step_size · F(w, θ, data), from ``init``.
+
+    Args:
+        step_size: the rate; the iteration converges below 2 / (largest eigenvalue of ∂F/∂w).
+        max_steps: the budget, in gradients.
+        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure.
+        momentum: Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite, a momentum outside [0, 1), a negative budget or
+            tol, and, when called, for a condition that is not a gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
+        >>> solution = GradientDescent(0.5, max_steps=2)(condition, jnp.float32(0.0), jnp.float32(1.0), None)
+        >>> float(solution.w), float(solution.residual_norm)
+        (0.75, 0.25)
+    """
+
+    step_size: float
+    max_steps: int
+    tol: float | None = None
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_budget("GradientDescent", self.max_steps, self.tol)
+        if not 0 < self.step_size < float("inf") or not 0 <= self.momentum < 1:
+            raise ValueError(
+                "GradientDescent needs a finite step_size above 0 and a momentum in [0, 1), "
+                f"got {self.step_size} and {self.momentum}"
+            )
+
+    def check(self, condition: Condition) -> None:
+        check_gradient("GradientDescent", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        return init, jax.tree.map(jnp.zeros_like, init) if self.momentum else None
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        w, memory = state
+        if self.momentum:
+            residual = memory = tree.add(tree.scale(self.momentum, memory), residual)
+        return tree.subtract(w, tree.scale(self.step_size, residual)), memory
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        return iterate(self, condition, init, theta, data)
+
+
+@renamed_field("steps", "max_steps")
+@dataclass(frozen=True)
+class Optax:
+    """Descent on the inner objective by any optax transformation.
+
+    Args:
+        transformation: an ``optax.GradientTransformation``; it is given F, the inner gradient, and w.
+        max_steps: the budget, in gradients.
+        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure. With a tol the number of iterations
+            is known only at run time, so they cannot be differentiated in reverse mode.
+
+    Raises:
+        ValueError: for a negative budget or tol, and, when called, for a condition that is not a gradient, or a
+            transformation that asks for the objective's value.
+    """
+
+    transformation: "optax.GradientTransformation"
+    max_steps: int
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_budget("Optax", self.max_steps, self.tol)
+
+    def check(self, condition: Condition) -> None:
+        check_gradient("Optax", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        return init, self.transformation.init(init)
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        import optax  # its import takes a while, so it waits until it is needed
+
+        w, memory = state
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
+            updates, memory = self._transformed(residual, memory, w)
+        return optax.apply_updates(w, updates), memory
+
+    def _transformed(self, residual: PyTree, memory: PyTree, w: PyTree) -> tuple[PyTree, PyTree]:
+        try:
+            return self.transformation.update(residual, memory, w)
+        except TypeError as error:
+            if "required keyword-only argument" not in str(error):
+                raise
+            raise ValueError(
+                f"Optax gives a transformation the gradient and w, and this one needs more ({error}): use another one, "
+                'such as optax.adam, or HessianFree or Jaxopt("LBFGS") for a line search'
+            ) from error
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        return iterate(self, condition, init, theta, data)

@@ -1,0 +1,129 @@
+"""Inner solvers that repeat a mapping: FixedPointIteration and Anderson."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel import tree
+from bilevel._deprecation import renamed_field
+from bilevel.conditions.protocol import Condition
+from bilevel.solvers.protocol import check_budget, check_mapping, iterate
+from bilevel.types import PyTree, Solution
+
+
+@renamed_field("maxiter", "max_steps")
+@dataclass(frozen=True)
+class FixedPointIteration:
+    """Fixed-point iteration: w ← mapping(w, θ, data), from ``init``, for a mapping that contracts.
+
+    Args:
+        max_steps: the budget, in evaluations of the mapping.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
+
+    Raises:
+        ValueError: for a negative budget or tol, and, when called, for a condition that has no mapping.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import FixedPoint
+        >>> halve = FixedPoint(lambda w, theta, data: 0.5 * w + theta)
+        >>> float(FixedPointIteration(3)(halve, jnp.float32(0.0), jnp.float32(1.0), None).w)  # 1 + ½ + ¼
+        1.75
+    """
+
+    max_steps: int
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_budget("FixedPointIteration", self.max_steps, self.tol)
+
+    def check(self, condition: Condition) -> None:
+        check_mapping("FixedPointIteration", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        return init, None
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        # w − (w − mapping) equals the mapping up to rounding. Rounding is monotone, so an entry that the mapping keeps
+        # at or above zero stays there.
+        return tree.subtract(state[0], residual), None
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        return iterate(self, condition, init, theta, data)
+
+
+@renamed_field("maxiter", "max_steps")
+@dataclass(frozen=True)
+class Anderson:
+    """Fixed-point iteration with Anderson's acceleration: the mix of past steps with the least residual.
+
+    It can converge where the plain iteration does not contract. On an affine mapping it is equivalent to GMRES.
+
+    Args:
+        max_steps: the budget, in evaluations of the mapping.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
+        history: how many past differences are mixed, at most as many as w has entries; each takes the memory of two
+            vectors like w.
+
+    Raises:
+        ValueError: for a negative budget or tol, a history below one, and, when called, for a condition that
+            has no mapping.
+
+    Source: Walker and Ni (2011), Anderson acceleration for fixed-point iterations, algorithm AA.
+
+    Example:
+        A rotation by a quarter turn about (0.5, 0.5), on which the plain iteration circles for ever:
+
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import FixedPoint
+        >>> turn = FixedPoint(lambda w, theta, data: jnp.array([-w[1], w[0]]) + theta)
+        >>> solution = Anderson(10, tol=1e-4)(turn, jnp.zeros(2), jnp.array([1.0, 0.0]), None)
+        >>> [round(float(entry), 3) for entry in solution.w], int(solution.status)
+        ([0.5, 0.5], 0)
+    """
+
+    max_steps: int
+    tol: float | None = None
+    history: int = 5
+
+    def __post_init__(self) -> None:
+        check_budget("Anderson", self.max_steps, self.tol)
+        if self.history < 1:
+            raise ValueError(f"Anderson needs a history of at least 1, got {self.history}")
+
+    def check(self, condition: Condition) -> None:
+        check_mapping("Anderson", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        flat = ravel_pytree(tree.widened(init))[0]
+        # More differences than unknowns would be linearly dependent, and their mix would be undetermined.
+        differences = jnp.zeros((max(1, min(self.history, flat.size)), flat.size), flat.dtype)
+        return init, (flat, jnp.zeros_like(flat), differences, differences, jnp.int32(0))
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        w, (last_w, last_residual, steps_w, steps_residual, count) = state
+        flat, unravel = ravel_pytree(tree.widened(w))
+        flat_residual = ravel_pytree(tree.widened(residual))[0]
+        known = count > 0  # the first residual has no predecessor
+        slot = (count - 1) % steps_w.shape[0]
+        steps_w = steps_w.at[slot].set(jnp.where(known, flat - last_w, steps_w[slot]))
+        steps_residual = steps_residual.at[slot].set(
+            jnp.where(known, flat_residual - last_residual, steps_residual[slot])
+        )
+        mix = _least_squares(steps_residual, flat_residual)
+        step = flat_residual + mix @ (steps_w - steps_residual)
+        return tree.like(unravel(flat - step), w), (flat, flat_residual, steps_w, steps_residual, count + 1)
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        return iterate(self, condition, init, theta, data)
+
+
+def _least_squares(rows: jax.Array, target: jax.Array) -> jax.Array:
+    """Return argmin_c ‖target − c·rows‖, by the normal equations of unit rows with a ridge of 10·eps."""
+    lengths = jnp.sum(rows**2, axis=1)
+    scale = jnp.where(lengths > 0, jax.lax.rsqrt(jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))), 0)
+    unit = rows * scale[:, None].astype(rows.dtype)
+    ridge = 10 * jnp.finfo(rows.dtype).eps * jnp.eye(rows.shape[0], dtype=rows.dtype)
+    return jnp.linalg.solve(unit @ unit.T + ridge, unit @ target) * scale.astype(rows.dtype)

@@ -1,0 +1,111 @@
+"""Newton's method without a Hessian matrix: HessianFree."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel._deprecation import renamed_field
+from bilevel.conditions.protocol import Condition
+from bilevel.linear._cg import conjugate_gradients
+from bilevel.linear.system import in_accumulation_dtype, normalise
+from bilevel.solvers.protocol import check_budget, check_gradient, report
+from bilevel.types import MatVec, PyTree, Solution
+
+
+@renamed_field("steps", "max_steps")
+@dataclass(frozen=True)
+class HessianFree:
+    """Newton's method with directions from a few CG steps, and a backtracking line search.
+
+    CG on H d = −F stops at a direction of negative curvature and returns its iterate before that direction, or the
+    negative gradient if that was the first. So d always descends. The step is halved until the objective falls by at
+    least 10⁻⁴ of the linear prediction (Armijo's rule).
+
+    Args:
+        max_steps: the budget, in Newton steps. Each takes a gradient, ``cg_steps`` products, and the objective's
+            values in the line search.
+        cg_steps: products with the Hessian for a direction.
+        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure.
+        halvings: how often a step is halved before w is left where it is.
+
+    Raises:
+        ValueError: for a negative budget, tol or number of halvings, fewer than one CG step, and, when called, for a
+            condition that is not a gradient.
+
+    Source: Martens (2010); Nocedal and Wright (2006), algorithm 7.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
+        >>> float(HessianFree(max_steps=1)(condition, jnp.float32(0.0), jnp.float32(3.0), None).w)
+        3.0
+    """
+
+    max_steps: int
+    cg_steps: int = 5
+    tol: float | None = None
+    halvings: int = 20
+
+    def __post_init__(self) -> None:
+        check_budget("HessianFree", self.max_steps, self.tol)
+        if self.cg_steps < 1 or self.halvings < 0:
+            raise ValueError(
+                "HessianFree needs cg_steps of at least 1 and halvings of at least 0, "
+                f"got {self.cg_steps} and {self.halvings}"
+            )
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        objective = check_gradient("HessianFree", condition)
+
+        def residual(w):
+            return condition.residual(w, theta, data)
+
+        def potential(w):
+            return objective.potential(w, theta, data)
+
+        def unfinished(carry):
+            _, gradient, steps = carry
+            return (steps < self.max_steps) & (tree.norm(gradient) > (0.0 if self.tol is None else self.tol))
+
+        def advance(carry):
+            w, gradient, steps = carry
+            direction = _truncated_newton(jax.linearize(residual, w)[1], gradient, self.cg_steps)
+            w = _line_search(potential, w, gradient, direction, self.halvings)
+            return w, residual(w), steps + 1
+
+        w, gradient, steps = jax.lax.while_loop(unfinished, advance, (init, residual(init), jnp.int32(0)))
+        return report(gradient, w, steps, self.tol)
+
+
+def _truncated_newton(matvec: MatVec, gradient: PyTree, cg_steps: int) -> PyTree:
+    """Return a descent direction d ≈ −H⁻¹ gradient, by conjugate gradients that stop at negative curvature."""
+    size, unit, _ = normalise(gradient)
+    eps = float(jnp.finfo(size.dtype).eps)
+    minus = tree.widened(tree.scale(-1, unit))
+    found = conjugate_gradients(in_accumulation_dtype(matvec, gradient), minus, None, cg_steps, eps, truncate=True)
+    return tree.scale(size, tree.like(found.x, gradient))
+
+
+def _line_search(
+    potential: Callable[[PyTree], jax.Array], w: PyTree, gradient: PyTree, direction: PyTree, halvings: int
+) -> PyTree:
+    """Return the first of w + d, w + d/2, … whose objective falls by 10⁻⁴ of the linear prediction; w if none does."""
+    here, predicted = potential(w), tree.vdot(gradient, direction)
+    # Near the minimum the values differ by rounding errors alone, so an increase of that size is accepted.
+    slack = 4 * jnp.finfo(here.dtype).eps * jnp.abs(here)
+
+    def moved(size):
+        return tree.add(w, tree.scale(size, direction))
+
+    def too_far(carry):
+        size, tries = carry
+        return (tries < halvings) & ~(potential(moved(size)) <= here + 1e-4 * size * predicted + slack)
+
+    _, *start = tree.match_varying_axes(w, jnp.ones((), predicted.dtype), jnp.int32(0))
+    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), tuple(start))
+    found = (tries < halvings) | (potential(moved(size)) <= here)
+    return jax.tree.map(lambda new, old: jnp.where(found, new, old), moved(size), w)

@@ -1,0 +1,153 @@
+"""The protocol of an inner solver, the loop that iterative solvers share, and their report."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
+from bilevel.types import PyTree, Solution, Status
+
+InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
+"""``solver(condition, init, theta, data) -> w``, or a :class:`Solution`; any such function is an inner solver."""
+
+
+@runtime_checkable
+class IterativeSolver(Protocol):
+    """A solver made of at most ``max_steps`` updates of a state ``(w, memory)`` by the residual at w."""
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def tol(self) -> float | None: ...
+
+    def check(self, condition: Condition) -> None:
+        """Raise ValueError for a condition that these updates cannot solve."""
+        ...
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]: ...
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]: ...
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution: ...
+
+
+def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+    """Run all steps of an iterative solver: a loop of fixed length without ``tol``, until ‖F‖ ≤ tol with it."""
+    solver.check(condition)
+
+    def residual(w: PyTree) -> PyTree:
+        return condition.residual(w, theta, data)
+
+    if solver.tol is not None:
+        return _until_converged(solver, solver.tol, residual, init)
+
+    def advance(_: jax.Array, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        return solver.update(state, residual(state[0]))
+
+    w, _ = jax.lax.fori_loop(0, solver.max_steps, advance, solver.start(init))
+    return report(residual(w), w, steps=solver.max_steps)
+
+
+def _until_converged(
+    solver: IterativeSolver, tol: float, residual: Callable[[PyTree], PyTree], init: PyTree
+) -> Solution:
+    def unfinished(carry):
+        _, gradient, steps = carry
+        return (steps < solver.max_steps) & (tree.norm(gradient) > tol)
+
+    def advance(carry):
+        state, gradient, steps = carry
+        state = solver.update(state, gradient)
+        return state, residual(state[0]), steps + 1
+
+    start = solver.start(init), residual(init), jnp.int32(0)
+    (w, _), gradient, steps = jax.lax.while_loop(unfinished, advance, start)
+    return report(gradient, w, steps, tol)
+
+
+def report(residual: PyTree, w: PyTree, steps: int | jax.Array, tol: float | None = None) -> Solution:
+    """Return a Solution with the status that follows from the true residual F(w, θ)."""
+    residual_norm = tree.norm(jax.lax.stop_gradient(residual))
+    if tol is None:
+        status = jnp.int32(Status.BUDGET_USED)
+    else:
+        status = jnp.where(residual_norm <= tol, jnp.int32(Status.CONVERGED), jnp.int32(Status.MAX_STEPS))
+    status = jnp.where(jnp.isfinite(residual_norm), status, jnp.int32(Status.NONFINITE))
+    return Solution(w, residual_norm, jnp.asarray(steps, jnp.int32), status)
+
+
+def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> Solution:
+    """Return the solution with its report made anew from a residual that is computed anyway.
+
+    The compiler then removes the solver's own evaluation of the residual, which saves one gradient.
+    """
+    if isinstance(solver, IterativeSolver) and solver.tol is None:
+        return report(residual, solution.w, solution.steps)
+    return solution
+
+
+def solve(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+    """Run any inner solver, and compute the residual where it returned w alone.
+
+    Args:
+        solver: ``solver(condition, init, theta, data)``.
+        condition: what holds at the solution.
+        init: where the solver starts, a pytree like w.
+        theta: outer variables.
+        data: any pytree.
+
+    Raises:
+        ValueError: for a solver that returns another tree or other shapes than ``init`` has.
+    """
+    found = solver(condition, init, theta, data)
+    if isinstance(found, Solution):
+        return replace(found, w=_like_start(found.w, init))
+    w = _like_start(found, init)
+    return report(condition.residual(w, theta, data), w, steps=0)
+
+
+def _like_start(w: PyTree, init: PyTree) -> PyTree:
+    """Return w in the dtypes of the start; ValueError where it is another tree or has other shapes."""
+    got, expected = (jax.tree.map(jnp.shape, variables) for variables in (w, init))
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(variables)] for variables in (w, init)]
+    if jax.tree.structure(w) != jax.tree.structure(init) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"an inner solver returns w, a pytree like init of shapes {expected}, or a bl.Solution that holds one; "
+            f"got shapes {got}: return w alone, and give init the shapes of the solution"
+        )
+    return tree.like(tree.arrays(w), tree.arrays(init))
+
+
+def check_budget(name: str, max_steps: int, tol: float | None) -> None:
+    """Raise ValueError for a negative budget or tolerance."""
+    if max_steps < 0 or (tol is not None and not tol >= 0):
+        raise ValueError(f"{name} needs max_steps and tol of at least 0, got {max_steps} and {tol}")
+
+
+def check_gradient(name: str, condition: Condition) -> GradientCondition:
+    """Return the condition; ValueError where it is not the gradient of an objective."""
+    if is_gradient(condition):
+        return condition
+    if hasattr(condition, "mapping"):
+        remedy = "FixedPointIteration, Anderson, a fitting Jaxopt solver,"
+    else:
+        remedy = "a fitting Jaxopt solver"
+    raise ValueError(
+        f"{name} follows the gradient of an objective, and {type(condition).__name__} is not one: use a "
+        f"condition that is (Stationary, Proximal), or {remedy} or a function (condition, init, theta, data) -> w"
+    )
+
+
+def check_mapping(name: str, condition: Condition) -> None:
+    """Raise ValueError for a condition without a mapping."""
+    if not hasattr(condition, "mapping"):
+        raise ValueError(
+            f"{name} repeats a mapping, and {type(condition).__name__} has none: use a condition that has one "
+            "(FixedPoint, Projected, ProximalGradient), or GradientDescent, Optax or HessianFree for Stationary "
+            "and Proximal, or a function (condition, init, theta, data) -> w"
+        )

@@ -1,0 +1,49 @@
+"""Families of cases: each function draws the numbers of one problem from a seed and returns a :class:`Case`.
+
+Every matrix has its eigenvalues or singular values between 1/κ and 1, so that one step size suits a whole family. For a
+family with constraints the solution is drawn first, with a known distance to the nearest change of the active set.
+The problem is then built so that it has this solution.
+"""
+
+from collections.abc import Callable
+
+from bilevel.testing.cases import Case
+from bilevel.testing.families.affine import fixed_point, quadratic, root
+from bilevel.testing.families.constrained import box, lasso, simplex
+from bilevel.testing.families.drawing import (
+    Options,
+    contraction_complement,
+    general_matrix,
+    orthogonal,
+    symmetric_matrix,
+)
+from bilevel.testing.families.multipliers import kkt
+from bilevel.testing.families.proximal import imaml
+from bilevel.testing.families.regression import logistic, ridge
+from bilevel.testing.families.suggested import newton
+
+__all__ = [
+    "FAMILIES",
+    "Options",
+    "box",
+    "contraction_complement",
+    "fixed_point",
+    "general_matrix",
+    "imaml",
+    "kkt",
+    "lasso",
+    "logistic",
+    "newton",
+    "orthogonal",
+    "quadratic",
+    "ridge",
+    "root",
+    "simplex",
+    "symmetric_matrix",
+]
+
+FAMILIES: dict[str, Callable[..., Case]] = {
+    family.__name__: family
+    for family in (quadratic, root, fixed_point, ridge, logistic, imaml, box, simplex, lasso, kkt)
+}
+"""Every family by name."""

@@ -1,0 +1,145 @@
+"""The implicit function theorem: the adjoint system, its scaled solve, and a derivative attached to a solution.
+
+At F(w*, θ) = 0, with A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w and h = ∂outer/∂θ:
+
+    Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
+
+Nothing here looks at a status; that is the task of :mod:`bilevel.hypergradients`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel import solvers, tree
+from bilevel.conditions.protocol import Condition, is_gradient
+from bilevel.solvers import InnerSolver
+from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
+
+
+def solve_implicitly(
+    condition: Condition, solver: InnerSolver, linear: LinearSolver, theta: PyTree, init: PyTree, data: PyTree
+) -> Solution:
+    """Return the solver's Solution, whose w carries the derivative of the implicit function theorem to any order."""
+
+    def find(_: object, init: PyTree) -> tuple[PyTree, tuple[jax.Array, jax.Array, jax.Array]]:
+        solution = solvers.solve(solver, condition, init, theta, data)
+        report = solution.residual_norm, _as_float(solution.steps), _as_float(solution.status)
+        return tree.match_varying_axes(solution.w, report)  # type: ignore[return-value]
+
+    def tangent_solve(jacobian: MatVec, tangent: PyTree) -> PyTree:
+        scaling = condition.scaling(theta, data)
+        return solve_scaled(linear, jacobian, tangent, scaling, is_gradient(condition))[0]
+
+    w, (residual_norm, steps, status) = jax.lax.custom_root(
+        lambda w: condition.residual(w, theta, data), jax.lax.stop_gradient(init), find, tangent_solve, has_aux=True
+    )
+    return Solution(w, residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
+
+
+def adjoint_matvec(
+    condition: Condition, w: PyTree, theta: PyTree, data: PyTree
+) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Return F(w, θ) and the map u ↦ (∂F/∂w)ᵀu, linearised once.
+
+    A Hessian is symmetric and is multiplied in forward mode, which is cheaper; any other A in reverse mode.
+    """
+    if is_gradient(condition):
+        return jax.linearize(lambda w: condition.residual(w, theta, data), w)
+    residual, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
+    return residual, lambda u: pull_back(u)[0]
+
+
+def pull_back_to_theta(condition: Condition, w: PyTree, theta: PyTree, data: PyTree, adjoint: PyTree) -> PyTree:
+    """Return Bᵀ·adjoint with B = ∂F/∂θ."""
+    (through_w,) = jax.vjp(lambda theta: condition.residual(w, theta, data), theta)[1](adjoint)
+    return tree.with_zeros(through_w, theta)
+
+
+def solve_scaled(
+    linear: LinearSolver, matvec: MatVec, b: PyTree, scaling: PyTree | None, symmetric: bool, init: PyTree | None = None
+) -> tuple[PyTree, LinearInfo]:
+    """Solve ``matvec(v) = b`` as (D A D)u = D b, v = D u, where D is ``scaling``; one CG step is exact for A = D⁻²."""
+    if scaling is None:
+        return solve_linear(linear, matvec, b, symmetric, init)
+    ones = jax.tree.map(jnp.ones_like, b)
+    scaled_init = None if init is None else jax.tree.map(jnp.divide, init, tree.scale(scaling, ones))
+
+    def scaled_matvec(u: PyTree) -> PyTree:
+        return tree.scale(scaling, matvec(tree.scale(scaling, u)))
+
+    u, info = solve_linear(linear, scaled_matvec, tree.scale(scaling, b), symmetric, scaled_init)
+    v = tree.scale(scaling, u)
+    return v, replace(info, solution=v)
+
+
+def solve_linear(
+    linear: LinearSolver, matvec: MatVec, b: PyTree, symmetric: bool, init: PyTree | None = None
+) -> tuple[PyTree, LinearInfo]:
+    """Return ``linear(matvec, b, init)``, differentiable in b and in what ``matvec`` closes over, to any order.
+
+    The derivative solves with the same solver, and its transpose solves with Aᵀ.
+    """
+    init = jax.lax.stop_gradient(init)
+
+    def find(matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        x, info = linear(matvec, b, init)
+        # custom_linear_solve refuses integers among its auxiliary outputs. The solution is attached again below.
+        floats = jax.tree.map(_as_float, replace(info, solution=None))
+        return tree.match_varying_axes(x, floats)  # type: ignore[return-value]
+
+    # The transposed solve gets no start: ``init`` belongs to this system.
+    x, info = jax.lax.custom_linear_solve(
+        matvec, _couple_leaves(b), partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
+    )
+    x = _couple_leaves(x)
+    iterations = None if info.iterations is None else info.iterations.astype(jnp.int32)
+    return x, replace(info, solution=x, iterations=iterations, status=info.status.astype(jnp.int32))
+
+
+def _couple_leaves(v: PyTree) -> PyTree:
+    """Return ``v`` with every leaf a function of all leaves.
+
+    ``custom_linear_solve`` needs a tangent on every leaf or on none. Ravelling and unravelling couples the leaves, and
+    XLA removes the copy. The ravelled vector has one dtype, because strict promotion allows no mixed ones.
+    """
+    flat, unravel = ravel_pytree(tree.widened(v))
+    return tree.like(unravel(flat), v)
+
+
+def _as_float(number: jax.Array) -> jax.Array:
+    """Return a count or status as float32, because JAX's solve primitives refuse integers as auxiliary outputs."""
+    number = jnp.asarray(number)
+    return number if tree.is_floating(number) else number.astype(jnp.float32)
+
+
+def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
+    """Raise ValueError for a linear solver that needs a symmetric operator where the condition has none."""
+    if getattr(linear, "needs_symmetry", False) and not condition.symmetric:
+        raise ValueError(
+            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: "
+            "use NormalCG, GMRES, BiCGStab or LU, or declare the condition symmetric where it is"
+        )
+
+
+def probe_symmetry(
+    info: LinearInfo, matvec: MatVec, condition: Condition, w: PyTree, theta: PyTree, data: PyTree
+) -> LinearInfo:
+    """Return the report with status NONSYMMETRIC where Aᵀu and Au differ for a random u.
+
+    It is for a condition that is declared symmetric and not symmetric by construction. It costs one product in forward
+    and one in reverse mode.
+    """
+    import optax  # its import takes a while, so it waits until it is needed
+
+    u = jax.lax.stop_gradient(optax.tree.random_like(jax.random.key(0), w))
+    _, forwards = jax.jvp(lambda w: condition.residual(w, theta, data), (w,), (u,))
+    backwards = matvec(u)
+    difference = tree.norm(tree.subtract(forwards, backwards))
+    rounding = jnp.sqrt(jnp.finfo(difference.dtype).eps) * tree.norm(forwards)
+    nonsymmetric = jax.lax.stop_gradient(difference > rounding) & (info.status != Status.NONFINITE)
+    return replace(info, status=jnp.where(nonsymmetric, jnp.int32(Status.NONSYMMETRIC), info.status))

@@ -1,0 +1,330 @@
+"""Check at one point whether the assumptions of the implicit function theorem hold."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.types import PyTree
+from bilevel.verify import kinks
+from bilevel.verify.captured import captured_leaves
+from bilevel.verify.jacobian import LANCZOS_STEPS, Jacobian
+from bilevel.verify.local_problem import LocalProblem, random_like
+from bilevel.verify.precision import EPS, as_double, double_precision, eps_of
+from bilevel.verify.tables import figure, table, wrapped
+
+THETA_ROW = "θ in the condition"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of a report.
+
+    Attributes:
+        name: what was checked: ``residual``, ``symmetry``, ….
+        ok: whether the check passed.
+        found: what was found, a phrase.
+        remedy: what to do about a failure, a sentence; it may be set on a row that passed.
+        value: the number that was judged, if there is one.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class ConditionReport:
+    """The rows of :func:`check_condition`; ``report["symmetry"]`` is one of them."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def __str__(self) -> str:
+        rows = [(check.name, "ok" if check.ok else "FAILED", check.found) for check in self.checks]
+        remedies = [wrapped(f"{check.name}: {check.remedy}") for check in self.checks if not check.ok]
+        return "\n".join([table(("check", "", "found"), rows), *remedies])
+
+
+def check_condition(
+    problem: Problem, theta: PyTree, w: PyTree, data: PyTree, tol: float | None = None
+) -> ConditionReport:
+    """Check the assumptions of the implicit function theorem at one point, in float64.
+
+    ==================  =====================================================================================
+    leaves              none is complex; integer leaves are named, because they get no gradient
+    structure           F is a tree like w
+    finite              θ, w, F, the outer value and its derivatives are finite
+    captured θ          no closure or global of the functions holds an array of θ, which no derivative would see
+    residual            ‖A⁻¹F‖ / (1 + ‖w‖), the distance to the solution, is at most ``tol``; for more than 1000
+                        unknowns ‖F‖ / (1 + ‖w‖) is
+    symmetry            |⟨u, Av⟩ − ⟨Au, v⟩| / (‖u‖‖Av‖) of random u, v is at most ``tol`` if A is declared symmetric
+    curvature           A is not singular, and positive definite if it is symmetric or declared so, by its extreme
+                        eigenvalues (of the symmetric part) and singular values. For more than 1000 unknowns
+                        Lanczos's method estimates them, which can disprove definiteness and never prove it
+    strong convexity    the smallest eigenvalue is at least the declared μ; the row exists if μ is declared
+    θ in the condition  ∂F/∂θ ≠ 0, here or nearby: a θ that enters only the initial point has a zero hypergradient
+    w in outer          ∂outer/∂w ≠ 0, here or nearby
+    kinks               neither F nor a first derivative of F or outer jumps at this point
+    ==================  =====================================================================================
+
+    Args:
+        problem: the condition and the outer function.
+        theta, w, data: the point; w is usually a solver's result.
+        tol: the largest allowed distance of w from the solution, relative to 1 + ‖w‖. None means √eps of the dtype
+            of w.
+
+    Returns:
+        a :class:`ConditionReport`, which prints as a table with a remedy for each row that failed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel import Root
+        >>> shear = Root(lambda w, theta, data: jnp.array([[1.0, 5.0], [0.0, 1.0]]) @ w - theta, symmetric=True)
+        >>> problem = Problem(shear, lambda w, theta, data: w @ w)
+        >>> report = check_condition(problem, jnp.ones(2), jnp.array([-4.0, 1.0]), None)
+        >>> report.ok, [check.name for check in report.checks if not check.ok]
+        (False, ['symmetry'])
+    """
+    leaves = _check_leaves(theta, w, data)
+    if not leaves.ok:
+        return ConditionReport((leaves,))
+    tol = eps_of(w) ** 0.5 if tol is None else tol
+    captured = _check_captured(problem, theta)
+    with double_precision():
+        structure = _check_structure(problem.condition, theta, w, data)
+        if not structure.ok:
+            return ConditionReport((leaves, structure, captured))
+        local = LocalProblem.at(problem, theta, w, data)
+        finite = _check_finite(local, theta, w, data)
+        if not finite.ok:
+            return ConditionReport((leaves, structure, finite, captured))
+        jacobian = Jacobian.at(local, problem.condition.symmetric)
+        symmetry = _check_symmetry(local, jacobian, problem.condition, tol)
+        symmetric = problem.condition.symmetric and symmetry.ok
+        rows = [_check_residual(local, jacobian, tol), symmetry]
+        rows.append(_check_curvature(jacobian, problem.condition, symmetric))
+        rows += _check_strong_convexity(jacobian, problem.condition, theta, data)
+        rows += [_check_theta_is_used(local), _check_w_is_used(local), _check_kinks(local, tol)]
+    return ConditionReport((leaves, structure, finite, captured, *rows))
+
+
+# --- Leaves and functions ------------------------------------------------------------------------------------------
+
+
+def _named_leaves(**trees):
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            yield f"{name}{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
+
+
+def _check_leaves(theta, w, data):
+    complex_leaves, not_float = [], []
+    for name, leaf in _named_leaves(theta=theta, w=w, data=data):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            complex_leaves.append(name)
+        elif not jnp.issubdtype(leaf.dtype, jnp.inexact) and not name.startswith("data"):
+            not_float.append(name)
+    if complex_leaves:
+        remedy = "split them into real and imaginary parts: hypergradients are defined for real variables."
+        return Check("leaves", False, f"complex: {', '.join(complex_leaves)}", remedy)
+    return Check("leaves", True, f"not float, so without a gradient: {', '.join(not_float)}" if not_float else "real")
+
+
+def _check_structure(condition, theta, w, data):
+    theta, w, data = (as_double(part) for part in (theta, w, data))
+    residual = jax.eval_shape(condition.residual, w, theta, data)
+    got, wanted = ((jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in (residual, w))
+    if got == wanted:
+        return Check("structure", True, "the residual is a tree like w")
+    found = f"the residual is not a tree like w: got {got}, expected {wanted}"
+    return Check("structure", False, found, "return one entry of F for each entry of w, in a tree like w.")
+
+
+def _check_finite(local, theta, w, data):
+    """Check that θ, w, all values and first derivatives are finite.
+
+    Data may hold an infinity on purpose (a bound), so its leaves are named only if a value or derivative is not finite.
+    """
+    residual = local.residual(local.w, local.theta)
+    outer_gradient = local.outer_gradient(local.w, local.theta)
+    pulled_back = local.vjp(local.w, local.theta, residual)
+    outer = local.outer(local.w, local.theta)
+    names = ("outer", "∂outer/∂w", "∂outer/∂θ", "(∂F/∂w)ᵀF", "(∂F/∂θ)ᵀF")
+    values = dict(zip(names, (outer, *outer_gradient, *pulled_back), strict=True))
+    wrong = list(_not_finite(theta=theta, w=w))
+    entries = np.flatnonzero(~np.isfinite(residual))
+    broken = [f"F ({residual[entries[0]]} at {local.flat_w.labels[entries[0]]})"] if entries.size else []
+    broken += [name for name, value in values.items() if not bool(jnp.isfinite(value).all())]
+    wrong += [*_not_finite(data=data), *broken] if broken else []
+    if not wrong:
+        return Check("finite", True, "all values and derivatives")
+    remedy = "look for a division by zero, a log or a root at zero (its derivative too), or data that is not finite."
+    return Check("finite", False, f"NaN or infinite: {', '.join(wrong)}", remedy)
+
+
+def _not_finite(**trees):
+    for name, leaf in _named_leaves(**trees):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+            yield name
+
+
+def _check_captured(problem, theta):
+    captured = captured_leaves(problem, theta)
+    if not captured:
+        return Check("captured θ", True, "none")
+    remedy = "use the theta argument of your functions instead: every derivative treats a captured array as a constant."
+    return Check("captured θ", False, f"held by a closure or as a global: {', '.join(captured)}", remedy)
+
+
+# --- The Jacobian A ------------------------------------------------------------------------------------------------
+
+
+def _check_residual(local, jacobian, tol):
+    residual = np.asarray(local.residual(local.w, local.theta))
+    size, scale = float(np.linalg.norm(residual)), 1 + float(np.linalg.norm(local.w))
+    distance, formula = size / scale, "‖F‖ / (1 + ‖w‖)"
+    if jacobian.matrix is not None and jacobian.smallest_singular > 0:
+        distance = float(np.linalg.norm(np.linalg.solve(jacobian.matrix, residual))) / scale
+        formula = "‖A⁻¹F‖ / (1 + ‖w‖)"
+    remedy = (
+        f"solve the inner problem until {formula} is at most {figure(tol)} (more steps, a smaller tol): the error of "
+        "the hypergradient is proportional to ‖F‖."
+    )
+    found = f"‖F‖ = {figure(size)}; {formula} = {figure(distance)}"
+    found += "" if distance <= tol else f", above {figure(tol)}"
+    return Check("residual", distance <= tol, found, remedy, distance)
+
+
+def _check_symmetry(local, jacobian, condition, tol):
+    worst = 0.0
+    for seed in range(3):
+        u, v = random_like(local.w, 2 * seed + 1), random_like(local.w, 2 * seed + 2)
+        forward, back = local.product(v), local.vjp(local.w, local.theta, v)[0]
+        size = float(jnp.linalg.norm(u) * jnp.maximum(jnp.linalg.norm(forward), jnp.linalg.norm(back)))
+        worst = max(worst, abs(float(u @ forward - u @ back)) / size if size > 0 else 0.0)
+    symmetric = worst <= tol
+    measured = f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)} of ‖u‖‖Av‖"
+    if condition.symmetric and not symmetric:
+        found = f"declared symmetric and is not: {_asymmetric_entries(local, jacobian) or measured}"
+    else:
+        found = f"{measured}; declared {'' if condition.symmetric else 'not '}symmetric"
+        found += ", though it seems to be" if symmetric and not condition.symmetric else ""
+    remedy = "declare the condition with symmetric=False (a Root) and solve by NormalCG, GMRES or LU, or correct F."
+    return Check("symmetry", symmetric or not condition.symmetric, found, remedy, worst)
+
+
+def _asymmetric_entries(local, jacobian):
+    """Describe the two entries of A that differ most from each other; None if A is not written out."""
+    indices = jacobian.largest_asymmetry()
+    if indices is None:
+        return None
+    (i, j), matrix = indices, jacobian.matrix
+    row, column = local.flat_w.labels[i], local.flat_w.labels[j]
+    return f"∂F/∂w is {matrix[i, j]:.6} at ({row}, {column}) and {matrix[j, i]:.6} at ({column}, {row})"
+
+
+def _rounding(jacobian):
+    """Return how far rounding may move an eigenvalue of A; 1000·eps·|λ| is assumed for a Ritz value."""
+    size = max(jacobian.largest_singular or 0.0, abs(jacobian.low), abs(jacobian.high))
+    return EPS * size * (len(jacobian.matrix) if jacobian.matrix is not None else 1e3)
+
+
+def _check_curvature(jacobian, condition, symmetric):
+    written_out = jacobian.matrix is not None
+    rounding = _rounding(jacobian)
+    found = f"eigenvalues {figure(jacobian.low)} to {figure(jacobian.high)}"
+    if not symmetric:
+        found += " of the symmetric part"
+        if written_out:
+            found += f"; singular values {figure(jacobian.smallest_singular)} to {figure(jacobian.largest_singular)}"
+    if not written_out:
+        found += f", estimated by {LANCZOS_STEPS} steps of Lanczos's method: there may be smaller ones"
+    if written_out and jacobian.smallest_singular <= rounding:
+        remedy = "A is singular: add a ridge or a strongly convex term to the inner problem."
+        return Check("curvature", False, found, remedy, jacobian.low)
+    must_be_definite = symmetric or condition.positive_definite
+    if not must_be_definite or jacobian.low > (0.0 if condition.positive_definite else -rounding):
+        return Check("curvature", True, found, value=jacobian.low)
+    if condition.positive_definite:
+        found = f"declared positive definite, and ⟨u, Au⟩ = {figure(jacobian.low)}‖u‖² for a u: {found}"
+    remedy = (
+        f"A is not positive definite, so CG does not apply and w is not a minimum: increase λ by more than "
+        f"{figure(-jacobian.low)}, solve the inner problem further, or use LU."
+    )
+    return Check("curvature", False, found, remedy, jacobian.low)
+
+
+def _check_strong_convexity(jacobian, condition, theta, data):
+    if condition.strong_convexity is None:
+        return []
+    declared = condition.strong_convexity
+    mu = float(declared(theta, data) if callable(declared) else declared)  # type: ignore[arg-type]
+    holds = jacobian.low >= mu * (1 - 1e-6) - _rounding(jacobian)
+    found = f"declared {figure(mu)}; the smallest eigenvalue found is {figure(jacobian.low)}"
+    remedy = f"declare at most {figure(jacobian.low)}, or no strong convexity."
+    return [Check("strong convexity", holds, found, remedy, mu)]
+
+
+# --- Dependence ----------------------------------------------------------------------------------------------------
+
+
+def _check_theta_is_used(local):
+    """Check that F and outer depend on each leaf of θ, by vjps at the point and at random points near and far."""
+
+    def dependence(theta, w):
+        slopes = local.vjp(w, theta, random_like(local.w, 8))[1], local.outer_gradient(w, theta)[1]
+        return [np.where(np.isfinite(slope), np.abs(slope), 1.0) for slope in slopes]
+
+    shift_theta = (1 + jnp.abs(local.theta)) * random_like(local.theta, 7)
+    shift_w = (1 + jnp.abs(local.w)) * random_like(local.w, 6)
+    points = [(local.theta + size * shift_theta, local.w + size * shift_w) for size in (0.0, 1e-2, 1.0)]
+    through, direct = (np.stack(part) for part in zip(*(dependence(*point) for point in points), strict=True))
+    remedy = (
+        "F does not depend on it, so its implicit derivative is zero. If it enters through the initial point, use "
+        "Unrolled with init as a function of θ, or a Proximal condition; if through a closure, pass it as theta."
+    )
+    if not through.any():
+        return Check(THETA_ROW, False, "∂F/∂θ = 0: θ enters only the initial point, or is unused", remedy)
+    used = np.atleast_1d((through + direct).any(axis=0)).tolist()
+    leaves = local.flat_theta.leaves
+    unused = sorted(set(leaves) - {leaf for leaf, depends in zip(leaves, used, strict=True) if depends})
+    if unused:
+        return Check(THETA_ROW, False, f"neither F nor outer depends on {', '.join(unused)}", remedy)
+    here = "∂F/∂θ is not zero" if through[0].any() else "∂F/∂θ is zero at this θ, but not nearby"
+    return Check(THETA_ROW, True, here)
+
+
+def _check_w_is_used(local):
+    near = local.w + 1e-2 * (1 + jnp.abs(local.w)) * random_like(local.w, 9)
+    if local.outer_gradient(local.w, local.theta)[0].any():
+        return Check("w in outer", True, "∂outer/∂w is not zero")
+    if local.outer_gradient(near, local.theta)[0].any():
+        return Check("w in outer", True, "∂outer/∂w is zero at this w, but not nearby")
+    remedy = "the outer function ignores the inner solution, so the implicit term is zero: use its argument w."
+    return Check("w in outer", False, "∂outer/∂w = 0", remedy)
+
+
+def _check_kinks(local, tol):
+    scale, distance = kinks.scale_of(local), kinks.nearest_kink(local)
+    if not math.isfinite(distance):
+        return Check("kinks", True, f"none found within {figure(kinks.DISTANCES[0] * scale)}", value=math.inf)
+    remedy = (
+        "the derivative here is that of one side only (ReLU, max, abs, a projection at its bound): move the point, or "
+        "smooth the function (softplus for ReLU)."
+    )
+    at_the_point = distance <= max(tol, kinks.DISTANCES[-2])
+    found = f"one {'at' if at_the_point else 'near'} the point, within {figure(distance * scale)}"
+    return Check("kinks", not at_the_point, found, remedy, distance * scale)

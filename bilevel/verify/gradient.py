@@ -1,0 +1,276 @@
+"""Compare a method's hypergradient with the references; if they differ, name the likely cause."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.verify.causes import likely_cause
+from bilevel.verify.comparison import Deviation, Tolerance
+from bilevel.verify.flat import gradient_vector
+from bilevel.verify.method_run import MethodRun, method_arguments, method_program
+from bilevel.verify.references import (
+    MAX_COORDINATES,
+    RANDOM_DIRECTIONS,
+    Reference,
+    ReferenceUnavailable,
+    random_directions,
+    select_references,
+)
+from bilevel.verify.tables import figure, table, wrapped
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method's derivatives against those of one reference.
+
+    Attributes:
+        name: the reference's name.
+        reference: its derivatives; None if it is not available.
+        note: why it is not available, or a remark on what it means.
+        error: |method − reference| at ``worst``.
+        tolerances: the error allowed to each derivative, ``[m]``.
+        worst: the name of the coordinate or direction with the largest error in units of its tolerance.
+        allowed: the tolerance at ``worst``.
+        ours, theirs: the derivative at ``worst`` of the method and of the reference.
+        agrees: whether every derivative is within its tolerance.
+        counts: whether the comparison decides about the method. It does not if the reference is not available or
+            differentiates something else.
+    """
+
+    name: str
+    reference: Reference | None
+    note: str
+    error: float | None = None
+    tolerances: np.ndarray | None = None
+    worst: str = ""
+    allowed: float | None = None
+    ours: float | None = None
+    theirs: float | None = None
+    agrees: bool = False
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class HypergradientReport:
+    """The result of :func:`check_hypergradient`; it prints as a table.
+
+    Attributes:
+        comparisons: one for each reference.
+        verdict: a sentence: whether the gradient is right, and otherwise the likely cause and the remedy.
+        ok: whether the gradient agrees with every reference that counts, and at least one counts.
+        out: what the method returned.
+        derivatives: the method's derivatives along the directions that were compared, ``[m]``.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    verdict: str
+    ok: bool
+    out: Hypergradient
+    derivatives: np.ndarray
+
+    def __str__(self) -> str:
+        header = ("reference", "verdict", "error", "allowed", "worst at", "method", "reference")
+        rows = [_row(entry) for entry in self.comparisons]
+        notes = [wrapped(f"{entry.name}: {entry.note}") for entry in self.comparisons if entry.note]
+        lines = [table(header, rows), *notes, wrapped(f"{'ok' if self.ok else 'NOT OK'}: {self.verdict}")]
+        return "\n".join(lines)
+
+
+def _row(entry):
+    verdict = "not available" if entry.reference is None else "agrees" if entry.agrees else "differs"
+    verdict += "" if entry.counts or entry.reference is None else " (not counted)"
+    errors = [figure(number) for number in (entry.error, entry.allowed)]
+    return entry.name, verdict, *errors, entry.worst or "—", figure(entry.ours), figure(entry.theirs)
+
+
+def check_hypergradient(
+    problem: Problem,
+    theta: PyTree,
+    init: PyTree | Callable[[PyTree, PyTree], PyTree],
+    data: PyTree,
+    solver: Callable,
+    method: Callable[..., Hypergradient],
+    against: Sequence[str] = ("finite_differences", "unrolled", "dense"),
+    directions: np.ndarray | None = None,
+    rtol: float | None = None,
+) -> HypergradientReport:
+    """Compare a method's hypergradient with references that share no gradient code with it.
+
+    ``finite_differences`` and ``dense`` differentiate the solution w*; ``unrolled`` differentiates what the solver
+    returned. If the solver's steps have not converged, the two derivatives differ, and ``unrolled`` does not count.
+
+    The tolerance of each derivative is a sum:
+
+    - ``rtol`` times the largest derivative,
+    - the rounding of the terms that the method adds, in its precision,
+    - the reference's own uncertainty,
+    - the effect of the inner and of the linear residual, if a ``tol`` was set for that solve and was met.
+
+    Args:
+        problem: the condition and the outer function.
+        theta, init, data: where the hypergradient is computed.
+        solver: the inner solver.
+        method: called as ``method(problem, solver, theta, init, data)``.
+        against: the references to use, of ``"finite_differences"``, ``"unrolled"`` and ``"dense"``.
+        directions: unit vectors ``[m, entries of θ]``. None means each coordinate of a θ of at most 64 entries. A
+            larger θ is compared along the method's own gradient and 7 random directions.
+        rtol: None means √eps of the narrowest dtype in θ: 1.5e-8 for float64, 3.5e-4 for float32.
+
+    Raises:
+        ValueError: for an unknown reference, or none.
+
+    Example:
+        Three steps of gradient descent are too few here, and the report says so:
+
+        >>> from bilevel import CG, GradientDescent, Implicit, Stationary
+        >>> condition = Stationary(lambda w, theta, data: 0.25 * w**4 - theta * w)
+        >>> problem = Problem(condition, lambda w, theta, data: w)
+        >>> report = check_hypergradient(problem, 2.0, 1.0, None, GradientDescent(0.1, 3), Implicit(CG(2)))
+        >>> report.ok, report.verdict.split(":")[0]
+        (False, 'the formula is right and the inner problem is not solved')
+    """
+    selected = select_references(against)
+    theta, data = jax.tree.map(jnp.asarray, (theta, data))
+    out = jax.jit(method_program(problem, solver, method, init))(*method_arguments(theta, init, data))
+    directions = _directions(directions, gradient_vector(out.gradient, theta))
+    run = MethodRun(problem, solver, theta, init, data, out, directions)
+    references = {name: _evaluate(reference, run) for name, reference in selected.items()}
+    tolerance = _derive_tolerance(run, references.values(), rtol)
+    comparisons = [_compare(name, found, run.derivatives, tolerance) for name, found in references.items()]
+    comparisons = _without_unconverged_steps(comparisons)
+    counted = [entry for entry in comparisons if entry.counts]
+    finite = bool(np.isfinite(run.derivatives).all())
+    ok = finite and bool(counted) and all(entry.agrees for entry in counted)
+    if ok:
+        verdict = f"the gradient agrees with {' and '.join(entry.name for entry in counted)}."
+    elif finite and not counted:
+        verdict = "no reference is available here, so the gradient is not verified; see the notes, and check_condition."
+    else:
+        verdict = _diagnosis(run, tolerance, comparisons)
+    return HypergradientReport(tuple(comparisons), verdict, ok, out, run.derivatives)
+
+
+def _directions(directions, gradient):
+    """Return the caller's directions, the coordinates, or for a large θ the gradient's own and random directions.
+
+    The gradient's own direction is included because its derivative is the gradient's length.
+    """
+    if directions is not None:
+        return np.asarray(directions, np.float64)
+    if gradient.size <= MAX_COORDINATES:
+        return np.eye(gradient.size)
+    directions = random_directions(gradient.size, RANDOM_DIRECTIONS)
+    length = np.linalg.norm(gradient)
+    if np.isfinite(length) and length > 0:
+        directions[0] = gradient / length
+    return directions
+
+
+def _evaluate(reference: Callable[..., Reference], run: MethodRun) -> Reference | str:
+    """Evaluate a reference at the run's arguments; return the reason if it is not available."""
+    try:
+        return reference(run.problem, run.solver, run.theta, run.init, run.data, run.directions)
+    except ReferenceUnavailable as error:
+        return str(error)
+
+
+def _derive_tolerance(run: MethodRun, found: Iterable[Reference | str], rtol: float | None) -> Tolerance:
+    """Derive what the method is allowed from its precision and from the tolerances that its solves met."""
+    relative = run.eps**0.5 if rtol is None else rtol
+    theorem, out = run.theorem, run.out
+    if theorem is None:
+        return Tolerance(relative)
+    solutions = [entry for entry in found if isinstance(entry, Reference) and entry.question == "the solution"]
+    inner = linear = 0.0
+    if solutions and _converged(out.inner.status):
+        best = min(solutions, key=lambda entry: entry.uncertainty.max())
+        inner = np.abs(theorem.derivatives - best.derivatives)
+    if run.linear is not None and _converged(run.linear.status) and run.reported_residual_is_true():
+        linear = np.abs(theorem.derivatives - theorem.parts.total(theorem.reported))  # type: ignore[arg-type]
+    rounding = 100 * run.eps * theorem.parts.size(theorem.adjoint)
+    return Tolerance(relative, rounding=rounding, linear=linear, inner=inner)
+
+
+def _converged(status) -> bool:
+    """Return True if a ``tol`` was set and met; without one the status is ``BUDGET_USED``."""
+    return int(np.max(status)) == Status.CONVERGED
+
+
+def _compare(name: str, found: Reference | str, derivatives: np.ndarray, tolerance: Tolerance) -> Comparison:
+    if isinstance(found, str):
+        return Comparison(name, None, found)
+    if not np.isfinite(found.uncertainty).all() or not np.isfinite(found.derivatives).all():
+        return Comparison(name, None, "its numbers are not finite, or their uncertainty is not: A may be singular")
+    deviation = Deviation(found.labels, derivatives, found.derivatives, found.uncertainty, tolerance)
+    worst = deviation.worst
+    note = ""
+    if name == "finite_differences" and found.question == "the solver's output":
+        note = "Newton's method found no solution, so the solver's output was differenced, converged or not"
+    return Comparison(
+        name=name,
+        reference=found,
+        note=note,
+        error=float(deviation.error[worst]),
+        tolerances=deviation.allowed,
+        worst=found.labels[worst],
+        allowed=float(deviation.allowed[worst]),
+        ours=float(derivatives[worst]),
+        theirs=float(found.derivatives[worst]),
+        agrees=deviation.agrees,
+        counts=True,
+    )
+
+
+def _without_unconverged_steps(comparisons: list[Comparison]) -> list[Comparison]:
+    """Mark derivatives of the solver's output as not counted if the solution's derivative is known and differs.
+
+    A derivative of the output with which the method agrees still counts: the method then disagrees with the solution's
+    derivative, and the verdict names the steps as the cause.
+    """
+    solved = [entry for entry in comparisons if entry.reference and entry.reference.question == "the solution"]
+
+    def judge(entry):
+        of_output = entry.reference is not None and entry.reference.question == "the solver's output"
+        if not of_output or not solved or entry.agrees:
+            return entry
+        if all(_consistent(entry, solution) for solution in solved):
+            return entry
+        note = "the solver's steps have not converged, so their derivative is not that of the solution"
+        return replace(entry, counts=False, note=note)
+
+    return [judge(entry) for entry in comparisons]
+
+
+def _consistent(one, other) -> bool:
+    """Return True if two references are equal within the tolerances of both comparisons."""
+    tolerance = one.tolerances + other.tolerances
+    return bool((np.abs(one.reference.derivatives - other.reference.derivatives) <= tolerance).all())
+
+
+def _diagnosis(run: MethodRun, tolerance: Tolerance, comparisons: list[Comparison]) -> str:
+    """Return one sentence on a wrong gradient: the likely cause and the remedy, or what is known."""
+
+    def explains(derivatives):
+        return bool((np.abs(run.derivatives - derivatives) <= tolerance.at_same_w(derivatives)).all())
+
+    cause = likely_cause(run, explains, [entry.reference for entry in comparisons if entry.reference])
+    if cause is not None:
+        return f"{cause}."
+    counted = [entry for entry in comparisons if entry.counts]
+    if not all(_consistent(entry, counted[0]) for entry in counted):
+        return "the references disagree with each other: a kink may be near; see check_condition."
+    names = ", ".join(entry.name for entry in counted)
+    if run.theorem is None:
+        return (
+            f"the gradient differs from {names}. A is too large to be written out, singular or not finite, so the "
+            f"formula cannot be told from an inaccurate inner solution (‖F‖ = {figure(run.residual_norm())})."
+        )
+    return (
+        f"the gradient differs from the references ({names}), which agree with each other: its formula is wrong, or "
+        "it is an approximation."
+    )

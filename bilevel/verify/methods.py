@@ -1,0 +1,221 @@
+"""Measure methods on one problem: error, time, memory, and products with the inner Jacobian."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import linear_call
+
+from bilevel.conditions import Condition
+from bilevel.problem import Problem
+from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.verify import tables
+from bilevel.verify.flat import gradient_vector
+from bilevel.verify.method_run import method_arguments, method_program
+from bilevel.verify.references import Reference, ReferenceUnavailable, dense, finite_differences
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """The measurements of one method.
+
+    Attributes:
+        label: the method with its settings.
+        error: ‖gradient − reference‖ / ‖reference‖, along the directions of the reference. It is absolute if the
+            reference is zero, and None without a reference.
+        seconds: the median of the timed runs, after compilation.
+        compile_seconds: the time to trace and compile.
+        temporary_bytes: the memory that the compiled program needs besides its arguments and results, by XLA's own
+            count; None if XLA does not tell.
+        products: products with ∂F/∂w or its transpose in one run. None for a method or solver that writes the matrix
+            out, because it asks for all columns at once.
+        steps: of the inner solver, as reported.
+        status: the worst of the inner solve, the linear solve and non-finite numbers.
+        out: what the method returned.
+    """
+
+    label: str
+    error: float | None
+    seconds: float
+    compile_seconds: float
+    temporary_bytes: int | None
+    products: int | None
+    steps: int
+    status: Status
+    out: Hypergradient
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """The result of :func:`compare_methods`; it prints as a table.
+
+    Attributes:
+        methods: one report for each method, in their order.
+        reference: what the errors are relative to, in words.
+    """
+
+    methods: tuple[MethodReport, ...]
+    reference: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every method has an ok status and a finite error; the size of the error is not judged."""
+        return all(row.status.ok and row.error is not None and np.isfinite(row.error) for row in self.methods)
+
+    def __str__(self) -> str:
+        header = ("method", "error", "seconds", "compile", "KiB", "products", "steps", "status")
+        rows = [
+            (
+                row.label if len(row.label) <= 32 else f"{row.label[:31]}…",
+                tables.figure(row.error),
+                tables.figure(row.seconds),
+                f"{row.compile_seconds:.1f}",
+                "—" if row.temporary_bytes is None else f"{row.temporary_bytes / 1024:.1f}",
+                "—" if row.products is None else str(row.products),
+                str(row.steps),
+                row.status.name,
+            )
+            for row in self.methods
+        ]
+        return f"{tables.table(header, rows)}\nerror: relative to {self.reference}"
+
+
+def compare_methods(
+    problem: Problem,
+    theta: PyTree,
+    init: PyTree | Callable[[PyTree, PyTree], PyTree],
+    data: PyTree,
+    solver: Callable,
+    methods: Sequence[Callable[..., Hypergradient]],
+    runs: int = 5,
+) -> MethodComparison:
+    """Run each method on one problem and measure its error, time, memory and products.
+
+    Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
+    differences if A has more than 1000 unknowns. Each method is compiled once and timed ``runs`` times.
+
+    Products are counted in a run of their own: a callback counts each use of the derivative of F in w. Derivatives of
+    ``potential``, which some methods take, are not counted.
+
+    Args:
+        problem, theta, init, data, solver: as for :func:`bilevel.value_and_hypergradient`.
+        methods: each is called as ``method(problem, solver, theta, init, data)``.
+        runs: the number of timed runs of each method.
+
+    Raises:
+        ValueError: for no methods, or fewer than one run.
+
+    Example:
+        >>> from bilevel import CG, GradientDescent, Implicit, Stationary, Unrolled
+        >>> condition = Stationary(lambda w, theta, data: 0.5 * jnp.sum(data * w**2) - w @ theta)
+        >>> problem = Problem(condition, lambda w, theta, data: jnp.sum(w**2))
+        >>> arguments = jnp.ones(2), jnp.zeros(2), jnp.array([1.0, 2.0])
+        >>> found = compare_methods(problem, *arguments, GradientDescent(0.5, 3), [Implicit(CG(2)), Unrolled()])
+        >>> [(row.label, row.products) for row in found.methods]  # CG: two steps, and one for the true residual
+        [('Implicit(CG(2))', 3), ('Unrolled()', 3)]
+    """
+    if not methods or runs < 1:
+        raise ValueError(f"compare_methods needs at least one method and one run, got {len(methods)} and {runs}")
+    theta, data = jax.tree.map(jnp.asarray, (theta, data))
+    reference = _reference(problem, solver, theta, init, data)
+    rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
+    words = "nothing: no reference is available here"
+    if reference is not None:
+        words = f"{reference.name} at {reference.question}, itself uncertain by {reference.uncertainty.max():.1g}"
+    return MethodComparison(rows, words)
+
+
+def _reference(problem, solver, theta, init, data) -> Reference | None:
+    """Return the dense reference or else finite differences; None if neither has a finite uncertainty."""
+    for reference in (dense, finite_differences):
+        try:
+            found = reference(problem, solver, theta, init, data)
+        except ReferenceUnavailable:
+            continue
+        if np.isfinite(found.uncertainty).all():
+            return found
+    return None
+
+
+def _measure(problem, solver, theta, init, data, method, reference, runs):
+    program, arguments = method_program(problem, solver, method, init), method_arguments(theta, init, data)
+    begin = time.perf_counter()
+    compiled = jax.jit(program).lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - begin
+    out = jax.block_until_ready(compiled(*arguments))
+    seconds = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        seconds.append(time.perf_counter() - begin)
+    memory = compiled.memory_analysis()
+    return MethodReport(
+        label=tables.label(method),
+        error=None if reference is None else _error(out.gradient, theta, reference),
+        seconds=statistics.median(seconds),
+        compile_seconds=compile_seconds,
+        temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
+        products=_count_products(problem, solver, theta, init, data, method),
+        steps=int(np.max(out.inner.steps)),
+        status=Status(int(np.max(out.status))),
+        out=out,
+    )
+
+
+def _error(gradient, theta, reference):
+    difference = reference.directions @ gradient_vector(gradient, theta) - reference.derivatives
+    size = np.linalg.norm(reference.derivatives)
+    return float(np.linalg.norm(difference) / (size if size > 0 else 1.0))
+
+
+# --- Counting products ---------------------------------------------------------------------------------------------
+
+
+def _count_products(problem, solver, theta, init, data, method) -> int | None:
+    """Count products with ∂F/∂w or its transpose in one run; return None if they cannot be counted."""
+    calls: list[None] = []
+    condition: Any = _CountingCondition(problem.condition, calls)
+    program = method_program(Problem(condition, problem.outer, problem.has_aux), solver, method, init)
+    try:
+        jax.block_until_ready(jax.jit(program)(*method_arguments(theta, init, data)))
+    except NotImplementedError:  # `linear_call` has no batching rule, and writing the matrix out needs one
+        return None
+    jax.effects_barrier()
+    return len(calls)
+
+
+class _CountingCondition:
+    """A condition that appends to ``calls`` whenever the derivative of its residual in w is applied."""
+
+    def __init__(self, condition: Condition, calls: list[None]):
+        self._condition = condition
+        self._counting_identity = _counting_identity(calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._condition, name)
+
+    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return self._condition.residual(self._counting_identity(w), theta, data)
+
+
+def _counting_identity(calls: list[None]) -> Callable[[PyTree], PyTree]:
+    """Return the identity on trees whose derivative, forwards or backwards, appends to ``calls`` when it runs."""
+
+    def derivative(_, tangent):
+        jax.debug.callback(lambda: calls.append(None))
+        return tangent
+
+    @jax.custom_jvp
+    def identity(w):
+        return w
+
+    @identity.defjvp
+    def jvp(primals, tangents):
+        return primals[0], linear_call(derivative, derivative, (), tangents[0])
+
+    return identity

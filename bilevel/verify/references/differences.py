@@ -1,0 +1,140 @@
+"""The reference by finite differences: central differences of the outer value, extrapolated to step zero."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.types import PyTree
+from bilevel.verify.flat import flatten
+from bilevel.verify.precision import EPS, as_double, double_precision
+from bilevel.verify.references.directions import choose_directions
+from bilevel.verify.references.newton import newton, refine
+from bilevel.verify.references.record import (
+    Question,
+    Reference,
+    ReferenceUnavailable,
+    init_in_double,
+    make_reference,
+    outer_value,
+    solve_inner,
+)
+
+SHRINK = 10**0.5
+"""Ratio of one step size to the next smaller one."""
+STEP_SIZES = 5
+"""Number of step sizes at which the differences are extrapolated."""
+
+
+def finite_differences(
+    problem: Problem,
+    solver: Callable,
+    theta: PyTree,
+    init: PyTree | Callable,
+    data: PyTree,
+    directions: np.ndarray | None = None,
+    step: float | None = None,
+    polish: bool | None = None,
+) -> Reference:
+    """Return central differences of θ ↦ outer(w*(θ), θ), extrapolated.
+
+    With D(h) = (G(θ + hd) − G(θ − hd)) / 2h the extrapolation (4D(h/2) − D(h)) / 3 has the error O(h⁴). It is computed
+    at five h, each half a decade below the last. The derivative is the one that differs least from its larger
+    neighbour. Its uncertainty is that difference plus the rounding of G divided by h. If the left and the right slope
+    do not approach each other as h shrinks, there is a kink, and half of the jump is added to the uncertainty.
+
+    Args:
+        problem: the condition and the outer function.
+        solver: any inner solver that JAX can trace.
+        theta: outer variables, any pytree; the derivative is taken there.
+        init: the solver's start, a tree like w or ``init(theta, data)``.
+        data: of the problem.
+        directions: unit vectors ``[m, entries of θ]``. None means each coordinate of a θ of at most 64 entries, and 8
+            random directions in a larger one.
+        step: the largest h. None means a tenth of the norm of those entries of θ that the direction moves, or 0.1
+            where they are zero.
+        polish: True follows the solution w* by Newton's method, so that unfinished solver steps do no harm. False
+            differences what the solver returns. None follows w* if Newton's method finds it.
+
+    Raises:
+        ReferenceUnavailable: with ``polish=True``, if Newton's method does not solve the condition.
+
+    Source: Richardson (1911); the choice among step sizes: Ridders (1982).
+
+    Example:
+        >>> from bilevel import GradientDescent, Problem, Stationary
+        >>> problem = Problem(Stationary(lambda w, theta, data: 0.5 * (w - theta**2) ** 2), lambda w, theta, data: w)
+        >>> found = finite_differences(problem, GradientDescent(0.5, 1), 3.0, 0.0, None)
+        >>> round(float(found.gradient), 8), found.question
+        (6.0, 'the solution')
+    """
+    with double_precision():
+        theta, data, start = as_double(theta), as_double(data), init_in_double(init)
+        point = flatten(theta, "theta")
+        directions, labels = choose_directions(directions, point)
+        w = jax.jit(lambda theta, data: solve_inner(problem.condition, solver, theta, start, data))(theta, data)
+        solution = refine(problem.condition, w, theta, data) if polish in (None, True) else None
+        if polish and solution is None:
+            raise ReferenceUnavailable("Newton's method does not solve the condition near the solver's output")
+        base = w if solution is None else solution
+        flat_base = flatten(base)
+        outer = outer_value(problem)
+
+        def value(vector):
+            """The outer value at θ, and how much an error in w may change it."""
+            theta = point.rebuild(vector)
+            if solution is None:
+                return outer(solve_inner(problem.condition, solver, theta, start, data), theta, data), 0.0
+            flat, change = newton(problem.condition, flat_base, theta, data)
+            last, before = (outer(flat_base.rebuild(v), theta, data) for v in (flat, flat - change))
+            return last, jnp.abs(last - before)
+
+        steps = [_largest_step(step, np.asarray(point.vector), d) for d in directions]
+        derivatives, uncertainty = _extrapolate(value, point.vector, directions, np.array(steps))
+        question: Question = "the solver's output" if solution is None else "the solution"
+        return make_reference(
+            "finite_differences", question, problem, base, theta, data, directions, labels, derivatives, uncertainty
+        )
+
+
+def _largest_step(step, theta, direction):
+    """Return a tenth of the norm of the entries that move: a small entry of θ is moved by a small amount."""
+    if step is not None:
+        return step
+    size = float(np.linalg.norm(theta[direction != 0]))
+    return 0.1 * size if size > 0 else 0.1
+
+
+def _extrapolate(value, point, directions, largest):
+    """Return extrapolated central differences along ``directions``, and the uncertainty of each.
+
+    ``value`` returns G and the uncertainty of G. ``largest`` holds the largest step of each direction.
+    """
+    sizes = np.outer(largest, [scale / SHRINK**k for k in range(STEP_SIZES) for scale in (1.0, 0.5)])  # [m, 2·5]
+    moves = np.stack([sizes, -sizes], -1)[..., None] * directions[:, None, None, :]
+    points = jnp.concatenate([point[None], point + jnp.asarray(moves.reshape(-1, point.size))])
+    values, slack = (np.asarray(part) for part in jax.jit(lambda points: jax.lax.map(value, points))(points))
+    center, values = values[0], values[1:].reshape(*sizes.shape, 2)
+    slack = np.asarray(slack)[1:].reshape(*sizes.shape, 2).max(-1)
+    slopes = (values[..., 0] - values[..., 1]) / (2 * sizes)
+    rounding = (10 * EPS * np.abs(values).max(-1) + slack) / sizes
+    extrapolated = (4 * slopes[:, 1::2] - slopes[:, 0::2]) / 3  # [m, 5]
+    noise = rounding[:, 0::2] + 2 * rounding[:, 1::2]
+    change = np.abs(np.diff(extrapolated, axis=1)) + noise[:, 1:]
+    change = np.where(np.isfinite(change), change, np.inf)
+    best, rows = change.argmin(axis=1), np.arange(len(directions))
+    jump = _half_jump(center, values[:, 1::2], sizes[:, 1::2], noise)
+    return extrapolated[rows, best + 1], change[rows, best] + jump
+
+
+def _half_jump(center, values, sizes, noise):
+    """Return half the jump between the left and the right slope, or zero if it shrinks with the step.
+
+    The two slopes of a smooth function differ by O(h), so the gap shrinks tenfold while h does.
+    """
+    right, left = (values[..., 0] - center) / sizes, (center - values[..., 1]) / sizes
+    jump = np.abs(right - left)
+    last, first = jump[:, -1], jump[:, -3]  # their steps differ by a factor of ten
+    return np.where((last > 0.5 * first) & (last > 10 * noise[:, -1]), last / 2, 0.0)

@@ -1,0 +1,1 @@
+"""Meta-learning: few-shot tasks, networks, the bilevel problem of one task, and the algorithms' meta-gradients."""

@@ -1,0 +1,171 @@
+"""Few-shot tasks, and how they are sampled: a support set to adapt to, and a query set to evaluate on.
+
+Sampling is a pure function of a random key and of the dataset's array. It therefore runs inside the compiled meta-step,
+and a training run does no work on the host between two steps.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imaml.datasets import sinusoid
+from imaml.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Task:
+    """A few-shot task. A batch of tasks has one more leading axis on every array.
+
+    Attributes:
+        support_x: inputs that the parameters are adapted to, ``[ways · shots, ...]``.
+        support_y: labels of ``support_x``, int32 ``[ways · shots]``; for regression, targets ``[shots, 1]``.
+        query_x: inputs that the adapted parameters are evaluated on, ``[ways · queries, ...]``.
+        query_y: labels or targets of ``query_x``.
+    """
+
+    support_x: jax.Array
+    support_y: jax.Array
+    query_x: jax.Array
+    query_y: jax.Array
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The sampling of N-way K-shot classification tasks from classes of images.
+
+    Args:
+        ways: classes in a task, N.
+        shots: support images of each class, K.
+        queries: query images of each class. The published evaluation uses as many as ``shots``.
+        bright_paper: if True, ink is 0 and paper is 1, as in the authors' public code. By default ink is 1 and paper 0.
+
+    Raises:
+        InputError: if there are fewer than two ways, or less than one shot or query.
+    """
+
+    ways: int
+    shots: int
+    queries: int
+    bright_paper: bool = False
+
+    metric, kind = "accuracy", "classes"
+
+    def __post_init__(self):
+        if self.ways < 2 or self.shots < 1 or self.queries < 1:
+            raise InputError(
+                "a task needs at least 2 ways, 1 shot and 1 query, "
+                f"got {self.ways} ways, {self.shots} shots and {self.queries} queries"
+            )
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs that a network for these tasks needs: one logit for each class."""
+        return self.ways
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of a uniformly random guess, 1/N."""
+        return 1 / self.ways
+
+    def check(self, classes: Any, name: str) -> None:
+        """Check that a dataset has enough classes and images for a task.
+
+        Args:
+            classes: the dataset, an :class:`imaml.datasets.images.ImageClasses`.
+            name: the dataset's name, for the message.
+
+        Raises:
+            InputError: if there are fewer classes than ways, or fewer images in a class than shots plus queries.
+        """
+        if self.ways > len(classes):
+            raise InputError(f"{self.ways} ways are more than the {len(classes)} classes of {name}")
+        if self.shots + self.queries > classes.samples:
+            raise InputError(
+                f"{self.shots} shots and {self.queries} queries are more than the {classes.samples} images "
+                f"that a class of {name} has"
+            )
+
+    def sample(self, pixels: jax.Array, key: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task.
+
+        Args:
+            pixels: uint8 ``[classes, samples, height, width, channels]``.
+            key: a typed random key. The same key gives the same task.
+            rotate: rotate all images of a class by a random multiple of 90°. This makes four classes out of each one.
+
+        Returns:
+            A :class:`Task` with float32 images in [0, 1] and int32 labels in [0, ways).
+        """
+        class_key, sample_key, rotation_key = jax.random.split(key, 3)
+        chosen = jax.random.choice(class_key, pixels.shape[0], (self.ways,), replace=False)
+        images = jax.vmap(self._draw, in_axes=(0, 0))(pixels[chosen], jax.random.split(sample_key, self.ways))
+        images = images.astype(jnp.float32) / 255
+        images = 1 - images if self.bright_paper else images
+        if rotate:
+            images = jax.vmap(_rotate)(images, jax.random.randint(rotation_key, (self.ways,), 0, 4))
+        support, query = images[:, : self.shots], images[:, self.shots :]
+        labels = jnp.arange(self.ways, dtype=jnp.int32)
+        return Task(_merge(support), jnp.repeat(labels, self.shots), _merge(query), jnp.repeat(labels, self.queries))
+
+    def batch(self, pixels: jax.Array, keys: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task for each of ``keys``, and return them as one :class:`Task` with a leading batch axis."""
+        return jax.vmap(lambda key: self.sample(pixels, key, rotate))(keys)
+
+    def _draw(self, images, key):
+        """Draw ``shots + queries`` different images of one class. The support images come first."""
+        return images[jax.random.choice(key, len(images), (self.shots + self.queries,), replace=False)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The sampling of regression tasks: few points of a sinusoid with a random amplitude and phase.
+
+    Args:
+        shots: support points.
+        queries: query points.
+
+    Raises:
+        InputError: if either count is below one.
+
+    Source: Finn et al. (2017), section 5.1.
+    """
+
+    shots: int
+    queries: int
+
+    metric, kind = "mean squared error", "curves"
+    outputs = 1
+    chance = None
+
+    def __post_init__(self):
+        if self.shots < 1 or self.queries < 1:
+            raise InputError(f"a task needs at least 1 shot and 1 query, got {self.shots} and {self.queries}")
+
+    def check(self, classes: Any, name: str) -> None:
+        """Accept every dataset: any number of points can be drawn from a curve."""
+
+    def sample(self, source: object, key: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task with float32 inputs and targets ``[points, 1]``.
+
+        ``source`` and ``rotate`` are ignored. They are there so that the signature is the one of :class:`Episode`.
+        """
+        x, y = sinusoid.draw(key, self.shots + self.queries)
+        return Task(x[: self.shots], y[: self.shots], x[self.shots :], y[self.shots :])
+
+    def batch(self, source: object, keys: jax.Array, rotate: bool = False) -> Task:
+        """Draw one task for each of ``keys``, and return them as one :class:`Task` with a leading batch axis."""
+        return jax.vmap(lambda key: self.sample(source, key))(keys)
+
+
+def _rotate(images, quarter_turns):
+    """Rotate square images ``[samples, height, width, channels]`` counter-clockwise."""
+    rotations = [lambda x, k=k: jnp.rot90(x, k, axes=(1, 2)) for k in range(4)]
+    return jax.lax.switch(quarter_turns, rotations, images)
+
+
+def _merge(images):
+    """Reshape ``[ways, samples, ...]`` to ``[ways · samples, ...]``."""
+    return images.reshape(-1, *images.shape[2:])

@@ -1,0 +1,1 @@
+"""Devices and processes that divide the tasks of a meta-step among them."""

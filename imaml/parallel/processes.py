@@ -1,0 +1,153 @@
+"""Start and end of a run that several processes, on one host or on many, train together.
+
+Every process runs the same command and computes its share of each meta-step. No process can continue without the
+others. If one ends before the run is complete, the others stop and print its number.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+
+from imaml.errors import InputError, check
+from imaml.parallel.liveness import LivenessMonitor, accept_connections, connect, free_port, receive_number, send_number
+
+MEETING_SECONDS = 300
+"""Time for which a process waits for the others to connect at the start and to finish at the end."""
+HEARTBEAT_SECONDS = 60
+"""Time without a heartbeat from a process, its connection still open, after which JAX's runtime ends all processes."""
+VERDICT_SECONDS = 5.0
+"""Time for which a process waits, after an error that a lost process may have caused, for that process's number."""
+LOST = os.EX_TEMPFAIL
+"""Exit status of a process that stops because another one was lost. The failure may be temporary: try again."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The number of processes in a run, the number of this one, and the address of process 0.
+
+    Args:
+        coordinator: ``HOST:PORT`` on which process 0 listens, the same in every process. An IPv6 address stands in
+            brackets.
+        count: number of processes, at least 1.
+        index: number of this process, from 0 to ``count`` − 1.
+
+    Raises:
+        InputError: if ``coordinator`` is not of that form, or if a number is out of range.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+
+    def __post_init__(self):
+        check(self.count >= 1, f"--processes must be at least 1, got {self.count}")
+        check(
+            0 <= self.index < self.count,
+            f"--process-id must lie between 0 and {self.count - 1} for --processes {self.count}, got {self.index}",
+        )
+        address = re.fullmatch(r"(?:[^:\s]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})", self.coordinator)
+        check(
+            address is not None and 0 < int(address[1]) < 2**16,
+            f"--coordinator takes HOST:PORT of process 0, the same in every process, got {self.coordinator!r}",
+        )
+
+    @property
+    def host(self) -> str:
+        """The host name or IP address of process 0, without brackets."""
+        return self.coordinator.rpartition(":")[0].strip("[]")
+
+
+@contextmanager
+def joined(processes: Processes | None) -> Iterator[None]:
+    """Connect this process to the others of a run, so that JAX sees the devices of all of them.
+
+    Enter this context before JAX starts. If another process is lost during the ``with`` block, this process prints
+    which one to stderr and exits at once with status :data:`LOST`. It runs no clean-up, because the main thread may be
+    blocked in a collective operation that never returns.
+
+    Args:
+        processes: the processes of the run. None, or a count of 1, does nothing.
+
+    Raises:
+        InputError: if the processes cannot connect to each other.
+    """
+    if processes is None or processes.count == 1:
+        yield
+        return
+    lines, address = _meet(processes)
+    monitor = LivenessMonitor(lines, lambda lost: _end(processes, lost))
+    try:
+        _initialize(processes, address)
+        yield
+    except BaseException as error:
+        if not isinstance(error, InputError | OSError | KeyboardInterrupt | SystemExit):
+            # A lost process makes collectives fail here, most likely before the monitor reports the loss. Wait for the
+            # monitor: it ends this process with the number of the lost one.
+            time.sleep(VERDICT_SECONDS)
+        monitor.close(well=False)
+        raise
+    monitor.close(well=True)
+    jax.distributed.shutdown()
+
+
+def leave(code: int, threads: bool) -> None:
+    """Exit at once with status ``code`` if it is nonzero and a normal exit would block.
+
+    A normal exit of a process that has joined others waits for them, because JAX's distributed runtime shuts down
+    collectively. A failed process must not wait. In all other cases this function returns.
+
+    Args:
+        code: the exit status.
+        threads: whether to exit at once also if a non-daemon thread is running, for which Python would wait. Such
+            threads are compilations, and a timer of one minute that JAX leaves running if its start is interrupted.
+    """
+    waits = threads and any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate())
+    if code and (waits or jax.distributed.is_initialized()):
+        _exit(code)
+
+
+def _meet(processes):
+    """Return the connections to the other processes and the address of JAX's coordinator, which process 0 chooses."""
+    host, port = processes.host, int(processes.coordinator.rpartition(":")[2])
+    if processes.index == 0:
+        lines, jax_port = accept_connections(port, processes.count, MEETING_SECONDS), free_port()
+        send_number(lines, jax_port)
+    else:
+        lines = connect(host, port, processes.index, processes.count, MEETING_SECONDS)
+        jax_port = receive_number(lines)
+    return lines, f"[{host}]:{jax_port}" if ":" in host else f"{host}:{jax_port}"
+
+
+def _initialize(processes, address):
+    # Gloo's collectives connect processes, not devices: use one CPU device per process.
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # this service would intercept SIGTERM
+    jax.distributed.initialize(
+        address, processes.count, processes.index, initialization_timeout=MEETING_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=MEETING_SECONDS,
+    )  # fmt: skip
+
+
+def _end(processes, lost):
+    print(
+        f"\nimaml train: process {lost} of {processes.count} (counted from 0) ended before the run was complete. "
+        "Its output says why. This process stops too. Start the same commands again to resume from the last checkpoint",
+        file=sys.stderr,
+    )
+    _exit(LOST)
+
+
+def _exit(code):
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # flushing fails if the reader of a pipe has ended
+        os._exit(code)

@@ -1,0 +1,200 @@
+"""Checkpoints of a run: each file is written completely or not at all, and describes the run that it belongs to.
+
+A run's folder holds its last checkpoints and the best one. The best one has the least ``loss`` of those passed to
+:func:`save`. Training passes the mean query loss on *training* classes, so held-out classes never select a checkpoint.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml.errors import InputError
+from imaml.storage import arrays
+
+FORMAT = 2
+KEEP = 2
+_NAME = re.compile(r"checkpoint-(\d+)\.npz", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of an intact checkpoint file.
+
+    Attributes:
+        path: the file.
+        description: the ``description`` passed to :func:`save`, and ``format``, ``step``, ``loss`` and ``leaves``
+            (path, dtype and shape of each leaf).
+        leaves: the arrays of the state, in the order of ``jax.tree.leaves``.
+    """
+
+    path: Path
+    description: dict
+    leaves: list[np.ndarray]
+
+    @property
+    def step(self) -> int:
+        """Number of meta-steps done."""
+        return self.description["step"]
+
+    @property
+    def loss(self) -> float:
+        """The loss by which :func:`best` selects; infinite if none was passed to :func:`save`."""
+        return self.description["loss"]
+
+    def restore(self, like: Any) -> Any:
+        """Return the saved state, bit for bit, in the structure of ``like``.
+
+        Args:
+            like: a state of the expected structure; its values are not used.
+
+        Raises:
+            InputError: if the paths, dtypes or shapes of the leaves differ from those of ``like``.
+        """
+        wanted = _leaves(like)
+        if self.description["leaves"] != wanted:
+            pairs = zip(self.description["leaves"], wanted, strict=False)
+            changed = (f"{_format_leaf(old)} → {_format_leaf(new)}" for old, new in pairs if old != new)
+            difference = next(changed, "number of leaves")
+            raise InputError(f"{self.path} holds a state of another shape than this preset's ({difference})")
+        like_leaves, structure = jax.tree.flatten(like)
+        return jax.tree.unflatten(structure, map(_unpack, self.leaves, like_leaves))
+
+
+def save(
+    directory: Path, step: int, state: Any, description: dict, loss: float = float("inf"), keep: int = KEEP
+) -> None:
+    """Write a checkpoint of ``state`` with the description of its run, then delete older checkpoints.
+
+    Args:
+        directory: the run's folder.
+        step: number of meta-steps done; the file's name contains it.
+        state: a pytree of arrays: floats (bfloat16 included), integers, booleans or typed random keys.
+        description: JSON-serialisable facts about the run.
+        loss: by which :func:`best` selects; less is better.
+        keep: number of last checkpoints that are kept; the best one is kept in addition.
+
+    Raises:
+        OSError: if the folder cannot be written; the older checkpoints are then left unchanged.
+    """
+    facts = {"format": FORMAT, "step": step, "loss": loss, "leaves": _leaves(state)} | description
+    contents = {f"leaf{i}": _pack(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    arrays.write(directory / f"checkpoint-{step:08}.npz", {"description": np.array(json.dumps(facts)), **contents})
+    _delete_old(directory, keep)
+
+
+def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda path, message: None) -> Checkpoint | None:
+    """Return the newest intact checkpoint of a folder, or None if the folder holds no checkpoint.
+
+    Args:
+        directory: a run's folder; it need not exist.
+        on_damaged: called with path and message for each damaged checkpoint that is newer than the returned one.
+
+    Raises:
+        InputError: if all checkpoints are damaged, or if one was written in another format.
+        OSError: if a file cannot be read.
+    """
+    damaged = {}
+    for _, path in reversed(_files(directory)):
+        try:
+            intact = _read(path)
+        except arrays.DamagedFile as error:
+            damaged[path] = f"{path} is damaged ({error})"
+            continue
+        except (
+            FileNotFoundError
+        ):  # Readers hold no lock: a running training has just replaced this file by a newer one.
+            return newest(directory, on_damaged)
+        for later, message in damaged.items():
+            on_damaged(later, message)
+        return intact
+    if damaged:
+        raise InputError(f"{directory} holds no intact checkpoint: {'; '.join(damaged.values())}; use another folder")
+    return None
+
+
+def best(directory: Path) -> Checkpoint | None:
+    """Return the intact checkpoint with the least loss, the later one of a tie, or None if there is none.
+
+    Raises:
+        InputError: if a checkpoint was written in another format.
+        OSError: if a file cannot be read.
+    """
+    intact = []
+    for _, path in _files(directory):
+        try:
+            intact.append(_read(path))
+        except (arrays.DamagedFile, FileNotFoundError):
+            continue
+    return min(intact, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step), default=None)
+
+
+def set_aside(path: Path) -> None:
+    """Append ``.damaged`` to the name of a checkpoint: later searches skip it, and its content is kept."""
+    path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def _files(directory):
+    """Return (step, path) of each checkpoint of a folder, the oldest first."""
+    names = directory.iterdir() if directory.is_dir() else ()
+    return sorted((int(match[1]), path) for path in names if (match := _NAME.fullmatch(path.name)))
+
+
+def _read(path):
+    """Return the checkpoint in a file; raise DamagedFile if it is incomplete, InputError for another format."""
+    contents = arrays.read(path)
+    try:
+        description = json.loads(str(contents.pop("description")))
+        version = description["format"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise arrays.DamagedFile(f"its description is missing or unreadable ({error})") from error
+    if version != FORMAT:
+        raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
+    return Checkpoint(path, description, [contents[f"leaf{i}"] for i in range(len(contents))])
+
+
+def _delete_old(directory, keep):
+    """Delete all checkpoints but the last ``keep`` and the best intact one; call this once the newest is on disk."""
+    best_one = best(directory)
+    for _, path in _files(directory)[:-keep]:
+        if best_one is not None and path != best_one.path:
+            path.unlink(missing_ok=True)
+
+
+def _leaves(state):
+    """Return path, dtype and shape of each leaf, in types that JSON restores unchanged."""
+    named = jax.tree_util.tree_leaves_with_path(state)
+    return [
+        [jax.tree_util.keystr(path, simple=True, separator="/"), str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in named
+    ]
+
+
+def _pack(leaf):
+    """Return the leaf as an array that NumPy can save: a key as its uint32 data, bfloat16 as unsigned integers."""
+    if _is_key(leaf):
+        return np.asarray(jax.random.key_data(leaf))
+    array = np.asarray(leaf)
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.itemsize}")
+
+
+def _unpack(array, like):
+    """Return the leaf that :func:`_pack` made ``array`` of, with the dtype or key type of ``like``."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+    return jnp.asarray(array.view(like.dtype))
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _format_leaf(leaf):
+    path, dtype, shape = leaf
+    return f"{path} {dtype}{shape}"

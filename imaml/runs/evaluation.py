@@ -1,0 +1,161 @@
+"""Evaluation after the paper's protocol: mean accuracy or error over many held-out tasks, with its 95 % interval.
+
+Batch normalisation takes mean and variance either of the query batch, as published, or of the support set alone. With
+the query batch, the prediction for a query image depends on the other query images. Every evaluation names its choice.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml import datasets
+from imaml.errors import InputError
+from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
+from imaml.runs import checkpoints
+from imaml.runs.meta_step import initial_state
+from imaml.runs.results import NO_NORMALISATION, QUERY_BATCH, SUPPORT_SET, Evaluation, Run
+from imaml.settings.preset import Preset
+from imaml.settings.published_presets import restore
+
+
+def evaluate(
+    run: str | Path | Run | dict,
+    preset: Preset | None = None,
+    tasks: int = 600,
+    data: str | Path | None = None,
+    best: bool = False,
+    on_event: Callable[[str], None] = warnings.warn,
+) -> Evaluation:
+    """Evaluate a run on held-out classes after the paper's protocol: 600 tasks, as many queries as shots.
+
+    The result is the mean accuracy, or the mean squared error of a regression. If the network has batch normalisation,
+    the same tasks are evaluated twice: the result uses the statistics of the query batch, as published, and its field
+    ``beside`` uses those of the support set.
+
+    Args:
+        run: a run's folder, a :class:`imaml.Run`, or parameters θ.
+        preset: the settings. They are required with θ; otherwise the default is the run's settings.
+        tasks: number of tasks, at least 2.
+        data: the folder of the dataset's archives, for a dataset that is not embedded.
+        best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
+        on_event: called with a message if the last checkpoint is damaged and an older one is used.
+
+    Raises:
+        InputError: for a folder without an intact checkpoint, for data that cannot be used or that differ from those
+            that the run was trained on, for θ without a preset, or for fewer than 2 tasks.
+
+    Source: Rajeswaran et al. (2019), table 2.
+    """
+    theta: Any = run
+    fingerprint = None
+    if isinstance(run, str | Path):
+        preset, theta, fingerprint = _restore(Path(run), preset, best, on_event)
+    elif not isinstance(run, dict):
+        preset, theta = preset or run.preset, run.theta
+    if preset is None:
+        raise InputError("parameters alone do not say what they are for: pass the preset as well")
+    dataset = datasets.load(preset.dataset, data)
+    if fingerprint not in (None, dataset.fingerprint()):
+        raise InputError(
+            f"{run} was trained on other data than this {preset.dataset}: the held-out classes here may be training "
+            "classes there. Glyphs differ between versions of matplotlib"
+        )
+    return evaluate_classes(theta, preset, dataset.test, tasks)
+
+
+def trained(
+    directory: Path, best: bool = False, on_event: Callable[[str], None] = warnings.warn
+) -> checkpoints.Checkpoint:
+    """Return the last intact checkpoint of a run's folder, or the best one.
+
+    Args:
+        directory: the run's folder.
+        best: return the checkpoint with the least loss on training classes.
+        on_event: called with a message if the last checkpoint is damaged and an older one is returned.
+
+    Raises:
+        InputError: if there is no intact checkpoint.
+    """
+    if best:
+        found = checkpoints.best(directory)
+    else:
+        found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; an older checkpoint is used"))
+    if found is None:
+        raise InputError(f"there is no run in {directory}: it holds no intact checkpoint")
+    return found
+
+
+def _restore(directory, preset, best, on_event):
+    """Return the preset and θ of a checkpoint in a folder, and the fingerprint of its training data.
+
+    The fingerprint is None if ``preset`` is of another dataset than the run: then there is nothing to compare.
+    """
+    found = trained(directory, best, on_event)
+    description = found.description
+    preset = preset or restore(description["preset"], description["config"])
+    fingerprint = description["data"] if preset.dataset == description["config"]["dataset"] else None
+    return preset, found.restore(initial_state(preset)).theta, fingerprint
+
+
+def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> Evaluation:
+    """Evaluate θ on tasks drawn from ``classes``, with the random key of the preset's seed.
+
+    Args:
+        theta: the parameters θ.
+        preset: the settings.
+        classes: images by class (:class:`imaml.datasets.images.ImageClasses`), or the curves of a regression.
+        tasks: number of tasks, at least 2.
+
+    Raises:
+        InputError: if the classes cannot fill a task, or for fewer than 2 tasks.
+    """
+    preset.episode.check(classes, preset.dataset)
+    if tasks < 2:
+        raise InputError(f"a confidence interval needs at least 2 tasks, got {tasks}")
+    mesh = local_mesh(tasks)
+    spread = over_tasks(task_scores(preset), mesh, SPREAD)
+    keys = jax.random.split(preset.keys.test, tasks)
+    scores = np.asarray(jax.jit(spread)(on_all((theta, classes.source), mesh), keys))
+    means, intervals = scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
+    found = zip(normalisations(preset), means, intervals, strict=True)
+    metric, chance = preset.episode.metric, preset.episode.chance
+    published, *others = (
+        Evaluation(metric, float(mean), float(interval), chance, tasks, name) for name, mean, interval in found
+    )
+    return replace(published, beside=next(iter(others), None))
+
+
+def normalisations(preset: Preset) -> tuple[str, ...]:
+    """Return the batch-normalisation statistics that a preset is evaluated with, the published ones first."""
+    return (NO_NORMALISATION,) if preset.functions.apply_beside is None else (QUERY_BATCH, SUPPORT_SET)
+
+
+def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.Array]:
+    """Return a function that adapts θ to each task and scores the query set.
+
+    Its signature is ``scores((theta, source), keys) -> float32 [tasks, normalisations]``, with ``keys`` of shape
+    ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. The columns are :func:`normalisations`.
+    """
+    learner, beside, together = preset.test_learner, preset.functions.apply_beside, preset.outer.at_once
+
+    def score(outputs, y):
+        if preset.episode.metric == "accuracy":
+            return (outputs.argmax(-1) == y).mean(dtype=jnp.float32)
+        return jnp.square(outputs - y).mean(dtype=jnp.float32)
+
+    def scores(theta, source, key):
+        task = preset.episode.sample(source, key, preset.turns(training=False))
+        phi = learner.adapt(theta, task).w
+        outputs = [learner.apply(phi, task.query_x)]
+        if beside is not None:
+            outputs.append(beside(phi, task.query_x, task.support_x))
+        return jnp.stack([score(each, task.query_y) for each in outputs])
+
+    batch = {"batch_size": together} if together > 1 else {}
+    return lambda fixed, keys: jax.lax.map(lambda key: scores(*fixed, key), keys, **batch)

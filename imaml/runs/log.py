@@ -1,0 +1,100 @@
+"""The log of a run, from which plots and tables are made: a text file with one JSON line for each meta-step."""
+
+import json
+import os
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from imaml.storage.files import write_whole
+
+FILE = "metrics.jsonl"
+RECENT = 100
+"""Number of last meta-steps over which :attr:`LogWriter.recent_loss` is the mean."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Report of one meta-step, as displayed and logged.
+
+    Attributes:
+        step: number of meta-steps done, this one included.
+        steps: number of meta-steps of the whole run.
+        loss: mean query loss, in nats, or the mean squared error of a regression.
+        accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None for a regression.
+        tasks: number of tasks in the mean gradient: those with finite numbers and a relative residual of the adjoint
+            system of at most 1, the residual of the zero vector.
+        inner_residual: median over tasks, non-finite values excluded, of ‖∇loss + λ(φ − θ)‖, or of ‖∇loss‖ if the
+            algorithm has no λ.
+        linear_residual: median over tasks, non-finite values excluded, of the true relative residual of the adjoint
+            system; 0 if the algorithm solves no such system.
+        statuses: number of tasks by the name of their :class:`bilevel.Status`.
+        seconds: wall time since this process began to train.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float | None
+    tasks: int
+    inner_residual: float
+    linear_residual: float
+    statuses: dict[str, int]
+    seconds: float
+
+
+class LogWriter:
+    """Writer that appends to a run's log; a context manager.
+
+    Args:
+        directory: the run's folder.
+        step: meta-steps done in the checkpoint that the run resumes from; 0 for a new run. Later lines are dropped.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        path = directory / FILE
+        kept = [entry for entry in read_log(directory) if entry.step <= step]
+        write_whole(path, lambda stream: stream.write("".join(map(_line, kept)).encode()))
+        self._losses = deque((entry.loss for entry in kept), maxlen=RECENT)
+        self._stream = path.open("a", buffering=1)
+
+    def write(self, progress: Progress) -> None:
+        """Append one line, and hand it to the operating system at once."""
+        self._stream.write(_line(progress))
+        self._losses.append(progress.loss)
+
+    def sync(self) -> None:
+        """Flush all lines to disk before returning."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean loss of the last ``RECENT`` steps; infinite after fewer steps, because a shorter mean is too noisy."""
+        return sum(self._losses) / RECENT if len(self._losses) == RECENT else float("inf")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._stream.close()
+
+
+def read_log(directory: Path) -> list[Progress]:
+    """Return the log's entries in order, without truncated or damaged lines; an empty list if there is no log."""
+    path = directory / FILE
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    entries = (_parsed(line) for line in lines)
+    return [entry for entry in entries if entry is not None]
+
+
+def _line(progress):
+    return json.dumps(asdict(progress)) + "\n"
+
+
+def _parsed(line):
+    """Return the entry in a line, or None if the line cannot be read."""
+    try:
+        return Progress(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

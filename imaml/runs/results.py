@@ -1,0 +1,90 @@
+"""The records that training and evaluation return."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+from imaml.settings.preset import Preset
+
+QUERY_BATCH, SUPPORT_SET, NO_NORMALISATION = "query batch", "support set", "none"
+"""Examples from which batch normalisation takes mean and variance when the query set is evaluated."""
+_EXPLAINED = {
+    QUERY_BATCH: "; batch normalisation over the query batch, as published (transductive)",
+    SUPPORT_SET: "; batch normalisation by the support set's statistics",
+    NO_NORMALISATION: "",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean query score over held-out tasks.
+
+    Attributes:
+        metric: ``"accuracy"``, in [0, 1], or ``"mean squared error"``.
+        value: mean of the metric over tasks.
+        interval: half the width of the mean's 95 % interval, 1.96 · standard deviation / √tasks.
+        chance: accuracy of guessing, 1 / ways; None for a mean squared error.
+        tasks: number of tasks.
+        normalisation: examples from which batch normalisation took its statistics for the query set:
+            ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without batch normalisation.
+        beside: the evaluation of the same tasks with the support set's statistics, if this one uses the query batch's;
+            otherwise None.
+    """
+
+    metric: str
+    value: float
+    interval: float
+    chance: float | None
+    tasks: int
+    normalisation: str
+    beside: "Evaluation | None" = None
+
+    @property
+    def each(self) -> "tuple[Evaluation, ...]":
+        """This evaluation and the one in ``beside``, if any; ``beside`` is None in both."""
+        return (replace(self, beside=None), *(() if self.beside is None else (self.beside,)))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return each evaluation as a dictionary of JSON types."""
+        fields = [asdict(evaluation) for evaluation in self.each]
+        return [{name: value for name, value in entry.items() if name != "beside"} for entry in fields]
+
+    @property
+    def accuracy(self) -> float:
+        """The value if the metric is accuracy, otherwise NaN."""
+        return self.value if self.metric == "accuracy" else float("nan")
+
+    def __str__(self) -> str:
+        return "\n".join(evaluation._sentence() for evaluation in self.each)
+
+    def _sentence(self):
+        if self.chance is None:
+            what, level = f"{self.value:.3f} ± {self.interval:.3f} on {self.tasks} tasks", ""
+        else:
+            what = f"{self.value:.2%} ± {self.interval:.2%} on {self.tasks} tasks of held-out classes"
+            level = f" (chance {self.chance:.0%})"
+        return f"test {self.metric} {what}{level}{_EXPLAINED[self.normalisation]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Result of a training run that has finished or was stopped.
+
+    Attributes:
+        directory: the run's folder, with checkpoints, ``metrics.jsonl`` and, of a finished run, ``result.json``.
+        preset: the run's settings.
+        theta: the learned parameters θ.
+        step: number of meta-steps done.
+        finished: whether all meta-steps are done. If not, the same call of :func:`imaml.train` resumes the run.
+        stopped_by: the signal that stopped the run, or None.
+        evaluation: evaluation on held-out tasks; None if the run was stopped.
+    """
+
+    directory: Path
+    preset: Preset
+    theta: dict
+    step: int
+    finished: bool
+    stopped_by: Signals | None
+    evaluation: Evaluation | None

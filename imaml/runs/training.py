@@ -1,0 +1,197 @@
+"""Training: the loop around the meta-step, which logs, saves checkpoints and stops on a signal.
+
+The loop reads a step's numbers only after it has dispatched the next step. Logging and saving therefore overlap with
+computation.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from signal import Signals, raise_signal
+
+import jax
+import numpy as np
+
+import bilevel as bl
+from imaml import datasets
+from imaml.datasets import ImageDataset, SinusoidDataset
+from imaml.errors import InputError
+from imaml.learning.algorithms import MetaGradient
+from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
+from imaml.runs.checkpoints import KEEP
+from imaml.runs.compilation import StepCompiler
+from imaml.runs.evaluation import evaluate_classes
+from imaml.runs.folder import NullRunFolder, RunFolder
+from imaml.runs.interruption import stop_on_signals
+from imaml.runs.log import Progress
+from imaml.runs.meta_step import TrainState, initial_state
+from imaml.runs.results import Run
+from imaml.runs.versions import versions
+from imaml.settings.preset import Preset
+from imaml.settings.saved import completed
+
+
+def train(
+    preset: Preset,
+    directory: str | Path,
+    data: str | Path | None = None,
+    *,
+    devices: int | str | None = None,
+    on_event: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    evaluation_tasks: int = 600,
+    checkpoint_seconds: float = 30.0,
+    keep_checkpoints: int = KEEP,
+) -> Run:
+    """Train a preset, or resume from the last intact checkpoint in ``directory``; then evaluate on held-out classes.
+
+    On the same machine, a run that was stopped or killed and then resumed ends with the same bits as an uninterrupted
+    run. On SIGINT or SIGTERM the current meta-step is finished and saved, and an unfinished :class:`Run` is returned.
+    If JAX runs in several processes, each process must call this function. The tasks are then divided among the
+    processes, a signal to any of them stops all at the same step, and only process 0 reads and writes the folder.
+
+    Args:
+        preset: the settings; a checkpoint in ``directory`` must have the same.
+        directory: the run's folder, created if it does not exist.
+        data: the folder of the dataset's archives, for a dataset that is not embedded.
+        devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
+            number that divides the tasks.
+        on_event: called with a message before reading data, compiling and evaluating.
+        on_progress: called after every meta-step.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end.
+        checkpoint_seconds: least time between two checkpoints.
+        keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
+            one with the least mean query loss over the last 100 meta-steps, on training classes.
+
+    Raises:
+        InputError: if data or settings cannot be used or differ between processes, if the tasks cannot be divided among
+            the devices, if another process trains in the folder, if the folder holds another run, or if training
+            diverges.
+        OSError: if the disk is full or the folder cannot be written; the last checkpoint is then left unchanged.
+
+    Source: Rajeswaran et al. (2019), algorithm 1.
+    """
+    directory = Path(directory)
+    if keep_checkpoints < 1:
+        raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
+    mesh = global_mesh(preset.outer.tasks, devices)
+    compiler = StepCompiler(preset, mesh, on_event)
+    on_event(f"reading {preset.dataset}")
+    dataset = datasets.load(preset.dataset, data, partial(_compile_ahead, preset, compiler))
+    check(preset, dataset)
+    description = {
+        "preset": preset.name,
+        "config": preset.config(),
+        "data": dataset.fingerprint(),
+        "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
+    }
+    _check_alike({name: description[name] for name in ("config", "data")})
+    evaluation = None
+    first = is_first()
+    with (
+        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event, partial(completed, preset))
+        if first
+        else NullRunFolder()
+    ) as folder:
+        start = state = from_first(folder.resume(initial_state(preset)))
+        with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
+            started = time.monotonic()
+            for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
+                progress = _progress(preset, state, report, time.monotonic() - started)
+                folder.record(progress, state)
+                on_progress(progress)
+                if number := gathered(np.array(stop.received or 0, np.int32)).max():
+                    stop.received = Signals(number)
+                    break
+            folder.save(int(state.step), state)
+        finished = int(state.step) == preset.outer.steps
+        if finished and not stop:
+            on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
+            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
+            folder.finish({"evaluations": evaluation.records()})
+    return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
+
+
+def check(preset: Preset, dataset: ImageDataset | SinusoidDataset) -> None:
+    """Check that the dataset has enough classes and examples for the preset's training and evaluation tasks.
+
+    Raises:
+        InputError: if it has not.
+    """
+    preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
+    preset.episode.check(dataset.test, f"{dataset.name}'s test set")
+
+
+def _check_alike(facts):
+    """Raise InputError if another process has other settings or data: the processes' gradients would not add up."""
+    digest = np.frombuffer(sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
+    others = [number for number, other in enumerate(gathered(digest)) if (other != digest).any()]
+    if others:
+        raise InputError(f"processes {others} were started with other settings or data than this process")
+
+
+def _compile_ahead(preset, compiler, expected):
+    """Start to compile the step for the expected shapes of the data; if the real ones differ, it is compiled again."""
+    try:
+        preset.training_episode.check(expected, preset.dataset)
+    except InputError:  # The check of the real data raises this error with the right name.
+        return
+    # Delay signals until the trace is done: an exception during a trace may be swallowed by JAX's callbacks.
+    with stop_on_signals() as stop:
+        compiler.begin(expected.source)
+    if stop.received:
+        raise_signal(stop.received)
+
+
+def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:
+    """Yield state and report after each remaining step, each once the next step has been dispatched."""
+    remaining = preset.outer.steps - int(state.step)
+    if remaining <= 0:
+        return
+    step = compiler.step(source)
+    state, source = on_all((state, source), mesh)
+    done = step(state, source)
+    for _ in range(remaining - 1):
+        under_way = step(done[0], source)
+        if jax.process_count() > 1:  # gloo, which sums across CPU processes, must not run two programs at once.
+            jax.block_until_ready(under_way)
+        yield here(done)
+        done = under_way
+    yield here(done)
+
+
+def _progress(preset, state, report, seconds):
+    """Return the log entry of a meta-step; raise InputError if no task had finite numbers."""
+    if (np.asarray(report.status) == bl.Status.NONFINITE).all():
+        raise InputError(
+            f"meta-step {int(state.step)} had no task with finite numbers, so θ was not updated: training has "
+            f"diverged; lower {_likely_causes(preset)}"
+        )
+    statuses = Counter(bl.Status(int(status)).name for status in np.asarray(report.status))
+    return Progress(
+        step=int(state.step),
+        steps=preset.outer.steps,
+        loss=float(report.value),
+        accuracy=float(report.accuracy) if preset.episode.metric == "accuracy" else None,
+        tasks=int(report.tasks),
+        inner_residual=_median(report.inner_residual),
+        linear_residual=_median(report.linear_residual),
+        statuses=dict(statuses),
+        seconds=seconds,
+    )
+
+
+def _likely_causes(preset):
+    """Return the settings that a divergence may come from, as words."""
+    inner = "inner.step_size or " if isinstance(preset.inner, bl.GradientDescent) else ""
+    return f"{inner}outer.learning_rate" + (", or raise strength" if preset.algorithm == "imaml" else "")
+
+
+def _median(values):
+    """Return the median of the finite values, infinity if there are none."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else float("inf")

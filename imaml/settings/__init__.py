@@ -1,0 +1,1 @@
+"""The settings of a run: the preset record, the published presets, overrides, and saved settings."""

@@ -1,0 +1,87 @@
+"""Overrides of single settings by their dotted path, such as ``inner.step_size`` or ``outer.tasks``."""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from imaml.errors import InputError, check
+from imaml.settings.preset import FIXED, Preset
+
+CHOICES = {"linear.engine": ("jaxopt", "watched")}
+"""The nested settings that are words, by path, with the words that each of them accepts."""
+
+
+def override(chosen: Preset, path: str, text: str) -> Preset:
+    """Return a copy of a preset with one setting changed.
+
+    Changing ``algorithm`` also replaces the inner loop, see :meth:`Preset.using`. It must therefore be overridden
+    before any setting of the inner loop.
+
+    Args:
+        chosen: the preset to start from.
+        path: the dotted path of the setting: ``"strength"``, ``"inner.max_steps"``.
+        text: the new value as typed. It is parsed as the type of the present value.
+
+    Raises:
+        InputError: if the path does not exist, with the paths that do; or if the value has another type or is refused.
+    """
+    paths = settings(chosen)
+    if path not in paths:
+        near = difflib.get_close_matches(path, paths, n=1)
+        hint = f"did you mean --{near[0]}? " if near else ""
+        raise InputError(f"there is no setting --{path}: {hint}known: {', '.join(f'--{p}' for p in paths)}")
+    if path == "algorithm":
+        return chosen.using(text)
+    return _replace(chosen, path.split("."), _parse(path, text, paths[path]))
+
+
+def settings(chosen: Preset) -> dict[str, Any]:
+    """Return the settings that can be overridden, as a dictionary from dotted path to present value.
+
+    Settings that the preset's algorithm does not use, such as ``strength`` for MAML, are not included.
+    """
+    found: dict[str, Any] = {}
+    for name, value in _fields(chosen).items():
+        unused = chosen.algorithm != "imaml" and name in ("strength", "linear")
+        if name in FIXED or unused or value is None:
+            continue
+        if dataclasses.is_dataclass(value):
+            nested = {f"{name}.{inner}": v for inner, v in _fields(value).items()}
+            found |= {path: v for path, v in nested.items() if isinstance(v, bool | int | float) or path in CHOICES}
+        else:
+            found[name] = value
+    return found
+
+
+def _fields(record):
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
+def _parse(path, text, present):
+    if isinstance(present, bool):
+        values = {"true": True, "false": False}
+        check(text.lower() in values, f"--{path} takes true or false, got {text!r}")
+        return values[text.lower()]
+    if path in CHOICES:
+        check(text in CHOICES[path], f"--{path} takes {' or '.join(CHOICES[path])}, got {text!r}")
+        return text
+    kind, what = (int, "a whole number") if isinstance(present, int) else (float, "a number")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise InputError(f"--{path} takes {what}, got {text!r}") from None
+    # Loop counters of compiled programs and seeds of random keys have 32 bits.
+    check(math.isfinite(value) if kind is float else abs(value) < 2**32, f"--{path} is out of range: {text!r}")
+    return value
+
+
+def _replace(record, path, value):
+    if len(path) > 1:
+        value = _replace(getattr(record, path[0]), path[1:], value)
+    try:
+        return dataclasses.replace(record, **{path[0]: value})
+    except InputError:
+        raise
+    except ValueError as error:  # raised by the constructors of bilevel's solvers
+        raise InputError(str(error)) from error

@@ -1,0 +1,216 @@
+"""The settings of a run as one frozen record.
+
+A preset holds the objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``) instead of copies of their
+options. :mod:`imaml.settings.overrides` changes a number or switch of these objects by its dotted path.
+:meth:`Preset.config` saves them as plain data, and :mod:`imaml.settings.saved` reads that data back.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+import bilevel as bl
+from imaml.errors import check, check_choice
+from imaml.learning import networks
+from imaml.learning.algorithms import ALGORITHMS, Learner, make_learner, reference_learner
+from imaml.learning.problem import cross_entropy, squared_error
+from imaml.learning.tasks import Curve, Episode
+from imaml.settings.parts import MLP, Baselines, Conv4, Outer, Rotations
+
+FINN = "Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation, ICML 2017 (arXiv 1703.03400)"
+NICHOL = "Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018 (arXiv 1803.02999)"
+RAJESWARAN = "Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Gradients, NeurIPS 2019 (arXiv 1909.04630)"
+
+CITATIONS = {"imaml": RAJESWARAN, "maml": FINN, "fomaml": FINN, "reptile": NICHOL}
+FIDELITIES = ("paper", "reference-code")
+LOSSES = {"accuracy": cross_entropy, "mean squared error": squared_error}
+"""The loss on the support and query sets, by the metric that tasks are evaluated with."""
+
+NO_SETTINGS = ("citation", "departures", "baselines")
+"""Fields of a preset that :meth:`Preset.config` leaves out, because they do not affect the numbers of a run."""
+FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
+"""Fields of a preset that the command line cannot change."""
+
+_SAME_OUTER_LOOP = (
+    "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
+    "initialisation, outer loop, query images and length, and only its inner loop follows the publication."
+)
+_BASELINE_DEPARTURES = {
+    "maml": (_SAME_OUTER_LOOP,),
+    "fomaml": (_SAME_OUTER_LOOP,),
+    "reptile": (
+        _SAME_OUTER_LOOP,
+        "The inner loop is gradient descent on all support and query examples of a training task, with a step size of "
+        "our choice, where the publication uses Adam on batches of them. Training accuracy and loss in the log are "
+        "therefore measured on examples that the parameters were adapted to.",
+        "The outer loop is Adam on the mean of θ − φ, where the publication moves θ by a fixed multiple of it.",
+    ),
+}
+
+
+class Keys(NamedTuple):
+    """The random keys of a run, one for each of its three independent streams.
+
+    Attributes:
+        init: key of the initial parameters.
+        train: key of the training tasks. The tasks of a meta-step depend on this key and the step's number alone.
+        test: key of the evaluation tasks, which are the same at every evaluation.
+    """
+
+    init: jax.Array
+    train: jax.Array
+    test: jax.Array
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings that decide the numbers of a run.
+
+    A field with a default was added in a later version. Its default is the behaviour of the versions before it, so
+    settings that were saved without the field keep their meaning.
+
+    Args:
+        name: the name on the command line.
+        dataset: ``"glyphs"`` (embedded), ``"sinusoid"`` (generated), ``"omniglot"`` or ``"miniimagenet"`` (read from
+            files).
+        episode: how tasks are sampled. Training tasks have ``outer.queries`` queries instead of ``episode.queries``.
+        rotations: whether images are rotated in training and in evaluation. None for a dataset without rotations.
+        network: the kind and size of the network.
+        strength: λ of the proximal term ½ λ‖φ − θ‖², relative to the mean support loss. Only implicit MAML uses it.
+        inner: the inner solver.
+        linear: the solver of the adjoint system (I + H/λ)g = v. Only implicit MAML uses it.
+        outer: the outer optimiser, the tasks in a meta-step, and the number of meta-steps.
+        seed: the seed of all random numbers, between 0 and 2**32 − 1.
+        algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`. :meth:`using` changes it together with the
+            inner solver.
+        fidelity: ``"paper"`` for the equations of the paper, ``"reference-code"`` for what the authors' public code
+            computes.
+        test_steps: inner steps in evaluation; 0 for as many as in training.
+        citation: the publication that the preset follows.
+        departures: sentences that each name a difference from the publication, with its reason.
+        baselines: the inner loops of the other algorithms, after the publications on this kind of task. None if the
+            algorithm cannot be changed.
+
+    Raises:
+        InputError: if a value is out of range, or if two settings do not fit each other.
+    """
+
+    name: str
+    dataset: str
+    episode: Episode | Curve
+    rotations: Rotations | None
+    network: Conv4 | MLP
+    strength: float
+    inner: bl.GradientDescent | bl.HessianFree
+    linear: bl.CG
+    outer: Outer
+    seed: int = 0
+    algorithm: str = "imaml"
+    fidelity: str = "paper"
+    test_steps: int = 0
+    citation: str = RAJESWARAN
+    departures: tuple[str, ...] = field(default=(), repr=False)
+    baselines: Baselines | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        check(0 < self.strength < float("inf"), f"strength (λ) must be above 0 and finite, got {self.strength}")
+        supported = type(self.inner) in (bl.GradientDescent, bl.HessianFree)
+        check(supported, f"inner must be a GradientDescent or HessianFree, got {self.inner}")
+        plain = type(self.linear) is bl.CG and self.linear.preconditioner is None
+        check(plain, f"linear must be a CG without a preconditioner, got {self.linear}")
+        check(self.inner.tol is None, "inner.tol must be None: a preset always takes all of its inner steps")
+        # JAX drops the bits above the 32nd: seeds that differ by 2**32 would give the same run.
+        check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
+        check(self.test_steps >= 0, f"test_steps must be at least 0, got {self.test_steps}")
+        check_choice("algorithm", self.algorithm, tuple(ALGORITHMS))
+        check_choice("fidelity", self.fidelity, FIDELITIES)
+        any_solver = self.algorithm == "imaml" and self.fidelity == "paper"
+        descends = type(self.inner) is bl.GradientDescent
+        check(any_solver or descends, f"inner must be a GradientDescent for {self.title}, got {self.inner}")
+        available = self.fidelity == "paper" or self.algorithm == "imaml"
+        check(available, f"the reference code has only implicit MAML, got algorithm {self.algorithm}")
+
+    @property
+    def title(self) -> str:
+        """The name of the algorithm in reports."""
+        name = ALGORITHMS[self.algorithm]
+        return name if self.fidelity == "paper" else f"{name} as the authors' public code computes it"
+
+    def using(self, algorithm: str) -> "Preset":
+        """Return this preset with another algorithm and that algorithm's inner loop; all other settings stay equal.
+
+        Args:
+            algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`.
+
+        Raises:
+            InputError: for an unknown algorithm, and for one that this preset has no inner loop for.
+        """
+        check_choice("algorithm", algorithm, tuple(ALGORITHMS))
+        if algorithm == self.algorithm:
+            return self
+        check(
+            self.algorithm == "imaml" and self.baselines is not None,
+            f"{self.name} with {self.title} has no inner loop for {algorithm}: start from a published preset with one",
+        )
+        adaptation = self.baselines.of(algorithm)  # type: ignore[union-attr]
+        return dataclasses.replace(
+            self,
+            algorithm=algorithm,
+            inner=adaptation.inner,
+            test_steps=adaptation.test_steps,
+            citation=CITATIONS[algorithm],
+            departures=_BASELINE_DEPARTURES[algorithm],
+        )
+
+    @property
+    def training_episode(self) -> Episode | Curve:
+        """How training tasks are sampled: as in evaluation, but with ``outer.queries`` queries."""
+        return dataclasses.replace(self.episode, queries=self.outer.queries)
+
+    @property
+    def functions(self) -> networks.Network:
+        """The network for this preset's tasks."""
+        return self.network.build(self.episode.outputs)
+
+    @property
+    def learner(self) -> Learner:
+        """The learner of this preset, for :func:`imaml.meta_gradient`."""
+        apply, loss = self.functions.apply, LOSSES[self.episode.metric]
+        if self.fidelity == "reference-code":
+            assert isinstance(self.inner, bl.GradientDescent)  # checked in __post_init__
+            return reference_learner(apply, loss, self.inner, self.linear, self.strength)
+        return make_learner(self.algorithm, apply, loss, self.inner, self.linear, self.strength)
+
+    @property
+    def test_learner(self) -> Learner:
+        """The learner with the number of inner steps that is used in evaluation."""
+        if not self.test_steps:
+            return self.learner
+        inner = dataclasses.replace(self.inner, max_steps=self.test_steps)
+        return dataclasses.replace(self, inner=inner).learner
+
+    def turns(self, training: bool) -> bool:
+        """Return True if images are rotated by multiples of 90°, in training or else in evaluation."""
+        if self.rotations is None:
+            return False
+        return self.rotations.train if training else self.rotations.test
+
+    @property
+    def keys(self) -> Keys:
+        """The random keys of a run. All of its random numbers derive from them."""
+        return Keys(*jax.random.split(jax.random.key(self.seed), 3))
+
+    def deviations(self) -> tuple[str, ...]:
+        """Return the differences between the preset and its citation, one sentence each.
+
+        The sentences describe the preset of this name. They do not mention settings that were overridden.
+        """
+        return self.departures
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings as nested dictionaries of JSON values."""
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}
+        return json.loads(json.dumps(shown, default=dataclasses.asdict))

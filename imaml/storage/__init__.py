@@ -1,0 +1,1 @@
+"""Atomic file writes, folder locks, and named arrays stored with a checksum."""

@@ -1,0 +1,59 @@
+"""Named arrays on disk: an ``.npz`` file that is written atomically and holds a checksum of its arrays."""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imaml.storage.files import write_whole
+
+CHECKSUM = "sha256"
+
+
+class DamagedFile(ValueError):
+    """A file that is not an archive written by :func:`write`, or whose contents have changed since."""
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write ``arrays`` and their SHA-256 checksum to ``path`` atomically.
+
+    Args:
+        path: the file to create or to replace.
+        arrays: arrays by name, of any shape and of numpy's own dtypes. The name ``sha256`` is reserved.
+
+    Raises:
+        OSError: if the file cannot be written. An existing file at ``path`` is then unchanged.
+    """
+    contents: dict[str, Any] = {CHECKSUM: np.array(_digest(arrays)), **arrays}
+    write_whole(path, lambda stream: np.savez(stream, **contents))
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays that :func:`write` stored at ``path``, bit for bit.
+
+    Raises:
+        DamagedFile: if the file is not such an archive, if the checksum does not match, or if the file contains a
+            pickle. Pickles are never loaded.
+        OSError: if the file cannot be read.
+    """
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with np.load(content, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        recorded = str(arrays.pop(CHECKSUM))
+    except Exception as error:  # numpy, zipfile and zlib raise many exception types on damaged bytes
+        raise DamagedFile(f"{type(error).__name__}: {error}") from error
+    if recorded != _digest(arrays):
+        raise DamagedFile("its checksum does not match its contents")
+    return arrays
+
+
+def _digest(arrays):
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,304 @@
+"""Tests of the meta-gradient in float64, against references that share no code with it.
+
+The references are a dense linear system for the published network, and unrolled MAML, which converges to the implicit
+gradient. Further tests cover batches of tasks. test_meta_gradient_closed_form.py has linear regression.
+"""
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bilevel as bl
+import imaml
+from imaml import Learner, MetaGradient, Task, meta_gradient
+from imaml.learning.networks import Network, mlp
+from imaml.parallel.devices import AXIS, SHARED, SPREAD, local_mesh, over_tasks
+from imaml.settings.parts import Conv4
+
+EPS = np.finfo(np.float64).eps
+FEATURES, PENALTY = 3, 0.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_float64(quick_compilation, double_precision):
+    with double_precision():
+        yield
+
+
+def one(task):
+    """Return a batch with only that task."""
+    return jax.tree.map(lambda array: array[None], task)
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+# --- The published network against a dense linear system -----------------------------------------------------------
+
+PRESET = replace(
+    imaml.preset("glyphs-5way-1shot-gd"),
+    network=Conv4(filters=2, kernel_gain=4.0),
+    strength=2.0,
+    linear=bl.CG(max_steps=400, tol=1e-13),
+)
+
+
+@pytest.fixture(scope="module")
+def glyph_task(tiny_pixels):
+    """Return θ and a task of the preset's size. Noise breaks the symmetry of the initial θ."""
+    random = np.random.default_rng(0)
+    theta = PRESET.network.build(PRESET.episode.ways).init(jax.random.key(0))
+    theta = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), theta)
+    task = jax.jit(PRESET.episode.sample)(tiny_pixels, jax.random.key(2))
+    return theta, replace(task, support_x=task.support_x.astype(float), query_x=task.query_x.astype(float))
+
+
+def support_by_hand(phi, theta, task):
+    logits = jax.nn.log_softmax(PRESET.learner.apply(phi, task.support_x))
+    return -jnp.take_along_axis(logits, task.support_y[:, None], 1).mean()
+
+
+def query_by_hand(phi, theta, task):
+    outputs = PRESET.learner.apply(phi, task.query_x)
+    return -jnp.take_along_axis(jax.nn.log_softmax(outputs), task.query_y[:, None], 1).mean(), outputs
+
+
+@pytest.fixture(scope="module")
+def dense(glyph_task):
+    """Return I + H/λ and ∇query as dense arrays, at the φ of the preset's inner steps, from the losses above."""
+    theta, task = glyph_task
+    start, unravel = ravel_pytree(theta)
+
+    def slope(w):
+        return jax.grad(lambda w: support_by_hand(unravel(w), None, task))(w)
+
+    @jax.jit
+    def at(w):
+        return slope(w) + PRESET.strength * (w - start), jax.value_and_grad(
+            lambda w: query_by_hand(unravel(w), None, task), has_aux=True
+        )(w)
+
+    phi = start
+    for _ in range(PRESET.inner.max_steps):
+        phi = phi - PRESET.inner.step_size * at(phi)[0]
+    residual, ((value, outputs), v) = jax.tree.map(np.asarray, at(phi))
+    column = jax.jit(lambda direction: jax.jvp(slope, (phi,), (direction,))[1])
+    hessian = np.stack([column(direction) for direction in np.eye(start.size)], axis=1)
+    matrix = np.eye(start.size) + hessian / PRESET.strength
+    accuracy = np.mean(outputs.argmax(-1) == np.asarray(task.query_y))
+    return SimpleNamespace(matrix=matrix, v=v, residual=residual, value=value, accuracy=accuracy)
+
+
+@pytest.fixture(scope="module")
+def exact(dense):
+    return np.linalg.solve(dense.matrix, dense.v)
+
+
+@pytest.fixture(scope="module")
+def tolerance(dense, exact):
+    """Return 1e-8 of the gradient's norm. Rounding errors, of the order κ·n·eps, are less than a tenth of that."""
+    assert np.linalg.cond(dense.matrix) * len(dense.matrix) * EPS < 1e-9
+    return 1e-8 * np.linalg.norm(exact)
+
+
+@pytest.fixture(scope="module")
+def of_the_preset(glyph_task):
+    theta, task = glyph_task
+    return jax.jit(meta_gradient(PRESET.learner))(theta, one(task))
+
+
+def test_the_presets_gradient_solves_the_dense_system(of_the_preset, exact, tolerance):
+    np.testing.assert_allclose(flat(of_the_preset.gradient), exact, rtol=0, atol=tolerance)
+
+
+def test_the_dense_system_detects_a_wrong_sign_and_a_change_of_strength_by_a_ten_thousandth(
+    of_the_preset, dense, exact, tolerance
+):
+    identity = np.eye(len(dense.v))
+    other = identity + (dense.matrix - identity) * 1.0001
+    for fault in (-exact, dense.v, np.linalg.solve(other, dense.v)):
+        assert np.abs(flat(of_the_preset.gradient) - fault).max() > 10 * tolerance
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A network with one hidden layer, which compiles ten times as fast as the published one."""
+
+    def build(self, ways):
+        network = mlp((28 * 28, 4, ways))
+        return Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
+
+
+def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyph_task):
+    preset, (_, task) = replace(PRESET, network=Flat()), glyph_task
+    network = preset.network.build(preset.episode.ways)
+    theta = network.init(jax.random.key(0))
+
+    def loss(phi, x, y):
+        return -jnp.take_along_axis(jax.nn.log_softmax(network.apply(phi, x)), y[:, None], 1).mean()
+
+    condition = bl.Proximal(lambda w, theta, task: loss(w, task.support_x, task.support_y), preset.strength)
+    problem = bl.Problem(condition, lambda w, theta, task: loss(w, task.query_x, task.query_y))
+    solver = bl.GradientDescent(preset.inner.step_size, preset.inner.max_steps)
+    generic = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(max_steps=400, tol=1e-13)))
+    expected, out = generic(theta, theta, task), jax.jit(meta_gradient(preset.learner))(theta, one(task))
+    np.testing.assert_allclose(out.value, expected.value, rtol=1e-10)
+    atol = 1e-8 * np.linalg.norm(flat(expected.gradient))
+    np.testing.assert_allclose(flat(out.gradient), flat(expected.gradient), rtol=0, atol=atol)
+
+
+def test_the_residuals_loss_and_accuracy_of_the_preset_are_the_dense_ones(of_the_preset, dense):
+    out = of_the_preset
+    np.testing.assert_allclose(out.inner_residual, [np.linalg.norm(dense.residual)], rtol=1e-9)
+    np.testing.assert_allclose((out.value, out.accuracy), (dense.value, dense.accuracy), rtol=1e-10)
+    assert float(out.linear_residual[0]) <= PRESET.linear.tol
+    assert (
+        int(out.tasks) == 1 and bl.Status(int(out.status[0])) is bl.Status.BUDGET_USED
+    )  # the status of the inner solver
+
+
+# --- Softmax regression: unrolled MAML converges to the implicit gradient ------------------------------------------
+
+CLASSIFIER = mlp((FEATURES, 3))
+RATE = 0.4
+
+
+def softmax_learner(steps, method):
+    return Learner(CLASSIFIER.apply, bl.GradientDescent(RATE, steps), method, PENALTY)
+
+
+@pytest.fixture(scope="module")
+def softmax_tasks():
+    """Return eight tasks of nine points of norm 1, so that the Hessian's eigenvalues lie in [0, 1], bias included."""
+    random = np.random.default_rng(1)
+    x = random.normal(size=(2, 8, 9, FEATURES))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    y = np.tile(np.arange(9, dtype=np.int32) % 3, (2, 8, 1))
+    return jax.tree.map(jnp.asarray, Task(x[0], y[0], x[1], y[1]))
+
+
+@pytest.fixture(scope="module")
+def softmax_theta():
+    return jax.tree.map(lambda leaf: leaf + 0.3, CLASSIFIER.init(jax.random.key(0)))
+
+
+def test_unrolled_maml_converges_geometrically_to_the_implicit_gradient(softmax_theta, softmax_tasks):
+    task = one(jax.tree.map(lambda array: array[0], softmax_tasks))
+    budgets = (4, 16, 64, 256)
+
+    def gradient(steps, method):
+        return flat(jax.jit(meta_gradient(softmax_learner(steps, method)))(softmax_theta, task).gradient)
+
+    exact = gradient(400, bl.Implicit(bl.LU()))
+    gaps = [np.linalg.norm(gradient(steps, bl.Unrolled()) - exact) for steps in budgets]
+    # A step multiplies the error by at most ρ = 1 − 0.4 · ½. The gradient sums K terms with errors below ρ^K: K ρ^K.
+    rho = 1 - RATE * PENALTY
+    for few, many, before, after in zip(budgets, budgets[1:], gaps, gaps[1:], strict=False):
+        assert after <= 2 * before * (many / few) * rho ** (many - few) + 1e3 * EPS, (few, many, gaps)
+    assert gaps[0] > 1e-3 * np.linalg.norm(exact) and gaps[-1] < 1e-9
+
+
+# --- A batch of tasks ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batch_gradient():
+    return jax.jit(meta_gradient(softmax_learner(20, bl.Implicit(bl.CG(4)))))
+
+
+@pytest.fixture(scope="module")
+def clean(batch_gradient, softmax_theta, softmax_tasks):
+    return batch_gradient(softmax_theta, softmax_tasks)
+
+
+def test_the_result_for_a_batch_is_the_mean_of_its_tasks(batch_gradient, clean, softmax_theta, softmax_tasks):
+    parts = [jax.tree.map(lambda array, i=i: array[i : i + 1], softmax_tasks) for i in range(8)]
+    singles = [batch_gradient(softmax_theta, part) for part in parts]
+    assert int(clean.tasks) == 8
+    for name in ("value", "gradient", "accuracy"):
+        mean = np.mean([flat(getattr(single, name)) for single in singles], axis=0)
+        np.testing.assert_allclose(flat(getattr(clean, name)), mean, rtol=1e-12, atol=100 * EPS)
+    for name in ("inner_residual", "linear_residual", "status"):
+        own = np.concatenate([getattr(single, name) for single in singles])
+        np.testing.assert_allclose(getattr(clean, name), own, rtol=1e-9, atol=100 * EPS)
+
+
+@pytest.mark.parametrize("where", ["support_x", "query_x"])
+def test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit(
+    where, batch_gradient, clean, softmax_theta, softmax_tasks
+):
+    bad = 3
+    others = np.delete(np.arange(8), bad)
+    broken = replace(softmax_tasks, **{where: getattr(softmax_tasks, where).at[bad].set(jnp.nan)})
+    out = batch_gradient(softmax_theta, broken)
+    without = batch_gradient(softmax_theta, jax.tree.map(lambda array: array[others], softmax_tasks))
+    assert int(out.tasks) == 7
+    assert bl.Status(int(out.status[bad])) is bl.Status.NONFINITE
+    for name in ("inner_residual", "linear_residual", "status"):
+        np.testing.assert_array_equal(getattr(out, name)[others], getattr(clean, name)[others])
+    for name in ("value", "gradient", "accuracy"):
+        np.testing.assert_array_equal(flat(getattr(out, name)), flat(getattr(without, name)))
+
+
+def test_an_adjoint_worse_than_none_is_left_out():
+    """A task is left out if its linear residual is above 1, that is worse than the residual of the zero vector.
+
+    The adjoint system of the second task is A = diag(2, −1) with v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one CG step is
+    far too long.
+    """
+
+    def weighted_squares(outputs, weights):
+        return (0.5 * weights * outputs[:, 0] ** 2).sum()
+
+    learner = Learner(
+        lambda w, x: x @ w["w"], bl.GradientDescent(1e-6, 1), bl.Implicit(bl.CG(1)), 1.0, weighted_squares
+    )
+    theta = {"w": jnp.array([[0.71], [1.0]])}
+    curvatures = jnp.array([[1.0, 1.0], [1.0, -2.0], [1.0, 1.0]])  # H of each task; A = I + H
+    axes, ones = jnp.broadcast_to(jnp.eye(2), (3, 2, 2)), jnp.ones((3, 2))
+    tasks = Task(axes, curvatures, axes, ones)
+    out = meta_gradient(learner)(theta, tasks)
+    good = meta_gradient(learner)(theta, jax.tree.map(lambda array: array[::2], tasks))
+    assert float(out.linear_residual[1]) > 100 and float(out.linear_residual[0]) < 1e-10
+    # ⟨x, Ax⟩ is positive here, so the solver finds no negative curvature, and only the residual shows the failure.
+    assert bl.Status(int(out.status[1])) is bl.Status.BUDGET_USED
+    assert int(out.tasks) == 2
+    np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])
+    # The loss of the task is finite and counts: ½‖φ‖² for each task, where one step of 1e-6 leaves φ close to θ.
+    np.testing.assert_allclose(float(out.value), 0.5 * (0.71**2 + 1), rtol=1e-5)
+
+
+def test_the_gradient_is_zero_if_no_task_counts(batch_gradient, softmax_theta, softmax_tasks):
+    broken = replace(softmax_tasks, query_x=jnp.full_like(softmax_tasks.query_x, jnp.nan))
+    out = batch_gradient(softmax_theta, broken)
+    assert int(out.tasks) == 0 and not flat(out.gradient).any()
+    assert (out.status == bl.Status.NONFINITE).all()
+
+
+def test_two_devices_give_the_result_of_one(clean, softmax_theta, softmax_tasks):
+    if jax.local_device_count() < 2:
+        pytest.skip("needs two devices")
+    gradient = meta_gradient(softmax_learner(20, bl.Implicit(bl.CG(4))), axis=AXIS)
+    layout = MetaGradient(SHARED, SHARED, SHARED, SHARED, SPREAD, SPREAD, SPREAD)
+    spread = jax.jit(over_tasks(gradient, local_mesh(2), layout))(softmax_theta, softmax_tasks)
+    assert len(spread.status.sharding.device_set) == 2
+    for name in ("value", "gradient", "accuracy", "tasks", "inner_residual", "linear_residual", "status"):
+        # The two programs sum the eight tasks in different orders and round differently.
+        np.testing.assert_allclose(flat(getattr(spread, name)), flat(getattr(clean, name)), rtol=1e-10, atol=100 * EPS)
+
+
+def test_the_gradient_keeps_bfloat16_and_sums_are_accumulated_in_float32():
+    learner = Learner(mlp((3, 2)).apply, bl.GradientDescent(0.1, 2), bl.Implicit(bl.CG(2)), strength=1.0)
+    theta = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp((3, 2)).init(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (300, 4, 3), jnp.bfloat16)
+    y = jnp.tile(jnp.array([0, 1, 0, 1]), (300, 1))
+    out = meta_gradient(learner)(theta, Task(x, y, x, y))
+    assert {leaf.dtype for leaf in jax.tree.leaves(out.gradient)} == {jnp.dtype(jnp.bfloat16)}
+    assert out.value.dtype == jnp.float32
+    assert int(out.tasks) == 300  # a bfloat16 counter would stop at 256

@@ -1,0 +1,292 @@
+"""Reproduction of the paper: records of runs, table 2, and figures 2a and 2b on smaller problems."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import imaml
+from imaml import cli
+from imaml.errors import InputError
+from imaml.learning.networks import mlp
+from imaml.reproduction import commands, gradient_error, memory, paper, pictures, records, table
+from imaml.runs import log as runlog
+from imaml.settings.overrides import override
+
+PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
+OMNIGLOT = imaml.preset("omniglot-5way-1shot-gd")
+EVALUATION = {
+    "metric": "accuracy", "value": 0.9512, "interval": 0.0034, "chance": 0.2, "tasks": 600,
+    "normalisation": "query batch",
+}  # fmt: skip
+
+
+def finished_run(directory, seconds=(1.0, 2.0, 3.0), preset=OMNIGLOT):
+    """Write a folder as training does, with one meta-step for each entry of ``seconds``, and return the folder."""
+    directory.mkdir()
+    preset = dataclasses.replace(preset, outer=dataclasses.replace(preset.outer, steps=len(seconds)))
+    steps = [
+        runlog.Progress(step, len(seconds), 1.0, 0.5, 4, 0.1, 0.1, {}, at) for step, at in enumerate(seconds, start=1)
+    ]
+    with runlog.LogWriter(directory, 0) as log:
+        for progress in steps:
+            log.write(progress)
+    result = {"preset": preset.name, "config": preset.config(), "data": "ab" * 32, "versions": {"devices": "2 cpu"}}
+    (directory / "result.json").write_text(json.dumps(result | {"evaluations": [EVALUATION]}))
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path):
+    return finished_run(tmp_path / "run")
+
+
+# --- Records -------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_the_runs_results_and_can_be_read_from_its_file(run, tmp_path):
+    made = records.of_run(run, note="a note", hardware="an abacus")
+    made.write(tmp_path / "made.json")
+    assert records.read(tmp_path) == [made]
+    assert made.cell == paper.Cell("imaml-gd", 5, 1)
+    assert (made.algorithm, made.fidelity, made.split) == ("imaml", "paper", "ab" * 32)
+    assert (made.meta_steps, made.tasks_seen) == (3, 3 * OMNIGLOT.outer.tasks)
+    assert made.evaluations == (EVALUATION,) and made.hardware == "an abacus"
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        ((1.0, 2.0, 3.0), (3.0, 1)),
+        ((1.0, 2.0, 0.5, 4.0), (6.0, 2)),
+        ((5.0, 1.0, 2.0, 0.5), (7.5, 3)),
+        ((7.0,), (7.0, 1)),
+    ],
+)
+def test_seconds_are_summed_over_all_processes_of_a_resumed_run(seconds, expected, tmp_path):
+    made = records.of_run(finished_run(tmp_path / "run", seconds))
+    assert (made.seconds, made.stretches) == expected
+
+
+@pytest.mark.parametrize("algorithm, row", [("imaml", "imaml-gd"), ("maml", "maml"), ("reptile", "reptile")])
+def test_a_records_command_gives_the_same_settings(algorithm, row, tmp_path):
+    chosen = OMNIGLOT.using(algorithm)
+    changed = dataclasses.replace(chosen, outer=dataclasses.replace(chosen.outer, learning_rate=0.25), seed=7)
+    run = finished_run(tmp_path / "run", preset=changed)
+    made = records.of_run(run)
+    assert made.cell == paper.Cell(row, 5, 1)
+    words = made.command.split()
+    assert words[:3] == ["imaml", "train", OMNIGLOT.name]
+    again = OMNIGLOT
+    for path, value in cli._split(words[2:])[1]:
+        again = override(again, path, value)
+    assert again.config() == json.loads((run / "result.json").read_text())["config"]
+
+
+def test_a_run_on_another_dataset_has_no_cell_in_the_table(tmp_path):
+    glyphs = records.of_run(finished_run(tmp_path / "run", preset=imaml.preset("glyphs-5way-1shot-gd")))
+    assert glyphs.cell is None
+    assert table.table_2([glyphs]) == table.table_2([])
+
+
+def test_an_unfinished_or_damaged_run_is_not_recorded(run, tmp_path):
+    with pytest.raises(InputError, match="no finished run"):
+        records.of_run(tmp_path)
+    log = run / runlog.FILE
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(InputError, match="has 2 intact lines for 3 meta-steps, not one for each"):
+        records.of_run(run)
+    (run / "result.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        records.of_run(run)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1, "preset": "mine"}', '{"format": 99}'])
+def test_a_file_that_is_not_a_record_is_named(content, tmp_path):
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(InputError, match=r"odd\.json"):
+        records.read(tmp_path)
+
+
+def test_the_packages_records_are_complete_and_belong_to_a_cell():
+    for record in records.read():
+        assert record.cell in paper.TABLE_2 and record.seconds > 0 and record.hardware and record.command
+        assert len(record.split) == 64 and record.evaluations
+        for evaluation in record.evaluations:
+            assert 0 <= evaluation["value"] <= 1 and evaluation["tasks"] >= 2
+
+
+# --- Table 2 -------------------------------------------------------------------------------------------------------
+
+
+def test_table_2_has_the_printed_numbers():
+    assert len(paper.TABLE_2) == 20
+    assert paper.TABLE_2[paper.Cell("imaml-hf", 20, 5)] == (99.14, 0.1, "99.14 ± 0.1")
+    assert paper.TABLE_2[paper.Cell("maml", 5, 1)][:2] == (98.7, 0.4)
+    assert paper.TABLE_2[paper.Cell("imaml-gd", 20, 1)][:2] == (94.46, 0.42)
+
+
+def test_a_cell_without_a_record_prints_not_run(run):
+    empty = table.table_2([])
+    assert empty.count(table.NOT_RUN) == 20
+    one = table.table_2([records.of_run(run)])
+    assert one.count(table.NOT_RUN) == 19 and "1 of 20 cells have a record" in one
+
+
+@pytest.mark.parametrize("form", commands.FORMS)
+def test_a_cell_shows_every_evaluation_of_its_run(form, run):
+    made = records.of_run(run)
+    support = EVALUATION | {"value": 0.9, "normalisation": "support set"}
+    made = dataclasses.replace(made, evaluations=(EVALUATION, support))
+    lines = table.table_2([made], form).splitlines()
+    ours = [line for line in lines if "iMAML, gradient descent" in line and "5-way 1-shot" in line]
+    assert len(ours) == 2
+    assert "99.16 ± 0.35" in ours[0] and "95.12 ± 0.34" in ours[0] and "query batch" in ours[0] and "paper" in ours[0]
+    assert "90.00 ± 0.34" in ours[1] and "support set" in ours[1] and "abababab" in ours[1]
+
+
+def test_markdown_has_as_many_columns_in_every_line(run):
+    lines = [line for line in table.table_2([records.of_run(run)], "markdown").splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {len(table.HEADER) + 1}
+
+
+# --- Figure 2a -----------------------------------------------------------------------------------------------------
+
+STEPS = (1, 4, 16, 64)
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return gradient_error.gradient_errors(STEPS, gradient_error.CG_STEPS, tasks=4)
+
+
+def test_implicit_maml_has_smaller_errors_than_maml_after_equal_steps(errors):
+    maml = np.array(errors["MAML"])
+    assert (np.array(errors["iMAML, 11 CG steps"]) < maml).all()
+    # After more steps, the error of 5 CG steps is larger than that of the inner solve.
+    assert (np.array(errors["iMAML, 5 CG steps"])[:2] < maml[:2]).all()
+
+
+def test_errors_fall_with_inner_steps(errors):
+    for name in ("MAML", "iMAML, 11 CG steps"):
+        assert (np.diff(errors[name]) < 0).all(), name
+
+
+def test_the_error_of_too_few_cg_steps_remains_after_many_inner_steps(errors):
+    two, five, eleven = (errors[f"iMAML, {count} CG steps"][-1] for count in gradient_error.CG_STEPS)
+    assert two > 5 * five > 5 * eleven
+    assert two > errors["MAML"][-1]
+
+
+def test_the_closed_form_is_the_derivative_of_the_solved_problem():
+    theta, batch = gradient_error.draw(tasks=1)
+    task = imaml.Task(*(array[0] for array in dataclasses.astuple(batch)))
+    strength, direction = gradient_error.STRENGTH, np.random.default_rng(1).normal(size=theta.shape)
+
+    def value(theta):
+        x, y = task.support_x, task.support_y
+        phi = np.linalg.solve(x.T @ x / len(x) + strength * np.eye(len(theta)), x.T @ y / len(x) + strength * theta)
+        return 0.5 * np.mean((task.query_x @ phi - task.query_y) ** 2)
+
+    h = 1e-4  # The value is quadratic in θ, so central differences are exact up to rounding.
+    slope = (value(theta + h * direction) - value(theta - h * direction)) / (2 * h)
+    assert slope == pytest.approx(gradient_error.exact(theta, task)[0] @ direction, rel=1e-7)
+
+
+# --- Figure 2b -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def needed():
+    """Compute the memory for a small network on eight pixels of many images.
+
+    A step's intermediate values then need more memory than the parameters.
+    """
+    network = mlp((8, 8, 2))
+    few = dataclasses.replace(network, apply=lambda theta, x: network.apply(theta, x.reshape(len(x), -1)[:, ::98]))
+    return memory.memory((16, 508, 1000), few, ways=2, shots=20)
+
+
+def test_implicit_memory_is_flat_to_the_byte(needed):
+    few, middle, many = needed.temporary["iMAML, 5 CG steps"]
+    assert few == middle == many > 0
+
+
+def test_unrolled_memory_is_linear_in_steps(needed):
+    few, middle, many = needed.temporary["MAML, unrolled"]
+    assert (many - few) / (1000 - 16) > 4 * 40 * 8  # Each step stores at least the hidden layer's outputs.
+    assert middle == pytest.approx((few + many) / 2, rel=0.01)
+
+
+def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unrolling(needed):
+    implicit, unrolled = (needed.temporary[name][-1] for name in ("iMAML, 5 CG steps", "MAML, unrolled"))
+    assert implicit < needed.temporary["MAML, steps recomputed"][-1] < unrolled
+
+
+# --- The commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("reproduce tabel2", "no table or figure 'tabel2': did you mean table2? known are table2, figure2a, figure2b"),
+        ("reproduce table2 --format html", "there is no format 'html': known are terminal, markdown"),
+        ("reproduce figure2a --records .", "figure2a is computed by this command and reads no records"),
+        ("reproduce table2 --records nowhere", "there is no folder nowhere of records"),
+        ("reproduce", "required: NAME"),
+        ("record nowhere", "there is no finished run in nowhere"),
+        ("record", "required: RUN"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    assert cli.main(arguments.split()) == 2
+    message = capsys.readouterr().err
+    assert expected in message and len(message.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    assert cli.main(["record", str(run), "--out", str(kept), "--note", "short"]) == 0
+    assert "iMAML, gradient descent" in capsys.readouterr().out
+    assert cli.main(["reproduce", "table2", "--records", str(kept), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "95.12 ± 0.34" in shown and "short" in shown and str(out / "table2.png") in shown
+    assert [path.name for path in out.iterdir()] == ["table2.png"]
+
+
+def test_a_figure_writes_its_picture_and_its_data(tmp_path, errors, monkeypatch):
+    monkeypatch.setattr(gradient_error, "gradient_errors", lambda: errors)
+    text = commands.reproduce("figure2a", out=tmp_path)
+    assert "MAML" in text and sorted(path.name for path in tmp_path.iterdir()) == ["figure2a.json", "figure2a.png"]
+    kept = json.loads((tmp_path / "figure2a.json").read_text())
+    assert kept["command"] == "imaml reproduce figure2a" and kept["result"]["steps"] == list(STEPS)
+    assert dict(kept["result"]["curves"])["MAML"] == list(errors["MAML"])
+
+
+def test_the_memory_picture_depends_on_the_measured_memory(tmp_path, needed):
+    first = pictures.memory(tmp_path / "one.png", needed.steps, needed.temporary).read_bytes()
+    doubled = {name: [2 * size for size in sizes] for name, sizes in needed.temporary.items()}
+    second = pictures.memory(tmp_path / "two.png", needed.steps, doubled).read_bytes()
+    assert first.startswith(b"\x89PNG") and first != second
+
+
+def test_importing_pictures_loads_neither_jax_nor_matplotlib():
+    code = f"""
+import sys, types
+for name, folder in (("imaml", {str(PACKAGE)!r}), ("imaml.reproduction", {str(PACKAGE / "reproduction")!r})):
+    package = types.ModuleType(name)
+    package.__path__ = [folder]
+    sys.modules[name] = package
+import imaml.reproduction.pictures
+sys.exit(", ".join({{"jax", "jaxlib", "bilevel", "matplotlib"}} & set(sys.modules)) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

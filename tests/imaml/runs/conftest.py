@@ -1,0 +1,38 @@
+"""Fixtures of a tiny training run, shared by the tests of training, of evaluation and of a run's folder."""
+
+import logging
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny_run`
+
+import tiny_run
+
+
+@pytest.fixture(scope="module")
+def traces(tiny_pixels):
+    """Load the tiny dataset in place of any other, share programs between tests, and list the presets traced so far."""
+    with tiny_run.patched(tiny_pixels, tiny_run.shared_meta_step):
+        yield tiny_run.shared_traces
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, tiny_pixels):
+    """Train without interruption; record progress, events, and how often the step was traced and compiled."""
+    traced, seen, events, messages = [], [], [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        with tiny_run.patched(tiny_pixels, tiny_run.counted_meta_step(traced)), jax.log_compiles():
+            directory = tmp_path_factory.mktemp("uninterrupted")
+            run = tiny_run.train(directory, on_progress=seen.append, on_event=events.append)
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
+    compiled = [message for message in messages if re.match(r"Compiling (jit\()?meta_step_of_test", message)]
+    return SimpleNamespace(run=run, seen=seen, events=events, traces=len(traced), compilations=len(compiled))

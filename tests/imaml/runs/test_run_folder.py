@@ -1,0 +1,185 @@
+"""The folder of a run: another run is refused, and a full disk, damage or a second process loses no checkpoint."""
+
+import errno
+import os
+import re
+from dataclasses import replace
+
+import pytest
+from tiny_run import (
+    EVALUATION_TASKS,
+    PRESET,
+    STEPS,
+    STOP_AT,
+    Flat,
+    assert_same_run,
+    contents,
+    dataset,
+    stop_at,
+    stop_halfway,
+    train,
+)
+
+import imaml
+from imaml import InputError, datasets
+from imaml.runs import checkpoints, training
+from imaml.runs import log as runlog
+from imaml.runs.meta_step import initial_state
+
+pytestmark = pytest.mark.usefixtures("traces")
+
+
+@pytest.mark.parametrize(
+    "other, difference",
+    [
+        (replace(PRESET, strength=0.7), "strength: 0.1 → 0.7"),
+        (replace(PRESET, outer=replace(PRESET.outer, steps=9)), "outer.steps: 6 → 9"),
+        (replace(PRESET, network=Flat(hidden=5)), "network.hidden: 4 → 5"),
+        (replace(PRESET, seed=3), "seed: 0 → 3"),
+    ],
+)
+def test_other_settings_are_refused_and_named(other, difference, uninterrupted):
+    before = contents(uninterrupted.run.directory)
+    with pytest.raises(InputError, match=re.escape(f"a run with other settings ({difference})")):
+        train(uninterrupted.run.directory, other)
+    assert contents(uninterrupted.run.directory) == before
+
+
+def test_a_run_saved_before_a_setting_existed_is_resumed(uninterrupted, tmp_path):
+    stop_halfway(tmp_path)
+    found = checkpoints.newest(tmp_path)
+    config = found.description["config"]
+    for section, name in (
+        (config, "algorithm"),
+        (config, "fidelity"),
+        (config, "test_steps"),
+        (config["outer"], "at_once"),
+    ):
+        del section[name]
+    facts = {name: found.description[name] for name in ("preset", "data", "versions")} | {"config": config}
+    checkpoints.save(tmp_path, STOP_AT, found.restore(initial_state(PRESET)), facts)
+    train(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+    assert checkpoints.newest(tmp_path).description["config"] == PRESET.config()
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
+def test_another_algorithm_is_refused(name, uninterrupted):
+    with pytest.raises(InputError, match=rf"other settings \(algorithm: imaml → {name}"):
+        train(uninterrupted.run.directory, PRESET.using(name))
+
+
+def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, monkeypatch):
+    other = tiny_pixels.copy()
+    other[3, 2, 5, 5] ^= 1
+    monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(other))
+    with pytest.raises(InputError, match="holds a run on other data"):
+        train(uninterrupted.run.directory)
+
+
+@pytest.mark.parametrize("room", [0, 30_000])  # Bytes: 30,000 hold the log but no checkpoint.
+def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(room, small_disk, uninterrupted):
+    stop_halfway(small_disk)
+    before = (small_disk / f"checkpoint-{STOP_AT:08}.npz").read_bytes()
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
+        while True:
+            stream.write(bytes(4096))
+    os.truncate(ballast, ballast.stat().st_size - room)
+    with pytest.raises(OSError) as caught:
+        train(small_disk)
+    assert caught.value.errno == errno.ENOSPC
+    assert (small_disk / f"checkpoint-{STOP_AT:08}.npz").read_bytes() == before
+    ballast.unlink()
+    train(small_disk)
+    assert_same_run(small_disk, uninterrupted)
+
+
+def test_a_read_only_run_can_be_evaluated_but_not_trained(uninterrupted, sealed):
+    files_before = contents(uninterrupted.run.directory)
+    with sealed(files_before) as folder:
+        with pytest.raises(OSError) as caught:
+            train(folder)
+        assert caught.value.errno in (errno.EROFS, errno.EACCES)
+        assert imaml.evaluate(folder, tasks=EVALUATION_TASKS, preset=PRESET) == uninterrupted.run.evaluation
+        assert contents(folder) == files_before
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_continues(uninterrupted, tmp_path):
+    refusals = []
+
+    def intrude(progress):
+        with pytest.raises(InputError, match=f"{tmp_path} is in use by process {os.getpid()} on ") as caught:
+            train(tmp_path)
+        refusals.append(caught)
+
+    train(tmp_path, on_progress=intrude)
+    assert len(refusals) == STEPS
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_reported_and_renamed_and_the_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+    train(tmp_path, checkpoint_seconds=0.0, keep_checkpoints=3)
+    damaged = tmp_path / f"checkpoint-{STEPS:08}.npz"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    events = []
+    train(tmp_path, on_event=events.append)
+    (message,) = [event for event in events if "damaged" in event]
+    assert message.startswith(f"{damaged} is damaged (")
+    assert message.endswith("renamed, and an older checkpoint is used")
+    assert (tmp_path / f"{damaged.name}.damaged").read_bytes() == content[: len(content) // 2]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_refusing_a_run_changes_no_file(tmp_path):
+    train(tmp_path, checkpoint_seconds=0.0)
+    (tmp_path / f"checkpoint-{STEPS:08}.npz").write_bytes(b"")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"strength: 0\.1 → 0\.7"):
+        train(tmp_path, replace(PRESET, strength=0.7))
+    assert contents(tmp_path) == before
+
+
+def test_the_last_and_the_best_checkpoint_are_kept_and_the_best_can_be_evaluated(tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.setattr(runlog, "RECENT", 1)
+    losses = {p.step: p.loss for p in uninterrupted.seen}
+    # Stop after a step with a larger loss than the step before, so that the last checkpoint is not the best one.
+    last = next(step for step in range(2, STEPS + 1) if losses[step] > losses[step - 1])
+    train(tmp_path, checkpoint_seconds=0.0, keep_checkpoints=1, on_progress=stop_at(last))
+    best = min(range(1, last), key=losses.get)
+    names = {name for name in contents(tmp_path) if name.endswith(".npz")}
+    assert names == {f"checkpoint-{step:08}.npz" for step in (best, last)}
+    # The best checkpoint is selected by the loss on training tasks, as logged, not by the evaluation.
+    assert checkpoints.best(tmp_path).loss == losses[best]
+    theta = checkpoints.best(tmp_path).restore(initial_state(PRESET)).theta
+    expected = imaml.evaluate(theta, PRESET, EVALUATION_TASKS)
+    assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS, best=True) == expected
+
+
+def test_temporary_files_of_a_killed_process_are_deleted_on_resuming(tmp_path):
+    stop_halfway(tmp_path)
+    ours, foreign = tmp_path / ".checkpoint-00000004.npz.0123456789abcdef.imaml-tmp", tmp_path / ".mine"
+    ours.touch(), foreign.touch()
+    train(tmp_path)
+    assert not ours.exists() and foreign.exists()
+
+
+def test_other_versions_are_reported_and_do_not_stop_a_run(uninterrupted, tmp_path, monkeypatch):
+    stop_halfway(tmp_path)
+    versions = training.versions()
+    monkeypatch.setattr(training, "versions", lambda: versions | {"jax": "9.9"})
+    events = []
+    train(tmp_path, on_event=events.append)
+    assert f"resuming with other versions, so last bits may differ (jax: {versions['jax']} → 9.9)" in events
+
+
+def test_a_checkpoint_describes_its_run(uninterrupted):
+    description = checkpoints.newest(uninterrupted.run.directory).description
+    assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
+    assert description["data"] == datasets.load("tiny").fingerprint()
+    assert {"python", "jax", "jaxlib", "numpy", "imaml", "devices"} == set(description["versions"])
+    leaves = [path for path, _, _ in description["leaves"]]
+    assert {"key", "step"} <= set(leaves) and {path.split("/")[0] for path in leaves} == {
+        "theta", "optimizer", "key", "step"
+    }  # fmt: skip

@@ -1,0 +1,124 @@
+"""Verification: correct meta-gradients of a small network pass the checks, and planted faults fail them."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+import imaml
+from imaml import Learner, Task
+from imaml.cli import main
+from imaml.runs import verification
+from imaml.settings.parts import Conv4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_float64(quick_compilation, double_precision):
+    """Run the tests of this module in float64, with quick compilation because the programs are small."""
+    with double_precision():
+        yield
+
+
+STEPS = (4, 16, 64, 256)
+
+
+def apply(theta, x):
+    """A smooth network of twelve inputs, four tanh units and three classes."""
+    return jnp.tanh(x @ theta["hidden"]) @ theta["head"]
+
+
+@pytest.fixture(scope="module")
+def setting(in_float64):
+    random = np.random.default_rng(0)
+    y = np.tile(np.arange(3, dtype=np.int32), 2)
+    task = Task(*(jnp.asarray(array) for array in (random.normal(size=(6, 12)), y, random.normal(size=(6, 12)), y)))
+    theta = {"hidden": jnp.asarray(random.normal(size=(12, 4))), "head": jnp.asarray(random.normal(size=(4, 3)))}
+    return Learner(apply, bl.GradientDescent(0.1, max_steps=16), bl.Implicit(bl.CG(6)), strength=1.0), theta, task
+
+
+def solution_checks(setting):
+    return verification.check_solution(*setting, STEPS, directions=2, on_event=lambda message: None)
+
+
+def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
+    checks = {check.name: check for check in (*verification.check_system(*setting), *solution_checks(setting))}
+    assert all(check.ok for check in checks.values()), list(checks.values())
+    assert 1e-6 < checks["CG at its budget"].value < 1  # Six CG steps do not solve the system exactly.
+    assert checks["finite differences"].value < 1e-6
+    # Each step contracts the slowest error by 1 − 0.1·λ or better: 0.9^256 is 2e-12.
+    assert checks["unrolled MAML"].value < 1e-3
+    report = str(verification.Verification("tiny", 100, tuple(checks.values()), 1.0))
+    assert report.endswith("ok, 1 seconds") and "FAILED" not in report
+
+
+def faulty(change):
+    """Return a linear solve whose solution v is replaced by ``change(v, b)``."""
+    from bilevel.methods import implicit
+
+    real = implicit.solve_scaled
+
+    def planted(linear, matvec, b, *rest):
+        v, info = real(linear, matvec, b, *rest)
+        return jax.tree.map(change, v, b), info
+
+    return planted
+
+
+@pytest.mark.parametrize("change", [lambda v, b: 1.01 * v, lambda v, b: b], ids=["1.01 v", "b"])
+def test_a_wrong_adjoint_solution_fails_both_checks_of_the_system(setting, monkeypatch, change):
+    monkeypatch.setattr("bilevel.methods.implicit.solve_scaled", faulty(change))
+    assert not any(check.ok for check in verification.check_system(*setting))
+
+
+def test_a_wrong_sign_is_caught_by_differences_and_by_unrolling(setting, monkeypatch):
+    monkeypatch.setattr("bilevel.methods.implicit.solve_scaled", faulty(lambda v, b: -v))
+    _, differences, unrolled = solution_checks(setting)
+    assert not differences.ok and not unrolled.ok
+
+
+def test_every_gap_of_unrolled_maml_must_be_smaller_than_the_one_before():
+    for gaps, ok in (([0.5, 0.2, 0.04], True), ([0.5, 0.2, 0.3], False), ([0.5, 0.4, 0.3], False)):
+        assert verification._check_gaps(np.array(gaps), (1, 2, 3)).ok is ok
+
+
+def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeypatch):
+    """The system is checked with the preset's network, the solution with its smooth variant, on the same θ and task.
+
+    The two checks are replaced by recorders: for a convolutional network they take too long to compile in a test.
+    """
+    calls = []
+    for name in ("check_system", "check_solution"):
+        monkeypatch.setattr(verification, name, lambda *arguments: calls.append(arguments) or ())
+    preset = imaml.preset("glyphs-5way-1shot-gd")
+    preset = replace(preset, network=Conv4(filters=2), outer=replace(preset.outer, queries=1))
+    found = imaml.verify(preset, steps=(1, 2), directions=3)
+    (own, theta, task), (variant, *same, steps, directions, _) = calls
+    assert found.ok and (steps, directions) == ((1, 2), 3) and same == [theta, task]
+    assert {leaf.dtype for leaf in jax.tree.leaves((theta, task.query_x))} == {jnp.dtype("float64")}
+    assert own.solver == variant.solver == preset.inner and own.strength == variant.strength == preset.strength
+    outputs, smooth = own.apply(theta, task.query_x), variant.apply(theta, task.query_x)
+    assert outputs.shape == smooth.shape == (5, 5) and 0 < jnp.abs(outputs - smooth).max() < 1
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_command_prints_the_checks_and_exits_with_1_if_one_fails(monkeypatch, capsys, sound):
+    monkeypatch.setattr("imaml.cli._start_jax", lambda: None)
+    rows = (bl.Check("a row", sound, "a figure", "a remedy."),)
+
+    def verify(preset, data=None, on_event=print):
+        on_event("a stage")
+        return verification.Verification(preset.name, 5, rows, 1.0)
+
+    monkeypatch.setattr(verification, "verify", verify)
+    assert main(["verify"]) == (0 if sound else 1)
+    printed = capsys.readouterr().out
+    assert "a stage" in printed and "glyphs-5way-1shot-gd" in printed
+    assert ("a row: a remedy." in printed) is not sound
+
+
+def test_an_unknown_preset_is_refused_with_a_suggestion(capsys):
+    assert main(["verify", "glyph-5way-1shot-gd"]) == 2
+    assert "glyphs-5way-1shot-gd" in capsys.readouterr().err

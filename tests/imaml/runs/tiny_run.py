@@ -1,0 +1,137 @@
+"""A training run of a few tiny tasks, and functions that start, stop, read and compare such runs."""
+
+import contextlib
+import functools
+import signal
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+import imaml
+from imaml import datasets
+from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.learning import networks
+from imaml.learning.tasks import Episode
+from imaml.runs import checkpoints, compilation, evaluation
+from imaml.runs import log as runlog
+from imaml.runs.meta_step import initial_state
+from imaml.settings.parts import Outer
+from imaml.storage import files
+
+STEPS, STOP_AT, EVALUATION_TASKS = 6, 3, 4
+DEFAULTS = {"evaluation_tasks": EVALUATION_TASKS, "checkpoint_seconds": float("inf")}
+"""With infinite seconds a run saves at its end only, so the tests do not depend on the speed of the machine."""
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A network that compiles in a second: these tests are about the loop around it."""
+
+    hidden: int = 4
+
+    def build(self, ways):
+        network = networks.mlp((28 * 28, self.hidden, ways))
+        return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
+
+
+PRESET = replace(
+    imaml.preset("glyphs-5way-1shot-gd"),
+    episode=Episode(ways=2, shots=1, queries=1),
+    network=Flat(),
+    inner=bl.GradientDescent(0.1, max_steps=2),
+    linear=bl.CG(2),
+    outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
+)
+
+
+def dataset(pixels):
+    """Return a dataset whose training and test classes have the same pixels."""
+    names = [f"{split}{i}" for split in ("train", "test") for i in range(len(pixels))]
+    half = len(pixels)
+    return ImageDataset("tiny", ImageClasses(pixels, tuple(names[:half])), ImageClasses(pixels, tuple(names[half:])))
+
+
+# --- Programs ------------------------------------------------------------------------------------------------------
+
+
+def counted_meta_step(traced):
+    """Return ``meta_step`` with one function for each preset, which appends the preset to ``traced`` when traced."""
+    original = compilation.meta_step
+
+    @functools.cache
+    def meta_step(preset, mesh=None):
+        step = original(preset, mesh)
+
+        def meta_step_of_test(*inputs):
+            traced.append(preset)
+            return step(*inputs)
+
+        return meta_step_of_test
+
+    return meta_step
+
+
+shared_traces = []
+shared_meta_step = counted_meta_step(shared_traces)
+_task_scores, _over_tasks = functools.cache(evaluation.task_scores), functools.cache(evaluation.over_tasks)
+
+
+@contextlib.contextmanager
+def patched(pixels, meta_step):
+    """Load the tiny dataset for every name, train with ``meta_step``, and make evaluation programs only once."""
+    tiny = dataset(pixels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
+        patch.setattr(compilation, "meta_step", meta_step)
+        patch.setattr(evaluation, "task_scores", _task_scores)
+        patch.setattr(evaluation, "over_tasks", _over_tasks)
+        yield
+
+
+# --- Runs ----------------------------------------------------------------------------------------------------------
+
+
+def train(directory, preset=PRESET, **options):
+    """Train the tiny preset with :data:`DEFAULTS`."""
+    return imaml.train(preset, directory, **(DEFAULTS | options))
+
+
+def stop_at(step, number=signal.SIGTERM):
+    """Return a function for ``on_progress`` that sends this process a signal after the given meta-step."""
+    return lambda progress: signal.raise_signal(number) if progress.step == step else None
+
+
+def stop_halfway(directory):
+    """Train until ``STOP_AT`` and stop by a signal."""
+    train(directory, on_progress=stop_at(STOP_AT))
+    assert checkpoints.newest(directory).step == STOP_AT
+
+
+def saved_state(directory):
+    """Return the state in a folder's last checkpoint."""
+    return checkpoints.newest(directory).restore(initial_state(PRESET))
+
+
+def contents(directory):
+    """Return every file of a folder except the lock, which holds the id of the last process that took it."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != files.LOCK}
+
+
+def _numbers(leaf):
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def assert_same_bits(one, other):
+    """Assert that two states are equal, bit for bit."""
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(_numbers(a), _numbers(b)), one, other)
+
+
+def assert_same_run(directory, other):
+    """Assert that two runs have the same bits in their last checkpoint, and the same log but for its seconds."""
+    assert_same_bits(saved_state(directory), saved_state(other.run.directory))
+    logs = [[replace(p, seconds=0.0) for p in runlog.read_log(d)] for d in (directory, other.run.directory)]
+    assert logs[0] == logs[1]

@@ -1,0 +1,58 @@
+"""What the tests of the package share: the wheel, built from this checkout and installed apart from it."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An environment that holds the wheel's files and nothing else of this checkout.
+
+    Attributes:
+        python: its interpreter. The dependencies are those of the environment that runs the tests.
+        site_packages: the folder that the wheel was unpacked to.
+    """
+
+    python: Path
+    site_packages: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables in which ``python`` is this interpreter and nothing points to the checkout."""
+        inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+        return inherited | {"PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout; skips where its build backend, hatchling, is not installed."""
+    pytest.importorskip("hatchling", reason="hatchling, of the extra dev, is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """The wheel in an environment of its own."""
+    folder = tmp_path_factory.mktemp("installation")
+    venv.create(folder, symlinks=True, with_pip=False)
+    site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    # Python does not read the .pth files of a folder that a .pth file names, so that an editable installation of this
+    # checkout in the outer environment stays out.
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site_packages)
+    return Installation(folder / "bin" / "python", site_packages)

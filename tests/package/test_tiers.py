@@ -1,0 +1,116 @@
+"""The two tiers: which tests run by default, and that no file and no promise is left to the slow tier alone."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = "pytester"
+ROOT = Path(__file__).parents[2]
+
+PROJECT = """
+import pytest
+
+
+def test_quick():
+    pass
+
+
+@pytest.mark.slow("it sleeps")
+@pytest.mark.parametrize("value", [1, 2])
+def test_sleeps(value):
+    pass
+
+
+@pytest.mark.parametrize("value", [1, pytest.param(2, marks=pytest.mark.slow("two take longer"))])
+def test_values(value):
+    pass
+
+
+@pytest.mark.slow("each one sleeps")
+class TestGroup:
+    def test_one(self):
+        pass
+
+    def test_other(self):
+        pass
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+    """Runs pytest on a project with this repository's conftest.py."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test may be run by one
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
+    pytester.makepyprojecttoml("[tool.pytest.ini_options]\nmarkers = ['slow(reason): takes long']\n")
+    pytester.makepyfile(test_project=PROJECT)
+    options = ("-p", "no:cacheprovider", "-p", "no:pytest_bilevel", "-p", "no:hypothesispytest", "--strict-markers")
+    return lambda *arguments: pytester.runpytest_inprocess(*options, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, passed, deselected",
+    [
+        ((), 2, 5),
+        (("--all",), 7, 0),
+        (("-m", "slow"), 5, 2),
+        (("-m", "not slow"), 2, 5),
+        (("test_project.py",), 2, 5),
+        (("test_project.py::test_sleeps",), 2, 0),
+        (("./test_project.py::test_values",), 2, 0),
+        (("test_project.py::test_sleeps[2]",), 1, 0),
+        (("test_project.py::TestGroup",), 2, 0),
+        (("test_project.py::TestGroup::test_one", "test_project.py::test_quick"), 2, 0),
+        (("-k", "sleeps or quick"), 1, 6),
+    ],
+)
+def test_which_tests_run(arguments, passed, deselected, run):
+    run(*arguments).assert_outcomes(passed=passed, deselected=deselected)
+
+
+def test_the_workers_of_xdist_run_the_same_tests(run):
+    run("-n", "1").assert_outcomes(passed=2)
+    run("-n", "1", "--all").assert_outcomes(passed=7)
+
+
+def test_each_run_names_its_tier(run):
+    run().stdout.fnmatch_lines(["tier: fast tests; --all runs the slow ones too"])
+    run("--all").stdout.fnmatch_lines(["tier: all tests, slow ones too"])
+
+
+@pytest.mark.parametrize("mark", ["slow", "slow()", "slow('')", "slow(reason='it sleeps')", "slow(3)"])
+def test_a_slow_test_without_a_reason_is_an_error(mark, pytester, run):
+    pytester.makepyfile(test_other=f"import pytest\n\n@pytest.mark.{mark}\ndef test_it():\n    pass\n")
+    result = run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*test_other.py::test_it: a slow test says why*"])
+
+
+# Whether each file keeps a fast test
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Each test function of a module with whether it is slow as a whole, by itself or by its class."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef) and inner.name.startswith("test"):
+                    yield f"{node.name}::{inner.name}", is_slow(node) or is_slow(inner)
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            yield node.name, is_slow(node)
+
+
+def is_slow(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("pytest.mark.slow(") for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_file_has_a_fast_test(path):
+    tree = ast.parse(path.read_text())
+    marks = [
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    ]
+    assert "mark.slow" not in "".join(map(ast.unparse, marks)), "mark tests or classes, not a whole file"
+    found = dict(functions(tree))
+    assert not all(found.values()), f"all tests of this file are slow: {sorted(found)}"
