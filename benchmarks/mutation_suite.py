@@ -1,6 +1,6 @@
-"""The test kit on the library itself: small, fixed, and made of public functions alone.
+"""The test kit applied to the library itself: a small, fixed suite that uses public functions only.
 
-`mutations.py` runs it against copies of `bilevel` with a fault in each.
+`mutations.py` runs it on copies of `bilevel` with one fault each.
 """
 
 from functools import partial
@@ -34,13 +34,13 @@ CASES = {
 
 
 def layer_method(linear, problem, solver, theta, init, data):
-    """The gradient by jax.grad through implicit_layer."""
+    """Return the gradient that jax.grad takes through implicit_layer."""
     layer = bl.implicit_layer(problem.condition, solver, linear)
     return jax.grad(lambda theta: problem.outer(layer(theta, init, data), theta, data))(theta)
 
 
 def shifted(linear, problem, solver, theta, init, data):
-    """The system of a weaker objective, L − ½ρ‖w‖², with a ridge of ρ: the same A, the same gradient."""
+    """Return the hypergradient for L − ½ρ‖w‖² with a ridge of ρ, which restores A and the gradient of L."""
 
     def weaker(w, theta, data):
         squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
@@ -53,13 +53,13 @@ def shifted(linear, problem, solver, theta, init, data):
 
 
 def warm(problem, solver, theta, init, data):
-    """One CG step from the exact adjoint: exact, unless the start is ignored."""
+    """Return the hypergradient by one CG step from the exact adjoint: it is exact unless the start is ignored."""
     exact = bl.Implicit(bl.Cholesky())(problem, solver, theta, init, data).linear.solution
     return bl.Implicit(bl.CG(1))(problem, solver, theta, init, data, exact)
 
 
 def preconditioned(problem, solver, theta, init, data):
-    """One CG step with A⁻¹ for a preconditioner: exact, unless that is applied more or less than once."""
+    """Return the hypergradient by one CG step with the preconditioner A⁻¹: it is exact if that is applied once."""
     angle = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(theta)]) @ data["direction"]
     matrix = data["matrix"] + jnp.sin(angle) * data["tilt"]
 
@@ -71,7 +71,7 @@ def preconditioned(problem, solver, theta, init, data):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_family(hypergradient, name):
+def test_every_family_agrees_with_its_closed_form(hypergradient, name):
     hypergradient.assert_case(CASES[name])
 
 
@@ -89,19 +89,19 @@ METHODS = {
     "ForwardUnrolled": (FIXED_POINT, None, bl.ForwardUnrolled()),
     "Anderson": (FIXED_POINT, bl.Anderson(8), bl.Implicit(bl.LU())),
     "HessianFree": (IMAML, bl.HessianFree(8), bl.Implicit(bl.CG(8))),
-    # κ = 1: Q = I, and one step from anywhere ends at the solution.
+    # κ = 1: Q = I, so that one step leads from any start to the solution.
     "OneStep": (families.lasso(condition=1.0), None, bl.OneStep()),
     "FirstOrder": (families.lasso(condition=1.0), None, bl.FirstOrder()),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method(hypergradient, name):
+def test_every_method_agrees_with_the_closed_form(hypergradient, name):
     case, solver, method = METHODS[name]
     hypergradient.assert_case(case, solver, method)
 
 
-# What each leaves by its own account: eps^⅔·κ from rounding, κ/ρ, κ·ρ of the ridge, σ²·κ, with a factor of 100.
+# The documented error of each with a factor of 100: eps^⅔·κ from rounding, κ/ρ, κ·ρ from the ridge, and σ²·κ.
 ESTIMATORS = {
     "FiniteDifference": (bl.FiniteDifference(bl.CG(8)), 4e-8),
     "ValuePenalty": (bl.ValuePenalty(1e5), 1e-2),
@@ -111,12 +111,12 @@ ESTIMATORS = {
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator(hypergradient, name):
+def test_every_estimator_is_as_exact_as_documented(hypergradient, name):
     method, rtol = ESTIMATORS[name]
     hypergradient.assert_case(QUADRATIC, method=method, rtol=rtol)
 
 
-def test_unfinished_steps_with_a_start_that_depends_on_theta(hypergradient):
+def test_unrolling_differentiates_a_start_that_depends_on_theta(hypergradient):
     def start(theta, data):
         return jax.tree.map(lambda leaf: 3.0 * jnp.sin(leaf), theta)
 
@@ -126,8 +126,8 @@ def test_unfinished_steps_with_a_start_that_depends_on_theta(hypergradient):
     )
 
 
-def test_the_last_steps_alone(hypergradient):
-    """The last two of five steps are two steps from where three have led."""
+def test_truncated_unrolling_differentiates_the_last_steps(hypergradient):
+    """The last two of five steps are two steps from the iterate after three."""
     problem, theta, data = QUADRATIC.problem, QUADRATIC.theta, QUADRATIC.data
     middle = bl.GradientDescent(0.5, 3)(problem.condition, *jax.tree.map(jnp.asarray, (QUADRATIC.init, theta, data))).w
 
@@ -140,7 +140,7 @@ def test_the_last_steps_alone(hypergradient):
     )
 
 
-def test_conditions_are_what_they_say(hypergradient):
+def test_conditions_hold_at_their_solutions(hypergradient):
     for name in ("quadratic", "ridge", "imaml, λ each", "kkt"):
         case = CASES[name]
         hypergradient.assert_condition(case.problem, case.theta, case.w, case.data, rtol=1e-9)

@@ -1,17 +1,17 @@
-"""Condition × inner solver × method × linear solver × transformation, in float64.
+"""Every combination of condition, inner solver, method, linear solver and transformation, in float64.
 
-Each combination of the product meets a closed form (conditions_solved.py), or falls under a rule of the table below,
-or is left to the pairs. What falls under a rule is tested too: what is refused is refused with that reason, what is
-told is told by a status, and what is known to be off is off. The tests walk the product itself, so that no combination
-is in none of these places.
+Each combination agrees with a closed form (conditions_solved.py), or falls under a rule of the table below, or is
+represented by others. A combination under a rule is tested as well: a refused one raises with that reason, one that
+fails reports it by its status, and one that is known to be inexact differs from the closed form. The tests go through
+the whole product, so that no combination is forgotten.
 
-Compiling the whole product takes some 400 s. So it is whole on two conditions, a symmetric and a general one, and
-wherever a combination is refused; on the others each inner solver is crossed with one linear solver, each linear solver
-with one inner solver, and each further method with one inner solver, drawn by a seed: every pair of dimensions that
-can be crossed is. With WHOLE_TABLE=1 in the environment nothing is left out.
+Compiling the whole product takes some 400 s. It is therefore complete for two conditions only, a symmetric and a
+general one, and for all refusals. For every other condition each inner solver is combined with one linear solver, each
+linear solver with one inner solver, and each further method with one inner solver that a seed draws. Every possible
+pair from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
 
-A program is compiled for each condition and method; the inner and the linear solvers stand in a ``lax.switch``, and
-one forward pass along all directions gives value, gradient, directional derivative and Hessian at once, under vmap.
+Each condition and method is one compiled program. ``lax.switch`` chooses the solvers, and one forward pass along all
+directions gives value, gradient, directional derivative and Hessian, all under vmap.
 """
 
 import functools
@@ -34,7 +34,7 @@ import bilevel as bl
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NEAR = 1e-11
-"""Where inner solvers with a tolerance stop; all conditions have a smallest singular value above 0.58."""
+"""The tolerance of inner solvers that have one; the smallest singular value of every condition is above 0.58."""
 SOLVERS = {
     "GradientDescent": bl.GradientDescent(0.9, 60),
     "momentum": bl.GradientDescent(0.7, 110, momentum=0.3),
@@ -42,7 +42,7 @@ SOLVERS = {
     "HessianFree": bl.HessianFree(20, tol=NEAR),
     "FixedPointIteration": bl.FixedPointIteration(60),
     "Anderson": bl.Anderson(30, tol=NEAR),
-    "Jaxopt": None,  # the one of JAXOPT that fits
+    "Jaxopt": None,  # JAXOPT holds one for each condition
     "function": newton,
 }
 JAXOPT = {
@@ -102,8 +102,8 @@ PRODUCT = [
 DESCENT = ("Stationary", "Proximal")
 MAPPED = ("FixedPoint", "Projected", "ProximalGradient")
 ONCE = ("OneStep", "FirstOrder", "FiniteDifference", "ValuePenalty", "EvolutionStrategies")
-# Why a combination cannot meet the closed form: the reason, as the library says it where it refuses; what happens;
-# and for which combinations. The first that holds counts.
+# Rules for combinations that cannot agree with the closed form: the reason (for a refusal the words of the error), the
+# outcome, and a predicate on combinations. The first rule that holds counts.
 RULES = [
     (
         "needs a solver that works by products",
@@ -148,45 +148,45 @@ RULES = [
         lambda c: c.solver in ("FixedPointIteration", "Anderson") and c.kind not in MAPPED,
     ),
     (
-        "the series needs ‖I − A‖ < 1, and a saddle point's A is indefinite",
-        "told",
+        "the Neumann series needs ‖I − A‖ < 1, and the A of a saddle point is indefinite",
+        "reported",
         lambda c: c.linear == "Neumann" and c.kind == "KKT",
     ),
     (
-        "it differentiates by hand, once, and holds w fixed in its own derivative",
-        "off",
+        "the method computes a first derivative by formula and treats w as a constant in it",
+        "inexact",
         lambda c: c.method in ONCE and c.transform in ("jvp", "hessian"),
     ),
 ]
 
 
-WHOLE = tuple(CASES) if os.environ.get("WHOLE_TABLE") == "1" else ("Proximal", "FixedPoint")
+COMPLETE = tuple(CASES) if os.environ.get("WHOLE_TABLE") == "1" else ("Proximal", "FixedPoint")
 RANDOM = np.random.default_rng(0)
 ORDERS = {(condition, method): RANDOM.permutation(list(SOLVERS)) for condition in CASES for method in METHODS}
 
 
 @functools.cache
 def outcome_of(combination):
-    """What happens: that it is exact, or what else."""
+    """Return the outcome of the first rule that holds, or "exact"."""
     return next((outcome for _, outcome, holds in RULES if holds(combination)), "exact")
 
 
 @functools.cache
-def drawn(condition, method):
-    """The inner solver on which a condition that is not whole is crossed with the linear solvers, or a method."""
+def drawn_solver(condition, method):
+    """Return the one inner solver with which a method is tested on a condition whose product is not complete."""
     by_method = [c for c in PRODUCT if (c.condition, c.method) == (condition, method) and outcome_of(c) != "refused"]
     fitting = {c.solver for c in by_method}
     return next((solver for solver in ORDERS[condition, method] if solver in fitting), None)
 
 
 @functools.cache
-def verdict(combination):
-    """What happens, or "left" where other conditions have the pair."""
+def planned_outcome(combination):
+    """Return the outcome that is tested, or "left out" if other combinations cover the same pairs."""
     outcome, c = outcome_of(combination), combination
-    if outcome == "refused" or c.condition in WHOLE:
+    if outcome == "refused" or c.condition in COMPLETE:
         return outcome
-    kept = c.linear == "LU" if c.method == "Implicit" else c.solver == drawn(c.condition, c.method)
-    return outcome if kept and outcome != "off" else "left"
+    kept = c.linear == "LU" if c.method == "Implicit" else c.solver == drawn_solver(c.condition, c.method)
+    return outcome if kept and outcome != "inexact" else "left out"
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def solver_of(condition, solver):
 
 @dataclass(frozen=True)
 class Switched:
-    """One of several inner solvers, by a traced index."""
+    """An inner solver that a traced index chooses from several."""
 
     solvers: tuple
     index: jax.Array
@@ -216,18 +216,18 @@ class Switched:
 
 @dataclass(frozen=True)
 class SwitchedLinear:
-    """One of several linear solvers, by a traced index."""
+    """A linear solver that a traced index chooses from several."""
 
     solvers: tuple
     index: jax.Array
-    needs_symmetry = False  # that is asked of each of them, where they are refused
+    needs_symmetry = False  # the test of refusals asks each solver itself
 
     def __call__(self, matvec, b, init=None):
         return jax.lax.switch(self.index, [lambda b, s=s: s(matvec, b, init) for s in self.solvers], b)
 
 
 def function_of(case, method, solver, linear):
-    """θ ↦ ((value, gradient), status) of one method."""
+    """Return the function θ ↦ ((value, gradient), status) of one method."""
     init, data = jax.tree.map(jnp.asarray, (case.init, case.data))
     if method == "layer":
         layer = bl.implicit_layer(case.condition, solver, linear)
@@ -250,7 +250,7 @@ def points(theta):
 
 
 def evaluate(value_and_gradient, twice, theta):
-    """What the transformations give, all under vmap: one forward pass makes the Hessian of the gradient."""
+    """Return the results of all transformations, under vmap: one forward pass makes the Hessian from the gradient."""
 
     def at(theta):
         if not twice:
@@ -265,10 +265,10 @@ def evaluate(value_and_gradient, twice, theta):
 
 
 def results(condition, method, solvers, linears, twice):
-    """(solver, linear) ↦ what :func:`evaluate` makes of it, from as few programs as can be compiled."""
+    """Yield (solver, linear, result of :func:`evaluate`), with as few compiled programs as possible."""
     case = case_of(condition)
     theta = jnp.asarray(case.theta)
-    if method in ("Unrolled", "OneStep"):  # they take the solver itself apart
+    if method in ("Unrolled", "OneStep"):  # they call single steps of a solver, which Switched does not have
         for solver in solvers:
             yield (
                 solver,
@@ -276,7 +276,7 @@ def results(condition, method, solvers, linears, twice):
                 jax.jit(functools.partial(evaluate, function_of(case, method, SOLVERS[solver], None), twice))(theta),
             )
         return
-    # FiniteDifference looks at its solver's class, so that each is a program of its own.
+    # FiniteDifference checks the class of its linear solver, so that each linear solver needs its own program.
     groups = [[name] for name in linears] if method == "FiniteDifference" else [linears]
     for names in groups:
 
@@ -293,7 +293,7 @@ def results(condition, method, solvers, linears, twice):
 
 @functools.cache
 def exact(condition):
-    """The closed form under the same transformations."""
+    """Return the closed form under the same transformations."""
     case = case_of(condition)
     theta = jnp.asarray(case.theta)
 
@@ -308,9 +308,9 @@ def exact(condition):
 
 @functools.cache
 def one_term(condition, method, solver):
-    """What OneStep and FirstOrder make of it by their formulas, h − Bᵀ S g with a dense B at the exact solution.
+    """Return the gradient of OneStep or FirstOrder by its formula h − Bᵀ S g, with a dense B at the exact solution.
 
-    S is the rate of one step of descent, or λ⁻¹; the identity where there is a mapping.
+    S is the step size of descent for OneStep, λ⁻¹ for FirstOrder, and the identity for a mapping.
     """
     case = case_of(condition)
     declared = case.condition
@@ -332,19 +332,19 @@ def one_term(condition, method, solver):
     return {"grad": value_and_gradient(theta), "vmap": jax.vmap(value_and_gradient)(points(theta))}
 
 
-BY_CHOICE = {"FiniteDifference": 1e-8, "ValuePenalty": 20 / PENALTY, "EvolutionStrategies": 10 * SIGMA**2}
+APPROXIMATE = {"FiniteDifference": 1e-8, "ValuePenalty": 20 / PENALTY, "EvolutionStrategies": 10 * SIGMA**2}
 
 
 def tolerance(combination):
-    """100·eps·κ³: three solves in a row in a Hessian. What is approximate by choice says by how much."""
+    """Return 100·eps·κ³, for the three solves in sequence of a Hessian, or the documented error of an approximation."""
     bound = 100 * float(np.finfo(np.float64).eps) * case_of(combination.condition).kappa ** 3
     if combination.solver in ("HessianFree", "Anderson", "Jaxopt"):
-        # The residual over the smallest singular value, with the slopes of the outer function; an iterate's second
-        # derivatives converge like k²·ρᵏ where it does like ρᵏ.
+        # The error of w is the residual over the smallest singular value. The factor 20 allows for the derivatives of
+        # the outer function. If an iterate converges like ρᵏ, its second derivatives converge like k²·ρᵏ.
         bound = (1000 if combination.method == "ForwardUnrolled" else 20) * NEAR
     if combination.linear == "Nystrom":
-        bound = 2e-5  # a ridge of 1e-6 over the smallest eigenvalue squared, twice in a Hessian
-    return max(bound, BY_CHOICE.get(combination.method, 0.0))
+        bound = 2e-5  # the ridge of 1e-6 over the square of the smallest eigenvalue, twice in a Hessian
+    return max(bound, APPROXIMATE.get(combination.method, 0.0))
 
 
 def error(actual, expected):
@@ -352,43 +352,43 @@ def error(actual, expected):
     return float(jnp.max(jnp.abs(actual - expected)))
 
 
-RUN = [c for c in PRODUCT if verdict(c) not in ("refused", "left")]
+RUN = [c for c in PRODUCT if planned_outcome(c) not in ("refused", "left out")]
 GROUPS = list(dict.fromkeys((c.condition, c.method) for c in RUN))
 
 
 @pytest.mark.parametrize(("condition", "method"), GROUPS)
-def test_what_can_meet_the_closed_form_does(condition, method):
+def test_supported_combinations_agree_with_the_closed_form(condition, method):
     here = [c for c in RUN if (c.condition, c.method) == (condition, method)]
     transforms = [name for name in TRANSFORMS if any(c.transform == name for c in here)]
     solvers, linears = (list(dict.fromkeys(getattr(c, name) for c in here)) for name in ("solver", "linear"))
     seen = set()
-    # jaxopt's rule for the derivative of the simplex mixes widths, and runs where no context of ours reaches it.
+    # jaxopt's rule for the derivative of the simplex mixes dtypes, outside of the library's own promotion context.
     with jax.numpy_dtype_promotion("standard" if condition == "Projected" else "strict"):
-        found_there = list(results(condition, method, solvers, linears, twice="hessian" in transforms))
-    for solver, linear, (found, status) in found_there:
+        evaluated = list(results(condition, method, solvers, linears, twice="hessian" in transforms))
+    for solver, linear, (found, status) in evaluated:
         reference = one_term(condition, method, solver) if method in ("OneStep", "FirstOrder") else exact(condition)
         for transform in transforms:
             combination = Combination(condition, solver, method, linear, transform)
             seen.add(combination)
-            what = "grad" if transform == "jit" else transform  # all of it is compiled
-            outcome = verdict(combination)
-            if outcome == "told":
+            key = "grad" if transform == "jit" else transform  # every program is compiled
+            outcome = planned_outcome(combination)
+            if outcome == "reported":
                 assert method == "layer" or int(status) == bl.Status.MAX_STEPS, combination
                 assert error(found["grad"], reference["grad"]) > 0.1, combination
-            elif outcome == "off":
-                assert error(found[what], exact(condition)[what]) > 1e-2, combination
+            elif outcome == "inexact":
+                assert error(found[key], exact(condition)[key]) > 1e-2, combination
             else:
-                assert error(found[what], reference[what]) < tolerance(combination), combination
-                # jaxopt stops by measures of its own, which may leave our residual a little above the same number.
+                assert error(found[key], reference[key]) < tolerance(combination), combination
+                # jaxopt stops by its own criterion, at which our residual may be slightly above the same tolerance.
                 assert solver == "Jaxopt" or bl.Status(int(status)).ok, combination
     assert seen == set(here)
 
 
 @pytest.mark.parametrize("condition", CASES)
-def test_what_makes_no_sense_is_refused_with_its_reason(condition):
+def test_unsupported_combinations_are_refused_with_their_reason(condition):
     case = case_of(condition)
     for c in PRODUCT:
-        if c.condition != condition or verdict(c) != "refused" or c.transform != "jit":
+        if c.condition != condition or planned_outcome(c) != "refused" or c.transform != "jit":
             continue
         reasons = "|".join(reason for reason, outcome, holds in RULES if outcome == "refused" and holds(c))
         with pytest.raises(ValueError, match=reasons):
@@ -396,18 +396,19 @@ def test_what_makes_no_sense_is_refused_with_its_reason(condition):
             jax.eval_shape(function, jnp.asarray(case.theta))
 
 
-def test_the_table_is_the_whole_product():
-    counts = {kind: sum(verdict(c) == kind for c in PRODUCT) for kind in ("exact", "refused", "told", "off", "left")}
+def test_the_outcomes_cover_the_whole_product():
+    outcomes = ("exact", "refused", "reported", "inexact", "left out")
+    counts = {outcome: sum(planned_outcome(c) == outcome for c in PRODUCT) for outcome in outcomes}
     pairs = len(METHODS) - len(WITH_LINEAR) + len(WITH_LINEAR) * len(LINEAR)
     assert sum(counts.values()) == len(set(PRODUCT)) == len(CASES) * len(SOLVERS) * pairs * len(TRANSFORMS)
-    assert (counts["left"] == 0) == (tuple(CASES) == WHOLE)
-    assert min(counts[kind] for kind in ("exact", "refused", "told", "off")) > 0, counts
+    assert (counts["left out"] == 0) == (tuple(CASES) == COMPLETE)
+    assert min(counts[outcome] for outcome in outcomes[:4]) > 0, counts
     assert all(any(holds(c) for c in PRODUCT) for _, _, holds in RULES)
 
 
-def test_every_pair_that_can_be_crossed_is():
+def test_every_possible_pair_is_tested():
     names = ("condition", "solver", "method", "linear", "transform")
     for one, other in itertools.combinations(names, 2):
-        possible = {(getattr(c, one), getattr(c, other)) for c in PRODUCT if outcome_of(c) in ("exact", "told")}
-        crossed = {(getattr(c, one), getattr(c, other)) for c in RUN}
-        assert possible <= crossed, possible - crossed
+        possible = {(getattr(c, one), getattr(c, other)) for c in PRODUCT if outcome_of(c) in ("exact", "reported")}
+        tested = {(getattr(c, one), getattr(c, other)) for c in RUN}
+        assert possible <= tested, possible - tested
