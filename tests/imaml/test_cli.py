@@ -98,8 +98,8 @@ def error_of(arguments, capsys):
         ("trian", "invalid choice: 'trian'"),
         ("", "required: COMMAND"),
         ("evaluate", "required: RUN"),
-        ("evaluate .", "there is no run in .: it holds no whole checkpoint"),
-        ("evaluate . --best", "there is no run in .: it holds no whole checkpoint"),
+        ("evaluate .", "there is no run in .: it holds no intact checkpoint"),
+        ("evaluate . --best", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate nowhere", "there is no run in nowhere"),
         ("evaluate . --tasks many", "invalid int value: 'many'"),
         ("evaluate . --task 3", "unrecognized arguments: --task 3"),
@@ -144,7 +144,7 @@ def test_the_message_names_a_damaged_checkpoint_and_the_file_is_kept(here, capsy
     file = here / "checkpoint-00000007.npz"
     file.write_bytes(b"PK\x03\x04" + bytes(40))
     for command in ([*FEW_QUERIES, "--out", "."], ["evaluate", "."]):
-        assert ". holds no whole checkpoint: checkpoint-00000007.npz is damaged" in error_of(command, capsys)
+        assert ". holds no intact checkpoint: checkpoint-00000007.npz is damaged" in error_of(command, capsys)
     assert {path.name for path in here.iterdir()} == {file.name, files.LOCK} and file.stat().st_size == 44
 
 
