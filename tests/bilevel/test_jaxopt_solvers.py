@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel._jaxopt import solvers as jaxopt_solvers
+from bilevel._jaxopt import adapters
 from bilevel._jaxopt.library import jaxopt
 
 # The problems minimise ½wᵀQw − wᵀθ under various constraints. The smallest eigenvalue of Q is above 0.7.
@@ -124,7 +124,7 @@ WITHOUT_MAXITER = ("ScipyRootFinding", "ScipyLeastSquares", "EqualityConstrained
 
 
 def test_every_solver_of_jaxopt_is_in_exactly_one_table():
-    assert {name for name, *_ in SOLVED} | set(REFUSED) == set(jaxopt_solvers.solver_names())
+    assert {name for name, *_ in SOLVED} | set(REFUSED) == set(adapters.solver_names())
     assert not {name for name, *_ in SOLVED} & set(REFUSED)
 
 

@@ -34,7 +34,7 @@ from tiny_run import (
 import bilevel as bl
 from imaml import InputError, datasets
 from imaml.datasets.images import ImageClasses, ImageDataset
-from imaml.learning.algorithms import MetaGradient
+from imaml.learning.meta_gradient import MetaGradient
 from imaml.learning.tasks import Episode
 from imaml.parallel.devices import global_mesh, on_all
 from imaml.runs import checkpoints, compilation, training
