@@ -39,9 +39,10 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.NO
     finite = jnp.isfinite(length)
     # A·0 tells a NaN in A from a NaN that the solver made.
     x = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), x)
-    # x = 0 needs no product. XLA also plans the buffers of a branch apart from those of the solve, which lowers the
-    # memory of a few-shot meta-gradient by 5 %.
-    product = jax.lax.cond(length != 0, matvec, lambda x: jax.tree.map(jnp.zeros_like, x), x)
+    # b = 0 with x = 0 needs no product. XLA also plans the buffers of a branch apart from those of the solve, which
+    # lowers the memory of a few-shot meta-gradient by 5 %.
+    trivial = (tree.norm(b) == 0) & (length == 0)
+    product = jax.lax.cond(trivial, lambda x: jax.tree.map(jnp.zeros_like, x), matvec, x)
     residual = relative_residual(b, tree.subtract(b, product))
     status = jnp.where(finite, jnp.int32(Status.CONVERGED), jnp.int32(breakdown))
     status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))

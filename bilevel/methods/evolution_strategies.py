@@ -34,7 +34,7 @@ class EvolutionStrategies:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from bilevel import Problem, value_and_hypergradient
+        >>> from bilevel import Problem, Stationary, value_and_hypergradient
         >>> condition = Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
         >>> problem = Problem(condition, lambda w, theta, data: 0.5 * jnp.sum(w**2))
         >>> black_box = lambda condition, init, theta, data: theta

@@ -34,7 +34,7 @@ class FiniteDifference:
     Source: Liu, Simonyan, Yang (2019), DARTS, equation 8.
 
     Example:
-        >>> from bilevel import GradientDescent, Problem, value_and_hypergradient
+        >>> from bilevel import GradientDescent, Problem, Stationary, value_and_hypergradient
         >>> condition = Stationary(lambda w, theta, data: 0.5 * (w - theta**2) ** 2)
         >>> problem = Problem(condition, lambda w, theta, data: w)
         >>> method = FiniteDifference(CG(1))

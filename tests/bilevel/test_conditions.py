@@ -343,7 +343,7 @@ def test_kkt_keeps_a_named_tuple():
 def test_a_centre_with_another_tree_structure_is_refused_with_a_remedy():
     condition = bl.Proximal(lambda w, theta, data: jnp.sum(w**2), 1.0)
     for function in (condition.residual, condition.potential):
-        with pytest.raises(ValueError, match=r"pulls w towards a centre .* got .*'log'.*: give center"):
+        with pytest.raises(ValueError, match=r"needs a centre .* got .*'log'.*: pass center"):
             function(jnp.zeros(2), {"w": jnp.zeros(2), "log": 0.0}, None)
 
 

@@ -18,7 +18,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -223,7 +223,15 @@ class SwitchedLinear:
     needs_symmetry = False  # the test of refusals asks each solver itself
 
     def __call__(self, matvec, b, init=None):
-        return jax.lax.switch(self.index, [lambda b, s=s: s(matvec, b, init) for s in self.solvers], b)
+        def branch(solver):
+            def solve(b):
+                x, info = solver(matvec, b, init)
+                # Some solvers count their iterations and others do not. All branches of a switch return one structure.
+                return x, replace(info, iterations=None, least_curvature=None)
+
+            return solve
+
+        return jax.lax.switch(self.index, [branch(solver) for solver in self.solvers], b)
 
 
 def function_of(case, method, solver, linear):

@@ -206,7 +206,7 @@ def test_a_curve_is_a_function_of_its_key(curves):
 
 def test_sinusoids_have_a_fingerprint_and_take_no_data_folder():
     assert sinusoid.load().fingerprint() == sinusoid.load().fingerprint()
-    with pytest.raises(InputError, match="take no data folder"):
+    with pytest.raises(InputError, match="takes no data folder"):
         sinusoid.load("somewhere")
 
 
