@@ -1,52 +1,86 @@
 """Two tiers of tests: ``pytest`` runs the fast one, ``pytest --all`` both.
 
-A test is slow where it says so, with the reason: ``@pytest.mark.slow("compiles every preset at its real size")``.
-A slow test also runs when the command line names it, as in ``pytest tests/test_file.py::test_name``.
+A test is slow where it says so, with the reason, and may keep some of its parameters fast:
+
+    @pytest.mark.slow("compiles each projection to second order", fast="projection_box")
+
+``fast`` is a pattern of parameter ids, as in ``fnmatch``, or a tuple of them. A slow test also runs when the command
+line names it, as in ``pytest tests/test_file.py::test_name``.
 """
 
+from fnmatch import fnmatchcase
 from pathlib import PurePath
 
 import pytest
 
-SLOW_PAGES: dict[str, str] = {}
-"""Doctests that are slow: a file that cannot carry a mark, relative to this folder, and the reason."""
+SLOW_PAGES = {
+    "docs/moving/higher.md": "unrolls long inner solves",
+    "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
+    "docs/moving/torchopt.md": "compiles a layer for each part",
+    "docs/start/define.md": "runs an outer loop to its end",
+    "docs/testing.md": "checks several methods against every reference",
+}
+"""Pages whose doctests are slow, relative to this folder, with the reason: a page cannot carry a mark."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the slow tests too")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    if isinstance(item, pytest.DoctestItem):
-        file = PurePath(item.path).relative_to(item.config.rootpath).as_posix()
-        if file in SLOW_PAGES:
-            item.add_marker(pytest.mark.slow(SLOW_PAGES[file]))
-
-
-# Last, because other plugins deselect by -m and -k, and what they drop is not for this hook to count.
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unmatched: dict[tuple[str, str], bool] = {}
     for item in items:
-        for mark in item.iter_markers("slow"):
-            if not (len(mark.args) == 1 and isinstance(mark.args[0], str) and mark.args[0]) or mark.kwargs:
-                raise pytest.UsageError(f'{item.nodeid}: a slow test says why: @pytest.mark.slow("the reason")')
+        if isinstance(item, pytest.DoctestItem) and (reason := SLOW_PAGES.get(_file(item))):
+            item.add_marker(pytest.mark.slow(reason))
+        for mark in list(item.iter_markers("slow")):
+            _check(item, mark)
+            for pattern in _patterns(mark):
+                key = item.nodeid.partition("[")[0], pattern
+                matches = fnmatchcase(_parameters(item), pattern)
+                unmatched[key] = unmatched.get(key, True) and not matches
+                if matches and mark in item.own_markers:
+                    item.own_markers.remove(mark)
+    named = [argument for argument in config.args if "::" in argument]
+    if lost := sorted(key for key, is_unmatched in unmatched.items() if is_unmatched and not named):
+        raise pytest.UsageError("no parameter matches the pattern of a slow test: " + "; ".join(map(": ".join, lost)))
     # With -m the marks are chosen by hand.
     if config.getoption("all") or config.getoption("markexpr"):
         return
-    named = [argument for argument in config.args if "::" in argument]
     deselected = [item for item in items if item.get_closest_marker("slow") and not _is_named(item, named)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        dropped = {id(item) for item in deselected}
+        dropped = set(map(id, deselected))
         items[:] = [item for item in items if id(item) not in dropped]
+
+
+def _file(item: pytest.Item) -> str:
+    return PurePath(item.path).relative_to(item.config.rootpath).as_posix()
+
+
+def _parameters(item: pytest.Item) -> str:
+    """Return the id of a test's parameters, empty for a test without any."""
+    return getattr(getattr(item, "callspec", None), "id", "")
+
+
+def _patterns(mark: pytest.Mark) -> tuple[str, ...]:
+    fast = mark.kwargs.get("fast", ())
+    return (fast,) if isinstance(fast, str) else tuple(fast)
+
+
+def _check(item: pytest.Item, mark: pytest.Mark) -> None:
+    reason = mark.args[0] if len(mark.args) == 1 else None
+    if not isinstance(reason, str) or not reason or set(mark.kwargs) - {"fast"}:
+        raise pytest.UsageError(
+            f'{item.nodeid}: a slow test says why, as in @pytest.mark.slow("the reason", fast="a parameter"); '
+            f"got {mark.args} and {dict(mark.kwargs)}"
+        )
 
 
 def _is_named(item: pytest.Item, named: list[str]) -> bool:
     """Return True if an argument names this test, its class or its function, not only its file."""
-    return any(
-        item.nodeid == name or item.nodeid.startswith((f"{name}::", f"{name}["))
-        for name in (PurePath(argument).as_posix().removeprefix("./") for argument in named)
-    )
+    names = (PurePath(argument).as_posix().removeprefix("./") for argument in named)
+    return any(item.nodeid == name or item.nodeid.startswith((f"{name}::", f"{name}[")) for name in names)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

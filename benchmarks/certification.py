@@ -31,6 +31,7 @@ least-squares line through the errors of different problems, before and after co
 """
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import sys
@@ -292,7 +293,11 @@ def main():
     result = {name: summarise(row) for name, row in (rows | {"all": everything}).items()}
     record = {
         "command": " ".join(["python -m benchmarks.certification", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "bilevel": "0.1.0"},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "bilevel": importlib.metadata.version("bilevel-imaml"),
+        },
         "machine": f"{platform.machine()}, {jax.default_backend()}",
         "seconds": round(time.perf_counter() - begin, 1),
         "failures": failures(result["all"]),

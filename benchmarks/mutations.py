@@ -87,7 +87,7 @@ MUTATIONS = (
     Fault("ridge forgotten", "with_ridge", "not ridge", "True"),
     Fault(
         "preconditioner twice",
-        "_solve_with_jaxopt",
+        "_preconditioner",
         "_WIDEN(solver.preconditioner, _B)",
         "_WIDEN(lambda r: solver.preconditioner(solver.preconditioner(r)), _B)",
     ),

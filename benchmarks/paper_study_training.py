@@ -15,7 +15,7 @@ from benchmarks.paper_study_variants import Knobs, Variant
 from bilevel import tree
 from bilevel.spectrum import ritz_values
 from imaml.learning import networks
-from imaml.learning.algorithms import MetaGradient, meta_gradient
+from imaml.learning.meta_gradient import MetaGradient, meta_gradient
 from imaml.learning.problem import cross_entropy, support_loss, task_problem
 from imaml.learning.tasks import Episode, Task
 from imaml.parallel.devices import AXIS, SHARED, SPREAD, local_mesh, on_all, over_tasks

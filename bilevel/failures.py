@@ -1,7 +1,8 @@
 """Turn a failed status into an exception or a warning, outside of ``jit``.
 
 Under a trace a status is data and cannot be inspected. Where it is concrete, :func:`check_status` names each stage that
-failed, the tasks of a batch it failed in, the cause and the remedy. For an operator that is not positive definite,
+failed, the tasks of a batch it failed in, and the cause and the remedy, which are ``Status.message`` of
+:mod:`bilevel.types`. For an operator that is not positive definite,
 :func:`advise` adds how negative its smallest eigenvalue is at least.
 """
 

@@ -1,7 +1,7 @@
-"""Ten images that teach a classifier all digits: the training set itself is the outer variable.
+"""Dataset distillation: ten learned images from which a linear classifier learns all digits.
 
-The inner problem trains a linear classifier on ten synthetic images, one for each class; the outer value is its
-loss on real digits, and θ is the 640 pixels.
+The inner problem trains a linear classifier on ten synthetic images, one for each class. θ is their 640 pixels. The
+outer value is the loss of the classifier on real digits.
 """
 
 import sys
@@ -16,7 +16,7 @@ import bilevel as bl
 
 
 def load():
-    """1,000 digits to distil and 797 to test, pixels in [0, 1]."""
+    """Return 1,000 digits to distil and 797 to test, with pixels in [0, 1]."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     x, y = jnp.asarray(x[order] / 16, jnp.float32), jnp.asarray(y[order])
@@ -36,18 +36,18 @@ def main(picture="distillation.png"):
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: loss(w, *data))
     solver, method = bl.GradientDescent(0.5, max_steps=40, momentum=0.8), bl.Implicit(bl.CG(max_steps=15))
     theta = jnp.asarray(np.random.default_rng(1).uniform(0, 0.5, (10, 64)), jnp.float32)
-    found = bl.minimize(problem, theta, jnp.zeros((64, 10)), data, solver, method, optax.adam(0.05), 150)
+    minimum = bl.minimize(problem, theta, jnp.zeros((64, 10)), data, solver, method, optax.adam(0.05), 150)
 
     _, axes = plt.subplots(2, 5, figsize=(7, 3))
-    for digit, (axis, image) in enumerate(zip(axes.flat, found.theta, strict=True)):
+    for digit, (axis, image) in enumerate(zip(axes.flat, minimum.theta, strict=True)):
         axis.imshow(np.asarray(image).reshape(8, 8), cmap="gray")
         axis.set_title(str(digit))
         axis.axis("off")
     plt.tight_layout()
     plt.savefig(picture, dpi=120)
-    accuracy = float(jnp.mean(jnp.argmax(x @ found.w, axis=1) == y))
-    return float(found.history.value[0]), float(found.history.value[-1]), accuracy
+    accuracy = float(jnp.mean(jnp.argmax(x @ minimum.w, axis=1) == y))
+    return float(minimum.history.value[0]), float(minimum.history.value[-1]), accuracy
 
 
 if __name__ == "__main__":
-    print("loss {:.3f} → {:.3f}; test accuracy after ten images: {:.3f}".format(*main(*sys.argv[1:])))
+    print("loss {:.3f} → {:.3f}; test accuracy after training on ten images: {:.3f}".format(*main(*sys.argv[1:])))

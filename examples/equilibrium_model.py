@@ -1,7 +1,7 @@
-"""A deep equilibrium model: a layer of infinite depth, trained with the memory of one.
+"""A deep equilibrium model: its hidden state is the fixed point of a layer, h = tanh(s·Wh + 6·Ux + b).
 
-The hidden state is the fixed point of h = tanh(Wh·s + Ux + b), found by Anderson's acceleration and differentiated
-by the implicit function theorem; the task is to classify points of two intertwined spirals.
+Anderson acceleration finds the fixed point, and the implicit function theorem differentiates it. Memory is that of one
+application of the layer. The model separates the points of two intertwined spirals.
 """
 
 import sys
@@ -18,7 +18,7 @@ WIDTH, POINTS = 24, 120
 
 
 def load():
-    """Two spirals of 60 points each, one turned by half a circle."""
+    """Return two spirals of 60 points each, one rotated by 180° from the other, and labels of ±1."""
     radius = np.linspace(0.2, 1.0, POINTS // 2)
     arm = np.stack([radius * np.cos(7 * radius), radius * np.sin(7 * radius)], axis=1)
     labels = np.repeat([1.0, -1.0], POINTS // 2)
@@ -26,8 +26,8 @@ def load():
 
 
 def mapping(h, theta, x):
-    contract = 0.9 / jnp.maximum(jnp.linalg.norm(theta["W"]), 0.9)  # one fixed point, whatever W is
-    return jnp.tanh(contract * h @ theta["W"] + 6 * x @ theta["U"] + theta["b"])
+    scale = 0.9 / jnp.maximum(jnp.linalg.norm(theta["W"]), 0.9)  # any W gives a contraction: one fixed point
+    return jnp.tanh(scale * h @ theta["W"] + 6 * x @ theta["U"] + theta["b"])
 
 
 def main(picture="equilibrium_model.png"):
@@ -39,19 +39,19 @@ def main(picture="equilibrium_model.png"):
         bl.FixedPoint(mapping), lambda h, theta, x: jnp.mean(jax.nn.softplus(-labels * (h @ theta["out"])))
     )
     solver, method = bl.Anderson(12), bl.Implicit(bl.GMRES(max_steps=10))
-    found = bl.minimize(problem, theta, jnp.zeros((POINTS, WIDTH)), x, solver, method, optax.adam(0.02), 250)
+    minimum = bl.minimize(problem, theta, jnp.zeros((POINTS, WIDTH)), x, solver, method, optax.adam(0.02), 250)
 
     axis = np.linspace(-1.2, 1.2, 80, dtype=np.float32)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
-    score = bl.FixedPointIteration(60)(problem.condition, jnp.zeros((len(grid), WIDTH)), found.theta, grid).w
-    plt.contourf(axis, axis, np.asarray(score @ found.theta["out"]).reshape(80, 80), 20, cmap="RdBu")
-    plt.colorbar(label="score: its sign tells the spiral")
+    score = bl.FixedPointIteration(60)(problem.condition, jnp.zeros((len(grid), WIDTH)), minimum.theta, grid).w
+    plt.contourf(axis, axis, np.asarray(score @ minimum.theta["out"]).reshape(80, 80), 20, cmap="RdBu")
+    plt.colorbar(label="score; its sign is the predicted spiral")
     plt.scatter(*np.asarray(x).T, c=np.asarray(labels), cmap="RdBu", edgecolors="k", s=25)
-    plt.title(f"loss {float(found.history.value[0]):.2f} → {float(found.history.value[-1]):.3f}")
+    plt.title(f"loss {float(minimum.history.value[0]):.2f} → {float(minimum.history.value[-1]):.3f}")
     plt.gca().set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal")
     plt.savefig(picture, dpi=120)
-    accuracy = float(jnp.mean(labels * (found.w @ found.theta["out"]) > 0))
-    return float(found.history.value[0]), float(found.history.value[-1]), accuracy
+    accuracy = float(jnp.mean(labels * (minimum.w @ minimum.theta["out"]) > 0))
+    return float(minimum.history.value[0]), float(minimum.history.value[-1]), accuracy
 
 
 if __name__ == "__main__":

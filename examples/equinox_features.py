@@ -1,7 +1,7 @@
-"""An Equinox network whose last layer is always solved: features learned through a ridge regression.
+"""Features of an Equinox network, learned through a ridge regression of its last layer.
 
-The inner problem fits the last layer to a batch by least squares; the outer variables are the network before it. It
-learns features in which other points are predicted well, by the implicit derivative of the regression.
+The inner problem fits the last layer to 60 points by ridge regression. The outer variables are the parameters of the
+earlier layers. They learn features with which the regression predicts 60 other points well.
 """
 
 import sys
@@ -20,16 +20,16 @@ def truth(x):
 
 
 def load():
-    """Noisy values of a function with a jump: 60 points to fit the last layer to, 60 to judge it by."""
+    """Return noisy values of a function with a jump: 60 points to fit the last layer, 60 to validate it."""
     x = jax.random.uniform(jax.random.key(0), (120, 1), minval=-1.0)
     y = truth(x[:, 0]) + 0.1 * jax.random.normal(jax.random.key(1), (120,))
-    return {"fit": (x[:60], y[:60]), "judge": (x[60:], y[60:])}
+    return {"fit": (x[:60], y[:60]), "validate": (x[60:], y[60:])}
 
 
 def main(picture="equinox_features.png"):
     data = load()
     network = eqx.nn.MLP(1, 12, 32, depth=2, activation=jnp.tanh, key=jax.random.key(2))
-    theta, rest = eqx.partition(network, eqx.is_array)  # what is learned, and what is no array
+    theta, rest = eqx.partition(network, eqx.is_array)  # the parameters, and everything that is not an array
 
     def predict(w, theta, x):
         return jax.vmap(eqx.combine(theta, rest))(x) @ w
@@ -40,20 +40,20 @@ def main(picture="equinox_features.png"):
     def fit(w, theta, data):
         return error(w, theta, *data["fit"]) + 1e-3 * jnp.sum(w**2)
 
-    problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: error(w, theta, *data["judge"]))
+    problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: error(w, theta, *data["validate"]))
     solver, method, optimizer = bl.HessianFree(max_steps=1, cg_steps=24), bl.Implicit(bl.Cholesky()), optax.adam(5e-3)
-    found = bl.minimize(problem, theta, jnp.zeros(12), data, solver, method, optimizer, 800)
+    minimum = bl.minimize(problem, theta, jnp.zeros(12), data, solver, method, optimizer, 800)
 
     grid = jnp.linspace(-1, 1, 400)[:, None]
     before = bl.solve(solver, problem.condition, jnp.zeros(12), theta, data).w
     plt.plot(grid, truth(grid[:, 0]), color="0.6", label="truth")
-    plt.plot(*data["fit"], ".", label="points that the last layer is fitted to")
+    plt.plot(*data["fit"], ".", label="points for the fit of the last layer")
     plt.plot(grid, predict(before, theta, grid), ":", label="random features")
-    plt.plot(grid, predict(found.w, found.theta, grid), label="learned features")
+    plt.plot(grid, predict(minimum.w, minimum.theta, grid), label="learned features")
     plt.legend()
     plt.savefig(picture, dpi=120)
-    return float(found.history.value[0]), float(found.history.value[-1])
+    return float(minimum.history.value[0]), float(minimum.history.value[-1])
 
 
 if __name__ == "__main__":
-    print("loss on the other points {:.3f} → {:.3f}".format(*main(*sys.argv[1:])))
+    print("loss on the validation points {:.3f} → {:.3f}".format(*main(*sys.argv[1:])))

@@ -1,7 +1,7 @@
-"""One penalty for each of thirty features: a logistic regression that finds out which of them to trust.
+"""A ridge penalty for each of thirty features of a logistic regression, learned on validation data.
 
-Thirty outer variables are past any grid; the hypergradient costs one linear system for all of them. Half of the
-features of scikit-learn's breast-cancer data are replaced by noise, and only these should be shrunk.
+A grid over thirty outer variables is not feasible. The hypergradient costs one linear system for all of them. Half of
+the features of scikit-learn's breast-cancer data are replaced by noise, and should get the larger penalties.
 """
 
 import sys
@@ -17,7 +17,7 @@ import bilevel as bl
 
 
 def load():
-    """80 patients to fit and 300 to validate; the odd features are noise."""
+    """Return 80 patients to fit and 300 to validate. The features with odd numbers are noise."""
     rng = np.random.default_rng(0)
     x, y = load_breast_cancer(return_X_y=True)
     order = rng.permutation(len(y))
@@ -39,21 +39,21 @@ def main(picture="feature_penalties.png"):
     data, theta, init = load(), jnp.full(30, -4.0), jnp.zeros(30)
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: loss(w, *data["valid"]))
     solver, method = bl.HessianFree(max_steps=3, cg_steps=15), bl.Implicit(bl.CG(max_steps=30))
-    found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.15), 80)
+    minimum = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.15), 80)
 
-    penalties = np.asarray(found.theta)
+    penalties = np.asarray(minimum.theta)
     real, noise = penalties[::2], penalties[1::2]
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    left.plot(found.history.value)
+    left.plot(minimum.history.value)
     left.set(xlabel="outer step", ylabel="validation loss")
     right.bar(np.arange(0, 30, 2), real + 4, bottom=-4, label="real features")
     right.bar(np.arange(1, 30, 2), noise + 4, bottom=-4, label="noise")
-    right.set(xlabel="feature", ylabel="log penalty, from −4")
+    right.set(xlabel="feature", ylabel="log penalty (initially −4)")
     right.legend()
     plt.tight_layout()
     plt.savefig(picture, dpi=120)
-    return float(found.history.value[0]), float(found.history.value[-1]), float(real.mean()), float(noise.mean())
+    return float(minimum.history.value[0]), float(minimum.history.value[-1]), float(real.mean()), float(noise.mean())
 
 
 if __name__ == "__main__":
-    print("loss {:.3f} → {:.3f}; mean log penalty {:.1f} on features, {:.1f} on noise".format(*main(*sys.argv[1:])))
+    print("loss {:.3f} → {:.3f}; mean log penalty {:.1f} of features, {:.1f} of noise".format(*main(*sys.argv[1:])))

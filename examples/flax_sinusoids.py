@@ -1,7 +1,7 @@
-"""A Flax network that learns to fit a sine from five points: implicit MAML in a loop of one's own.
+"""Implicit MAML in a training loop of its own: a Flax network learns to fit a sine to five points.
 
-Each task is a sine of another amplitude and phase. Any parameters and `apply` will do, those of a Flax module as they
-are. The picture adapts to a sine that was not trained on.
+Each task is a sine with another amplitude and phase. `imaml.Learner` takes any function `apply(parameters, x)`, here
+that of a Flax module. The picture shows the network before and after its adaptation to a new sine.
 """
 
 import sys
@@ -17,7 +17,7 @@ import imaml
 
 
 def draw(key):
-    """A task: five support points and twenty query points of one sine."""
+    """Return a task: five support points and twenty query points of one sine."""
     shape, place = jax.random.split(key)
     amplitude, phase = jax.random.uniform(shape, (2,), minval=jnp.array([0.5, 0.0]), maxval=jnp.array([3.0, jnp.pi]))
     x = jax.random.uniform(place, (25, 1), minval=-1.0)
@@ -42,7 +42,7 @@ def main(picture="flax_sinusoids.png", steps=800):
     (theta, _), losses = jax.lax.scan(step, (theta, optimizer.init(theta)), keys)
 
     task, grid = draw(jax.random.key(2)), jnp.linspace(-1, 1, 200)[:, None]
-    plt.plot(grid, network.apply(theta, grid), "--", label="before: what all sines share")
+    plt.plot(grid, network.apply(theta, grid), "--", label="before adaptation")
     plt.plot(grid, network.apply(learner.adapt(theta, task).w, grid), label="after 16 steps on five points")
     plt.plot(task.support_x, task.support_y, "o", label="the five points")
     plt.ylim(-2, 3.5)  # room for the legend

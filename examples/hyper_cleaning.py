@@ -1,7 +1,7 @@
-"""Which labels are wrong? One weight for each training digit, learned through the classifier they train.
+"""Hyper-cleaning: a weight for each training digit, learned so that digits with wrong labels lose their influence.
 
-Half of the labels of 300 digits are corrupted. A clean validation set tells, through the implicit derivative of
-the weighted classifier, which examples to believe.
+Half of the labels of 300 digits are wrong. The inner problem trains a classifier on the weighted digits. The outer
+value is its loss on a clean validation set, and θ holds the logits of the weights.
 """
 
 import sys
@@ -17,7 +17,7 @@ import bilevel as bl
 
 
 def load():
-    """300 digits to train on, half of them with a random label, 300 to validate and 600 to test."""
+    """Return 300 digits to train, about half of them with a wrong label, 300 to validate and 600 to test."""
     rng = np.random.default_rng(0)
     x, y = load_digits(return_X_y=True)
     order = rng.permutation(len(y))
@@ -40,11 +40,11 @@ def main(picture="hyper_cleaning.png"):
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: jnp.mean(losses(w, *data["valid"])))
     solver, method = bl.GradientDescent(1.0, max_steps=30, momentum=0.8), bl.Implicit(bl.CG(max_steps=10))
     theta, init = jnp.zeros(300), jnp.zeros((64, 10))
-    found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.3), 60)
+    minimum = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.3), 60)
     train = lambda theta: bl.GradientDescent(1.0, 300, momentum=0.8)(problem.condition, init, theta, data).w  # noqa: E731
-    choices = theta, found.theta, jnp.where(wrong, -30.0, 30.0)  # the last by sigmoid: weights 0 and 1
+    choices = theta, minimum.theta, jnp.where(wrong, -30.0, 30.0)  # sigmoid(∓30): the weights 0 and 1
     scores = [float(jnp.mean(jnp.argmax(x @ train(choice), axis=1) == y)) for choice in choices]
-    weights, bins = np.asarray(jax.nn.sigmoid(found.theta)), np.linspace(0, 1, 26)
+    weights, bins = np.asarray(jax.nn.sigmoid(minimum.theta)), np.linspace(0, 1, 26)
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     left.hist([weights[~wrong], weights[wrong]], bins, label=["right label", "wrong label"])
     left.set(xlabel="learned weight of a training digit", ylabel="digits")

@@ -1,7 +1,7 @@
-"""A portfolio on the simplex, and the risk aversion that would have served best.
+"""A portfolio on the simplex, and the risk aversion with the smallest loss on later returns.
 
-The weights minimise risk minus expected return over all that are positive and sum to one; the outer value is what
-they lose on later returns, and θ is the logarithm of the risk aversion and a tilt for each asset.
+The inner problem minimises risk minus expected return over weights that are not negative and sum to one. θ holds the
+logarithm of the risk aversion, and a tilt that is added to each mean return. The outer value is the later loss.
 """
 
 import sys
@@ -17,7 +17,7 @@ ASSETS = 8
 
 
 def load():
-    """Synthetic returns of eight assets with common factors: 60 days to estimate from, 400 to judge by."""
+    """Return moments of 60 days of synthetic returns of eight assets with common factors, and 400 later days."""
     rng = np.random.default_rng(0)
     factors = rng.normal(size=(ASSETS, 3)) * 0.5
     mean = np.linspace(0.0, 0.14, ASSETS)
@@ -31,7 +31,7 @@ def choose(w, theta, data):
 
 
 def loss(w, theta, data):
-    """Minus the certainty equivalent of later returns, and a price on tilts."""
+    """Return the negative certainty equivalent of later returns plus a penalty on tilts."""
     returns = data["later"] @ w
     return 0.5 * jnp.var(returns) - jnp.mean(returns) + 2.5 * jnp.sum(theta["tilt"] ** 2)
 
@@ -41,18 +41,18 @@ def main(picture="portfolio.png"):
     problem = bl.Problem(bl.Projected(choose, bl.jaxopt_projection("projection_simplex"), step_size=0.2), loss)
     solver, method = bl.FixedPointIteration(200), bl.Implicit(bl.LU())
     weights, init = [], jnp.full(ASSETS, 1 / ASSETS)
-    watch = lambda step, theta, out: weights.append(np.asarray(out.inner.w))  # noqa: E731
-    found = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.02), 100, callback=watch)
+    record = lambda step, theta, out: weights.append(np.asarray(out.inner.w))  # noqa: E731
+    minimum = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.02), 100, callback=record)
 
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     names = [f"asset {k}" if weights[-1][k] > 0 else None for k in range(ASSETS)]
     left.stackplot(range(len(weights)), np.transpose(weights), labels=names)
     left.legend(loc="upper right", ncols=2)
     left.set(xlabel="outer step", ylabel="weight of each asset", ylim=(0, 1))
-    right.plot(found.history.value)
+    right.plot(minimum.history.value)
     right.set(xlabel="outer step", ylabel="loss on later returns")
     plt.savefig(picture, dpi=120)
-    return float(found.history.value[0]), float(found.history.value[-1]), float(weights[-1].sum())
+    return float(minimum.history.value[0]), float(minimum.history.value[-1]), float(weights[-1].sum())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One ridge penalty for all features, chosen on validation data by its exact derivative.
+"""One ridge penalty for all features, chosen by descent on the validation error.
 
-The inner problem is a ridge regression on scikit-learn's diabetes data; the outer value is its error on patients
-it has not seen. The derivative −(XᵀX/n + λI)⁻¹w comes out of the condition, without being written anywhere.
+The inner problem is a ridge regression on scikit-learn's diabetes data. The outer value is its error on other patients.
+`bilevel` computes the derivative dw/dλ = −(XᵀX/n + λI)⁻¹w from the condition, so this file contains no formula of it.
 """
 
 import sys
@@ -16,7 +16,7 @@ import bilevel as bl
 
 
 def load():
-    """Standardised patients, 60 to fit and 200 to validate: few enough that a penalty matters."""
+    """Return standardised data of 60 patients to fit, so few that a penalty matters, and 200 to validate."""
     x, y = load_diabetes(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     x, y = ((a - a.mean(0)) / a.std(0) for a in (x[order], y[order]))
@@ -40,7 +40,7 @@ def main(picture="ridge_penalty.png"):
     solver, method = bl.HessianFree(max_steps=4, cg_steps=10), bl.Implicit(bl.CG(max_steps=10))
     path = []
     options = {"callback": lambda step, theta, out: path.append((float(theta), float(out.value)))}
-    found = bl.minimize(problem, -6.0, init, data, solver, method, optax.adam(0.3), 60, **options)
+    minimum = bl.minimize(problem, -6.0, init, data, solver, method, optax.adam(0.3), 60, **options)
 
     hypergradient = bl.value_and_hypergradient(problem, solver, method)
     grid = np.linspace(-7, 3, 41, dtype=np.float32)
@@ -51,8 +51,8 @@ def main(picture="ridge_penalty.png"):
     plt.ylabel("mean squared error")
     plt.legend()
     plt.savefig(picture, dpi=120)
-    return float(found.theta), path[0][1], path[-1][1], min(values)
+    return float(minimum.theta), path[0][1], path[-1][1], min(values)
 
 
 if __name__ == "__main__":
-    print("log λ = {:.2f}: error {:.4f} → {:.4f}, best of a grid {:.4f}".format(*main(*sys.argv[1:])))
+    print("log λ = {:.2f}: error {:.4f} → {:.4f}, smallest on a grid {:.4f}".format(*main(*sys.argv[1:])))

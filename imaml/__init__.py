@@ -4,7 +4,8 @@ Implements the algorithm of Rajeswaran, Finn, Kakade and Levine (2019) with :mod
 """
 
 from imaml.errors import InputError
-from imaml.learning.algorithms import Learner, MetaGradient, meta_gradient
+from imaml.learning.algorithms import Learner
+from imaml.learning.meta_gradient import MetaGradient, meta_gradient
 from imaml.learning.tasks import Curve, Episode, Task
 from imaml.runs.evaluation import evaluate
 from imaml.runs.results import Evaluation, Run

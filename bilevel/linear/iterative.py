@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.linear import diagnosis
-from bilevel.linear._cg import conjugate_gradients
 from bilevel.linear.system import (
     check_not_negative,
     denormalise,
@@ -19,6 +18,7 @@ from bilevel.linear.system import (
     recursive_tol,
     with_ridge,
 )
+from bilevel.linear.watched_cg import conjugate_gradients
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 ENGINES = ("jaxopt", "watched")
@@ -227,9 +227,8 @@ def _solve_with_jaxopt(
     wide = in_accumulation_dtype(operator, b)
     if init is None and name == "solve_cg":
         wide = _without_zero_products(wide)
-    precondition = None if solver.preconditioner is None else in_accumulation_dtype(solver.preconditioner, b)
     start = None if init is None else tree.widened(init_unit)
-    options = {"tol": recursive_tol(solver.tol, b), "M": precondition, "init": start} | options
+    options = {"tol": recursive_tol(solver.tol, b), "M": _preconditioner(solver, b), "init": start} | options
     with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes dtypes in its arithmetic
         x = tree.like(getattr(library, name)(wide, tree.widened(b_unit), **options), b)
     breakdown = Status.NEGATIVE_CURVATURE if needs_definite else Status.SINGULAR
@@ -255,7 +254,6 @@ def _without_zero_products(matvec: MatVec) -> MatVec:
 def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
     operator = with_ridge(matvec, solver.ridge)
     size, b_unit, init_unit = normalise(b, init)
-    precondition = None if solver.preconditioner is None else in_accumulation_dtype(solver.preconditioner, b)
     seen = jax.lax.stop_gradient(
         conjugate_gradients(
             in_accumulation_dtype(operator, b),
@@ -263,7 +261,7 @@ def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -
             None if init is None else tree.widened(init_unit),
             solver.max_steps,
             recursive_tol(solver.tol, b),
-            precondition,
+            _preconditioner(solver, b),
         )
     )
     stopped_by_itself = seen.iterations < solver.max_steps
@@ -282,6 +280,11 @@ def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -
     status = jnp.where(seen.null, jnp.int32(Status.SINGULAR), status)
     status = jnp.maximum(info.status, status)
     return denormalise(size, replace(info, status=status, least_curvature=seen.least_curvature))
+
+
+def _preconditioner(solver: Iterative, b: PyTree) -> MatVec | None:
+    """Return r ↦ M⁻¹r in the accumulation dtype; jaxopt applies it as ``M``, and the watched engine itself."""
+    return None if solver.preconditioner is None else in_accumulation_dtype(solver.preconditioner, b)
 
 
 def _check_iterative(solver: Iterative) -> None:

@@ -6,9 +6,9 @@ arguments that returns w, or a Solution, is a solver too. An iterative solver al
 compute the same numbers.
 """
 
-from bilevel.solvers.adapters import Jaxopt
 from bilevel.solvers.descent import GradientDescent, Optax
 from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
+from bilevel.solvers.from_jaxopt import Jaxopt
 from bilevel.solvers.newton import HessianFree
 from bilevel.solvers.protocol import InnerSolver, IterativeSolver, report, solve, with_residual
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.conditions.protocol import Condition
-from bilevel.linear._cg import conjugate_gradients
 from bilevel.linear.system import in_accumulation_dtype, normalise
+from bilevel.linear.watched_cg import conjugate_gradients
 from bilevel.solvers.protocol import check_budget, check_gradient, report
 from bilevel.types import MatVec, PyTree, Solution
 

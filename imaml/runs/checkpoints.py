@@ -1,5 +1,7 @@
 """Checkpoints of a run: each file is written completely or not at all, and describes the run that it belongs to.
 
+:mod:`imaml.storage.arrays` writes the arrays with a checksum, and compares it whenever a file is read.
+
 A run's folder holds its last checkpoints and the best one. The best one has the least ``loss`` of those passed to
 :func:`save`. Training passes the mean query loss on *training* classes, so held-out classes never select a checkpoint.
 """

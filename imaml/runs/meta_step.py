@@ -1,4 +1,4 @@
-"""The meta-step, a pure function: it draws tasks, adapts to each, averages their meta-gradients and updates θ."""
+"""The meta-step, a pure function: it draws tasks, calls :func:`imaml.meta_gradient` on them, and updates θ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from imaml.learning.algorithms import MetaGradient, meta_gradient
+from imaml.learning.meta_gradient import MetaGradient, meta_gradient
 from imaml.parallel.devices import AXIS, SHARED, SPREAD, global_mesh, over_tasks
 from imaml.settings.parts import Outer
 from imaml.settings.preset import Preset

@@ -20,7 +20,7 @@ import bilevel as bl
 from imaml import datasets
 from imaml.datasets import ImageDataset, SinusoidDataset
 from imaml.errors import InputError
-from imaml.learning.algorithms import MetaGradient
+from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.runs.checkpoints import KEEP
 from imaml.runs.compilation import StepCompiler

@@ -30,7 +30,8 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 from imaml import datasets
 from imaml.errors import InputError
-from imaml.learning.algorithms import Learner, meta_gradient
+from imaml.learning.algorithms import Learner
+from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.tasks import Task
 from imaml.settings.preset import Preset
 

@@ -70,6 +70,7 @@ def quadratic_everywhere(name):
     return bl.Problem(case.condition, outer), case
 
 
+@pytest.mark.slow("compiles a certificate for each problem", fast="contraction")
 @pytest.mark.parametrize("name", CASES)
 def test_the_correction_is_exact_to_second_order_in_every_coordinate(name):
     """Perturb w and v: with F and g affine in w, the error after correction is the product of both perturbations."""
@@ -95,6 +96,7 @@ def test_the_correction_is_exact_to_second_order_in_every_coordinate(name):
         assert max(corrected) < floor
 
 
+@pytest.mark.slow("compiles a certificate for each number of steps", fast="16")
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 16, 32])
 def test_too_few_inner_steps_are_covered(steps):
     """For ½(w − t)ᵀH(w − t) + ½λ‖w − θ‖² a Newton step is exact, so the estimate is, and the bound is within 1 %."""
@@ -115,6 +117,7 @@ def test_too_few_inner_steps_are_covered(steps):
     assert distance(certificate.gradient, exact) <= float(certificate.corrected_bound)
 
 
+@pytest.mark.slow("compiles a certificate for each problem", fast="contraction")
 @pytest.mark.parametrize("name", ["affine root", "contraction", "quadratic"])
 def test_kantorovich_where_convexity_is_not_declared(name):
     """The condition β₀ρη ≤ ½ of the theorem holds everywhere for ρ = 0; β₀ is computed from singular values."""
@@ -142,6 +145,7 @@ def certify_scalar(problem, w, theta, *arguments, **options):
     return bl.certify(problem, theta, result_at(problem, w, theta, None), None, *arguments, **options)
 
 
+@pytest.mark.slow("compiles a certificate for each label")
 def test_each_reason_for_a_kind_below_certified():
     cubic, constants = scalar(), bl.Lipschitz(outer_w=0.0, mixed=0.0, jacobian=3.0)
     certified = certify_scalar(cubic, 1.0, 1.3, lipschitz=constants)
@@ -196,6 +200,7 @@ def test_gradients_of_other_formulas_are_certified_and_a_wrong_one_is_detected()
     assert distance(certificate.gradient, ridge.gradient) < 0.2 * distance(out.gradient, ridge.gradient)
 
 
+@pytest.mark.slow("compiles a certificate with each linear solver")
 @pytest.mark.parametrize("linear", [bl.GMRES(20, tol=1e-12), bl.NormalCG(30)], ids=["GMRES", "NormalCG"])
 def test_a_linear_solver_replaces_the_factorisation(linear):
     problem, case = quadratic_everywhere("affine root")
@@ -229,6 +234,7 @@ def test_a_bound_holds_however_inaccurate_the_linear_solves_are():
     assert distance(out.gradient, case.gradient) <= float(certificate.bound)
 
 
+@pytest.mark.slow("certifies a problem of more than 1,000 unknowns")
 def test_it_works_above_the_dense_limit():
     """A diagonal case of 600 unknowns: with λ = 1, w* = θ/(1 + curvature) and G = w*/(1 + curvature)."""
     curvature = jnp.arange(600.0) % 3.0
@@ -242,6 +248,7 @@ def test_it_works_above_the_dense_limit():
     assert distance(out.gradient, exact) <= float(certificate.bound) <= 1.01 * distance(out.gradient, exact)
 
 
+@pytest.mark.slow("compiles certificates in float32")
 def test_float32_never_claims_below_rounding():
     """With κ = 1e4 and w exact to float32, the rounding allowance covers the error against a float64 reference."""
     scales = np.geomspace(1, 1e-4, 8)
@@ -262,6 +269,7 @@ def test_float32_never_claims_below_rounding():
     assert int(certificate.findings) & bl.Finding.ROUNDING
 
 
+@pytest.mark.slow("compiles a certificate in three ways")
 def test_vmap_and_jit_equal_a_loop():
     case = case_of("ridge")
 
@@ -282,6 +290,7 @@ def test_vmap_and_jit_equal_a_loop():
     assert "2 hypergradients" in str(batch)
 
 
+@pytest.mark.slow("searches for the extreme of each constant", fast="LOGISTIC")
 @pytest.mark.parametrize("loss", ["HALF_SQUARED", "LOGISTIC", "SOFTMAX"])
 def test_constants_of_linear_models_hold_and_are_tight(loss):
     """A random search finds no larger quotient. With one feature it comes within 20 % of the constant."""
@@ -326,6 +335,7 @@ def test_invalid_constants_are_refused():
         certify_scalar(scalar(), 1.0, 1.0, -1.0)
 
 
+@pytest.mark.slow("certifies several hundred drawn problems")
 def test_the_study_meets_its_requirements_on_a_few_hundred_cases(tmp_path):
     """The study runs in its own process, as from the command line; its exit status is 0 if all requirements hold."""
     record = tmp_path / "record.json"

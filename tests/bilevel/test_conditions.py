@@ -40,6 +40,7 @@ def test_the_fixed_point_of_a_cosine_has_a_closed_form():
         assert float(jax.grad(layer)(theta, 0.0, None)) == pytest.approx(1 / (1 + np.sin(w)), rel=1e-12)
 
 
+@pytest.mark.slow("differentiates in 40,200 outer variables")
 def test_an_affine_contraction_in_two_hundred_dimensions_has_the_derivative_of_its_inverse():
     n, rng = 200, np.random.default_rng(1)
     matrix = rng.normal(size=(n, n))
@@ -60,6 +61,7 @@ def test_an_affine_contraction_in_two_hundred_dimensions_has_the_derivative_of_i
         np.testing.assert_allclose(out.gradient["M"], np.outer(adjoint, w), atol=1e-12 * np.abs(adjoint).max() * 20)
 
 
+@pytest.mark.slow("compiles a second derivative through both solves")
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_a_learned_proximal_strength_has_a_closed_form(per_parameter):
     # w = (H + Λ)⁻¹(Ht + Λc) with Λ = exp(θ), one for all parameters or one for each; plain JAX differentiates it.
@@ -104,6 +106,7 @@ SETS = {
 } | {name: (np.array(radius), lambda t: t) for name, radius in BALLS.items()}
 
 
+@pytest.mark.slow("compiles each projection with two derivatives", fast="projection_box")
 @pytest.mark.parametrize("name", SETS)
 def test_a_projection_is_differentiated_in_the_parameters_of_its_set(name):
     theta, params = SETS[name]
@@ -132,6 +135,7 @@ def test_a_projection_that_fixes_a_sum_has_a_closed_form(name):
     np.testing.assert_allclose(out.gradient, (WEIGHTS + 0.6 * w) @ slope / slope.sum(), rtol=1e-11)
 
 
+@pytest.mark.slow("compiles a projection with its derivative")
 def test_a_projection_without_parameters_is_differentiated_in_the_objective():
     condition = bl.Projected(
         lambda w, theta, data: objective(w, theta, theta), bl.jaxopt_projection("projection_non_negative"), STEP
@@ -190,6 +194,7 @@ def test_the_table_holds_every_prox_of_jaxopt():
     assert set(PENALTIES) == {name for name in dir(jaxopt.prox) if name.startswith(("prox_", "make_prox"))}
 
 
+@pytest.mark.slow("compiles each proximal operator with differences", fast="prox_lasso")
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_prox_is_differentiated_in_its_penalty_and_in_the_objective(name):
     prox = bl.jaxopt_prox(prox_or_name(name), params=lambda theta, data: PENALTIES[name](theta))
@@ -229,6 +234,7 @@ def test_the_lasso_with_a_penalty_for_each_feature_agrees_with_scikit_learn():
     np.testing.assert_allclose(out.gradient, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow("solves a logistic regression for each difference")
 def test_a_logistic_penalty_for_each_feature_agrees_with_central_differences():
     x = np.random.default_rng(2).normal(size=(30, 4))
     y = np.where(x @ WEIGHTS > 0, 1.0, -1.0)
@@ -274,6 +280,7 @@ def by_active_set(p):
     return x, multipliers[:1], jnp.append(multipliers[1:], 0.0)
 
 
+@pytest.mark.slow("differentiates in each matrix of a quadratic program")
 def test_a_quadratic_program_is_differentiated_in_all_its_data():
     theta = jax.tree.map(jnp.asarray, PROGRAM)
     solution = by_active_set(theta)
@@ -315,6 +322,7 @@ class Triple(NamedTuple):
     unequal: object
 
 
+@pytest.mark.slow("compiles a quadratic program on a named tuple")
 def test_kkt_keeps_a_named_tuple():
     def known(condition, init, theta, data):  # x = θ − ν with Σx = 1
         force = (jnp.sum(theta) - 1) / 2

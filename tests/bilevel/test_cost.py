@@ -69,6 +69,7 @@ def test_a_hypergradient_costs_at_most_five_percent_more_than_its_parts():
     assert whole + product > 1.05 * sum(parts.values())  # one more product would break the bound
 
 
+@pytest.mark.slow("compiles once for each number of iterations", fast="7")
 @pytest.mark.parametrize("maxiter", [1, 7])
 def test_an_adjoint_solve_costs_its_iterations_and_one_product(maxiter):
     products = []

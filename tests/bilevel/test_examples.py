@@ -32,6 +32,7 @@ def test_every_example_is_checked_and_short():
     assert all(len(path.read_text().splitlines()) < 60 for path in files.values())
 
 
+@pytest.mark.slow("runs an example to its end", fast="portfolio")
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_example_reaches_its_goal(name, tmp_path):
     if name in NEEDS:

@@ -66,6 +66,7 @@ class TestIndefinite:
         assert status_of(info) == "NEGATIVE_CURVATURE"
         np.testing.assert_allclose(np.asarray(watched, float), np.asarray(plain, float), rtol=20 * eps, atol=20 * eps)
 
+    @pytest.mark.slow("solves dozens of systems of different scales")
     def test_definite_operators_are_not_reported_at_any_scale(self):
         for scale in (1e-12, 1.0, 1e12):
             for dtype in (jnp.float32, jnp.float64):
@@ -93,6 +94,7 @@ class TestSingular:
     def test_a_null_direction_is_singular(self, solver, diagonal):
         assert status_of(solver(*system(diagonal))[1]) == "SINGULAR"
 
+    @pytest.mark.slow("solves with each solver")
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_least_squares_without_a_penalty_and_with_few_samples_is_singular(self, dtype):
         rng = np.random.default_rng(0)
@@ -337,6 +339,7 @@ class TestLeaves:
     def test_every_method_takes_a_theta_without_floating_leaves(self, method):
         self.check({"n": 3, "nothing": None}, method)
 
+    @pytest.mark.slow("compiles a hypergradient for each kind of tree")
     @settings(max_examples=8, deadline=None, derandomize=True)
     @given(theta=TREES)
     def test_implicit_takes_any_tree(self, theta):
@@ -378,6 +381,7 @@ class TestLeaves:
 
 
 class TestDtypes:
+    @pytest.mark.slow("compiles a hypergradient for each dtype", fast=("bfloat16-True", "float32-False"))
     @pytest.mark.parametrize("x64", [True, False])
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
     def test_dtypes_are_kept(self, dtype, x64):
@@ -397,6 +401,7 @@ class TestDtypes:
             eps = float(jnp.finfo(dtype).eps)
             np.testing.assert_allclose(np.asarray(out.gradient["a"], float), expected, rtol=8 * eps, atol=8 * eps)
 
+    @pytest.mark.slow("compiles each method in half precision", fast=("LU-*", "FiniteDifference-bfloat16"))
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     @pytest.mark.parametrize(
         "method",

@@ -38,6 +38,7 @@ def test_value_and_gradient_agree_with_the_closed_form(name):
     assert float(out.linear.relative_residual) < case.tolerance
 
 
+@pytest.mark.slow("compiles a Jacobian through both solves")
 def test_the_layer_has_the_jacobian_of_ridge_regression():
     case = ridge()
     layer = bl.implicit_layer(case.condition, newton, bl.LU())
@@ -56,6 +57,7 @@ def test_the_gradient_is_the_formula_of_implicit_maml():
     assert_trees_close(out.gradient, {"a": expected[:2], "b": expected[2]}, case.tolerance)
 
 
+@pytest.mark.slow("compiles second derivatives, forwards and backwards", fast="jacrev-affine root")
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
 @pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev])
 def test_the_gradient_is_differentiable(name, transform):
@@ -70,6 +72,7 @@ def test_the_gradient_is_differentiable(name, transform):
     assert_trees_close(jax.jit(transform(gradient))(case.theta), expected, case.tolerance * case.kappa)
 
 
+@pytest.mark.slow("compiles a layer inside a layer, and differentiates it twice")
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
 def test_the_layer_composes_with_transformations(name):
     case = CASES[name]()
@@ -91,6 +94,7 @@ def test_the_layer_composes_with_transformations(name):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(init))
 
 
+@pytest.mark.slow("compiles each transformation of a hypergradient", fast="affine root")
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
 def test_jit_and_vmap_give_the_same_numbers(name):
     case = CASES[name]()
@@ -103,6 +107,7 @@ def test_jit_and_vmap_give_the_same_numbers(name):
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], batched.gradient), single.gradient, case.tolerance)
 
 
+@pytest.mark.slow("compiles for two devices with each linear solver", fast="unrolled")
 @pytest.mark.parametrize(
     ("solver", "method"),
     [
@@ -172,6 +177,7 @@ def test_one_trace_per_shape():
     assert len(traces) == 2 * first
 
 
+@pytest.mark.slow("compiles once for each scale", fast="1e-20")
 @pytest.mark.parametrize("size", [1e-20, 1e-5, 1e5, 1e20])
 def test_the_gradient_scales_with_the_outer_function(size):
     case = affine_root()
@@ -215,6 +221,7 @@ def test_aux_is_returned():
         assert int(out.aux["label"]) == 3
 
 
+@pytest.mark.slow("compiles a solve with and without a start")
 def test_linear_init_is_the_start_of_the_adjoint_solve():
     case = ridge()
     problem, arguments = case.problem, (case.theta, case.init, case.data)
@@ -314,6 +321,7 @@ def test_unrolled_refuses_a_loop_of_unknown_length(solver):
         bl.value_and_hypergradient(descent_problem(), solver, bl.Unrolled())(jnp.ones(2), jnp.zeros(2), None)
 
 
+@pytest.mark.slow("compiles second derivatives", fast="<lambda>0")
 @pytest.mark.parametrize("second", [lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))])
 def test_a_second_derivative_of_one_leaf_among_several(second):
     matrix = jnp.array([[3.0, 1.0], [-1.0, 2.0]])

@@ -129,6 +129,9 @@ def test_every_solver_of_jaxopt_is_in_exactly_one_table():
     assert not {name for name, *_ in SOLVED} & set(REFUSED)
 
 
+@pytest.mark.slow(
+    "compiles jaxopt's line searches", fast=("*Gradient*", "*SGD*", "Scipy*", "MirrorDescent*", "OptaxSolver*")
+)
 @pytest.mark.parametrize(("name", "problem", "options", "error"), SOLVED)
 def test_a_solver_of_jaxopt_solves_the_condition_it_fits(name, problem, options, error):
     inner, init, exact = problem
@@ -194,6 +197,7 @@ def test_the_argument_names_of_the_users_functions_are_free(name, inner, options
     assert float(out.w) == pytest.approx(3.0, abs=1e-8)
 
 
+@pytest.mark.slow("compiles several of jaxopt's box solvers")
 def test_a_box_solver_on_a_set_that_is_no_box_reports_a_failure():
     ball = bl.Projected(valley, bl.jaxopt_projection("projection_l2_ball"), 0.4)
     out = bl.Jaxopt("LBFGSB", tol=1e-6)(ball, jnp.zeros(2), jnp.asarray(SLOPE), None)
@@ -207,6 +211,7 @@ def test_a_spent_budget_without_a_tolerance_is_no_failure():
     assert int(out.status) == bl.Status.BUDGET_USED and int(out.steps) == 3
 
 
+@pytest.mark.slow("compiles jaxopt's solvers of quadratic programs")
 def test_a_quadratic_program_keeps_float32():
     inner, init, exact = PROGRAM
     init, theta = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (init, SLOPE))

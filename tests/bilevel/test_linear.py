@@ -86,6 +86,9 @@ def test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact(name):
     np.testing.assert_allclose(flat(x), [1.0, 2.0, 0.5], rtol=100 * EPS)
 
 
+@pytest.mark.slow(
+    "compiles each solver in two precisions", fast=("1e-20-float32-CG", "1e-20-float32-LU", "1e+20-float64-CG")
+)
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("size", [1e-20, 1e20])
@@ -155,6 +158,7 @@ def test_ridge_is_added_to_the_operator(name):
     np.testing.assert_allclose(flat(solver(operator(SYMMETRIC), tree(b))[0]), expected, rtol=tolerance(SYMMETRIC))
 
 
+@pytest.mark.slow("compiles each solver with a start", fast=("CG", "BiCGStab"))
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_starts_from_the_given_init(name):
     b = np.array([1.0, -2.0, 0.5])
@@ -173,6 +177,7 @@ def test_the_inverse_as_a_preconditioner_solves_in_one_step(name):
     np.testing.assert_allclose(solver(lambda v: diagonal * v, jnp.ones(8))[0], 1 / diagonal, rtol=1e-12)
 
 
+@pytest.mark.slow("compiles each solver with a large budget", fast="CG")
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_a_large_budget_on_an_easy_system_keeps_the_solution(name):
     # Long after convergence a recursion computes with denormals, where ⟨p, Ap⟩ may vanish before ‖r‖² does.
@@ -226,6 +231,7 @@ def test_nystrom_at_full_rank_is_the_regularised_inverse(rank):
     assert float(info.relative_residual) < tolerance(SYMMETRIC) * 20
 
 
+@pytest.mark.slow("compiles a sketch of each rank")
 def test_nystrom_is_exact_for_an_operator_of_its_rank():
     factor = np.random.default_rng(0).normal(size=(9, 2))
     matrix, b = factor @ factor.T, np.arange(1.0, 10.0)

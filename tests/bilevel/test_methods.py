@@ -26,6 +26,7 @@ def gradient(problem, solver, method, theta, init=None, data=None):
     return bl.value_and_hypergradient(problem, solver, method)(jax.tree.map(jnp.asarray, theta), init, data)
 
 
+@pytest.mark.slow("compiles each solver in both modes", fast=("gd-zero", "optax-theta"))
 @pytest.mark.parametrize("init", [np.zeros(2), bl.identity_center], ids=["zero", "theta"])
 @DESCENTS
 def test_forward_and_backward_unrolling_give_the_same_gradient(solver, init):
@@ -35,6 +36,7 @@ def test_forward_and_backward_unrolling_give_the_same_gradient(solver, init):
     np.testing.assert_allclose(forward.value, backward.value, rtol=1e-14)
 
 
+@pytest.mark.slow("compiles each solver with and without checkpoints", fast=("gd-False", "momentum-True"))
 @pytest.mark.parametrize("checkpoint", [False, True])
 @DESCENTS
 def test_first_order_unrolling_differentiates_the_start_only(solver, checkpoint):
@@ -55,6 +57,7 @@ def test_forward_unrolling_allows_a_tol():
     assert int(out.status) == bl.Status.CONVERGED
 
 
+@pytest.mark.slow("compiles unrolled fixed-point iterations")
 @pytest.mark.parametrize("solver", [bl.FixedPointIteration(5), bl.Anderson(4, history=1)], ids=["plain", "anderson"])
 def test_fixed_point_solvers_are_unrolled(solver):
     problem = bl.Problem(
@@ -95,6 +98,7 @@ def test_first_order_on_a_mapping_replaces_a_by_the_identity():
     np.testing.assert_allclose(out.gradient, 2 * THETA**2 + 2 * THETA * THETA, rtol=1e-12)
 
 
+@pytest.mark.slow("compiles for each problem", fast="quadratic")
 @pytest.mark.parametrize("make", [ridge, quadratic, imaml])
 def test_finite_differences_of_gradients_are_as_exact_as_documented(make):
     case = make()
@@ -141,6 +145,7 @@ def test_evolution_strategies_in_a_full_basis_are_exact_on_a_quadratic():
     np.testing.assert_allclose(out.gradient, THETA / EIGENVALUES**2, rtol=1e-13)
 
 
+@pytest.mark.slow("averages over thousands of drawn pairs")
 def test_evolution_strategies_with_few_pairs_are_unbiased():
     solver = lambda condition, init, theta, data: theta / EIGENVALUES  # noqa: E731
 
@@ -156,6 +161,7 @@ def test_evolution_strategies_with_few_pairs_are_unbiased():
     assert np.all(standard_error > 0)
 
 
+@pytest.mark.slow("compiles each method under vmap")
 def test_methods_return_aux_and_work_under_vmap():
     case = ridge()
     problem = bl.Problem(case.condition, lambda w, theta, data: (case.outer(w, theta, data), w), has_aux=True)

@@ -26,6 +26,7 @@ def run(solver, method, steps=200, optimizer=None, data=TARGET, **options):
     return bl.minimize(problem(), jnp.zeros(2), jnp.zeros(2), data, solver, method, optimizer, steps, **options)
 
 
+@pytest.mark.slow("runs an outer loop to its end", fast=("method1", "method2"))
 @pytest.mark.parametrize("method", [bl.Implicit(bl.CG(2)), bl.Unrolled(), bl.ValuePenalty(1e6)])
 def test_minimize_converges_to_the_closed_form(method):
     out = run(bl.GradientDescent(0.3, 40), method, steps=400)
@@ -41,6 +42,7 @@ def test_adam_converges_too():
     np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-3)
 
 
+@pytest.mark.slow("runs two outer loops to their end")
 def test_warm_starts_reduce_the_inner_residual():
     short = bl.GradientDescent(0.2, 2)
     warm = run(short, bl.Implicit(bl.CG(2)))
@@ -92,6 +94,7 @@ def test_an_iterator_gives_data_for_each_step_and_ends_the_loop():
     assert seen[0][1] == pytest.approx(0.5 * np.sum(TARGET**2))
 
 
+@pytest.mark.slow("compiles an outer loop for each kind of θ", fast="number")
 @pytest.mark.parametrize("start", [np.ones(2), 1.0], ids=["array", "number"])
 def test_one_trace_for_all_steps(start):
     traces = []
@@ -111,6 +114,7 @@ def test_one_trace_for_all_steps(start):
     assert count(1) == count(20)
 
 
+@pytest.mark.slow("compiles several outer loops")
 def test_theta_stays_where_a_gradient_is_not_finite():
     data = iter([TARGET, np.full(2, np.nan), np.full(2, np.nan)])
     first = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 1, optax.adam(0.1), iter([TARGET]))
@@ -138,6 +142,7 @@ def test_a_batch_of_nan_changes_nothing_in_later_steps():
     assert [int(status) for status in out.history.status] == [1, 7, 1, 1, 1]
 
 
+@pytest.mark.slow("compiles outer loops with warm and with cold starts", fast="1")
 @pytest.mark.parametrize("steps", [1, 2])
 def test_warm_and_cold_starts_take_the_same_first_step(steps):
     # With one step of conjugate gradients the result depends on the start.
@@ -156,6 +161,7 @@ IMPLICIT = bl.Implicit(bl.CG(2))
 WITH_PLATEAUS = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())
 
 
+@pytest.mark.slow("compiles an outer line search", fast="polyak")
 @pytest.mark.parametrize(
     ("optimizer", "steps", "method"),
     [

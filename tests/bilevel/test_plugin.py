@@ -102,6 +102,7 @@ def test_right_and_wrong_methods_and_the_report(pytester, run):
     assert [rest.split()[0] for verdict, *_, rest in found if verdict == "WRONG"] == ["wrong"]
 
 
+@pytest.mark.slow("starts pytest with a worker of its own")
 def test_the_report_includes_tests_in_processes_of_xdist(pytester, run):
     pytester.makepyfile(test_project=PROJECT)
     result = run("--hypergradient-report", "-n", "1", "-k", "wrong")

@@ -71,6 +71,7 @@ def without_our_projection(name, **options):
     return functools.partial(getattr(jaxopt.projection, name), make_solver=lbfgs_to_rounding, **options)
 
 
+@pytest.mark.slow("compiles a projection by transport, to second order")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_projections_onto_matrices_with_given_row_and_column_sums(name):
     theta, hypergradient, _ = on_matrices(name, name)
@@ -89,6 +90,7 @@ KNOWN_FAILURES = {
 }
 
 
+@pytest.mark.slow("compiles a projection by transport with jaxopt's options")
 @pytest.mark.parametrize(
     "name",
     [
@@ -133,6 +135,7 @@ def value_by_its_active_set(theta):
 POLYHEDRON = np.array([1.0, 0.3])
 
 
+@pytest.mark.slow("compiles second derivatives of a quadratic program")
 def test_the_polyhedron_has_the_first_and_second_derivatives_of_its_active_set():
     projection = bl.jaxopt_projection("projection_polyhedron", polyhedron)
     out = on_vectors(projection, POLYHEDRON)
@@ -178,6 +181,7 @@ def test_an_empty_set_is_nonfinite(name):
     assert int(out.inner.status) == bl.Status.NONFINITE
 
 
+@pytest.mark.slow("compiles a quadratic program in float32", fast="projection_affine_set")
 @pytest.mark.parametrize("name", ["projection_polyhedron", "projection_affine_set"])
 def test_float32_is_kept(name):
     params = {"projection_polyhedron": polyhedron, "projection_affine_set": lambda t, d: polyhedron(t, d)[:2]}[name]
@@ -200,6 +204,7 @@ def backwards_only(w, theta, data):
     return jaxopt.projection.projection_polyhedron(w, params, check_feasible=False)
 
 
+@pytest.mark.slow("compiles a projection in both modes")
 def test_a_function_that_jax_differentiates_backwards_only_is_differentiated_forwards_too():
     condition, data = problem_on_vectors(backwards_only).condition, jnp.array([3, 0])
     layer = bl.implicit_layer(condition, bl.FixedPointIteration(30), bl.LU())
@@ -213,6 +218,7 @@ def test_a_function_that_jax_differentiates_backwards_only_is_differentiated_for
     np.testing.assert_allclose(backward, jax.grad(value_by_its_active_set)(POLYHEDRON), atol=1e-2)
 
 
+@pytest.mark.slow("compiles a projection with a captured θ")
 def test_a_function_with_a_custom_vjp_may_capture_theta():
     # The projection onto 1ᵀy = c, with c captured by the closure, is ȳ + (c − 1ᵀȳ)/4: its derivative in c is 1/4.
     def point(c, w):

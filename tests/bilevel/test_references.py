@@ -15,6 +15,7 @@ def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
+@pytest.mark.slow("compiles each reference of each problem", fast="quadratic-dense")
 @pytest.mark.parametrize("reference", references.REFERENCES.values(), ids=references.REFERENCES)
 @pytest.mark.parametrize("name", ["affine root", "quadratic"])
 def test_each_reference_is_the_closed_form_within_its_own_uncertainty(name, reference):
@@ -42,6 +43,7 @@ def test_each_reference_answers_its_own_question():
         assert abs(found.gradient - exact) <= found.uncertainty[0] < 1e-9
 
 
+@pytest.mark.slow("compiles each reference in float32")
 def test_float32_arguments_give_float64_references():
     """θ, data, start and a captured constant are float32; integers stay integers."""
     with jax.enable_x64(False):
@@ -61,6 +63,7 @@ def test_float32_arguments_give_float64_references():
         assert found.gradient["x"].dtype == np.float64 and found.gradient["count"] == 0
 
 
+@pytest.mark.slow("differentiates along many directions")
 def test_a_large_theta_is_differentiated_along_random_directions():
     entries = 200
     problem = bl.Problem(

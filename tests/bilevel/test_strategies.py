@@ -45,6 +45,7 @@ def test_the_gradient_is_the_difference_quotient_of_the_closed_form(name, seed, 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max() + rounding)
 
 
+@pytest.mark.slow("compiles a dense solve for each family", fast=("quadratic", "root", "fixed_point", "imaml", "kkt"))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_closed_form_solves_the_condition_and_agrees_with_a_dense_solve(name):
     family, options = VARIANTS[name]
@@ -56,6 +57,7 @@ def test_the_closed_form_solves_the_condition_and_agrees_with_a_dense_solve(name
     np.testing.assert_allclose(found, expected, rtol=0, atol=case.rtol * np.abs(expected).max())
 
 
+@pytest.mark.slow("compiles a hypergradient for each family", fast=("imaml", "ridge", "box", "kkt"))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_suggested_solver_and_method_find_the_answer(name):
     family, options = VARIANTS[name]
@@ -98,6 +100,7 @@ def test_a_case_is_printed_as_the_call_that_makes_it(case):
     assert dtypes == {case.dtype}
 
 
+@pytest.mark.slow("compiles for each drawn problem")
 @few(max_examples=4)
 @given(case=strategies.ridge_problems(sizes=(3,), w_layouts=("dict",), theta_layouts=("scalar",)))
 def test_a_strategy_draws_both_dtypes_and_the_default_method_meets_its_tolerance(case):

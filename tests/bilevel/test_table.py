@@ -356,6 +356,18 @@ RUN = [c for c in PRODUCT if planned_outcome(c) not in ("refused", "left out")]
 GROUPS = list(dict.fromkeys((c.condition, c.method) for c in RUN))
 
 
+@pytest.mark.slow(
+    "compiles each condition with each method, 250 s in all",
+    fast=(
+        "Stationary-Implicit",
+        "Stationary-Unrolled",
+        "Stationary-ForwardUnrolled",
+        "Stationary-EvolutionStrategies",
+        "Stationary-ValuePenalty",
+        "Root-Implicit",
+        "KKT, equality-Implicit",
+    ),
+)
 @pytest.mark.parametrize(("condition", "method"), GROUPS)
 def test_supported_combinations_agree_with_the_closed_form(condition, method):
     here = [c for c in RUN if (c.condition, c.method) == (condition, method)]

@@ -44,6 +44,7 @@ def untransposed(problem, solver, theta, init, data):
     return jax.tree.map(jnp.subtract, direct, pull(v)[0])
 
 
+@pytest.mark.slow("compiles each reference", fast="dense")
 @pytest.mark.parametrize("against", ["finite_differences", "dense", "unrolled", ("dense", "unrolled")])
 def test_a_right_gradient_passes(against):
     check(EXACT, against=against)
@@ -62,12 +63,16 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow(
+    "compiles the references once for each planted fault", fast="the sign of the term through w is flipped"
+)
 @pytest.mark.parametrize("cause", FAULTS)
 def test_a_wrong_gradient_fails_with_its_cause(cause):
     with pytest.raises(AssertionError, match=f"likely cause: .*{re.escape(cause)}"):
         check(FAULTS[cause])
 
 
+@pytest.mark.slow("compiles several references")
 def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     def one_off(problem, solver, theta, init, data):
         gradient = EXACT(problem, solver, theta, init, data).gradient
@@ -83,12 +88,14 @@ def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     assert "1 of 4 entries are off" in message
 
 
+@pytest.mark.slow("compiles every reference of a longer solve", fast="bare gradient")
 @pytest.mark.parametrize("method", [EXACT, faulty(lambda right, direct: right)], ids=["reported", "bare gradient"])
 def test_an_unfinished_inner_solve_is_distinguished_from_a_wrong_method(method):
     with pytest.raises(AssertionError, match=r"the inner problem is not solved: ‖F‖ = .* allow more steps"):
         check(method, solver=bl.FixedPointIteration(2))
 
 
+@pytest.mark.slow("compiles every reference of a longer solve")
 def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_method():
     with pytest.raises(AssertionError, match=r"the linear solve is not finished: its true residual is"):
         check(bl.Implicit(bl.GMRES(1)))
@@ -127,6 +134,7 @@ def test_a_case_distinguishes_a_wrong_solution_from_a_wrong_gradient():
         testing.assert_case(CASE, method=FAULTS["the sign of the term through w is flipped"])
 
 
+@pytest.mark.slow("differentiates along many directions")
 def test_more_than_64_outer_variables_are_checked_along_directions():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - jnp.sum(jnp.sin(theta))) ** 2))
     problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**3))

@@ -64,6 +64,7 @@ def check(case, method, solver=NEWTON, against=("dense",), **options):
     return bl.check_hypergradient(case.problem, case.theta, case.init, case.data, solver, method, against, **options)
 
 
+@pytest.mark.slow("compiles every reference", fast="contraction")
 @pytest.mark.parametrize("name", ["contraction", "affine root", "imaml"])
 def test_a_right_method_agrees_with_every_reference(name):
     report = check(problems.CASES[name](), bl.Implicit(bl.LU()), against=("finite_differences", "unrolled", "dense"))
@@ -72,6 +73,7 @@ def test_a_right_method_agrees_with_every_reference(name):
     assert max(len(line) for line in str(report).splitlines()) <= 100
 
 
+@pytest.mark.slow("compiles every reference once for each planted fault", fast="affine root-transpose-*")
 @pytest.mark.parametrize(
     "name, fault, words",
     [
@@ -92,6 +94,7 @@ def test_the_fault_of_a_wrong_method_is_named(name, fault, words):
     assert not report.comparisons[0].agrees
 
 
+@pytest.mark.slow("compiles every reference for several methods")
 def test_the_dense_method_without_a_fault_is_right():
     assert check(problems.affine_root(), dense_method()).ok and check(problems.imaml(), dense_method()).ok
 
@@ -112,6 +115,7 @@ def quartic():
     )
 
 
+@pytest.mark.slow("compiles every reference of a longer solve")
 def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     few = bl.GradientDescent(0.1, 3)
     all_references = ("finite_differences", "unrolled", "dense")
@@ -133,6 +137,7 @@ def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():
     assert not truncated.ok and "the linear solve is not finished" in truncated.verdict
 
 
+@pytest.mark.slow("compiles every reference at several tolerances")
 def test_an_error_within_a_tol_that_was_met_is_allowed():
     """‖F‖ ≤ 1e-3 is asked for and met, so an error of that size is no fault; without a tol the same error is one."""
     with_tol = check(quartic(), bl.Implicit(bl.CG(2)), bl.GradientDescent(0.1, 500, tol=1e-3))
@@ -142,6 +147,7 @@ def test_an_error_within_a_tol_that_was_met_is_allowed():
     assert check(quartic(), bl.Implicit(bl.CG(2)), bl.GradientDescent(0.1, steps), rtol=1e-2).ok
 
 
+@pytest.mark.slow("compiles every reference in float32 and float64")
 def test_float32_is_judged_by_its_own_precision():
     case = problems.ridge()
     with jax.enable_x64(False):
@@ -155,6 +161,7 @@ def test_float32_is_judged_by_its_own_precision():
     assert not found[1].ok
 
 
+@pytest.mark.slow("differentiates along many directions")
 def test_a_large_theta_is_compared_along_directions():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - jnp.mean(jnp.sin(theta["x"]))) ** 2))
     problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**3))
@@ -208,6 +215,7 @@ def stationary(objective, outer=lambda w, theta, data: jnp.sum(w**2)):
     return bl.Problem(bl.Stationary(objective), outer)
 
 
+@pytest.mark.slow("compiles every check for each problem", fast=("quadratic", "imaml"))
 @pytest.mark.parametrize("name", problems.CASES)
 def test_every_check_passes_at_the_solution_of_a_smooth_problem(name):
     case = problems.CASES[name]()
@@ -230,6 +238,7 @@ def kinked(activation):
     return stationary(lambda w, theta, data: 0.5 * jnp.sum(activation(w)) ** 2 + 0.5 * jnp.sum((w - theta) ** 2))
 
 
+@pytest.mark.slow("compiles every check twice")
 def test_a_kink_is_found_and_its_smooth_variant_is_not():
     """θ is chosen so that w = (0, ½) is the solution: F = act'(w)·Σact(w) + w − θ."""
     w = jnp.array([0.0, 0.5])
@@ -331,6 +340,7 @@ def test_complex_integer_and_nonfinite_leaves_are_named():
 # --- compare_methods -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("compiles eight methods")
 def test_methods_are_measured_and_compared():
     case = problems.quadratic()  # 4 unknowns
     methods = [bl.Implicit(bl.CG(4)), bl.Implicit(bl.LU()), bl.Unrolled(), dense_method("factor")]
@@ -350,6 +360,7 @@ def test_methods_are_measured_and_compared():
     assert len(lines) == 6 and max(map(len, lines)) <= 100 and lines[1].startswith("Implicit(CG(4))")
 
 
+@pytest.mark.slow("compiles several methods")
 def test_a_failed_status_fails_the_comparison():
     case = problems.quadratic()
     solver = bl.GradientDescent(0.1, 2, tol=1e-9)

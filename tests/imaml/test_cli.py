@@ -316,6 +316,7 @@ def interrupt_at_first_step(folder, cache):
     return process.returncode, "".join(lines)
 
 
+@pytest.mark.slow("trains a preset by its command, twice")
 def test_interrupted_training_exits_with_130_and_the_same_command_resumes_it(tmp_path, glyph_cache):
     run = tmp_path / "run"
     code, output = interrupt_at_first_step(tmp_path, glyph_cache)

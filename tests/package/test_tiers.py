@@ -1,6 +1,7 @@
 """The two tiers: which tests run by default, and that no file and no promise is left to the slow tier alone."""
 
 import ast
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +24,14 @@ def test_sleeps(value):
     pass
 
 
-@pytest.mark.parametrize("value", [1, pytest.param(2, marks=pytest.mark.slow("two take longer"))])
+@pytest.mark.slow("each value takes long", fast=("quick-*", "three"))
+@pytest.mark.parametrize("value", ["quick-one", "two", "three", "four"])
 def test_values(value):
+    pass
+
+
+@pytest.mark.parametrize("value", [1, pytest.param(2, marks=pytest.mark.slow("two takes longer"))])
+def test_one_value(value):
     pass
 
 
@@ -52,17 +59,18 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "arguments, passed, deselected",
     [
-        ((), 2, 5),
-        (("--all",), 7, 0),
-        (("-m", "slow"), 5, 2),
-        (("-m", "not slow"), 2, 5),
-        (("test_project.py",), 2, 5),
+        ((), 4, 7),
+        (("--all",), 11, 0),
+        (("-m", "slow"), 7, 4),
+        (("-m", "not slow"), 4, 7),
+        (("test_project.py",), 4, 7),
         (("test_project.py::test_sleeps",), 2, 0),
-        (("./test_project.py::test_values",), 2, 0),
+        (("./test_project.py::test_values",), 4, 0),
         (("test_project.py::test_sleeps[2]",), 1, 0),
+        (("test_project.py::test_values[two]",), 1, 0),
         (("test_project.py::TestGroup",), 2, 0),
         (("test_project.py::TestGroup::test_one", "test_project.py::test_quick"), 2, 0),
-        (("-k", "sleeps or quick"), 1, 6),
+        (("-k", "sleeps or quick"), 2, 9),
     ],
 )
 def test_which_tests_run(arguments, passed, deselected, run):
@@ -70,8 +78,8 @@ def test_which_tests_run(arguments, passed, deselected, run):
 
 
 def test_the_workers_of_xdist_run_the_same_tests(run):
-    run("-n", "1").assert_outcomes(passed=2)
-    run("-n", "1", "--all").assert_outcomes(passed=7)
+    run("-n", "1").assert_outcomes(passed=4)
+    run("-n", "1", "--all").assert_outcomes(passed=11)
 
 
 def test_each_run_names_its_tier(run):
@@ -79,12 +87,27 @@ def test_each_run_names_its_tier(run):
     run("--all").stdout.fnmatch_lines(["tier: all tests, slow ones too"])
 
 
-@pytest.mark.parametrize("mark", ["slow", "slow()", "slow('')", "slow(reason='it sleeps')", "slow(3)"])
+@pytest.mark.parametrize(
+    "mark", ["slow", "slow()", "slow('')", "slow(reason='it sleeps')", "slow(3)", "slow('it sleeps', quick='1')"]
+)
 def test_a_slow_test_without_a_reason_is_an_error(mark, pytester, run):
     pytester.makepyfile(test_other=f"import pytest\n\n@pytest.mark.{mark}\ndef test_it():\n    pass\n")
     result = run()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*test_other.py::test_it: a slow test says why*"])
+
+
+def test_a_pattern_that_no_parameter_matches_is_an_error(pytester, run):
+    body = "@pytest.mark.parametrize('value', ['one', 'two'])\ndef test_it(value):\n    pass\n"
+    pytester.makepyfile(test_other=f"import pytest\n\n@pytest.mark.slow('it sleeps', fast='three')\n{body}")
+    result = run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*no parameter matches the pattern of a slow test: test_other.py::test_it: three"])
+    run("test_other.py::test_it").assert_outcomes(passed=2)
+
+
+def test_each_slow_page_exists():
+    assert all((ROOT / page).is_file() for page in runpy.run_path(str(ROOT / "conftest.py"))["SLOW_PAGES"])
 
 
 # Whether each file keeps a fast test
@@ -102,7 +125,9 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, bool]]:
 
 
 def is_slow(node: ast.ClassDef | ast.FunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("pytest.mark.slow(") for decorator in node.decorator_list)
+    """Return True if a mark makes all of a test or class slow."""
+    decorators = map(ast.unparse, node.decorator_list)
+    return any(text.startswith("pytest.mark.slow(") and "fast=" not in text for text in decorators)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: str(p.relative_to(ROOT)))

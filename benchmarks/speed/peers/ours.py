@@ -6,7 +6,8 @@ import numpy as np
 
 import bilevel as bl
 from benchmarks.speed.workloads import FewShot, Linear
-from imaml.learning.algorithms import Learner, meta_gradient
+from imaml.learning.algorithms import Learner
+from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.networks import conv4
 from imaml.learning.tasks import Task
 from imaml.parallel.devices import AXIS, SHARED, global_mesh, over_tasks, use_all_cores

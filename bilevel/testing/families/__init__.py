@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 from bilevel.testing.cases import Case
 from bilevel.testing.families.affine import fixed_point, quadratic, root
-from bilevel.testing.families.constrained import box, lasso, simplex
-from bilevel.testing.families.drawing import (
+from bilevel.testing.families.building_blocks import (
     Options,
     contraction_complement,
     general_matrix,
     orthogonal,
     symmetric_matrix,
 )
+from bilevel.testing.families.constrained import box, lasso, simplex
 from bilevel.testing.families.multipliers import kkt
 from bilevel.testing.families.proximal import imaml
 from bilevel.testing.families.regression import logistic, ridge

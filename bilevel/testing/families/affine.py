@@ -10,7 +10,7 @@ import numpy as np
 from bilevel.conditions import FixedPoint, Root, Stationary
 from bilevel.problem import Problem
 from bilevel.testing.cases import Case, arrange, flatten, outer
-from bilevel.testing.families.drawing import (
+from bilevel.testing.families.building_blocks import (
     Options,
     contraction_complement,
     draw_direction,

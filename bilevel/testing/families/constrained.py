@@ -10,7 +10,7 @@ from bilevel._jaxopt.operators import jaxopt_projection
 from bilevel.conditions import Projected, ProximalGradient
 from bilevel.problem import Problem
 from bilevel.testing.cases import Case, arrange, flatten, outer
-from bilevel.testing.families.drawing import Options, make_case
+from bilevel.testing.families.building_blocks import Options, make_case
 from bilevel.testing.families.program import draw_program, program
 from bilevel.testing.families.suggested import suggest_iteration
 

@@ -8,7 +8,7 @@ import numpy as np
 from bilevel.conditions import KKT
 from bilevel.problem import Problem
 from bilevel.testing.cases import Case, arrange, flatten, outer
-from bilevel.testing.families.drawing import Options, make_case
+from bilevel.testing.families.building_blocks import Options, make_case
 from bilevel.testing.families.program import draw_program, program
 from bilevel.testing.families.suggested import suggest_newton
 

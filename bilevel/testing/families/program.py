@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from bilevel.testing.cases import flatten
-from bilevel.testing.families.drawing import Options, draw_direction, draw_theta, symmetric_matrix
+from bilevel.testing.families.building_blocks import Options, draw_direction, draw_theta, symmetric_matrix
 from bilevel.types import PyTree
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from bilevel.conditions import Stationary
 from bilevel.problem import Problem
 from bilevel.testing.cases import Case, flatten, outer
-from bilevel.testing.families.drawing import Options, make_case, orthogonal
+from bilevel.testing.families.building_blocks import Options, make_case, orthogonal
 from bilevel.testing.families.suggested import suggest_descent
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevel.conditions import Condition
-from bilevel.testing.families.drawing import Options
+from bilevel.testing.families.building_blocks import Options
 from bilevel.types import PyTree
 
 

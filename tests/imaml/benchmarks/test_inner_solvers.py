@@ -44,6 +44,7 @@ def test_least_squares_has_the_same_curvature_everywhere(learner, tasks, x64):
     np.testing.assert_allclose(at_theta, at_phi, rtol=1e-12)
 
 
+@pytest.mark.slow("compares inner solvers on a trained run")
 def test_the_nearly_exact_solver_converges_and_one_beyond_the_limit_diverges(learner, tasks, capsys):
     found = inner_solvers.study(learner, {"w": jnp.zeros((SHAPE[2], 1))}, tasks)["solvers"]
     assert found["near exact"]["inner_residual"] < 1e-4 and found["near exact"]["cosine"] == pytest.approx(1)

@@ -48,6 +48,7 @@ def test_the_exact_hypergradient_equals_central_differences(name):
     np.testing.assert_allclose(item.exact(), differences, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow("starts a process for each contender")
 def test_contenders_run_alternately_in_separate_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     item = small("ridge")
@@ -62,6 +63,7 @@ def test_contenders_run_alternately_in_separate_processes(tmp_path, monkeypatch)
     assert "### ridge" in report.table()
 
 
+@pytest.mark.slow("starts a process for a peer")
 def test_a_peers_gradient_equals_the_exact_one(tmp_path):
     item = small("logistic")
     with harness.Process(item, OURS) as process:
@@ -106,6 +108,7 @@ def test_pytorch_computes_the_same_gradient_of_the_same_operator(tmp_path):
     assert suites._relative(found["theirs"], found["ours"]) < suites.TOLERANCE
 
 
+@pytest.mark.slow("compiles the first timed item at its real size")
 def test_a_meta_gradient_of_w1_needs_at_most_6_4_mib():
     from benchmarks.speed.peers import ours
 

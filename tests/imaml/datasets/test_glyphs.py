@@ -69,6 +69,7 @@ def neighbour_accuracy(classes: ImageClasses, ways: int, shots: int) -> float:
     return hits / EPISODES
 
 
+@pytest.mark.slow("draws the whole dataset")
 def test_has_1800_classes_and_20_to_30_percent_are_test_classes(dataset):
     train, test = len(dataset.train), len(dataset.test)
     assert train + test >= 1800
@@ -115,6 +116,7 @@ def test_no_script_is_in_both_splits_and_no_script_dominates_the_test_split(data
     assert largest < len(dataset.test) / 2
 
 
+@pytest.mark.slow("compares all pairs of classes")
 def test_no_two_classes_look_alike_even_across_the_split(dataset, fonts):
     characters = characters_of(dataset.train.labels + dataset.test.labels, fonts)
     views = glyphs._views(glyphs._fields(fonts, characters), characters)
@@ -138,6 +140,7 @@ def test_of_two_characters_that_look_alike_at_most_one_is_a_class(dataset, pair)
     assert len({ord(unicodedata.lookup(name)) for name in pair} & codes) <= 1
 
 
+@pytest.mark.slow("draws two datasets and compares all their images")
 @pytest.mark.parametrize("ways, shots", NEIGHBOUR_ACCURACY)
 def test_pixel_nearest_neighbours_are_as_accurate_as_on_omniglot(dataset, ways, shots):
     accuracy = neighbour_accuracy(dataset.test, ways, shots)

@@ -38,6 +38,7 @@ def real(omniglot_directory: Path, real_cache: Path, monkeypatch: pytest.MonkeyP
     return omniglot.load(omniglot_directory)
 
 
+@pytest.mark.slow("decodes the real archives")
 def test_official_archives_give_the_published_counts_and_the_recorded_split(real):
     assert real.name == "omniglot"
     assert real.train.pixels.shape == (1200, 20, 28, 28, 1) and real.train.pixels.dtype == np.uint8
@@ -93,6 +94,7 @@ def test_an_official_archive_zipped_again_in_another_order_has_the_same_drawings
     assert omniglot._drawings(official, path, path.read_bytes()) == original
 
 
+@pytest.mark.slow("damages copies of the real archives")
 def test_a_damaged_official_archive_is_refused_or_has_the_same_drawings(omniglot_directory: Path):
     path, official = omniglot_directory / "images_evaluation.zip", omniglot.ARCHIVES[1]
     content, source = path.read_bytes(), random.Random(1)

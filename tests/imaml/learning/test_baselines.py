@@ -85,6 +85,7 @@ def test_the_algorithms_have_different_meta_gradients(tasks):
             assert np.abs(one - other).max() > 1e-3 * np.abs(one).max()
 
 
+@pytest.mark.slow("compiles each algorithm twice")
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
 def test_the_meta_gradient_does_not_depend_on_the_strength(algorithm, tasks):
     one, other = (jax.jit(meta_gradient(linear(algorithm, strength=s)))(THETA, tasks) for s in (1.0, 7.0))
@@ -149,6 +150,7 @@ def reference_code(theta, task):
     return phi, solution.reshape(phi.shape), np.linalg.solve(matrix, b).reshape(phi.shape)
 
 
+@pytest.mark.slow("compiles the reference code's inner loop")
 def test_the_reference_learner_computes_the_meta_gradient_of_the_authors_code(softmax_task):
     network = mlp((FEATURES, WAYS))
     theta = jax.tree.map(lambda leaf: leaf + 0.2, network.init(jax.random.key(0)))
@@ -192,6 +194,7 @@ def curves():
     return mlp((1, 5, 1), jnp.tanh), tasks
 
 
+@pytest.mark.slow("compiles a batch of tasks for each algorithm", fast="3-maml")
 @pytest.mark.parametrize("at_once, algorithm", [(2, "imaml"), (3, "maml"), (4, "imaml"), (99, "reptile")])
 def test_tasks_computed_together_give_the_same_result_as_one_by_one(at_once, algorithm, curves):
     network, tasks = curves

@@ -113,6 +113,7 @@ def of_the_preset(glyph_task):
     return jax.jit(meta_gradient(PRESET.learner))(theta, one(task))
 
 
+@pytest.mark.slow("forms the Hessian of a convolutional network")
 def test_the_presets_gradient_solves_the_dense_system(of_the_preset, exact, tolerance):
     np.testing.assert_allclose(flat(of_the_preset.gradient), exact, rtol=0, atol=tolerance)
 
@@ -188,6 +189,7 @@ def softmax_theta():
     return jax.tree.map(lambda leaf: leaf + 0.3, CLASSIFIER.init(jax.random.key(0)))
 
 
+@pytest.mark.slow("unrolls several numbers of steps")
 def test_unrolled_maml_converges_geometrically_to_the_implicit_gradient(softmax_theta, softmax_tasks):
     task = one(jax.tree.map(lambda array: array[0], softmax_tasks))
     budgets = (4, 16, 64, 256)
@@ -293,6 +295,7 @@ def test_two_devices_give_the_result_of_one(clean, softmax_theta, softmax_tasks)
         np.testing.assert_allclose(flat(getattr(spread, name)), flat(getattr(clean, name)), rtol=1e-10, atol=100 * EPS)
 
 
+@pytest.mark.slow("compiles a network in bfloat16")
 def test_the_gradient_keeps_bfloat16_and_sums_are_accumulated_in_float32():
     learner = Learner(mlp((3, 2)).apply, bl.GradientDescent(0.1, 2), bl.Implicit(bl.CG(2)), strength=1.0)
     theta = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp((3, 2)).init(jax.random.key(0)))

@@ -145,6 +145,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow("compiles a meta-gradient for each planted fault", fast="wrong sign of the adjoint")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_detects_a_planted_fault(fault, monkeypatch):
     FAULTS[fault](monkeypatch)

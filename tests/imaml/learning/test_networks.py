@@ -104,6 +104,7 @@ def test_rows_that_do_not_count_are_normalised_by_the_statistics_of_the_others(x
     np.testing.assert_allclose(out, expected, atol=60 * 10 * EPS)
 
 
+@pytest.mark.slow("compiles a network for each way to shrink images", fast="pooling")
 @pytest.mark.parametrize("pool", [None, max_pool], ids=["stride", "pooling"])
 def test_with_support_statistics_a_query_image_has_the_same_logits_alone_and_in_a_batch(pool, x64):
     network = conv4(3, 2, (16, 16, 1), pool=pool)

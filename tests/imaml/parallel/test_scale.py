@@ -188,6 +188,7 @@ def whole_checkpoint(directory):
     return checkpoints.newest(directory, lambda path, message: pytest.fail(message))
 
 
+@pytest.mark.slow("trains in two processes until a signal comes")
 def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
     assert [code for code, _, _ in story.stopped] == [143, 143], story.stopped
     assert f"stopped at step {story.steps[0]} of {STEPS} and saved" in story.stopped[0][1]

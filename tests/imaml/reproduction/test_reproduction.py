@@ -164,6 +164,7 @@ def errors():
     return gradient_error.gradient_errors(STEPS, gradient_error.CG_STEPS, tasks=4)
 
 
+@pytest.mark.slow("compiles both algorithms with several numbers of steps")
 def test_implicit_maml_has_smaller_errors_than_maml_after_equal_steps(errors):
     maml = np.array(errors["MAML"])
     assert (np.array(errors["iMAML, 11 CG steps"]) < maml).all()
@@ -211,6 +212,7 @@ def needed():
     return memory.memory((16, 508, 1000), few, ways=2, shots=20)
 
 
+@pytest.mark.slow("compiles a network with several numbers of inner steps")
 def test_implicit_memory_is_flat_to_the_byte(needed):
     few, middle, many = needed.temporary["iMAML, 5 CG steps"]
     assert few == middle == many > 0

@@ -23,6 +23,7 @@ from imaml.settings.parts import Conv4
 pytestmark = pytest.mark.usefixtures("traces")
 
 
+@pytest.mark.slow("trains a regression to its end")
 def test_a_regression_is_trained_logged_and_evaluated_by_its_squared_error(tmp_path):
     preset = imaml.preset("sinusoid-5shot-gd")
     outer = replace(preset.outer, steps=3, tasks=4, queries=5, at_once=2)
@@ -55,6 +56,7 @@ def test_a_regression_is_trained_logged_and_evaluated_by_its_squared_error(tmp_p
     assert found.value == pytest.approx(np.mean(errors), rel=1e-4)
 
 
+@pytest.mark.slow("compiles the evaluation for two normalisations")
 def test_both_normalisations_are_evaluated_and_named(tiny_pixels):
     preset = replace(imaml.preset("glyphs-5way-1shot-gd"), network=Conv4(filters=2), inner=bl.GradientDescent(0.1, 1))
     preset = replace(preset, episode=Episode(ways=3, shots=1, queries=2))

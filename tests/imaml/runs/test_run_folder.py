@@ -45,6 +45,7 @@ def test_other_settings_are_refused_and_named(other, difference, uninterrupted):
     assert contents(uninterrupted.run.directory) == before
 
 
+@pytest.mark.slow("trains a run twice")
 def test_a_run_saved_before_a_setting_existed_is_resumed(uninterrupted, tmp_path):
     stop_halfway(tmp_path)
     found = checkpoints.newest(tmp_path)
@@ -77,6 +78,7 @@ def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, mon
         train(uninterrupted.run.directory)
 
 
+@pytest.mark.slow("trains on a full disk, twice")
 @pytest.mark.parametrize("room", [0, 30_000])  # Bytes: 30,000 hold the log but no checkpoint.
 def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(room, small_disk, uninterrupted):
     stop_halfway(small_disk)
@@ -118,6 +120,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_continues(uninterru
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow("trains a run twice")
 def test_a_damaged_checkpoint_is_reported_and_renamed_and_the_run_ends_with_the_same_bits(uninterrupted, tmp_path):
     train(tmp_path, checkpoint_seconds=0.0, keep_checkpoints=3)
     damaged = tmp_path / f"checkpoint-{STEPS:08}.npz"

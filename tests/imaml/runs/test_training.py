@@ -34,7 +34,7 @@ from tiny_run import (
 import bilevel as bl
 from imaml import InputError, datasets
 from imaml.datasets.images import ImageClasses, ImageDataset
-from imaml.learning.algorithms import MetaGradient
+from imaml.learning.meta_gradient import MetaGradient
 from imaml.learning.tasks import Episode
 from imaml.parallel.devices import global_mesh, on_all
 from imaml.runs import checkpoints, compilation, training
@@ -98,6 +98,7 @@ def test_the_step_is_traced_and_compiled_once_for_all_steps(uninterrupted):
     assert (uninterrupted.traces, uninterrupted.compilations) == (1, 1)
 
 
+@pytest.mark.slow("compiles the meta-step twice", fast="as expected")
 @pytest.mark.parametrize("classes, compilations", [(12, 1), (13, 2), (1, 1)], ids=["as expected", "more", "too few"])
 def test_the_step_is_compiled_while_reading_and_again_if_the_shapes_were_not_as_expected(
     classes, compilations, uninterrupted, tmp_path, tiny_pixels, monkeypatch
@@ -117,6 +118,7 @@ def test_the_step_is_compiled_while_reading_and_again_if_the_shapes_were_not_as_
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow("compares the tasks of many steps")
 def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
     step, states = (
         jax.jit(compilation.meta_step(PRESET)),
@@ -126,6 +128,7 @@ def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
     assert values[0] == uninterrupted.seen[0].loss != values[1]
 
 
+@pytest.mark.slow("trains a run twice", fast="15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(number, uninterrupted, tmp_path):
     stopped = train(tmp_path, on_progress=stop_at(STOP_AT, number))
@@ -213,6 +216,7 @@ sys.exit(cli.main(["train", "--out", folder]))
 """
 
 
+@pytest.mark.slow("trains in processes that are killed and started again")
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_a_killed_or_stopped_process_is_resumed_to_the_same_bits(number, code, uninterrupted, tmp_path, tiny_pixels):
     folder, pixels = tmp_path / "run", tmp_path / "pixels.npy"
@@ -242,6 +246,7 @@ def test_a_crash_loses_only_the_steps_after_the_checkpoint(uninterrupted, tmp_pa
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow("trains a run to its end")
 def test_training_a_finished_run_only_evaluates(uninterrupted, traces):
     seen, events, traced = [], [], len(traces)
     before = saved_state(uninterrupted.run.directory)
@@ -307,6 +312,7 @@ def test_too_few_held_out_classes_are_refused_before_training(tiny_pixels, monke
         train(tmp_path / "run")
 
 
+@pytest.mark.slow("trains until it diverges")
 def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny_pixels, tmp_path):
     with pytest.raises(InputError, match=r"meta-step 1 had no task with finite numbers.*lower inner\.step_size"):
         train(tmp_path, DIVERGING)
@@ -327,6 +333,7 @@ def test_residuals_in_the_progress_are_medians_over_finite_values():
     assert progress.statuses == {"CONVERGED": 2, "NONFINITE": 1, "MAX_STEPS": 1}
 
 
+@pytest.mark.slow("trains a hundred steps")
 def test_a_hundred_steps_are_traced_once(traces, tiny_pixels):
     preset, traced = replace(PRESET, outer=replace(PRESET.outer, steps=100)), len(traces)
     mesh = global_mesh(preset.outer.tasks)

@@ -43,6 +43,7 @@ def solution_checks(setting):
     return verification.check_solution(*setting, STEPS, directions=2, on_event=lambda message: None)
 
 
+@pytest.mark.slow("takes central differences of a long inner solve")
 def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
     checks = {check.name: check for check in (*verification.check_system(*setting), *solution_checks(setting))}
     assert all(check.ok for check in checks.values()), list(checks.values())
@@ -67,6 +68,7 @@ def faulty(change):
     return planted
 
 
+@pytest.mark.slow("forms the adjoint system of a network")
 @pytest.mark.parametrize("change", [lambda v, b: 1.01 * v, lambda v, b: b], ids=["1.01 v", "b"])
 def test_a_wrong_adjoint_solution_fails_both_checks_of_the_system(setting, monkeypatch, change):
     monkeypatch.setattr("bilevel.methods.implicit.solve_scaled", faulty(change))
@@ -84,6 +86,7 @@ def test_every_gap_of_unrolled_maml_must_be_smaller_than_the_one_before():
         assert verification._check_gaps(np.array(gaps), (1, 2, 3)).ok is ok
 
 
+@pytest.mark.slow("verifies a preset with two networks")
 def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeypatch):
     """The system is checked with the preset's network, the solution with its smooth variant, on the same θ and task.
 

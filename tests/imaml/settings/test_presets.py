@@ -281,6 +281,7 @@ KINDS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow("traces each preset at its real size", fast="sinusoid-*")
 @pytest.mark.parametrize(
     "name, algorithm", [*((name, "imaml") for name in KINDS), ("miniimagenet-5way-1shot-gd", "maml")]
 )

@@ -62,10 +62,10 @@ class Jaxopt:
         object.__setattr__(self, "options", tuple(options.items()))
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
-        from bilevel._jaxopt import solvers  # imports jaxopt
+        from bilevel._jaxopt import adapters  # imports jaxopt
 
         init = tree.arrays(init)
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
-            w, steps, tol = solvers.run_solver(self.solver, dict(self.options), condition, init, theta, data)
+            w, steps, tol = adapters.run_solver(self.solver, dict(self.options), condition, init, theta, data)
             w = jax.tree.map(lambda leaf, start: leaf.astype(start.dtype), w, init)
         return report(condition.residual(w, theta, data), w, steps, tol)

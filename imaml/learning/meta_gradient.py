@@ -1,0 +1,131 @@
+"""The meta-gradient of a batch of tasks: the mean of their hypergradients, one task after another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+import bilevel as bl
+from imaml.learning.algorithms import Learner
+from imaml.learning.tasks import Task
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MetaGradient:
+    """The mean hypergradient of a batch of tasks, with the residuals and the status of each task.
+
+    A task counts towards the gradient if its numbers are finite and its linear residual is at most 1. The zero vector
+    has a relative residual of 1, so a larger residual means that the linear solve did worse than returning zero.
+
+    Attributes:
+        value: mean query loss over the tasks with finite numbers.
+        gradient: mean hypergradient over the tasks that count, a pytree like θ; zero if no task counts.
+        accuracy: fraction of query examples whose largest output is at their label, over the same tasks as ``value``.
+            NaN if labels are not integers, as in regression.
+        tasks: the number of tasks that count, an int32 scalar.
+        inner_residual: ‖∇loss + λ(φ − θ)‖ of each task, ``[batch]``.
+        linear_residual: true relative residual of each task's adjoint system, ``[batch]``; zero for a method that
+            solves no linear system.
+        status: the more severe :class:`bilevel.Status` of the two solves of each task, int32 ``[batch]``.
+    """
+
+    value: jax.Array
+    gradient: dict
+    accuracy: jax.Array
+    tasks: jax.Array
+    inner_residual: jax.Array
+    linear_residual: jax.Array
+    status: jax.Array
+
+
+def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -> Callable[[dict, Task], MetaGradient]:
+    """Return a function that computes the meta-gradient of a batch of tasks.
+
+    The tasks are processed one after another, so the memory is that of one task. Sums over tasks are accumulated in
+    float32 or wider. A task is left out of the gradient if its numbers are not finite, or if the relative residual of
+    its adjoint solve is above 1. Its ``status`` and ``linear_residual`` show the reason. The other tasks' contributions
+    stay bit for bit the same as in a batch without that task.
+
+    Args:
+        learner: network, loss, λ, inner solver and method.
+        axis: the name of a mesh axis that the tasks are distributed over, for use inside ``shard_map``. The means are
+            then taken over the tasks of all devices. None for one device.
+        at_once: the number of tasks that are computed together by ``vmap``, which needs that many times the memory. If
+            it does not divide the batch, the largest smaller divisor is used. Values above 1 help a network that is so
+            small that dispatching its operations dominates. They make a convolutional network slower.
+
+    Returns:
+        A pure function ``grad(theta, tasks) -> MetaGradient``. ``tasks`` is a :class:`imaml.Task` with a leading batch
+        axis on every array.
+
+    Source: Rajeswaran et al. (2019), algorithm 1.
+    """
+    hypergradient = bl.value_and_hypergradient(learner.problem, learner.solver, learner.method, on_failure="ignore")
+
+    def one_task(theta, task):
+        """Return the terms of the sums, each with a flag that says if it counts, and the report of the task."""
+        out = hypergradient(theta, bl.identity_center, task)
+        loss, outputs = out.aux
+        linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.relative_residual
+        finite = out.status != bl.Status.NONFINITE
+        usable = finite & (linear_residual <= 1)
+        metrics = (loss, _accuracy(outputs, task.query_y), jnp.int32(1))
+        terms = ((metrics, finite), ((out.gradient, jnp.int32(1)), usable))
+        return terms, (out.inner.residual_norm, linear_residual, out.status)
+
+    def gradient(theta, tasks):
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), theta)
+        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(zeros)))
+        totals = ((zero, zero, jnp.int32(0)), (zeros, jnp.int32(0)))
+        count = len(tasks.query_y)
+        group_size = max(number for number in range(1, min(at_once, count) + 1) if count % number == 0)
+
+        def advance(totals, tasks):
+            if group_size == 1:
+                terms, report = one_task(theta, tasks)
+                return _add_terms(totals, terms), report
+            terms, report = jax.vmap(one_task, in_axes=(None, 0))(theta, tasks)
+            return _add_terms(totals, terms, batched=True), report
+
+        totals, reports = jax.lax.scan(advance, totals, _group(tasks, group_size))
+        if group_size > 1:
+            reports = jax.tree.map(lambda report: report.reshape(count), reports)
+        if axis is not None:
+            totals = jax.lax.psum(totals, axis)
+        (value, accuracy, finite), (total, usable) = totals
+        value, accuracy = (sum / jnp.maximum(finite, 1).astype(sum.dtype) for sum in (value, accuracy))
+        mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable, 1).astype(sum.dtype), total)
+        mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
+        return MetaGradient(value, mean, accuracy, usable, *reports)
+
+    return gradient
+
+
+def _group(tasks, size):
+    """Reshape the leading axis of every array from ``[batch]`` to ``[batch / size, size]``, unless ``size`` is 1."""
+    if size == 1:
+        return tasks
+    return jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[1:]), tasks)
+
+
+def _add_terms(totals, terms, batched=False):
+    """Add the terms of one task, or of a batch of tasks along a leading axis, to the totals. Masked terms add zero."""
+
+    def add(total, new, counts):
+        if batched:
+            counts = counts.reshape(-1, *[1] * (new.ndim - 1))
+        kept = jnp.where(counts, new, 0).astype(total.dtype)
+        return total + (kept.sum(0, dtype=total.dtype) if batched else kept)
+
+    return tuple(
+        jax.tree.map(lambda total, new, counts=counts: add(total, new, counts), total, new)
+        for total, (new, counts) in zip(totals, terms, strict=True)
+    )
+
+
+def _accuracy(outputs, labels):
+    if not jnp.issubdtype(labels.dtype, jnp.integer):  # regression
+        return jnp.full((), jnp.nan, outputs.dtype)
+    return (outputs.argmax(-1) == labels).mean(dtype=outputs.dtype)
