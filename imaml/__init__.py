@@ -1,6 +1,7 @@
-"""Implicit MAML: few-shot learning with a meta-gradient whose memory does not grow with the number of inner steps.
+"""Implicit MAML: few-shot learning in an amount of memory that does not grow with the number of inner steps.
 
-Implements the algorithm of Rajeswaran, Finn, Kakade and Levine (2019) with :mod:`bilevel`.
+This package implements the algorithm of Rajeswaran, Finn, Kakade and Levine (2019) with :mod:`bilevel`. For comparison,
+it also has MAML, first-order MAML and Reptile.
 """
 
 from imaml.errors import InputError

@@ -1,11 +1,11 @@
-"""The error for wrong input. The command line prints its message without a traceback and exits with status 2."""
+"""The error for invalid input. The command line prints the message without a traceback and exits with status 2."""
 
 import difflib
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """An option, setting, file or argument that cannot be used. The message names the problem and the remedy."""
+    """An option, setting, file or argument that cannot be used. The message names the problem and often the remedy."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -15,7 +15,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Raise :class:`InputError` if ``value`` is not in ``known``. The message lists ``known`` and the closest match.
+    """Raise :class:`InputError` if ``value`` is not in ``known``.
+
+    The message lists ``known`` and, if a valid value is similar to ``value``, suggests the most similar one.
 
     Args:
         name: the noun for the message, such as ``"algorithm"``.

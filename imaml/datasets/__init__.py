@@ -26,13 +26,13 @@ def load(
         directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
             to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
             files. The other two datasets need None.
-        meanwhile: called before glyphs are rendered or Omniglot is decoded, which takes seconds; not called if the
-            arrays are in the cache. The argument is a blank :class:`ImageClasses` in the shape of the training classes.
-            ``meanwhile`` may start a thread, for example to compile for that shape, which then runs during the loading.
+        meanwhile: called just before glyphs are rendered or Omniglot is decoded, with a blank :class:`ImageClasses` in
+            the shape of the training classes. Rendering and decoding take seconds, in which a thread that ``meanwhile``
+            starts can compile a program for that shape. It is not called if the arrays are in the cache.
 
     Raises:
-        InputError: if the name is unknown, if ``directory`` is given but not used or required but None, or if files
-            are missing or damaged.
+        InputError: if the name is unknown, if ``directory`` is given to a dataset that reads no files or missing for
+            one that needs it, or if a file, a font or Pillow is missing, or a file is damaged.
     """
     if name == "glyphs":
         if directory is not None:
@@ -70,7 +70,7 @@ def download(
     """Download the official files of a dataset and verify their contents. Only ``"omniglot"`` can be downloaded.
 
     Args:
-        name: the dataset.
+        name: the name of the dataset.
         directory: the folder for the files. None takes the folder in which :func:`load` looks by default.
         url, on_event, on_progress: see :func:`.omniglot.download`.
 
@@ -78,8 +78,8 @@ def download(
         The folder that holds the files.
 
     Raises:
-        InputError: if the name is unknown, if the dataset cannot be downloaded, if the download fails, or if the
-            downloaded files are not the official ones.
+        InputError: if the name is unknown, if this package cannot download the dataset, if another process downloads to
+            the same folder, if the download fails, or if the downloaded files are not the official ones.
         OSError: if the folder cannot be written.
     """
     if name == "glyphs":

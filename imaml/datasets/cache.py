@@ -22,14 +22,14 @@ def cache_directory() -> Path:
 
 
 def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the arrays of ``build()``, read from ``cache_directory()/NAME.npz`` if that file exists and is undamaged.
+    """Return the arrays of ``build()``, read from ``cache_directory()/NAME.npz`` if an earlier call has stored them.
 
-    If the cache cannot be read or written, the arrays are built on every call and nothing is raised.
+    A missing, unreadable or damaged entry is built anew. If it cannot be stored, the arrays are returned all the same.
 
     Args:
         name: the name of the cache entry. It must contain everything on which the arrays depend, such as a version
             or a hash of the source.
-        build: called without arguments if the entry is missing or damaged; returns arrays by name.
+        build: called without arguments if the entry cannot be read; returns arrays by name.
     """
     path = cache_directory() / f"{name}.npz"
     with contextlib.suppress(OSError, arrays.DamagedFile):

@@ -1,14 +1,14 @@
 """Glyphs: a few-shot dataset rendered from the fonts of matplotlib, so that no download is needed.
 
-It replaces Omniglot on machines without a network. It has about two thousand characters with twenty 28x28 samples
-each, and the test classes come from scripts without training classes. Fonts are more regular than handwriting, so each
-sample is made in three steps. First, a character in one of its fonts is thinned to a skeleton, which removes the stroke
-width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen two pixels wide draws
-along it.
+The dataset replaces Omniglot on machines without a network. It has about two thousand characters with twenty 28x28
+samples each. The test classes come from scripts without training classes. Fonts are more regular than handwriting, so
+each sample is made in three steps. First, a character in one of its fonts is thinned to a skeleton, which removes the
+stroke width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen two pixels wide
+draws along the skeleton.
 
-The pixels are bit for bit the same on every machine, because checkpoints store the dataset's fingerprint. FreeType
-computes in integers. Random numbers are rounded to a grid before use. Matrix products and sums are over integers that
-floats represent exactly, in any order. All other operations are elementwise and correctly rounded by IEEE 754.
+Checkpoints store the dataset's fingerprint, so the pixels must be bit for bit the same on every machine. FreeType
+computes in integers. The random distortions are rounded to a grid. Matrix products and sums are over integers that
+floats represent exactly in any order. All other operations are elementwise and correctly rounded by IEEE 754.
 """
 
 import unicodedata
@@ -33,11 +33,11 @@ TEST_SCRIPTS = ("GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "LAO", "O
 TRAIN_SCRIPTS = ("LATIN", "ARABIC", "CANADIAN SYLLABICS")
 # Groups of characters that belong to no script, by Unicode category. All are training classes.
 SIGNS = {"N": "NUMBER", "Sm": "MATH", "Sc": "CURRENCY", "L": "LETTERLIKE"}
-VARIANTS = ("<font>", "<super>", "<sub>", "<fraction>")
+VARIANTS = ("<font>", "<super>", "<sub>", "<fraction>")  # tags in the Unicode decomposition of a variant
 
 # Standard deviations of a sample's distortion. Lengths are in half image sides (14 pixels); the two axes have
-# independent scales. With these values, nearest neighbours on pixels are about as accurate as on Omniglot. A test
-# measures that.
+# independent scales. With these values, nearest neighbours on pixels are about as accurate as on Omniglot; see
+# test_pixel_nearest_neighbours_are_as_accurate_as_on_omniglot.
 ROTATION, LOG_SCALE, SHEAR, SHIFT, ELASTIC = 0.13, 0.15, 0.12, 0.11, 0.065
 
 MIN_FONTS = 4
@@ -45,8 +45,8 @@ FINE = 64  # side in pixels of the fine canvas, on which a character is thinned
 LONG_SIDE = 48  # length in fine pixels of the character's longer side
 INK_SIDE = 19  # length in picture pixels of the character's longer side before distortion
 MAGNIFICATION = LONG_SIDE / INK_SIDE
-DARK = 80  # least grey level of ink; below 128 because hairlines of serif fonts are only about one fine pixel wide
-REACH = 8  # greatest distance in fine pixels; equal to the empty margin, so that shifted images do not wrap into ink
+DARK = 80  # pixels with a higher grey level are ink; less than 128, because hairlines are only one fine pixel wide
+REACH = 8  # greatest stored distance in fine pixels; equals the empty margin, so that shifts do not wrap into ink
 PER_PIXEL = 28  # units of a stored distance per fine pixel; 255 / 28 exceeds REACH
 PEN_RADIUS = 1.0  # in picture pixels
 BLUR = 3.0  # softness of the pen, in picture pixels, for comparing characters that look alike
@@ -70,7 +70,7 @@ class _Character:
 
 
 def _fonts() -> list:
-    """Return the text fonts: not the cm fonts (not indexed by Unicode), nor the display fonts (no more characters)."""
+    """Return matplotlib's text fonts. Its cm fonts are not indexed by Unicode; its display fonts add no characters."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -101,7 +101,7 @@ def _is_variant(code: int) -> bool:
 
 
 def _characters(fonts: list) -> list[_Character]:
-    """Return the characters in at least MIN_FONTS fonts, scripts before signs. `_distinct` prefers earlier ones."""
+    """Return the characters of at least MIN_FONTS fonts, in the order in which `_distinct` prefers them."""
     charmaps = [font.get_charmap() for font in fonts]
     order = ("LATIN", *TEST_SCRIPTS, *TRAIN_SCRIPTS[1:], *SIGNS.values())
     found = []
@@ -113,7 +113,7 @@ def _characters(fonts: list) -> list[_Character]:
 
 
 def _raster(font, code: int) -> np.ndarray:
-    """Render one character, centred, with its longer side LONG_SIDE; bool ``[FINE, FINE]``, empty for blanks."""
+    """Render one character, centred, with its longer side LONG_SIDE; bool ``[FINE, FINE]``, all False for blanks."""
     from matplotlib.ft2font import LoadFlags
 
     font.set_size(FINE, 72)
@@ -142,9 +142,9 @@ def _canvas(font, glyph, x: int, y: int) -> np.ndarray:
 
 
 def _shifts(images: np.ndarray, offsets: list[int]) -> list[np.ndarray]:
-    """Return one flat view of the images per offset, shifted by it; an offset of FINE is one row and 1 is one column.
+    """Return the flattened images once for each offset, shifted by it. An offset of 1 is a column, of FINE a row.
 
-    The views share memory. A shift across an edge reads from the next row or image, whose margin is empty too.
+    The results share memory. A shift across an edge reads from the next row or image, whose margin is empty too.
     """
     reach = max(map(abs, offsets))
     padded = np.pad(images.reshape(-1), reach, mode="edge")
@@ -156,7 +156,7 @@ def _at_least_two(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) ->
 
 
 def _deletable(ink: np.ndarray, second: bool) -> np.ndarray:
-    """Return the pixels that a half step of Guo and Hall (1989) deletes. Each bit of a byte is one of 8 images."""
+    """Return the mask of pixels that a half step of Guo and Hall (1989) deletes. A byte holds one pixel of 8 images."""
     ring = [-FINE, 1 - FINE, 1, FINE + 1, FINE, FINE - 1, -1, -FINE - 1]
     n, ne, e, se, s, sw, w, nw = _shifts(ink, ring)
     n_ne, ne_e, e_se, se_s, s_sw, sw_w, w_nw, nw_n = n | ne, ne | e, e | se, se | s, s | sw, sw | w, w | nw, nw | n
@@ -182,7 +182,7 @@ def _thin(ink: np.ndarray) -> np.ndarray:
 
 
 def _distances(skeleton: np.ndarray) -> np.ndarray:
-    """Return the distance to the skeleton in units of 1/PER_PIXEL fine pixels, at most 255; the shape is kept."""
+    """Return each pixel's distance to its skeleton in units of 1/PER_PIXEL fine pixels, uint8 in the given shape."""
     squared = np.where(skeleton, 0, (REACH + 1) ** 2).astype(np.uint8)
     for stride in (FINE, 1):  # the squared distance separates into columns and rows
         nearest = squared.reshape(-1).copy()
@@ -246,7 +246,7 @@ def _starts(characters: list[_Character]) -> np.ndarray:
 
 
 def _views(fields: np.ndarray, characters: list[_Character]) -> tuple[np.ndarray, np.ndarray]:
-    """Return blurred pictures of each character, ``[characters, pixels]``: the mean of its faces, and the first."""
+    """Return the mean over the faces of each character and its first face, both blurred, ``[characters, pixels]``."""
     begins = range(0, len(fields), PICTURES_AT_ONCE)
     pieces = [np.arange(begin, min(begin + PICTURES_AT_ONCE, len(fields))) for begin in begins]
     faces = np.concatenate([_upright(fields, piece, BLUR).reshape(len(piece), -1) for piece in pieces])
@@ -265,13 +265,13 @@ def _distance_matrix(pictures: np.ndarray) -> np.ndarray:
 
 
 def _alike(views: tuple[np.ndarray, np.ndarray], held_out: np.ndarray) -> np.ndarray:
-    """Return which pairs look alike in either view, bool ``[characters, characters]``; stricter across the split."""
+    """Return the mask of pairs that look alike in either view. The threshold is higher for pairs across the split."""
     least = np.where(held_out[:, None] == held_out, DISTINCT, DISTINCT_ACROSS)
     return np.minimum(*map(_distance_matrix, views)) < least
 
 
 def _distinct(alike: np.ndarray) -> np.ndarray:
-    """Keep each character that looks like none of those kept before it, bool ``[characters]``."""
+    """Return True for each character that looks like no kept character before it, bool ``[characters]``."""
     keep = np.ones(len(alike), bool)
     for row in range(len(alike)):
         if keep[row]:
@@ -318,7 +318,7 @@ def _samples(fields: np.ndarray, first_face: int, character: _Character) -> tupl
 
 
 def _draw_inside(fields: np.ndarray, face: np.ndarray, inverse, shift, bend) -> np.ndarray:
-    """Draw like `_draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink fits."""
+    """Draw like `_draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink does not."""
     pictures = np.empty((len(face), SIDE, SIDE), np.uint8)
     upright = np.eye(2, dtype=np.float32)
     redo = np.arange(len(face))
@@ -347,7 +347,7 @@ def _pictures(fields: np.ndarray, characters: list[_Character], starts: np.ndarr
 
 
 def _chosen(fields: np.ndarray, characters: list[_Character], held_out: np.ndarray) -> np.ndarray:
-    """Return which characters become classes, bool ``[characters]``: neither dots nor look-alikes."""
+    """Return True for the characters that become classes, bool ``[characters]``: neither dots nor look-alikes."""
     ink = np.minimum.reduceat(np.count_nonzero(fields == 0, axis=(1, 2)), _starts(characters))
     return _distinct(_alike(_views(fields, characters), held_out)) & (ink >= LEAST_INK)
 

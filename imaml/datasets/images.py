@@ -1,8 +1,8 @@
 """The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
-Images are indexed by ``[class, sample]``, and the training and test parts hold different classes. The split is part of
-the dataset, not a choice of a run. Every checkpoint stores the fingerprint of the split, so a run cannot be tested on a
-class that it was trained on.
+Images are indexed by ``[class, sample]``. The training and test parts hold different classes. The split is part of the
+dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of the checkpoint
+refuses that dataset with another split, so a run is not tested on a class that it was trained on.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ class ImageClasses:
         labels: one distinct name for each class.
 
     Raises:
-        InputError: if ``pixels`` has another dtype or number of axes, or if the labels are not distinct or not as many
-            as the classes.
+        InputError: if ``pixels`` has another dtype or number of axes, if two labels are equal, or if the number of
+            labels differs from the number of classes.
     """
 
     pixels: np.ndarray
@@ -40,7 +40,7 @@ class ImageClasses:
 
     @classmethod
     def blank(cls, *shape: int) -> "ImageClasses":
-        """Return classes of zeros for code that needs only a shape. The pixels are a broadcast zero of one byte."""
+        """Return classes with pixels of this shape that are all zero. The pixels are one byte of memory, broadcast."""
         return cls(np.broadcast_to(np.uint8(0), shape), tuple(map(str, range(shape[0]))))
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class ImageDataset:
             raise InputError(f"{self.name}: {len(shared)} classes, including {min(shared)}, are in both train and test")
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the split, labels and pixels. Runs with equal fingerprints used the same data."""
+        """Return the SHA-256 of the labels and pixels of both parts. Equal fingerprints mean the same data."""
         digest = hashlib.sha256()
         for classes in (self.train, self.test):
             digest.update("\n".join(classes.labels).encode())

@@ -2,7 +2,7 @@
 
 ImageNet's terms do not allow redistribution of the images, so this package cannot download them. The split is that of
 Ravi and Larochelle (2017): 64 training, 16 validation and 20 test classes, with 600 colour images of 84×84 pixels each.
-This package does not use the validation classes, except to check that no class is in two parts.
+The validation images are never read. ``val.csv`` only serves to check that no class or file is in two parts.
 """
 
 import csv
@@ -34,12 +34,13 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
 
     Returns:
         A dataset named ``miniimagenet``. Its pixels are uint8 ``[classes, samples, 84, 84, 3]`` in RGB, unscaled. Its
-        labels are those of the CSV files, sorted. The full training and test classes take 1.1 GB of host memory. During
-        training, each device holds another copy.
+        labels are those of the CSV files, sorted. Both parts together take 1.1 GB of host memory. During training, each
+        device also holds a copy of the training part.
 
     Raises:
-        InputError: if a folder, file or column is missing, if an image is not 84×84 pixels or cannot be decoded, if the
-            classes of a part differ in their number of images, or if a class or file is in two parts.
+        InputError: if a folder, file, column or Pillow is missing, if a CSV file cannot be read as a list of images, if
+            an image is not 84×84 pixels or cannot be decoded, if the classes of the training or test part differ in
+            their number of images, if a class is in two parts, or if a file is named twice.
 
     Source: Vinyals et al. (2016); split: Ravi and Larochelle (2017).
     """
@@ -95,12 +96,12 @@ def _check_disjoint(directory, classes):
 
 def _images(directory: Path, part: str, classes: dict[str, list[str]]) -> ImageClasses:
     sizes = {label: len(names) for label, names in classes.items()}
-    most = Counter(sizes.values()).most_common(1)[0][0]
+    common_size = Counter(sizes.values()).most_common(1)[0][0]
     for label, size in sizes.items():
-        if size != most:
+        if size != common_size:
             raise InputError(
-                f"{directory / part}.csv: class {label} has {size} images and others {most}; all classes should have "
-                "the same number"
+                f"{directory / part}.csv: class {label} has {size} images and others {common_size}; all classes "
+                "should have the same number"
             )
     paths = [directory / "images" / name for names in classes.values() for name in names]
     missing = [path for path in paths if not path.is_file()]
@@ -111,7 +112,7 @@ def _images(directory: Path, part: str, classes: dict[str, list[str]]) -> ImageC
         )
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(_decode, paths)))
-    return ImageClasses(pixels.reshape(len(classes), most, SIDE, SIDE, 3), tuple(classes))
+    return ImageClasses(pixels.reshape(len(classes), common_size, SIDE, SIDE, 3), tuple(classes))
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -126,7 +127,7 @@ def _decode(path: Path) -> np.ndarray:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path}: larger than {_MAX_BYTES:,} bytes, so it is not an image of Mini-ImageNet")
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if image.size != (SIDE, SIDE):  # known from the header, before the pixels are decoded
+            if image.size != (SIDE, SIDE):  # Pillow reads the size from the header, without decoding pixels
                 width, height = image.size
                 raise InputError(f"{path}: {width}×{height} pixels instead of {SIDE}×{SIDE}; resize the images first")
             return np.asarray(image.convert("RGB"))

@@ -1,9 +1,9 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings of each, read from the two official archives.
 
 The archives are untrusted input. They are read in memory and never extracted to disk. All sizes are checked before
-anything is decompressed. A hash of the member paths and the decoded pixels is compared with the recorded one. The hash
-does not cover the zip container, so copies with another compression, another order of members, folder entries or files
-such as ``.DS_Store`` are accepted. Any other difference raises an `InputError` before anything is cached.
+anything is decompressed. A hash of the drawings' paths and decoded pixels is compared with the recorded one. If they
+differ, an `InputError` is raised before anything is cached. The hash does not cover the zip container: archives with
+another order of members, with folder entries or with files such as ``.DS_Store`` are accepted.
 
 Source: Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program
 induction", Science 350 (2015); https://github.com/brendenlake/omniglot, folder ``python``.
@@ -39,7 +39,7 @@ class _Archive:
 
     folder: str
     characters: int
-    sha256: str  # of each drawing, by sorted path: path, newline, 105 x 105 bytes (paper 255, ink 0)
+    sha256: str  # over all drawings, sorted by path: path, newline, 105 x 105 bytes (paper 255, ink 0)
 
     @property
     def file(self) -> str:
@@ -53,7 +53,7 @@ ARCHIVES = (
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"  # the official source of both archives
 DRAWINGS = 20  # per character
 DRAWN_SIZE, SIZE = 105, 28  # side in pixels, in the archives and in few-shot learning
-TRAIN_CHARACTERS = 1200  # leaves 423 for test, the counts of MAML and iMAML
+TRAIN_CHARACTERS = 1200  # leaves 423 for test: the split sizes of the MAML and iMAML papers
 SPLIT_SEED = 2015  # another seed would be another split and thus another dataset, so this is not an argument
 
 # Part of the name of the cache entry: increase it with every change that alters the arrays.
@@ -66,8 +66,8 @@ _MAX_ARCHIVE_BYTES = 32 * 1024 * 1024  # the official archives: less than 10 MB 
 
 _DRAWING = re.compile(r"[^/]+/[^/]+/character\d\d/\d{4}_\d\d\.png", re.ASCII)
 _IGNORED = re.compile(r"(.*/)?(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.DOTALL)
-_Source = Path | str  # of an archive, for messages: its path or its URL
-_UNIT = 2**22  # one in Pillow's fixed-point arithmetic for 8-bit pictures
+_Source = Path | str  # the path or URL of an archive, for messages
+_UNIT = 2**22  # the number 1 in Pillow's fixed-point arithmetic for 8-bit pictures
 _PNG_HEADER = struct.Struct(">8s4x4sII")
 _DOWNLOAD_AGAIN = "download it again from https://github.com/brendenlake/omniglot (folder python)"
 
@@ -93,8 +93,8 @@ def load(
         cached under a hash of the archives' bytes, so a changed archive is decoded and verified again.
 
     Raises:
-        InputError: if the folder or an archive is missing, unreadable, damaged, unsafe or not Omniglot's. The
-            message names the file, the fault and the remedy. Nothing has been written then.
+        InputError: if the folder or an archive is missing, unreadable, damaged, unsafe or not Omniglot's, or if Pillow
+            is missing. The message names the fault and the remedy. In this case, nothing is written to the cache.
 
     Source: Lake, Salakhutdinov, Tenenbaum 2015.
 
@@ -123,14 +123,14 @@ def download(
 ) -> None:
     """Download both official archives to ``directory``, and resume an interrupted download.
 
-    An archive that is already there and undamaged is kept. A downloaded archive is verified like in :func:`load` before
-    it gets its final name, so the folder never holds a wrong or partial archive under that name.
+    An archive that is already there and undamaged is kept. A downloaded archive is verified as in :func:`load` before
+    it gets its final name, so this function never puts a wrong or partial archive under that name.
 
     Args:
         directory: the folder for the archives. It is created if it does not exist.
         url: address of the folder with the archives. Give another one to use a mirror.
         on_event: called with a short description of each event.
-        on_progress: called with the bytes of an archive on disk and its total size, or None if that is unknown.
+        on_progress: called with an archive's bytes on disk and its size in bytes, or None if the size is unknown.
 
     Raises:
         InputError: if an archive cannot be downloaded, if a downloaded archive is not Omniglot's, or if another process
@@ -168,7 +168,7 @@ def _is_intact(archive: _Archive, path: Path, on_event: Callable[[str], None]) -
 
 
 def _verify(archive: _Archive, path: _Source, content: bytes) -> None:
-    """Raise InputError if ``content``, the bytes of the file ``path``, does not hold the drawings of ``archive``."""
+    """Raise InputError if ``content``, the bytes at ``path``, does not hold the drawings of ``archive``."""
     _pixels(archive, path, _drawings(archive, path, content))
 
 
@@ -321,7 +321,7 @@ def _pixels(archive: _Archive, path: _Source, drawings: dict[str, bytes]) -> np.
     digest = hashlib.sha256()
     names = sorted(drawings)
     resized = []
-    for first in range(0, len(names), DRAWINGS):  # one character at a time: all drawings at 105 x 105 take 360 MB
+    for first in range(0, len(names), DRAWINGS):  # one character at a time: all drawings take 200 MB
         drawn = []
         for name in names[first : first + DRAWINGS]:
             with _as_input_error(path, f"member {_shown(name)} cannot be decoded as a PNG"):
@@ -371,11 +371,11 @@ def _lanczos() -> np.ndarray:
 
 
 def _shrink(drawn: np.ndarray) -> np.ndarray:
-    """Resize uint8 ``[n, 105, 105]`` to ``[n, 28, 28]`` by an antialiased Lanczos filter, bit for bit like Pillow.
+    """Resize uint8 ``[images, 105, 105]`` to ``[images, 28, 28]`` with a Lanczos filter, bit for bit like Pillow.
 
     Rows are filtered first and columns second. Each result is rounded to integer grey levels in Pillow's fixed-point
-    arithmetic. The float64 sums are exact, because they are integers below 2**35. So the pixels and the fingerprint do
-    not depend on the machine or on Pillow's version. For pictures of this size, this takes half of Pillow's time.
+    arithmetic. The float64 sums are exact, because they are integers below 2**35. The pixels and the fingerprint
+    therefore do not depend on the machine or on Pillow's version. This function takes half of Pillow's time.
     """
 
     def along_rows(images: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ class SinusoidDataset:
     test: Curves = Curves()
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the formula and its ranges. Equal fingerprints mean the same distribution."""
+        """Return the SHA-256 of the formula and the ranges of a, b and x, which determine the distribution."""
         return hashlib.sha256(f"a sin(x - b): {AMPLITUDES}, {PHASES}, {INPUTS}".encode()).hexdigest()
 
 
@@ -64,7 +64,7 @@ def draw(key: jax.Array, points: int) -> tuple[jax.Array, jax.Array]:
         points: number of points.
 
     Returns:
-        The inputs x and the values y, float32 ``[points, 1]`` each.
+        The inputs x and the values y, ``[points, 1]`` each, in JAX's default float dtype.
     """
     keys = jax.random.split(key, 3)
     amplitude = jax.random.uniform(keys[0], (), minval=AMPLITUDES[0], maxval=AMPLITUDES[1])

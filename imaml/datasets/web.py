@@ -1,6 +1,6 @@
-"""Download of a single file, which resumes after an interruption and verifies the contents before the final rename.
+"""Download of a single file that resumes after an interruption and verifies the contents before the final rename.
 
-The bytes received so far are in a file with the suffix ``.part``. A later call requests only the missing bytes.
+The bytes received so far are in a file with the suffix ``.part``, and a later call requests only the missing bytes.
 """
 
 import http.client
@@ -16,7 +16,7 @@ from imaml.storage.files import put_in_place
 TIMEOUT = 30.0
 """Seconds without data from the server after which a connection counts as lost."""
 ATTEMPTS = 5
-"""Greatest number of connections for one file. A new one is made only if the last one transferred some bytes."""
+"""Most attempts in one pass over a file. After a failure, another attempt is made only if ``.part`` has grown."""
 CHUNK = 64 * 1024
 
 
@@ -42,9 +42,11 @@ def fetch(
             send the size.
 
     Raises:
-        Unreachable: if the server cannot be reached, answers with an error, or sends nothing for ``TIMEOUT`` seconds.
+        Unreachable: if the server cannot be reached, answers with an error, ends the connection early, or sends nothing
+            for ``TIMEOUT`` seconds.
         InputError: if the address is not http or https, if the file is larger than ``limit``, or if ``check`` refuses
-            the contents. The downloaded bytes are then deleted.
+            the contents. In the last two cases the downloaded bytes are deleted. If ``check`` refuses a resumed file,
+            the whole file is first downloaded once more.
         OSError: if the folder cannot be written.
     """
     if not url.startswith(("https://", "http://")):
@@ -58,7 +60,7 @@ def fetch(
         part.unlink()
         if not resumed:
             raise
-        # The bytes of the earlier call may be damaged or from another file. Download everything once more.
+        # The bytes of the earlier call may be damaged or belong to another file.
         return fetch(url, path, check, limit, on_progress)
     put_in_place(part, path)
 
@@ -75,30 +77,32 @@ def _fetch_all(url, part, limit, on_progress):
 
 def _fetch_rest(url, part, limit, on_progress):
     """Append the missing bytes to ``part``. If the server ignores the requested range, write the whole file instead."""
-    have = _size(part)
-    with _connected(url, have) as response:
+    received = _size(part)
+    with _connected(url, received) as response:
         if response is None:
             return
-        have = have if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+        received = received if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
         length = response.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdecimal() else None
-        with part.open("ab" if have else "wb") as stream:
+        total = received + int(length) if length.isdecimal() else None
+        with part.open("ab" if received else "wb") as stream:
             for chunk in _chunks(url, response):
-                have += len(chunk)
-                if have > limit:
+                received += len(chunk)
+                if received > limit:
                     part.unlink()
                     raise InputError(f"{url} is larger than {limit:,} bytes, so it is not the expected file")
                 stream.write(chunk)
-                on_progress(have, total)
-    if total is not None and have < total:
-        raise Unreachable(f"{url}: the connection ended after {have:,} of {total:,} bytes")
+                on_progress(received, total)
+    if total is not None and received < total:
+        raise Unreachable(f"{url}: the connection ended after {received:,} of {total:,} bytes")
 
 
 @contextmanager
-def _connected(url, have) -> Iterator[http.client.HTTPResponse | None]:
-    """Request the bytes after the first ``have`` and yield the response, or None if the file has no further bytes."""
+def _connected(url, received) -> Iterator[http.client.HTTPResponse | None]:
+    """Request the bytes after the ``received`` ones on disk. Yield the response, or None if there are no more bytes."""
     # Refuse compression: a range of a compressed response could not be appended to the uncompressed part.
-    headers = {"User-Agent": "imaml", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"User-Agent": "imaml", "Accept-Encoding": "identity"} | (
+        {"Range": f"bytes={received}-"} if received else {}
+    )
     try:
         with _network_errors(url):
             response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
@@ -110,7 +114,7 @@ def _connected(url, have) -> Iterator[http.client.HTTPResponse | None]:
 
 
 class _NothingFollows(Exception):
-    """The server reports that the requested range begins at the end of the file."""
+    """The server reports that the requested range begins at or beyond the end of the file."""
 
 
 def _chunks(url, response) -> Iterator[bytes]:
@@ -124,7 +128,10 @@ def _chunks(url, response) -> Iterator[bytes]:
 
 @contextmanager
 def _network_errors(url):
-    """Convert errors of the network to :class:`Unreachable`, so that OSErrors of the disk remain distinguishable."""
+    """Convert errors of the network to :class:`Unreachable`, and HTTP status 416 to ``_NothingFollows``.
+
+    The conversion distinguishes these errors from an OSError of the disk.
+    """
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -133,7 +140,7 @@ def _network_errors(url):
             raise _NothingFollows from None
         raise Unreachable(f"{url}: the server answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Unreachable(f"{url} cannot be reached ({getattr(error, 'reason', None) or error})") from error
+        raise Unreachable(f"{url}: the connection failed ({getattr(error, 'reason', None) or error})") from error
 
 
 def _size(path):

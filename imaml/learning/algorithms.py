@@ -1,7 +1,8 @@
 """Meta-learning algorithms, each expressed as a bilevel problem, an inner solver and a differentiation method.
 
-This module has no gradient code of its own. A :class:`Learner` names the parts, and :func:`meta_gradient` averages the
-hypergradients that :mod:`bilevel` computes for a batch of tasks.
+This module does not compute gradients. A :class:`Learner` holds the three parts, and :func:`imaml.meta_gradient`
+averages the hypergradients that :mod:`bilevel` computes for a batch of tasks. θ denotes the meta-parameters, and φ the
+parameters that are adapted to one task.
 """
 
 from dataclasses import dataclass
@@ -18,16 +19,16 @@ ALGORITHMS = {"imaml": "implicit MAML", "maml": "MAML", "fomaml": "first-order M
 
 @dataclass(frozen=True)
 class Learner:
-    """A meta-learning algorithm with its network: how a task is adapted to, and how the result is differentiated.
+    """A meta-learning algorithm: a network, the inner solver that adapts it, and the method that differentiates φ.
 
     Args:
         apply: the network, ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``.
-        solver: the inner solver, which adapts φ to a support set. It starts from θ.
-        method: how :mod:`bilevel` differentiates φ*(θ). ``bl.Implicit(bl.CG(5))`` gives implicit MAML, and
+        solver: the inner solver, which computes φ from a support set. It starts from θ.
+        method: how :mod:`bilevel` differentiates φ with respect to θ. ``bl.Implicit(bl.CG(5))`` gives implicit MAML,
             ``bl.Unrolled()`` gives MAML.
         strength: λ of the proximal term ½ λ‖φ − θ‖². None leaves the term out, as in MAML.
         loss: the loss on the support set and on the query set, ``loss(outputs, y) -> scalar``.
-        reptile: use θ − φ as the meta-gradient instead of the gradient of the query loss; see
+        reptile: if True, the meta-gradient is θ − φ instead of the gradient of the query loss; see
             :func:`imaml.learning.problem.reptile_problem`.
     """
 
@@ -40,7 +41,7 @@ class Learner:
 
     @property
     def problem(self) -> bl.Problem:
-        """The bilevel problem of one training task; its ``data`` is a :class:`imaml.Task`."""
+        """The bilevel problem of a training task. The ``data`` of the problem is a :class:`imaml.Task`."""
         if self.reptile:
             return reptile_problem(self.apply, self.loss)
         return task_problem(self.apply, self.loss, self.strength)
@@ -53,7 +54,8 @@ class Learner:
             task: one task, without a batch axis.
 
         Returns:
-            The solution with ``w`` = φ, a pytree like ``theta``, and ``residual_norm`` = ‖∇loss + λ(φ − θ)‖.
+            The solution with ``w`` = φ, a pytree like ``theta``, and ``residual_norm`` = ‖∇loss + λ(φ − θ)‖,
+            without the second term if ``strength`` is None.
         """
         condition = task_problem(self.apply, self.loss, self.strength).condition
         return bl.solve(self.solver, condition, theta, theta, task)
@@ -69,7 +71,7 @@ def make_learner(
         apply: the network, as in :class:`Learner`.
         loss: the loss, as in :class:`Learner`.
         inner: the inner solver.
-        linear: the solver of the adjoint system (I + H/λ)g = v. Only implicit MAML uses it.
+        linear: the solver of the adjoint system, see :mod:`imaml.learning.problem`. Only implicit MAML uses it.
         strength: λ of the proximal term. Only implicit MAML uses it.
     """
     if algorithm == "imaml":
@@ -81,7 +83,7 @@ def make_learner(
 # --- The authors' public code --------------------------------------------------------------------------------------
 
 REFERENCE_DAMPING = 10.0
-"""The constant that the public code adds to λ in its linear system, which contains H/(λ + 10) instead of H/λ."""
+"""The public code adds this constant to λ in its adjoint system, which is (I + H/(λ + 10))g = v plus a ridge."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class DescendThenPull:
     """The inner loop of the public code: descent on the support loss, then one step on the proximal term.
 
     Args:
-        descent: gradient descent on the support loss without the proximal term. The step towards θ has the same size.
-        strength: λ of the step towards θ.
+        descent: gradient descent on the support loss. The step on the proximal term has the same step size.
+        strength: λ of the proximal term ½ λ‖φ − θ‖².
     """
 
     descent: bl.GradientDescent
@@ -116,11 +118,11 @@ class FromZero:
 
 
 def reference_learner(apply: Apply, loss: Loss, inner: bl.GradientDescent, linear: bl.CG, strength: float) -> Learner:
-    """Return the learner whose meta-gradient is the one of the authors' public code, which differs from the paper's.
+    """Return a learner with the meta-gradient of the authors' public code, which differs from the paper's equations.
 
-    The linear system of that code is ((1 + ridge)I + H/(λ + 10))g = v. It belongs to a proximal term of strength
-    λ + 10, plus a ridge, which is 1 in the code. The inner loop of the code does not solve the inner problem with that
-    term. The ``inner_residual`` of a meta-gradient is therefore the residual of a problem that φ was not computed for.
+    The adjoint system of that code is ((1 + ridge)I + H/(λ + 10))g = v with a ridge of 1. Apart from the ridge, this is
+    the adjoint system of an inner problem with λ + 10 in place of λ. The inner loop of the code does not minimise the
+    objective of that problem, so the ``inner_residual`` of a meta-gradient does not measure convergence here.
 
     Args:
         apply: the network, as in :class:`Learner`.

@@ -1,4 +1,4 @@
-"""The meta-gradient of a batch of tasks: the mean of their hypergradients, one task after another."""
+"""The meta-gradient of a batch of tasks: the mean of their hypergradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ from imaml.learning.tasks import Task
 class MetaGradient:
     """The mean hypergradient of a batch of tasks, with the residuals and the status of each task.
 
-    A task counts towards the gradient if its numbers are finite and its linear residual is at most 1. The zero vector
-    has a relative residual of 1, so a larger residual means that the linear solve did worse than returning zero.
+    A task counts towards the gradient if its status is not NONFINITE and its linear residual is at most 1. The zero
+    vector has a relative residual of 1, so a larger residual means that the linear solve did worse than returning zero.
 
     Attributes:
-        value: mean query loss over the tasks with finite numbers.
+        value: mean query loss over the tasks whose status is not NONFINITE; zero if there is none.
         gradient: mean hypergradient over the tasks that count, a pytree like θ; zero if no task counts.
         accuracy: fraction of query examples whose largest output is at their label, over the same tasks as ``value``.
-            NaN if labels are not integers, as in regression.
-        tasks: the number of tasks that count, an int32 scalar.
-        inner_residual: ‖∇loss + λ(φ − θ)‖ of each task, ``[batch]``.
+            NaN for regression, whose targets are not integers.
+        tasks: the number of tasks that count towards the gradient, an int32 scalar.
+        inner_residual: norm of the inner objective's gradient at the adapted parameters of each task, ``[batch]``.
         linear_residual: true relative residual of each task's adjoint system, ``[batch]``; zero for a method that
             solves no linear system.
-        status: the more severe :class:`bilevel.Status` of the two solves of each task, int32 ``[batch]``.
+        status: the more severe :class:`bilevel.Status` of the two solves of each task, or NONFINITE if the task's value
+            or gradient is not finite; int32 ``[batch]``.
     """
 
     value: jax.Array
@@ -43,18 +44,18 @@ class MetaGradient:
 def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -> Callable[[dict, Task], MetaGradient]:
     """Return a function that computes the meta-gradient of a batch of tasks.
 
-    The tasks are processed one after another, so the memory is that of one task. Sums over tasks are accumulated in
-    float32 or wider. A task is left out of the gradient if its numbers are not finite, or if the relative residual of
-    its adjoint solve is above 1. Its ``status`` and ``linear_residual`` show the reason. The other tasks' contributions
-    stay bit for bit the same as in a batch without that task.
+    With ``at_once=1``, the tasks are processed one after another in the memory that one task needs. Sums over tasks are
+    accumulated in float32 or wider. A task is left out of the gradient if its numbers are not finite, or if the
+    relative residual of its adjoint solve is above 1. The ``status`` and ``linear_residual`` of that task show the
+    reason. A task that is left out adds exactly zero to the sums.
 
     Args:
         learner: network, loss, λ, inner solver and method.
-        axis: the name of a mesh axis that the tasks are distributed over, for use inside ``shard_map``. The means are
-            then taken over the tasks of all devices. None for one device.
+        axis: the name of the mesh axis over which ``shard_map`` distributes the tasks. The means are then over
+            all devices. None for one device.
         at_once: the number of tasks that are computed together by ``vmap``, which needs that many times the memory. If
-            it does not divide the batch, the largest smaller divisor is used. Values above 1 help a network that is so
-            small that dispatching its operations dominates. They make a convolutional network slower.
+            it does not divide the batch, the largest smaller divisor is used. Values above 1 speed up very small
+            networks, for which dispatching operations dominates. They slow down a convolutional network.
 
     Returns:
         A pure function ``grad(theta, tasks) -> MetaGradient``. ``tasks`` is a :class:`imaml.Task` with a leading batch
@@ -65,7 +66,7 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
     hypergradient = bl.value_and_hypergradient(learner.problem, learner.solver, learner.method, on_failure="ignore")
 
     def one_task(theta, task):
-        """Return the terms of the sums, each with a flag that says if it counts, and the report of the task."""
+        """Return two groups of terms, each with a flag that tells if they are summed, and the residuals and status."""
         out = hypergradient(theta, bl.identity_center, task)
         loss, outputs = out.aux
         linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.relative_residual
@@ -94,11 +95,11 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
             reports = jax.tree.map(lambda report: report.reshape(count), reports)
         if axis is not None:
             totals = jax.lax.psum(totals, axis)
-        (value, accuracy, finite), (total, usable) = totals
-        value, accuracy = (sum / jnp.maximum(finite, 1).astype(sum.dtype) for sum in (value, accuracy))
-        mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable, 1).astype(sum.dtype), total)
+        (value, accuracy, finite_tasks), (total, usable_tasks) = totals
+        value, accuracy = (sum / jnp.maximum(finite_tasks, 1).astype(sum.dtype) for sum in (value, accuracy))
+        mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable_tasks, 1).astype(sum.dtype), total)
         mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
-        return MetaGradient(value, mean, accuracy, usable, *reports)
+        return MetaGradient(value, mean, accuracy, usable_tasks, *reports)
 
     return gradient
 

@@ -1,9 +1,9 @@
 """Networks as pairs of pure functions, with convolutions that stay fast when every task has its own weights.
 
 On a CPU, XLA's convolution of a few small images takes about ten times as long as the same arithmetic written as one
-matrix product. Under ``vmap`` over tasks that each have their own kernel it becomes a grouped convolution, which is
-slower still. A convolution is therefore written here as a product of patches and a matrix. The patches are made of
-slices alone (at stride 2, of the even and odd rows and columns). They need no gather, so the gradient has no scatter.
+matrix product. Under ``vmap`` over tasks that each have their own kernel, XLA uses a grouped convolution, which is
+slower still. A convolution is therefore written here as a product of patches and a matrix. The patches are concatenated
+slices (at stride 2, of the even and odd rows and columns). Without a gather, the gradient has no slow scatter.
 """
 
 import math
@@ -23,10 +23,10 @@ class Network:
 
     Attributes:
         init: ``init(key) -> parameters`` draws initial parameters.
-        apply: ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``. Batch normalisation uses the mean and
-            variance of the batch ``x``, so an output depends on all rows of ``x``.
-        apply_with_support_statistics: a function ``(parameters, x, support_x) -> outputs [batch, ...]`` that uses the
-            mean and variance of ``support_x`` instead, so an output depends on its own row of ``x`` and on
+        apply: ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``. Batch normalisation, if any, takes the
+            mean and variance of ``x``. Each output then depends on all rows of ``x``.
+        apply_with_support_statistics: a function ``(parameters, x, support_x) -> outputs [batch, ...]`` that normalises
+            with the mean and variance of ``support_x`` instead. An output then depends on its own row of ``x`` and on
             ``support_x``. None for a network without batch normalisation.
     """
 
@@ -71,10 +71,10 @@ def conv4(
 ) -> Network:
     """Build a network of four convolutional blocks and a linear layer.
 
-    A block is a 3×3 convolution, batch normalisation and ReLU. This is the network of Finn et al. (2017) in both of its
-    forms. Without ``pool`` it is the one for Omniglot, with stride 2. Odd sides are zero-padded to even ones, as in the
-    public iMAML code, so 28×28 images give maps of side 14, 7 (padded to 8), 4 and 2. With :func:`max_pool` after each
-    block it is the one for Mini-ImageNet, with stride 1: 84×84 images give maps of side 42, 21, 10 and 5.
+    A block is a 3×3 convolution, batch normalisation and the activation. Finn et al. (2017) use two such networks.
+    Without ``pool``, this is their network for Omniglot, with stride 2. Odd sides are zero-padded to even ones, as in
+    the public iMAML code, so 28×28 images give maps of side 14, 7 (padded to 8), 4 and 2. With :func:`max_pool`, this
+    is their network for Mini-ImageNet, with stride 1: 84×84 images give maps of side 42, 21, 10 and 5.
 
     Batch normalisation uses the statistics of the current batch and keeps no running averages. On a query set, a logit
     therefore depends on all query images (the published, *transductive* protocol).
@@ -84,11 +84,11 @@ def conv4(
         ways: number of classes, N.
         filters: channels of each block.
         image_shape: height, width and channels of an image.
-        kernel_gain: factor on Glorot's initial kernels. The normalisation cancels it in the outputs. A larger gain
-            makes the gradients of the kernels smaller in proportion, and their curvature in proportion to its square.
-            A task then adapts more by its linear layer, and I + H/λ is better conditioned.
-        activation: the activation at the end of each block, before pooling. A smooth one gives a smooth network, if
-            ``pool`` is smooth too.
+        kernel_gain: factor on Glorot's initial kernels. The normalisation cancels this factor in the outputs. A gain k
+            divides the gradient with respect to the kernels by k, and their curvature by k². With a large gain, a task
+            adapts more by its linear layer, and the matrix of implicit MAML's adjoint system is better conditioned.
+        activation: the activation at the end of each block, before pooling. If it and ``pool`` are smooth, the network
+            is smooth.
         head_gain: factor on Glorot's initial matrix of the linear layer.
         head_bias: the initial biases of the linear layer are uniform between 0 and this number.
         pool: the pooling that halves the maps after each block. None for convolutions of stride 2.
@@ -145,10 +145,10 @@ def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = j
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
-    """Return the 3×3 convolution of images that are padded by one row and column of zeros on each side.
+    """Return the 3×3 convolution of images that are padded with one row or column of zeros on each side.
 
     Args:
-        x: images ``[batch, height, width, channels]``. At stride 2 an odd side first gets one more zero at its end.
+        x: images ``[batch, height, width, channels]``. At stride 2, an odd side gets another zero at its end.
         kernel: ``[filters, 9 · channels]``: the 3×3 positions row by row, with the channels innermost.
         stride: 1 or 2.
 
@@ -159,7 +159,7 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
     # Merge the axes into one matrix: the kernel's gradient takes 10 % longer if batch, rows and columns stay separate.
     filters, inputs = kernel.shape
     rows = neighbours.reshape(-1, inputs)
-    if inputs < filters:  # the gradient of such a kernel is faster in the transposed layout, which the barrier keeps
+    if inputs < filters:  # the kernel's gradient is then faster in the transposed layout, which the barrier keeps
         product = rows @ jax.lax.optimization_barrier(kernel.T)
     else:  # contract in place: a linearisation of rows @ kernel.T stores a transposed copy of the kernel
         product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
@@ -194,17 +194,17 @@ def batch_normalise(
     """Shift and scale each channel to mean ``offset`` and standard deviation ``scale``.
 
     Args:
-        x: ``[rows, ..., channels]``. Mean and variance are taken over all axes but the last.
+        x: ``[rows, ..., channels]``. Mean and variance are computed over all axes but the last.
         scale: ``[channels]``.
         offset: ``[channels]``.
         epsilon: added to the variance.
-        counted: the number of leading rows that mean and variance are taken of. The other rows are shifted and scaled
-            by the same numbers. None takes the statistics of all rows.
+        counted: mean and variance are computed from this number of leading rows and applied to all rows. None computes
+            them from all rows.
     """
     axes = tuple(range(x.ndim - 1))
     reference = x if counted is None else x[:counted]
     mean = reference.mean(axes)
-    # Recompute the squares in the backward pass, so that a linearisation stores only the deviations.
+    # Recompute the squares in the backward pass, so that a linearisation stores only the deviations from the mean.
     variance = jax.checkpoint(lambda deviation: (deviation * deviation).mean(axes), prevent_cse=False)(reference - mean)
     return (x - mean) * (scale * jax.lax.rsqrt(variance + epsilon)) + offset
 

@@ -2,10 +2,10 @@
 
     φ*(θ) = argmin_φ  loss(φ, support) + ½ λ‖φ − θ‖²,      outer(φ*) = loss(φ*, query)
 
-The meta-gradient of implicit MAML is the hypergradient of this problem (Rajeswaran et al. 2019, equations 3 to 6). Its
-adjoint system is (I + H/λ)g = v, where H is the Hessian of the support loss and v the gradient of the query loss, both
-at φ*. MAML drops the proximal term and differentiates through the inner steps, which start from θ. Reptile replaces the
-outer function, see :func:`reptile_problem`.
+θ denotes the meta-parameters and φ the parameters of one task. The meta-gradient of implicit MAML is the hypergradient
+of this problem (Rajeswaran et al. 2019, equations 3 to 6). The adjoint system is (I + H/λ)g = v, where H is the Hessian
+of the support loss and v the gradient of the query loss, both at φ*. MAML drops the proximal term and differentiates
+through the inner steps, which start from θ. For Reptile, see :func:`reptile_problem`.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def support_loss(apply: Apply, loss: Loss) -> Callable:
-    """Return ``objective(phi, theta, task)``, the loss of φ on the support set. It ignores θ."""
+    """Return ``objective(phi, theta, task)``, the loss of φ on the support set. The argument θ is ignored."""
     return lambda phi, theta, task: loss(apply(phi, task.support_x), task.support_y)
 
 
@@ -49,8 +49,8 @@ def task_problem(apply: Apply, loss: Loss, strength: float | None) -> bl.Problem
         strength: λ of the proximal term ½ λ‖φ − θ‖². None leaves the term out.
 
     Returns:
-        A problem whose ``data`` is a :class:`imaml.Task`. Its ``aux`` is the query loss and the network's outputs on
-        the query set, ``[ways · queries, ...]``.
+        A problem whose ``data`` is a :class:`imaml.Task`. The ``aux`` of a solution is the query loss and the network's
+        outputs on the query set, ``[ways · queries, ...]``.
 
     Source: Rajeswaran et al. (2019), equations 3 and 4.
     """
@@ -67,9 +67,9 @@ def task_problem(apply: Apply, loss: Loss, strength: float | None) -> bl.Problem
 def reptile_problem(apply: Apply, loss: Loss) -> bl.Problem:
     """Return Reptile's update as a bilevel problem with the outer function ½‖φ − θ‖².
 
-    φ counts as a constant in the outer function, so the gradient with respect to θ is θ − φ. A training task of Reptile
-    has no query set, so φ is adapted to the support and query examples together. ``aux`` is the same as in
-    :func:`task_problem`, but its loss and outputs belong to examples that φ was trained on.
+    φ counts as a constant in the outer function, so the gradient with respect to θ is θ − φ. Reptile does not split the
+    examples of a training task, so φ is adapted to the support and query examples together. ``aux`` is the same as in
+    :func:`task_problem`, but its loss and outputs belong to examples that φ was adapted to.
 
     Args:
         apply: the network, as in :func:`task_problem`.

@@ -1,7 +1,7 @@
 """Few-shot tasks, and how they are sampled: a support set to adapt to, and a query set to evaluate on.
 
-Sampling is a pure function of a random key and of the dataset's array. It therefore runs inside the compiled meta-step,
-and a training run does no work on the host between two steps.
+Sampling is a pure function of a random key and of the dataset's array. It therefore runs inside the compiled meta-step
+and needs no work on the host.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ class Task:
     """A few-shot task. A batch of tasks has one more leading axis on every array.
 
     Attributes:
-        support_x: inputs that the parameters are adapted to, ``[ways · shots, ...]``.
-        support_y: labels of ``support_x``, int32 ``[ways · shots]``; for regression, targets ``[shots, 1]``.
-        query_x: inputs that the adapted parameters are evaluated on, ``[ways · queries, ...]``.
-        query_y: labels or targets of ``query_x``.
+        support_x: inputs that the parameters are adapted to, ``[ways · shots, ...]``; for regression ``[shots, 1]``.
+        support_y: labels of ``support_x``, int32 ``[ways · shots]``; for regression targets ``[shots, 1]``.
+        query_x: inputs that the adapted parameters are evaluated on, ``[ways · queries, ...]``; for regression
+            ``[queries, 1]``.
+        query_y: labels of ``query_x``, int32 ``[ways · queries]``; for regression targets ``[queries, 1]``.
     """
 
     support_x: jax.Array
@@ -71,10 +72,10 @@ class Episode:
         return 1 / self.ways
 
     def check(self, classes: Any, name: str) -> None:
-        """Check that a dataset has enough classes and images for a task.
+        """Check that there are enough classes and images for a task.
 
         Args:
-            classes: the dataset, an :class:`imaml.datasets.images.ImageClasses`.
+            classes: the training or test classes, an :class:`imaml.datasets.images.ImageClasses`.
             name: the dataset's name, for the message.
 
         Raises:
@@ -94,7 +95,7 @@ class Episode:
         Args:
             pixels: uint8 ``[classes, samples, height, width, channels]``.
             key: a typed random key. The same key gives the same task.
-            rotate: rotate all images of a class by a random multiple of 90°. This makes four classes out of each one.
+            rotate: if True, draw a multiple of 90° for each class of the task and rotate all images of the class by it.
 
         Returns:
             A :class:`Task` with float32 images in [0, 1] and int32 labels in [0, ways).
@@ -145,12 +146,12 @@ class Curve:
             raise InputError(f"a task needs at least 1 shot and 1 query, got {self.shots} and {self.queries}")
 
     def check(self, classes: Any, name: str) -> None:
-        """Accept every dataset: any number of points can be drawn from a curve."""
+        """Accept every argument, because any number of points can be drawn from a curve."""
 
     def sample(self, source: object, key: jax.Array, rotate: bool = False) -> Task:
-        """Draw one task with float32 inputs and targets ``[points, 1]``.
+        """Draw one task whose arrays have the shape ``[points, 1]`` and JAX's default float dtype.
 
-        ``source`` and ``rotate`` are ignored. They are there so that the signature is the one of :class:`Episode`.
+        ``source`` and ``rotate`` are ignored. They exist because :meth:`Episode.sample` has the same signature.
         """
         x, y = sinusoid.draw(key, self.shots + self.queries)
         return Task(x[: self.shots], y[: self.shots], x[self.shots :], y[self.shots :])

@@ -1,1 +1,1 @@
-"""Devices and processes that divide the tasks of a meta-step among them."""
+"""Division of the tasks of a meta-step among devices and processes, and detection of lost processes."""

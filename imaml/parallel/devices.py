@@ -1,8 +1,8 @@
 """Sharding of a batch of tasks over the devices of one or several processes. Only this module creates meshes.
 
-Each device holds a replica of θ and of the dataset and processes an equal share of the batch. Devices exchange only
-sums over tasks. The random key of a task depends on the number of the meta-step and the number of the task alone, so
-the batch does not depend on how many devices share it.
+Each device holds a replica of the meta-parameters and of the dataset. It processes an equal share of the batch. In
+a meta-step, devices exchange only sums over tasks. The random key of a task depends only on the number of the meta-step
+and the number of the task, so the batch does not depend on the number of devices.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ AXIS = "tasks"
 
 
 def use_all_cores() -> None:
-    """Configure JAX to expose one CPU device per core. This has no effect on GPUs or after JAX has started.
+    """Configure JAX to expose one CPU device per core. The call has no effect on GPUs or after JAX has started.
 
-    With one CPU device, XLA splits each matrix product over all cores. The products of small networks are too short
-    for that, and the cores mostly wait. With one device per core, each core processes tasks of its own.
+    With one CPU device, XLA splits each matrix product over all cores. The products of small networks are too small
+    for that, so the cores mostly wait. With one device per core, each core processes tasks of its own.
     """
-    with contextlib.suppress(RuntimeError):  # raised if JAX has started; its devices can no longer change
+    with contextlib.suppress(RuntimeError):  # raised if JAX has started: the devices can no longer change
         jax.config.update("jax_num_cpu_devices", _cores())
 
 
 def local_mesh(tasks: int) -> Mesh:
-    """Return a mesh of this process's devices, as many as possible such that their number divides ``tasks``.
+    """Return a mesh of this process's devices: the largest number of them that divides ``tasks``.
 
     Computations on this mesh need no communication with other processes.
     """
@@ -44,15 +44,15 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
 
     Args:
         tasks: number of tasks in a batch. The number of devices in the mesh must divide it.
-        devices: number of devices per process, or ``"all"``. None takes the largest possible number.
+        devices: number of devices per process, or ``"all"``. None takes the largest number for which this is true.
 
     Raises:
         InputError: if a process has fewer devices than requested, or if the number of devices in the mesh does not
             divide ``tasks``.
     """
     processes = jax.process_count()
-    of_process = [[d for d in jax.devices() if d.process_index == number] for number in range(processes)]
-    available = min(map(len, of_process))
+    by_process = [[d for d in jax.devices() if d.process_index == number] for number in range(processes)]
+    available = min(map(len, by_process))
     if devices is None:
         check_shares(tasks, processes)
         devices = _largest(tasks // processes, available)
@@ -60,7 +60,7 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
     if devices > available:
         raise InputError(f"--devices {devices} was requested, but a process has only {available}")
     check_shares(tasks, processes, devices)
-    return _mesh([device for local in of_process for device in local[:devices]])
+    return _mesh([device for local in by_process for device in local[:devices]])
 
 
 def check_shares(tasks: int, processes: int, devices: int = 1) -> None:
@@ -98,10 +98,10 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def on_all(tree: Any, mesh: Mesh) -> Any:
-    """Return ``tree`` replicated on every device of ``mesh``, which is the sharding of a compiled step's results.
+    """Return ``tree`` replicated on every device of ``mesh``.
 
-    A step is compiled once per sharding of its arguments. With this sharding of the initial arguments, the step that
-    takes the results of the previous one is not compiled again.
+    JAX compiles a step once per sharding of its arguments, and the state that a step returns is replicated. If the arguments
+    of the first step are replicated too, the second step needs no compilation.
 
     Args:
         tree: arrays or typed random keys, with the same values in every process.
@@ -119,15 +119,12 @@ def on_all(tree: Any, mesh: Mesh) -> Any:
 
 
 def here(tree: Any) -> Any:
-    """Return the copy of a replicated ``tree`` on this process's first device.
-
-    Work on that copy involves no other process.
-    """
+    """Return the copy of a replicated ``tree`` on this process's first device, for work without other processes."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def is_first() -> bool:
-    """Return True in process 0, which alone writes files."""
+    """Return True in process 0, the only process that writes files."""
     return jax.process_index() == 0
 
 
@@ -139,8 +136,8 @@ def from_first(tree: Any) -> Any:
     if jax.process_count() == 1:
         return tree
 
-    # JAX broadcasts by summing process 0's array with zeros from the others. Sent as floats, −0 would become 0, so send
-    # bytes.
+    # JAX broadcasts by summing process 0's array with zeros from the others. In a sum of floats, −0 would become 0, so
+    # send bytes.
     def send(leaf):
         values = np.asarray(leaf)
         sent = multihost_utils.broadcast_one_to_all(np.atleast_1d(values).view(np.uint8))

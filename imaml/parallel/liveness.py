@@ -1,8 +1,8 @@
 """Detection of processes that have ended, by a TCP connection from each process to process 0.
 
-If a process dies, a collective operation that waits for it either fails without naming it or never returns. The
-kernel closes the TCP connections of a process when it ends, for whatever reason. The closed connection identifies the
-lost process at once. A process that is stopped, or whose host has lost power, keeps its connection open. The
+If a process dies, the collective operations of the others fail without naming the lost process or never return. When a
+process ends for whatever reason, the kernel closes its TCP connections. The closed connection identifies the lost
+process at once. A process that is stopped (SIGSTOP), or whose host has lost power, keeps its connection open. The
 heartbeats of JAX's distributed runtime detect those cases.
 
 During a run, a message is an integer of four bytes: the number of a lost process, or a farewell before a planned end.
@@ -30,8 +30,8 @@ class LivenessMonitor:
     Args:
         lines: connections by the number of the process at the other end. Process 0 has one to every other process;
             every other process has one to process 0.
-        on_loss: called at most once, from the watching thread, with the number of the first process whose connection
-            closed without a farewell.
+        on_loss: called at most once, from the watching thread, with the number of the first process that is lost: its
+            connection was closed without a farewell.
     """
 
     def __init__(self, lines: dict[int, socket.socket], on_loss: Callable[[int], None]):
@@ -42,8 +42,8 @@ class LivenessMonitor:
         """Close all connections.
 
         Args:
-            well: if True, send a farewell first, so that the other processes take the closed connection for a planned
-                end. If False, they see a lost process and stop.
+            well: if True, first send a farewell, after which the other processes expect the connection to close. If
+                False, they report this process as lost and stop.
         """
         self._leaving = True
         for line in self._lines.values():
@@ -79,14 +79,14 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
     Args:
         port: TCP port on which to listen.
         processes: number of processes, this one included.
-        seconds: time within which all must have connected.
+        seconds: time in which all of them must connect.
 
     Returns:
         The connections by the number of the process at the other end.
 
     Raises:
-        InputError: if the port is taken, if a process has not connected in time, or if a process announces another
-            number of processes or a number that is out of range or already connected.
+        InputError: if the port is taken, if a process does not connect in time, if a process announces another number
+            of processes, or if its own number is out of range or already taken.
     """
     lines: dict[int, socket.socket] = {}
     deadline = time.monotonic() + seconds
@@ -102,10 +102,11 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
             if _receive(line, len(_GREETING)) != _GREETING:  # some other program has connected
                 line.close()
                 continue
-            caller, of = (int.from_bytes(_receive(line)) for _ in range(2))
-            if of != processes or caller not in missing:
+            caller, announced = (int.from_bytes(_receive(line)) for _ in range(2))
+            if announced != processes or caller not in missing:
                 raise InputError(
-                    f"process {caller} of {of} has connected, but process 0 waits for one of {missing} of {processes}"
+                    f"process {caller} of {announced} has connected, but process 0 waits for "
+                    f"one of {missing} of {processes}"
                 )
             lines[caller] = line
         server.close()
@@ -114,14 +115,14 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
 
 
 def connect(host: str, port: int, process: int, processes: int, seconds: float) -> dict[int, socket.socket]:
-    """Connect to process 0, which listens or will soon listen at ``port`` of ``host``. Called by every other process.
+    """Connect to process 0, which listens or will soon listen at ``port``. Called by every other process.
 
     Args:
         host: name or IP address of process 0's host.
         port: TCP port on which process 0 listens.
         process: number of this process.
         processes: number of processes.
-        seconds: time for which to retry.
+        seconds: time for which to retry, and the timeout of the connection.
 
     Returns:
         The connection, under the key 0.
@@ -146,7 +147,7 @@ def connect(host: str, port: int, process: int, processes: int, seconds: float) 
 def send_number(lines: dict[int, socket.socket], number: int) -> None:
     """Send ``number``, an integer of at most 32 bits, from process 0 to all others.
 
-    Call this before the :class:`LivenessMonitor` starts, which reads from the same connections.
+    Call this before the :class:`LivenessMonitor` starts, because the monitor reads from the same connections.
     """
     for line in lines.values():
         _send(line, number.to_bytes(_MESSAGE_BYTES))
@@ -156,7 +157,7 @@ def receive_number(lines: dict[int, socket.socket]) -> int:
     """Return the number that process 0 sent by :func:`send_number`.
 
     Raises:
-        InputError: if process 0 has closed the connection.
+        InputError: if process 0 has closed the connection, or sends nothing before the timeout.
     """
     message = _receive(lines[0])
     if not message:

@@ -1,7 +1,7 @@
-"""Start and end of a run that several processes, on one host or on many, train together.
+"""Start and end of a training run that is shared by several processes, on one host or on many.
 
 Every process runs the same command and computes its share of each meta-step. No process can continue without the
-others. If one ends before the run is complete, the others stop and print its number.
+others. If a process ends before the run is complete, the others stop and print the number of that process.
 """
 
 import os
@@ -21,11 +21,11 @@ from imaml.parallel.liveness import LivenessMonitor, accept_connections, connect
 MEETING_SECONDS = 300
 """Time for which a process waits for the others to connect at the start and to finish at the end."""
 HEARTBEAT_SECONDS = 60
-"""Time without a heartbeat from a process, its connection still open, after which JAX's runtime ends all processes."""
+"""Time without a heartbeat from one process after which JAX's runtime ends all processes."""
 VERDICT_SECONDS = 5.0
-"""Time for which a process waits, after an error that a lost process may have caused, for that process's number."""
+"""Time for which a process, after an error that a lost process may have caused, waits for the monitor to end it."""
 LOST = os.EX_TEMPFAIL
-"""Exit status of a process that stops because another one was lost. The failure may be temporary: try again."""
+"""Exit status of a process that stops because another process was lost. A new attempt may succeed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Processes:
         index: number of this process, from 0 to ``count`` − 1.
 
     Raises:
-        InputError: if ``coordinator`` is not of that form, or if a number is out of range.
+        InputError: if ``coordinator`` does not have this form, or if a number is out of range.
     """
 
     coordinator: str
@@ -68,12 +68,12 @@ class Processes:
 def joined(processes: Processes | None) -> Iterator[None]:
     """Connect this process to the others of a run, so that JAX sees the devices of all of them.
 
-    Enter this context before JAX starts. If another process is lost during the ``with`` block, this process prints
-    which one to stderr and exits at once with status :data:`LOST`. It runs no clean-up, because the main thread may be
-    blocked in a collective operation that never returns.
+    Enter this context before JAX starts. If another process is lost during the ``with`` block, this process prints the
+    number of that process to stderr and exits at once with status :data:`LOST`. No clean-up code runs, because the main
+    thread may be blocked in a collective operation that never returns.
 
     Args:
-        processes: the processes of the run. None, or a count of 1, does nothing.
+        processes: the processes of the run. With None or a count of 1, this context does nothing.
 
     Raises:
         InputError: if the processes cannot connect to each other.
@@ -88,8 +88,8 @@ def joined(processes: Processes | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, InputError | OSError | KeyboardInterrupt | SystemExit):
-            # A lost process makes collectives fail here, most likely before the monitor reports the loss. Wait for the
-            # monitor: it ends this process with the number of the lost one.
+            # If another process was lost, a collective operation may fail here before the monitor reports the loss.
+            # Wait, so that the monitor prints the number of the lost process and ends this one.
             time.sleep(VERDICT_SECONDS)
         monitor.close(well=False)
         raise
@@ -98,15 +98,15 @@ def joined(processes: Processes | None) -> Iterator[None]:
 
 
 def leave(code: int, threads: bool) -> None:
-    """Exit at once with status ``code`` if it is nonzero and a normal exit would block.
+    """Exit at once with status ``code`` if it is nonzero and a normal exit would wait; otherwise return.
 
     A normal exit of a process that has joined others waits for them, because JAX's distributed runtime shuts down
-    collectively. A failed process must not wait. In all other cases this function returns.
+    collectively. A failed process must not wait for the others.
 
     Args:
         code: the exit status.
-        threads: whether to exit at once also if a non-daemon thread is running, for which Python would wait. Such
-            threads are compilations, and a timer of one minute that JAX leaves running if its start is interrupted.
+        threads: if True, a running non-daemon thread counts as a reason to wait too. Such threads are compilations, and
+            a timer of one minute that JAX leaves running if its start is interrupted.
     """
     waits = threads and any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate())
     if code and (waits or jax.distributed.is_initialized()):

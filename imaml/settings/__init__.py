@@ -1,1 +1,1 @@
-"""The settings of a run: the preset record, the published presets, overrides, and saved settings."""
+"""The settings of a run: the record of a preset, the published presets, overrides, and reading of saved settings."""

@@ -9,22 +9,23 @@ from imaml.errors import InputError, check
 from imaml.settings.preset import FIXED, Preset
 
 CHOICES = {"linear.engine": ("jaxopt", "watched")}
-"""The nested settings that are words, by path, with the words that each of them accepts."""
+"""The values that a nested setting accepts if it is a word, by the dotted path of the setting."""
 
 
 def override(chosen: Preset, path: str, text: str) -> Preset:
     """Return a copy of a preset with one setting changed.
 
-    Changing ``algorithm`` also replaces the inner loop, see :meth:`Preset.using`. It must therefore be overridden
-    before any setting of the inner loop.
+    Override ``algorithm`` before any setting of the inner loop, because a change of the algorithm replaces the inner
+    loop; see :meth:`Preset.using`.
 
     Args:
         chosen: the preset to start from.
-        path: the dotted path of the setting: ``"strength"``, ``"inner.max_steps"``.
+        path: the dotted path of the setting, such as ``"strength"`` or ``"inner.max_steps"``.
         text: the new value as typed. It is parsed as the type of the present value.
 
     Raises:
-        InputError: if the path does not exist, with the paths that do; or if the value has another type or is refused.
+        InputError: if the path is not one of :func:`settings` (the message lists those), if the text cannot be parsed,
+            or if the preset refuses the value.
     """
     paths = settings(chosen)
     if path not in paths:
@@ -39,7 +40,8 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
 def settings(chosen: Preset) -> dict[str, Any]:
     """Return the settings that can be overridden, as a dictionary from dotted path to present value.
 
-    Settings that the preset's algorithm does not use, such as ``strength`` for MAML, are not included.
+    Not included are the fields in ``FIXED``, fields that are None, nested values that are neither numbers, switches nor
+    listed in ``CHOICES``, and settings that the preset's algorithm does not use, such as ``strength`` for MAML.
     """
     found: dict[str, Any] = {}
     for name, value in _fields(chosen).items():

@@ -18,11 +18,11 @@ class Conv4:
         kernel_gain: factor on Glorot's initial kernels.
         head_gain: factor on Glorot's initial matrix of the linear layer.
         head_bias: the initial biases of the linear layer are uniform between 0 and this number.
-        pooling: stride 1 and 2×2 max-pooling, as for Mini-ImageNet, instead of stride 2.
+        pooling: if True, stride 1 and 2×2 max-pooling, as for Mini-ImageNet. If False, stride 2 without pooling.
         image_shape: height, width and channels.
 
     Raises:
-        InputError: if a size or a gain is out of range.
+        InputError: if ``filters`` is below 1, if a gain is not above 0, or if ``head_bias`` is negative.
     """
 
     filters: int = 64
@@ -43,7 +43,7 @@ class Conv4:
         return self._build(ways, jax.nn.relu, networks.max_pool)
 
     def smooth_variant(self, ways: int) -> networks.Network:
-        """Return a smooth network of the same sizes, with a scaled softplus for ReLU and mean- for max-pooling."""
+        """Return a smooth network of the same sizes, with a scaled softplus as activation and with mean-pooling."""
         return self._build(ways, networks.smooth_relu, networks.mean_pool)
 
     def _build(self, ways, activation, pool):
@@ -74,7 +74,7 @@ class MLP:
         return networks.mlp((1, self.hidden, self.hidden, outputs))
 
     def smooth_variant(self, outputs: int) -> networks.Network:
-        """Return a smooth network of the same sizes, with a scaled softplus for ReLU."""
+        """Return a smooth network of the same sizes, with a scaled softplus instead of ReLU."""
         return networks.mlp((1, self.hidden, self.hidden, outputs), networks.smooth_relu)
 
 
@@ -83,7 +83,7 @@ class Rotations:
     """Switches for rotating the images of each class of a task by a random multiple of 90°.
 
     Args:
-        train: rotate in training. This makes four training classes out of each one.
+        train: rotate in training, so that each training class appears as four classes.
         test: rotate in evaluation.
     """
 
@@ -100,8 +100,8 @@ class Outer:
         tasks: tasks in a meta-step.
         queries: query images of each class of a training task, or query points of a training curve.
         steps: meta-steps of a run.
-        final_fraction: learning rate at the last meta-step as a fraction of the first. The rate follows half a cosine
-            between the two; 1 gives a constant rate.
+        final_fraction: learning rate at the last meta-step as a fraction of the first. Between them, the rate follows
+            half a cosine. With 1, the rate is constant.
         epsilon: Adam's ε.
         at_once: tasks that a device computes together; see :func:`imaml.meta_gradient`.
 

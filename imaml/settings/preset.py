@@ -1,8 +1,8 @@
 """The settings of a run as one frozen record.
 
 A preset holds the objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``) instead of copies of their
-options. :mod:`imaml.settings.overrides` changes a number or switch of these objects by its dotted path.
-:meth:`Preset.config` saves them as plain data, and :mod:`imaml.settings.saved` reads that data back.
+options. :mod:`imaml.settings.overrides` changes single options of these objects by their dotted paths.
+:meth:`Preset.config` returns all settings as plain data, which :mod:`imaml.settings.saved` converts back to a preset.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ LOSSES = {"accuracy": cross_entropy, "mean squared error": squared_error}
 """The loss on the support and query sets, by the metric that tasks are evaluated with."""
 
 NO_SETTINGS = ("citation", "departures", "baselines")
-"""Fields of a preset that :meth:`Preset.config` leaves out, because they do not affect the numbers of a run."""
+"""Fields of a preset that :meth:`Preset.config` leaves out, because they do not affect the results of a run."""
 FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
-"""Fields of a preset that the command line cannot change."""
+"""Fields of a preset that overrides on the command line cannot change."""
 
 _SAME_OUTER_LOOP = (
     "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
@@ -56,7 +56,7 @@ class Keys(NamedTuple):
 
     Attributes:
         init: key of the initial parameters.
-        train: key of the training tasks. The tasks of a meta-step depend on this key and the step's number alone.
+        train: key of the training tasks. The tasks of a meta-step are drawn from this key and the step's number alone.
         test: key of the evaluation tasks, which are the same at every evaluation.
     """
 
@@ -67,21 +67,22 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings that decide the numbers of a run.
+    """All settings that determine the results of a run.
 
-    A field with a default was added in a later version. Its default is the behaviour of the versions before it, so
-    settings that were saved without the field keep their meaning.
+    Fields with a default may be missing in settings that an earlier version saved. Their defaults are the behaviour of
+    that version, so the saved settings keep their meaning. In the following, θ denotes the meta-parameters and φ the
+    parameters that are adapted to a task.
 
     Args:
         name: the name on the command line.
-        dataset: ``"glyphs"`` (embedded), ``"sinusoid"`` (generated), ``"omniglot"`` or ``"miniimagenet"`` (read from
-            files).
+        dataset: ``"glyphs"`` (rendered from fonts), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"``
+            (both read from files).
         episode: how tasks are sampled. Training tasks have ``outer.queries`` queries instead of ``episode.queries``.
         rotations: whether images are rotated in training and in evaluation. None for a dataset without rotations.
         network: the kind and size of the network.
-        strength: λ of the proximal term ½ λ‖φ − θ‖², relative to the mean support loss. Only implicit MAML uses it.
+        strength: λ of the proximal term ½ λ‖φ − θ‖², which is added to the mean support loss. Only for implicit MAML.
         inner: the inner solver.
-        linear: the solver of the adjoint system (I + H/λ)g = v. Only implicit MAML uses it.
+        linear: the solver of the adjoint system; see :mod:`imaml.learning.problem`. Only for implicit MAML.
         outer: the outer optimiser, the tasks in a meta-step, and the number of meta-steps.
         seed: the seed of all random numbers, between 0 and 2**32 − 1.
         algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`. :meth:`using` changes it together with the
@@ -90,9 +91,8 @@ class Preset:
             computes.
         test_steps: inner steps in evaluation; 0 for as many as in training.
         citation: the publication that the preset follows.
-        departures: sentences that each name a difference from the publication, with its reason.
-        baselines: the inner loops of the other algorithms, after the publications on this kind of task. None if the
-            algorithm cannot be changed.
+        departures: the differences from the publication, each with its reason.
+        baselines: the inner loops of the other algorithms. None if the algorithm cannot be changed.
 
     Raises:
         InputError: if a value is out of range, or if two settings do not fit each other.
@@ -140,13 +140,13 @@ class Preset:
         return name if self.fidelity == "paper" else f"{name} as the authors' public code computes it"
 
     def using(self, algorithm: str) -> "Preset":
-        """Return this preset with another algorithm and that algorithm's inner loop; all other settings stay equal.
+        """Return this preset with another algorithm and with that algorithm's inner loop, citation and departures.
 
         Args:
             algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`.
 
         Raises:
-            InputError: for an unknown algorithm, and for one that this preset has no inner loop for.
+            InputError: if the algorithm is unknown, or if this preset has no inner loop for it.
         """
         check_choice("algorithm", algorithm, tuple(ALGORITHMS))
         if algorithm == self.algorithm:
@@ -186,21 +186,21 @@ class Preset:
 
     @property
     def test_learner(self) -> Learner:
-        """The learner with the number of inner steps that is used in evaluation."""
+        """The learner with the number of inner steps for evaluation."""
         if not self.test_steps:
             return self.learner
         inner = dataclasses.replace(self.inner, max_steps=self.test_steps)
         return dataclasses.replace(self, inner=inner).learner
 
     def turns(self, training: bool) -> bool:
-        """Return True if images are rotated by multiples of 90°, in training or else in evaluation."""
+        """Return True if images are rotated: in training if ``training`` is True, in evaluation if it is False."""
         if self.rotations is None:
             return False
         return self.rotations.train if training else self.rotations.test
 
     @property
     def keys(self) -> Keys:
-        """The random keys of a run. All of its random numbers derive from them."""
+        """The random keys of a run, from which all random numbers of the run derive."""
         return Keys(*jax.random.split(jax.random.key(self.seed), 3))
 
     def deviations(self) -> tuple[str, ...]:

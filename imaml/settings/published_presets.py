@@ -16,13 +16,13 @@ from imaml.settings.saved import with_config
 
 
 def preset(name: str) -> Preset:
-    """Return the preset of a name.
+    """Return the published preset called ``name``.
 
     Args:
         name: one of :func:`presets`.
 
     Raises:
-        InputError: for an unknown name, with the nearest name and all names in the message.
+        InputError: if the name is unknown. The message lists all names and, if one is similar, suggests that one.
     """
     if name in _PRESETS:
         return _PRESETS[name]
@@ -37,14 +37,14 @@ def presets() -> tuple[str, ...]:
 
 
 def restore(name: str, config: dict[str, Any]) -> Preset:
-    """Return the preset of a name with the settings of a saved config.
+    """Return the published preset called ``name``, with the settings of a saved config.
 
     Args:
         name: one of :func:`presets`.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
 
     Raises:
-        InputError: for an unknown name, and for a config that does not fit this version.
+        InputError: if the name is unknown, or if the config does not fit this version.
     """
     return with_config(preset(name), config)
 
@@ -70,7 +70,7 @@ def _inner_rate(rate, steps):
 
 
 def _hessian_free(chosen: Preset, departures: tuple[str, ...]) -> Preset:
-    """Return a preset with the paper's other inner solver, Hessian-free Newton steps."""
+    """Return a variant of ``chosen`` with Hessian-free Newton steps, the other inner solver of the paper."""
     inner = bl.HessianFree(max_steps=3, cg_steps=5)
     name = chosen.name.replace("-gd", "-hf")
     return dataclasses.replace(chosen, name=name, inner=inner, departures=(*departures, _HESSIAN_FREE_STEPS))
@@ -129,7 +129,7 @@ def _momentum(steps):
 
 
 def _omniglot(ways: int, shots: int) -> tuple[Preset, Preset]:
-    """Return the two presets for a cell of the paper's table 2: gradient descent and Hessian-free."""
+    """Return two presets for a result in the paper's table 2: with gradient descent, and with Hessian-free steps."""
     # Tasks and queries are chosen so that a meta-step takes about equally long for each number of ways and shots.
     tasks, queries, steps = {5: (8, 15), 20: (4, 5)}[ways] + ({1: 7_000, 5: 4_000}[shots],)
     inner_steps = {5: 16, 20: 25}[ways]

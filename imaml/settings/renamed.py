@@ -12,7 +12,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "linear": {"maxiter": "max_steps"},
     "baselines.*.inner": {"steps": "max_steps"},
 }
-"""New field names by old ones, by the dotted path of the record that has the field; ``*`` matches any one name."""
+"""For the dotted path of a record, the new names of its renamed fields by their old names. ``*`` matches any text."""
 
 
 def with_current_names(record: Any, config: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading settings that an earlier version saved, before fields were added or renamed.
+"""Conversion of saved settings to this version, in which fields may have been added or renamed since.
 
 Checkpoints, the records of :mod:`imaml.reproduction` and ``result.json`` contain the result of
 :meth:`imaml.Preset.config`. These files are never rewritten: :func:`completed` translates their content after reading.
@@ -47,7 +47,8 @@ def with_config(chosen: Preset, config: dict[str, Any]) -> Preset:
         config: the result of :meth:`Preset.config`, from this or an earlier version.
 
     Raises:
-        InputError: if the config has settings that this version does not know, or lacks settings that it requires.
+        InputError: if this version does not know a setting of the config, requires a setting that the config lacks, or
+            refuses a value.
     """
     foreign = f"the settings of {chosen.name} were saved by another version"
     try:

@@ -13,7 +13,7 @@ CHECKSUM = "sha256"
 
 
 class DamagedFile(ValueError):
-    """A file that is not an archive written by :func:`write`, or whose contents have changed since."""
+    """The error for a file that :func:`write` did not write, or whose contents have changed since."""
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -21,10 +21,10 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
     Args:
         path: the file to create or to replace.
-        arrays: arrays by name, of any shape and of numpy's own dtypes. The name ``sha256`` is reserved.
+        arrays: arrays by name, of any shape and any numpy dtype but ``object``. The name ``sha256`` is reserved.
 
     Raises:
-        OSError: if the file cannot be written. An existing file at ``path`` is then unchanged.
+        OSError: if the file cannot be written; see :func:`.write_whole`.
     """
     contents: dict[str, Any] = {CHECKSUM: np.array(_digest(arrays)), **arrays}
     write_whole(path, lambda stream: np.savez(stream, **contents))

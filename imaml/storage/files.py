@@ -29,10 +29,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: the file to create or to replace.
-        write: called with an open binary stream, to which it writes the contents of the file.
+        write: writes the contents of the file to the binary stream that is its argument.
 
     Raises:
-        OSError: if the disk is full or the folder is not writable. An existing file at ``path`` is then unchanged.
+        OSError: if the file cannot be written, for example because the disk is full. An existing file at ``path`` is
+            then unchanged, unless the only step that failed is the last one, which flushes the folder.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.imaml-tmp")
     try:
@@ -48,7 +49,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def put_in_place(temporary: Path, path: Path) -> None:
     """Flush the complete file ``temporary`` to disk and rename it to ``path`` atomically.
 
-    Both paths must be on one file system. After the return, the new name survives a power failure.
+    Both paths must be on one file system. Once this function has returned, the new name survives a power failure.
 
     Raises:
         OSError: if flushing or renaming fails.
@@ -71,8 +72,8 @@ def sweep(directory: Path, older_than: float = 0.0) -> None:
 
     Args:
         directory: the folder to clean. Its subfolders are not searched.
-        older_than: minimum age in seconds since the last write to a file. Use 0 only while holding the lock of the
-            folder (:func:`alone_in`); otherwise a file that another process is writing may be removed.
+        older_than: minimum age in seconds since the last write to a file. Use 0 only while this process holds the
+            folder's lock (:func:`alone_in`). Otherwise a file that another process is writing may be removed.
     """
     for path in directory.iterdir():
         with contextlib.suppress(OSError):  # the file may be gone already, and a leftover file does no harm
@@ -84,14 +85,14 @@ def sweep(directory: Path, older_than: float = 0.0) -> None:
 def alone_in(directory: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``directory`` during the ``with`` block. Writers take the lock; readers need none.
 
-    The lock is an ``flock`` on the file ``lock``, which is never removed. The kernel releases an ``flock`` when its
-    process ends, even after SIGKILL.
+    The lock is an ``flock`` on the file ``lock``, which is never removed. The kernel releases an ``flock`` when
+    its process ends, even after SIGKILL.
 
     Args:
         directory: the folder to lock, which must exist.
 
     Raises:
-        InputError: if the lock is held already. The message names the process and the host that hold it.
+        InputError: if the lock is held already. The message names the process that holds it and the host, if known.
     """
     with (directory / LOCK).open("a+") as stream:
         try:
@@ -109,5 +110,5 @@ def _holder(stream):
         stream.seek(0)
         holder = json.load(stream)
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):  # the other process holds the lock but has not yet written its process id
+    except (ValueError, KeyError, TypeError):  # the holder has not yet written its process id
         return "another process"

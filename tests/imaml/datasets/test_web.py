@@ -167,7 +167,7 @@ def closed_port():
 
 
 def test_a_refused_connection_is_reported(tmp_path):
-    with pytest.raises(web.Unreachable, match=r"cannot be reached \(.*refused"):
+    with pytest.raises(web.Unreachable, match=r"the connection failed \(.*refused"):
         web.fetch(f"http://127.0.0.1:{closed_port()}/file", tmp_path / "file", check, 1)
     assert names(tmp_path) == []
 
@@ -177,7 +177,7 @@ def test_a_server_that_sends_nothing_times_out(tmp_path, monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        with pytest.raises(web.Unreachable, match=r"cannot be reached \(timed out\)"):
+        with pytest.raises(web.Unreachable, match=r"the connection failed \(timed out\)"):
             web.fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/file", tmp_path / "file", check, 1)
 
 
@@ -189,7 +189,7 @@ def test_only_http_and_https_are_accepted(url, tmp_path):
 
 @pytest.mark.parametrize("url", ["http://", "http://[bad/file", "http://a b/file", "http://127.0.0.1:x/file"])
 def test_an_invalid_address_is_reported(url, tmp_path):
-    with pytest.raises(web.Unreachable, match="cannot be reached"):
+    with pytest.raises(web.Unreachable, match="the connection failed"):
         web.fetch(url, tmp_path / "file", check, 1)
 
 
@@ -236,7 +236,7 @@ def test_without_a_network_the_command_names_the_files_to_copy_and_the_folder(of
     monkeypatch.setattr(omniglot, "URL", url)
     assert cli.main(["data", "omniglot", "--dir", str(tmp_path / "new")]) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert message.startswith(f"imaml data: {url}/{official[0]} cannot be reached (")
+    assert message.startswith(f"imaml data: {url}/{official[0]}: the connection failed (")
     assert f"download {url}/{official[0]} and {url}/{official[1]} on another machine" in message
     assert message.endswith(f"and copy them to {tmp_path / 'new'}")
     assert names(tmp_path / "new") == [files.LOCK]
