@@ -28,11 +28,11 @@ def load(
             files. The other two datasets need None.
         meanwhile: called just before glyphs are rendered or Omniglot is decoded, with a blank :class:`ImageClasses` in
             the shape of the training classes. Rendering and decoding take seconds, in which a thread that ``meanwhile``
-            starts can compile a program for that shape. It is not called if the arrays are in the cache.
+            starts can compile a program for that shape. If the arrays are in the cache, ``meanwhile`` is not called.
 
     Raises:
-        InputError: if the name is unknown, if ``directory`` is given to a dataset that reads no files or missing for
-            one that needs it, or if a file, a font or Pillow is missing, or a file is damaged.
+        InputError: if the name is unknown, if ``directory`` does not suit the dataset, if a file, a font or Pillow is
+            missing, or if a file is damaged.
     """
     if name == "glyphs":
         if directory is not None:

@@ -24,7 +24,7 @@ def cache_directory() -> Path:
 def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return the arrays of ``build()``, read from ``cache_directory()/NAME.npz`` if an earlier call has stored them.
 
-    A missing, unreadable or damaged entry is built anew. If it cannot be stored, the arrays are returned all the same.
+    A missing, unreadable or damaged entry is built anew. If the new entry cannot be stored, no error is raised.
 
     Args:
         name: the name of the cache entry. It must contain everything on which the arrays depend, such as a version

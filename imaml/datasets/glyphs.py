@@ -7,8 +7,8 @@ stroke width of the font. Then the skeleton is bent, rotated and scaled at rando
 draws along the skeleton.
 
 Checkpoints store the dataset's fingerprint, so the pixels must be bit for bit the same on every machine. FreeType
-computes in integers. The random distortions are rounded to a grid. Matrix products and sums are over integers that
-floats represent exactly in any order. All other operations are elementwise and correctly rounded by IEEE 754.
+computes in integers. The random distortions are rounded to a grid. Matrix products and sums have integer terms, so
+floats hold each partial sum exactly. All other operations are elementwise and correctly rounded by IEEE 754.
 """
 
 import unicodedata
@@ -46,7 +46,7 @@ LONG_SIDE = 48  # length in fine pixels of the character's longer side
 INK_SIDE = 19  # length in picture pixels of the character's longer side before distortion
 MAGNIFICATION = LONG_SIDE / INK_SIDE
 DARK = 80  # pixels with a higher grey level are ink; less than 128, because hairlines are only one fine pixel wide
-REACH = 8  # greatest stored distance in fine pixels; equals the empty margin, so that shifts do not wrap into ink
+REACH = 8  # distances are exact up to this number of fine pixels, the width of the empty margin around a character
 PER_PIXEL = 28  # units of a stored distance per fine pixel; 255 / 28 exceeds REACH
 PEN_RADIUS = 1.0  # in picture pixels
 BLUR = 3.0  # softness of the pen, in picture pixels, for comparing characters that look alike
@@ -142,7 +142,7 @@ def _canvas(font, glyph, x: int, y: int) -> np.ndarray:
 
 
 def _shifts(images: np.ndarray, offsets: list[int]) -> list[np.ndarray]:
-    """Return the flattened images once for each offset, shifted by it. An offset of 1 is a column, of FINE a row.
+    """For each offset, return the flattened images shifted by it. An offset of 1 is a column, and one of FINE a row.
 
     The results share memory. A shift across an edge reads from the next row or image, whose margin is empty too.
     """
@@ -156,7 +156,7 @@ def _at_least_two(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) ->
 
 
 def _deletable(ink: np.ndarray, second: bool) -> np.ndarray:
-    """Return the mask of pixels that a half step of Guo and Hall (1989) deletes. A byte holds one pixel of 8 images."""
+    """Return the mask of pixels that a half step of Guo and Hall (1989) deletes. The 8 bits of a byte are 8 images."""
     ring = [-FINE, 1 - FINE, 1, FINE + 1, FINE, FINE - 1, -1, -FINE - 1]
     n, ne, e, se, s, sw, w, nw = _shifts(ink, ring)
     n_ne, ne_e, e_se, se_s, s_sw, sw_w, w_nw, nw_n = n | ne, ne | e, e | se, se | s, s | sw, sw | w, w | nw, nw | n
@@ -318,7 +318,7 @@ def _samples(fields: np.ndarray, first_face: int, character: _Character) -> tupl
 
 
 def _draw_inside(fields: np.ndarray, face: np.ndarray, inverse, shift, bend) -> np.ndarray:
-    """Draw like `_draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink does not."""
+    """Draw like `_draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink never does."""
     pictures = np.empty((len(face), SIDE, SIDE), np.uint8)
     upright = np.eye(2, dtype=np.float32)
     redo = np.arange(len(face))

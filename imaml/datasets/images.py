@@ -1,8 +1,8 @@
 """The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
 Images are indexed by ``[class, sample]``. The training and test parts hold different classes. The split is part of the
-dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of the checkpoint
-refuses that dataset with another split, so a run is not tested on a class that it was trained on.
+dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. If the dataset of that name has
+another fingerprint at evaluation, it is refused. A run is therefore not tested on a class that it was trained on.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class ImageClasses:
 
     @classmethod
     def blank(cls, *shape: int) -> "ImageClasses":
-        """Return classes with pixels of this shape that are all zero. The pixels are one byte of memory, broadcast."""
+        """Return classes whose pixels are zeros of this shape. The zeros are one byte in memory, which is broadcast."""
         return cls(np.broadcast_to(np.uint8(0), shape), tuple(map(str, range(shape[0]))))
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings of each, read from the two official archives.
 
 The archives are untrusted input. They are read in memory and never extracted to disk. All sizes are checked before
-anything is decompressed. A hash of the drawings' paths and decoded pixels is compared with the recorded one. If they
+anything is decompressed. A hash of the drawings' paths and decoded pixels is compared with a recorded hash. If they
 differ, an `InputError` is raised before anything is cached. The hash does not cover the zip container: archives with
 another order of members, with folder entries or with files such as ``.DS_Store`` are accepted.
 
@@ -130,7 +130,7 @@ def download(
         directory: the folder for the archives. It is created if it does not exist.
         url: address of the folder with the archives. Give another one to use a mirror.
         on_event: called with a short description of each event.
-        on_progress: called with an archive's bytes on disk and its size in bytes, or None if the size is unknown.
+        on_progress: called with the number of bytes received and the archive's size, or None if the size is unknown.
 
     Raises:
         InputError: if an archive cannot be downloaded, if a downloaded archive is not Omniglot's, or if another process
@@ -321,7 +321,7 @@ def _pixels(archive: _Archive, path: _Source, drawings: dict[str, bytes]) -> np.
     digest = hashlib.sha256()
     names = sorted(drawings)
     resized = []
-    for first in range(0, len(names), DRAWINGS):  # one character at a time: all drawings take 200 MB
+    for first in range(0, len(names), DRAWINGS):  # one character at a time: all at once take 200 MB
         drawn = []
         for name in names[first : first + DRAWINGS]:
             with _as_input_error(path, f"member {_shown(name)} cannot be decoded as a PNG"):

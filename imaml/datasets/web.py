@@ -1,6 +1,6 @@
 """Download of a single file that resumes after an interruption and verifies the contents before the final rename.
 
-The bytes received so far are in a file with the suffix ``.part``, and a later call requests only the missing bytes.
+The bytes received so far are in a file with the suffix ``.part``. A later call requests only the missing bytes.
 """
 
 import http.client
@@ -16,7 +16,7 @@ from imaml.storage.files import put_in_place
 TIMEOUT = 30.0
 """Seconds without data from the server after which a connection counts as lost."""
 ATTEMPTS = 5
-"""Most attempts in one pass over a file. After a failure, another attempt is made only if ``.part`` has grown."""
+"""Greatest number of attempts in one pass over a file. A failed attempt is repeated only if ``.part`` has grown."""
 CHUNK = 64 * 1024
 
 
@@ -130,7 +130,7 @@ def _chunks(url, response) -> Iterator[bytes]:
 def _network_errors(url):
     """Convert errors of the network to :class:`Unreachable`, and HTTP status 416 to ``_NothingFollows``.
 
-    The conversion distinguishes these errors from an OSError of the disk.
+    After the conversion, an OSError can only come from the disk.
     """
     try:
         yield

@@ -23,7 +23,7 @@ class Learner:
 
     Args:
         apply: the network, ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``.
-        solver: the inner solver, which computes φ from a support set. It starts from θ.
+        solver: the inner solver, which starts from θ and computes φ from a support set.
         method: how :mod:`bilevel` differentiates φ with respect to θ. ``bl.Implicit(bl.CG(5))`` gives implicit MAML,
             ``bl.Unrolled()`` gives MAML.
         strength: λ of the proximal term ½ λ‖φ − θ‖². None leaves the term out, as in MAML.

@@ -51,10 +51,10 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
 
     Args:
         learner: network, loss, λ, inner solver and method.
-        axis: the name of the mesh axis over which ``shard_map`` distributes the tasks. The means are then over
-            all devices. None for one device.
+        axis: the name of the mesh axis over which ``shard_map`` distributes the tasks. The means are
+            then over the tasks of all devices. None for one device.
         at_once: the number of tasks that are computed together by ``vmap``, which needs that many times the memory. If
-            it does not divide the batch, the largest smaller divisor is used. Values above 1 speed up very small
+            the batch is not a multiple of it, the largest smaller divisor is used. Values above 1 speed up very small
             networks, for which dispatching operations dominates. They slow down a convolutional network.
 
     Returns:
@@ -66,7 +66,7 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
     hypergradient = bl.value_and_hypergradient(learner.problem, learner.solver, learner.method, on_failure="ignore")
 
     def one_task(theta, task):
-        """Return two groups of terms, each with a flag that tells if they are summed, and the residuals and status."""
+        """Return two groups of terms, each with its mask, and the task's residuals and status."""
         out = hypergradient(theta, bl.identity_center, task)
         loss, outputs = out.aux
         linear_residual = jnp.zeros_like(out.value) if out.linear is None else out.linear.relative_residual

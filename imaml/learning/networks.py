@@ -87,8 +87,8 @@ def conv4(
         kernel_gain: factor on Glorot's initial kernels. The normalisation cancels this factor in the outputs. A gain k
             divides the gradient with respect to the kernels by k, and their curvature by k². With a large gain, a task
             adapts more by its linear layer, and the matrix of implicit MAML's adjoint system is better conditioned.
-        activation: the activation at the end of each block, before pooling. If it and ``pool`` are smooth, the network
-            is smooth.
+        activation: the activation at the end of each block, before pooling. If the activation and ``pool`` are
+            smooth, the network is smooth.
         head_gain: factor on Glorot's initial matrix of the linear layer.
         head_bias: the initial biases of the linear layer are uniform between 0 and this number.
         pool: the pooling that halves the maps after each block. None for convolutions of stride 2.

@@ -44,7 +44,7 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
 
     Args:
         tasks: number of tasks in a batch. The number of devices in the mesh must divide it.
-        devices: number of devices per process, or ``"all"``. None takes the largest number for which this is true.
+        devices: number of devices per process, or ``"all"``. None takes the largest number that ``tasks`` allows.
 
     Raises:
         InputError: if a process has fewer devices than requested, or if the number of devices in the mesh does not
@@ -100,8 +100,8 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 def on_all(tree: Any, mesh: Mesh) -> Any:
     """Return ``tree`` replicated on every device of ``mesh``.
 
-    JAX compiles a step once per sharding of its arguments, and the state that a step returns is replicated. If the arguments
-    of the first step are replicated too, the second step needs no compilation.
+    JAX compiles a step once per sharding of its arguments. The state that a step returns is replicated. If the first
+    state is replicated too, the second step needs no compilation.
 
     Args:
         tree: arrays or typed random keys, with the same values in every process.

@@ -28,8 +28,8 @@ class LivenessMonitor:
     """A thread that watches the connections to other processes and reports the first that is lost.
 
     Args:
-        lines: connections by the number of the process at the other end. Process 0 has one to every other process;
-            every other process has one to process 0.
+        lines: connections by the number of the process at the other end. Process 0 has a connection to every other
+            process. Each other process has only the one to process 0.
         on_loss: called at most once, from the watching thread, with the number of the first process that is lost: its
             connection was closed without a farewell.
     """
@@ -86,7 +86,7 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
 
     Raises:
         InputError: if the port is taken, if a process does not connect in time, if a process announces another number
-            of processes, or if its own number is out of range or already taken.
+            of processes, or if the number of a process is out of range or already taken.
     """
     lines: dict[int, socket.socket] = {}
     deadline = time.monotonic() + seconds

@@ -9,7 +9,7 @@ from imaml.errors import InputError, check
 from imaml.settings.preset import FIXED, Preset
 
 CHOICES = {"linear.engine": ("jaxopt", "watched")}
-"""The values that a nested setting accepts if it is a word, by the dotted path of the setting."""
+"""The nested settings whose value is a word: the words that each setting accepts, by its dotted path."""
 
 
 def override(chosen: Preset, path: str, text: str) -> Preset:

@@ -43,7 +43,7 @@ class Conv4:
         return self._build(ways, jax.nn.relu, networks.max_pool)
 
     def smooth_variant(self, ways: int) -> networks.Network:
-        """Return a smooth network of the same sizes, with a scaled softplus as activation and with mean-pooling."""
+        """Return a smooth network of the same sizes. It has a scaled softplus for ReLU, and mean- for max-pooling."""
         return self._build(ways, networks.smooth_relu, networks.mean_pool)
 
     def _build(self, ways, activation, pool):

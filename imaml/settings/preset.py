@@ -46,7 +46,7 @@ _BASELINE_DEPARTURES = {
         "The inner loop is gradient descent on all support and query examples of a training task, with a step size of "
         "our choice, where the publication uses Adam on batches of them. Training accuracy and loss in the log are "
         "therefore measured on examples that the parameters were adapted to.",
-        "The outer loop is Adam on the mean of θ − φ, where the publication moves θ by a fixed multiple of it.",
+        "The outer loop is Adam on the mean of θ − φ, where the publication moves θ by a fixed multiple of the mean.",
     ),
 }
 

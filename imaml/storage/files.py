@@ -29,11 +29,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: the file to create or to replace.
-        write: writes the contents of the file to the binary stream that is its argument.
+        write: called with an open binary stream; writes the contents of the file to that stream.
 
     Raises:
         OSError: if the file cannot be written, for example because the disk is full. An existing file at ``path`` is
-            then unchanged, unless the only step that failed is the last one, which flushes the folder.
+            then unchanged, unless only the last step failed, the flush of the folder.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.imaml-tmp")
     try:
@@ -92,7 +92,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         directory: the folder to lock, which must exist.
 
     Raises:
-        InputError: if the lock is held already. The message names the process that holds it and the host, if known.
+        InputError: if the lock is held already. The message names the holder's process and host, if known.
     """
     with (directory / LOCK).open("a+") as stream:
         try:
