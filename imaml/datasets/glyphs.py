@@ -31,7 +31,7 @@ TRAIN_CLASSES = 1463  # with the fonts of current matplotlib releases; `load` an
 
 TEST_SCRIPTS = ("GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "LAO", "OLD ITALIC", "COPTIC", "LISU")
 TRAIN_SCRIPTS = ("LATIN", "ARABIC", "CANADIAN SYLLABICS")
-# Groups of characters that belong to no script, by Unicode category. All are training classes.
+# Groups of characters that belong to none of these scripts, by Unicode category. All are training classes.
 SIGNS = {"N": "NUMBER", "Sm": "MATH", "Sc": "CURRENCY", "L": "LETTERLIKE"}
 VARIANTS = ("<font>", "<super>", "<sub>", "<fraction>")  # tags in the Unicode decomposition of a variant
 
@@ -42,7 +42,7 @@ ROTATION, LOG_SCALE, SHEAR, SHIFT, ELASTIC = 0.13, 0.15, 0.12, 0.11, 0.065
 
 MIN_FONTS = 4
 FINE = 64  # side in pixels of the fine canvas, on which a character is thinned
-LONG_SIDE = 48  # length in fine pixels of the character's longer side
+LONG_SIDE = 48  # length in fine pixels of the longer side of a character
 INK_SIDE = 19  # length in picture pixels of the character's longer side before distortion
 MAGNIFICATION = LONG_SIDE / INK_SIDE
 DARK = 80  # pixels with a higher grey level are ink; less than 128, because hairlines are only one fine pixel wide

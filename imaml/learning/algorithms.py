@@ -83,7 +83,7 @@ def make_learner(
 # --- The authors' public code --------------------------------------------------------------------------------------
 
 REFERENCE_DAMPING = 10.0
-"""The public code adds this constant to λ in its adjoint system, which is (I + H/(λ + 10))g = v plus a ridge."""
+"""The constant that the public code adds to λ in the adjoint system of :mod:`imaml.learning.problem`."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,10 @@ class FromZero:
 def reference_learner(apply: Apply, loss: Loss, inner: bl.GradientDescent, linear: bl.CG, strength: float) -> Learner:
     """Return a learner with the meta-gradient of the authors' public code, which differs from the paper's equations.
 
-    The adjoint system of that code is ((1 + ridge)I + H/(λ + 10))g = v with a ridge of 1. Apart from the ridge, this is
-    the adjoint system of an inner problem with λ + 10 in place of λ. The inner loop of the code does not minimise the
-    objective of that problem, so the ``inner_residual`` of a meta-gradient does not measure convergence here.
+    In the notation of :mod:`imaml.learning.problem`, the adjoint system of that code is
+    ((1 + ridge)I + H/(λ + 10))g = v with a ridge of 1. Apart from the ridge, this is the adjoint system of an inner
+    problem with λ + 10 in place of λ. The inner loop of the code does not minimise the objective of that problem, so
+    the ``inner_residual`` of a meta-gradient does not measure convergence here.
 
     Args:
         apply: the network, as in :class:`Learner`.
