@@ -34,8 +34,8 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
 
     Returns:
         A dataset named ``miniimagenet``. Its pixels are uint8 ``[classes, samples, 84, 84, 3]`` in RGB, unscaled. Its
-        labels are those of the CSV files, sorted. Both parts together take 1.1 GB of host memory. During training, each
-        device also holds a copy of the training part.
+        labels are those of the CSV files, sorted. The training and test parts together take 1.1 GB of host memory.
+        During training, each device also holds a copy of the training part.
 
     Raises:
         InputError: if a folder, file, column or Pillow is missing, if a CSV file cannot be read as a list of images, if
