@@ -1,4 +1,4 @@
-"""Tests of bl.Jaxopt: each solver of jaxopt on a problem with a known solution, and combinations that are refused."""
+"""`bl.Jaxopt` finds known solutions with each solver of jaxopt, and refuses what a solver cannot solve."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jaxopt.base import LinearOperator
 
 import bilevel as bl
 
-# The problems minimise ½wᵀQw − wᵀθ under various constraints. The smallest eigenvalue of Q is above 0.7.
+# Most problems minimise ½wᵀQw − wᵀθ with θ = SLOPE under constraints. The smallest eigenvalue of Q is above 0.7.
 Q, SLOPE = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([1.0, -0.7])
 M = np.array([[2.0, 1.0], [-1.0, 3.0]])
 
@@ -21,11 +21,11 @@ def valley(w, theta, data):
     return 0.5 * w @ Q @ w - w @ theta
 
 
-DESIGN = np.array([[2.0, 1.0], [-1.0, 2.0]])  # TᵀT = 5·I
+DESIGN = np.array([[2.0, 1.0], [-1.0, 2.0]])  # DESIGNᵀDESIGN = 5·I
 
 
 class LeastSquares(jaxopt.objective.CompositeLinearFunction):
-    """The objective ½‖Tw − θ‖². TᵀT is a multiple of the identity, so soft-thresholding solves the lasso."""
+    """The objective ½‖Tw − θ‖² with T = DESIGN. TᵀT is a multiple of I, so soft-thresholding solves the lasso."""
 
     def subfun(self, predictions, theta, data):
         return 0.5 * jnp.sum((predictions - theta) ** 2)
@@ -79,7 +79,7 @@ PROGRAM = (
     (CORNER, FORCE[1], FORCE[:1] - FORCE[1]),
 )
 MINIMUM = -0.5 * SLOPE @ np.linalg.solve(Q, SLOPE)  # Polyak's step size depends on it
-# Every solver of jaxopt: its name, (condition, init, exact w), its options, and the largest error at tol=1e-9.
+# The solvers of jaxopt: name, (condition, init, exact w), options, and the largest error allowed at tol=1e-9.
 SOLVED = [
     ("GradientDescent", GRADIENT, {"stepsize": 0.5}, 1e-8),
     ("LBFGS", GRADIENT, {}, 1e-8),
