@@ -148,7 +148,7 @@ def kkt_equality() -> Case:
 def kkt_inequality() -> Case:
     """Return the case of a quadratic with the active constraint x₀ ≤ sin(θ₀) − 1 and the inactive one x₁ ≤ 2.
 
-    The multiplier of the first constraint is the first entry of right − Qx; that of the second is zero.
+    The multiplier of the first is the first entry of data·curved(θ) − Qx. The multiplier of the second is zero.
     """
 
     def bounds(theta):

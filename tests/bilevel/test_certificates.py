@@ -36,7 +36,7 @@ def distance(a, b):
 
 
 def result_at(problem, w, theta, data, adjoint=None, gradient=None):
-    """Return the Hypergradient of an exact method at a given w, or with a given adjoint vector or gradient."""
+    """Return the `Hypergradient` of an exact method at w. A given adjoint or gradient replaces the exact one."""
     value, (g, h) = jax.value_and_grad(problem.outer, (0, 1))(w, theta, data)
     residual, pull_back = jax.vjp(lambda w, theta: problem.condition.residual(w, theta, data), w, theta)
     if adjoint is None:
@@ -92,7 +92,7 @@ def test_the_correction_is_exact_to_second_order_in_every_coordinate(name):
     for k in range(3):  # a perturbation 10 times smaller: the error falls by 10, the error after correction by 100
         assert 5 < errors[k] / errors[k + 1] < 20
         assert corrected[k + 1] < floor or 50 < corrected[k] / corrected[k + 1] < 200
-    if name == "imaml":  # B is constant, so the corrected gradient is exact
+    if name == "imaml":  # ∂residual/∂θ is constant, so the corrected gradient is exact
         assert max(corrected) < floor
 
 
@@ -122,7 +122,7 @@ def test_too_few_inner_steps_are_covered(steps):
 def test_kantorovich_where_convexity_is_not_declared(name):
     """Where the Jacobian is constant, Kantorovich's condition holds at every w, without a declared convexity."""
     problem, case = quadratic_everywhere(name)
-    # In each of these cases ∂F/∂θ is Lipschitz in w with a constant below 10.
+    # In each of these cases ∂residual/∂θ is Lipschitz in w with a constant below 10.
     constants = bl.Lipschitz(outer_w=1.0, jacobian=0.0, mixed=10.0)
     w = perturbed(case.exact(case.theta, case.data), 0.1)
     exact = jax.grad(lambda theta: problem.outer(case.exact(theta, case.data), theta, case.data))(case.theta)
@@ -135,7 +135,7 @@ def test_kantorovich_where_convexity_is_not_declared(name):
 
 
 def scalar(coefficient=1.0, **options):
-    """Return the problem c·w³/3 + w = θ in one unknown: A = 1 + c·w², and the derivative of A is 2c·w."""
+    """Return the problem c·w³/3 + w = θ in one unknown. Its Jacobian is A = 1 + c·w², whose derivative is 2c·w."""
     condition = bl.Root(lambda w, theta, data: coefficient * w**3 / 3 + w - theta, **options)
     return bl.Problem(condition, lambda w, theta, data: w)
 
@@ -227,7 +227,7 @@ def test_a_bound_holds_however_inaccurate_the_linear_solves_are():
     w = case.exact(case.theta, case.data)
     adjoint = perturbed(result_at(case.problem, w, case.theta, case.data).linear.solution, 0.1)
     out = result_at(case.problem, w, case.theta, case.data, adjoint)
-    # ∂F/∂θ = w, so the error is ⟨w, v̂ − v*⟩ with the exact adjoint v*.
+    # ∂residual/∂θ = w, so the error is ⟨w, v̂ − v*⟩ with the exact adjoint v*.
     constants = bl.Lipschitz(outer_w=2.0, jacobian=0.0, mixed=1.0, mixed_norm=norm(w))
     certificate = bl.certify(
         case.problem, case.theta, out, case.data, float(case.theta), constants, bl.Neumann(1, step_size=1e-3)
@@ -286,7 +286,12 @@ def test_vmap_and_jit_equal_a_loop():
     for k, shift in enumerate(shifts):
         w = case.exact(case.theta, case.data) + shift
         one = bl.certify(case.problem, case.theta, result_at(case.problem, w, case.theta, case.data), case.data)
-        for name in ("estimate", "bound", "gradient", "inner_error"):  # sums differ in order, and κ amplifies that
+        for name in (
+            "estimate",
+            "bound",
+            "gradient",
+            "inner_error",
+        ):  # sums run in another order, and κ amplifies their rounding
             np.testing.assert_allclose(getattr(batch, name)[k], getattr(one, name), rtol=1e-9)
         assert int(batch.kind[k]) == int(one.kind)
     assert "2 hypergradients" in str(batch)
@@ -339,7 +344,7 @@ def test_invalid_constants_are_refused():
 
 @pytest.mark.slow("certifies several hundred drawn problems")
 def test_the_study_meets_its_requirements_on_a_few_hundred_cases(tmp_path):
-    """The study runs in its own process, as from the command line; its exit status is 0 if all requirements hold."""
+    """The study runs in its own process, as from the command line. It exits with 0 if all requirements hold."""
     record = tmp_path / "record.json"
     options = ["--cases", "300", "--seed", "1", "--families", "logistic", "imaml quadratic", "--sizes", "3"]
     command = [sys.executable, "-m", "benchmarks.certification", *options, "--out", str(record)]

@@ -81,4 +81,4 @@ def test_an_adjoint_solve_costs_its_iterations_and_one_product(maxiter):
 
     bl.CG(maxiter)(matvec, jnp.ones(300))
     jax.effects_barrier()
-    assert len(products) == maxiter + 1  # the last one is for the true residual
+    assert len(products) == maxiter + 1  # one product an iteration, and one for the true residual

@@ -34,7 +34,7 @@ def rotated(eigenvalues, dtype, seed=0):
 
 
 class TestIndefinite:
-    """CG divides by a direction's curvature whatever its sign, so its x may be right although A is indefinite."""
+    """CG divides by a direction's curvature whatever its sign. Its solution may be right although A is indefinite."""
 
     @pytest.mark.parametrize("steps", [2, 3, 20])
     def test_curvature_met_on_the_way_is_reported_although_the_solution_does_not_show_it(self, steps):
@@ -160,12 +160,12 @@ SHEAR = np.array([[1.0, 5.0], [0.0, 1.0]])
 
 
 def solved_by(matrix):
-    """Return an inner solver that finds w = A⁻¹θ."""
+    """Return an inner solver that finds w = matrix⁻¹θ."""
     return lambda condition, init, theta, data: jnp.linalg.solve(jnp.asarray(matrix), theta)
 
 
 class TestNotSymmetric:
-    """Root(symmetric=True) on [[1, 5], [0, 1]]: Aᵀ gives the gradient (−14, 56), and A the wrong one (56, −14)."""
+    """A = [[1, 5], [0, 1]] is not symmetric: Aᵀ gives the gradient (−14, 56), and A the wrong one (56, −14)."""
 
     @staticmethod
     def problem(matrix):
@@ -203,7 +203,7 @@ def poisoned(stage):
 
     def outer(w, theta, data):
         bad = jnp.nan if stage == "outer" else 1.0
-        # The square root has no derivative at zero: a value of 0 and a gradient of ∞.
+        # At zero, the square root has the value 0 and the derivative ∞.
         return w * bad + (jnp.sqrt(theta - 1.0) if stage == "gradient" else 0.0)
 
     return bl.Problem(bl.Stationary(objective), outer)

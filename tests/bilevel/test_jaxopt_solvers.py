@@ -79,14 +79,14 @@ PROGRAM = (
     (CORNER, FORCE[1], FORCE[:1] - FORCE[1]),
 )
 MINIMUM = -0.5 * SLOPE @ np.linalg.solve(Q, SLOPE)  # Polyak's step size depends on it
-# The solvers of jaxopt: name, (condition, init, exact w), options, and the largest error allowed at tol=1e-9.
+# The solvers that bl.Jaxopt takes: name, (condition, init, exact w), options, and the largest error at tol=1e-9.
 SOLVED = [
     ("GradientDescent", GRADIENT, {"stepsize": 0.5}, 1e-8),
     ("LBFGS", GRADIENT, {}, 1e-8),
     ("BFGS", GRADIENT, {}, 1e-8),
     ("NonlinearCG", GRADIENT, {}, 1e-8),
     ("ArmijoSGD", GRADIENT, {}, 1e-8),
-    # Its step size is (value − minimum)/‖gradient‖². At gradients below √eps the difference is rounding noise.
+    # PolyakSGD's step size is (value − minimum)/‖gradient‖². At gradients below √eps the difference is rounding noise.
     ("PolyakSGD", GRADIENT, {"fun_min": MINIMUM, "max_stepsize": 0.5, "tol": 1e-6}, 1e-5),
     ("OptaxSolver", GRADIENT, {"opt": optax.sgd(0.5)}, 1e-8),
     ("ScipyMinimize", GRADIENT, {"method": "BFGS"}, 1e-8),
@@ -95,7 +95,7 @@ SOLVED = [
     ("GaussNewton", EQUATIONS, {}, 1e-8),
     ("Bisection", CUBE, {"lower": 0.0, "upper": 3.0}, 1e-8),
     ("ScipyRootFinding", EQUATIONS, {}, 1e-8),
-    ("ScipyLeastSquares", EQUATIONS, {}, 1e-7),  # has no tol; its own tolerances are 1e-8
+    ("ScipyLeastSquares", EQUATIONS, {}, 1e-7),  # takes no tol, and SciPy's tolerances are 1e-8
     ("FixedPointIteration", MAPPING, {}, 1e-7),
     ("AndersonAcceleration", MAPPING, {}, 1e-7),
     ("ProjectedGradient", IN_A_BOX, {"stepsize": 0.4}, 1e-8),

@@ -65,7 +65,7 @@ def test_a_stochastic_single_loop_converges_to_the_minimum_for_the_mean():
     samples = (TARGET + 0.1 * rng.normal(size=2) for _ in range(1500))
     decay = optax.sgd(optax.exponential_decay(0.5, 500, 0.3))
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 1500, decay, samples)
-    # For the last 500 samples the rate is near 0.02. This leaves noise of about 0.1·√0.02 in w = D⁻¹θ.
+    # For the last 500 samples the learning rate of θ is near 0.02. This leaves noise of about 0.1·√0.02 in w = D⁻¹θ.
     np.testing.assert_allclose(out.theta / EIGENVALUES, TARGET, atol=0.06)
 
 

@@ -120,7 +120,7 @@ def on_vectors(projection, theta, steps=STEPS, on_failure="raise"):
 
 
 def polyhedron(theta, data):
-    """Return the parameters of 1ᵀw = θ₀, w₃ ≤ θ₁, which is active, and w₀ ≤ 5, which is not."""
+    """Return the parameters of the set 1ᵀw = θ₀, w₃ ≤ θ₁ (active), w₀ ≤ 5 (inactive)."""
     return jnp.ones((1, 4)), theta[:1], jnp.eye(4)[jnp.array([3, 0])], jnp.append(theta[1:], 5.0)
 
 
@@ -139,7 +139,7 @@ POLYHEDRON = np.array([1.0, 0.3])
 def test_the_polyhedron_has_the_first_and_second_derivatives_of_its_active_set():
     projection = bl.jaxopt_projection("projection_polyhedron", polyhedron)
     out = on_vectors(projection, POLYHEDRON)
-    # The steps end with an error of 3e-13, which κ < 6 and the weights magnify.
+    # The inner solver leaves an error of 3e-13. κ < 6 and the weights magnify this error.
     np.testing.assert_allclose(out.inner.w, by_its_active_set(POLYHEDRON), atol=1e-11)
     np.testing.assert_allclose(out.gradient, jax.grad(value_by_its_active_set)(POLYHEDRON), atol=1e-10)
     layer = bl.implicit_layer(problem_on_vectors(projection).condition, bl.FixedPointIteration(STEPS), bl.LU())
@@ -157,7 +157,7 @@ def test_a_polyhedron_may_have_linearly_dependent_rows():
 
 
 def test_a_tolerance_below_the_distance_of_a_bound_leaves_the_bound_inactive():
-    # The solution is 1e-4 from the bound 0.3501, which a tolerance of 1e-1 would take for active.
+    # The solution is 1e-4 away from the bound 0.3501. With a tolerance of 1e-1 the bound would count as active.
     point = jnp.array([0.2, 0.5])
     params = lambda theta, data: (jnp.ones((1, 2)), jnp.ones(1), jnp.eye(2)[:1], jnp.array([0.3501]))  # noqa: E731
     fine = bl.jaxopt_projection("projection_polyhedron", params)(point, None, None)

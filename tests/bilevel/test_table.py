@@ -42,7 +42,7 @@ SOLVERS = {
     "HessianFree": bl.HessianFree(20, tol=INNER_TOL),
     "FixedPointIteration": bl.FixedPointIteration(60),
     "Anderson": bl.Anderson(30, tol=INNER_TOL),
-    "Jaxopt": None,  # JAXOPT holds one for each condition
+    "Jaxopt": None,  # JAXOPT holds one for each kind of condition
     "function": newton,
 }
 JAXOPT = {
@@ -66,7 +66,7 @@ LINEAR = {
 PENALTY, SIGMA = 1e5, 1e-3
 METHODS: dict[str, Callable] = {
     "Implicit": bl.Implicit,
-    "layer": None,  # implicit_layer
+    "layer": None,  # made by implicit_layer
     "FiniteDifference": bl.FiniteDifference,
     "Unrolled": lambda linear: bl.Unrolled(),
     "ForwardUnrolled": lambda linear: bl.ForwardUnrolled(),

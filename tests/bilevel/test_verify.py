@@ -121,7 +121,7 @@ def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     all_references = ("finite_differences", "unrolled", "dense")
     unsolved = check(quartic(), bl.Implicit(bl.CG(2)), few, all_references)
     assert not unsolved.ok and unsolved.verdict.startswith("the formula is right and the inner problem is not solved")
-    assert "not counted" in str(unsolved)  # the derivative of steps that have not converged
+    assert "not counted" in str(unsolved)  # unrolled differentiates steps that have not converged
     unrolled = check(quartic(), bl.Unrolled(), few, all_references)
     assert not unrolled.ok and unrolled.verdict.startswith("this is the derivative of the solver's steps")
     assert check(quartic(), bl.Unrolled(), few, ("unrolled",)).ok
@@ -234,7 +234,7 @@ def test_away_from_the_solution_the_residual_row_fails():
 
 
 def kinked(activation):
-    """Return the problem ½(Σact(w))² + ½‖w − θ‖²; with act = ReLU it has a kink where an entry of w is zero."""
+    """Return the problem ½(Σact(w))² + ½‖w − θ‖². With act = ReLU it has a kink where an entry of w is zero."""
     return stationary(lambda w, theta, data: 0.5 * jnp.sum(activation(w)) ** 2 + 0.5 * jnp.sum((w - theta) ** 2))
 
 
@@ -255,7 +255,7 @@ def test_a_projection_at_its_bound_is_a_kink():
     problem = bl.Problem(clip, lambda w, theta, data: jnp.sum(w))
     assert failed(bl.check_condition(problem, jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0]), None)) == ["kinks"]
     inside = bl.check_condition(problem, jnp.array([-0.01, 1.0]), jnp.array([0.0, 1.0]), None)
-    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the bound is near, and the value says how near
+    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the value tells how near the bound is
 
 
 def test_a_false_declaration_of_symmetry_is_found():
