@@ -196,9 +196,8 @@ def test_gradients_of_other_formulas_are_certified_and_a_wrong_one_is_detected()
     out = unrolled(ridge.theta, ridge.init, ridge.data)
     certificate = bl.certify(ridge.problem, ridge.theta, out, ridge.data)
     assert float(certificate.estimate) == pytest.approx(distance(out.gradient, ridge.gradient), rel=0.2)
-    assert (
-        not int(certificate.findings) & bl.Finding.OTHER_GRADIENT
-    )  # an unrolled result has no adjoint vector to compare with
+    # An unrolled result has no adjoint vector to compare with.
+    assert not int(certificate.findings) & bl.Finding.OTHER_GRADIENT
     assert distance(certificate.gradient, ridge.gradient) < 0.2 * distance(out.gradient, ridge.gradient)
 
 
@@ -286,12 +285,8 @@ def test_vmap_and_jit_equal_a_loop():
     for k, shift in enumerate(shifts):
         w = case.exact(case.theta, case.data) + shift
         one = bl.certify(case.problem, case.theta, result_at(case.problem, w, case.theta, case.data), case.data)
-        for name in (
-            "estimate",
-            "bound",
-            "gradient",
-            "inner_error",
-        ):  # sums run in another order, and κ amplifies their rounding
+        # vmap may sum in another order, and κ amplifies the rounding.
+        for name in ("estimate", "bound", "gradient", "inner_error"):
             np.testing.assert_allclose(getattr(batch, name)[k], getattr(one, name), rtol=1e-9)
         assert int(batch.kind[k]) == int(one.kind)
     assert "2 hypergradients" in str(batch)
