@@ -1,7 +1,7 @@
 """Small archives in Omniglot's layout for tests of damaged input, and a function that damages bytes at random.
 
 The two archives hold 3 and 2 characters of random drawings. Their content hashes are computed here from the pixels that
-Pillow decodes. So the loader runs all its checks on them, which takes milliseconds.
+Pillow decodes. With these hashes the loader runs all its checks on the small archives, within milliseconds.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ Members = dict[str, bytes]
 
 
 def png(pixels: np.ndarray, mode: str = "1") -> bytes:
-    """Return a PNG of ``pixels``, an array ``[height, width]`` of zeros and 255s."""
+    """Return a PNG in Pillow's ``mode`` of ``pixels``, an array ``[height, width]`` of zeros and 255s."""
     stream = io.BytesIO()
     Image.fromarray(pixels).convert("L").convert(mode, dither=Image.Dither.NONE).save(stream, "PNG")
     return stream.getvalue()
 
 
 def drawings(folder: str) -> Members:
-    """Return twenty drawings of every label of ``folder``: random blocks of 7 by 7 pixels, by member path."""
+    """Return the PNG files of an archive by member path: for each label, twenty drawings of random square blocks."""
     generator = np.random.default_rng(len(folder) + len(LABELS[folder]))
     members = {}
     for number, label in enumerate(LABELS[folder], start=1):
@@ -44,7 +44,7 @@ def drawings(folder: str) -> Members:
 
 
 def content_hash(members: Members) -> str:
-    """Return the hash of member paths and decoded pixels that the loader compares."""
+    """Return the hash of member paths and decoded pixels, as the loader computes it."""
     digest = hashlib.sha256()
     for name in sorted(members):
         digest.update(name.encode() + b"\n" + Image.open(io.BytesIO(members[name])).convert("L").tobytes())
@@ -64,7 +64,7 @@ def expected(members: dict[str, Members]) -> tuple[omniglot._Archive, ...]:
 
 
 TRAIN_CHARACTERS = 3
-"""Number of training characters among the five, in place of the official 1,200."""
+"""Number of training characters among the five, with which tests replace the official 1,200."""
 
 
 class Tiny:

@@ -1,7 +1,7 @@
-"""Every condition on a problem of two or three unknowns whose solution is a formula: the rows of test_table.py.
+"""Problems with closed-form solutions for every condition: the rows of the table in test_table.py.
 
-Under a step of size one every problem contracts by a half, so that 60 steps or terms reach rounding. Every solution
-depends on θ nonlinearly, so that no second derivative is zero. The exact solutions are written without `bilevel`.
+Except for KKT, a step of size one contracts by about a half, so that 60 solver steps or Neumann terms reach rounding.
+Every solution depends on θ nonlinearly, so its second derivative is not zero. The closed forms do not use `bilevel`.
 """
 
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from problems import Case, minimum_on_plane
 import bilevel as bl
 
 Q = np.array([[1.0, 0.3], [0.3, 0.9]])  # eigenvalues 0.65 and 1.25
-# Eigenvalues 0.15 and 0.55: with λ near one, H + λI differs from the identity by a half at most.
-HALF = np.array([[0.3, 0.2], [0.2, 0.4]])
-SKEW = np.array([[0.1, 0.4], [-0.3, 0.2]])  # not symmetric, of norm 0.45
+# Eigenvalues 0.14 and 0.56: with λ near one, H + λI differs from the identity by about a half at most.
+HESSIAN = np.array([[0.3, 0.2], [0.2, 0.4]])
+NONSYMMETRIC = np.array([[0.1, 0.4], [-0.3, 0.2]])  # of norm 0.45
 SLOPES = np.array([[0.7, -0.2], [0.4, 0.9]])
 THETA = np.array([0.3, -0.4])
 TARGET = np.array([0.5, -0.8])
@@ -29,12 +29,12 @@ def outer_with_multipliers(w, theta, data):
 
 
 def curved(theta):
-    """Return a nonlinear function of θ, the target of most problems."""
+    """Return a nonlinear function of θ, the linear term or the centre of most problems."""
     return SLOPES @ jnp.sin(theta)
 
 
 def stationary() -> Case:
-    """Return ½(1 + θ₀²/10)wᵀQw − wᵀt(θ)."""
+    """Return the case of the objective ½(1 + θ₀²/10)wᵀQw − data·wᵀt, with t = curved(θ)."""
 
     def objective(w, theta, data):
         return 0.5 * (1 + 0.1 * theta[0] ** 2) * w @ Q @ w - w @ curved(theta) * data
@@ -46,14 +46,17 @@ def stationary() -> Case:
 
 
 def pulled(strength, center, kappa=2.0) -> Case:
-    """Return ½(w − t)ᵀH(w − t) + ½‖w − c‖²_Λ, with Λ the strength and c the centre: w = (H + Λ)⁻¹(Ht + Λc)."""
+    """Return the case of ½(w − t)ᵀH(w − t) + ½(w − c)ᵀΛ(w − c), with t the data, Λ = diag(strength) and c the centre.
+
+    Its solution is w = (H + Λ)⁻¹(Ht + Λc).
+    """
 
     def objective(w, theta, data):
-        return 0.5 * (w - data) @ HALF @ (w - data)
+        return 0.5 * (w - data) @ HESSIAN @ (w - data)
 
     def exact(theta, data):
         pull = (strength(theta, data) if callable(strength) else strength) * jnp.ones(2)
-        return jnp.linalg.solve(HALF + jnp.diag(pull), HALF @ data + pull * center(theta, data))
+        return jnp.linalg.solve(HESSIAN + jnp.diag(pull), HESSIAN @ data + pull * center(theta, data))
 
     return Case(bl.Proximal(objective, strength, center), outer, THETA, np.zeros(2), TARGET, exact, kappa)
 
@@ -72,7 +75,7 @@ def proximal_learned() -> Case:
 
 def root() -> Case:
     def matrix(theta):
-        return jnp.eye(2) + SKEW * jnp.cos(theta[1])
+        return jnp.eye(2) + NONSYMMETRIC * jnp.cos(theta[1])
 
     def exact(theta, data):
         return jnp.linalg.solve(matrix(theta), curved(theta) * data)
@@ -83,7 +86,7 @@ def root() -> Case:
 
 def fixed_point() -> Case:
     def matrix(theta):
-        return SKEW * (1 + 0.1 * theta[0])
+        return NONSYMMETRIC * (1 + 0.1 * theta[0])
 
     def exact(theta, data):
         return jnp.linalg.solve(jnp.eye(2) - matrix(theta), curved(theta) * data)
@@ -93,13 +96,13 @@ def fixed_point() -> Case:
 
 
 def on_a_line(theta, right):
-    """Return argmin ½xᵀQx − xᵀright subject to x₀ + x₁ = 1 + θ₁²/2, and the multiplier of the sum."""
+    """Return argmin ½xᵀQx − xᵀright subject to x₀ + x₁ = 1 + θ₁²/2, and the multiplier of this constraint."""
     x, [multiplier] = minimum_on_plane(Q, right, jnp.ones((1, 2)), jnp.stack([1 + 0.5 * theta[1] ** 2]))
     return x, multiplier
 
 
 def projected() -> Case:
-    """Return a quadratic on a simplex whose size depends on θ; the third entry of the solution is zero."""
+    """Return the case of a quadratic on a simplex of size 1 + θ₁²/2. The third entry of its solution is zero."""
 
     def objective(w, theta, data):
         return 0.5 * w[:2] @ Q @ w[:2] - w[:2] @ curved(theta) * data + 0.5 * w[2] ** 2 + 2 * w[2]
@@ -113,7 +116,7 @@ def projected() -> Case:
 
 
 def proximal_gradient() -> Case:
-    """Return a quadratic with a learned ℓ₁ penalty on each of three weights: their signs are +, − and 0."""
+    """Return the case of a quadratic with ℓ₁ penalties, two of which depend on θ. Its w has the signs +, − and 0."""
 
     def penalties(theta):
         return 0.2 * jnp.exp(jnp.append(theta, 1.0))
@@ -143,9 +146,9 @@ def kkt_equality() -> Case:
 
 
 def kkt_inequality() -> Case:
-    """Return a quadratic under x₀ ≤ sin(θ₀) − 1, which is active, and x₁ ≤ 2, which is not.
+    """Return the case of a quadratic with the active constraint x₀ ≤ sin(θ₀) − 1 and the inactive one x₁ ≤ 2.
 
-    The multiplier of the first constraint is the first entry of right − Qx; that of the second is zero.
+    The multiplier of the first is the first entry of data·curved(θ) − Qx. The multiplier of the second is zero.
     """
 
     def bounds(theta):

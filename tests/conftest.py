@@ -1,4 +1,4 @@
-"""Give all tests two CPU devices, the modules that they share, and fixtures for float64 and for a few images."""
+"""The setup of all tests: two CPU devices, import paths of shared modules, fixtures for precision and for images."""
 
 import contextlib
 import sys
@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 2)  # works only before JAX starts
 
 @pytest.fixture(scope="session", autouse=True)
 def started_jax() -> int:
-    """Start JAX with two devices, before a test can ask for another number."""
+    """Start JAX now, so that no test can set another number of CPU devices. Return the number of devices."""
     return jax.local_device_count()
 
 
@@ -34,7 +34,7 @@ def double_precision() -> Callable[[], contextlib.AbstractContextManager]:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Compile a module's programs without most optimisations, in half the time: for programs that run briefly."""
+    """Compile a module's programs without most optimisations. Programs that run briefly then compile twice as fast."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)  # the default

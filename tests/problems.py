@@ -1,7 +1,7 @@
-"""Bilevel problems that several test files share: the inner solution is a formula, and so is every derivative.
+"""Bilevel problems with closed-form inner solutions, which several test files share.
 
-A :class:`Case` carries ``exact(theta, data) -> w``, which is written without `bilevel`. The derivatives of
-``outer(exact(theta, data), theta, data)`` of any order are then plain JAX.
+A :class:`Case` carries ``exact(theta, data) -> w``, which does not use `bilevel`. JAX differentiates
+``outer(exact(theta, data), theta, data)`` to any order, which gives the exact hypergradient and Hessian.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import bilevel as bl
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with a θ, a start and data, and its inner solution as a formula."""
+    """A bilevel problem with the arguments θ, init and data, and the formula of its inner solution."""
 
     condition: bl.Condition
     outer: Callable
@@ -26,7 +26,7 @@ class Case:
     data: object
     exact: Callable
     kappa: float
-    """A bound on the condition number of ∂F/∂w, the factor by which a solve magnifies rounding."""
+    """A bound on the condition number of ∂residual/∂w. A linear solve magnifies rounding by up to this factor."""
 
     @property
     def problem(self) -> bl.Problem:
@@ -43,12 +43,12 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """The relative tolerance 100·eps·κ: two solves with errors of a few eps·κ each, and sums of their results."""
+        """The relative tolerance 100·eps·kappa: inner and adjoint solve have errors of a few eps·kappa each."""
         return 100 * float(np.finfo(np.float64).eps) * self.kappa
 
 
 def newton(condition, init, theta, data):
-    """Find w by five steps of Newton's method with a dense Jacobian: a plain function that solves any smooth root."""
+    """Find w by five steps of Newton's method with a dense Jacobian. A plain function can be an inner solver."""
     flat, unravel = ravel_pytree(init)
 
     def residual(w):
@@ -61,7 +61,7 @@ def newton(condition, init, theta, data):
 
 
 def affine_root() -> Case:
-    """Return M(θ)w = Cθ + d with a non-symmetric M that depends on θ; w and θ are trees of mixed shapes."""
+    """Return the case M(θ)w = data·(Cθ + d) with a non-symmetric M(θ). Both w and θ are trees of mixed shapes."""
     rng = np.random.default_rng(0)
     matrix = np.eye(4) * 3 + rng.normal(size=(4, 4))
     slope, coefficients, offset = rng.normal(size=(4, 4)) * 0.3, rng.normal(size=(4, 3)), rng.normal(size=4)
@@ -92,7 +92,7 @@ def affine_root() -> Case:
 
 
 def ridge() -> Case:
-    """Return ½‖Xw − y‖²/n + ½λ‖w‖² with θ = λ: w = (XᵀX/n + λI)⁻¹Xᵀy/n and dw/dλ = −(XᵀX/n + λI)⁻¹w."""
+    """Return the case of ridge regression, ½‖Xw − y‖²/n + ½θ‖w‖² with n samples: w = (XᵀX/n + θI)⁻¹Xᵀy/n."""
     rng = np.random.default_rng(1)
     x, y = jnp.asarray(rng.normal(size=(12, 3))), jnp.asarray(rng.normal(size=12))
     n = x.shape[0]
@@ -114,10 +114,10 @@ def ridge() -> Case:
 
 
 def quadratic() -> Case:
-    """Return ½wᵀQw − wᵀ(Cθ)·‖θ‖², whose solution w = ‖θ‖²Q⁻¹Cθ is cubic in θ."""
+    """Return the case of ½wᵀQw − data·‖θ‖²·wᵀCθ. Its solution w = data·‖θ‖²·Q⁻¹Cθ is cubic in θ."""
     rng = np.random.default_rng(2)
-    half = rng.normal(size=(4, 4))
-    matrix, coefficients = jnp.asarray(half @ half.T + np.eye(4)), jnp.asarray(rng.normal(size=(4, 2)))
+    factor = rng.normal(size=(4, 4))
+    matrix, coefficients = jnp.asarray(factor @ factor.T + np.eye(4)), jnp.asarray(rng.normal(size=(4, 2)))
 
     def objective(w, theta, data):
         return 0.5 * w @ matrix @ w - w @ coefficients @ theta * jnp.sum(theta**2) * data
@@ -133,10 +133,13 @@ def quadratic() -> Case:
 
 
 def imaml(strength: float = 2.0) -> Case:
-    """Return ½(φ − t)ᵀH(φ − t) + ½λ‖φ − θ‖²: φ = (H + λI)⁻¹(Ht + λθ), and g = (I + H/λ)⁻¹∇outer."""
+    """Return the case of ½(w − t)ᵀH(w − t) + ½λ‖w − θ‖², with t the data and λ the strength.
+
+    The solution is w = (H + λI)⁻¹(Ht + λθ), and the hypergradient is (I + H/λ)⁻¹∇outer(w).
+    """
     rng = np.random.default_rng(3)
-    half = rng.normal(size=(3, 3))
-    hessian = jnp.asarray(half @ half.T)
+    factor = rng.normal(size=(3, 3))
+    hessian = jnp.asarray(factor @ factor.T)
 
     def objective(w, theta, data):
         error = jnp.append(w["a"], w["b"]) - data
@@ -158,7 +161,7 @@ def imaml(strength: float = 2.0) -> Case:
 
 
 def contraction() -> Case:
-    """Return w = ½Mw + sin(Cθ)·d with an orthogonal M that is not symmetric: w = (I − ½M)⁻¹ sin(Cθ)·d."""
+    """Return the case w = ½Mw + data·sin(Cθ), with an orthogonal M that is not symmetric."""
     rng = np.random.default_rng(4)
     matrix, coefficients = np.linalg.qr(rng.normal(size=(3, 3)))[0] * 0.5, rng.normal(size=(3, 2))
 
@@ -179,34 +182,37 @@ EIGENVALUES = np.array([1.0, 3.0])
 
 
 def diagonal_quadratic(eigenvalues=EIGENVALUES) -> bl.Stationary:
-    """Return ½wᵀDw − wᵀθ for a diagonal D: w = D⁻¹θ, and K steps of descent from 0 give (1 − (1 − rate·D)^K)D⁻¹θ."""
+    """Return the condition of ½wᵀDw − wᵀθ, with a diagonal D and the solution D⁻¹θ.
+
+    K steps of gradient descent from 0 with step size η give (I − (I − ηD)ᴷ)D⁻¹θ.
+    """
     return bl.Stationary(lambda w, theta, data: 0.5 * w @ (eigenvalues * w) - w @ theta)
 
 
 def descent_problem() -> bl.Problem:
-    """Return ½‖w‖² at the minimum of :func:`diagonal_quadratic`."""
+    """Return the problem with the outer function ½‖w‖² and the condition :func:`diagonal_quadratic`."""
     return bl.Problem(diagonal_quadratic(), lambda w, theta, data: 0.5 * jnp.sum(w**2))
 
 
-# A quadratic in four variables, for constraints and penalties whose solution is known on their active set.
-HALF = np.random.default_rng(0).normal(size=(4, 4))
-MATRIX = HALF @ HALF.T / 4 + np.eye(4)  # eigenvalues between 1 and 6
+# A quadratic in four variables, for tests of constraints and penalties: on a known active set its minimum is a formula.
+FACTOR = np.random.default_rng(0).normal(size=(4, 4))
+MATRIX = FACTOR @ FACTOR.T / 4 + np.eye(4)  # eigenvalues between 1 and 3.4
 TARGET = np.array([0.9, -0.3, 0.4, 1.4])
 WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0])
 
 
 def distance_to_target(w, theta, data):
-    """Return the inner objective ½(w − data)ᵀQ(w − data) with the matrix Q above."""
+    """Return the inner objective ½(w − data)ᵀQ(w − data) with Q = MATRIX."""
     return 0.5 * (w - data) @ MATRIX @ (w - data)
 
 
 def weighted_outer(w, theta, data):
-    """Return Σ weights·w + 0.3·w², whose derivative in w is weights + 0.6·w."""
+    """Return Σᵢ (vᵢwᵢ + 0.3wᵢ²) with v = WEIGHTS. The derivative in w is v + 0.6w."""
     return jnp.sum(WEIGHTS * w + 0.3 * w**2)
 
 
 def minimum_on_plane(matrix, slope, rows, values):
-    """Return argmin ½xᵀQx − xᵀslope subject to rows·x = values, and the multipliers of the rows."""
+    """Return argmin ½xᵀ·matrix·x − xᵀ·slope subject to rows·x = values, and the multipliers of the rows."""
     system = jnp.block([[jnp.asarray(matrix), rows.T], [rows, jnp.zeros((len(rows),) * 2)]])
     solution = jnp.linalg.solve(system, jnp.concatenate([slope, values]))
     return solution[: len(slope)], solution[len(slope) :]
@@ -215,7 +221,7 @@ def minimum_on_plane(matrix, slope, rows, values):
 def central_differences(value, theta, step=1e-5):
     """Return (value(θ + step) − value(θ − step)) / 2step for each entry of a pytree θ.
 
-    The error is step²/6 times a third derivative, and (error of a value)/step.
+    The error is step²/6 times a third derivative, plus the error of a value divided by the step.
     """
     flat, unravel = ravel_pytree(theta)
     moved = [[value(unravel(flat + sign * row)) for sign in (1, -1)] for row in step * np.eye(flat.size)]

@@ -1,4 +1,4 @@
-"""Certificates against closed forms: the estimate, the bound, the correction, the labels and the refusals."""
+"""Certificates agree with closed forms: the estimate, the bound, the correction, the kind and the findings."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ def distance(a, b):
 
 
 def result_at(problem, w, theta, data, adjoint=None, gradient=None):
-    """Return the Hypergradient of an exact method at a given w, or with a given adjoint vector or gradient."""
+    """Return the `Hypergradient` of an exact method at w. A given adjoint or gradient replaces the exact one."""
     value, (g, h) = jax.value_and_grad(problem.outer, (0, 1))(w, theta, data)
     residual, pull_back = jax.vjp(lambda w, theta: problem.condition.residual(w, theta, data), w, theta)
     if adjoint is None:
@@ -61,7 +61,7 @@ def perturbed(tree, amount, seed=0):
 
 @functools.cache
 def quadratic_everywhere(name):
-    """Return a case, and its problem with the outer function ½‖w‖² instead, whose gradient is affine in w."""
+    """Return the problem of a case with the outer function ½‖w‖², whose gradient is affine in w, and the case."""
     case = case_of(name)
 
     def outer(w, theta, data):
@@ -73,7 +73,7 @@ def quadratic_everywhere(name):
 @pytest.mark.slow("compiles a certificate for each problem", fast="contraction")
 @pytest.mark.parametrize("name", CASES)
 def test_the_correction_is_exact_to_second_order_in_every_coordinate(name):
-    """Perturb w and v: with F and g affine in w, the error after correction is the product of both perturbations."""
+    """Perturb w and the adjoint. Residual and ∂outer/∂w are affine in w, so the corrected error is of second order."""
     problem, case = quadratic_everywhere(name)
     exact = jax.grad(lambda theta: problem.outer(case.exact(theta, case.data), theta, case.data))(case.theta)
     errors, corrected, first_order = [], [], []
@@ -92,14 +92,14 @@ def test_the_correction_is_exact_to_second_order_in_every_coordinate(name):
     for k in range(3):  # a perturbation 10 times smaller: the error falls by 10, the error after correction by 100
         assert 5 < errors[k] / errors[k + 1] < 20
         assert corrected[k + 1] < floor or 50 < corrected[k] / corrected[k + 1] < 200
-    if name == "imaml":  # B is constant, so the corrected gradient is exact
+    if name == "imaml":  # ∂residual/∂θ is constant, so the corrected gradient is exact
         assert max(corrected) < floor
 
 
 @pytest.mark.slow("compiles a certificate for each number of steps", fast="16")
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 16, 32])
 def test_too_few_inner_steps_are_covered(steps):
-    """For ½(w − t)ᵀH(w − t) + ½λ‖w − θ‖² a Newton step is exact, so the estimate is, and the bound is within 1 %."""
+    """A quadratic's Newton step is exact. The estimate then is the error, and the bound is at most 1 % above it."""
     problem, case = quadratic_everywhere("imaml")
     out = bl.value_and_hypergradient(
         problem,
@@ -120,9 +120,9 @@ def test_too_few_inner_steps_are_covered(steps):
 @pytest.mark.slow("compiles a certificate for each problem", fast="contraction")
 @pytest.mark.parametrize("name", ["affine root", "contraction", "quadratic"])
 def test_kantorovich_where_convexity_is_not_declared(name):
-    """The condition β₀ρη ≤ ½ of the theorem holds everywhere for ρ = 0; β₀ is computed from singular values."""
+    """Where the Jacobian is constant, Kantorovich's condition holds at every w, without a declared convexity."""
     problem, case = quadratic_everywhere(name)
-    # In each of these cases ∂F/∂θ is Lipschitz in w with a constant below 10.
+    # In each of these cases ∂residual/∂θ is Lipschitz in w with a constant below 10.
     constants = bl.Lipschitz(outer_w=1.0, jacobian=0.0, mixed=10.0)
     w = perturbed(case.exact(case.theta, case.data), 0.1)
     exact = jax.grad(lambda theta: problem.outer(case.exact(theta, case.data), theta, case.data))(case.theta)
@@ -135,7 +135,7 @@ def test_kantorovich_where_convexity_is_not_declared(name):
 
 
 def scalar(coefficient=1.0, **options):
-    """Return the problem c·w³/3 + w = θ in one unknown: A = 1 + c·w², and the derivative of A is 2c·w."""
+    """Return the problem c·w³/3 + w = θ in one unknown. Its Jacobian is A = 1 + c·w², whose derivative is 2c·w."""
     condition = bl.Root(lambda w, theta, data: coefficient * w**3 / 3 + w - theta, **options)
     return bl.Problem(condition, lambda w, theta, data: w)
 
@@ -196,7 +196,8 @@ def test_gradients_of_other_formulas_are_certified_and_a_wrong_one_is_detected()
     out = unrolled(ridge.theta, ridge.init, ridge.data)
     certificate = bl.certify(ridge.problem, ridge.theta, out, ridge.data)
     assert float(certificate.estimate) == pytest.approx(distance(out.gradient, ridge.gradient), rel=0.2)
-    assert not int(certificate.findings) & bl.Finding.OTHER_GRADIENT  # no adjoint vector came with it to compare with
+    # An unrolled result has no adjoint vector to compare with.
+    assert not int(certificate.findings) & bl.Finding.OTHER_GRADIENT
     assert distance(certificate.gradient, ridge.gradient) < 0.2 * distance(out.gradient, ridge.gradient)
 
 
@@ -220,12 +221,12 @@ def test_inaccurate_linear_solves_are_detected():
 
 
 def test_a_bound_holds_however_inaccurate_the_linear_solves_are():
-    """With w exact, v̂ wrong and a linear solver that corrects nothing, the bound rests on ‖r₂‖ alone."""
+    """w is exact, the adjoint v̂ is wrong, and the linear solver corrects next to nothing."""
     case = case_of("ridge")
     w = case.exact(case.theta, case.data)
     adjoint = perturbed(result_at(case.problem, w, case.theta, case.data).linear.solution, 0.1)
     out = result_at(case.problem, w, case.theta, case.data, adjoint)
-    # B = w, so the error is ⟨w, v̂ − v*⟩.
+    # ∂residual/∂θ = w, so the error is ⟨w, v̂ − v*⟩ with the exact adjoint v*.
     constants = bl.Lipschitz(outer_w=2.0, jacobian=0.0, mixed=1.0, mixed_norm=norm(w))
     certificate = bl.certify(
         case.problem, case.theta, out, case.data, float(case.theta), constants, bl.Neumann(1, step_size=1e-3)
@@ -234,9 +235,9 @@ def test_a_bound_holds_however_inaccurate_the_linear_solves_are():
     assert distance(out.gradient, case.gradient) <= float(certificate.bound)
 
 
-@pytest.mark.slow("certifies a problem of more than 1,000 unknowns")
+@pytest.mark.slow("certifies a problem of 600 unknowns")
 def test_it_works_above_the_dense_limit():
-    """A diagonal case of 600 unknowns: with λ = 1, w* = θ/(1 + curvature) and G = w*/(1 + curvature)."""
+    """In this diagonal case with λ = 1, w* = θ/(1 + curvature), and the hypergradient is w*/(1 + curvature)."""
     curvature = jnp.arange(600.0) % 3.0
     objective = lambda w, theta, data: 0.5 * jnp.sum(curvature * w**2)  # noqa: E731
     problem = bl.Problem(bl.Proximal(objective, 1.0), lambda w, theta, data: 0.5 * jnp.sum(w**2))
@@ -284,7 +285,8 @@ def test_vmap_and_jit_equal_a_loop():
     for k, shift in enumerate(shifts):
         w = case.exact(case.theta, case.data) + shift
         one = bl.certify(case.problem, case.theta, result_at(case.problem, w, case.theta, case.data), case.data)
-        for name in ("estimate", "bound", "gradient", "inner_error"):  # sums differ in order, and κ amplifies that
+        # vmap may sum in another order, and κ amplifies the rounding.
+        for name in ("estimate", "bound", "gradient", "inner_error"):
             np.testing.assert_allclose(getattr(batch, name)[k], getattr(one, name), rtol=1e-9)
         assert int(batch.kind[k]) == int(one.kind)
     assert "2 hypergradients" in str(batch)
@@ -337,7 +339,7 @@ def test_invalid_constants_are_refused():
 
 @pytest.mark.slow("certifies several hundred drawn problems")
 def test_the_study_meets_its_requirements_on_a_few_hundred_cases(tmp_path):
-    """The study runs in its own process, as from the command line; its exit status is 0 if all requirements hold."""
+    """The study runs in its own process, as from the command line. It exits with 0 if all requirements hold."""
     record = tmp_path / "record.json"
     options = ["--cases", "300", "--seed", "1", "--families", "logistic", "imaml quadratic", "--sizes", "3"]
     command = [sys.executable, "-m", "benchmarks.certification", *options, "--out", str(record)]

@@ -1,4 +1,4 @@
-"""Every condition is differentiated right, by a closed form of its solution or by central differences."""
+"""Hypergradients of every condition agree with a closed form or with central differences."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ def hypergradient(condition, theta, data=TARGET, solver=SOLVER, linear=None, out
 
 
 def differences(condition, theta, data=TARGET):
-    """Return central differences of the outer value: each solve is exact to 1e-13, which the step of 1e-5 divides."""
+    """Return central differences of the outer value. The solver's error of 1e-13 becomes about 1e-8 in them."""
 
     def value(theta):
         return float(outer(SOLVER(condition, jnp.zeros(4), theta, jnp.asarray(data)).w, theta, data))
@@ -56,7 +56,7 @@ def test_an_affine_contraction_in_two_hundred_dimensions_has_the_derivative_of_i
         out = bl.value_and_hypergradient(problem, bl.FixedPointIteration(60), bl.Implicit(linear))(
             theta, jnp.zeros(n), None
         )
-        # Each entry is a sum of 200 terms: an error of 100·eps·κ·‖w‖.
+        # Each entry is a sum of 200 terms, with an error of about 100·eps·κ·‖w‖.
         np.testing.assert_allclose(out.gradient["c"], adjoint, atol=1e-12 * np.linalg.norm(adjoint))
         np.testing.assert_allclose(out.gradient["M"], np.outer(adjoint, w), atol=1e-12 * np.abs(adjoint).max() * 20)
 
@@ -64,7 +64,7 @@ def test_an_affine_contraction_in_two_hundred_dimensions_has_the_derivative_of_i
 @pytest.mark.slow("compiles a second derivative through both solves")
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_a_learned_proximal_strength_has_a_closed_form(per_parameter):
-    # w = (H + Λ)⁻¹(Ht + Λc) with Λ = exp(θ), one for all parameters or one for each; plain JAX differentiates it.
+    # w = (H + Λ)⁻¹(Ht + Λc) with H = MATRIX, t = TARGET, c = θ["center"] and Λ = diag(exp(θ["log"])).
     def strength(theta, data):
         return jnp.exp(theta["log"])
 
@@ -119,8 +119,8 @@ def test_a_projection_is_differentiated_in_the_parameters_of_its_set(name):
 
 @pytest.mark.parametrize("name", ["projection_box_section", "projection_affine_set"])
 def test_a_projection_that_fixes_a_sum_has_a_closed_form(name):
-    # In both sets the entries sum to c, in one of them within bounds. Over the entries F that are at no bound
-    # dw/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1.
+    # In both sets the entries sum to c. The box section also has bounds. For the set F of entries at no bound,
+    # dw_F/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1 with H = MATRIX. The other entries do not move.
     ones = jnp.ones(4)
     params = {
         "projection_box_section": lambda c, data: (-0.1 * ones, 0.9 * ones, ones, c),
@@ -147,7 +147,7 @@ def test_a_projection_without_parameters_is_differentiated_in_the_objective():
 
 
 def test_the_projection_onto_a_ball_has_a_closed_form():
-    # H = I: w = r·t/‖t‖, so that dw/dr = t/‖t‖.
+    # The nearest point to t in a ball of radius r < ‖t‖ is w = r·t/‖t‖, so dw/dr = t/‖t‖.
     condition = bl.Projected(
         lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2),
         bl.jaxopt_projection("projection_l2_ball", lambda t, d: t),
@@ -158,7 +158,7 @@ def test_the_projection_onto_a_ball_has_a_closed_form():
 
 @pytest.mark.parametrize("per_feature", [False, True])
 def test_the_lasso_has_a_closed_form_on_its_support(per_feature):
-    # On the support S with signs s: w_S = t' − H_SS⁻¹ (λs)_S, so that dw_S/dλ = −H_SS⁻¹ s.
+    # On the support S with signs s, w_S is a constant minus H_SS⁻¹(λs)_S with H = MATRIX: dw_S/dλ = −H_SS⁻¹s_S.
     condition = bl.ProximalGradient(objective, bl.jaxopt_prox("prox_lasso", lambda t, d: jnp.exp(t)), STEP)
     theta = jnp.log(jnp.array([0.3, 0.8, 0.2, 0.4])) if per_feature else jnp.log(jnp.array(1.3))
     out = hypergradient(condition, theta)
@@ -220,16 +220,16 @@ def test_the_lasso_with_a_penalty_for_each_feature_agrees_with_scikit_learn():
     x, theta = rng.normal(size=(40, 4)), np.log([0.1, 0.9, 0.3, 0.2])
     y = x @ TARGET + 0.1 * rng.normal(size=40)
 
-    def by_coordinates(theta):  # on columns divided by their penalties one penalty serves for all
+    def by_coordinates(theta):  # the columns are divided by their penalties, so that each penalty is 1
         lasso = sklearn.Lasso(alpha=1.0, fit_intercept=False, tol=1e-12, max_iter=100_000)
         return lasso.fit(x / np.exp(theta), y).coef_ / np.exp(theta)
 
     prox = bl.jaxopt_prox("prox_lasso", lambda theta, data: jnp.exp(theta))
     condition = bl.ProximalGradient(lambda w, theta, data: 0.5 * jnp.mean((x @ w - y) ** 2), prox, 0.3)
     out = hypergradient(condition, jnp.asarray(theta))
-    np.testing.assert_allclose(out.inner.w, by_coordinates(theta), atol=1e-5)  # the square root of its tolerance
+    np.testing.assert_allclose(out.inner.w, by_coordinates(theta), atol=1e-5)  # scikit-learn's error
     assert 0 < np.count_nonzero(out.inner.w) < 4
-    # w is affine in exp(θ) on a fixed support. The step is large, as scikit-learn's w is exact to some 1e-6 only.
+    # On a fixed support w is affine in exp(θ). The step is large, because scikit-learn's w has an error of about 1e-6.
     expected = central_differences(lambda theta: outer(by_coordinates(theta), None, None), theta, step=1e-2)
     np.testing.assert_allclose(out.gradient, expected, rtol=1e-3, atol=1e-3)
 
@@ -262,7 +262,7 @@ PROGRAM = {
     "G": np.array([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]),
     "h": np.array([0.3, 50.0]),
 }
-TRIPLE = (np.zeros(4), np.zeros(1), np.zeros(2))
+START = (np.zeros(4), np.zeros(1), np.zeros(2))
 
 
 def quadratic_program(inequalities=2):
@@ -274,7 +274,7 @@ def quadratic_program(inequalities=2):
 
 
 def by_active_set(p):
-    """Return x, ν and μ of that program in plain JAX, with the active inequality written as an equality."""
+    """Return the solution x, ν and μ of the program ``p``, with its active inequality as an equality."""
     rows = jnp.concatenate([p["A"], p["G"][:1]])
     x, multipliers = minimum_on_plane(0.5 * (p["Q"] + p["Q"].T), -p["c"], rows, jnp.concatenate([p["b"], p["h"][:1]]))
     return x, multipliers[:1], jnp.append(multipliers[1:], 0.0)
@@ -287,11 +287,11 @@ def test_a_quadratic_program_is_differentiated_in_all_its_data():
     assert float(solution[2][0]) > 0.1
     problem = bl.Problem(quadratic_program(), lambda w, theta, data: outer(w[0], theta, data))
     solver = bl.Jaxopt("OSQP", tol=1e-12, maxiter=20000)
-    out = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()), on_failure="ignore")(theta, TRIPLE, None)
+    out = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()), on_failure="ignore")(theta, START, None)
     expected = jax.grad(lambda p: outer(by_active_set(p)[0], p, None))(theta)
     np.testing.assert_allclose(out.inner.w[0], solution[0], atol=1e-10)
     for name, value in expected.items():
-        # OSQP stops at residuals near 1e-12; the system's condition number, below 1e3, magnifies them.
+        # OSQP stops at residuals near 1e-12. The condition number of the KKT system, below 1e3, magnifies them.
         np.testing.assert_allclose(out.gradient[name], value, atol=1e-8, err_msg=name)
 
 
@@ -324,7 +324,7 @@ class Triple(NamedTuple):
 
 @pytest.mark.slow("compiles a quadratic program on a named tuple")
 def test_kkt_keeps_a_named_tuple():
-    def known(condition, init, theta, data):  # x = θ − ν with Σx = 1
+    def known(condition, init, theta, data):  # the solution is x = θ − ν, with the ν for which Σx = 1
         force = (jnp.sum(theta) - 1) / 2
         parts = (theta - force, force, None)
         return Triple(*parts) if isinstance(init, Triple) else parts
@@ -348,8 +348,9 @@ def test_a_centre_with_another_tree_structure_is_refused_with_a_remedy():
 
 
 def test_a_problem_of_three_levels_has_a_closed_form():
-    # u = argmin ½(u − vθ)² = vθ; v = argmin ½(v − θ²)² + ½(v − 2u(v))² = θ² / (1 + (1 − 2θ)²); then v².
-    lowest = bl.Stationary(lambda u, outside, data: 0.5 * (u - outside["v"] * outside["theta"]) ** 2)
+    # The lowest solution is u(v) = vθ. The middle one is v = argmin ½(v − θ²)² + ½(v − 2u(v))² = θ²/(1 + (1 − 2θ)²).
+    # The outer value is v².
+    lowest = bl.Stationary(lambda u, upper, data: 0.5 * (u - upper["v"] * upper["theta"]) ** 2)
     low = bl.implicit_layer(lowest, bl.GradientDescent(1.0, 1), bl.CG(1))
 
     def middle(v, theta, data):

@@ -1,4 +1,4 @@
-"""A hypergradient costs the inner solve, the adjoint solve with one more product, and the outer gradient."""
+"""A hypergradient costs little more than its parts: inner solve, adjoint solve, outer gradient and pull-back to θ."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxopt.linear_solve import solve_cg
 import bilevel as bl
 
 SAMPLES, FEATURES = 400, 300
-STEPS = 3  # so few that one more product would exceed the five percent
+STEPS = 3  # so few that one superfluous product would break the bound of 5 %
 
 
 def fit(w, theta, data):
@@ -23,7 +23,7 @@ def outer(w, theta, data):
 
 
 def descend(condition, init, theta, data):
-    """Run gradient descent without a loop, as XLA's cost analysis counts the body of a loop only once."""
+    """Run gradient descent as unrolled steps, because XLA's cost analysis counts the body of a loop only once."""
     w = init
     for _ in range(STEPS):
         w = w - 0.1 * condition.residual(w, theta, data)
@@ -47,7 +47,7 @@ def test_a_hypergradient_costs_at_most_five_percent_more_than_its_parts():
         found = descend(condition, w, theta, data)
         return found, condition.residual(found, theta, data)
 
-    def adjoint(theta, w, b):  # XLA counts one iteration of CG, here and in the whole
+    def adjoint(theta, w, b):  # XLA counts one iteration of CG, here and in the hypergradient
         matvec = jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
         v = solve_cg(matvec, b, maxiter=20, tol=0.0)
         return v, b - matvec(v)
@@ -56,17 +56,17 @@ def test_a_hypergradient_costs_at_most_five_percent_more_than_its_parts():
         return jax.vjp(lambda theta: condition.residual(w, theta, data), theta)[1](v)
 
     hypergradient = bl.value_and_hypergradient(bl.Problem(condition, outer), descend, bl.Implicit(bl.CG(20)))
-    whole = flops(lambda theta, w: hypergradient(theta, w, data), theta, w)
+    total = flops(lambda theta, w: hypergradient(theta, w, data), theta, w)
     product = 4 * SAMPLES * FEATURES  # one product with x and one with its transpose
     parts = {
         "inner": flops(inner, theta, w),
-        "adjoint": flops(adjoint, theta, w, w) - product,  # jaxopt also multiplies its start, zero
+        "adjoint": flops(adjoint, theta, w, w) - product,  # jaxopt spends a product on its zero start
         "outer": flops(lambda theta, w: jax.value_and_grad(outer, (0, 1))(w, theta, data), theta, w),
         "pull back": flops(pull_back, theta, w, w),
     }
-    assert whole <= 1.05 * sum(parts.values()), (whole, parts)
-    assert whole > parts["inner"] + parts["outer"]  # the flops of both parts are counted
-    assert whole + product > 1.05 * sum(parts.values())  # one more product would break the bound
+    assert total <= 1.05 * sum(parts.values()), (total, parts)
+    assert total > parts["inner"] + parts["outer"]  # the flops of both parts are counted
+    assert total + product > 1.05 * sum(parts.values())  # one more product would break the bound
 
 
 @pytest.mark.slow("compiles once for each number of iterations", fast="7")
@@ -81,4 +81,4 @@ def test_an_adjoint_solve_costs_its_iterations_and_one_product(maxiter):
 
     bl.CG(maxiter)(matvec, jnp.ones(300))
     jax.effects_barrier()
-    assert len(products) == maxiter + 1  # the last one is for the true residual
+    assert len(products) == maxiter + 1  # one product an iteration, and one for the true residual

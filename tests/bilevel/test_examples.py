@@ -1,4 +1,4 @@
-"""Each example runs in float32, as it does for a user, reaches its goal, and saves a picture."""
+"""Each example runs in float32, as for a user, reaches its goal, and saves a picture."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ CHECKS = {
 }
 NEEDS = {"equinox_features": "equinox", "flax_sinusoids": "flax"}
 SHORTER = {"flax_sinusoids": {"steps": 200}}
-"""Arguments for a shorter run than that of the picture, where the check allows one."""
+"""Arguments for a shorter run than the one in the gallery. The check must still pass."""
 
 
 def test_every_example_is_checked_and_short():

@@ -1,4 +1,4 @@
-"""Numerical faults are reported by a status, a stage and a remedy: no wrong number passes for a right one."""
+"""Numerical faults are reported with a status, the stage that failed, and a remedy."""
 
 import pickle
 
@@ -34,7 +34,7 @@ def rotated(eigenvalues, dtype, seed=0):
 
 
 class TestIndefinite:
-    """CG divides by ⟨p, Ap⟩ whatever its sign, and its solution may be right although A is indefinite."""
+    """CG divides by a direction's curvature whatever its sign. Its solution may be right although A is indefinite."""
 
     @pytest.mark.parametrize("steps", [2, 3, 20])
     def test_curvature_met_on_the_way_is_reported_although_the_solution_does_not_show_it(self, steps):
@@ -75,7 +75,7 @@ class TestIndefinite:
                     assert status_of(solver(matvec, b)[1]) == "BUDGET_USED"
 
     def test_the_error_names_the_regularisation_that_suffices(self):
-        # The eigenvalues are 1 − 3 and 1: λ = 1 is too small by 2.
+        # With λ = 1 the eigenvalues are 1 − 3 and 1, so λ is too small by 2.
         def loss(w, theta, data):
             return 0.5 * jnp.sum(jnp.array([-3.0, 0.0]) * w**2) + jnp.sum(w)
 
@@ -104,7 +104,7 @@ class TestSingular:
 
 
 def stopped_early():
-    """Compute a hypergradient whose inner solve has a budget of 3 steps and ends at ‖F‖ = ½³, above its tol."""
+    """Compute a hypergradient whose inner solve ends after 3 steps with the residual ½³, which is above its tol."""
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
     function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 3, tol=1e-6), bl.Implicit(bl.CG(1)))
     return function(1.0, 0.0, None)
@@ -112,7 +112,7 @@ def stopped_early():
 
 class TestShortOfTheTolerance:
     def test_an_exhausted_budget_is_max_steps_and_a_recursion_that_stops_is_stagnation(self):
-        # κ = 1e6 in float32: CG's recursive residual falls below tol, the true one stays near eps·κ = 0.1.
+        # κ = 1e6 in float32: CG's recursive residual falls below tol. The true residual stays near eps·κ = 0.1.
         matvec, b = rotated(np.logspace(0, 6, 60), jnp.float32)
         _, short = bl.CG(5, tol=1e-5, engine="watched")(matvec, b)
         _, long = bl.CG(3000, tol=1e-5, engine="watched")(matvec, b)
@@ -160,12 +160,12 @@ SHEAR = np.array([[1.0, 5.0], [0.0, 1.0]])
 
 
 def solved_by(matrix):
-    """Return an inner solver that finds w = A⁻¹θ."""
+    """Return an inner solver that finds w = matrix⁻¹θ."""
     return lambda condition, init, theta, data: jnp.linalg.solve(jnp.asarray(matrix), theta)
 
 
 class TestNotSymmetric:
-    """Root(symmetric=True) on [[1, 5], [0, 1]]: Aᵀ gives the gradient (−14, 56), and A the wrong one (56, −14)."""
+    """A = [[1, 5], [0, 1]] is not symmetric: Aᵀ gives the gradient (−14, 56), and A the wrong one (56, −14)."""
 
     @staticmethod
     def problem(matrix):
@@ -196,14 +196,14 @@ class TestNotSymmetric:
 
 
 def poisoned(stage):
-    """Return a problem in which one stage makes NaN."""
+    """Return a problem in which ``stage`` makes a NaN or an infinity. For "data" the problem itself is sound."""
 
     def objective(w, theta, data):
         return 0.5 * (w - theta) ** 2 * (jnp.nan if stage == "loss" else 1.0) + data * w
 
     def outer(w, theta, data):
         bad = jnp.nan if stage == "outer" else 1.0
-        # The square root has no derivative at zero: a value of 0 and a gradient of ∞.
+        # At zero, the square root has the value 0 and the derivative ∞.
         return w * bad + (jnp.sqrt(theta - 1.0) if stage == "gradient" else 0.0)
 
     return bl.Problem(bl.Stationary(objective), outer)
@@ -257,7 +257,7 @@ def test_an_error_can_be_pickled():
 
 
 class TestBatches:
-    """One bad task among eight is reported, and the numbers of the others stay the same to the bit."""
+    """One bad task among eight is reported, and the numbers of the others do not change."""
 
     @staticmethod
     def function(on_failure="raise"):
@@ -354,7 +354,7 @@ class TestLeaves:
             assert slope.dtype == leaf.dtype and slope.shape == leaf.shape
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 assert not slope.any()
-            else:  # dw/dθ = 2θ; finite differences are exact to eps^⅔, and two pairs of samples span both directions
+            else:  # dw/dθ = 2θ. Finite differences have an error of eps^⅔. Two pairs of samples span both directions.
                 np.testing.assert_allclose(slope, 2 * leaf, rtol=1e-6, atol=1e-9)
 
     def test_the_layer_takes_mixed_leaves(self):
@@ -394,8 +394,8 @@ class TestDtypes:
             theta = {"a": jnp.array([1.0, -2.0], dtype)}
             out = function(theta, bl.identity_center, jnp.ones(2, dtype))
             assert out.gradient["a"].dtype == out.inner.w["a"].dtype == dtype
-            sums = jnp.float64 if dtype == jnp.float64 else jnp.float32
-            assert out.inner.residual_norm.dtype == out.linear.relative_residual.dtype == sums
+            accumulation_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
+            assert out.inner.residual_norm.dtype == out.linear.relative_residual.dtype == accumulation_dtype
             # w = (2·data + θ)/3, and the gradient 2w/3.
             expected = 2 / 3 * (2 + np.array([1.0, -2.0])) / 3
             eps = float(jnp.finfo(dtype).eps)
@@ -415,7 +415,7 @@ class TestDtypes:
         ids=["LU", "Cholesky", "Nystrom", "FiniteDifference", "EvolutionStrategies"],
     )
     def test_every_method_takes_narrow_dtypes(self, dtype, method):
-        # w = θ, where a finite difference has only rounding errors; the value is ½‖θ‖² and the gradient θ.
+        # The solution is θ, the value ½‖θ‖² and the gradient θ. Finite differences then have only rounding errors.
         condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
         problem = bl.Problem(condition, lambda w, theta, data: 0.5 * jnp.sum(w * w))
         theta = jnp.array([1.5, -0.625], dtype)

@@ -1,4 +1,4 @@
-"""Hypergradients agree with closed forms under every transformation, and failures and misuse are reported."""
+"""Hypergradients agree with closed forms under JAX's transformations, and failures and misuse are reported."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import bilevel as bl
 
 
 def two_devices():
-    """Return a mesh of two devices along the axis "task", and the specifications "one task each" and "all shared"."""
+    """Return a mesh of two devices along the axis "task", and the partition specs for split and replicated arrays."""
     mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, jax.sharding.PartitionSpec("task"), jax.sharding.PartitionSpec()
 
@@ -21,7 +21,7 @@ def gradient_of(case, linear=None, on_failure="raise"):
 
 
 def assert_trees_close(actual, expected, rtol):
-    """Compare with rtol times the largest entry of the whole tree: small entries carry the rounding of large ones."""
+    """Allow an error of rtol times the largest entry: small entries carry the rounding of large ones."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -118,7 +118,7 @@ def test_jit_and_vmap_give_the_same_numbers(name):
     ids=["unrolled", "cg", "lu"],
 )
 def test_under_shard_map_each_task_has_its_own_gradient(solver, method):
-    # JAX sums the derivative in a variable that all devices share over the devices: here the start, θ, or data.
+    # JAX sums the derivative in a replicated variable over the devices. Here the start, and then also θ, is replicated.
     def objective(w, theta, data):
         return 0.5 * jnp.sum((w - theta) ** 2) + 0.05 * data * jnp.sum(w**4)
 
@@ -178,12 +178,12 @@ def test_one_trace_per_shape():
 
 
 @pytest.mark.slow("compiles once for each scale", fast="1e-20")
-@pytest.mark.parametrize("size", [1e-20, 1e-5, 1e5, 1e20])
-def test_the_gradient_scales_with_the_outer_function(size):
+@pytest.mark.parametrize("scale", [1e-20, 1e-5, 1e5, 1e20])
+def test_the_gradient_scales_with_the_outer_function(scale):
     case = affine_root()
-    scaled = bl.Problem(case.condition, lambda w, theta, data: size * case.outer(w, theta, data))
+    scaled = bl.Problem(case.condition, lambda w, theta, data: scale * case.outer(w, theta, data))
     out = bl.value_and_hypergradient(scaled, newton, bl.Implicit(bl.LU()))(case.theta, case.init, case.data)
-    assert_trees_close(jax.tree.map(lambda g: g / size, out.gradient), case.gradient, case.tolerance)
+    assert_trees_close(jax.tree.map(lambda g: g / scale, out.gradient), case.gradient, case.tolerance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

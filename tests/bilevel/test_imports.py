@@ -1,6 +1,6 @@
-"""Imports between the rooms of bilevel point down, and there is no circle.
+"""Each folder and top module of bilevel imports only from lower ones, and no modules import each other in a circle.
 
-A room is a folder of ``bilevel/``, or one of its top modules.
+A folder of ``bilevel/`` or a top module is called a room here. ALLOWED lists the rooms, the lowest first.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from architecture import arrows, between_rooms, circle, imported_names, modules_
 ROOT = Path(__file__).parents[2]
 MODULES = modules_of(ROOT / "bilevel")
 ARROWS = arrows(ROOT / "bilevel")
-# The package's own `__init__.py` stands above all rooms: it collects the public names.
+# The package's own `__init__.py` belongs to no room: it imports the public names from all of them.
 BELOW = {name: targets for name, targets in ARROWS.items() if name != "bilevel"}
 # Each room with the rooms that it may import from, the lowest first.
 ALLOWED = {
@@ -41,7 +41,7 @@ ALLOWED = {
 @pytest.mark.parametrize("name", BELOW)
 def test_a_module_imports_from_its_own_room_and_those_below(name):
     allowed = ALLOWED[room(name)] | {room(name)}
-    # The test kit asks the package for methods by their public names, while it suggests one for a case.
+    # The test kit imports the package itself when it suggests a solver and a method for a case.
     public = {"bilevel"} if room(name) in ("verify", "testing") else set()
     assert {target for target in BELOW[name] - public if target == "bilevel" or room(target) not in allowed} == set()
 
@@ -60,7 +60,7 @@ def test_modules_import_each_other_in_no_circle():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_only_one_folder_imports_jaxopt_and_none_imports_imaml(name):
+def test_only_one_module_imports_jaxopt_and_none_imports_imaml(name):
     packages = {dotted.split(".")[0] for dotted in imported_names(MODULES[name])}
     assert "imaml" not in packages
     assert "jaxopt" not in packages or name == "bilevel._jaxopt.library"

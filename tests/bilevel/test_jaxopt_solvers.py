@@ -1,4 +1,4 @@
-"""Tests of bl.Jaxopt: each solver of jaxopt on a problem with a known solution, and combinations that are refused."""
+"""`bl.Jaxopt` finds known solutions with each solver of jaxopt, and refuses what a solver cannot solve."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jaxopt.base import LinearOperator
 
 import bilevel as bl
 
-# The problems minimise ½wᵀQw − wᵀθ under various constraints. The smallest eigenvalue of Q is above 0.7.
+# Most problems minimise ½wᵀQw − wᵀθ with θ = SLOPE under constraints. The smallest eigenvalue of Q is above 0.7.
 Q, SLOPE = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([1.0, -0.7])
 M = np.array([[2.0, 1.0], [-1.0, 3.0]])
 
@@ -21,11 +21,11 @@ def valley(w, theta, data):
     return 0.5 * w @ Q @ w - w @ theta
 
 
-DESIGN = np.array([[2.0, 1.0], [-1.0, 2.0]])  # TᵀT = 5·I
+DESIGN = np.array([[2.0, 1.0], [-1.0, 2.0]])  # DESIGNᵀDESIGN = 5·I
 
 
 class LeastSquares(jaxopt.objective.CompositeLinearFunction):
-    """The objective ½‖Tw − θ‖². TᵀT is a multiple of the identity, so soft-thresholding solves the lasso."""
+    """The objective ½‖Tw − θ‖² with T = DESIGN. TᵀT is a multiple of I, so soft-thresholding solves the lasso."""
 
     def subfun(self, predictions, theta, data):
         return 0.5 * jnp.sum((predictions - theta) ** 2)
@@ -79,14 +79,14 @@ PROGRAM = (
     (CORNER, FORCE[1], FORCE[:1] - FORCE[1]),
 )
 MINIMUM = -0.5 * SLOPE @ np.linalg.solve(Q, SLOPE)  # Polyak's step size depends on it
-# Every solver of jaxopt: its name, (condition, init, exact w), its options, and the largest error at tol=1e-9.
+# The solvers that bl.Jaxopt takes: name, (condition, init, exact w), options, and the largest error at tol=1e-9.
 SOLVED = [
     ("GradientDescent", GRADIENT, {"stepsize": 0.5}, 1e-8),
     ("LBFGS", GRADIENT, {}, 1e-8),
     ("BFGS", GRADIENT, {}, 1e-8),
     ("NonlinearCG", GRADIENT, {}, 1e-8),
     ("ArmijoSGD", GRADIENT, {}, 1e-8),
-    # Its step size is (value − minimum)/‖gradient‖². At gradients below √eps the difference is rounding noise.
+    # PolyakSGD's step size is (value − minimum)/‖gradient‖². At gradients below √eps the difference is rounding noise.
     ("PolyakSGD", GRADIENT, {"fun_min": MINIMUM, "max_stepsize": 0.5, "tol": 1e-6}, 1e-5),
     ("OptaxSolver", GRADIENT, {"opt": optax.sgd(0.5)}, 1e-8),
     ("ScipyMinimize", GRADIENT, {"method": "BFGS"}, 1e-8),
@@ -95,7 +95,7 @@ SOLVED = [
     ("GaussNewton", EQUATIONS, {}, 1e-8),
     ("Bisection", CUBE, {"lower": 0.0, "upper": 3.0}, 1e-8),
     ("ScipyRootFinding", EQUATIONS, {}, 1e-8),
-    ("ScipyLeastSquares", EQUATIONS, {}, 1e-7),  # has no tol; its own tolerances are 1e-8
+    ("ScipyLeastSquares", EQUATIONS, {}, 1e-7),  # takes no tol, and SciPy's tolerances are 1e-8
     ("FixedPointIteration", MAPPING, {}, 1e-7),
     ("AndersonAcceleration", MAPPING, {}, 1e-7),
     ("ProjectedGradient", IN_A_BOX, {"stepsize": 0.4}, 1e-8),

@@ -1,4 +1,4 @@
-"""Linear solvers are right on any pytree and dtype, and report where they are not."""
+"""Linear solvers solve systems on pytrees in float32 and float64, and report each failure."""
 
 import dataclasses
 
@@ -91,12 +91,12 @@ def test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact(name):
 )
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("size", [1e-20, 1e20])
-def test_scales_with_the_right_hand_side(name, dtype, size):
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scales_with_the_right_hand_side(name, dtype, scale):
     eps = float(jnp.finfo(dtype).eps)
     solve = jax.jit(lambda b: ALL[name](operator(SYMMETRIC), b)[0])
-    one, scaled = solve(tree([1.0, -2.0, 0.5], dtype)), solve(tree([size, -2 * size, 0.5 * size], dtype))
-    np.testing.assert_allclose(flat(scaled) / size, flat(one), rtol=tolerance(SYMMETRIC, eps))
+    one, scaled = solve(tree([1.0, -2.0, 0.5], dtype)), solve(tree([scale, -2 * scale, 0.5 * scale], dtype))
+    np.testing.assert_allclose(flat(scaled) / scale, flat(one), rtol=tolerance(SYMMETRIC, eps))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -115,7 +115,9 @@ def test_indefinite_is_negative_curvature(name, diagonal):
 
 
 def test_a_breakdown_of_cg_is_negative_curvature_and_not_nonfinite():
-    _, info = bl.CG(5)(operator(np.diag([1.0, -1.0, 1.0])), tree([1.0, 1.0, 0.0]))  # ⟨b, Ab⟩ = 0 at once
+    _, info = bl.CG(5)(
+        operator(np.diag([1.0, -1.0, 1.0])), tree([1.0, 1.0, 0.0])
+    )  # the first direction is b, with ⟨b, Ab⟩ = 0
     assert int(info.status) == bl.Status.NEGATIVE_CURVATURE
 
 
@@ -142,7 +144,7 @@ def test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual():
 
 
 def test_a_recursive_residual_below_the_true_one_is_stagnation():
-    # κ = 1e6 in float32: CG's own residual falls below tol long before the true one, which stays near eps·κ.
+    # κ = 1e6 in float32: the residual of CG's recursion falls below tol. The true residual stays near eps·κ.
     rng = np.random.default_rng(0)
     matrix = jnp.asarray(symmetric_with(np.logspace(0, 6, 60), rng), jnp.float32)
     b = jnp.asarray(rng.normal(size=60), jnp.float32)
@@ -180,7 +182,7 @@ def test_the_inverse_as_a_preconditioner_solves_in_one_step(name):
 @pytest.mark.slow("compiles each solver with a large budget", fast="CG")
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_a_large_budget_on_an_easy_system_keeps_the_solution(name):
-    # Long after convergence a recursion computes with denormals, where ⟨p, Ap⟩ may vanish before ‖r‖² does.
+    # Long after convergence CG computes with denormals: ⟨p, Ap⟩ of a direction p may be 0 before the residual is.
     matrix = SYMMETRIC * 1e-3
     x, info = dataclasses.replace(ITERATIVE[name], max_steps=500)(operator(matrix), tree([1.0, -2.0, 0.5], jnp.float32))
     np.testing.assert_allclose(flat(x), np.linalg.solve(matrix, [1.0, -2.0, 0.5]), rtol=tolerance(matrix, 1.2e-7))
@@ -211,8 +213,8 @@ def test_neumann_is_the_sum_of_its_terms(terms):
     x, info = bl.Neumann(terms, step_size=step)(operator(GENERAL), tree(b))
     expected = step * sum(powers) @ b
     np.testing.assert_allclose(flat(x), expected, rtol=100 * EPS)
-    true = np.linalg.norm(b - GENERAL @ expected) / np.linalg.norm(b)
-    assert float(info.relative_residual) == pytest.approx(true, rel=1e-12) and int(info.iterations) == terms
+    residual = np.linalg.norm(b - GENERAL @ expected) / np.linalg.norm(b)
+    assert float(info.relative_residual) == pytest.approx(residual, rel=1e-12) and int(info.iterations) == terms
 
 
 def test_neumann_that_diverges_is_nonfinite_and_one_with_too_few_terms_is_max_steps():
@@ -226,7 +228,7 @@ def test_nystrom_at_full_rank_is_the_regularised_inverse(rank):
     b, solver = np.array([1.0, -2.0, 0.5]), bl.Nystrom(rank=rank, ridge=0.3)
     expected = np.linalg.solve(SYMMETRIC + 0.3 * np.eye(3), b)
     x, info = solver(operator(SYMMETRIC), tree(b))
-    # Woodbury's formula subtracts two nearly equal vectors: the error grows by (largest eigenvalue)/ρ = 15.
+    # Woodbury's formula subtracts nearly equal vectors: errors grow by the largest eigenvalue over the ridge, about 15.
     np.testing.assert_allclose(flat(x), expected, rtol=tolerance(SYMMETRIC) * 20)
     assert float(info.relative_residual) < tolerance(SYMMETRIC) * 20
 

@@ -42,11 +42,13 @@ def test_forward_and_backward_unrolling_give_the_same_gradient(solver, init):
 def test_first_order_unrolling_differentiates_the_start_only(solver, checkpoint):
     method = bl.Unrolled(first_order=True, checkpoint=checkpoint)
     from_theta = gradient(descent_problem(), solver, method, THETA, bl.identity_center)
-    np.testing.assert_allclose(from_theta.gradient, from_theta.inner.w, rtol=1e-14)  # ∇½‖w‖² = w, and dw/dinit = I
+    np.testing.assert_allclose(
+        from_theta.gradient, from_theta.inner.w, rtol=1e-14
+    )  # ∂outer/∂w = w, and dw/dinit counts as I
     full = gradient(descent_problem(), solver, bl.Unrolled(), THETA, bl.identity_center)
     np.testing.assert_array_equal(from_theta.inner.w, full.inner.w)
     assert np.abs(full.gradient - from_theta.gradient).max() > 0.01
-    # A θ in the inner objective gets no derivative, and a θ in the outer function keeps its direct one.
+    # The θ of the inner objective contributes nothing. The θ of the outer function keeps its direct derivative.
     problem = bl.Problem(descent_problem().condition, lambda w, theta, data: w @ w + theta @ theta)
     np.testing.assert_allclose(gradient(problem, solver, method, THETA).gradient, 2 * THETA, rtol=1e-14)
 
@@ -65,11 +67,12 @@ def test_fixed_point_solvers_are_unrolled(solver):
     )
     out = gradient(problem, solver, bl.Unrolled(), THETA)
     forward = gradient(problem, solver, bl.ForwardUnrolled(), THETA)
-    # Anderson divides by ‖ΔF‖². ‖ΔF‖ is 0.3⁴ times smaller after four steps, which leaves an error of eps·0.3⁻⁸.
+    # Anderson divides by ‖ΔF‖², with ΔF the last change of the residual. After four steps ‖ΔF‖ is smaller by 0.3⁴,
+    # which leaves an error of eps·0.3⁻⁸.
     np.testing.assert_allclose(out.gradient, forward.gradient, rtol=100 * 2.2e-16 * 0.3**-8)
     w = out.inner.w
     exact = 2 * w / (1 + 0.3 * np.sin(w))
-    if isinstance(solver, bl.FixedPointIteration):  # it contracts by 0.3 a step
+    if isinstance(solver, bl.FixedPointIteration):  # each step contracts by 0.3
         np.testing.assert_allclose(out.gradient, exact, rtol=0.3**5 * 10)
 
 
@@ -92,7 +95,7 @@ def test_first_order_on_a_proximal_problem_is_first_order_maml():
         np.testing.assert_allclose(out.gradient[name], expected[name], rtol=case.tolerance)
 
 
-def test_first_order_on_a_mapping_replaces_a_by_the_identity():
+def test_first_order_on_a_mapping_replaces_the_matrix_by_the_identity():
     problem = bl.Problem(bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta**2), lambda w, theta, data: w @ theta)
     out = gradient(problem, bl.FixedPointIteration(80), bl.FirstOrder(), THETA)
     np.testing.assert_allclose(out.gradient, 2 * THETA**2 + 2 * THETA * THETA, rtol=1e-12)
@@ -100,7 +103,7 @@ def test_first_order_on_a_mapping_replaces_a_by_the_identity():
 
 @pytest.mark.slow("compiles for each problem", fast="quadratic")
 @pytest.mark.parametrize("make", [ridge, quadratic, imaml])
-def test_finite_differences_of_gradients_are_as_exact_as_documented(make):
+def test_finite_differences_of_gradients_have_an_error_of_the_documented_order(make):
     case = make()
     out = gradient(case.problem, newton, bl.FiniteDifference(bl.CG(5)), case.theta, case.init, case.data)
     expected = jax.flatten_util.ravel_pytree(case.gradient)[0]
@@ -119,7 +122,8 @@ def test_one_neumann_term_by_differences_is_darts():
 
 @pytest.mark.parametrize("penalty", [1.0, 10.0, 1e4])
 def test_the_value_penalty_is_the_formula_of_its_penalty(penalty):
-    # w* = D⁻¹θ, w_ρ = (D + I/ρ)⁻¹θ and −∂_θL = w: the gradient is ρ(w* − w_ρ), which tends to D⁻²θ.
+    # The minimum is w* = D⁻¹θ, and that of objective + outer/ρ is w_ρ = (D + I/ρ)⁻¹θ. The objective's derivative in θ
+    # is −w, so the gradient is ρ(w* − w_ρ). For a large ρ it tends to D⁻²θ.
     solver = bl.GradientDescent(0.4, 2000, tol=1e-14)
     out = gradient(descent_problem(), solver, bl.ValuePenalty(penalty), THETA)
     expected = penalty * (THETA / EIGENVALUES - THETA / (EIGENVALUES + 1 / penalty))

@@ -1,4 +1,4 @@
-"""Every fault of the mutation runs still has its place and leaves code that compiles; every guard has its test."""
+"""Each fault of the mutation runs still has one place and leaves code that compiles, and each guard's test exists."""
 
 import pytest
 

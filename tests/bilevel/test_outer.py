@@ -17,7 +17,7 @@ TARGET = np.array([1.0, -2.0])
 
 
 def problem():
-    """Return ½‖w − t‖² at w = D⁻¹θ: the minimum is at θ = Dt."""
+    """Return the problem ½‖w − data‖² with w = D⁻¹θ and D = diag(EIGENVALUES). Its minimum is at θ = D·data."""
     return bl.Problem(diagonal_quadratic(EIGENVALUES), lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
 
 
@@ -30,7 +30,7 @@ def run(solver, method, steps=200, optimizer=None, data=TARGET, **options):
 @pytest.mark.parametrize("method", [bl.Implicit(bl.CG(2)), bl.Unrolled(), bl.ValuePenalty(1e6)])
 def test_minimize_converges_to_the_closed_form(method):
     out = run(bl.GradientDescent(0.3, 40), method, steps=400)
-    # The error of θ shrinks by a factor of 1 − 1/16 a step at least; ValuePenalty has an error of 1/ρ.
+    # Each step multiplies the error of θ by at most 1 − 1/16. ValuePenalty has an error of the order of 1/penalty.
     np.testing.assert_allclose(out.theta, EIGENVALUES * TARGET, rtol=1e-5)
     assert out.history.value.shape == out.history.gradient_norm.shape == (400,)
     assert float(out.history.gradient_norm[-1]) < 1e-5
@@ -52,9 +52,9 @@ def test_warm_starts_reduce_the_inner_residual():
 
 
 def test_the_adjoint_solve_starts_from_the_last_adjoint():
-    # With one term of the series a step, a cold v stays at ρg, and a warm v converges to D⁻¹g.
+    # With one Neumann term a step, a cold adjoint is 0.1·g with g = ∂outer/∂w. A warm one converges to D⁻¹g.
     solver, method = bl.GradientDescent(0.3, 40), bl.Implicit(bl.Neumann(1, 0.1))
-    slowly = optax.sgd(0.01)  # θ moves more slowly than v converges, by 0.9 a step
+    slowly = optax.sgd(0.01)  # θ moves slowly: the adjoint's error shrinks by a factor of 0.9 a step
     warm, cold = run(solver, method, 60, slowly), run(solver, method, 60, slowly, warm_start=False)
     # The cold residual, ‖g − 0.1·Dg‖ / ‖g‖, is between 1 − 0.4 and 1 − 0.1.
     assert float(warm.history.linear_residual[-1]) < 0.2 < 0.59 < float(cold.history.linear_residual[-1])
@@ -65,14 +65,14 @@ def test_a_stochastic_single_loop_converges_to_the_minimum_for_the_mean():
     samples = (TARGET + 0.1 * rng.normal(size=2) for _ in range(1500))
     decay = optax.sgd(optax.exponential_decay(0.5, 500, 0.3))
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 1500, decay, samples)
-    # The rate is near 0.02 for the last 500 samples, which leaves noise of some 0.1·√0.02 in w, and D times that in θ.
+    # For the last 500 samples the learning rate of θ is near 0.02. This leaves noise of about 0.1·√0.02 in w = D⁻¹θ.
     np.testing.assert_allclose(out.theta / EIGENVALUES, TARGET, atol=0.06)
 
 
 def test_two_steps_of_the_single_loop_are_their_formula():
     rate, g0 = 0.2, -TARGET
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 2)
-    theta = -1.0 * (rate * g0)  # w = 0 at θ = 0, v = ρg, dθ = v
+    theta = -1.0 * (rate * g0)  # at θ = 0, w is 0, and the gradient is the adjoint, rate·g0
     w = rate * theta
     v = rate * g0 + rate * ((w - TARGET) - EIGENVALUES * rate * g0)
     np.testing.assert_allclose(out.theta, theta - v, rtol=1e-13)
@@ -172,7 +172,7 @@ WITH_PLATEAUS = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())
     ids=["lbfgs", "polyak", "plateau"],
 )
 def test_an_optimiser_that_asks_for_the_value_gets_it(optimizer, steps, method):
-    # A mapping that does not depend on w, for which one step is exact: w = θ / D.
+    # The mapping does not depend on w, so one step is exact.
     constant = bl.FixedPoint(lambda w, theta, data: theta / EIGENVALUES, symmetric=True)
     declared = bl.Problem(constant, problem().outer)
     start = (jnp.zeros(2), jnp.zeros(2), TARGET)

@@ -1,4 +1,4 @@
-"""Faults are found by syntax: they survive a move, new formatting and new comments, and a lost place is an error."""
+"""A planted fault finds its place by syntax, whatever the file and the formatting. A lost place is an error."""
 
 import doctest
 
@@ -40,7 +40,7 @@ def library(tmp_path):
 
 
 def plant(sources, pattern, replacement, place="outer"):
-    """Return the one line that the fault has changed."""
+    """Return the new text of the one line that the fault changes."""
     change = sources.plant(Fault("a fault", place, pattern, replacement))
     before, after = change.path.read_text().splitlines(), change.content.decode().splitlines()
     [line] = [new for old, new in zip(before, after, strict=True) if old != new]

@@ -1,4 +1,4 @@
-"""The pytest plugin, in separate test runs: its checks, its report, and no effect on tests without the fixture."""
+"""The pytest plugin, run in subprocesses: its checks, its report, and no effect on tests without the fixture."""
 
 import os
 import re
@@ -73,7 +73,7 @@ STRICT = (
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Run pytest with the plugin in a temporary folder, with this repository's strict settings."""
+    """Return a function that runs pytest with the plugin and strict options in a temporary folder."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compilation takes most of the time
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test itself may run in a worker of xdist
@@ -94,7 +94,7 @@ def test_right_and_wrong_methods_and_the_report(pytester, run):
     places = ["test_project.py::test_drawn", "test_project.py::test_right", "test_project.py::test_wrong"]
     assert re.findall(r"^test_project\S+$", report, re.MULTILINE) == places
     found = rows(report)
-    assert len(found) == 6  # the case; a gradient, and finite, residual, symmetry; the wrong gradient
+    assert len(found) == 6  # a case, a right gradient, the checks finite, residual and symmetry, a wrong gradient
     for verdict, error, rtol, _, _ in found:
         assert (float(error) <= float(rtol)) == (verdict == "ok")
     # Two examples with three comparisons each: solution, value and gradient.

@@ -1,7 +1,7 @@
 """Projections without a formula are differentiated in θ, which moves the set or the point that is projected.
 
-The projections with a formula are tested in test_conditions.py. For those onto matrices the reference is a central
-difference of jaxopt's own function, whose LBFGS runs to 1e-13 and which shares no code with ours.
+The projections with a formula are tested in test_conditions.py. For projections onto matrices, the reference is a
+central difference of jaxopt's own projection. This shares no code with ours, and its LBFGS runs to 1e-13.
 """
 
 import functools
@@ -54,7 +54,7 @@ ON_MATRICES = {
 
 
 def on_matrices(name, projection):
-    """Return θ, the hypergradient and the value. A step contracts by a half, so that 45 steps reach rounding."""
+    """Return θ, and the hypergradient and the outer value as functions of θ. 45 steps reach rounding."""
     objective, params, theta = ON_MATRICES[name]
     condition = bl.Projected(objective, bl.jaxopt_projection(projection, params), step_size=0.5)
     problem, solver, init = bl.Problem(condition, outer), bl.FixedPointIteration(45), jnp.full((3, 3), 1 / 9)
@@ -99,7 +99,7 @@ KNOWN_FAILURES = {
     ],
 )
 def test_projections_with_the_options_that_jaxopt_gives_them(name):
-    # A function is used as it is. Only a name is replaced by a projection of ours.
+    # `jaxopt_projection` uses a function as it is. It replaces only a name by a projection of ours.
     theta, hypergradient, value = on_matrices(name, without_our_projection(name))
     assert_close(hypergradient(theta).gradient, central_differences(value, theta), rtol=1e-6, atol=1e-7)
 
@@ -120,7 +120,7 @@ def on_vectors(projection, theta, steps=STEPS, on_failure="raise"):
 
 
 def polyhedron(theta, data):
-    """Return the parameters of 1ᵀw = θ₀, w₃ ≤ θ₁, which is active, and w₀ ≤ 5, which is not."""
+    """Return the parameters of the set 1ᵀw = θ₀, w₃ ≤ θ₁ (active), w₀ ≤ 5 (inactive)."""
     return jnp.ones((1, 4)), theta[:1], jnp.eye(4)[jnp.array([3, 0])], jnp.append(theta[1:], 5.0)
 
 
@@ -139,7 +139,7 @@ POLYHEDRON = np.array([1.0, 0.3])
 def test_the_polyhedron_has_the_first_and_second_derivatives_of_its_active_set():
     projection = bl.jaxopt_projection("projection_polyhedron", polyhedron)
     out = on_vectors(projection, POLYHEDRON)
-    # The steps end with an error of 3e-13, which κ < 6 and the weights magnify.
+    # The inner solver leaves an error of 3e-13. κ < 6 and the weights magnify this error.
     np.testing.assert_allclose(out.inner.w, by_its_active_set(POLYHEDRON), atol=1e-11)
     np.testing.assert_allclose(out.gradient, jax.grad(value_by_its_active_set)(POLYHEDRON), atol=1e-10)
     layer = bl.implicit_layer(problem_on_vectors(projection).condition, bl.FixedPointIteration(STEPS), bl.LU())
@@ -148,7 +148,7 @@ def test_the_polyhedron_has_the_first_and_second_derivatives_of_its_active_set()
 
 
 def test_a_polyhedron_may_have_linearly_dependent_rows():
-    # Every row comes twice, the active inequality too: the multipliers are no longer unique, the point still is.
+    # Every row comes twice, also that of the active inequality. The multipliers are then not unique, but the point is.
     def twice(theta, data):
         return tuple(jnp.concatenate([part, part]) for part in polyhedron(theta, data))
 
@@ -157,7 +157,7 @@ def test_a_polyhedron_may_have_linearly_dependent_rows():
 
 
 def test_a_tolerance_below_the_distance_of_a_bound_leaves_the_bound_inactive():
-    # The solution is 1e-4 from the bound 0.3501, which a tolerance of 1e-1 would take for active.
+    # The solution is 1e-4 away from the bound 0.3501. With a tolerance of 1e-1 the bound would count as active.
     point = jnp.array([0.2, 0.5])
     params = lambda theta, data: (jnp.ones((1, 2)), jnp.ones(1), jnp.eye(2)[:1], jnp.array([0.3501]))  # noqa: E731
     fine = bl.jaxopt_projection("projection_polyhedron", params)(point, None, None)
@@ -198,7 +198,7 @@ def test_float32_is_kept(name):
 
 
 def backwards_only(w, theta, data):
-    """Project by jaxopt's function itself, which holds a custom_vjp; ``data`` are integers, which have no tangent."""
+    """Project by jaxopt's own function, which has a custom_vjp. ``data`` are integers, which have no tangent."""
     rows = jnp.eye(4)[data]
     params = (jnp.ones((1, 4)), theta[:1], rows, jnp.append(theta[1:], 5.0))
     return jaxopt.projection.projection_polyhedron(w, params, check_feasible=False)
@@ -214,7 +214,7 @@ def test_a_function_that_jax_differentiates_backwards_only_is_differentiated_for
 
     forward, backward = jax.jit(lambda theta: (jax.jacfwd(value)(theta), jax.grad(value)(theta)))(POLYHEDRON)
     np.testing.assert_allclose(forward, backward, rtol=1e-8)  # jaxopt solves each system to some 1e-10
-    # OSQP stops at 1e-3 here.
+    # The OSQP of jaxopt stops at residuals of 1e-3 here.
     np.testing.assert_allclose(backward, jax.grad(value_by_its_active_set)(POLYHEDRON), atol=1e-2)
 
 
@@ -244,7 +244,7 @@ def test_the_sparse_simplex_has_a_closed_form_on_its_support():
     out = on_vectors(bl.jaxopt_projection(two_at_most, lambda theta, data: theta), jnp.array(1.3), steps=400)
     support = np.flatnonzero(out.inner.w)
     assert support.size == 2
-    # On the support F the entries sum to c: dw/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1.
+    # On the support F the entries sum to c, so dw_F/dc = H_FF⁻¹1 / 1ᵀH_FF⁻¹1 with H = MATRIX.
     along = np.linalg.solve(MATRIX[np.ix_(support, support)], np.ones(2))
     expected = (WEIGHTS + 0.6 * out.inner.w)[support] @ along / along.sum()
     np.testing.assert_allclose(out.gradient, expected, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""The references agree with closed forms, and each answers the question that it names."""
+"""The references of `bilevel.verify` agree with closed forms, and each differentiates what its ``question`` names."""
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,14 @@ def test_each_reference_is_the_closed_form_within_its_own_uncertainty(name, refe
     found = reference(case.problem, problems.newton, case.theta, case.init, case.data)
     error = np.abs(found.derivatives - flat(case.gradient))
     assert (error <= found.uncertainty).all()
-    # Extrapolated differences of functions of size one: a few eps over a step of some 1e-3 to 1e-2, κ at most ten.
+    # The error of extrapolated differences is a few eps·κ over the step, for κ up to 10 and steps of 1e-3 to 1e-2.
     assert (found.uncertainty < 1e-9).all()
     assert jax.tree.structure(found.gradient) == jax.tree.structure(case.theta)
     np.testing.assert_array_equal(flat(found.gradient), found.derivatives)
 
 
 def test_each_reference_answers_its_own_question():
-    """GD halves the error of w three times: the solution's derivative is 1, the solver's 1 − ⅛."""
+    """The solution w = θ has the derivative 1. After three steps that halve the error each, w has 1 − ⅛."""
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w**2)
     arguments = problem, bl.GradientDescent(0.5, 3), 1.0, 0.0, None
     w = 7 / 8
@@ -45,7 +45,7 @@ def test_each_reference_answers_its_own_question():
 
 @pytest.mark.slow("compiles each reference in float32")
 def test_float32_arguments_give_float64_references():
-    """θ, data, start and a captured constant are float32; integers stay integers."""
+    """θ, data, the start and a captured constant are float32. Integers stay integers."""
     with jax.enable_x64(False):
         constant = jnp.float32(0.1)
         theta, data = {"count": jnp.int32(3), "x": jnp.float32([0.5, 2.0])}, (jnp.float32(3.0), jnp.int32(2))
@@ -79,7 +79,7 @@ def test_a_large_theta_is_differentiated_along_random_directions():
 
 
 def test_a_kink_widens_the_uncertainty_of_finite_differences():
-    """|θ| at zero: every central difference is exactly 0, and every subgradient is between −1 and 1."""
+    """For |θ| at 0 central differences are 0, but subgradients lie between −1 and 1. For θ² nothing is uncertain."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
     for outer, spread in ((lambda w, theta, data: jnp.abs(w), 1.0), (lambda w, theta, data: w**2, 0.0)):
         found = references.finite_differences(bl.Problem(condition, outer), problems.newton, 0.0, 0.0, None)
@@ -88,7 +88,7 @@ def test_a_kink_widens_the_uncertainty_of_finite_differences():
 
 
 def test_the_solver_is_differenced_where_newtons_method_fails():
-    """Every w with w₀ + w₁ = θ is a minimum, so A is singular; gradient descent finds the one nearest to its start."""
+    """Every w with w₀ + w₁ = θ is a minimum: the Hessian is singular. Descent finds the one nearest to its start."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (jnp.sum(w) - theta) ** 2)
     problem = bl.Problem(condition, lambda w, theta, data: w[0] ** 2)
     arguments = problem, bl.GradientDescent(0.5, 1), 1.0, jnp.zeros(2), None

@@ -1,4 +1,4 @@
-"""Inner solvers follow their formula step by step, and their status says how the solve ended."""
+"""Inner solvers follow their formulas step by step, and the status says how a solve ended."""
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def test_invalid_options_are_refused_with_the_number(make):
 
 
 def rotated_fixed_point(angle=np.pi / 2):
-    """Return w = Rw + θ for a rotation R, on which the plain iteration circles the solution at a constant distance."""
+    """Return the condition w = Rw + θ and the rotation R. The plain iteration keeps its distance to the solution."""
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return bl.FixedPoint(lambda w, theta, data: rotation @ w + theta), rotation
 
@@ -192,13 +192,13 @@ def test_hessian_free_is_newtons_method_if_cg_has_as_many_steps_as_unknowns():
     np.testing.assert_allclose(out.w, case.exact(case.theta, case.data), rtol=1e-9)
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e25])
-def test_hessian_free_takes_the_same_steps_at_every_scale_of_the_objective(size):
-    # In float32 the squares of slopes of these sizes are zero or infinite.
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+def test_hessian_free_takes_the_same_steps_at_every_scale_of_the_objective(scale):
+    # In float32 the square of a slope of size 1e-25 is zero, and that of 1e25 infinite.
     valley = bl.Stationary(lambda w, theta, data: data * (0.5 * jnp.sum((w - theta) ** 2) + 0.25 * jnp.sum(w**4)))
     theta = jnp.array([1.0, 2.0], jnp.float32)
     one, scaled = (
-        bl.HessianFree(6)(valley, jnp.zeros(2, jnp.float32), theta, jnp.float32(factor)).w for factor in (1.0, size)
+        bl.HessianFree(6)(valley, jnp.zeros(2, jnp.float32), theta, jnp.float32(factor)).w for factor in (1.0, scale)
     )
     np.testing.assert_allclose(scaled, one, rtol=1e-5)
     np.testing.assert_allclose(one + one**3, theta, rtol=1e-5)

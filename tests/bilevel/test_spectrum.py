@@ -1,4 +1,4 @@
-"""The estimates of a linear map's spectrum against numpy.linalg on its matrix."""
+"""The estimates of a linear map's spectrum agree with numpy.linalg on its matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ DTYPES = [np.float32, np.float64]
 
 
 def symmetric(eigenvalues, seed=0):
-    """A symmetric matrix with these eigenvalues and random eigenvectors, float64."""
+    """Return a symmetric float64 matrix with these eigenvalues and random eigenvectors."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(len(eigenvalues), len(eigenvalues))))[0]
     return (basis * np.asarray(eigenvalues, float)) @ basis.T
@@ -24,7 +24,7 @@ def ritz_of(matrix, dtype=np.float64, **options):
 
 
 def rounding(matrix, dtype, factor=10):
-    """factor·n·eps·‖A‖: the size of the errors in products and in the factorisation."""
+    """Return factor·n·eps·‖matrix‖, the size of the rounding errors in products and in the factorisation."""
     return factor * len(matrix) * float(np.finfo(dtype).eps) * np.linalg.norm(matrix, 2)
 
 
@@ -63,7 +63,7 @@ class TestRitzValues:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_an_invariant_subspace_reached_early(self, dtype):
-        """Three distinct eigenvalues exhaust the Krylov space in three steps; the other entries lie between them."""
+        """Three distinct eigenvalues exhaust the Krylov space in three steps. No value leaves the spectrum."""
         matrix = symmetric(np.repeat([-1.0, 2.0, 7.0], 7)).astype(dtype)
         values = ritz_of(matrix, dtype, steps=15)
         slack = rounding(matrix, dtype)
@@ -91,7 +91,7 @@ class TestRitzValues:
             np.testing.assert_allclose(scaled / scale, ritz_of(matrix, dtype, steps=8), atol=rounding(matrix, dtype))
 
     def test_a_million_unknowns_in_float32_do_not_stop_the_recursion(self):
-        """The cutoff grows like √n: one that grows like n·eps is above 1 here and would end after the first step."""
+        """The cutoff is 10·√n·eps. One of 10·n·eps would be above 1 here and end the recursion after the first step."""
         n = 1_000_000
         eigenvalues = jnp.linspace(1.0, 1.5, n, dtype=jnp.float32)
         values = jax.jit(lambda: spectrum.ritz_values(lambda u: eigenvalues * u, eigenvalues, steps=6))()

@@ -1,4 +1,4 @@
-"""The closed forms of the test kit against independent references: difference quotients and a dense solve."""
+"""The closed forms of the test kit agree with difference quotients and with a dense solve."""
 
 import functools
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 few = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)
 VARIANTS = {
     **{name: (family, {}) for name, family in families.FAMILIES.items()},
-    "imaml, λ each": (families.imaml, {"strength": "each"}),
+    "imaml, one λ per entry": (families.imaml, {"strength": "each"}),
     "kkt, inequalities": (families.kkt, {"inequality": True}),
 }
 
@@ -37,7 +37,7 @@ def test_the_gradient_is_the_difference_quotient_of_the_closed_form(name, seed, 
         return (ahead - behind) / (2 * step)
 
     # Richardson's extrapolation has the error O(step⁴) times a fifth derivative of at most the order of κ⁵. The
-    # closed form is rounded by eps·κ·|value|, which the quotient divides by the step.
+    # quotient divides the rounding error of the closed form, eps·κ·|value|, by the step.
     rows = np.eye(theta.size)
     found = np.array([(4 * slope(row, step / 2) - slope(row, step)) / 3 for row in rows])
     expected = flatten(case.gradient, np)
@@ -73,7 +73,7 @@ def test_the_matrices_of_general_families_are_not_symmetric(family):
 
 @pytest.mark.parametrize("family", [families.box, families.simplex, families.lasso])
 def test_the_active_set_is_constant_within_the_margin(family):
-    """Every w − η∇ within the margin has the same active set, so that the projection or prox is affine there."""
+    """Points within the margin of w − η∇objective have its active set: the projection or prox is affine there."""
     for seed in range(20):
         case = family(seed=seed)
         assert case.margin > 0.01

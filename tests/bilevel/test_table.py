@@ -1,17 +1,17 @@
 """Every combination of condition, inner solver, method, linear solver and transformation, in float64.
 
 Each combination agrees with a closed form (conditions_solved.py), or falls under a rule of the table below, or is
-represented by others. A combination under a rule is tested as well: a refused one raises with that reason, one that
-fails reports it by its status, and one that is known to be inexact differs from the closed form. The tests go through
-the whole product, so that no combination is forgotten.
+represented by others. Combinations under a rule are tested as well: a refused one raises an error with the rule's
+reason, one that fails reports a status, and an inexact one differs from the closed form. The tests go through the
+whole product, so that no combination is forgotten.
 
 Compiling the whole product takes some 400 s. It is therefore complete for two conditions only, a symmetric and a
-general one, and for all refusals. For every other condition each inner solver is combined with one linear solver, each
-linear solver with one inner solver, and each further method with one inner solver that a seed draws. Every possible
-pair from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
+general one, and for all refusals. For every other condition Implicit is tested with each inner solver and LU. Each
+other method is tested with one inner solver that a seed draws, and with each linear solver that it takes. Every
+possible pair from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
 
-Each condition and method is one compiled program. ``lax.switch`` chooses the solvers, and one forward pass along all
-directions gives value, gradient, directional derivative and Hessian, all under vmap.
+Most pairs of a condition and a method are one compiled program, in which ``lax.switch`` chooses the solvers. One
+forward pass along all directions gives value, gradient, directional derivative and Hessian, all under vmap.
 """
 
 import functools
@@ -33,25 +33,25 @@ import bilevel as bl
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-NEAR = 1e-11
-"""The tolerance of inner solvers that have one; the smallest singular value of every condition is above 0.58."""
+INNER_TOL = 1e-11
+"""The tolerance of the inner solvers that take one."""
 SOLVERS = {
     "GradientDescent": bl.GradientDescent(0.9, 60),
     "momentum": bl.GradientDescent(0.7, 110, momentum=0.3),
     "Optax": bl.Optax(optax.sgd(0.9), 60),
-    "HessianFree": bl.HessianFree(20, tol=NEAR),
+    "HessianFree": bl.HessianFree(20, tol=INNER_TOL),
     "FixedPointIteration": bl.FixedPointIteration(60),
-    "Anderson": bl.Anderson(30, tol=NEAR),
-    "Jaxopt": None,  # JAXOPT holds one for each condition
+    "Anderson": bl.Anderson(30, tol=INNER_TOL),
+    "Jaxopt": None,  # JAXOPT holds one for each kind of condition
     "function": newton,
 }
 JAXOPT = {
-    "Stationary": bl.Jaxopt("OptaxSolver", opt=optax.sgd(0.9), tol=NEAR, maxiter=100),
-    "Root": bl.Jaxopt("Broyden", tol=NEAR, maxiter=100),
-    "FixedPoint": bl.Jaxopt("AndersonAcceleration", tol=NEAR, maxiter=200),
-    "Projected": bl.Jaxopt("ProjectedGradient", stepsize=0.8, tol=NEAR, maxiter=200),
-    "ProximalGradient": bl.Jaxopt("ProximalGradient", stepsize=0.8, tol=NEAR, maxiter=200),
-    "KKT": bl.Jaxopt("OSQP", tol=NEAR, maxiter=2000),
+    "Stationary": bl.Jaxopt("OptaxSolver", opt=optax.sgd(0.9), tol=INNER_TOL, maxiter=100),
+    "Root": bl.Jaxopt("Broyden", tol=INNER_TOL, maxiter=100),
+    "FixedPoint": bl.Jaxopt("AndersonAcceleration", tol=INNER_TOL, maxiter=200),
+    "Projected": bl.Jaxopt("ProjectedGradient", stepsize=0.8, tol=INNER_TOL, maxiter=200),
+    "ProximalGradient": bl.Jaxopt("ProximalGradient", stepsize=0.8, tol=INNER_TOL, maxiter=200),
+    "KKT": bl.Jaxopt("OSQP", tol=INNER_TOL, maxiter=2000),
 }
 LINEAR = {
     "CG": bl.CG(5),
@@ -66,7 +66,7 @@ LINEAR = {
 PENALTY, SIGMA = 1e5, 1e-3
 METHODS: dict[str, Callable] = {
     "Implicit": bl.Implicit,
-    "layer": None,  # implicit_layer
+    "layer": None,  # made by implicit_layer
     "FiniteDifference": bl.FiniteDifference,
     "Unrolled": lambda linear: bl.Unrolled(),
     "ForwardUnrolled": lambda linear: bl.ForwardUnrolled(),
@@ -101,9 +101,9 @@ PRODUCT = [
 
 DESCENT = ("Stationary", "Proximal")
 MAPPED = ("FixedPoint", "Projected", "ProximalGradient")
-ONCE = ("OneStep", "FirstOrder", "FiniteDifference", "ValuePenalty", "EvolutionStrategies")
-# Rules for combinations that cannot agree with the closed form: the reason (for a refusal the words of the error), the
-# outcome, and a predicate on combinations. The first rule that holds counts.
+FIRST_DERIVATIVE = ("OneStep", "FirstOrder", "FiniteDifference", "ValuePenalty", "EvolutionStrategies")
+# Rules for combinations that cannot agree with the closed form. Each has a reason (for a refusal, a pattern of the
+# error's message), an outcome, and a predicate on combinations. The first rule that holds counts.
 RULES = [
     (
         "needs a solver that works by products",
@@ -155,7 +155,7 @@ RULES = [
     (
         "the method computes a first derivative by formula and treats w as a constant in it",
         "inexact",
-        lambda c: c.method in ONCE and c.transform in ("jvp", "hessian"),
+        lambda c: c.method in FIRST_DERIVATIVE and c.transform in ("jvp", "hessian"),
     ),
 ]
 
@@ -173,7 +173,7 @@ def outcome_of(combination):
 
 @functools.cache
 def drawn_solver(condition, method):
-    """Return the one inner solver with which a method is tested on a condition whose product is not complete."""
+    """Return the one inner solver with which a method is tested on a condition that is not in COMPLETE."""
     by_method = [c for c in PRODUCT if (c.condition, c.method) == (condition, method) and outcome_of(c) != "refused"]
     fitting = {c.solver for c in by_method}
     return next((solver for solver in ORDERS[condition, method] if solver in fitting), None)
@@ -220,7 +220,7 @@ class SwitchedLinear:
 
     solvers: tuple
     index: jax.Array
-    needs_symmetry = False  # the test of refusals asks each solver itself
+    needs_symmetry = False  # the test of refusals uses the solvers themselves
 
     def __call__(self, matvec, b, init=None):
         def branch(solver):
@@ -258,7 +258,7 @@ def points(theta):
 
 
 def evaluate(value_and_gradient, twice, theta):
-    """Return the results of all transformations, under vmap: one forward pass makes the Hessian from the gradient."""
+    """Return the results of all transformations, and the worst status. Without ``twice`` the Hessian is zero."""
 
     def at(theta):
         if not twice:
@@ -301,7 +301,7 @@ def results(condition, method, solvers, linears, twice):
 
 @functools.cache
 def exact(condition):
-    """Return the closed form under the same transformations."""
+    """Return the derivatives of the closed form, with the keys of :func:`evaluate`."""
     case = case_of(condition)
     theta = jnp.asarray(case.theta)
 
@@ -316,9 +316,10 @@ def exact(condition):
 
 @functools.cache
 def one_term(condition, method, solver):
-    """Return the gradient of OneStep or FirstOrder by its formula h − Bᵀ S g, with a dense B at the exact solution.
+    """Return value and gradient of OneStep or FirstOrder by the formula h − BᵀSg at the exact solution.
 
-    S is the step size of descent for OneStep, λ⁻¹ for FirstOrder, and the identity for a mapping.
+    g and h are the derivatives of the outer function in w and θ, and B is the dense ∂residual/∂θ. S is the step size of
+    descent for OneStep, λ⁻¹ for FirstOrder, and the identity for a mapping.
     """
     case = case_of(condition)
     declared = case.condition
@@ -344,12 +345,13 @@ APPROXIMATE = {"FiniteDifference": 1e-8, "ValuePenalty": 20 / PENALTY, "Evolutio
 
 
 def tolerance(combination):
-    """Return 100·eps·κ³, for the three solves in sequence of a Hessian, or the documented error of an approximation."""
+    """Return 100·eps·κ³, because a Hessian takes three solves in sequence, or the larger error of an approximation."""
     bound = 100 * float(np.finfo(np.float64).eps) * case_of(combination.condition).kappa ** 3
     if combination.solver in ("HessianFree", "Anderson", "Jaxopt"):
-        # The error of w is the residual over the smallest singular value. The factor 20 allows for the derivatives of
-        # the outer function. If an iterate converges like ρᵏ, its second derivatives converge like k²·ρᵏ.
-        bound = (1000 if combination.method == "ForwardUnrolled" else 20) * NEAR
+        # The error of w is the residual over the smallest singular value of ∂residual/∂w, which is above 0.58. The
+        # factor 20 allows for the outer derivatives. If an iterate converges like ρᵏ, its second derivatives converge
+        # like k²·ρᵏ.
+        bound = (1000 if combination.method == "ForwardUnrolled" else 20) * INNER_TOL
     if combination.linear == "Nystrom":
         bound = 2e-5  # the ridge of 1e-6 over the square of the smallest eigenvalue, twice in a Hessian
     return max(bound, APPROXIMATE.get(combination.method, 0.0))
@@ -390,7 +392,7 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
         for transform in transforms:
             combination = Combination(condition, solver, method, linear, transform)
             seen.add(combination)
-            key = "grad" if transform == "jit" else transform  # every program is compiled
+            key = "grad" if transform == "jit" else transform  # every result is of a compiled program
             outcome = planned_outcome(combination)
             if outcome == "reported":
                 assert method == "layer" or int(status) == bl.Status.MAX_STEPS, combination

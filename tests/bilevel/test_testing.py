@@ -1,4 +1,4 @@
-"""The assertions pass right results; a failure names the coordinate, both numbers and the likely cause."""
+"""The assertions of `bilevel.testing` pass right results, and explain a failure by coordinate, numbers and cause."""
 
 import re
 
@@ -35,7 +35,7 @@ def faulty(change):
 
 
 def untransposed(problem, solver, theta, init, data):
-    """A method that forgets a transpose: it returns h − Bᵀv with Av = g, by written-out matrices."""
+    """Return the gradient of a method that forgets a transpose: it solves Av = g in place of Aᵀv = g."""
     w, back = ravel_pytree(bl.solve(solver, problem.condition, init, theta, data).w)
     flat = lambda w: ravel_pytree(problem.condition.residual(back(w), theta, data))[0]  # noqa: E731
     g, direct = jax.grad(problem.outer, argnums=(0, 1))(back(w), theta, data)
@@ -102,7 +102,7 @@ def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_method():
 
 
 def test_a_reference_that_cannot_decide_is_a_failure():
-    """A is singular, so the dense reference has an infinite uncertainty."""
+    """The Hessian is singular, so the dense reference has an infinite uncertainty."""
     singular = bl.Stationary(lambda w, theta, data: 0.5 * w[0] ** 2 - w[0] * theta)
     problem = bl.Problem(singular, lambda w, theta, data: w[0] + w[1])
     with pytest.raises(AssertionError, match="cannot decide at theta: its own uncertainty"):
@@ -154,7 +154,7 @@ def affine(w, theta, data):
 
 
 def point(w):
-    """Return θ, w and data for `affine`, whose solution at this θ is w = (1, 1)."""
+    """Return (θ, w, data) for `affine`, whose solution at this θ is (1, 1)."""
     return jnp.array([3.0, 2.0]), {"a": jnp.asarray(w)}, None
 
 

@@ -1,4 +1,4 @@
-"""Records are pytrees, and a status is a number ordered by severity with a message."""
+"""Result records are pytrees, and every status has a message and a rank by severity."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The checks pass right methods and good points; they name the fault of a wrong method and of a bad point."""
+"""The checks of `bilevel.verify` pass right methods and valid points, and name the fault of others."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ NEWTON = problems.newton
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly(quick_compilation):
-    """These tests spend nearly all their time in compilation."""
+    """Skip most optimisations of XLA, because these tests spend nearly all their time in compilation."""
 
 
 # --- check_hypergradient -------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_the_worst_coordinate_and_both_numbers_are_named():
 
 
 def quartic():
-    """The condition w³ = θ: it is nonlinear, so the theorem gives another number at another w."""
+    """Return the case w³ = θ, for which the implicit function theorem gives another gradient at another w."""
     condition = bl.Stationary(lambda w, theta, data: jnp.sum(0.25 * w**4 - theta * w))
     return problems.Case(
         condition, lambda w, theta, data: jnp.sum(w), jnp.array([2.0, 3.0]), jnp.ones(2), None, lambda t, d: t, 1.0
@@ -121,7 +121,7 @@ def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     all_references = ("finite_differences", "unrolled", "dense")
     unsolved = check(quartic(), bl.Implicit(bl.CG(2)), few, all_references)
     assert not unsolved.ok and unsolved.verdict.startswith("the formula is right and the inner problem is not solved")
-    assert "not counted" in str(unsolved)  # the derivative of steps that have not converged
+    assert "not counted" in str(unsolved)  # unrolled differentiates steps that have not converged
     unrolled = check(quartic(), bl.Unrolled(), few, all_references)
     assert not unrolled.ok and unrolled.verdict.startswith("this is the derivative of the solver's steps")
     assert check(quartic(), bl.Unrolled(), few, ("unrolled",)).ok
@@ -139,7 +139,7 @@ def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():
 
 @pytest.mark.slow("compiles every reference at several tolerances")
 def test_an_error_within_a_tol_that_was_met_is_allowed():
-    """‖F‖ ≤ 1e-3 is asked for and met, so an error of that size is no fault; without a tol the same error is one."""
+    """With tol=1e-3 an error of that size is allowed. Without a tol the same number of steps fails the check."""
     with_tol = check(quartic(), bl.Implicit(bl.CG(2)), bl.GradientDescent(0.1, 500, tol=1e-3))
     assert with_tol.ok and with_tol.comparisons[0].error > 1e-6
     steps = int(with_tol.out.inner.steps)
@@ -169,12 +169,12 @@ def test_a_large_theta_is_compared_along_directions():
     right = bl.check_hypergradient(*arguments, dense_method(), ("finite_differences",))
     assert right.ok and len(right.derivatives) == 8
     length = float(jnp.linalg.norm(right.out.gradient["x"]))
-    assert right.derivatives[0] == pytest.approx(length)  # along itself
+    assert right.derivatives[0] == pytest.approx(length)  # the first direction is the gradient's own
     assert not bl.check_hypergradient(*arguments, dense_method("factor"), ("finite_differences",)).ok
 
 
 def test_a_gradient_without_an_available_reference_is_not_ok():
-    """A is singular, so dense has no finite uncertainty."""
+    """The Hessian is singular, so the dense reference has an infinite uncertainty."""
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (jnp.sum(w) - theta) ** 2)
     problem = bl.Problem(condition, lambda w, theta, data: w[0])
     arguments = problem, 1.0, jnp.zeros(2), None, bl.GradientDescent(0.5, 2)
@@ -191,7 +191,7 @@ def test_an_unknown_reference_is_refused():
 
 
 def test_the_worst_entry_is_the_one_furthest_off_in_units_of_what_is_allowed():
-    """Entry b has the larger error, and an uncertainty that allows for it."""
+    """Entry b has the larger error, but its uncertainty allows for that."""
     got, expected, uncertainty = np.array([1.2, 2.25]), np.array([1.0, 2.0]), np.array([0.0, 0.1])
     found = Deviation(("a", "b"), got, expected, uncertainty, Tolerance(rtol=0.09))
     assert found.decided and not found.agrees and found.off.tolist() == [True, False] and found.worst == 0
@@ -230,17 +230,17 @@ def test_away_from_the_solution_the_residual_row_fails():
     report = bl.check_condition(case.problem, case.theta, case.init, case.data)
     assert failed(report) == ["residual"] and "residual: solve the inner problem" in str(report)
     far = np.linalg.norm(case.exact(case.theta, case.data))
-    assert f"{far:.3g}" in report["residual"].found  # ‖A⁻¹F‖ / (1 + 0) is the distance
+    assert f"{far:.3g}" in report["residual"].found  # at w = 0 the row shows the distance to the solution
 
 
 def kinked(activation):
-    """Return the problem ½(Σact(w))² + ½‖w − θ‖²; with act = ReLU it has a kink where an entry of w is zero."""
+    """Return the problem ½(Σact(w))² + ½‖w − θ‖². With act = ReLU it has a kink where an entry of w is zero."""
     return stationary(lambda w, theta, data: 0.5 * jnp.sum(activation(w)) ** 2 + 0.5 * jnp.sum((w - theta) ** 2))
 
 
 @pytest.mark.slow("compiles every check twice")
 def test_a_kink_is_found_and_its_smooth_variant_is_not():
-    """θ is chosen so that w = (0, ½) is the solution: F = act'(w)·Σact(w) + w − θ."""
+    """θ is chosen so that w = (0, ½) solves act'(w)·Σact(w) + w − θ = 0."""
     w = jnp.array([0.0, 0.5])
     for activation, has_kink in ((jax.nn.relu, True), (lambda x: jax.nn.softplus(50 * x) / 50, False)):
         problem = kinked(activation)
@@ -255,7 +255,7 @@ def test_a_projection_at_its_bound_is_a_kink():
     problem = bl.Problem(clip, lambda w, theta, data: jnp.sum(w))
     assert failed(bl.check_condition(problem, jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0]), None)) == ["kinks"]
     inside = bl.check_condition(problem, jnp.array([-0.01, 1.0]), jnp.array([0.0, 1.0]), None)
-    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the bound is near, and the value says how near
+    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the value tells how near the bound is
 
 
 def test_a_false_declaration_of_symmetry_is_found():

@@ -1,4 +1,4 @@
-"""What the tests of the package share: the wheel, built from this checkout and installed apart from it."""
+"""Fixtures of the tests of the built package: a wheel of this checkout, and an environment with that wheel."""
 
 import os
 import subprocess
@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Installation:
-    """An environment that holds the wheel's files and nothing else of this checkout.
+    """A virtual environment with the wheel's files and nothing else of this checkout.
 
     Attributes:
-        python: its interpreter. The dependencies are those of the environment that runs the tests.
+        python: the interpreter. It imports the dependencies of the environment that runs the tests.
         site_packages: the folder that the wheel was unpacked to.
     """
 
@@ -28,14 +28,14 @@ class Installation:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables in which ``python`` is this interpreter and nothing points to the checkout."""
+        """Environment variables for a subprocess: ``python`` is this interpreter, PYTHONPATH and MYPYPATH are unset."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
         return inherited | {"PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout; skips where its build backend, hatchling, is not installed."""
+    """The wheel of this checkout. A test that needs it is skipped if its build backend, hatchling, is not installed."""
     pytest.importorskip("hatchling", reason="hatchling, of the extra dev, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
@@ -46,12 +46,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """The wheel in an environment of its own."""
+    """A new virtual environment with the unpacked wheel."""
     folder = tmp_path_factory.mktemp("installation")
     venv.create(folder, symlinks=True, with_pip=False)
     site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    # Python does not read the .pth files of a folder that a .pth file names, so that an editable installation of this
-    # checkout in the outer environment stays out.
+    # A .pth file adds the folder of the dependencies to sys.path. Python does not read the .pth files inside that
+    # folder, so an editable installation of this checkout there has no effect.
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site_packages)

@@ -1,4 +1,4 @@
-"""What the package says of itself: one version, extras that are each tried alone, and no host of a package index."""
+"""The project's files name one version, each extra has a job, and the wheel holds all modules and the types."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The two tiers: which tests run by default, and that no file and no promise is left to the slow tier alone."""
+"""The fast and the slow tier: which tests run by default, what a slow mark needs, and a fast test in each file."""
 
 import ast
 import runpy
@@ -47,8 +47,8 @@ class TestGroup:
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    """Runs pytest on a project with this repository's conftest.py."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test may be run by one
+    """Return a function that runs pytest on PROJECT with this repository's conftest.py."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-xdist may run this test itself in a worker
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\nmarkers = ['slow(reason): takes long']\n")
     pytester.makepyfile(test_project=PROJECT)
@@ -110,11 +110,8 @@ def test_each_slow_page_exists():
     assert all((ROOT / page).is_file() for page in runpy.run_path(str(ROOT / "conftest.py"))["SLOW_PAGES"])
 
 
-# Whether each file keeps a fast test
-
-
 def functions(tree: ast.Module) -> Iterator[tuple[str, bool]]:
-    """Each test function of a module with whether it is slow as a whole, by itself or by its class."""
+    """Yield the name of each test of a module, and whether its own mark or its class's makes all its cases slow."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             for inner in node.body:
@@ -125,7 +122,7 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, bool]]:
 
 
 def is_slow(node: ast.ClassDef | ast.FunctionDef) -> bool:
-    """Return True if a mark makes all of a test or class slow."""
+    """Return True if a mark makes all cases of a test or class slow."""
     decorators = map(ast.unparse, node.decorator_list)
     return any(text.startswith("pytest.mark.slow(") and "fast=" not in text for text in decorators)
 

@@ -1,6 +1,7 @@
-"""The types that a user's checker sees.
+"""The types that a user's type checker sees in the installed packages.
 
-The whole public surface has types, and a checker reports a user's mistake on its line.
+A right program has no error, and each mistake is reported on its line. That all public names have complete types is an
+expected failure, because some annotations are missing.
 """
 
 import json
@@ -54,10 +55,10 @@ def identity(matvec: object, b: jax.Array, init: jax.Array | None = None) -> tup
     raise NotImplementedError
 
 
-of_ones_own: bl.LinearSolver = identity
+own_solver: bl.LinearSolver = identity
 preset: imaml.Preset = imaml.preset("glyphs-5way-1shot-gd")
 """
-"""A user's file: every statement is right."""
+"""A user's file without a type error."""
 
 WRONG = """
 import jax
@@ -109,13 +110,13 @@ ERROR = re.compile(r"^user\.py:(\d+): error: .*\[([\w-]+)\]$", re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def mypy(installation, tmp_path_factory):
-    """``mypy(source)``: what ``mypy --strict`` says of a user's file, where only the wheel is installed."""
+    """Return a function that runs ``mypy --strict`` on the source of a user's file, with the installed wheel."""
     pytest.importorskip("mypy", reason="mypy, of the extra dev, is not installed")
     folder = tmp_path_factory.mktemp("mypy")
 
     def check(source: str) -> subprocess.CompletedProcess:
         (folder / "user.py").write_text(source)
-        # optax has no py.typed, so that mypy takes what it exports as Any.
+        # optax has no py.typed. mypy reports that as import-untyped, and takes the names of optax as Any.
         options = ["--strict", "--disable-error-code=import-untyped", "--python-executable", installation.python]
         return subprocess.run(
             [sys.executable, "-m", "mypy", *options, "user.py"],
@@ -148,7 +149,7 @@ class TestMypy:
 
 
 @pytest.mark.slow("pyright reads the types of JAX, which takes ten seconds for each package")
-@pytest.mark.xfail(reason="some annotations are missing", strict=True)  # strict: remove this line when none is
+@pytest.mark.xfail(reason="some annotations are missing", strict=True)  # once none is missing, remove this line
 @pytest.mark.parametrize("package", ["bilevel", "imaml"])
 def test_the_public_surface_has_complete_types(package, installation, tmp_path):
     pytest.importorskip("pyright", reason="pyright, of the extra dev, is not installed")

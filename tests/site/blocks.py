@@ -1,4 +1,4 @@
-"""A reader of the fenced blocks of a Markdown page, for the tests of the site."""
+"""Read the fenced blocks of Markdown pages, for the tests of the site."""
 
 import re
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ class Block:
 
     @property
     def not_run(self) -> bool:
-        """Return True if the page marks the block as not run, by its class and in its caption."""
+        """Return True if the page marks the block as not run, both by its class and in another option."""
         return ":class: not-run" in self.options and any("not run here" in option for option in self.options)
 
 
 def pages() -> list[Path]:
-    """Return every page of the site, and the Markdown files in the root of the repository."""
+    """Return the paths of every page of the site, and of the Markdown files in the root of the repository."""
     site = [path for path in (ROOT / "docs").rglob("*.md") if not {"_build", "generated"} & set(path.parts)]
     return sorted([*site, *ROOT.glob("*.md")])
 

@@ -1,4 +1,4 @@
-"""Check every code block of the README and the site: Python blocks run, and shell commands exist with valid arguments.
+"""Check every code block of the site and the root's Markdown files: Python runs, and commands have valid arguments.
 
 Pytest itself collects the doctests on the pages. A block that cannot run must be marked as not run.
 """
@@ -63,7 +63,7 @@ def test_commands_exist_and_their_arguments_are_valid(block):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     for command, output in commands:
         words = shlex.split(command, comments=True)
-        while words and "=" in words[0]:  # it sets an environment variable
+        while words and "=" in words[0]:  # the word sets an environment variable
             words.pop(0)
         program = Path(words[0]).name
         if program == "imaml" and output.startswith("imaml "):
@@ -77,7 +77,7 @@ def test_commands_exist_and_their_arguments_are_valid(block):
 
 
 def commands_of(block: Block):
-    """Yield each command of a block with the output that follows it; a block for sh has no output."""
+    """Yield each command of a block with the output below it. In a block for sh, every line is a command."""
     if block.language == "sh":
         yield from ((line, "") for line in block.text.splitlines() if line.strip() and line[0] != "#")
         return
@@ -104,13 +104,13 @@ def check_imaml(words):
 
 
 def check_make(words):
-    """Assert that the Makefile has the targets."""
+    """Assert that the Makefile declares the targets in ``.PHONY``."""
     targets = [word for word in words if "=" not in word]
     assert targets and set(targets) <= set(TARGETS)
 
 
 def check_python(words):
-    """Assert that the module or the script exists."""
+    """Assert that the module or the script exists, unless the page has a placeholder for a name."""
     if words[:1] == ["-m"]:
         assert importlib.util.find_spec(words[1].split(".")[0]) or words[1] in ("venv", "pip", "build")
     elif words and words[0] != "examples/NAME.py":
@@ -118,7 +118,7 @@ def check_python(words):
 
 
 def check_pip(words):
-    """Assert that pyproject.toml has the extras."""
+    """Assert that pyproject.toml declares each extra of ``pip install``."""
     assert words[0] == "install"
     for extras in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
         assert set(extras.split(",")) <= set(EXTRAS)

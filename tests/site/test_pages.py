@@ -1,4 +1,4 @@
-"""Check the links, the API pages, the gallery, and the list of error messages."""
+"""Check the site's links, API pages, gallery and list of error messages, and that importing the packages is light."""
 
 import ast
 import importlib
@@ -17,7 +17,7 @@ from blocks import ROOT, blocks, pages
 PACKAGES = ("bilevel", "bilevel.testing", "imaml", "imaml.datasets")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEAVY = {"jaxopt", "optax", "matplotlib", "rich", "scipy", "sklearn", "hypothesis", "pytest", "PIL", "flax", "equinox"}
-"""Packages that take long to import and that only some functions need."""
+"""Packages that are slow to import and that only some functions need."""
 
 
 def anchors(path: Path) -> set[str]:
@@ -40,7 +40,7 @@ def test_internal_links_have_targets(page):
 
 
 def documented() -> set[str]:
-    """Return the dotted names that the API pages document; `automodule` documents all public names of a module."""
+    """Return the dotted names that the API pages document. `automodule` documents all public names of a module."""
     found = set()
     for page in (ROOT / "docs" / "api").glob("*.md"):
         for block in blocks(page):
@@ -101,7 +101,7 @@ def test_every_public_name_has_a_docstring(package):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
             text = inspect.getdoc(value) or ""
-            assert len(text) > 20 and not text.startswith(f"{name}("), name  # the default of a dataclass
+            assert len(text) > 20 and not text.startswith(f"{name}("), name  # not the default of a dataclass
         else:
             assert name in constants, f"{name} needs a string below its assignment"
 
