@@ -21,7 +21,7 @@ def value_and_hypergradient(
     method: Method,
     on_failure: Policy = "raise",
 ) -> Callable[..., Hypergradient]:
-    """Return a function that computes the outer value and its total derivative in θ, with a report on both solves.
+    """Return a function that computes the outer value and its total derivative in θ, with reports on both solves.
 
     Args:
         problem: the condition and the outer function.
@@ -82,8 +82,8 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
 
     Returns:
         ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
-        ``jax.jit``. Its derivative in ``init`` is zero by definition. A traced array that the condition captures in a
-        closure is differentiated too. The layer reports no status.
+        ``jax.jit``. The derivative of w in ``init`` is zero by definition. A traced array that the condition captures
+        in a closure is differentiated too. The layer reports no status.
 
     Raises:
         ValueError: for a linear solver that needs a symmetry the condition does not have.

@@ -32,7 +32,7 @@ class History:
     Attributes:
         value: the outer value, ``[steps]``.
         gradient_norm: ‖d outer/dθ‖₂, ``[steps]``.
-        inner_residual: ‖F(w, θ)‖₂, ``[steps]``.
+        inner_residual: ‖F(w, θ, data)‖₂ with the condition's residual F, ``[steps]``.
         linear_residual: the adjoint system's true relative residual, ``[steps]``; NaN for a method that
             solves no adjoint system.
         status: ``Hypergradient.status``, the worst :class:`Status` of a step, int32 ``[steps]``.
@@ -76,8 +76,8 @@ def minimize(
 ) -> Minimum:
     """Minimise outer(w*(θ), θ, data) over θ with an optax optimiser.
 
-    With ``GradientDescent(ρ, 1)`` and ``Implicit(Neumann(1, ρ))`` on an iterator of samples this is a stochastic
-    single loop: w, the adjoint and θ each take one step on each sample, in this order.
+    With ``GradientDescent(ρ, 1)`` and ``Implicit(Neumann(1, ρ))`` for a step size ρ, and an iterator of samples as
+    ``data``, this is a stochastic single loop: w, the adjoint and θ each take one step on each sample, in this order.
 
     Args:
         problem: the condition and the outer function.

@@ -5,7 +5,7 @@ h = ∂outer/∂θ:
 
     Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
 
-A failed status raises nothing here; :mod:`bilevel.failures` does that.
+No error is raised here for a failed status; :mod:`bilevel.failures` does that.
 """
 
 from collections.abc import Callable

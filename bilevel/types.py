@@ -1,7 +1,7 @@
 """Records that cross ``jit``, the status of a solve, and the protocol of a linear solver.
 
-Every record is a frozen dataclass registered as a pytree. No constructor checks arrays, because JAX
-calls constructors with tracers and placeholders when it unflattens a tree.
+Every record is a frozen dataclass registered as a pytree. No constructor checks arrays, because JAX calls
+constructors with tracers and placeholders when it unflattens a tree.
 """
 
 import enum
@@ -116,8 +116,8 @@ class LinearInfo:
 
     Attributes:
         solution: x, a pytree like b.
-        relative_residual: the true ‖b − Ax‖₂ / ‖b‖₂, computed with one more product after the solve; where
-            b = 0, ‖b − Ax‖₂. For ``Proximal``, the scaled system (D A D)u = D b is solved, and this is its residual. It
+        relative_residual: the true ‖b − Ax‖₂ / ‖b‖₂, computed with one more product after the solve; ‖b − Ax‖₂
+            where b = 0. For ``Proximal``, the scaled system (D A D)u = D b is solved, and this is its residual. It
             equals that of Ax = b if the strength λ is one number.
         iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not count them.
         status: a :class:`Status` as an int32 scalar.
@@ -160,7 +160,7 @@ class Hypergradient:
 
     @property
     def status(self) -> jax.Array:
-        """The worst of the inner and linear status, or NONFINITE for such a value or gradient; int32 for each task."""
+        """The worst inner or linear status, or NONFINITE if value or gradient is not finite; int32 for each task."""
         numbers = jnp.where(self.finite((self.value, self.gradient)), jnp.int32(0), jnp.int32(Status.NONFINITE))
         status = jnp.maximum(self.inner.status, numbers)
         return status if self.linear is None else jnp.maximum(status, self.linear.status)

@@ -39,7 +39,7 @@ class CG:
     Args:
         max_steps: iterations, each one product with A. The error after k of them is of order
             ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
         preconditioner: a function r ↦ M⁻¹r, symmetric positive definite; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
@@ -131,7 +131,7 @@ class GMRES:
 
     Args:
         max_steps: products in all, rounded up to whole cycles of ``restart`` products.
-        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the left; None for the identity.
         restart: the number of Krylov vectors kept in memory, each as large as b; at most the number of entries of b.
@@ -177,7 +177,7 @@ class BiCGStab:
 
     Args:
         max_steps: iterations, each two products.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r; None for the identity.
 
