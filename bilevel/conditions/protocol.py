@@ -36,7 +36,10 @@ class Condition(Protocol):
         ...
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree | None:
-        """Return D, a scalar or a pytree like w, or None. The adjoint system is solved as (D A D)u = D g, v = D u."""
+        """Return D, a scalar or a pytree like w, or None for no scaling.
+
+        The adjoint system Av = g is solved as (D A D)u = D g with v = D u.
+        """
         ...
 
 
