@@ -1,7 +1,7 @@
 """Old names of arguments that are still accepted, with a warning.
 
-A deprecated name is kept for one minor version. The warning names the replacement and the version
-without the old name.
+A deprecated name is kept for one minor version. The warning names the replacement and the version that
+removes the old name.
 """
 
 import functools

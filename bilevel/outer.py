@@ -168,7 +168,7 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
     With ``cold_start`` None, both solves start from the previous solutions. Otherwise each inner solve starts from
     ``cold_start``.
     """
-    import optax  # optax is slow to import, so it is imported only here
+    import optax  # optax is slow to import, so it is imported when needed
 
     update = optax.with_extra_args_support(optimizer).update
 

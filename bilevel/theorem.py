@@ -5,7 +5,7 @@ h = ∂outer/∂θ:
 
     Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
 
-No error is raised here for a failed status; :mod:`bilevel.failures` does that.
+A status is only data here; :mod:`bilevel.failures` raises the errors.
 """
 
 from collections.abc import Callable
@@ -139,7 +139,7 @@ def probe_symmetry(
     A report that is NONFINITE stays so. The probe is for conditions that are declared symmetric without being so by
     construction. It costs one product in forward and one in reverse mode.
     """
-    import optax  # optax is slow to import, so it is imported only here
+    import optax  # optax is slow to import, so it is imported when needed
 
     u = jax.lax.stop_gradient(optax.tree.random_like(jax.random.key(0), w))
     _, forwards = jax.jvp(lambda w: condition.residual(w, theta, data), (w,), (u,))

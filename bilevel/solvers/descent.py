@@ -100,7 +100,7 @@ class Optax:
         return init, self.transformation.init(init)
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
-        import optax  # optax is slow to import, so it is imported only here
+        import optax  # optax is slow to import, so it is imported when needed
 
         w, memory = state
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
