@@ -74,7 +74,7 @@ GUARDS = (
         "indefinite operator: curvature met on the way",
         "TestIndefinite",
         "conjugate_gradients",
-        "seen < -_ROUNDING",
+        "reported_curvature < -_ROUNDING",
         "jnp.bool_(False)",
     ),
     _guard(
@@ -118,14 +118,14 @@ GUARDS = (
         "singular operator: a null direction of conjugate gradients",
         "TestSingular",
         "conjugate_gradients",
-        "meaningful & flat & _SHORT",
+        "meaningful & zero_curvature & _SHORT",
         "jnp.bool_(False)",
     ),
     _guard(
         "singular operator: not reported as indefinite",
         "TestSingular",
         "_solve_watched",
-        "jnp.where(seen.null, _SINGULAR, _STATUS)",
+        "jnp.where(report.null, _SINGULAR, _STATUS)",
         "_STATUS",
     ),
     _guard(

@@ -1,19 +1,20 @@
 """Bilevel optimisation in JAX: declare what holds at the inner solution, and get a hypergradient you can trust.
 
-A newcomer needs about 25 names:
+A newcomer needs about 30 names:
 
 - declare: ``Problem``, and one of ``Stationary``, ``Proximal``, ``Root``, ``FixedPoint``, ``Projected``,
   ``ProximalGradient``, ``KKT``
 - solve the inner problem: ``GradientDescent``, ``HessianFree``, ``FixedPointIteration``, ``Anderson``, ``Optax``,
   ``Jaxopt``
-- differentiate: ``Implicit`` with ``CG``, ``GMRES``, ``LU`` or the one that ``choose_linear`` picks; or ``Unrolled``
+- differentiate: ``Unrolled``, or ``Implicit`` with a linear solver (``CG``, ``GMRES``, ``LU``; ``choose_linear`` picks
+  one)
 - call: ``value_and_hypergradient``, ``implicit_layer``, ``minimize``
 - trust: ``Status``, ``HypergradientError``, ``check_condition``, ``check_hypergradient``, ``certify``
 
 The other names are documented by group in the API pages.
 
 Example:
-    How does the validation loss of a ridge regression change with the logarithm of its penalty?
+    Differentiate ‖data − w‖² in θ, where w are the coefficients of a ridge regression with the penalty exp(θ):
 
     >>> import jax.numpy as jnp
     >>> import bilevel as bl

@@ -1,6 +1,7 @@
 """Old names of arguments that are still accepted, with a warning.
 
-A deprecated name is kept for one minor version. The warning says what to use instead and when the name goes.
+A deprecated name is kept for one minor version. The warning names the replacement and the version that
+removes the old name.
 """
 
 import functools
@@ -19,10 +20,10 @@ def renamed_field(old: str, new: str, removal: str = "0.3") -> Callable[[type[Cl
     Args:
         old: the former name.
         new: the field's present name.
-        removal: the version without the old name.
+        removal: the first version without the old name.
 
     Raises:
-        TypeError: by the decorated constructor, when it gets both names.
+        TypeError: in the decorated constructor, if it gets both names.
 
     Example:
         >>> from dataclasses import dataclass

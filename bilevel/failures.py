@@ -1,9 +1,8 @@
 """Turn a failed status into an exception or a warning, outside of ``jit``.
 
-Under a trace a status is data and cannot be inspected. Where it is concrete, :func:`check_status` names each stage that
-failed, the tasks of a batch it failed in, and the cause and the remedy, which are ``Status.message`` of
-:mod:`bilevel.types`. For an operator that is not positive definite,
-:func:`advise` adds how negative its smallest eigenvalue is at least.
+Under a trace a status is data and cannot be inspected. For a concrete result, :func:`check_status` names each failed
+stage, the tasks of a batch in which it failed, and the cause with the remedy (``Status.message``). For an operator
+that is not positive definite, :func:`advise` adds an upper bound of its smallest eigenvalue.
 """
 
 import warnings
@@ -33,9 +32,8 @@ class HypergradientError(RuntimeError):
         super().__init__(message)
         self.result = result
 
-    def __reduce__(
-        self,
-    ) -> tuple[Any, ...]:  # pickle would call the constructor with the message alone, without the result
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default, pickle would call the constructor with the message alone.
         return type(self), (str(self), self.result)
 
 
@@ -48,16 +46,16 @@ def check_policy(on_failure: Policy) -> None:
 def check_status(
     out: Hypergradient, on_failure: Policy = "raise", advise: Callable[[Hypergradient], str] | None = None
 ) -> None:
-    """Raise or warn about a failed status, naming the stage and, in a batch, the tasks.
+    """Raise an error or warn about a failed status, naming the stage and, in a batch, the tasks.
 
     Call it on the result of ``jit`` or ``vmap``, inside of which no status can be inspected, or on a result that was
-    computed with ``on_failure="ignore"``. A traced result is left alone.
+    computed with ``on_failure="ignore"``. For a traced result nothing happens.
 
     Args:
         out: a :class:`Hypergradient` of one task or of a batch of them.
         on_failure: "raise", "warn" or "ignore".
-        advise: returns a sentence about this operator, which is added to the message; it is called only where a solve
-            failed and ``out`` is of one task.
+        advise: ``advise(out)`` returns a sentence that is added to the message. It is called only if a stage failed and
+            ``out`` is the result of one task.
 
     Raises:
         HypergradientError: on a failed status, with ``on_failure="raise"``.
@@ -108,7 +106,7 @@ def _stages(out: Hypergradient) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _nonfinite(out, numbers):
-    """Return NONFINITE for each task in which one of the numbers is, else 0 (ok)."""
+    """Return NONFINITE for each task in which an entry of ``numbers`` is not finite, else 0 (ok)."""
     return jnp.where(out.finite(numbers), jnp.int32(0), jnp.int32(Status.NONFINITE))
 
 
@@ -126,18 +124,18 @@ def _sentence(stage, status):
 
 
 LANCZOS_STEPS = 30
-"""Lanczos steps, one product each, that :func:`advise` spends on the smallest eigenvalue of an operator."""
+"""Number of Lanczos steps that :func:`advise` takes for the smallest eigenvalue of an operator, one product each."""
 
 
 def advise(condition: Condition, theta: PyTree, data: PyTree, out: Hypergradient) -> str:
-    """Say how far an operator is from positive definite, for the message about a failed linear solve.
+    """Return a sentence on how far an operator is from positive definite, for the message about a failed linear solve.
 
     It costs ``LANCZOS_STEPS`` products. The smallest Ritz value is an upper bound of the smallest eigenvalue, so the
     shift that the sentence names is necessary and may be too small.
 
     Returns:
         A sentence with a leading space. It is empty where the linear solve found neither negative curvature nor a
-        singular operator, where the condition is not symmetric, and where no negative eigenvalue was seen.
+        singular operator, where the condition is not symmetric, and where no negative eigenvalue was found.
     """
     status = Status.CONVERGED if out.linear is None else Status(int(out.linear.status))
     if not condition.symmetric or status not in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):

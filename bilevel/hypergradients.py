@@ -1,4 +1,4 @@
-"""The two entry points: a function that returns a hypergradient, and the inner solution as a differentiable layer."""
+"""The two entry points: the hypergradient as a function, and the inner solution as a differentiable layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,22 +21,24 @@ def value_and_hypergradient(
     method: Method,
     on_failure: Policy = "raise",
 ) -> Callable[..., Hypergradient]:
-    """Return a function that computes the outer value and its total derivative in θ, with a report on both solves.
+    """Return a function that computes the outer value and its total derivative in θ, with reports on both solves.
 
     Args:
         problem: the condition and the outer function.
         solver: finds the inner solution.
-        method: differentiates it.
+        method: differentiates the inner solution with respect to θ.
         on_failure: what to do about a failed status when the function is called with concrete values: ``"raise"``,
             ``"warn"`` or ``"ignore"``. Under a trace the status is only data in the result.
 
     Returns:
-        ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, pure and compiled once for each set of
-        shapes. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the adjoint
-        solve starts, for instance an earlier ``out.linear.solution``; a tree of zeros is the same as None.
+        ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, compiled once for each set of shapes
+        and dtypes. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
+        adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as
+        None.
 
     Raises:
-        ValueError: for a combination that makes no sense; the message lists those that do.
+        ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
+            fit each other. The message lists alternatives.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
@@ -75,13 +77,13 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
 
     Args:
         condition: what holds at the solution.
-        solver: finds it.
+        solver: finds the solution.
         linear: solves the tangent and adjoint systems.
 
     Returns:
         ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
-        ``jax.jit``. Its derivative in ``init`` is zero by definition. A θ that the condition captures from a closure
-        is differentiated like any other.
+        ``jax.jit``. The derivative of w in ``init`` is zero by definition. A traced array that the condition captures
+        in a closure is differentiated too. The layer reports no status.
 
     Raises:
         ValueError: for a linear solver that needs a symmetry the condition does not have.

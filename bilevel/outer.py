@@ -1,7 +1,7 @@
 """The outer loop: descent on θ, with warm starts of the inner and the adjoint solve.
 
-θ changes little between two outer steps, so the previous w and the previous adjoint are good starts. A few steps of
-each solver then reach what takes many steps from a cold start.
+θ changes little between two outer steps, so the previous w and the previous adjoint are good starts. From
+such a start, each solver needs a few steps for an accuracy that takes many steps from a cold one.
 """
 
 import itertools
@@ -32,9 +32,10 @@ class History:
     Attributes:
         value: the outer value, ``[steps]``.
         gradient_norm: ‖d outer/dθ‖₂, ``[steps]``.
-        inner_residual: ‖F(w, θ)‖₂, ``[steps]``.
-        linear_residual: the adjoint system's true relative residual, ``[steps]``; NaN for a method without one.
-        status: the worst :class:`Status` of both solves, int32 ``[steps]``.
+        inner_residual: ‖F(w, θ, data)‖₂ with the condition's residual F, ``[steps]``.
+        linear_residual: the adjoint system's true relative residual, ``[steps]``; NaN for a method that
+            solves no adjoint system.
+        status: ``Hypergradient.status``, the worst :class:`Status` of a step, int32 ``[steps]``.
     """
 
     value: jax.Array
@@ -75,8 +76,8 @@ def minimize(
 ) -> Minimum:
     """Minimise outer(w*(θ), θ, data) over θ with an optax optimiser.
 
-    With ``GradientDescent(ρ, 1)`` and ``Implicit(Neumann(1, ρ))`` on an iterator of samples this is a stochastic
-    single loop: w, the adjoint and θ each take one step on each sample, in this order.
+    With ``GradientDescent(ρ, 1)`` and ``Implicit(Neumann(1, ρ))`` for a step size ρ, and an iterator of samples as
+    ``data``, this is a stochastic single loop: w, the adjoint and θ each take one step on each sample, in this order.
 
     Args:
         problem: the condition and the outer function.
@@ -85,22 +86,24 @@ def minimize(
         data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early where the
             iterator does.
         solver: finds the inner solution.
-        method: differentiates it.
+        method: differentiates the inner solution with respect to θ.
         optimizer: an ``optax.GradientTransformation``. One that needs ``value``, ``grad`` and ``value_fn`` (a line
-            search, Polyak's step) gets them; each of its evaluations takes an inner solve and an adjoint solve.
+            search, Polyak's step) gets them. Each evaluation of ``value_fn`` with its gradient takes an inner
+            solve and an adjoint solve.
         steps: outer steps.
-        warm_start: start each inner and adjoint solve from the previous solution; otherwise from ``init``. Set it to
-            False where ``init`` depends on θ and its derivative counts (MAML).
+        warm_start: if True, each inner and adjoint solve starts from the previous solution. If False, each inner solve
+            starts from ``init`` and each adjoint solve from the solver's default. Set it to False if ``init`` depends
+            on θ and the hypergradient shall include the derivative of ``init`` (MAML).
         callback: called with the number of the step, the θ at which it was taken, and the :class:`Hypergradient`. It
             may raise an exception to stop the loop.
-        on_failure: what to do about a failed status. A gradient that is not finite is never applied, and the next step
-            starts from the solutions before it.
+        on_failure: what to do about a failed status: ``"raise"``, ``"warn"`` or ``"ignore"``. A step with status
+            NONFINITE changes nothing: θ, the optimiser's state and the starting points stay as they were.
 
     Returns:
         a :class:`Minimum`.
 
     Raises:
-        ValueError: for fewer than one step, or data that ends before the first.
+        ValueError: for fewer than one step, an iterator without any batch, or an unknown ``on_failure``.
         TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader.
         HypergradientError: on a failed status, with ``on_failure="raise"``.
 
@@ -152,13 +155,20 @@ def _batches(data):
 
 
 def _strongly_typed(variables):
-    """Return arrays without weak types, as a step returns them; a Python number would cause a second trace."""
+    """Return arrays without weak types.
+
+    A jitted step returns such arrays. Weakly typed arguments of the first step would cause a second trace.
+    """
     return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), variables)
 
 
 def _compiled_step(problem, solver, method, optimizer, cold_start):
-    """Return one outer step as a pure function; ``cold_start`` is where inner solves start, None for the last w."""
-    import optax  # its import takes a while, so it waits until it is needed
+    """Return one outer step as a pure function.
+
+    With ``cold_start`` None, both solves start from the previous solutions. Otherwise each inner solve starts from
+    ``cold_start``.
+    """
+    import optax  # optax is slow to import, so it is imported when needed
 
     update = optax.with_extra_args_support(optimizer).update
 
@@ -180,7 +190,7 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
         size = tree.norm(out.gradient)
         sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
         after, before = (moved, next_state, out.inner.w, next_adjoint), (theta, state, w, adjoint)
-        kept = jax.tree.map(partial(_either, sound), after, before)
+        kept = jax.tree.map(partial(_new_if_sound, sound), after, before)
         linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.relative_residual
         record = History(out.value, size, out.inner.residual_norm, linear, out.status)
         return *kept, record, out
@@ -188,10 +198,11 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
     return step
 
 
-def _either(sound, new, old):
+def _new_if_sound(sound, new, old):
     """Return ``new`` in the dtype of ``old`` where the step is sound, else ``old``.
 
-    Without the cast, the optimiser's state of an integer leaf would become a float.
+    Without the cast, an integer array in the optimiser's state, such as the momentum of an integer leaf of θ, could
+    become a float array.
     """
     new = jnp.asarray(new)
     return jnp.where(sound, new if new.dtype == old.dtype else new.astype(old.dtype), old)

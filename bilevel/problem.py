@@ -14,7 +14,7 @@ class Problem:
     Args:
         condition: what holds at w*.
         outer: ``outer(w, theta, data) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-        has_aux: whether ``outer`` returns a pair, its value and any pytree.
+        has_aux: whether ``outer`` returns ``(scalar, aux)``, where aux is any pytree.
     """
 
     condition: Condition

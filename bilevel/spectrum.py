@@ -1,10 +1,11 @@
 """Eigenvalues, singular values and norms of a linear map A that is known only through its products u ↦ Au.
 
-Two routes lead there. A small map is written out as a matrix and factorised (:func:`matrix`,
+There are two ways to estimate them. A small map is written out as a matrix and factorised (:func:`matrix`,
 :func:`dense_spectrum`), which bounds both ends of the spectrum up to rounding. A large map is probed by Lanczos'
-recursion (:func:`ritz_values`, :func:`probed_spectrum`, :func:`operator_norm`). Every Ritz value lies between the
-smallest and the largest eigenvalue, so it over-estimates the smallest one and under-estimates the largest one. A probe
-can therefore disprove a bound on the spectrum, but never prove one.
+recursion (:func:`ritz_values`, :func:`probed_spectrum`, :func:`operator_norm`). The Ritz values of a symmetric map lie
+between its smallest and its largest eigenvalue. The smallest Ritz value over-estimates the smallest eigenvalue, and the
+largest one under-estimates the largest eigenvalue. A probe can therefore disprove a bound on the spectrum, but never
+prove one.
 """
 
 from typing import NamedTuple
@@ -17,16 +18,16 @@ from bilevel import tree
 from bilevel.types import MatVec, PyTree
 
 RITZ_STEPS = 12
-"""Default number of Lanczos steps, one product each: enough for the largest eigenvalue to a few per cent."""
+"""Default number of Lanczos steps, one product each. They usually give the largest eigenvalue to a few per cent."""
 
 
 class Spectrum(NamedTuple):
     """Estimates of the ends of the spectrum of a linear map A from a space to itself.
 
     Attributes:
-        norm: ‖A‖₂. From a matrix an upper bound; from a probe a lower bound.
-        smallest: the smallest singular value. From a matrix a lower bound up to rounding; from a probe an upper bound.
-        lowest: min ⟨u, Au⟩ / ‖u‖², an upper bound. From a matrix it is attained up to rounding.
+        norm: a bound of ‖A‖₂. From a matrix the Frobenius norm, an upper bound; from a probe a lower bound.
+        smallest: a bound of the smallest singular value. From a matrix a lower bound; from a probe an upper bound.
+        lowest: an upper bound of min ⟨u, Au⟩ / ‖u‖². From a matrix both are equal up to rounding.
     """
 
     norm: jax.Array
@@ -44,7 +45,8 @@ def matrix(linear: MatVec, like: PyTree) -> jax.Array:
 def dense_spectrum(dense: jax.Array) -> Spectrum:
     """Compute the :class:`Spectrum` of a square matrix from its singular values and eigenvalues.
 
-    Each figure is moved to its safe side by n·eps·‖A‖, the rounding error of the factorisation.
+    Each of the three is moved by n·eps·‖A‖ for the rounding error of the factorisation, so that it stays a bound. Here
+    n is the number of rows and ‖A‖ the Frobenius norm.
     """
     norm = jnp.linalg.norm(dense)
     slack = dense.shape[0] * jnp.finfo(dense.dtype).eps * norm
@@ -69,10 +71,10 @@ def probed_spectrum(linear: MatVec, transpose: MatVec, like: PyTree) -> Spectrum
 
 
 def operator_norm(linear: MatVec, like: PyTree) -> jax.Array:
-    """Estimate ‖A‖₂ from below by the largest Ritz value of AᵀA; A may map to another space.
+    """Estimate ‖A‖₂ from below by the root of the largest Ritz value of AᵀA.
 
     Args:
-        linear: u ↦ Au, differentiable by JAX: its transpose is derived from it.
+        linear: u ↦ Au, possibly to another space; ``jax.linear_transpose`` derives its transpose.
         like: a pytree of the shapes and dtypes of u.
     """
     transpose = jax.linear_transpose(linear, like)
@@ -87,19 +89,19 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
     span{s, As, A²s, …} of the start s. The extreme ones converge first. With as many steps as the map has distinct
     eigenvalues they are exact, provided that s has a part in every eigenspace.
 
-    The recursion costs one product a step and holds a basis of ``steps`` vectors. It can be jitted and vmapped. Where
-    the Krylov space is exhausted early, the remaining entries repeat the first Rayleigh quotient ⟨s, As⟩ / ⟨s, s⟩:
-    it lies between the others, so both ends stay right.
+    The recursion costs one product a step and holds a basis of ``steps`` vectors. It can be jitted and vmapped. If the
+    Krylov space has fewer dimensions than steps, the remaining entries repeat the Rayleigh quotient ⟨s, As⟩ / ⟨s, s⟩.
+    This lies between the others, so the smallest and the largest value stay right.
 
     Args:
         matvec: u ↦ Au, a symmetric map from pytrees like ``like`` to themselves.
         like: a pytree of the shapes and dtypes of u; its values are not used.
-        steps: the number of Lanczos steps, at least 1. More than the n entries of ``like`` are cut to n.
+        steps: the number of Lanczos steps, at least 1. No more than n, the number of entries of ``like``, are taken.
         start: s, a pytree like ``like``, not zero; None for a standard normal one with a fixed seed.
 
     Returns:
         The Ritz values in ascending order, ``[min(steps, n)]``, in the dtype of ``like``, or float32 where that is
-        narrower. They are NaN where a product is.
+        narrower. They are NaN if a product is.
 
     Raises:
         ValueError: for ``steps`` below 1, or a ``like`` without entries.
@@ -118,11 +120,11 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
     if steps < 1 or flat.size == 0:
         raise ValueError(f"ritz_values needs steps ≥ 1 and a vector of at least 1 entry, got {steps} and {flat.size}")
     steps = min(steps, flat.size)
-    # bfloat16 loses orthogonality after a few steps, and eigvalsh does not take it: only the products stay narrow.
+    # bfloat16 loses orthogonality after a few steps, and eigvalsh refuses it. So only the products are in bfloat16.
     dtype = tree.widened(flat).dtype
     first = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype) if start is None else ravel_pytree(start)[0]
     first = first.astype(dtype)
-    # The rounding error of a sum over n entries grows like √n. A shorter remainder has no correct digit.
+    # A remainder shorter than this is rounding noise: the error of a sum over n entries grows like √n.
     cutoff = 10 * flat.size**0.5 * float(jnp.finfo(dtype).eps)
 
     def advance(k, state):
@@ -131,7 +133,7 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
         product = ravel_pytree(matvec(unravel(vector.astype(flat.dtype))))[0].astype(dtype)
         quotient = _dot(vector, product)
         remainder = product
-        for _ in range(2):  # once leaves rounding errors along the basis, which the second pass removes
+        for _ in range(2):  # the second pass removes the rounding errors of the first along the basis
             remainder = remainder - _dot(basis.T, _dot(basis, remainder))
         size = jnp.linalg.norm(remainder)
         goes_on = alive & (size > cutoff * jnp.linalg.norm(product))

@@ -1,10 +1,11 @@
-"""The implicit function theorem: the adjoint system, its scaled solve, and a derivative attached to a solution.
+"""The implicit function theorem: the adjoint system, its scaled solve, and an inner solution with its derivative.
 
-At F(w*, θ) = 0, with A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w and h = ∂outer/∂θ:
+F is the condition's residual and v the adjoint. At F(w*, θ) = 0, with A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w and
+h = ∂outer/∂θ:
 
     Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
 
-Nothing here looks at a status; that is the task of :mod:`bilevel.hypergradients`.
+A status is only data here; :mod:`bilevel.failures` raises the errors.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, St
 def solve_implicitly(
     condition: Condition, solver: InnerSolver, linear: LinearSolver, theta: PyTree, init: PyTree, data: PyTree
 ) -> Solution:
-    """Return the solver's Solution, whose w carries the derivative of the implicit function theorem to any order."""
+    """Return the solver's Solution. Its w has the derivatives of the implicit function theorem, to any order."""
 
     def find(_: object, init: PyTree) -> tuple[PyTree, tuple[jax.Array, jax.Array, jax.Array]]:
         solution = solvers.solve(solver, condition, init, theta, data)
@@ -46,7 +47,8 @@ def adjoint_matvec(
 ) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """Return F(w, θ) and the map u ↦ (∂F/∂w)ᵀu, linearised once.
 
-    A Hessian is symmetric and is multiplied in forward mode, which is cheaper; any other A in reverse mode.
+    A Hessian is symmetric, so it is multiplied in forward mode, which is cheaper. Any other A is multiplied in reverse
+    mode.
     """
     if is_gradient(condition):
         return jax.linearize(lambda w: condition.residual(w, theta, data), w)
@@ -63,7 +65,10 @@ def pull_back_to_theta(condition: Condition, w: PyTree, theta: PyTree, data: PyT
 def solve_scaled(
     linear: LinearSolver, matvec: MatVec, b: PyTree, scaling: PyTree | None, symmetric: bool, init: PyTree | None = None
 ) -> tuple[PyTree, LinearInfo]:
-    """Solve ``matvec(v) = b`` as (D A D)u = D b, v = D u, where D is ``scaling``; one CG step is exact for A = D⁻²."""
+    """Solve ``matvec(v) = b`` as (D A D)u = D b with v = D u, where D is ``scaling``; unscaled if that is None.
+
+    For A = D⁻² one CG step is exact. The residual in the report is that of the scaled system.
+    """
     if scaling is None:
         return solve_linear(linear, matvec, b, symmetric, init)
     ones = jax.tree.map(jnp.ones_like, b)
@@ -82,7 +87,7 @@ def solve_linear(
 ) -> tuple[PyTree, LinearInfo]:
     """Return ``linear(matvec, b, init)``, differentiable in b and in what ``matvec`` closes over, to any order.
 
-    The derivative solves with the same solver, and its transpose solves with Aᵀ.
+    A tangent is computed with the same solver, and a cotangent with the same solver on Aᵀ.
     """
     init = jax.lax.stop_gradient(init)
 
@@ -129,12 +134,12 @@ def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
 def probe_symmetry(
     info: LinearInfo, matvec: MatVec, condition: Condition, w: PyTree, theta: PyTree, data: PyTree
 ) -> LinearInfo:
-    """Return the report with status NONSYMMETRIC where Aᵀu and Au differ for a random u.
+    """Return the report with status NONSYMMETRIC where Aᵀu and Au differ by more than rounding for a random u.
 
-    It is for a condition that is declared symmetric and not symmetric by construction. It costs one product in forward
-    and one in reverse mode.
+    A report that is NONFINITE stays so. The probe is for conditions that are declared symmetric without being so by
+    construction. It costs one product in forward and one in reverse mode.
     """
-    import optax  # its import takes a while, so it waits until it is needed
+    import optax  # optax is slow to import, so it is imported when needed
 
     u = jax.lax.stop_gradient(optax.tree.random_like(jax.random.key(0), w))
     _, forwards = jax.jvp(lambda w: condition.residual(w, theta, data), (w,), (u,))

@@ -1,8 +1,8 @@
 """Linear algebra on pytrees that ``optax.tree`` does not have.
 
-Reductions accumulate in the widest dtype among the leaves, and in float32 at least, because an inner product over a
-bfloat16 network has a million terms. Trees may hold leaves that are not floating point, such as a count or a mask.
-They have no derivative, and the functions here leave them as they are.
+Reductions accumulate in the widest dtype among the leaves, and in float32 at least, because a sum of a million
+terms loses its digits in bfloat16. Trees may hold leaves that are not floating point, such as a count or a mask. Such
+leaves have no derivative. `norm` ignores them, and `scale`, `add` and `subtract` return those of `a` unchanged.
 """
 
 import functools
@@ -27,12 +27,15 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 @jax.jit
 def norm(a: PyTree) -> jax.Array:
-    """Return ‖a‖₂ over all leaves. Entries are divided by the largest one where their squares over- or underflow."""
+    """Return ‖a‖₂ over the floating-point leaves.
+
+    Where the squares would over- or underflow, the entries are first divided by the largest one.
+    """
     dtype = _accumulator(a)
     a = [leaf.astype(dtype) for leaf in jax.tree.leaves(a) if is_floating(leaf)]
     squares = vdot(a, a)
-    number = jnp.finfo(dtype)
-    in_range = (squares > number.tiny / number.eps**2) & (squares < number.max)
+    limits = jnp.finfo(dtype)
+    in_range = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
     return jax.lax.cond(in_range, lambda a, squares: jnp.sqrt(squares), _scaled_norm, a, squares)
 
 
@@ -84,10 +87,10 @@ def eps(a: PyTree) -> float:
 
 
 def match_varying_axes(*trees: PyTree) -> tuple[PyTree, ...]:
-    """Return the trees with every leaf varying over each mesh axis that any leaf varies over, inside ``shard_map``.
+    """Mark every leaf as varying over each mesh axis over which any leaf varies, for use inside ``shard_map``.
 
-    A derivative in a variable that all devices share is summed over the devices by JAX. The gradient of an inner
-    objective would become the sum over all tasks. Marking the variable as varying prevents that sum.
+    JAX sums a derivative over the devices if the variable is shared by them. The gradient of an inner objective would
+    become the sum over all tasks. Marking the variable as varying prevents that sum.
     """
     axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
     return jax.tree.map(lambda leaf: _vary(leaf, axes - _varying(leaf)), trees)
@@ -123,10 +126,10 @@ def partition_inexact(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Ar
 
     def join(floats):
         floats = iter(floats)
-        mixed = [next(floats) if at else leaf for leaf, at in zip(leaves, floating, strict=True)]
+        mixed = [next(floats) if is_float else leaf for leaf, is_float in zip(leaves, floating, strict=True)]
         return jax.tree.unflatten(structure, mixed)
 
-    return [leaf for leaf, at in zip(leaves, floating, strict=True) if at], join
+    return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], join
 
 
 def _accumulator(a: PyTree) -> jnp.dtype:

@@ -1,7 +1,7 @@
 """Records that cross ``jit``, the status of a solve, and the protocol of a linear solver.
 
-Every record is a frozen dataclass registered as a pytree. No constructor checks an array, because JAX calls it with
-tracers and placeholders when it unflattens a tree.
+Every record is a frozen dataclass registered as a pytree. No constructor checks arrays, because JAX calls
+constructors with tracers and placeholders when it unflattens a tree.
 """
 
 import enum
@@ -18,14 +18,14 @@ PyTree = Any
 Objective = Callable[[PyTree, PyTree, PyTree], jax.Array]
 """``objective(w, theta, data) -> scalar``."""
 MatVec = Callable[[PyTree], PyTree]
-"""A linear map from a pytree to one of the same structure."""
+"""A linear map on pytrees, to the same structure unless stated otherwise."""
 
 
 class Status(enum.IntEnum):
     """How a solve ended. A larger number is worse, so ``maximum`` merges two statuses.
 
-    Under a trace a status is an int32 array of one of these values; ``Status(int(array))`` names it. The numbers may
-    change between versions: save the name.
+    In the records a status is an int32 array of these values; ``Status(int(array))`` converts a concrete scalar. The
+    numbers may change between versions: save the name.
 
     Example:
         >>> Status.worst(Status.CONVERGED, Status.MAX_STEPS)
@@ -37,7 +37,7 @@ class Status(enum.IntEnum):
     CONVERGED = 0
     """The true residual meets the tolerance."""
     BUDGET_USED = 1
-    """No tolerance was set. The solver spent its budget, and the residual says how far it came."""
+    """No tolerance was set. The solver spent its budget, and the residual shows how accurate the result is."""
     STAGNATION = 2
     """The solver's recursive residual met the tolerance, but the true residual does not."""
     MAX_STEPS = 3
@@ -45,15 +45,15 @@ class Status(enum.IntEnum):
     NONSYMMETRIC = 4
     """The condition is declared symmetric, but its Jacobian is not."""
     NEGATIVE_CURVATURE = 5
-    """The operator is not positive definite: the inner solution is no minimum, or λ is too small."""
+    """The operator is not positive definite: the inner solution is no minimum, or the regularisation λ is too small."""
     SINGULAR = 6
-    """The linear system has no unique solution."""
+    """The linear system is singular, or too close to it for this precision or algorithm."""
     NONFINITE = 7
     """A NaN or an infinity appeared."""
 
     @property
     def ok(self) -> bool:
-        """True for CONVERGED and BUDGET_USED; after BUDGET_USED the residual says how good the answer is."""
+        """True for CONVERGED and BUDGET_USED; after BUDGET_USED the residual shows how accurate the result is."""
         return self <= Status.BUDGET_USED
 
     @property
@@ -98,8 +98,8 @@ class Solution:
 
     Attributes:
         w: the inner solution, a pytree like ``init``.
-        residual_norm: the absolute ‖F(w, θ)‖₂ of the condition, evaluated at ``w``; a scalar.
-        steps: iterations taken, an int32 scalar.
+        residual_norm: ‖F(w, θ, data)‖₂, the absolute norm of the condition's residual F at ``w``; a scalar.
+        steps: iterations taken, an int32 scalar; 0 for a solver that does not report them.
         status: a :class:`Status` as an int32 scalar.
     """
 
@@ -116,13 +116,13 @@ class LinearInfo:
 
     Attributes:
         solution: x, a pytree like b.
-        relative_residual: the true ‖b − Ax‖₂ / ‖b‖₂, computed with one more product after the solve; 0 where b = 0.
-            ``Proximal`` is solved in the scaled form (D A D)u = D b, and this is the residual of that system. Both
-            residuals are equal where λ is one number.
-        iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not tell.
+        relative_residual: the true ‖b − Ax‖₂ / ‖b‖₂, computed with one more product after the solve; ‖b − Ax‖₂
+            where b = 0. For ``Proximal``, the scaled system (D A D)u = D b is solved, and this is its residual. It
+            equals that of Ax = b if the strength λ is one number.
+        iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not count them.
         status: a :class:`Status` as an int32 scalar.
-        least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² among the search directions; None for a solver that does not
-            tell. ``CG(engine="watched")`` tells.
+        least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² among the search directions p of ``CG(engine="watched")``; None
+            from the other solvers.
     """
 
     solution: PyTree
@@ -146,7 +146,7 @@ class Hypergradient:
 
     Attributes:
         value: outer(w, θ), a scalar.
-        gradient: d outer(w*(θ), θ)/dθ, a pytree like θ.
+        gradient: d outer(w*(θ), θ)/dθ, as the chosen method computes it, a pytree like θ.
         aux: the second output of an outer function with ``has_aux=True``; otherwise None.
         inner: the inner :class:`Solution`.
         linear: the :class:`LinearInfo` of the adjoint system; None for a method that solves no system.
@@ -160,19 +160,19 @@ class Hypergradient:
 
     @property
     def status(self) -> jax.Array:
-        """The worst of the inner status, the linear status and NONFINITE numbers: int32, one for each task."""
+        """The worst inner or linear status, or NONFINITE if value or gradient is not finite; int32 for each task."""
         numbers = jnp.where(self.finite((self.value, self.gradient)), jnp.int32(0), jnp.int32(Status.NONFINITE))
         status = jnp.maximum(self.inner.status, numbers)
         return status if self.linear is None else jnp.maximum(status, self.linear.status)
 
     def finite(self, numbers: PyTree) -> jax.Array:
-        """Return whether all entries of a part of this record are finite: a bool for each task."""
+        """Return whether all entries of ``numbers``, a part of this record, are finite: a bool for each task."""
         tasks = jnp.shape(self.value)
         leaves = [jnp.isfinite(leaf).reshape(*tasks, -1).all(axis=-1) for leaf in jax.tree.leaves(numbers)]
         return functools.reduce(jnp.logical_and, leaves, jnp.ones(tasks, bool))
 
 
 class LinearSolver(Protocol):
-    """A solver of ``matvec(x) = b`` on pytrees, which starts from ``init`` where one is given."""
+    """A solver of ``matvec(x) = b`` on pytrees. An iterative one starts from ``init`` if it is given."""
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]: ...

@@ -1,5 +1,5 @@
-"""Everything that touches jaxopt, which is no longer maintained. No other module imports it.
+"""All code that uses jaxopt, a library that is no longer maintained.
 
-``library`` imports jaxopt, which takes a second, so the other modules import ``library`` when they are used and not
-before. To replace jaxopt, replace this folder.
+Of this package, only ``library`` imports jaxopt. That import takes a second, so modules outside of this folder import
+``library`` only inside functions. To replace jaxopt, replace this folder.
 """

@@ -95,7 +95,7 @@ def solver_names():
 
 
 def _adapter(cls, condition):
-    """Return the name of a solver and its adapter for a condition; ValueError if the solver does not fit."""
+    """Return the name of a solver and its adapter for a condition, or raise ValueError if the solver does not fit."""
     kind = next(name for name in _ADAPTERS if hasattr(condition, name))
     fitting = _ADAPTERS[kind]
     for name in (base.__name__ for base in cls.__mro__):  # a user's subclass has the adapter of its base
@@ -127,7 +127,7 @@ def _from_function(function, argument="fun", **defaults):
 def _bisection(condition, init, theta, data):
     if jnp.shape(init) != ():
         raise ValueError(f"jaxopt's Bisection finds a scalar w, got {jax.tree.map(jnp.shape, init)}: use Broyden")
-    # jaxopt's check of the bracket fails under a trace. Without a sign change, the residual of the result shows it.
+    # jaxopt's check of the bracket fails under a trace. If there is no sign change, the residual of w stays large.
     return _from_function("residual", "optimality_fun", check_bracket=False)(condition, init, theta, data)
 
 

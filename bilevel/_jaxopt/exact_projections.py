@@ -1,7 +1,7 @@
 """Projections without a closed form, exact to rounding and differentiable in forward and reverse mode.
 
 jaxopt's versions of these projections stop at residuals of 1e-3 to 1e-5 and support only reverse-mode differentiation.
-Here an iteration, which is not differentiated, finds the constraints that hold with equality. These active constraints
+Here an iteration finds the constraints that hold with equality, and is not differentiated. These active constraints
 define a face of the set. The projection onto the face is smooth, and is computed to rounding by steps that JAX
 differentiates. For sets of vectors this is a linear solve, with exact derivatives of any order. For sets of matrices
 these are two Newton steps on the dual problem, with exact derivatives up to the third order.
@@ -161,13 +161,13 @@ def _tolerance(x, tol):
     return float(jnp.finfo(x.dtype).eps) ** 0.5 if tol is None else tol
 
 
-def _feasible(point, violation, right):
+def _feasible(point, violation, right_hand_side):
     """Return ``point``, or NaN if it violates its constraints by far more than rounding.
 
     A violation above eps^¼ times the size of the right-hand side means that no point satisfies the constraints.
     """
     if violation.size == 0:
         return point
-    size = 1 + jnp.max(jnp.abs(right))
-    bound = jnp.asarray(jnp.finfo(point.dtype).eps ** 0.25, point.dtype)
-    return jnp.where(jax.lax.stop_gradient(jnp.max(violation) <= bound * size), point, jnp.nan)
+    size = 1 + jnp.max(jnp.abs(right_hand_side))
+    tolerance = jnp.asarray(jnp.finfo(point.dtype).eps ** 0.25, point.dtype)
+    return jnp.where(jax.lax.stop_gradient(jnp.max(violation) <= tolerance * size), point, jnp.nan)

@@ -17,14 +17,14 @@ def jaxopt_projection(
     """Return a projection of `jaxopt.projection` in the form that :class:`Projected` takes.
 
     The projections without a closed form (polyhedron, affine set, box section, transport, Birkhoff, and the KL
-    projections) are replaced by implementations of this library when they are given by name. Those are exact to
-    rounding. They are differentiable to any order onto sets of vectors, and up to the third order onto sets of matrices
-    (transport, Birkhoff and the KL projections). They return NaN where no point satisfies the constraints. A function
-    is used as it is.
+    projections) are replaced by implementations of this library when they are given by name. The replacements are exact
+    to rounding. Those onto sets of vectors are differentiable to any order, those onto sets of matrices (transport,
+    Birkhoff and the KL projections) up to the third order. They return NaN if no point satisfies the constraints. A
+    function given in place of a name is used unchanged.
 
     Args:
-        projection: its name (``"projection_simplex"``), which does not import jaxopt before it is used; or the
-            function, or a ``functools.partial`` of it.
+        projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a
+            ``functools.partial`` of it.
         params: ``params(theta, data)``, the argument that jaxopt calls ``hyperparams`` (a radius, a pair of bounds,
             …); None for the function's own default.
         tol: for a name without a closed form, the tolerance of the iteration that finds which constraints hold with
@@ -62,7 +62,7 @@ def jaxopt_prox(
     """Return a proximal operator of `jaxopt.prox` in the form that :class:`ProximalGradient` takes.
 
     Args:
-        prox: the function, or its name (``"prox_lasso"``), which does not import jaxopt before it is used.
+        prox: the function, or its name (``"prox_lasso"``), for which this call imports jaxopt.
         params: ``params(theta, data)``, the strength of the penalty in the form that the function expects; None for
             its own default.
 

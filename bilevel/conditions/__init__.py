@@ -1,8 +1,8 @@
 """Conditions: what holds at the inner solution, declared as a residual F(w, θ, data) that vanishes there.
 
 Everything else follows from the residual. The inner solver drives it to zero, and the implicit function theorem
-differentiates it: dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition also states its structure (symmetric, positive definite), so
-that a solver which needs more than that is refused before anything runs.
+differentiates it: dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition also declares its structure, such as symmetry. A
+solver that needs more structure is refused before it runs.
 """
 
 from bilevel.conditions.constrained import Projected, ProximalGradient

@@ -13,21 +13,21 @@ from bilevel.types import Objective, PyTree
 
 @dataclass(frozen=True)
 class Projected:
-    """The condition w = P(w − η∇_w objective), at a minimum of a function over a convex set; both may depend on θ.
+    """The condition w = P(w − η∇_w objective) of a minimum over a convex set, with the projection P onto the set.
 
-    The projection is not differentiable where a constraint becomes active. At a solution on such a kink, the
-    derivative is that of one side.
+    The objective and the set may depend on θ. The projection has a kink where a constraint becomes active. At a
+    solution on a kink, the derivative is that of one side.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``.
         projection: ``projection(w, theta, data)`` onto the set; :func:`jaxopt_projection` makes one.
-        step_size: η > 0. The solution does not depend on it; fixed-point iteration converges below
-            2 / (largest eigenvalue of the Hessian).
+        step_size: η > 0. The solution does not depend on it. For a convex objective, fixed-point iteration
+            converges for η below 2 / (largest eigenvalue of the Hessian).
         positive_definite: as for :class:`FixedPoint`.
         strong_convexity: as for :class:`FixedPoint`.
 
     Raises:
-        ValueError: for a step size or μ that is not positive and finite.
+        ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite.
 
     Source: Blondel et al. (2022), Efficient and modular implicit differentiation, section 2.2.
 
@@ -62,21 +62,21 @@ class Projected:
 
 @dataclass(frozen=True)
 class ProximalGradient:
-    """The condition w = prox_ηr(w − η∇_w objective), at a minimum of objective + r, where r has a proximal operator.
+    """The condition w = prox_ηr(w − η∇_w objective) of a minimum of objective + r, with the proximal operator of r.
 
-    The operator is not differentiable where an entry becomes zero, for instance. At a solution on such a kink, the
+    The operator of many r, such as ‖w‖₁, has a kink where an entry becomes zero. At a solution on a kink, the
     derivative is that of one side.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``, the smooth part.
         prox: ``prox(w, theta, data, step_size)`` = argmin_u ½‖u − w‖² + η·r(u, θ); :func:`jaxopt_prox` makes one.
-        step_size: η > 0. The solution does not depend on it; fixed-point iteration converges below
-            2 / (largest eigenvalue of the Hessian).
+        step_size: η > 0. The solution does not depend on it. For a convex objective, fixed-point iteration
+            converges for η below 2 / (largest eigenvalue of the Hessian).
         positive_definite: as for :class:`FixedPoint`.
         strong_convexity: as for :class:`FixedPoint`.
 
     Raises:
-        ValueError: for a step size or μ that is not positive and finite.
+        ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite.
 
     Source: Bertrand et al. (2020), Implicit differentiation of Lasso-type models.
 

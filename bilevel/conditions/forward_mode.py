@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of projections that define their reverse mode alone."""
+"""Forward-mode derivatives of projections that define only their reverse mode."""
 
 import functools
 from collections.abc import Callable
@@ -14,9 +14,10 @@ from bilevel.types import PyTree
 def differentiable_forwards(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Return ``function(*arguments)``, differentiable in forward mode even where it calls a ``jax.custom_vjp``.
 
-    A ``jax.custom_vjp`` defines the reverse mode alone: JAX can neither push a tangent through it nor transpose its
+    A ``jax.custom_vjp`` defines only the reverse mode: JAX can neither push a tangent through it nor transpose its
     vjp. jaxopt's projections that solve an optimisation problem are such functions. For those the tangent is computed
-    with the whole Jacobian, which takes n reverse passes and supports first derivatives only.
+    with the whole Jacobian, which takes one reverse pass for each entry of the output and supports first derivatives
+    only.
     """
     if not _holds_custom_vjp(jax.make_jaxpr(function)(*arguments).jaxpr):
         return function(*arguments)

@@ -45,8 +45,8 @@ class FixedPoint:
     Args:
         mapping: ``mapping(w, theta, data)``, a pytree like w.
         symmetric: whether ∂mapping/∂w is known to be symmetric everywhere, so that CG can be used.
-        positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0, as it does for a contraction.
-        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a contraction by c.
+        positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0, as it does for a contraction in ‖·‖₂.
+        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a mapping with Lipschitz constant c < 1.
 
     Raises:
         ValueError: for a strong convexity that is a number and not positive and finite.

@@ -13,10 +13,11 @@ from bilevel.types import Objective, PyTree
 class KKT:
     """The Karush-Kuhn-Tucker conditions of min objective subject to equality = 0 and inequality ≤ 0.
 
-    Here w = (x, ν, μ), and with the Lagrangian L = objective + ⟨ν, equality⟩ + ⟨μ, inequality⟩ the residual is
-    (∇_x L, equality, μ·inequality). An inactive inequality has μ = 0 and leaves the derivative unchanged. The
-    system is singular where an active inequality has μ = 0, or where the gradients of the active constraints are
-    linearly dependent. The residual vanishes for wrong signs too: the solver must ensure μ ≥ 0 and inequality ≤ 0.
+    Here w = (x, ν, μ) with the multipliers ν and μ. With the Lagrangian
+    L = objective + ⟨ν, equality⟩ + ⟨μ, inequality⟩ the residual is (∇_x L, equality, μ·inequality). An inactive
+    inequality has μ = 0 and no effect on the derivative. The adjoint system is singular where an active inequality has
+    μ = 0, or where the gradients of the active constraints are linearly dependent. The residual vanishes for wrong
+    signs too, so the solver must ensure μ ≥ 0 and inequality ≤ 0.
 
     Args:
         objective: ``objective(x, theta, data) -> scalar``.
@@ -24,7 +25,7 @@ class KKT:
         inequality: ``inequality(x, theta, data)``, any pytree; where it is None, the third entry of w is None too.
 
     Raises:
-        ValueError: when called, for a w that is not such a triple.
+        ValueError: in ``residual``, for a w that is not such a triple.
 
     Source: Amos and Kolter (2017), OptNet, equation 6.
 
@@ -62,7 +63,7 @@ class KKT:
         return self.objective(x, theta, data), equality, inequality
 
     def _parts(self, w: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        """Return x, ν and μ; ValueError where w is no such triple."""
+        """Return x, ν and μ, or raise ValueError if w is no such triple."""
         given = [constraint is not None for constraint in (self.equality, self.inequality)]
         if not isinstance(w, tuple) or len(w) != 3 or [part is not None for part in w[1:]] != given:
             names = [name if there else "None" for name, there in zip(("ν", "μ"), given, strict=True)]

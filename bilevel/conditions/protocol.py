@@ -10,7 +10,7 @@ from bilevel.types import PyTree
 Residual = Callable[[PyTree, PyTree, PyTree], PyTree]
 """``residual(w, theta, data)``, a pytree like w."""
 StrongConvexity = float | Callable[[PyTree, PyTree], jax.Array] | None
-"""μ > 0 with ⟨u, Au⟩ ≥ μ‖u‖² wherever the solver may come: a number, ``f(theta, data)``, or None where unknown."""
+"""μ > 0 with ⟨u, (∂F/∂w)u⟩ ≥ μ‖u‖² at all w that a solver may reach: a number, ``f(theta, data)``, or None."""
 
 
 class Condition(Protocol):
@@ -28,7 +28,7 @@ class Condition(Protocol):
 
     @property
     def strong_convexity(self) -> StrongConvexity:
-        """μ where the user declares it."""
+        """The strong convexity μ that the user declares; None where it is unknown."""
         ...
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
@@ -36,7 +36,10 @@ class Condition(Protocol):
         ...
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree | None:
-        """Return D, a scalar or a pytree like w; the adjoint system is solved as (D A D)u = D g, v = D u."""
+        """Return D, a scalar or a pytree like w, or None for no scaling.
+
+        The adjoint system Av = g is solved as (D A D)u = D g with v = D u.
+        """
         ...
 
 
@@ -44,7 +47,7 @@ class GradientCondition(Condition, Protocol):
     """A condition whose residual is the gradient of an objective, so that ∂F/∂w is symmetric by construction."""
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
-        """Return the function whose gradient in w is the residual, a scalar."""
+        """Return the value of the function whose gradient in w is the residual, a scalar."""
         ...
 
 

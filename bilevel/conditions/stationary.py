@@ -42,7 +42,7 @@ class Stationary:
         check_strong_convexity("Stationary", self.strong_convexity)
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
-        """Return the function whose gradient in w is the residual, a scalar."""
+        """Return the value of the function whose gradient in w is the residual, a scalar."""
         return self.objective(w, theta, data)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
@@ -63,8 +63,8 @@ theta_itself = identity_center
 class Proximal:
     """The condition ∇_w objective + λ(w − c) = 0, at a minimum of objective(w, θ, data) + ½ λ‖w − c‖².
 
-    Its Jacobian is A = H + λI. The adjoint system Av = g is solved in the scaled form (I + H/λ)u = g, whose
-    eigenvalues are close to one where H is small compared with λ.
+    With the Hessian H of the objective, its Jacobian is A = H + λI. The adjoint system Av = g is solved in the scaled
+    form (I + H/λ)u = g/√λ with v = u/√λ. Its eigenvalues are close to one if H is small compared with λ.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``, without the proximal term.
@@ -76,7 +76,8 @@ class Proximal:
             objective): a number above 0, or ``f(theta, data)``.
 
     Raises:
-        ValueError: for a λ or μ that is a number and not positive and finite.
+        ValueError: for a λ or μ that is a number and not positive and finite, and, in use, for a centre whose tree
+            structure is not that of w.
 
     Source: Rajeswaran, Finn, Kakade, Levine (2019), equation 3; for a λ per parameter the scaling is
     symmetric, (I + Λ^-½ H Λ^-½).
@@ -98,7 +99,7 @@ class Proximal:
             )
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
-        """Return the function whose gradient in w is the residual, a scalar."""
+        """Return the value of the function whose gradient in w is the residual, a scalar."""
         difference = self._difference(w, theta, data)
         penalty = tree.vdot(difference, tree.scale(self._strength(theta, data), difference))
         value = self.objective(w, theta, data)
@@ -109,7 +110,7 @@ class Proximal:
         return tree.add(jax.grad(self.objective)(w, theta, data), pull)
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
-        # Where a learned λ is not positive the system stays unscaled, and the status of its solve reports that.
+        # Where a learned λ is not positive, the system stays unscaled. Its solve reports an A that is not definite.
         return jax.tree.map(
             lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
             tree.arrays(self._strength(theta, data)),

@@ -1,4 +1,4 @@
-"""Linear solvers of the adjoint system: one protocol, and a status that rests on the true residual.
+"""Linear solvers of the adjoint system: one protocol, and a status computed from the true residual.
 
 A solver is a frozen value, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. Most of the
 algorithms are jaxopt's, which return x and nothing else. In float32 the recursive residual of such an algorithm can be

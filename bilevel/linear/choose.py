@@ -18,15 +18,15 @@ class LinearChoice(NamedTuple):
 
 
 DENSE_LIMIT = 500
-"""Unknowns up to which a dense factorisation is chosen: its n products and n² numbers of memory are then cheap."""
+"""Largest number of unknowns n for which a dense factorisation is chosen. It takes n products and stores n² numbers."""
 
 
 def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice:
     """Choose a linear solver that fits the structure of a condition, and say why.
 
     Args:
-        condition: its ``symmetric`` and ``positive_definite`` decide.
-        w: a pytree like the inner variables, or of their shapes. Where it is given, their number decides too.
+        condition: the choice depends on its ``symmetric`` and ``positive_definite``.
+        w: a pytree like the inner variables, or of their shapes. If given, the choice also depends on their number.
 
     Returns:
         ``(solver, reason)``; the reason is one sentence.
@@ -38,7 +38,7 @@ def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice
         ('CG', 'Stationary is symmetric: conjugate gradients need one product an iteration and four vectors.')
     """
     name = type(condition).__name__
-    # A Python number has no size and is one unknown.
+    # A Python number has no attribute size and counts as one unknown.
     size = None if w is None else sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(w))
     if size is not None and size <= DENSE_LIMIT:
         if condition.symmetric and condition.positive_definite:

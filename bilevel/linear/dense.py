@@ -14,7 +14,8 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 class LU:
     """An LU factorisation, for any regular operator of up to some thousand unknowns: jaxopt's ``solve_lu``.
 
-    The operator is written out as a matrix, which takes n products and n² numbers of memory.
+    The operator is written out as a matrix, which takes n products and n² numbers of memory for n unknowns. The status
+    is SINGULAR if the relative residual is above √eps.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
@@ -46,8 +47,8 @@ class LU:
 class Cholesky:
     """A Cholesky factorisation of a symmetric positive definite operator: jaxopt's ``solve_cholesky``.
 
-    It takes half the arithmetic of :class:`LU`. It fails where the operator is not positive definite, so its success
-    proves definiteness up to rounding.
+    The factorisation takes half the arithmetic of that of :class:`LU`. It fails, with status NEGATIVE_CURVATURE, if the
+    operator is not positive definite. So success proves definiteness up to rounding.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
@@ -75,14 +76,14 @@ class Cholesky:
 
 
 def _factorise(name: str, ridge: float, matvec: MatVec, b: PyTree, breakdown: Status) -> tuple[PyTree, LinearInfo]:
-    """Run one of jaxopt's dense solvers on the ravelled system, because they take neither pytrees nor scalars."""
+    """Run one of jaxopt's dense solvers on the ravelled system, because these take neither pytrees nor scalars."""
     from bilevel._jaxopt import library  # imports jaxopt
 
     operator = with_ridge(matvec, ridge)
     size, b_unit, _ = normalise(b)
-    flat, unravel = ravel_pytree(tree.widened(b_unit))  # LAPACK factorises nothing below float32
+    flat, unravel = ravel_pytree(tree.widened(b_unit))  # LAPACK factorises nothing narrower than float32
 
-    def flat_matvec(v):  # solve_cholesky makes its basis vectors in the default dtype, whatever that of b
+    def flat_matvec(v):  # solve_cholesky makes its basis vectors in the default dtype, not in that of b
         return ravel_pytree(in_accumulation_dtype(operator, b)(unravel(v.astype(flat.dtype))))[0]
 
     x = tree.like(unravel(getattr(library, name)(flat_matvec, flat)), b)

@@ -1,4 +1,4 @@
-"""The status of a linear solve, from its answer x alone: one product Ax gives the true residual and ⟨x, Ax⟩."""
+"""The status of a linear solve, from the computed x: one product Ax gives the true residual and ⟨x, Ax⟩."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SolveDiagnostics:
-    """What an answer x of Ax = b shows of its solve.
+    """What a computed solution x of Ax = b shows about its solve.
 
     Attributes:
-        relative_residual: the true ‖b − Ax‖ / ‖b‖; infinite where x is not finite.
+        relative_residual: the true ‖b − Ax‖ / ‖b‖, or ‖b − Ax‖ where b = 0; infinite where x is not finite.
         status: NONFINITE where A or b is not finite, the solver's ``breakdown`` where x alone is not, and CONVERGED
             otherwise.
         not_definite: whether x disproves that A is positive definite.
@@ -27,28 +27,28 @@ class SolveDiagnostics:
 
 
 def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.NONFINITE) -> SolveDiagnostics:
-    """Return what the answer x shows, at the price of one product.
+    """Return the :class:`SolveDiagnostics` of a computed x, at the cost of one product.
 
     Args:
         matvec: A.
         b: the right-hand side.
-        x: the answer.
+        x: the computed solution.
         breakdown: the status of an x that is not finite although A and b are.
     """
     length = tree.norm(x)
     finite = jnp.isfinite(length)
-    # A·0 tells a NaN in A from a NaN that the solver made.
+    # Multiply A by zero if x is not finite: the product is then NaN only if A itself has a NaN.
     x = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), x)
-    # b = 0 with x = 0 needs no product. XLA also plans the buffers of a branch apart from those of the solve, which
-    # lowers the memory of a few-shot meta-gradient by 5 %.
+    # b = 0 with x = 0 needs no product. The cond also makes XLA allocate the buffers of the product apart from those of
+    # the solve. That lowers the memory of a few-shot meta-gradient by 5 %.
     trivial = (tree.norm(b) == 0) & (length == 0)
     product = jax.lax.cond(trivial, lambda x: jax.tree.map(jnp.zeros_like, x), matvec, x)
     residual = relative_residual(b, tree.subtract(b, product))
     status = jnp.where(finite, jnp.int32(Status.CONVERGED), jnp.int32(breakdown))
     status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))
     residual = jnp.where(finite, residual, jnp.full_like(residual, jnp.inf))
-    flat = tree.vdot(x, product) <= rounding_of_curvature(length, tree.norm(product))
-    return SolveDiagnostics(residual, status, finite & flat & (length > 0))
+    no_curvature = tree.vdot(x, product) <= rounding_of_curvature(length, tree.norm(product))
+    return SolveDiagnostics(residual, status, finite & no_curvature & (length > 0))
 
 
 def relative_residual(b: PyTree, residual: PyTree) -> jax.Array:
@@ -60,8 +60,8 @@ def relative_residual(b: PyTree, residual: PyTree) -> jax.Array:
 def rounding_of_curvature(length: jax.Array, product_length: jax.Array) -> jax.Array:
     """Return √eps·‖p‖‖Ap‖: the sign of a smaller ⟨p, Ap⟩ is rounding noise.
 
-    A positive definite A has ⟨p, Ap⟩ ≥ 2√κ/(κ + 1)·‖p‖‖Ap‖ (Kantorovich's inequality), which is larger for every
-    condition number κ below 1/eps.
+    A positive definite A with condition number κ has ⟨p, Ap⟩ ≥ 2√κ/(κ + 1)·‖p‖‖Ap‖ (Kantorovich's inequality). This is
+    above the threshold for every κ below 1/eps.
     """
     return jnp.sqrt(jnp.finfo(product_length.dtype).eps) * length * product_length
 
@@ -84,18 +84,18 @@ def report(
     breakdown: Status = Status.NONFINITE,
     needs_definite: bool = False,
 ) -> LinearInfo:
-    """Return the :class:`LinearInfo` of a solver that returned x alone; it is not differentiated.
+    """Return the :class:`LinearInfo` of a computed x. It carries no derivative.
 
     Args:
         matvec: A.
         b: the right-hand side.
-        x: the answer.
-        tol: the relative residual that is asked for; None for no judgement.
+        x: the computed solution.
+        tol: the tolerance for the relative residual; None for the status BUDGET_USED.
         iterations: the iterations taken, where they are known.
         failure: the status of a residual above ``tol``.
         breakdown: the status of an x that is not finite although A and b are.
-        needs_definite: whether the algorithm is right for a positive definite A alone. An x that disproves
-            definiteness is then NEGATIVE_CURVATURE.
+        needs_definite: whether the algorithm requires a positive definite A. For an x that disproves definiteness the
+            status is then NEGATIVE_CURVATURE.
     """
     b, x = jax.lax.stop_gradient((b, x))
     found = diagnose(matvec, b, x, breakdown)

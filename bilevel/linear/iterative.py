@@ -1,4 +1,4 @@
-"""Iterative linear solvers: jaxopt's, and conjugate gradients that watch their own recursion."""
+"""Iterative linear solvers: jaxopt's, and conjugate gradients that also report curvatures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,16 +29,17 @@ ENGINES = ("jaxopt", "watched")
 class CG:
     """Conjugate gradients, for a symmetric positive definite operator.
 
-    Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``, and its report rests on the answer x
-    alone: the true residual, and NEGATIVE_CURVATURE where ⟨x, Ax⟩ ≤ 0 or where the recursion broke down. A direction
-    of negative curvature on the way, which the answer does not show, goes unnoticed. ``"watched"`` is a loop of this
-    library that also reports the iterations taken, the least curvature among its directions, NEGATIVE_CURVATURE
-    wherever a direction shows it, SINGULAR where A maps a direction to zero, and STAGNATION where the recursive
-    residual met ``tol`` and the true one does not. It costs three more reductions over vectors in an iteration.
+    Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``. Its report is computed from the result x
+    alone: the true residual, and NEGATIVE_CURVATURE where ⟨x, Ax⟩ ≤ 0 or where the recursion broke down. A search
+    direction of negative curvature goes unnoticed if x does not show it. ``"watched"`` is a loop of this library. It
+    also reports the iterations taken, the least curvature among the search directions, NEGATIVE_CURVATURE if a
+    direction has it, SINGULAR if A maps a direction to zero, and STAGNATION if the recursive residual met ``tol`` and
+    the true one does not. It computes two more vector norms in each iteration.
 
     Args:
-        max_steps: iterations, each one product with A. The error falls like ((√κ − 1)/(√κ + 1))^k.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        max_steps: iterations, each one product with A. The error after k of them is of order
+            ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
         preconditioner: a function r ↦ M⁻¹r, symmetric positive definite; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
@@ -86,9 +87,11 @@ class NormalCG:
     one with Aᵀ.
 
     Args:
-        max_steps: iterations. The error falls like ((κ − 1)/(κ + 1))^k.
-        tol: judge the true ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure. The recursion
-            sees Aᵀ(b − Ax) alone, so it runs until that has the size of rounding errors.
+        max_steps: iterations. The error after k of them is of order ((κ − 1)/(κ + 1))^k, with the condition number κ
+            of A.
+        tol: the status is CONVERGED if the true ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. The
+            recursion only knows Aᵀ(b − Ax), so it does not stop at ``tol``. It runs until that vector has the size of
+            rounding errors, or for ``max_steps``.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
 
@@ -127,11 +130,11 @@ class GMRES:
     """Generalised minimal residuals, for any regular operator: jaxopt's ``solve_gmres``.
 
     Args:
-        max_steps: products in all, rounded up to cycles of ``restart`` products.
-        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        max_steps: products in all, rounded up to whole cycles of ``restart`` products.
+        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the left; None for the identity.
-        restart: the Krylov vectors kept, each as large as b, at most as many as b has entries.
+        restart: the number of Krylov vectors kept in memory, each as large as b; at most the number of entries of b.
 
     Raises:
         ValueError: for a budget or restart below one or a negative tolerance or ridge.
@@ -170,11 +173,11 @@ class GMRES:
 class BiCGStab:
     """Stabilised biconjugate gradients, for any regular operator: jaxopt's ``solve_bicgstab``.
 
-    Each iteration takes two products, and memory does not grow. The recursion may break down where GMRES does not.
+    Memory does not grow with the iterations. The recursion may break down where that of GMRES does not.
 
     Args:
         max_steps: iterations, each two products.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None spends ``max_steps``, which is then no failure.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r; None for the identity.
 
@@ -219,7 +222,7 @@ def _solve_with_jaxopt(
     needs_definite: bool = False,
     **options: Any,
 ) -> tuple[PyTree, LinearInfo]:
-    """Run one of jaxopt's iterative solvers on b / ‖b‖ in the accumulation dtype, and report on its answer."""
+    """Run one of jaxopt's iterative solvers on b / ‖b‖ in the accumulation dtype, and report on its result."""
     from bilevel._jaxopt import library  # imports jaxopt
 
     operator = with_ridge(matvec, solver.ridge)
@@ -237,9 +240,10 @@ def _solve_with_jaxopt(
 
 
 def _without_zero_products(matvec: MatVec) -> MatVec:
-    """Return ``matvec`` without the product of a zero vector, which JAX's CG makes for a start at zero.
+    """Return ``matvec`` with the product of a zero vector replaced by zeros.
 
-    The other solvers transpose ``matvec``, and JAX cannot transpose this condition on v.
+    JAX's CG computes that product when it starts at zero. Only CG gets this ``matvec``: others transpose theirs, and
+    JAX cannot transpose a ``cond`` that depends on v.
     """
 
     def product(v: PyTree) -> PyTree:
@@ -254,7 +258,7 @@ def _without_zero_products(matvec: MatVec) -> MatVec:
 def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
     operator = with_ridge(matvec, solver.ridge)
     size, b_unit, init_unit = normalise(b, init)
-    seen = jax.lax.stop_gradient(
+    report = jax.lax.stop_gradient(
         conjugate_gradients(
             in_accumulation_dtype(operator, b),
             tree.widened(b_unit),
@@ -264,26 +268,26 @@ def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -
             _preconditioner(solver, b),
         )
     )
-    stopped_by_itself = seen.iterations < solver.max_steps
+    stopped_by_itself = report.iterations < solver.max_steps
     failure = jnp.where(stopped_by_itself, jnp.int32(Status.STAGNATION), jnp.int32(Status.MAX_STEPS))
     info = diagnosis.report(
         operator,
         b_unit,
-        tree.like(seen.x, b),
+        tree.like(report.x, b),
         solver.tol,
-        iterations=seen.iterations,
+        iterations=report.iterations,
         failure=failure,
         breakdown=Status.NEGATIVE_CURVATURE,
         needs_definite=True,
     )
-    status = jnp.where(seen.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
-    status = jnp.where(seen.null, jnp.int32(Status.SINGULAR), status)
+    status = jnp.where(report.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
+    status = jnp.where(report.null, jnp.int32(Status.SINGULAR), status)
     status = jnp.maximum(info.status, status)
-    return denormalise(size, replace(info, status=status, least_curvature=seen.least_curvature))
+    return denormalise(size, replace(info, status=status, least_curvature=report.least_curvature))
 
 
 def _preconditioner(solver: Iterative, b: PyTree) -> MatVec | None:
-    """Return r ↦ M⁻¹r in the accumulation dtype; jaxopt applies it as ``M``, and the watched engine itself."""
+    """Return r ↦ M⁻¹r in the accumulation dtype, or None if the solver has no preconditioner."""
     return None if solver.preconditioner is None else in_accumulation_dtype(solver.preconditioner, b)
 
 

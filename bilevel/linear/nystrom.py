@@ -1,4 +1,4 @@
-"""The Nyström approximation of the inverse."""
+"""The Nyström approximation as a linear solver: Nystrom."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 class Nystrom:
     """The solution x = (ρI + H_r)⁻¹b with the rank-r Nyström approximation H_r of a positive semi-definite A.
 
-    H_r = C W⁺ Cᵀ from r random columns C = AΩ and W = ΩᵀAΩ, and the inverse follows from Woodbury's identity. The r
-    products are independent of each other and can run at the same time, while those of CG follow one another. At full
-    rank the solution is exact for A + ρI.
+    H_r = C W⁺ Cᵀ with C = AΩ and W = ΩᵀAΩ, where the r columns of Ω are an orthonormal basis of a random space. The
+    inverse follows from Woodbury's identity. The r products are independent of each other and can run at the same time,
+    while those of CG follow one another. At full rank the solution is exact for A + ρI.
 
     Args:
         rank: r, at most the number of unknowns.
         ridge: ρ > 0; the residual reported is that of (A + ρI)x = b.
-        tol: judge ‖b − Ax‖ ≤ tol·‖b‖; None for no judgement.
-        seed: the seed of the Gaussian Ω.
+        tol: the status is CONVERGED if ‖b − (A + ρI)x‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED.
+        seed: the seed of the random Ω.
 
     Raises:
         ValueError: for a rank below one, a ridge that is not positive, or a negative tol.
@@ -66,7 +66,7 @@ class Nystrom:
         normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
         sketch, _ = jnp.linalg.qr(normal)
         columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
-        # W is singular where A is: eigenvalues of the size of rounding errors are left out.
+        # W may be singular, as A may be. Eigenvalues of the size of rounding errors are left out.
         core = sketch.T @ columns
         values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
         # A sum of b.size terms is rounded in b's dtype, and each product is rounded in the leaves' dtype.

@@ -1,4 +1,4 @@
-"""The Neumann series."""
+"""The truncated Neumann series as a linear solver: Neumann."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,15 @@ from bilevel.types import LinearInfo, MatVec, PyTree
 class Neumann:
     """The truncated series x = α Σ_{k<K} (I − αA)^k b, for an operator with ‖I − αA‖ < 1.
 
-    It equals backpropagation through the last K steps of gradient descent with rate α.
+    With A and b of the adjoint system, it equals backpropagation through K steps of gradient descent with step size α,
+    all taken at the inner solution. With ``init``, x is the result of K steps x ← x + α(b − Ax) from there.
 
     Args:
-        max_steps: K, the number of terms. The first term takes no product, each later one takes one. The error is
-            (I − αA)^K x.
-        step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed point.
-        tol: judge ‖b − Ax‖ ≤ tol·‖b‖; None for no judgement. All terms are summed in either case.
+        max_steps: K, the number of terms. The first term takes no product, each later one takes one. Without
+            ``init``, the error is (I − αA)^K times the exact solution.
+        step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
+        tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. All terms are
+            summed in either case.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:

@@ -26,7 +26,7 @@ def with_ridge(matvec: MatVec, ridge: float) -> MatVec:
 def normalise(b: PyTree, init: PyTree | None = None) -> tuple[jax.Array, PyTree, PyTree | None]:
     """Return ‖b‖, b / ‖b‖ and init / ‖b‖, so that a cotangent of size 1e-20 or 1e20 is solved as well as one of size 1.
 
-    The factor is 1 where ‖b‖ is zero or not finite.
+    Where ‖b‖ is zero or not finite, 1 takes its place.
     """
     size = tree.norm(b)
     size = jax.lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size)))
@@ -34,25 +34,25 @@ def normalise(b: PyTree, init: PyTree | None = None) -> tuple[jax.Array, PyTree,
 
 
 def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
-    """Return the solution for b, and the report with it, from the report on b / size."""
+    """Return the solution for b and its report, from the report on the solution for b / size."""
     solution = tree.scale(size, info.solution)
     return solution, replace(info, solution=solution)
 
 
 def in_accumulation_dtype(matvec: MatVec, like: PyTree) -> MatVec:
-    """Return a map on trees like ``like`` as a map on vectors in the dtype that reductions over them accumulate in.
+    """Return a map on trees like ``like`` as a map on trees in the accumulation dtype (that of :func:`tree.widened`).
 
     A recursion in bfloat16 loses too many digits. The products themselves are computed in the dtypes of ``like``.
     """
-    # Inside shard_map a basis vector of a dense solver varies over no axis of the mesh, and matvec may need it to.
+    # Inside shard_map, the basis vectors of a dense solver vary over no mesh axis, but matvec may need varying ones.
     return lambda v: tree.widened(matvec(tree.like(tree.match_varying_axes(v, like)[0], like)))
 
 
 def recursive_tol(tol: float | None, b: PyTree) -> float:
     """Return the relative residual at which a recursion stops.
 
-    The recursion goes a little below ``tol``, so that rounding errors alone do not fail the true residual. It stops at
-    eps² in any case: there is nothing to gain below, and its squares would underflow and give 0/0.
+    The recursion goes a little below ``tol``, so that the true residual meets ``tol`` in spite of rounding errors. It
+    stops at eps² in any case: smaller residuals gain nothing, and their squares would underflow and give 0/0.
     """
     tol, eps = tol or 0.0, tree.eps(b)
     return max((0.9 if tol > 80 * eps else 0.5) * tol, eps**2)

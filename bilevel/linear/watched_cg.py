@@ -1,4 +1,4 @@
-"""Conjugate gradients that report what they saw: the recursion of ``CG(engine="watched")`` and of ``HessianFree``."""
+"""Conjugate gradients that also report curvatures: the recursion of ``CG(engine="watched")`` and ``HessianFree``."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,10 @@ from bilevel.types import MatVec, PyTree
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Watched:
-    """The state of the recursion; at the end, what it saw.
+class CGState:
+    """The state of the recursion. The last state is also the report of the solve.
+
+    Below a relative residual of eps the directions are rounding noise, and the curvatures there are not recorded.
 
     Attributes:
         x: the solution so far.
@@ -22,10 +24,10 @@ class Watched:
         rz: ⟨r, M⁻¹r⟩.
         squared: ‖r‖².
         iterations: directions that were multiplied by A.
-        least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² of a direction; infinite before the first.
+        least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² recorded; infinite if there is none.
         largest_stretch: the largest ‖Ap‖ / ‖p‖, a lower bound of ‖A‖.
-        negative: whether a direction had ⟨p, Ap⟩ < 0 by more than rounding.
-        null: whether a direction had Ap = 0 up to rounding. The recursion stops there.
+        negative: whether a direction had ⟨p, Ap⟩ < 0 by more than rounding, or ⟨p, Ap⟩ = 0 with Ap ≠ 0.
+        null: whether a direction had Ap = 0 up to rounding. Without ``truncate`` the recursion stops there.
         going: whether another direction is to be followed.
     """
 
@@ -50,8 +52,8 @@ def conjugate_gradients(
     tol: float,
     preconditioner: MatVec | None = None,
     truncate: bool = False,
-) -> Watched:
-    """Solve Ax = b for a symmetric A, and return the last state with what the recursion saw.
+) -> CGState:
+    """Solve Ax = b for a symmetric A, and return the last state with the solution and the curvatures found.
 
     Args:
         matvec: A.
@@ -60,9 +62,10 @@ def conjugate_gradients(
         max_steps: the budget, in products.
         tol: the recursion stops at ‖r‖ ≤ tol·‖b‖.
         preconditioner: r ↦ M⁻¹r; None for the identity.
-        truncate: stop at the first ⟨p, Ap⟩ ≤ 0 without following that direction, except that the first direction is
-            then followed with length 1. The x of such a solve always descends (Steihaug's rule). Otherwise the
-            recursion goes on, as jaxopt's does.
+        truncate: if True, stop at a direction with ⟨p, Ap⟩ ≤ 0 and return the x before it; if it is the very first
+            direction p, return init + p. From zero, with b the negative gradient, x is then a descent direction
+            (Steihaug's rule). If False, the recursion goes on through negative curvature, as jaxopt's does, and
+            breaks off only where A maps p to zero or ⟨p, Ap⟩ = 0.
 
     Source: Hestenes and Stiefel (1952); Steihaug (1983) for the truncation.
     """
@@ -80,19 +83,18 @@ def conjugate_gradients(
     def unfinished(squared, iterations):
         return (iterations < max_steps) & (squared > tol**2 * target)
 
-    def advance(state: Watched) -> Watched:
+    def advance(state: CGState) -> CGState:
         product = matvec(state.p)
         curvature = tree.vdot(state.p, product)
-        # What is only looked at carries no tangent: a forward derivative goes through the solution alone.
-        length, size = (tree.norm(jax.lax.stop_gradient(vector)) for vector in (state.p, product))
-        seen = jax.lax.stop_gradient(curvature)
-        rounding = rounding_of_curvature(length, size)
-        stretch = jnp.maximum(state.largest_stretch, size / length)
-        # Below a relative residual of eps the directions are rounding noise, and their curvature means nothing.
+        # Numbers that only serve the report are cut from differentiation: tangents go through the solution alone.
+        length, product_length = (tree.norm(jax.lax.stop_gradient(vector)) for vector in (state.p, product))
+        reported_curvature = jax.lax.stop_gradient(curvature)
+        rounding = rounding_of_curvature(length, product_length)
+        stretch = jnp.maximum(state.largest_stretch, product_length / length)
         meaningful = state.squared > eps**2 * target
-        flat = jnp.abs(seen) <= rounding
-        null = meaningful & flat & (size <= jnp.sqrt(eps) * stretch * length)
-        negative = meaningful & ((seen < -rounding) | ((seen == 0) & ~null))
+        zero_curvature = jnp.abs(reported_curvature) <= rounding
+        null = meaningful & zero_curvature & (product_length <= jnp.sqrt(eps) * stretch * length)
+        negative = meaningful & ((reported_curvature < -rounding) | ((reported_curvature == 0) & ~null))
         follow = (curvature > 0) if truncate else (curvature != 0) & ~null
         alpha = jnp.where(follow, state.rz / jnp.where(follow, curvature, jnp.ones_like(curvature)), 0)
         steepest = truncate & (state.iterations == 0) & ~follow
@@ -101,8 +103,8 @@ def conjugate_gradients(
         z, rz, squared = precondition(r)
         p = tree.add(z, tree.scale(rz / state.rz, state.p))
         iterations = state.iterations + 1
-        least = jnp.minimum(state.least_curvature, jnp.where(meaningful, seen / length**2, jnp.inf))
-        return Watched(
+        least = jnp.minimum(state.least_curvature, jnp.where(meaningful, reported_curvature / length**2, jnp.inf))
+        return CGState(
             x, r, p, rz, squared, iterations, least, stretch,
             state.negative | negative, state.null | null, follow & unfinished(squared, iterations),
         )  # fmt: skip
@@ -110,6 +112,6 @@ def conjugate_gradients(
     x = jax.tree.map(jnp.zeros_like, b) if init is None else init
     r = b if init is None else tree.subtract(b, matvec(init))
     z, rz, squared = precondition(r)
-    none, zero, no = jnp.int32(0), jnp.zeros_like(rz), jnp.bool_(False)
-    start = Watched(x, r, z, rz, squared, none, zero + jnp.inf, zero, no, no, unfinished(squared, none))
+    no_steps, zero, no = jnp.int32(0), jnp.zeros_like(rz), jnp.bool_(False)
+    start = CGState(x, r, z, rz, squared, no_steps, zero + jnp.inf, zero, no, no, unfinished(squared, no_steps))
     return jax.lax.while_loop(lambda state: state.going, advance, tree.match_varying_axes(start)[0])

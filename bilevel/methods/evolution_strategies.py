@@ -15,16 +15,17 @@ from bilevel.types import Hypergradient, PyTree
 
 @dataclass(frozen=True)
 class EvolutionStrategies:
-    """Antithetic samples of the outer value, for an inner loop that cannot be differentiated.
+    """Antithetic samples of the outer value, for an inner solver that cannot be differentiated.
 
-    It estimates the gradient of E outer(w(θ + σε)) from pairs θ ± σε along orthogonal directions of length √d, where d
-    is the number of entries of θ. With d pairs the estimate is central differences in a random basis, with an error of
-    O(σ²). With fewer pairs it is an unbiased estimate of those differences, and its variance falls with more pairs.
+    The gradient of E outer(w(θ + σε)) over random ε is estimated from pairs θ ± σε. The ε are orthogonal and of length
+    √d, where d is the number of entries of θ. With d pairs the estimate consists of central differences in a random
+    basis, with an error of O(σ²). With fewer pairs the estimate is random. Its mean has that error, and its variance
+    falls with the number of pairs.
 
     Args:
         pairs: the number of directions, each of which takes two inner solves; at most d are used.
         scale: σ > 0.
-        seed: the seed of the directions. They depend on θ too, and are the same at the same θ.
+        seed: the seed of the directions ε. They depend on θ too, and equal θ gives equal directions.
 
     Raises:
         ValueError: for fewer than one pair or a scale that is not positive.

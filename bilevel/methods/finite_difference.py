@@ -18,9 +18,10 @@ from bilevel.types import Hypergradient, PyTree
 class FiniteDifference:
     """The implicit function theorem with central differences of gradients in place of second derivatives.
 
-    A u ≈ (F(w + εu) − F(w − εu)) / 2ε. As B = ∂_θ∇_w L, also Bᵀv ≈ (∇_θL(w + εv) − ∇_θL(w − εv)) / 2ε. The error is
-    O(ε²) from the third derivative and eps/ε from rounding. The default ε = eps^⅓·(1 + ‖w‖) / ‖u‖ balances both. The
-    relative error is then about eps^⅔: 2e-5 in float32 and 4e-11 in float64.
+    With the inner objective L, its gradient F = ∇_w L, A = ∂F/∂w and B = ∂F/∂θ, the products are
+    A u ≈ (F(w + εu) − F(w − εu)) / 2ε and Bᵀv ≈ (∇_θL(w + εv) − ∇_θL(w − εv)) / 2ε. The error is O(ε²) from the third
+    derivative and eps/ε from rounding, with the machine epsilon eps. The default ε = eps^⅓·(1 + ‖w‖) / ‖u‖ balances
+    both. The relative error of a product is then about eps^⅔: 2e-5 in float32 and 4e-11 in float64.
 
     Args:
         linear: solves the adjoint system by products alone: :class:`CG` or :class:`Neumann`. ``Neumann(1, α)``
@@ -66,7 +67,7 @@ class FiniteDifference:
         inner = solve_constant(solver, condition, init, theta, data)
 
         def along(function, u):
-            """Return d function(w + εu)/dε at ε = 0."""
+            """Return the central difference for d function(w + εu)/dε at ε = 0."""
             size, reach = tree.norm(u), 1 + tree.norm(inner.w)
             step = tree.eps(inner.w) ** (1 / 3) if self.step is None else self.step
             epsilon = step * reach / jnp.where(size > 0, size, jnp.ones_like(size))

@@ -12,14 +12,15 @@ from bilevel.types import Hypergradient, PyTree
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """The adjoint system without the second derivatives in A, so that its solution is explicit.
+    """Implicit differentiation with A, the matrix of the adjoint system, simplified so that the solution is explicit.
 
-    For :class:`Proximal`, A = H + λI is replaced by λI. With θ as the centre, the gradient is then ∇_w outer at the
-    solution, which is first-order MAML. For a condition with a mapping, A = I − ∂mapping/∂w is replaced by I. A
-    derivative of this hypergradient holds w* fixed; for a second derivative use :class:`Implicit`.
+    For :class:`Proximal`, A = H + λI is replaced by λI, where H is the Hessian of its objective. If θ is the centre and
+    enters nowhere else, the gradient is then ∇_w outer at the solution, as in first-order MAML. For a condition with a
+    mapping, A = I − ∂mapping/∂w is replaced by I. A derivative of this hypergradient takes w* as a constant. For a
+    second derivative use :class:`Implicit`.
 
     Raises:
-        ValueError: when called, for a condition whose A consists of second derivatives alone.
+        ValueError: when called, for a condition with neither a proximal term nor a mapping.
 
     Source: Finn, Abbeel, Levine (2017), section 5.2.
 

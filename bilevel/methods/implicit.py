@@ -25,11 +25,11 @@ from bilevel.types import Hypergradient, LinearSolver, PyTree
 class Implicit:
     """The implicit function theorem: one adjoint system at the inner solution, whatever solver found it.
 
-    Memory does not grow with the inner steps. The gradient is exact at w*. At an approximate w its error is
-    proportional to ‖F(w)‖ and to the residual of the linear solver.
+    Memory does not grow with the inner steps. The gradient is exact if w and the adjoint are. Otherwise its error is of
+    the order of ‖F(w)‖, the norm of the condition's residual, plus the residual of the linear solver.
 
     Args:
-        linear: solves the adjoint system; :class:`CG` needs a symmetric condition.
+        linear: solves the adjoint system; :class:`CG`, :class:`Cholesky` and :class:`Nystrom` need a symmetric one.
 
     Raises:
         ValueError: when called, for a linear solver that needs a symmetry the condition does not have.

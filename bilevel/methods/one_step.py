@@ -13,14 +13,14 @@ from bilevel.types import Hypergradient, PyTree
 
 @dataclass(frozen=True)
 class OneStep:
-    """One-step (Jacobian-free) differentiation: dw/dθ ≈ ∂step(w*, θ)/∂θ, with w* held fixed.
+    """One-step (Jacobian-free) differentiation: dw*/dθ ≈ ∂step(w*, θ)/∂θ, for one solver step from a constant w*.
 
-    It needs no linear system and no second derivative in w. Its relative error is at most the contraction factor of
-    the step, so it is accurate for a solver that converges in few steps. A derivative of this hypergradient holds w*
-    fixed too; for a second derivative use :class:`Implicit`.
+    It needs no linear system and no second derivative in w. The relative error of dw*/dθ is at most the
+    contraction factor of the step, so a solver that converges in few steps gives an accurate result. A derivative of
+    this hypergradient takes w* as a constant too. For a second derivative use :class:`Implicit`.
 
     Raises:
-        ValueError: when called, for a solver whose step depends on more than w and θ.
+        ValueError: when called, for a solver other than GradientDescent, FixedPointIteration and Anderson.
 
     Source: Bolte, Pauwels, Vaiter (2023), One-step differentiation of iterative algorithms.
 
@@ -29,7 +29,7 @@ class OneStep:
         >>> from bilevel import FixedPoint, FixedPointIteration, Problem, value_and_hypergradient
         >>> problem = Problem(FixedPoint(lambda w, theta, data: 0.1 * w + theta), lambda w, theta, data: w)
         >>> out = value_and_hypergradient(problem, FixedPointIteration(20), OneStep())(1.0, 0.0, None)
-        >>> round(float(out.value), 3), float(out.gradient)  # 1 / 0.9; its derivative is as large
+        >>> round(float(out.value), 3), float(out.gradient)  # exact: 1 / 0.9 for both
         (1.111, 1.0)
     """
 

@@ -13,7 +13,7 @@ from bilevel.solvers import InnerSolver
 from bilevel.types import Hypergradient, PyTree, Solution
 
 Start = PyTree | Callable[[PyTree, PyTree], PyTree]
-"""Where the inner solver starts: a pytree like w, or ``init(theta, data)`` that returns one."""
+"""Where the inner solver starts: a pytree like w, or a function ``init(theta, data)`` that returns one."""
 
 
 class Method(Protocol):
@@ -63,14 +63,14 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
 
 
 def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
-    """Return the inner Solution as a constant, for methods that have a formula of their own for its derivative."""
+    """Return the inner Solution as a constant, for methods that do not differentiate the solver."""
     theta = jax.lax.stop_gradient(theta)
-    found = solvers.solve(solver, condition, starting_point(init, theta, data), theta, data)
-    return jax.lax.stop_gradient(found)
+    solution = solvers.solve(solver, condition, starting_point(init, theta, data), theta, data)
+    return jax.lax.stop_gradient(solution)
 
 
 def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
-    """Return the outer function as one that returns ``(value, aux)``, with aux None where it has none."""
+    """Return the outer function in the form that returns ``(value, aux)``; aux is None without ``has_aux``."""
     if problem.has_aux:
         return problem.outer
     return lambda w, theta, data: (problem.outer(w, theta, data), None)
@@ -79,14 +79,14 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
 def outer_derivatives(
     problem: Problem, w: PyTree, theta: PyTree, data: PyTree
 ) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
-    """Return value, aux, ∂outer/∂w and ∂outer/∂θ."""
+    """Return the outer value, aux, ∂outer/∂w and ∂outer/∂θ."""
     differentiate = jax.value_and_grad(outer_with_aux(problem), argnums=(0, 1), has_aux=True, allow_int=True)
     (value, aux), (outer_w, outer_theta) = differentiate(w, theta, data)
     return value, aux, outer_w, tree.with_zeros(outer_theta, theta)
 
 
 def check_potential(name: str, condition: Condition) -> GradientCondition:
-    """Return the condition; ValueError where it is not the gradient of an inner objective."""
+    """Return the condition, or raise ValueError if its residual is not the gradient of an inner objective."""
     if not is_gradient(condition):
         raise ValueError(
             f"{name} differentiates an inner objective, and {type(condition).__name__} is not the gradient of one: "

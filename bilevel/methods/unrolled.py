@@ -16,16 +16,16 @@ from bilevel.types import Hypergradient, PyTree
 class Unrolled:
     """Backpropagation through the inner solver's steps, all of them or the last few.
 
-    The result is the derivative of what the solver computed, not of the solution; both agree as the steps converge.
-    Memory grows with the number of steps that are differentiated. Where ``init`` is a function of θ, its derivative
-    counts. With ``init=lambda theta, data: theta`` this is MAML.
+    The result is the derivative of what the solver computed, not of the solution. Both agree as the steps converge.
+    Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
+    included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
 
     Args:
         last: differentiate the last ``last`` steps only; None for all.
         checkpoint: recompute each step in the backward pass and keep only the iterates.
-        first_order: treat the residual of each step as a constant, so that no second derivative is computed and no
-            iterate is stored. The inner solution's derivative is then that of ``init``. With MAML's start at θ this is
-            first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
+        first_order: treat the residual of each step as a constant, so that no second derivative is computed. With
+            gradient descent, no iterate is stored, and the inner solution's derivative is that of ``init``. With MAML's
+            start at θ this is first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
 
     Raises:
         ValueError: when called, for ``last`` below one or above the solver's steps, for a solver without steps of its
@@ -90,9 +90,9 @@ class Unrolled:
 class ForwardUnrolled:
     """Forward-mode differentiation through the inner solver: one tangent for each entry of θ.
 
-    Like that of :class:`Unrolled`, the result is the derivative of what the solver computed. Time and memory grow with
-    the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. Where
-    ``init`` is a function of θ, its derivative counts.
+    As with :class:`Unrolled`, the result is the derivative of what the solver computed. Time and memory grow with
+    the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. If
+    ``init`` is a function of θ, its derivative is included.
 
     Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
 

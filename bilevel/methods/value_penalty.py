@@ -17,9 +17,9 @@ from bilevel.types import Hypergradient, PyTree
 class ValuePenalty:
     """The value-function penalty: first derivatives only, and a second inner solve in place of a linear solve.
 
-    With w* = argmin L and w_ρ = argmin (L + outer/ρ), the gradient is
-    ∂_θ outer(w_ρ) + ρ·(∂_θ L(w_ρ) − ∂_θ L(w*)). Its error is O(1/ρ). Rounding errors and the errors of the inner
-    solves are multiplied by ρ.
+    With the inner objective L, w* = argmin L and w_ρ = argmin (L + outer/ρ), the gradient is
+    ∂_θ outer(w_ρ) + ρ·(∂_θ L(w_ρ) − ∂_θ L(w*)). Its error is O(1/ρ). Rounding errors and the errors of
+    the inner solves are multiplied by ρ.
 
     Args:
         penalty: ρ > 0.

@@ -1,7 +1,7 @@
 """Inner solvers: how w*(θ) is found.
 
 A solver is a frozen value, called as ``solver(condition, init, theta, data) -> Solution``. Any function with these
-arguments that returns w, or a Solution, is a solver too. An iterative solver also shows its single step (``start`` and
+arguments that returns w, or a Solution, is a solver too. An iterative solver also offers its single step (``start`` and
 ``update``). A method that differentiates through the iterations builds its own loop from that step, so both loops
 compute the same numbers.
 """

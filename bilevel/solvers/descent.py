@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 @renamed_field("steps", "max_steps")
 @dataclass(frozen=True)
 class GradientDescent:
-    """Gradient descent: w ← w − step_size · F(w, θ, data), from ``init``.
+    """Gradient descent: w ← w − step_size · F(w, θ, data) from ``init``, with F the gradient of the inner objective.
 
     Args:
-        step_size: the rate; the iteration converges below 2 / (largest eigenvalue of ∂F/∂w).
+        step_size: a positive number. On a convex objective, the iteration without momentum converges for values below
+            2 / (largest eigenvalue of ∂F/∂w).
         max_steps: the budget, in gradients.
-        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure.
-        momentum: Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
+        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
+        momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
 
     Raises:
         ValueError: for a step size that is not positive and finite, a momentum outside [0, 1), a negative budget or
@@ -77,12 +78,12 @@ class Optax:
     Args:
         transformation: an ``optax.GradientTransformation``; it is given F, the inner gradient, and w.
         max_steps: the budget, in gradients.
-        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure. With a tol the number of iterations
-            is known only at run time, so they cannot be differentiated in reverse mode.
+        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED. With a tol the number of
+            iterations is known only at run time, so :class:`Unrolled` cannot differentiate them.
 
     Raises:
         ValueError: for a negative budget or tol, and, when called, for a condition that is not a gradient, or a
-            transformation that asks for the objective's value.
+            transformation that requires further arguments, such as the objective's value.
     """
 
     transformation: "optax.GradientTransformation"
@@ -99,7 +100,7 @@ class Optax:
         return init, self.transformation.init(init)
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
-        import optax  # its import takes a while, so it waits until it is needed
+        import optax  # optax is slow to import, so it is imported when needed
 
         w, memory = state
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts

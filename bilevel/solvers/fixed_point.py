@@ -1,4 +1,4 @@
-"""Inner solvers that repeat a mapping: FixedPointIteration and Anderson."""
+"""Inner solvers that iterate a mapping: FixedPointIteration and Anderson."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class FixedPointIteration:
 
     Args:
         max_steps: the budget, in evaluations of the mapping.
-        tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
 
     Raises:
         ValueError: for a negative budget or tol, and, when called, for a condition that has no mapping.
@@ -57,14 +57,15 @@ class FixedPointIteration:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class Anderson:
-    """Fixed-point iteration with Anderson's acceleration: the mix of past steps with the least residual.
+    """Fixed-point iteration with Anderson's acceleration, which combines past steps to make the residual small.
 
-    It can converge where the plain iteration does not contract. On an affine mapping it is equivalent to GMRES.
+    It can converge where the mapping does not contract. On an affine mapping, with a history of all steps, it is
+    essentially equivalent to GMRES.
 
     Args:
         max_steps: the budget, in evaluations of the mapping.
-        tol: stop at ‖w − mapping(w)‖ ≤ tol; None spends the budget, which is then no failure.
-        history: how many past differences are mixed, at most as many as w has entries; each takes the memory of two
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
+        history: how many past differences are combined, at most as many as w has entries. Each takes the memory of two
             vectors like w.
 
     Raises:
@@ -74,7 +75,7 @@ class Anderson:
     Source: Walker and Ni (2011), Anderson acceleration for fixed-point iterations, algorithm AA.
 
     Example:
-        A rotation by a quarter turn about (0.5, 0.5), on which the plain iteration circles for ever:
+        For a rotation by a quarter turn about (0.5, 0.5), fixed-point iteration would go round in a circle:
 
         >>> import jax.numpy as jnp
         >>> from bilevel.conditions import FixedPoint
@@ -106,11 +107,11 @@ class Anderson:
         w, (last_w, last_residual, steps_w, steps_residual, count) = state
         flat, unravel = ravel_pytree(tree.widened(w))
         flat_residual = ravel_pytree(tree.widened(residual))[0]
-        known = count > 0  # the first residual has no predecessor
+        has_previous = count > 0
         slot = (count - 1) % steps_w.shape[0]
-        steps_w = steps_w.at[slot].set(jnp.where(known, flat - last_w, steps_w[slot]))
+        steps_w = steps_w.at[slot].set(jnp.where(has_previous, flat - last_w, steps_w[slot]))
         steps_residual = steps_residual.at[slot].set(
-            jnp.where(known, flat_residual - last_residual, steps_residual[slot])
+            jnp.where(has_previous, flat_residual - last_residual, steps_residual[slot])
         )
         mix = _least_squares(steps_residual, flat_residual)
         step = flat_residual + mix @ (steps_w - steps_residual)
@@ -121,9 +122,9 @@ class Anderson:
 
 
 def _least_squares(rows: jax.Array, target: jax.Array) -> jax.Array:
-    """Return argmin_c ‖target − c·rows‖, by the normal equations of unit rows with a ridge of 10·eps."""
-    lengths = jnp.sum(rows**2, axis=1)
-    scale = jnp.where(lengths > 0, jax.lax.rsqrt(jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))), 0)
+    """Return argmin_c ‖target − c·rows‖, by the normal equations of rows of length 1 with a ridge of 10·eps."""
+    squares = jnp.sum(rows**2, axis=1)
+    scale = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares))), 0)
     unit = rows * scale[:, None].astype(rows.dtype)
     ridge = 10 * jnp.finfo(rows.dtype).eps * jnp.eye(rows.shape[0], dtype=rows.dtype)
     return jnp.linalg.solve(unit @ unit.T + ridge, unit @ target) * scale.astype(rows.dtype)

@@ -1,4 +1,4 @@
-"""Inner solvers of other libraries: Jaxopt."""
+"""Inner solvers of jaxopt: Jaxopt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from bilevel.types import PyTree, Solution
 
 @dataclass(frozen=True, init=False)
 class Jaxopt:
-    """Any solver of jaxopt, on a condition that it can solve.
+    """A solver of jaxopt, for the conditions that it can solve.
 
     ===================================================  ================================================
     condition                                            jaxopt solvers
@@ -30,20 +30,20 @@ class Jaxopt:
     KKT with a quadratic objective, affine constraints   OSQP, BoxOSQP, EqualityConstrainedQP
     ===================================================  ================================================
 
-    The bounds of a box are computed from its projection. The step of MirrorDescent is its option
-    ``projection_grad(w, gradient, step, (theta, data))``. The SciPy solvers run outside of a trace only: find w with
-    them first, and differentiate at that w.
+    The bounds of a box are computed from its projection. MirrorDescent takes projected gradient steps unless its option
+    ``projection_grad(w, gradient, step, (theta, data))`` defines other ones. The SciPy solvers cannot be traced: find w
+    with :func:`solve` first, and differentiate at that w.
 
-    jaxopt's ``tol`` stops the solver by jaxopt's own error measure. The status compares the condition's true residual
-    with the same number.
+    jaxopt compares ``tol`` with an error measure of its own to stop the solver. The status compares ``tol`` with the
+    condition's true residual.
 
     Args:
-        solver: the class, or its name (``"LBFGS"``), which does not import jaxopt before it is used.
+        solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
         options: the options of its constructor: ``maxiter``, ``tol``, ``stepsize``, …
 
     Raises:
-        ValueError: for a name that jaxopt does not have, and, when called, for a solver that cannot solve the
-            condition; the message lists those that can.
+        ValueError: when called, for a name that jaxopt does not have, and for a solver that cannot solve the condition.
+            The message lists those that can.
 
     Example:
         >>> import jax.numpy as jnp

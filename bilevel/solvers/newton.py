@@ -20,16 +20,18 @@ from bilevel.types import MatVec, PyTree, Solution
 class HessianFree:
     """Newton's method with directions from a few CG steps, and a backtracking line search.
 
-    CG on H d = −F stops at a direction of negative curvature and returns its iterate before that direction, or the
-    negative gradient if that was the first. So d always descends. The step is halved until the objective falls by at
-    least 10⁻⁴ of the linear prediction (Armijo's rule).
+    With the inner gradient F and Hessian H, a few CG steps on H d = −F give the direction d. CG stops at a search
+    direction of negative curvature and returns the iterate before it, or −F if it is the first. So d always is a
+    descent direction. The step is halved until the objective falls by at least 10⁻⁴ of the linear prediction (Armijo's
+    rule).
 
     Args:
-        max_steps: the budget, in Newton steps. Each takes a gradient, ``cg_steps`` products, and the objective's
-            values in the line search.
+        max_steps: the budget, in Newton steps. Each takes a gradient, up to ``cg_steps`` products, and values of
+            the objective in the line search.
         cg_steps: products with the Hessian for a direction.
-        tol: stop at ‖F‖ ≤ tol; None spends the budget, which is then no failure.
-        halvings: how often a step is halved before w is left where it is.
+        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
+        halvings: how often a step is halved at most. If Armijo's rule then still fails, the last trial is taken if its
+            objective is not above that of w; otherwise w stays.
 
     Raises:
         ValueError: for a negative budget, tol or number of halvings, fewer than one CG step, and, when called, for a
@@ -86,14 +88,17 @@ def _truncated_newton(matvec: MatVec, gradient: PyTree, cg_steps: int) -> PyTree
     size, unit, _ = normalise(gradient)
     eps = float(jnp.finfo(size.dtype).eps)
     minus = tree.widened(tree.scale(-1, unit))
-    found = conjugate_gradients(in_accumulation_dtype(matvec, gradient), minus, None, cg_steps, eps, truncate=True)
-    return tree.scale(size, tree.like(found.x, gradient))
+    state = conjugate_gradients(in_accumulation_dtype(matvec, gradient), minus, None, cg_steps, eps, truncate=True)
+    return tree.scale(size, tree.like(state.x, gradient))
 
 
 def _line_search(
     potential: Callable[[PyTree], jax.Array], w: PyTree, gradient: PyTree, direction: PyTree, halvings: int
 ) -> PyTree:
-    """Return the first of w + d, w + d/2, … whose objective falls by 10⁻⁴ of the linear prediction; w if none does."""
+    """Return the first of w + d, w + d/2, … that meets Armijo's rule with 10⁻⁴.
+
+    If none does, return the last one, or w if the objective is lower there.
+    """
     here, predicted = potential(w), tree.vdot(gradient, direction)
     # Near the minimum the values differ by rounding errors alone, so an increase of that size is accepted.
     slack = 4 * jnp.finfo(here.dtype).eps * jnp.abs(here)
@@ -107,5 +112,5 @@ def _line_search(
 
     _, *start = tree.match_varying_axes(w, jnp.ones((), predicted.dtype), jnp.int32(0))
     size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), tuple(start))
-    found = (tries < halvings) | (potential(moved(size)) <= here)
-    return jax.tree.map(lambda new, old: jnp.where(found, new, old), moved(size), w)
+    accepted = (tries < halvings) | (potential(moved(size)) <= here)
+    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), moved(size), w)

@@ -37,7 +37,7 @@ class IterativeSolver(Protocol):
 
 
 def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
-    """Run all steps of an iterative solver: a loop of fixed length without ``tol``, until ‖F‖ ≤ tol with it."""
+    """Run an iterative solver for ``max_steps`` steps, or for fewer if it has a ``tol`` that the residual meets."""
     solver.check(condition)
 
     def residual(w: PyTree) -> PyTree:
@@ -57,17 +57,17 @@ def _until_converged(
     solver: IterativeSolver, tol: float, residual: Callable[[PyTree], PyTree], init: PyTree
 ) -> Solution:
     def unfinished(carry):
-        _, gradient, steps = carry
-        return (steps < solver.max_steps) & (tree.norm(gradient) > tol)
+        _, current_residual, steps = carry
+        return (steps < solver.max_steps) & (tree.norm(current_residual) > tol)
 
     def advance(carry):
-        state, gradient, steps = carry
-        state = solver.update(state, gradient)
+        state, current_residual, steps = carry
+        state = solver.update(state, current_residual)
         return state, residual(state[0]), steps + 1
 
     start = solver.start(init), residual(init), jnp.int32(0)
-    (w, _), gradient, steps = jax.lax.while_loop(unfinished, advance, start)
-    return report(gradient, w, steps, tol)
+    (w, _), last_residual, steps = jax.lax.while_loop(unfinished, advance, start)
+    return report(last_residual, w, steps, tol)
 
 
 def report(residual: PyTree, w: PyTree, steps: int | jax.Array, tol: float | None = None) -> Solution:
@@ -82,9 +82,10 @@ def report(residual: PyTree, w: PyTree, steps: int | jax.Array, tol: float | Non
 
 
 def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> Solution:
-    """Return the solution with its report made anew from a residual that is computed anyway.
+    """Return the solution with its report made anew from a residual that the caller has computed.
 
-    The compiler then removes the solver's own evaluation of the residual, which saves one gradient.
+    The compiler then removes the solver's own last evaluation of the residual, which saves one gradient. A solution by
+    any solver but an iterative one without ``tol`` is returned unchanged.
     """
     if isinstance(solver, IterativeSolver) and solver.tol is None:
         return report(residual, solution.w, solution.steps)
@@ -92,7 +93,7 @@ def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> 
 
 
 def solve(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
-    """Run any inner solver, and compute the residual where it returned w alone.
+    """Run any inner solver, and compute the residual if the solver returned w alone.
 
     Args:
         solver: ``solver(condition, init, theta, data)``.
@@ -112,7 +113,7 @@ def solve(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree
 
 
 def _like_start(w: PyTree, init: PyTree) -> PyTree:
-    """Return w in the dtypes of the start; ValueError where it is another tree or has other shapes."""
+    """Return w in the dtypes of ``init``, or raise ValueError if w is another tree or has other shapes."""
     got, expected = (jax.tree.map(jnp.shape, variables) for variables in (w, init))
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(variables)] for variables in (w, init)]
     if jax.tree.structure(w) != jax.tree.structure(init) or shapes[0] != shapes[1]:
@@ -130,7 +131,7 @@ def check_budget(name: str, max_steps: int, tol: float | None) -> None:
 
 
 def check_gradient(name: str, condition: Condition) -> GradientCondition:
-    """Return the condition; ValueError where it is not the gradient of an objective."""
+    """Return the condition, or raise ValueError if its residual is not the gradient of an objective."""
     if is_gradient(condition):
         return condition
     if hasattr(condition, "mapping"):
