@@ -136,3 +136,8 @@ def test_each_file_has_a_fast_test(path):
     assert "mark.slow" not in "".join(map(ast.unparse, marks)), "mark tests or classes, not a whole file"
     found = dict(functions(tree))
     assert not all(found.values()), f"all tests of this file are slow: {sorted(found)}"
+
+
+def test_contributing_lists_every_slow_test_with_its_reason():
+    module = runpy.run_path(str(Path(__file__).with_name("slow_tests.py")))
+    assert module["listed"]() == module["slow_tests"]()
