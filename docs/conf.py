@@ -1,7 +1,7 @@
-"""Settings of the site: Markdown pages, an API reference from docstrings, and pictures that the examples draw.
+"""Sphinx settings of the site: Markdown pages, an API reference from docstrings, and pictures that the examples draw.
 
-Neither the build nor a reader's browser downloads anything. Formulas are converted to MathML during the build, and no
-inventories of other projects are used.
+The build needs no network: it loads no inventories of other projects. The pages load no scripts from other hosts:
+formulas are converted to MathML during the build.
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    # This project's own, in docs/extensions.
+    # Extensions of this project, in docs/extensions.
     "docstrings",
     "gallery",
     "mathml",
@@ -33,7 +33,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!bilevel|imaml).*")]  # names of other pr
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["ref.python"]  # several records have an attribute w, so w is ambiguous
+suppress_warnings = ["ref.python"]  # several records have an attribute w, so a reference to `w` is ambiguous
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -1,7 +1,7 @@
 """Dataset distillation: ten learned images from which a linear classifier learns all digits.
 
-The inner problem trains a linear classifier on ten synthetic images, one for each class. θ is their 640 pixels. The
-outer value is the loss of the classifier on real digits.
+The inner problem trains a linear classifier on ten synthetic images, one for each class. θ holds the 640 pixels of
+these images. The outer value is the loss of the classifier on real digits.
 """
 
 import sys
@@ -16,7 +16,7 @@ import bilevel as bl
 
 
 def load():
-    """Return 1,000 digits to distil and 797 to test, with pixels in [0, 1]."""
+    """Return 1,000 digits for the outer loss and 797 for the test, each with labels; pixels are in [0, 1]."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     x, y = jnp.asarray(x[order] / 16, jnp.float32), jnp.asarray(y[order])

@@ -1,7 +1,7 @@
 """A deep equilibrium model: its hidden state is the fixed point of a layer, h = tanh(s·Wh + 6·Ux + b).
 
-Anderson acceleration finds the fixed point, and the implicit function theorem differentiates it. Memory is that of one
-application of the layer. The model separates the points of two intertwined spirals.
+The factor s makes the layer a contraction. Anderson acceleration finds the fixed point, and the implicit function
+theorem differentiates it with the memory of one layer. The model separates the points of two intertwined spirals.
 """
 
 import sys
@@ -26,7 +26,7 @@ def load():
 
 
 def mapping(h, theta, x):
-    scale = 0.9 / jnp.maximum(jnp.linalg.norm(theta["W"]), 0.9)  # any W gives a contraction: one fixed point
+    scale = 0.9 / jnp.maximum(jnp.linalg.norm(theta["W"]), 0.9)  # a contraction for every W, with one fixed point
     return jnp.tanh(scale * h @ theta["W"] + 6 * x @ theta["U"] + theta["b"])
 
 

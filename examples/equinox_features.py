@@ -1,7 +1,7 @@
 """Features of an Equinox network, learned through a ridge regression of its last layer.
 
 The inner problem fits the last layer to 60 points by ridge regression. The outer variables are the parameters of the
-earlier layers. They learn features with which the regression predicts 60 other points well.
+earlier layers. The outer value is the error of the regression on 60 other points.
 """
 
 import sys
@@ -29,7 +29,7 @@ def load():
 def main(picture="equinox_features.png"):
     data = load()
     network = eqx.nn.MLP(1, 12, 32, depth=2, activation=jnp.tanh, key=jax.random.key(2))
-    theta, rest = eqx.partition(network, eqx.is_array)  # the parameters, and everything that is not an array
+    theta, rest = eqx.partition(network, eqx.is_array)  # the parameters, and all leaves that are not arrays
 
     def predict(w, theta, x):
         return jax.vmap(eqx.combine(theta, rest))(x) @ w

@@ -1,7 +1,7 @@
 """A ridge penalty for each of thirty features of a logistic regression, learned on validation data.
 
-A grid over thirty outer variables is not feasible. The hypergradient costs one linear system for all of them. Half of
-the features of scikit-learn's breast-cancer data are replaced by noise, and should get the larger penalties.
+A grid over thirty outer variables is not feasible. The hypergradient costs one linear system for all thirty. Half of
+the features of scikit-learn's breast-cancer data are replaced by noise. The noise should get the larger penalties.
 """
 
 import sys

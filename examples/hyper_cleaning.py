@@ -1,7 +1,7 @@
 """Hyper-cleaning: a weight for each training digit, learned so that digits with wrong labels lose their influence.
 
-Half of the labels of 300 digits are wrong. The inner problem trains a classifier on the weighted digits. The outer
-value is its loss on a clean validation set, and θ holds the logits of the weights.
+About half of the labels of 300 digits are wrong. The inner problem trains a classifier on the weighted digits. The
+outer value is its loss on a validation set without wrong labels. θ holds the logits of the weights.
 """
 
 import sys
@@ -17,7 +17,7 @@ import bilevel as bl
 
 
 def load():
-    """Return 300 digits to train, about half of them with a wrong label, 300 to validate and 600 to test."""
+    """Return training and validation digits, 300 each, 600 test digits, and a mask of the wrong training labels."""
     rng = np.random.default_rng(0)
     x, y = load_digits(return_X_y=True)
     order = rng.permutation(len(y))
@@ -42,7 +42,7 @@ def main(picture="hyper_cleaning.png"):
     theta, init = jnp.zeros(300), jnp.zeros((64, 10))
     minimum = bl.minimize(problem, theta, init, data, solver, method, optax.adam(0.3), 60)
     train = lambda theta: bl.GradientDescent(1.0, 300, momentum=0.8)(problem.condition, init, theta, data).w  # noqa: E731
-    choices = theta, minimum.theta, jnp.where(wrong, -30.0, 30.0)  # sigmoid(∓30): the weights 0 and 1
+    choices = theta, minimum.theta, jnp.where(wrong, -30.0, 30.0)  # sigmoid(∓30) gives the weights 0 and 1
     scores = [float(jnp.mean(jnp.argmax(x @ train(choice), axis=1) == y)) for choice in choices]
     weights, bins = np.asarray(jax.nn.sigmoid(minimum.theta)), np.linspace(0, 1, 26)
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

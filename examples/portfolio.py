@@ -1,7 +1,7 @@
 """A portfolio on the simplex, and the risk aversion with the smallest loss on later returns.
 
 The inner problem minimises risk minus expected return over weights that are not negative and sum to one. θ holds the
-logarithm of the risk aversion, and a tilt that is added to each mean return. The outer value is the later loss.
+logarithm of the risk aversion, and tilts of the mean returns. The outer value is the later loss and a penalty on tilts.
 """
 
 import sys
@@ -17,7 +17,7 @@ ASSETS = 8
 
 
 def load():
-    """Return moments of 60 days of synthetic returns of eight assets with common factors, and 400 later days."""
+    """Return mean and covariance of 60 days of returns of eight synthetic assets, and the returns of 400 later days."""
     rng = np.random.default_rng(0)
     factors = rng.normal(size=(ASSETS, 3)) * 0.5
     mean = np.linspace(0.0, 0.14, ASSETS)

@@ -1,7 +1,7 @@
 """One ridge penalty for all features, chosen by descent on the validation error.
 
-The inner problem is a ridge regression on scikit-learn's diabetes data. The outer value is its error on other patients.
-`bilevel` computes the derivative dw/dλ = −(XᵀX/n + λI)⁻¹w from the condition, so this file contains no formula of it.
+The inner problem is a ridge regression on scikit-learn's diabetes data, with the penalty λ = exp(θ). The outer value is
+its error on other patients. `bilevel` derives the hypergradient from the condition, so this file has no formula of it.
 """
 
 import sys
@@ -16,7 +16,7 @@ import bilevel as bl
 
 
 def load():
-    """Return standardised data of 60 patients to fit, so few that a penalty matters, and 200 to validate."""
+    """Return standardised data of 60 training patients, so few that a penalty matters, and 200 validation patients."""
     x, y = load_diabetes(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     x, y = ((a - a.mean(0)) / a.std(0) for a in (x[order], y[order]))

@@ -1,8 +1,8 @@
-"""Adapt autodoc to two habits of this project's docstrings.
+"""Adapt autodoc to this project's docstrings in two respects.
 
-- Autodoc reads the string below a constant's assignment only from the file with the assignment. A package that
-  re-exports the constant needs a copy of that string.
-- |x| is an absolute value, but reStructuredText reads it as a substitution.
+- A constant is documented by the string below its assignment. Autodoc reads this string only in the module with the
+  assignment, so it is copied to the package that re-exports the constant.
+- In docstrings, |x| is an absolute value. reStructuredText would read it as a substitution, so | is escaped.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from sphinx.pycode import ModuleAnalyzer
 DEFINING_MODULES = {
     "bilevel": ("bilevel.certificates.lipschitz", "bilevel.conditions.stationary", "bilevel.solvers.protocol")
 }
-"""For each package, the modules that define the documented constants which it re-exports."""
+"""For each package, the modules that define the constants that the package re-exports."""
 
 
 def setup(app):
@@ -23,7 +23,7 @@ def setup(app):
 
 
 def copy_docstrings_of_constants(app):
-    """Add the strings below the constants' assignments to what autodoc has read from the package."""
+    """Add the docstrings of re-exported constants to those that autodoc has read from the package's own file."""
     for package, modules in DEFINING_MODULES.items():
         names = importlib.import_module(package).__all__
         target = ModuleAnalyzer.for_module(package)
@@ -36,7 +36,7 @@ def copy_docstrings_of_constants(app):
 
 
 def escape_absolute_values(app, what, name, obj, options, lines):
-    """Escape every | outside of literals and doctests. A doctest ends at an empty line."""
+    """Escape every | in a docstring outside of literals and doctests. A doctest ends at an empty line."""
     in_doctest = False
     for number, line in enumerate(lines):
         in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))

@@ -1,7 +1,7 @@
 """Run one example twice, to draw its picture for light and for dark pages.
 
-`python draw.py EXAMPLE FOLDER` writes NAME-light.png and NAME-dark.png, with transparent backgrounds. The first run
-prints the example's output.
+`python draw.py EXAMPLE FOLDER` writes NAME-light.png and NAME-dark.png to FOLDER, where NAME is the example's file name
+without `.py`. The backgrounds are transparent. The output of the example is printed once.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ import jax
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # needs the backend
+import matplotlib.pyplot as plt  # after the choice of the backend
 
 STYLES = {"dark": ["dark_background", {"axes.prop_cycle": plt.rcParams["axes.prop_cycle"]}], "light": []}
-"""The lines have the same colours in both styles, so that a text can refer to the colours."""
+"""Styles of matplotlib for both pictures. The colours of lines are the same, so that a page can mention them."""
 
 
 def main(example: str, folder: str) -> None:
     """Write both pictures of an example to a folder."""
-    # The second run compiles the same programs as the first, so it takes them from the cache.
+    # Both runs compile the same programs. With the cache, the second run need not compile them again.
     jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     sys.path.insert(0, str(Path(example).parent))

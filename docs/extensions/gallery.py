@@ -1,6 +1,6 @@
-"""Run the examples during the build of the site, and keep their pictures and their printed output.
+"""Run the examples during the build of the site, and write their pictures and their output to docs/generated.
 
-An example runs only if its file, `draw.py` or the library has changed since the last build.
+An example runs only if its file, `draw.py` or one of the packages has changed since the example's last run.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def setup(app):
 
 
 def run_examples(app):
-    """Write the pictures, the output and the digest of every example that has changed."""
+    """Write the pictures, the output and the digest of every example whose inputs have changed."""
     PICTURES.mkdir(exist_ok=True)
     library = digest(*sorted(path for package in ("bilevel", "imaml") for path in (ROOT / package).rglob("*.py")))
     stale = [path for path in examples() if not is_drawn(path, library)]
@@ -40,13 +40,13 @@ def examples():
 
 
 def is_drawn(path, library):
-    """Return True if the pictures are those of this example and of this library, given by its digest."""
+    """Return True if the example was drawn with its present file, `draw.py`, and the library of the given digest."""
     stamp = PICTURES / f"{path.stem}.digest"
     return stamp.exists() and stamp.read_text() == digest(path, DRAW) + library
 
 
 def run(path):
-    """Draw both pictures of an example into PICTURES, and return its printed output."""
+    """Write both pictures of an example to PICTURES, and return the printed output of the example."""
     command = [sys.executable, str(DRAW), str(path), str(PICTURES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Convert formulas to MathML during the build of the site, so that a browser needs no script to show them."""
+"""Convert formulas to MathML during the build of the site, so that a browser shows formulas without a script."""
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml

@@ -1,6 +1,6 @@
 """Write a table of the error messages of both packages, read from the `raise` statements in their source.
 
-A refusal is a ValueError, TypeError or InputError with its message. Reading the source keeps the table complete.
+A refusal is a `raise` statement with a ValueError, TypeError or InputError, or a call of a helper that raises one.
 """
 
 import ast
@@ -12,11 +12,11 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 REFUSALS = ("ValueError", "TypeError", "InputError")
 CHECKS = ("_check", "check")
-"""Functions that raise an InputError with their second argument if the first is false."""
+"""Helpers that raise an InputError if their first argument is false; the second argument is its message."""
 
 
 class Refusal(NamedTuple):
-    """One refusal: the type of its error, its message with … for each value, and its module."""
+    """The type of an error, its message with … for each value, and the module that raises it."""
 
     kind: str
     message: str
@@ -42,9 +42,9 @@ def page(package: str) -> str:
 
 
 def refusals(package: Path) -> Iterator[Refusal]:
-    """Yield all refusals of a package whose message is written in the `raise` statement or the helper's call."""
+    """Yield the refusals of a package whose message is a string expression. Files directly in `testing` are skipped."""
     for path in sorted(package.rglob("*.py")):
-        if path.parent.name == "testing":  # its assertions raise AssertionError
+        if path.parent.name == "testing":  # the assertions there raise AssertionError
             continue
         tree = ast.parse(path.read_text())
         place = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
@@ -55,7 +55,7 @@ def refusals(package: Path) -> Iterator[Refusal]:
 
 
 def _raised(node):
-    """Return the type and the message of a statement that raises a refusal; None for any other node."""
+    """Return the error type and the message of a refusal; None for any other node."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
         kind, arguments = node.exc.func.id, node.exc.args
         if kind in REFUSALS and arguments and (message := _text(arguments[0])):
@@ -81,6 +81,6 @@ def _text(node):
 
 
 def _escaped(text):
-    for mark in "\\|*_`<[":
-        text = text.replace(mark, "\\" + mark)
+    for character in "\\|*_`<[":
+        text = text.replace(character, "\\" + character)
     return text.replace("\n", " ")
