@@ -31,7 +31,6 @@ least-squares line through the errors of different problems, before and after co
 """
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import sys
@@ -46,6 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
+from imaml.runs.versions import versions
 
 TRAIN, VALIDATION, CLASSES, BACKTRACKS = 40, 30, 4, 12
 
@@ -293,11 +293,7 @@ def main():
     result = {name: summarise(row) for name, row in (rows | {"all": everything}).items()}
     record = {
         "command": " ".join(["python -m benchmarks.certification", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "bilevel": importlib.metadata.version("bilevel-imaml"),
-        },
+        "versions": versions(),
         "machine": f"{platform.machine()}, {jax.default_backend()}",
         "seconds": round(time.perf_counter() - begin, 1),
         "failures": failures(result["all"]),
