@@ -1,7 +1,7 @@
 """Meta-learning algorithms, each expressed as a bilevel problem, an inner solver and a differentiation method.
 
 This module does not compute gradients. A :class:`Learner` holds the three parts, and :func:`imaml.meta_gradient`
-averages the hypergradients that :mod:`bilevel` computes for a batch of tasks. θ denotes the meta-parameters, and φ the
+averages the hypergradients that `bilevel` computes for a batch of tasks. θ denotes the meta-parameters, and φ the
 parameters that are adapted to one task.
 """
 
@@ -24,7 +24,7 @@ class Learner:
     Args:
         apply: the network, ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``.
         solver: the inner solver, which starts from θ and computes φ from a support set.
-        method: how :mod:`bilevel` differentiates φ with respect to θ. ``bl.Implicit(bl.CG(5))`` gives implicit MAML,
+        method: how `bilevel` differentiates φ with respect to θ. ``bl.Implicit(bl.CG(5))`` gives implicit MAML,
             ``bl.Unrolled()`` gives MAML.
         strength: λ of the proximal term ½ λ‖φ − θ‖². None leaves the term out, as in MAML.
         loss: the loss on the support set and on the query set, ``loss(outputs, y) -> scalar``.

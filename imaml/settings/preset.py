@@ -82,7 +82,7 @@ class Preset:
         network: the kind and size of the network.
         strength: λ of the proximal term ½ λ‖φ − θ‖², which is added to the mean support loss. Only for implicit MAML.
         inner: the inner solver.
-        linear: the solver of the adjoint system; see :mod:`imaml.learning.problem`. Only for implicit MAML.
+        linear: the solver of the adjoint system; see `imaml.learning.problem`. Only for implicit MAML.
         outer: the outer optimiser, the tasks in a meta-step, and the number of meta-steps.
         seed: the seed of all random numbers, between 0 and 2**32 − 1.
         algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`. :meth:`using` changes it together with the
