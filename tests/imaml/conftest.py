@@ -16,7 +16,10 @@ ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 
 @pytest.fixture(scope="session")
 def omniglot_directory() -> Path:
-    """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR``, else ``../shared/omniglot``. Skip without them."""
+    """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR`` if it has both, else ``../shared/omniglot``.
+
+    The test is skipped if neither folder has both.
+    """
     candidates = [Path(__file__).resolve().parents[2].parent / "shared" / "omniglot"]
     if named := os.environ.get("OMNIGLOT_DIR"):
         candidates.insert(0, Path(named))
@@ -28,14 +31,14 @@ def omniglot_directory() -> Path:
 
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder for one test, which does not exist yet."""
+    """The path of a cache folder for one test. The folder does not exist yet."""
     directory = tmp_path / "cache"
     monkeypatch.setenv("IMAML_CACHE", str(directory))
     return directory
 
 
 def mount(*words: str | Path) -> None:
-    """Run ``mount`` with the arguments ``words``. Skip the test if that fails, because only root may mount."""
+    """Run ``mount`` with the arguments ``words``. Skip the test if that fails: in general, only root may mount."""
     try:
         done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -46,7 +49,7 @@ def mount(*words: str | Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system of half a megabyte. Skip the test if it cannot be mounted."""
+    """An empty file system of 512 KiB. The test is skipped if the file system cannot be mounted."""
     folder = tmp_path / "small-disk"
     folder.mkdir()
     mount("-t", "tmpfs", "-o", "size=512k", "none", folder)
@@ -56,7 +59,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Callable[[dict[str, bytes]], AbstractContextManager[Path]]:
-    """A context manager ``sealed(contents)`` that yields a read-only folder with the given files."""
+    """A context manager ``sealed(contents)`` that yields a read-only folder with the files ``{name: bytes}``."""
 
     def seal_by_permissions(folder):
         folder.chmod(0o555)

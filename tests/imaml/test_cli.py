@@ -23,14 +23,15 @@ from imaml.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT, OMNIGLOT = imaml.presets()[0], "omniglot-5way-1shot-gd"
-FEW_QUERIES = ["train", "--outer.queries", "1"]  # a class has only six images here, and a preset asks for 15 queries
-PATIENCE = 400.0
-"""The most seconds that a process may take, with compilation. On an idle machine it takes a few."""
+# The small glyph classes have six images each, too few for the 15 queries of the presets.
+TRAIN_WITH_ONE_QUERY = ["train", "--outer.queries", "1"]
+TIMEOUT = 400.0
+"""Time limit of a process in seconds, compilation included. On an idle machine a process takes a few seconds."""
 
 
 @pytest.fixture(scope="session")
 def glyph_cache(tmp_path_factory, tiny_pixels):
-    """Return a cache folder with a few small glyph classes. Drawing the real glyphs takes half a minute."""
+    """A cache folder with twelve glyph classes of six images per split. Drawing the real glyphs takes half a minute."""
     folder = tmp_path_factory.mktemp("glyph-cache")
 
     def build():
@@ -54,7 +55,7 @@ def here(tmp_path, monkeypatch, glyph_cache):
 
 
 def code_of(arguments):
-    """Return the exit code of a command, whether main returns it or argparse raises it."""
+    """Return the exit code of a command, whether main returns it or raises SystemExit with it."""
     try:
         return cli.main(arguments)
     except SystemExit as stop:
@@ -143,7 +144,7 @@ def test_the_message_names_a_truncated_archive(here, capsys):
 def test_the_message_names_a_damaged_checkpoint_and_the_file_is_kept(here, capsys):
     file = here / "checkpoint-00000007.npz"
     file.write_bytes(b"PK\x03\x04" + bytes(40))
-    for command in ([*FEW_QUERIES, "--out", "."], ["evaluate", "."]):
+    for command in ([*TRAIN_WITH_ONE_QUERY, "--out", "."], ["evaluate", "."]):
         assert ". holds no intact checkpoint: checkpoint-00000007.npz is damaged" in error_of(command, capsys)
     assert {path.name for path in here.iterdir()} == {file.name, files.LOCK} and file.stat().st_size == 44
 
@@ -163,7 +164,7 @@ def test_a_run_with_settings_unknown_to_this_version_is_refused(change, expected
 
 def test_a_run_in_use_is_refused_with_the_process_that_uses_it_and_can_be_evaluated(here, capsys):
     with files.alone_in(here):
-        stderr = error_of([*FEW_QUERIES, "--out", "."], capsys)
+        stderr = error_of([*TRAIN_WITH_ONE_QUERY, "--out", "."], capsys)
         assert f". is in use by process {os.getpid()} on " in stderr
         assert "there is no run in ." in error_of(["evaluate", "."], capsys)  # evaluate does not wait for the lock
 
@@ -171,13 +172,13 @@ def test_a_run_in_use_is_refused_with_the_process_that_uses_it_and_can_be_evalua
 def test_a_read_only_folder_is_reported_before_anything_is_compiled(here, sealed, capsys, monkeypatch):
     monkeypatch.setattr("imaml.runs.compilation.meta_step", lambda *_: pytest.fail("must not compile"))
     with sealed({}) as folder:
-        stderr = error_of([*FEW_QUERIES, "--out", str(folder)], capsys)
+        stderr = error_of([*TRAIN_WITH_ONE_QUERY, "--out", str(folder)], capsys)
         assert stderr.endswith(f": {folder / files.LOCK}") and ("Read-only" in stderr or "denied" in stderr)
 
 
 def test_the_message_names_a_file_with_the_name_of_the_run_folder(here, capsys):
     (here / "taken").write_text("")
-    assert error_of([*FEW_QUERIES, "--out", "taken"], capsys) == "imaml train: File exists: taken"
+    assert error_of([*TRAIN_WITH_ONE_QUERY, "--out", "taken"], capsys) == "imaml train: File exists: taken"
 
 
 def test_a_full_disk_is_reported_without_a_file_name(here, capsys, monkeypatch):
@@ -232,7 +233,7 @@ def test_a_command_that_ends_early_does_not_wait_for_a_compilation(end, code, he
     monkeypatch.setattr(processes, "_exit", exits.append)
     monkeypatch.setattr(sys, "argv", ["imaml", "train"])
     try:
-        assert code_of(["train"]) == code and not exits  # given arguments, the process belongs to the caller
+        assert code_of(["train"]) == code and not exits  # given arguments, main does not end the process
         assert code_of(None) == code and exits == [code]
     finally:
         compiled.set()
@@ -302,7 +303,7 @@ def interrupt_at_first_step(folder, cache):
         COMMAND, cwd=folder, env=environment(cache), text=True, encoding="utf-8",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    watchdog = threading.Timer(PATIENCE, process.kill)
+    watchdog = threading.Timer(TIMEOUT, process.kill)
     watchdog.start()
     try:
         lines = []
@@ -322,15 +323,15 @@ def test_interrupted_training_exits_with_130_and_the_same_command_resumes_it(tmp
     code, output = interrupt_at_first_step(tmp_path, glyph_cache)
     assert code == 130, output
     assert "of 400 and saved; run the same command again to resume" in output
-    stopped = len(runlog.read_log(run))
-    assert 1 <= stopped == checkpoints.newest(run).step < 400
+    stopped_at = len(runlog.read_log(run))
+    assert 1 <= stopped_at == checkpoints.newest(run).step < 400
     done = subprocess.run(
-        COMMAND, cwd=tmp_path, env=environment(glyph_cache), capture_output=True, encoding="utf-8", timeout=PATIENCE,
+        COMMAND, cwd=tmp_path, env=environment(glyph_cache), capture_output=True, encoding="utf-8", timeout=TIMEOUT,
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done
     assert "test accuracy " in done.stdout and "(chance 20%)" in done.stdout
-    assert f"step {stopped + 1}/400" in done.stdout
+    assert f"step {stopped_at + 1}/400" in done.stdout
     assert [entry.step for entry in runlog.read_log(run)] == list(range(1, 401))
     assert (run / "learning_curve.png").exists()
     assert json.loads((run / "result.json").read_text())["versions"]["python"] == sys.version.split()[0]

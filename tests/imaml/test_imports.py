@@ -37,7 +37,7 @@ def test_the_table_lists_exactly_the_imports_between_rooms():
     assert between_rooms(ARROWS, "imaml") == ALLOWED
 
 
-def test_each_room_in_the_table_may_import_only_from_rooms_above_it_in_the_table():
+def test_each_room_in_the_table_may_import_only_from_rooms_that_precede_it():
     rooms = list(ALLOWED)
     assert all(rooms.index(other) < rooms.index(name) for name, others in ALLOWED.items() for other in others)
 

@@ -1,4 +1,4 @@
-"""Faults of Omniglot's archives, each tried on a small archive in the same layout (tests/archives.py)."""
+"""Faults of Omniglot's archives, each tested on a small archive in the same layout (tests/archives.py)."""
 
 import os
 import random
@@ -27,8 +27,8 @@ def header(width: int, height: int) -> bytes:
     return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
 
 
-def refused(directory: Path, cache: Path) -> str:
-    """Load, expect an InputError of one line and an empty cache, and return the error's message."""
+def refusal(directory: Path, cache: Path) -> str:
+    """Check that loading raises an InputError of one line and leaves no file in ``cache``. Return the message."""
     with pytest.raises(InputError) as caught:
         omniglot.load(directory)
     assert not cache.exists() or not list(cache.iterdir())
@@ -41,25 +41,25 @@ def refused(directory: Path, cache: Path) -> str:
 
 
 def test_missing_folder(tmp_path: Path, fresh_cache: Path):
-    message = refused(tmp_path / "nowhere", fresh_cache)
+    message = refusal(tmp_path / "nowhere", fresh_cache)
     assert str(tmp_path / "nowhere") in message and "--data" in message
     assert "images_background.zip" in message and "images_evaluation.zip" in message
 
 
 def test_file_instead_of_the_folder(tiny: Tiny, fresh_cache: Path):
-    assert "no such folder" in refused(tiny.path(), fresh_cache)
+    assert "no such folder" in refusal(tiny.path(), fresh_cache)
 
 
 @pytest.mark.parametrize("folder", LABELS)
 def test_missing_archive(folder: str, tiny: Tiny, fresh_cache: Path):
     tiny.path(folder).unlink()
-    assert f"does not hold the file {folder}.zip; name the one that holds" in refused(tiny.directory, fresh_cache)
+    assert f"does not hold the file {folder}.zip; name the one that holds" in refusal(tiny.directory, fresh_cache)
 
 
 def test_folder_instead_of_an_archive(tiny: Tiny, fresh_cache: Path):
     tiny.path().unlink()
     tiny.path().mkdir()
-    assert "does not hold the file images_evaluation.zip" in refused(tiny.directory, fresh_cache)
+    assert "does not hold the file images_evaluation.zip" in refusal(tiny.directory, fresh_cache)
 
 
 def test_unreadable_archive(tiny: Tiny, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -67,30 +67,30 @@ def test_unreadable_archive(tiny: Tiny, fresh_cache: Path, monkeypatch: pytest.M
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", fail)
-    assert "images_background.zip: cannot be read (Input/output error)" in refused(tiny.directory, fresh_cache)
+    assert "images_background.zip: cannot be read (Input/output error)" in refusal(tiny.directory, fresh_cache)
 
 
 def test_archive_too_large(tiny: Tiny, fresh_cache: Path):
-    os.truncate(tiny.path(), 40_000_000)  # sparse
-    assert "images_evaluation.zip: larger than" in refused(tiny.directory, fresh_cache)
+    os.truncate(tiny.path(), 40_000_000)  # a sparse file
+    assert "images_evaluation.zip: larger than" in refusal(tiny.directory, fresh_cache)
 
 
 def test_missing_pillow(tiny: Tiny, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    assert "pip install pillow" in refused(tiny.directory, fresh_cache)
+    assert "pip install pillow" in refusal(tiny.directory, fresh_cache)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 10, -1, -30, "half"])
 def test_truncated_archive(kept: int | str, tiny: Tiny, fresh_cache: Path):
     content = tiny.path().read_bytes()
     tiny.path().write_bytes(content[: len(content) // 2 if kept == "half" else kept])  # type: ignore[misc]
-    assert f"{tiny.path()}: truncated, damaged or not a zip" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: truncated, damaged or not a zip" in refusal(tiny.directory, fresh_cache)
 
 
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html><title>404</title>", b"PK\x05\x06" + bytes(17), bytes(1000)])
 def test_not_a_zip(content: bytes, tiny: Tiny, fresh_cache: Path):
     tiny.path().write_bytes(content)
-    assert f"{tiny.path()}: truncated, damaged or not a zip" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: truncated, damaged or not a zip" in refusal(tiny.directory, fresh_cache)
 
 
 # --- Faults of the container ---------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_not_a_zip(content: bytes, tiny: Tiny, fresh_cache: Path):
 )
 def test_member_outside_of_the_folder(name: str, tiny: Tiny, fresh_cache: Path):
     tiny.append(name)
-    message = refused(tiny.directory, fresh_cache)
+    message = refusal(tiny.directory, fresh_cache)
     assert f"{tiny.path()}: member {name!r} points outside the archive's folder" in message
 
 
@@ -113,13 +113,13 @@ def test_link_or_device(name: str, kind: int, tiny: Tiny, fresh_cache: Path):
     tiny.members[EVALUATION].pop(link.filename, None)
     tiny.pack()
     tiny.append(link, b"/etc/passwd")
-    message = refused(tiny.directory, fresh_cache)
+    message = refusal(tiny.directory, fresh_cache)
     assert f"{tiny.path()}: member {link.filename!r} is a symbolic link or device" in message
 
 
 def test_a_bomb_that_declares_its_size(tiny: Tiny, fresh_cache: Path):
     tiny.replace(bytes(10_000_000))
-    message = refused(tiny.directory, fresh_cache)
+    message = refusal(tiny.directory, fresh_cache)
     assert str(tiny.path()) in message and repr(tiny.name()) in message and "declares 10,000,000 bytes" in message
 
 
@@ -127,20 +127,20 @@ def test_a_bomb_that_declares_a_small_size(tiny: Tiny, fresh_cache: Path, monkey
     tiny.replace(bytes(10_000_000))
     size = struct.pack("<I", 10_000_000)
     content = tiny.path().read_bytes()
-    assert content.count(size) == 2  # local header and directory
+    assert content.count(size) == 2  # once in the member's local header and once in the zip's central directory
     tiny.path().write_bytes(content.replace(size, struct.pack("<I", 500)))
-    assert f"{tiny.path()}: member {tiny.name()!r} is damaged" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: member {tiny.name()!r} is damaged" in refusal(tiny.directory, fresh_cache)
 
 
-def test_total_size(tiny: Tiny, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_members_too_large_in_total(tiny: Tiny, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(omniglot, "_MAX_TOTAL_BYTES", 4000)
-    assert "its members declare" in refused(tiny.directory, fresh_cache)
+    assert "its members declare" in refusal(tiny.directory, fresh_cache)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_unusual_compression(method: int, tiny: Tiny, fresh_cache: Path):
     tiny.pack(compression=method)
-    message = refused(tiny.directory, fresh_cache)
+    message = refusal(tiny.directory, fresh_cache)
     assert str(tiny.path()) in message and "neither stored nor deflated" in message
 
 
@@ -148,7 +148,7 @@ def test_encrypted_member(tiny: Tiny, fresh_cache: Path):
     content = bytearray(tiny.path().read_bytes())
     content[content.index(b"PK\x01\x02") + 8] |= 1
     tiny.path().write_bytes(content)
-    assert f"{tiny.path()}: member {tiny.name(0)!r} is damaged or encrypted" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: member {tiny.name(0)!r} is damaged or encrypted" in refusal(tiny.directory, fresh_cache)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_encrypted_member(tiny: Tiny, fresh_cache: Path):
 )
 def test_unexpected_member(name: str, tiny: Tiny, fresh_cache: Path):
     tiny.append(name)
-    message = refused(tiny.directory, fresh_cache)
+    message = refusal(tiny.directory, fresh_cache)
     assert f"{tiny.path()}: unexpected member '{name[:90]}" in message
 
 
@@ -164,13 +164,13 @@ def test_archives_with_swapped_names(tiny: Tiny, fresh_cache: Path):
     one, other = (tiny.path(folder).read_bytes() for folder in LABELS)
     tiny.path(BACKGROUND).write_bytes(other)
     tiny.path(EVALUATION).write_bytes(one)
-    assert f"{tiny.path(BACKGROUND)}: unexpected member" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path(BACKGROUND)}: unexpected member" in refusal(tiny.directory, fresh_cache)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_member_twice(tiny: Tiny, fresh_cache: Path):
     tiny.append(tiny.name())
-    assert f"{tiny.path()}: member {tiny.name()!r} occurs twice" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: member {tiny.name()!r} occurs twice" in refusal(tiny.directory, fresh_cache)
 
 
 @pytest.mark.parametrize("folder", LABELS)
@@ -180,18 +180,18 @@ def test_character_missing_or_too_many(folder: str, tiny: Tiny, fresh_cache: Pat
     copied = {f"{folder}/Omega/character09/0009_{n:02d}.png": content for n, content in enumerate(kept.values())}
     for members, got in ((kept, count - 1), (tiny.members[folder] | copied, count + 1)):
         pack(tiny.path(folder), members)
-        message = refused(tiny.directory, fresh_cache)
+        message = refusal(tiny.directory, fresh_cache)
         assert f"{tiny.path(folder)}: {got} characters instead of {count}" in message
 
 
 def test_drawing_missing_or_too_many(tiny: Tiny, fresh_cache: Path):
     content = tiny.members[EVALUATION].pop(tiny.name())
     tiny.pack()
-    assert f"{tiny.path()}: 19 drawings of 'Alpha_b/character01' instead" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: 19 drawings of 'Alpha_b/character01' instead" in refusal(tiny.directory, fresh_cache)
     for number in (30, 31):
         tiny.members[EVALUATION][f"{EVALUATION}/Alpha_b/character01/0001_{number}.png"] = content
     tiny.pack()
-    assert f"{tiny.path()}: 21 drawings of 'Alpha_b/character01' instead" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: 21 drawings of 'Alpha_b/character01' instead" in refusal(tiny.directory, fresh_cache)
 
 
 # --- Faults of a drawing in an intact container --------------------------------------------------------------------
@@ -218,14 +218,14 @@ FAULTY = {
     "empty": (b"", "cannot be decoded"),
     "gif": (b"GIF89a" + bytes(100), "is not a PNG"),
     "shifted": (b"BM" + START + BODY + END, "is not a PNG"),
-    "other-ink": (START + BODY + END, "content hash"),
+    "other-pixels": (START + BODY + END, "content hash"),
 }
 
 
 @pytest.mark.parametrize(("content", "expected"), FAULTY.values(), ids=FAULTY)
 def test_faulty_drawing(content: bytes, expected: str, tiny: Tiny, fresh_cache: Path):
     tiny.replace(content)
-    message = refused(tiny.directory, fresh_cache)
+    message = refusal(tiny.directory, fresh_cache)
     assert str(tiny.path()) in message and expected in message
     assert repr(tiny.name()) in message or expected == "content hash"
 
@@ -235,21 +235,25 @@ def test_swapped_drawings(tiny: Tiny, fresh_cache: Path):
     first, second = tiny.name(0), tiny.name(1)
     members[first], members[second] = members[second], members[first]
     tiny.pack()
-    assert f"{tiny.path()}: its drawings are not Omniglot's" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: its drawings are not Omniglot's" in refusal(tiny.directory, fresh_cache)
 
 
 def test_a_renamed_alphabet(tiny: Tiny, fresh_cache: Path):
     members = tiny.members[EVALUATION]
     tiny.members[EVALUATION] = {name.replace("Gamma", "Delta"): content for name, content in members.items()}
     tiny.pack()
-    assert f"{tiny.path()}: its drawings are not Omniglot's" in refused(tiny.directory, fresh_cache)
+    assert f"{tiny.path()}: its drawings are not Omniglot's" in refusal(tiny.directory, fresh_cache)
 
 
 # --- Random damage -------------------------------------------------------------------------------------------------
 
 
 def refused_or_unchanged(tiny: Tiny, fresh_cache: Path, fingerprint: str) -> bool:
-    """Return True if loading raises, after checking that the cache is unchanged; else check the fingerprint."""
+    """Load the archives, and return True if they are refused.
+
+    If loading raises InputError, check that the message names the archive and that the cache is unchanged, and return
+    True. Otherwise check the fingerprint of the data and return False.
+    """
     before = sorted(fresh_cache.iterdir())
     try:
         data = omniglot.load(tiny.directory)
@@ -264,8 +268,8 @@ def refused_or_unchanged(tiny: Tiny, fresh_cache: Path, fingerprint: str) -> boo
 def test_random_damage_to_the_archive(tiny: Tiny, fresh_cache: Path):
     fingerprint, source = omniglot.load(tiny.directory).fingerprint(), random.Random(5)
     content = tiny.path().read_bytes()
-    directory = content.index(b"PK\x01\x02")
-    regions = [(0, directory), (directory, len(content)), (len(content) - 40, len(content))]
+    central_directory = content.index(b"PK\x01\x02")
+    regions = [(0, central_directory), (central_directory, len(content)), (len(content) - 40, len(content))]
     outcomes = []
     for trial in range(150):
         tiny.path().write_bytes(damage(content, source, *regions[trial % len(regions)]))

@@ -16,23 +16,23 @@ import tiny_run
 
 @pytest.fixture(scope="module")
 def traces(tiny_pixels):
-    """Load the tiny dataset in place of any other, share programs between tests, and list the presets traced so far."""
+    """The presets whose meta-step was traced so far. Datasets and programs are replaced as in ``tiny_run.patched``."""
     with tiny_run.patched(tiny_pixels, tiny_run.shared_meta_step):
         yield tiny_run.shared_traces
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, tiny_pixels):
-    """Train without interruption; record progress, events, and how often the step was traced and compiled."""
-    traced, seen, events, messages = [], [], [], []
+    """An uninterrupted tiny run, its progress and events, and how often its meta-step was traced and compiled."""
+    traced, progress, events, messages = [], [], [], []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("jax").addHandler(handler)
     try:
         with tiny_run.patched(tiny_pixels, tiny_run.counted_meta_step(traced)), jax.log_compiles():
             directory = tmp_path_factory.mktemp("uninterrupted")
-            run = tiny_run.train(directory, on_progress=seen.append, on_event=events.append)
+            run = tiny_run.train(directory, on_progress=progress.append, on_event=events.append)
     finally:
         logging.getLogger("jax").removeHandler(handler)
     compiled = [message for message in messages if re.match(r"Compiling (jit\()?meta_step_of_test", message)]
-    return SimpleNamespace(run=run, seen=seen, events=events, traces=len(traced), compilations=len(compiled))
+    return SimpleNamespace(run=run, progress=progress, events=events, traces=len(traced), compilations=len(compiled))

@@ -17,7 +17,7 @@ DESCRIPTION = {"preset": "some", "config": {"strength": 0.1, "inner": {"max_step
 
 
 def state(seed=0):
-    """Return a state with NaN, infinity, −0 and a subnormal number, which a careless round trip would change."""
+    """Return a state with NaN, infinity, −0 and a subnormal number. A careless round trip would change them."""
     random = np.random.default_rng(seed)
     special = np.array([np.nan, np.inf, -0.0, np.float32(1e-45)], np.float32)
     theta = {"block": {"kernel": jnp.asarray(random.normal(size=(3, 2)), jnp.float32)}, "special": jnp.asarray(special)}
@@ -138,7 +138,11 @@ def test_a_damaged_checkpoint_is_not_kept_as_the_best(tmp_path):
 
 
 def refused_or_same(directory):
-    """Return whether the checkpoint is refused by an error that names it; if it is not, assert that nothing changed."""
+    """Load the newest checkpoint, and return True if it is refused.
+
+    If loading raises InputError, check that the message names the file, and return True. Otherwise check that the state
+    and the config are the saved ones, and return False.
+    """
     try:
         found = checkpoints.newest(directory)
         restored = found.restore(state())
@@ -217,7 +221,7 @@ def test_an_error_of_the_disk_is_raised_and_not_taken_for_damage(saved, monkeypa
 def test_a_checkpoint_replaced_during_the_search_gives_the_newer_one(saved, monkeypatch):
     read, calls = arrays.read, []
 
-    def replaced(path):
+    def read_during_saves(path):
         calls.append(path)
         if len(calls) == 1:  # Between listing and reading the folder, the run saves newer checkpoints.
             save(saved, 8)
@@ -225,7 +229,7 @@ def test_a_checkpoint_replaced_during_the_search_gives_the_newer_one(saved, monk
             file(saved).unlink(missing_ok=True)
         return read(path)
 
-    monkeypatch.setattr(checkpoints.arrays, "read", replaced)
+    monkeypatch.setattr(checkpoints.arrays, "read", read_during_saves)
     assert checkpoints.newest(saved).step == 9
 
 
@@ -243,7 +247,7 @@ def write_other_archive(path):
         np.savez(stream, leaf0=np.zeros(3))
 
 
-def write_arrays_alone(path):
+def write_leaf_only(path):
     arrays.write(path, {"leaf0": np.zeros(3)})
 
 
@@ -252,7 +256,7 @@ def write_pickle(path):
         np.savez(stream, description=np.array([{"format": 1}], dtype=object))
 
 
-@pytest.mark.parametrize("write", [write_text, write_array, write_other_archive, write_arrays_alone, write_pickle])
+@pytest.mark.parametrize("write", [write_text, write_array, write_other_archive, write_leaf_only, write_pickle])
 def test_a_file_that_is_not_a_checkpoint_is_refused_and_named(write, tmp_path):
     write(file(tmp_path))
     with pytest.raises(InputError, match=f"{file(tmp_path)} is damaged"):

@@ -99,11 +99,11 @@ def test_the_log_is_on_disk_after_a_sync(tmp_path, monkeypatch):
 
 def test_the_recent_loss_is_a_mean_over_the_last_steps_across_a_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "RECENT", 3)
-    seen = []
+    means = []
     for first, last in ((1, 2), (3, 5)):  # The run is resumed after its second step.
         with LogWriter(tmp_path, first - 1) as log:
             for step in range(first, last + 1):
                 log.write(progress(step, loss=2.0**-step))
-                seen.append(log.recent_loss)
+                means.append(log.recent_loss)
     infinity = float("inf")  # The mean of fewer than RECENT steps counts as infinite.
-    assert seen == [infinity, infinity, (1 / 2 + 1 / 4 + 1 / 8) / 3, (1 / 4 + 1 / 8 + 1 / 16) / 3, 7 / 32 / 3]
+    assert means == [infinity, infinity, (1 / 2 + 1 / 4 + 1 / 8) / 3, (1 / 4 + 1 / 8 + 1 / 16) / 3, 7 / 32 / 3]

@@ -11,7 +11,7 @@ from tiny_run import (
     PRESET,
     STEPS,
     STOP_AT,
-    Flat,
+    TinyMLP,
     assert_same_run,
     contents,
     dataset,
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("traces")
     [
         (replace(PRESET, strength=0.7), "strength: 0.1 → 0.7"),
         (replace(PRESET, outer=replace(PRESET.outer, steps=9)), "outer.steps: 6 → 9"),
-        (replace(PRESET, network=Flat(hidden=5)), "network.hidden: 4 → 5"),
+        (replace(PRESET, network=TinyMLP(hidden=5)), "network.hidden: 4 → 5"),
         (replace(PRESET, seed=3), "seed: 0 → 3"),
     ],
 )
@@ -79,15 +79,15 @@ def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, mon
 
 
 @pytest.mark.slow("trains on a full disk, twice")
-@pytest.mark.parametrize("room", [0, 30_000])  # Bytes: 30,000 hold the log but no checkpoint.
-def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(room, small_disk, uninterrupted):
+@pytest.mark.parametrize("free_bytes", [0, 30_000])  # 30,000 bytes hold the log but no checkpoint
+def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(free_bytes, small_disk, uninterrupted):
     stop_halfway(small_disk)
     before = (small_disk / f"checkpoint-{STOP_AT:08}.npz").read_bytes()
     ballast = small_disk / "ballast"
     with ballast.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(bytes(4096))
-    os.truncate(ballast, ballast.stat().st_size - room)
+    os.truncate(ballast, ballast.stat().st_size - free_bytes)
     with pytest.raises(OSError) as caught:
         train(small_disk)
     assert caught.value.errno == errno.ENOSPC
@@ -146,7 +146,7 @@ def test_refusing_a_run_changes_no_file(tmp_path):
 
 def test_the_last_and_the_best_checkpoint_are_kept_and_the_best_can_be_evaluated(tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setattr(runlog, "RECENT", 1)
-    losses = {p.step: p.loss for p in uninterrupted.seen}
+    losses = {p.step: p.loss for p in uninterrupted.progress}
     # Stop after a step with a larger loss than the step before, so that the last checkpoint is not the best one.
     last = next(step for step in range(2, STEPS + 1) if losses[step] > losses[step - 1])
     train(tmp_path, checkpoint_seconds=0.0, keep_checkpoints=1, on_progress=stop_at(last))

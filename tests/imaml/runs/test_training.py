@@ -1,4 +1,4 @@
-"""Training: a run ends with an evaluation, stops on a signal, and is resumed with the bits of an uninterrupted run."""
+"""Training: a run ends with an evaluation, stops on a signal, and when resumed equals an uninterrupted run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tiny_run import (
     PRESET,
     STEPS,
     STOP_AT,
-    assert_same_bits,
+    assert_equal_states,
     assert_same_run,
     contents,
     dataset,
@@ -56,13 +56,13 @@ def test_a_run_ends_evaluated_against_chance(uninterrupted):
     assert (found.chance, found.tasks) == (0.5, EVALUATION_TASKS)
     assert 0 <= found.accuracy == found.value <= 1 and found.interval >= 0
     assert str(found).endswith("(chance 50%)")
-    assert_same_bits(run.theta, saved_state(run.directory).theta)
+    assert_equal_states(run.theta, saved_state(run.directory).theta)
 
 
-def test_every_parameter_moves_by_adams_rate(uninterrupted):
+def test_every_parameter_array_moves_and_no_faster_than_adam_allows(uninterrupted):
     before = initial_state(PRESET).theta
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before, uninterrupted.run.theta)), strict=True)]
-    # Adam moves each parameter that has a gradient by about the learning rate in each step.
+    # Adam moves each number that has a gradient by about the learning rate in each step.
     assert all(1e-3 < distance < 2 * STEPS * PRESET.outer.learning_rate for distance in moved)
 
 
@@ -80,7 +80,7 @@ def test_the_result_file_holds_evaluations_and_settings(uninterrupted):
 def test_the_log_has_one_line_for_each_step_and_equals_the_reported_progress(uninterrupted):
     log = runlog.read_log(uninterrupted.run.directory)
     assert [entry.step for entry in log] == list(range(1, STEPS + 1))
-    assert log == uninterrupted.seen
+    assert log == uninterrupted.progress
     # A task with a linear residual above 1 has a status but is not counted in `tasks`.
     assert all(entry.tasks <= sum(entry.statuses.values()) == PRESET.outer.tasks for entry in log)
     assert all(np.isfinite([entry.loss, entry.inner_residual, entry.linear_residual]).all() for entry in log)
@@ -125,7 +125,7 @@ def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
         [replace(initial_state(PRESET), step=jnp.int32(i)) for i in (0, 1)],
     )
     values = [float(step(*on_all((s, tiny_pixels), global_mesh(PRESET.outer.tasks)))[1].value) for s in states]
-    assert values[0] == uninterrupted.seen[0].loss != values[1]
+    assert values[0] == uninterrupted.progress[0].loss != values[1]
 
 
 @pytest.mark.slow("trains a run twice", fast="15")
@@ -163,7 +163,7 @@ def test_a_signal_during_a_print_is_recorded():
 
 @pytest.fixture
 def interruptible():
-    """Install Python's default SIGINT handler: a shell script's background job ignores SIGINT."""
+    """Install Python's default SIGINT handler. A background job of a shell script would ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -199,7 +199,7 @@ def test_a_signal_while_compiling_ahead_acts_after_the_trace(tmp_path, tiny_pixe
 CHILD = """
 import functools, os, sys
 import jax, numpy as np
-jax.config.update("jax_num_cpu_devices", 2)  # as in the tests
+jax.config.update("jax_num_cpu_devices", 2)  # as in tests/conftest.py
 sys.path.insert(0, sys.argv[1])
 import tiny_run
 from imaml import cli, datasets
@@ -256,7 +256,7 @@ def test_training_a_finished_run_only_evaluates(uninterrupted, traces):
     assert (seen, len(traces)) == ([], traced)
     assert not any("compiling" in event for event in events)
     assert_same_run(uninterrupted.run.directory, uninterrupted)
-    assert_same_bits(saved_state(uninterrupted.run.directory), before)
+    assert_equal_states(saved_state(uninterrupted.run.directory), before)
     assert contents(uninterrupted.run.directory) == files_before
 
 
@@ -301,7 +301,7 @@ def test_impossible_task_sizes_are_refused_before_anything_is_compiled(ways, sho
 
 
 class FolderOpened(Exception):
-    """All checks have passed: the run's folder is opened next."""
+    """Raised in place of opening the run's folder. All checks have passed by then."""
 
 
 def test_too_few_held_out_classes_are_refused_before_training(tiny_pixels, monkeypatch, tmp_path):
@@ -321,7 +321,7 @@ def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny
     start, pixels = on_all((state, tiny_pixels), global_mesh(DIVERGING.outer.tasks))
     after, report = jax.jit(compilation.meta_step(DIVERGING))(start, pixels)
     assert int(report.tasks) == 0 and int(after.step) == 1
-    assert_same_bits(replace(after, step=state.step), state)
+    assert_equal_states(replace(after, step=state.step), state)
 
 
 def test_residuals_in_the_progress_are_medians_over_finite_values():

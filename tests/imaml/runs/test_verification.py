@@ -49,14 +49,14 @@ def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
     assert all(check.ok for check in checks.values()), list(checks.values())
     assert 1e-6 < checks["CG at its budget"].value < 1  # Six CG steps do not solve the system exactly.
     assert checks["finite differences"].value < 1e-6
-    # Each step contracts the slowest error by 1 − 0.1·λ or better: 0.9^256 is 2e-12.
+    # With step size 0.1 and λ = 1, a step multiplies the inner error by about 0.9 or less, and 0.9^256 = 2e-12.
     assert checks["unrolled MAML"].value < 1e-3
     report = str(verification.Verification("tiny", 100, tuple(checks.values()), 1.0))
     assert report.endswith("ok, 1 seconds") and "FAILED" not in report
 
 
 def faulty(change):
-    """Return a linear solve whose solution v is replaced by ``change(v, b)``."""
+    """Return a linear solver that replaces each leaf v of the solution for right-hand side b by ``change(v, b)``."""
     from bilevel.methods import implicit
 
     real = implicit.solve_scaled

@@ -24,12 +24,12 @@ from imaml.storage import files
 
 STEPS, STOP_AT, EVALUATION_TASKS = 6, 3, 4
 DEFAULTS = {"evaluation_tasks": EVALUATION_TASKS, "checkpoint_seconds": float("inf")}
-"""With infinite seconds a run saves at its end only, so the tests do not depend on the speed of the machine."""
+"""With ``checkpoint_seconds`` infinite, a run saves only when it ends or is stopped, however slow the machine is."""
 
 
 @dataclass(frozen=True)
-class Flat:
-    """A network that compiles in a second: these tests are about the loop around it."""
+class TinyMLP:
+    """A small MLP that compiles in about a second. The tests that use it are about training, not about the network."""
 
     hidden: int = 4
 
@@ -41,7 +41,7 @@ class Flat:
 PRESET = replace(
     imaml.preset("glyphs-5way-1shot-gd"),
     episode=Episode(ways=2, shots=1, queries=1),
-    network=Flat(),
+    network=TinyMLP(),
     inner=bl.GradientDescent(0.1, max_steps=2),
     linear=bl.CG(2),
     outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
@@ -51,15 +51,19 @@ PRESET = replace(
 def dataset(pixels):
     """Return a dataset whose training and test classes have the same pixels."""
     names = [f"{split}{i}" for split in ("train", "test") for i in range(len(pixels))]
-    half = len(pixels)
-    return ImageDataset("tiny", ImageClasses(pixels, tuple(names[:half])), ImageClasses(pixels, tuple(names[half:])))
+    count = len(pixels)
+    return ImageDataset("tiny", ImageClasses(pixels, tuple(names[:count])), ImageClasses(pixels, tuple(names[count:])))
 
 
 # --- Programs ------------------------------------------------------------------------------------------------------
 
 
 def counted_meta_step(traced):
-    """Return ``meta_step`` with one function for each preset, which appends the preset to ``traced`` when traced."""
+    """Return a replacement of ``compilation.meta_step`` that counts traces.
+
+    It returns the same function for the same preset and mesh, so that JAX can reuse a trace. The function appends its
+    preset to ``traced`` whenever JAX traces it.
+    """
     original = compilation.meta_step
 
     @functools.cache
@@ -82,7 +86,11 @@ _task_scores, _over_tasks = functools.cache(evaluation.task_scores), functools.c
 
 @contextlib.contextmanager
 def patched(pixels, meta_step):
-    """Load the tiny dataset for every name, train with ``meta_step``, and make evaluation programs only once."""
+    """Replace datasets and programs within the ``with`` block.
+
+    Every dataset name gives the tiny dataset, and training uses ``meta_step``. Equal arguments of ``task_scores`` and
+    ``over_tasks`` give the same function again, so that JAX does not trace it anew.
+    """
     tiny = dataset(pixels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
@@ -96,7 +104,7 @@ def patched(pixels, meta_step):
 
 
 def train(directory, preset=PRESET, **options):
-    """Train the tiny preset with :data:`DEFAULTS`."""
+    """Train ``preset`` with :data:`DEFAULTS`, unless ``options`` say otherwise."""
     return imaml.train(preset, directory, **(DEFAULTS | options))
 
 
@@ -106,18 +114,18 @@ def stop_at(step, number=signal.SIGTERM):
 
 
 def stop_halfway(directory):
-    """Train until ``STOP_AT`` and stop by a signal."""
+    """Train the tiny preset in ``directory`` and stop it by a signal after meta-step ``STOP_AT``."""
     train(directory, on_progress=stop_at(STOP_AT))
     assert checkpoints.newest(directory).step == STOP_AT
 
 
 def saved_state(directory):
-    """Return the state in a folder's last checkpoint."""
+    """Return the state in the newest checkpoint of a run of the tiny preset."""
     return checkpoints.newest(directory).restore(initial_state(PRESET))
 
 
 def contents(directory):
-    """Return every file of a folder except the lock, which holds the id of the last process that took it."""
+    """Return the contents of every file in a folder by name. The lock is left out: it differs between processes."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != files.LOCK}
 
 
@@ -125,13 +133,19 @@ def _numbers(leaf):
     return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 
 
-def assert_same_bits(one, other):
-    """Assert that two states are equal, bit for bit."""
+def assert_equal_states(one, other):
+    """Assert that two states have equal leaves. NaN equals NaN, and −0 equals 0."""
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(_numbers(a), _numbers(b)), one, other)
 
 
-def assert_same_run(directory, other):
-    """Assert that two runs have the same bits in their last checkpoint, and the same log but for its seconds."""
-    assert_same_bits(saved_state(directory), saved_state(other.run.directory))
-    logs = [[replace(p, seconds=0.0) for p in runlog.read_log(d)] for d in (directory, other.run.directory)]
+def assert_same_run(directory, expected):
+    """Assert that a run ended as an expected one.
+
+    Args:
+        directory: folder of the run.
+        expected: record whose ``run`` is the result of the expected run. The states in the newest checkpoints must be
+            equal. The logs must be equal except for the seconds.
+    """
+    assert_equal_states(saved_state(directory), saved_state(expected.run.directory))
+    logs = [[replace(p, seconds=0.0) for p in runlog.read_log(d)] for d in (directory, expected.run.directory)]
     assert logs[0] == logs[1]
