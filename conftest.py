@@ -1,11 +1,11 @@
-"""Two tiers of tests: ``pytest`` runs the fast one, ``pytest --all`` both.
+"""Two tiers of tests: ``pytest`` runs the fast tests, ``pytest --all`` also the slow ones.
 
-A test is slow where it says so, with the reason, and may keep some of its parameters fast:
+A mark makes a test slow and gives the reason. It may exempt some of the test's parameters, which stay fast:
 
     @pytest.mark.slow("compiles each projection to second order", fast="projection_box")
 
-``fast`` is a pattern of parameter ids, as in ``fnmatch``, or a tuple of them. A slow test also runs when the command
-line names it, as in ``pytest tests/test_file.py::test_name``.
+``fast`` is a pattern of parameter ids, as in ``fnmatch``, or a tuple of patterns. A slow test also runs if the command
+line names it, as in ``pytest tests/test_file.py::test_name``, or if the option ``-m`` is given and selects it.
 """
 
 from fnmatch import fnmatchcase
@@ -20,14 +20,14 @@ SLOW_PAGES = {
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/testing.md": "checks several methods against every reference",
 }
-"""Pages whose doctests are slow, relative to this folder, with the reason: a page cannot carry a mark."""
+"""Pages whose doctests are slow, by their path relative to this folder, with the reason: a page cannot have a mark."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the slow tests too")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by the expression of -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     unmatched: dict[tuple[str, str], bool] = {}
     for item in items:
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = [argument for argument in config.args if "::" in argument]
     if lost := sorted(key for key, is_unmatched in unmatched.items() if is_unmatched and not named):
         raise pytest.UsageError("no parameter matches the pattern of a slow test: " + "; ".join(map(": ".join, lost)))
-    # With -m the marks are chosen by hand.
+    # With -m, the expression alone decides whether slow tests run.
     if config.getoption("all") or config.getoption("markexpr"):
         return
     deselected = [item for item in items if item.get_closest_marker("slow") and not _is_named(item, named)]
@@ -59,7 +59,7 @@ def _file(item: pytest.Item) -> str:
 
 
 def _parameters(item: pytest.Item) -> str:
-    """Return the id of a test's parameters, empty for a test without any."""
+    """Return the id of a test's parameters, or the empty string for a test without parameters."""
     return getattr(getattr(item, "callspec", None), "id", "")
 
 
@@ -78,7 +78,7 @@ def _check(item: pytest.Item, mark: pytest.Mark) -> None:
 
 
 def _is_named(item: pytest.Item, named: list[str]) -> bool:
-    """Return True if an argument names this test, its class or its function, not only its file."""
+    """Return True if one of the arguments ``named`` is the id of this test, its class or its function."""
     names = (PurePath(argument).as_posix().removeprefix("./") for argument in named)
     return any(item.nodeid == name or item.nodeid.startswith((f"{name}::", f"{name}[")) for name in names)
 

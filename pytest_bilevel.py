@@ -1,7 +1,7 @@
 """The pytest plugin: a fixture ``hypergradient`` and the option ``--hypergradient-report``.
 
-It is a module of its own outside the package. Importing any part of `bilevel` imports JAX, which takes about a second,
-and pytest imports its plugins in every run. JAX is imported only when a test asks for the fixture.
+The plugin is a module outside the package `bilevel`, because pytest imports its plugins in every run, and importing any
+part of `bilevel` imports JAX, which takes about a second. The plugin imports JAX only when a test requests the fixture.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def hypergradient(request: pytest.FixtureRequest):
-    """The assertions of bilevel.testing, in float64; --hypergradient-report lists what they checked."""
-    # One object for the session, because Hypothesis rejects function-scoped fixtures.
+    """The assertions of bilevel.testing, in float64; --hypergradient-report lists their worst errors."""
+    # The scope is the session, because Hypothesis rejects function-scoped fixtures.
     from bilevel.testing.fixture import Hypergradients
 
     request.config.stash[_FIXTURE] = fixture = Hypergradients()
@@ -34,8 +34,8 @@ def hypergradient(request: pytest.FixtureRequest):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run set-up, call and tear-down in float64 if a test asks for the fixture."""
-    # A test may have a parameter of that name, which is not the fixture.
+    """Enable float64 during set-up, call and tear-down of a test that requests the fixture."""
+    # A parameter that is named "hypergradient" replaces the fixture.
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if "hypergradient" not in getattr(item, "fixturenames", ()) or "hypergradient" in parameters:
         return (yield)
@@ -47,7 +47,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Add the checks of a test to its report."""
+    """Add the worst checks of a test to its report."""
     try:
         return (yield)
     finally:
@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _table(rows) -> Iterator[str]:
-    """Yield the lines of the report: each test, and below it the worst of its checks in columns."""
+    """Yield the lines of the report: each test, and below it one line for each pair of method and reference."""
     if not rows:
         return
     head = ("", "worst error", "rtol", "checks", "method", "against", "problem")

@@ -1,4 +1,4 @@
-"""Certificates: :func:`certify` bounds the error of a finished hypergradient, given constants of the problem."""
+"""Certificates of hypergradients: :func:`certify` estimates and bounds the error, and corrects the gradient."""
 
 from bilevel.certificates.certificate import Certificate, CertificateKind, Finding, certify
 from bilevel.certificates.lipschitz import HALF_SQUARED, LOGISTIC, SOFTMAX, Ball, LinearLoss, Lipschitz

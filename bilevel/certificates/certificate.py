@@ -1,22 +1,25 @@
-"""Error estimate and error bound of a finished hypergradient, with a label for what they rest on.
+"""Estimate and bound the error of a finished hypergradient, and say which assumptions the bound rests on.
 
 Let ŵ be the returned inner solution, F the residual, A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w, h = ∂outer/∂θ, and v̂ the
-adjoint vector. Neither equation is solved exactly: r₁ = F(ŵ) and r₂ = g − Aᵀv̂ are not zero. One Newton step on both
-equations at once,
+adjoint vector. A star marks the exact values. The inner and the adjoint equation are not solved exactly: r₁ = F(ŵ) and
+r₂ = g − Aᵀv̂ are not zero. One Newton step on both equations at once,
 
     A ε₁ = r₁,    Aᵀ ε_v = ∂_w[g − Aᵀv̂]ε₁ − r₂,    ΔG = ∂_w[h − Bᵀv̂]ε₁ − Bᵀε_v,
 
-gives the effect of both residuals on the gradient G = h − Bᵀv̂: the error of the corrected gradient G − ΔG is
-O(‖ŵ − w*‖²). Constants that hold everywhere (:class:`Lipschitz`), with ⟨u, Au⟩ ≥ μ‖u‖², bound the error of G:
+estimates the effect ΔG of both residuals on the gradient G = h − Bᵀv̂. The error of the corrected gradient G − ΔG is of
+second order in the errors of ŵ and v̂.
+
+Let ⟨u, Au⟩ ≥ μ‖u‖², and let L_g, L_h, ρ_v and β_v be Lipschitz constants, in w, of g, h, Aᵀv̂ and Bᵀv̂
+(:class:`Lipschitz`). Then
 
     ‖ŵ − w*‖ ≤ ‖r₁‖/μ = e,    ‖G − G*‖ ≤ (L_h + β_v)e + ‖B*‖·[(L_g + ρ_v)e + ‖r₂‖]/μ.
 
-Where no strong convexity is known, the Newton–Kantorovich theorem bounds e and ‖A*⁻¹‖ instead. The bound is computed at
-two points, and the smaller one is returned. The first point is (ŵ, v̂). The second is (ŵ − ε₁, v̂ − ε_v), whose gradient
-G₊ differs from G by ‖G − G₊‖, which is added. At the second point the residuals are of second order, so its bound is
-sharp wherever a Newton step helps.
+Where no strong convexity is declared, the Newton–Kantorovich theorem bounds ‖ŵ − w*‖ and ‖A*⁻¹‖ instead. The bound is
+computed at two points, and the smaller result is returned. The first point is (ŵ, v̂). The second one is
+(ŵ − ε₁, v̂ − ε_v), with gradient G₊, and ‖G − G₊‖ is added to the bound there. A Newton step that converges leaves
+residuals of second order, so the bound at the second point is then close to the error itself.
 
-This module shares no code with the methods, so that it also certifies a gradient from another formula or from a bug.
+This module shares no gradient code with the methods, so it can also certify a wrong gradient: the bound is then large.
 """
 
 import enum
@@ -35,30 +38,30 @@ from bilevel.problem import Problem
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
 NONLINEARITY = 0.25
-"""Largest ratio of the second Newton step's correction to the estimate at which the estimate counts as first order.
+"""Largest change of the gradient by a second Newton step, relative to the estimate, at which the estimate is trusted.
 
-Up to terms of third order the estimate is then between 0.8 and 1.33 times the error. The test promises a factor of
-two, so those terms have room.
+Up to terms of third order the estimate is then between 0.8 and 1.33 times the error. `Certificate.first_order`
+promises a factor of two, which leaves room for the terms of third order.
 """
 SOLVE_TOLERANCE = 0.1
 """Largest relative residual at which a linear solve of the correction counts as accurate."""
 
 
 class CertificateKind(enum.IntEnum):
-    """What the bound of a certificate rests on. A larger value is a weaker claim, so ``maximum`` merges two."""
+    """What the bound of a certificate rests on. A larger value is a weaker claim, so ``maximum`` merges two kinds."""
 
     CERTIFIED = 0
-    """The bound is a theorem, up to the stated allowance for rounding: every constant is declared or proved."""
+    """The bound is proved, up to an allowance for rounding, because every constant is declared or proved."""
     ESTIMATED = 1
-    """A constant was probed at one point and may be larger elsewhere; the estimate passed its test."""
+    """A constant was probed at one point and may be larger elsewhere. ``Certificate.first_order`` is True."""
     INVALID = 2
     """A check failed: neither the bound nor the estimate can be relied on."""
 
 
 class Finding(enum.IntFlag):
-    """Observations made by :func:`certify`, as bits of ``Certificate.findings``.
+    """Observations of :func:`certify`, as bits of ``Certificate.findings``.
 
-    ``Certificate.reasons`` explains those that are set, a sentence each.
+    ``Certificate.reasons`` has a sentence for each bit that is set.
     """
 
     NONFINITE = 1
@@ -75,20 +78,21 @@ class Finding(enum.IntFlag):
 class Certificate:
     """Estimate and bound of the error of a hypergradient, and a corrected gradient.
 
-    All norms are Euclidean. Under ``vmap`` every array has the mapped axes in front.
+    All norms are Euclidean. Under ``vmap`` every array has the mapped axes in front. The error is ‖out.gradient − G*‖,
+    with the exact hypergradient G*.
 
     Attributes:
         kind: a :class:`CertificateKind` as an int32 scalar.
-        estimate: the first-order estimate of ‖out.gradient − G*‖, raised to ``rounding`` and cut at ``bound``.
-        bound: an upper bound of the same error: proved where ``kind`` is CERTIFIED, infinite where none is known.
-        gradient: the corrected gradient, a pytree like θ, whose error is of second order in the inner error.
-        corrected_bound: an upper bound of the corrected gradient's error.
-        norm: ‖gradient‖, the denominator of the relative figures.
-        inner_error: an upper bound of ‖ŵ − w*‖.
-        rounding: an allowance for the error that rounding causes in the gradient even at the exact solution.
+        estimate: the first-order estimate of the error, at least ``rounding`` and at most ``bound``.
+        bound: an upper bound of the error: proved if ``kind`` is CERTIFIED, infinite if none is known.
+        gradient: the corrected gradient, a pytree like θ. Its error is of second order in the errors of both solves.
+        corrected_bound: an upper bound of the error of ``gradient``.
+        norm: ‖gradient‖, the denominator of ``relative_estimate`` and ``relative_bound``.
+        inner_error: an upper bound of the inner solution's error ‖ŵ − w*‖.
+        rounding: an allowance for the error of the gradient that rounding causes even at the exact solution.
         findings: bits of :class:`Finding`, an int32 scalar.
-        probed: names of the constants that are neither declared nor known from structure; static.
-        convex: True if the bound rests on a declared strong convexity; static.
+        probed: names of the constants that were probed at one point, neither declared nor proved; a static field.
+        convex: True if the bound rests on a declared strong convexity; a static field.
     """
 
     kind: jax.Array
@@ -115,17 +119,21 @@ class Certificate:
 
     @property
     def first_order(self) -> jax.Array:
-        """True if the estimate passed its test: up to terms of third order it is then within a factor of two."""
+        """True if the estimate is within a factor of two of the error, up to terms of third order.
+
+        The test is that a second Newton step changes little, that both linear solves are accurate, and that all numbers
+        are finite. An estimate that was raised to ``rounding`` may exceed the error by any factor.
+        """
         return (self.findings & int(Finding.NONLINEAR | Finding.SLOPPY | Finding.NONFINITE)) == 0
 
     @property
     def ok(self) -> bool:
-        """True if no certificate, of one or of a batch, is INVALID. The values must be concrete."""
+        """True unless the certificate, or one of a batch, is INVALID. It cannot be read under a JAX trace."""
         return bool(jnp.all(self.kind < CertificateKind.INVALID))
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Sentences that explain ``kind`` and ``findings``. For a batch they cover what was found in any task."""
+        """Sentences that explain ``kind`` and ``findings``. A batch has the sentences of all its tasks, each once."""
         bits = int(np.bitwise_or.reduce(np.asarray(self.findings).ravel(), initial=0))
         return (*_assumptions(self), *(_SENTENCES[finding] for finding in Finding if bits & finding))
 
@@ -170,26 +178,27 @@ def certify(
     """Estimate and bound the distance of ``out.gradient`` from the exact hypergradient, and correct it.
 
     The result of any method can be certified. The function is pure and compiled once per problem and shape. It costs
-    four linear solves (five where ``out.linear`` is None and an adjoint vector must be found first) and about ten
-    products with second derivatives. Without ``linear``, up to 500 unknowns (``DENSE_LIMIT``), A is factorised once
-    instead. The residual must have a forward derivative.
+    four linear solves (five if ``out.linear`` is None, because the adjoint vector must be found first), about ten
+    products with second derivatives, and Lanczos's method for the spectrum of A = ∂F/∂w and for each constant that is
+    probed. Without ``linear``, an A of at most 500 unknowns (``DENSE_LIMIT``) is written out and factorised instead.
+    The residual must be differentiable in forward mode.
 
     Args:
         problem: the condition and the outer function.
-        theta: the outer variables that ``out`` was computed at.
+        theta: the outer variables at which ``out`` was computed.
         out: the hypergradient.
-        data: the data that ``out`` was computed with.
+        data: the data with which ``out`` was computed.
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖² wherever the solution may be, a number or ``f(theta, data)``. None
-            takes the condition's own; where that is None too, the Newton–Kantorovich theorem is used instead.
-        lipschitz: the constants that are known; the others are derived from structure or probed.
-        linear: solves Ax = b and Aᵀx = b; None for a factorisation, or GMRES above ``DENSE_LIMIT`` unknowns.
+            takes the condition's declaration. If that is None too, the Newton–Kantorovich theorem is used instead.
+        lipschitz: the constants that are known; the others are derived from the problem's structure or probed.
+        linear: solves Ax = b and Aᵀx = b. None means a factorisation, or GMRES above ``DENSE_LIMIT`` unknowns.
 
     Returns:
-        A :class:`Certificate`; ``print`` shows it as a table.
+        A :class:`Certificate`, which prints as a table.
 
     Raises:
-        ValueError: for a strong convexity that is not positive and finite, or for a linear solver that needs a
-            symmetric operator where the condition is not symmetric.
+        ValueError: for a ``strong_convexity`` that is a number and not positive and finite, or for a linear solver
+            that needs a symmetric operator if the condition is not declared symmetric.
 
     Source: Pedregosa (2016) for the bound; Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.
 
@@ -268,7 +277,7 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
 
 
 def _inaccurate_solves(step: Step, bounds: Bounds):
-    """Return True if the residual of a linear solve of the correction is above its tolerance plus rounding, or NaN."""
+    """Return True if a linear solve of the correction has a residual that is NaN or above tolerance plus rounding."""
     w, v = tree.norm(step.unsolved_w), tree.norm(step.unsolved_v)
     allowed_w = SOLVE_TOLERANCE * tree.norm(step.residual) + bounds.residual_rounding
     allowed_v = SOLVE_TOLERANCE * tree.norm(step.adjoint_target) + bounds.defect_rounding
@@ -276,7 +285,7 @@ def _inaccurate_solves(step: Step, bounds: Bounds):
 
 
 def _kind(found, bound, probed):
-    """Return the kind. A failed estimate invalidates only what was probed: a bound from known constants stands."""
+    """Return the :class:`CertificateKind`. If no constant was probed, an inaccurate estimate leaves the bound valid."""
     broken = found[Finding.NONFINITE] | found[Finding.CURVATURE] | ~jnp.isfinite(bound)
     if probed:
         broken = broken | found[Finding.NONLINEAR] | found[Finding.SLOPPY]
@@ -285,7 +294,7 @@ def _kind(found, bound, probed):
 
 
 def _assumptions(certificate):
-    """Yield the sentences about the assumptions of the bound; they follow from static fields alone."""
+    """Yield the sentences about the assumptions of the bound."""
     if certificate.convex:
         yield "Strong convexity was declared."
     else:

@@ -1,8 +1,8 @@
-"""The numbers in a certificate: a Newton step on the inner and the adjoint equation, and error bounds at a point.
+"""Compute the numbers in a certificate: a Newton step on the inner and the adjoint equation, and error bounds.
 
-Both equations derive from one function, the Lagrangian outer − ⟨F, v⟩. Its derivative in w is the adjoint equation's
-residual g − Aᵀv, and its derivative in θ is the hypergradient h − Bᵀv. The module docstring of
-:mod:`bilevel.certificates.certificate` has the formulas.
+The module docstring of :mod:`bilevel.certificates.certificate` has the formulas and defines the symbols. The Lagrangian
+outer − ⟨F, v⟩ has the adjoint equation's residual g − Aᵀv as its derivative in w. Its derivative in θ is the
+hypergradient h − Bᵀv.
 """
 
 import functools
@@ -24,13 +24,13 @@ from bilevel.spectrum import Spectrum
 from bilevel.types import LinearSolver, MatVec, PyTree
 
 DENSE_LIMIT = 500
-"""Largest number of unknowns n at which A is factorised where no linear solver is given: n products, n² memory."""
+"""Largest number n of unknowns for a factorisation of A, which takes n products and n² numbers of memory."""
 ROUNDING = 16.0
-"""Allowance for rounding in F, g − Aᵀv and h − Bᵀv, in units of eps times the norms of their terms."""
+"""Allowance for rounding in F, g − Aᵀv and h − Bᵀv: this factor times eps times the norms of the terms."""
 
 
 class System(NamedTuple):
-    """A problem at one θ and one data, as functions of w and of the adjoint vector v."""
+    """A problem with θ and the data fixed, as functions of w and of the adjoint vector v."""
 
     residual: Callable[[PyTree, PyTree], PyTree]
     """F(w, θ)."""
@@ -67,7 +67,7 @@ def system_at(problem: Problem, theta: PyTree, data: PyTree) -> System:
 
 
 class LinearAlgebra(NamedTuple):
-    """Linear solves with the A of one w, and the spectrum of A at any w."""
+    """Linear solves with A at one fixed w, and the spectrum of A at any w."""
 
     solve: MatVec
     """b ↦ A⁻¹b."""
@@ -80,7 +80,7 @@ class LinearAlgebra(NamedTuple):
 
 
 def linear_algebra(system: System, w: PyTree, linear: LinearSolver | None) -> LinearAlgebra:
-    """Prepare solves with the A at ``w``: by a factorisation if no solver is given and A is small, else by products."""
+    """Prepare solves with A at ``w``: by a factorisation if no solver is given and A is small, else by products."""
     _, forward, transpose = system.jacobian(w)
     flat, unravel = ravel_pytree(w)
     if linear is None and flat.size <= DENSE_LIMIT:
@@ -103,7 +103,7 @@ def linear_algebra(system: System, w: PyTree, linear: LinearSolver | None) -> Li
 
 
 def _gmres(matvec, b):
-    """Solve Ax = b to a relative residual of √eps, enough for a correction whose own residual is checked later."""
+    """Solve Ax = b, if 600 iterations suffice, to a relative residual of √eps; `certify` checks the residual later."""
     with jax.numpy_dtype_promotion("standard"):  # JAX's GMRES mixes float32 with float64 and fails under "strict"
         return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tree.eps(b) ** 0.5, restart=30, maxiter=20)
 
@@ -132,7 +132,7 @@ class Step(NamedTuple):
     unsolved_v: PyTree
     """The residual of the linear solve for ε_v."""
     product: PyTree
-    """Aw, which stands for the terms of F in the allowance for rounding."""
+    """Aw. F − Aw is taken for the part of F that does not depend on w in the allowance for rounding."""
 
     def target(self) -> tuple[PyTree, PyTree]:
         """Return the point after the step, (w − ε₁, v − ε_v)."""
@@ -146,7 +146,7 @@ class Step(NamedTuple):
 def newton_step(system: System, algebra: LinearAlgebra, w: PyTree, v: PyTree) -> Step:
     """Compute the Newton step from (w, v).
 
-    The linear solves use the A that ``algebra`` was made for. At any other w the result is a simplified Newton step.
+    The linear solves use A at the w of ``algebra``. If that is another w, the result is a simplified Newton step.
     """
     residual, forward, transpose = system.jacobian(w)
     step_w = algebra.solve(residual)
@@ -177,7 +177,7 @@ class Bounds(NamedTuple):
     gradient: jax.Array
     """Bound of ‖(h − Bᵀv) − G*‖."""
     rounding: jax.Array
-    """The value of that bound if r₁ and r₂ were pure rounding."""
+    """The value of ``gradient`` if r₁ and r₂ held nothing but rounding errors."""
     residual_rounding: jax.Array
     """Allowance for rounding in r₁."""
     defect_rounding: jax.Array
@@ -194,7 +194,8 @@ class Constants:
         here: the spectrum of A at the inner solution.
         algebra: computes the spectrum of A at other points.
         probed: the names of the constants that were probed at one point.
-        disproved: True if the spectrum contradicts the declared strong convexity or positive definiteness.
+        disproved: True if the declared strong convexity is not positive, or if the spectrum contradicts it or the
+            declared positive definiteness.
     """
 
     known: dict[str, Any]
@@ -213,7 +214,7 @@ class Constants:
     def complete(
         problem: Problem, system: System, algebra: LinearAlgebra, declared: dict[str, Any], step: Step
     ) -> "Constants":
-        """Collect the constants: declared ones first, then those that follow from structure, then probes."""
+        """Collect the constants. A declared one is preferred to one from structure, and that one to a probe."""
         known = _from_structure(problem, system, step.w) | declared
         probes = _probes(known, system, step, algebra.dense)
         here = algebra.spectrum(step.w)
@@ -230,7 +231,7 @@ class Constants:
         return Constants(known | probes, system, here, algebra, probed, disproved)
 
     def bounds(self, step: Step) -> Bounds:
-        """Bound the errors at one point from its residuals, each enlarged by its allowance for rounding."""
+        """Bound the errors at the point of ``step``, with its residuals enlarged by the allowances for rounding."""
         system, norm = self.system, tree.norm
         dtype, eps = norm(step.w).dtype, ROUNDING * tree.eps((step.w, step.gradient))
         of_w, of_v = norm(step.w), norm(step.v)
@@ -265,11 +266,11 @@ class Constants:
         )
 
     def _enclose(self, step, rounding):
-        """Bound ‖w − w*‖ and ‖A*⁻¹‖.
+        """Bound ‖w − w*‖ and the norm of A⁻¹ at w*.
 
-        With strong convexity μ they are at most ‖F(w)‖/μ and 1/μ. Otherwise the Newton–Kantorovich theorem is used,
-        with η the length of the Newton step, β₀ ≥ ‖A⁻¹‖ and ρ the Lipschitz constant of A: where β₀ρη ≤ ½, they are at
-        most 2η/(1 + √(1 − 2β₀ρη)) and β₀/√(1 − 2β₀ρη). Where the condition fails, both are infinite.
+        With strong convexity μ the bounds are ‖F(w)‖/μ and 1/μ. Otherwise the Newton–Kantorovich theorem is used. Let η
+        be the length of the Newton step, β₀ ≥ ‖A⁻¹‖ at w, and ρ the Lipschitz constant of A. If β₀ρη ≤ ½, the bounds
+        are 2η/(1 + √(1 − 2β₀ρη)) and β₀/√(1 − 2β₀ρη). If not, both are infinite.
         """
         residual = tree.norm(step.residual) + rounding
         if self.convex:
@@ -294,12 +295,12 @@ def distance(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def _times(constant, size):
-    """Return constant · size, and zero for a constant of zero even where the size is infinite."""
+    """Return constant · size, or zero if the constant is zero and the size infinite."""
     return jnp.where(constant == 0, jnp.zeros_like(size), constant * size)
 
 
 def _mixed_norm(system, w):
-    """Compute ‖B‖ from the largest eigenvalue of the matrix BBᵀ, up to rounding."""
+    """Compute ‖B‖ at ``w``, up to rounding, from the largest eigenvalue of the matrix BBᵀ."""
     pull_back = system.mixed(w)
     _, push = jax.linearize(lambda theta: system.residual(w, theta), system.theta)
     gram = spectrum.matrix(lambda u: push(pull_back(u)), w)
@@ -307,7 +308,11 @@ def _mixed_norm(system, w):
 
 
 def _from_structure(problem, system, w):
-    """Derive constants from structure: zero where a function does not use θ, or where B does not depend on w."""
+    """Derive constants from the problem's structure.
+
+    The constants of θ's derivatives are zero if outer or the residual does not use θ. ``mixed`` is also zero for a
+    ``Proximal`` whose objective and λ do not use θ. If its centre is θ itself, the largest ‖B‖ is the largest λ.
+    """
     theta, data, condition = system.theta, system.data, problem.condition
     known = {}
     if not _uses_second(system.outer, w, theta):
@@ -326,7 +331,7 @@ def _from_structure(problem, system, w):
 
 
 def _uses_second(function, first, second):
-    """Return True if the function's jaxpr reads its second argument, even where the result does not depend on it."""
+    """Return True if the function's jaxpr reads its second argument; the value of the function may not depend on it."""
     jaxpr = jax.make_jaxpr(function)(first, second).jaxpr
     inputs = jaxpr.invars[len(jax.tree.leaves(first)) :]
     read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | {id(o) for o in jaxpr.outvars}
@@ -334,7 +339,7 @@ def _uses_second(function, first, second):
 
 
 def _probes(known, system, step, dense):
-    """Replace each missing constant by the norm of a derivative at one point, which is a lower bound of it."""
+    """Replace each missing constant by a lower bound of it, the norm of a derivative at one point."""
     w, v = step.w, step.v
 
     def at(function):
@@ -358,7 +363,7 @@ def _probes(known, system, step, dense):
 
 
 def _probe_jacobian(system, w, direction):
-    """Estimate the operator norm of the derivative of A along the unit vector of ``direction``."""
+    """Estimate the norm of the derivative of A along ``direction``, scaled to length 1: a lower bound of ρ."""
     size = tree.norm(direction)
     unit = tree.scale(1 / jnp.where(size > 0, size, jnp.ones_like(size)), direction)
 

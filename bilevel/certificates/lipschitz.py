@@ -1,4 +1,4 @@
-"""Lipschitz constants of a problem's derivatives: a certificate that has them all is a proof, else an estimate."""
+"""Lipschitz constants of a problem's derivatives, which a certified error bound needs, and those of linear models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from bilevel.types import PyTree
 
 
 class Ball(NamedTuple):
-    """The ball of all w′ with ‖w′ − w‖ ≤ radius. It contains w*, and a constant has to hold everywhere in it.
+    """The ball of all w′ with ‖w′ − w‖ ≤ radius, which contains the solution. A constant must hold everywhere in it.
 
     Attributes:
         w: the centre, a pytree.
@@ -25,24 +25,26 @@ class Ball(NamedTuple):
 
 
 Constant = float | Callable[[Ball, PyTree, PyTree], jax.Array] | None
-"""A number that holds everywhere, ``f(ball, theta, data)`` whose value holds on the ball, or None where unknown."""
+"""A number that holds everywhere, a function ``f(ball, theta, data)`` whose value holds on the ball, or None."""
 
 
 @dataclass(frozen=True)
 class Lipschitz:
     """Lipschitz constants, in w, of the derivatives of a problem with residual F. All norms are Euclidean.
 
-    Where a constant is None, :func:`certify` derives it from the problem's structure if it can: from an outer function
-    or a residual that does not use θ, or from a :class:`Proximal` with θ as its centre. Otherwise it probes the
-    constant at one point, which proves nothing.
+    If a constant is None, :func:`certify` derives it from the problem's structure where possible: from an outer
+    function or a residual that does not use θ, or from a :class:`Proximal` whose objective and strength do not use θ.
+    Other constants are probed at one point, which proves nothing.
 
     Args:
         outer_w: L_g, the constant of w ↦ ∂outer/∂w.
         outer_theta: L_h, the constant of w ↦ ∂outer/∂θ.
-        jacobian: ρ, the constant of w ↦ A = ∂F/∂w in the operator norm; 0 for a quadratic inner objective.
-        adjoint: ρ_v, the constant of w ↦ Aᵀv for the adjoint vector ``ball.v``; None takes ρ‖v‖.
+        jacobian: ρ, the constant of w ↦ A = ∂F/∂w in the operator norm; 0 for a quadratic inner objective. It is not
+            needed if ``adjoint`` and a strong convexity are given.
+        adjoint: ρ_v, the constant of w ↦ Aᵀv for the adjoint vector ``ball.v``. None takes ρ‖v‖ if ρ is declared.
         mixed: β, the constant of w ↦ B = ∂F/∂θ in the operator norm.
-        mixed_norm: the largest ‖B‖ on the ball; None computes ‖B‖ at the centre and adds β times the radius.
+        mixed_norm: the largest ‖B‖ on the ball. None takes ‖B‖ at the centre plus β times the radius. If A is not
+            factorised, that ‖B‖ is probed too.
 
     Raises:
         ValueError: for a number that is negative, infinite or NaN.
@@ -78,7 +80,7 @@ class Lipschitz:
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """A loss of a linear model: the mean over m rows xᵢ of φ(xᵢw). It computes the loss's Lipschitz constants in w.
+    """Lipschitz constants, in w, of a linear model's loss, the mean over m rows xᵢ of φ(xᵢw).
 
     Args:
         curvature: the largest ‖∇²φ‖, in the Euclidean operator norm.
@@ -99,12 +101,12 @@ class LinearLoss:
     def hessian_times(self, x: jax.Array, v: jax.Array) -> jax.Array:
         """Compute the Lipschitz constant of w ↦ (Hessian at w)·v, third·‖Xᵀ diag(‖xᵢv‖) X‖/m.
 
-        By Hölder's inequality |Σ ∇³φ[xᵢv, xᵢa, xᵢb]| ≤ third·Σ ‖xᵢv‖‖xᵢa‖‖xᵢb‖, which for a = b is a quadratic form
-        in a with the matrix above.
+        It follows from |Σ ∇³φ[xᵢv, xᵢa, xᵢb]| ≤ third·Σ ‖xᵢv‖‖xᵢa‖‖xᵢb‖. With a = b the right-hand side is a quadratic
+        form in a, whose matrix is third·Xᵀ diag(‖xᵢv‖) X.
 
         Args:
             x: the rows, ``[m, features]``.
-            v: ``[features]`` or ``[features, classes]``.
+            v: a vector like w, ``[features]`` or ``[features, classes]``.
         """
         return self.third * _squared_norm(x, jnp.linalg.norm((x @ v).reshape(len(x), -1), axis=1)) / len(x)
 
@@ -116,8 +118,8 @@ LOGISTIC = LinearLoss(curvature=1 / 4, third=1 / (6 * 3**0.5))
 SOFTMAX = LinearLoss(curvature=1 / 2, third=2**0.5 / (3 * 3**0.5))
 """Cross-entropy −log softmax(xᵢw) of the true class.
 
-Along a unit vector the second and third derivatives are the variance and the third central moment of a random variable
-on an interval of length √2.
+Along a unit vector, its second and third derivatives are, up to sign, the variance and the third central moment of a
+random variable on an interval of length √2.
 """
 
 

@@ -1,7 +1,7 @@
-"""Assertions on a hypergradient and on a condition; a failure says where, by how much, and the likely cause.
+"""Assertions on a hypergradient and on a condition, whose messages say where it is wrong and by how much.
 
-Methods and solvers are arguments, and no gradient code is shared with them. If a reference is not accurate enough to
-tell a right number from a wrong one, the assertion fails as well: a check that cannot fail proves nothing.
+The message on a wrong hypergradient also names the likely cause. The references share no gradient code with the method
+under test. An assertion also fails if its reference is too inaccurate to tell a right number from a wrong one.
 """
 
 import functools
@@ -27,20 +27,21 @@ from bilevel.verify.references import Reference, dense, select_references
 from bilevel.verify.tables import label
 
 MAX_UNEXPLAINED = 1e-2
-"""A cause explains an error if it accounts for all but this fraction of it."""
+"""Largest fraction of an error that a cause may leave unexplained and still be named."""
 
 
 @renamed_field("oracle", "reference")
 @dataclass(frozen=True)
 class Check:
-    """The result of one comparison, a row of the plugin's report.
+    """The result of one comparison or of one property of a condition; the plugin reports the worst ones.
 
     Attributes:
-        problem: what was checked, in a few words.
-        method: what computed it.
-        reference: what it was compared with.
-        error: the largest error, relative to the reference's largest entry.
-        rtol: the tolerance on ``error``.
+        problem: the problem, the case or the condition in a few words.
+        method: the name of the method with its settings; empty for a condition.
+        reference: the reference, ``closed form``, or the property of the condition.
+        error: the largest error, relative to the reference's largest entry. For a property of a condition it is the
+            measured residual or asymmetry; for any other property 0 or, if it does not hold, infinity.
+        rtol: the relative tolerance.
         message: why the check failed; empty if it passed.
     """
 
@@ -71,29 +72,32 @@ def assert_hypergradient(
     against: str | Sequence[str] = "finite_differences",
     record: Record | None = None,
 ) -> None:
-    """Assert that ``method`` returns the derivative of the outer value, in every coordinate of θ.
+    """Assert that ``method`` returns the derivative of the outer value in θ.
 
-    Each coordinate must satisfy |got − expected| ≤ rtol·max|expected| + atol, plus the reference's own uncertainty. A
-    θ of more than 64 entries is checked along 8 random directions. The method runs in the precision of its arguments,
-    and the reference in float64.
+    Each coordinate must satisfy |got − expected| ≤ rtol·max|expected| + atol + u, where u is the reference's own
+    uncertainty. A θ of more than 64 entries is checked along 8 random directions instead. The method runs in the
+    precision of its arguments, and the reference in float64.
 
     Args:
         problem: the condition and the outer function.
         theta: outer variables, any pytree.
         init: where the solver starts, a pytree like w or ``init(theta, data)``.
-        data: of the problem.
-        solver: finds the inner solution.
-        method: called as ``method(problem, solver, theta, init, data)``; it returns a
-            :class:`~bilevel.Hypergradient`, or the bare gradient.
-        rtol: None means 10·√eps of the gradient's dtype, about half of its digits.
+        data: the third argument of the problem's functions.
+        solver: the inner solver.
+        method: called as ``method(problem, solver, theta, init, data)``. It returns a :class:`~bilevel.Hypergradient`
+            or the bare gradient.
+        rtol: None means 10·√eps of the gradient's dtype: 1.5e-7 for float64, 3.5e-3 for float32.
         atol: None means a thousandth of ``rtol``.
-        against: one or several references. ``"finite_differences"`` and ``"dense"`` differentiate the exact solution,
-            however far the solver came; ``"unrolled"`` differentiates the solver's output.
+        against: one or several references. ``"finite_differences"`` and ``"dense"`` differentiate the exact inner
+            solution, which Newton's method finds near the solver's output. ``"unrolled"`` differentiates the solver's
+            output.
         record: called with each :class:`Check` before it is asserted.
 
     Raises:
-        AssertionError: with the leaf, the coordinate, both numbers, the reference and the likely cause.
-        ValueError: for an unknown reference.
+        AssertionError: for a wrong gradient, with the coordinate, both numbers, the reference and the likely cause;
+            also if a reference is too inaccurate, or if the gradient is not a tree like ``theta``.
+        ValueError: for an unknown reference, or for one that cannot be computed
+            (:class:`~bilevel.verify.references.ReferenceUnavailable`).
 
     Example:
         >>> import bilevel as bl
@@ -129,15 +133,18 @@ def assert_case(
 ) -> None:
     """Assert that a solver and a method find the exact solution, value and hypergradient of a case.
 
+    A method that returns the bare gradient is checked for its hypergradient alone.
+
     Args:
         case: drawn by a strategy, or made by a family.
-        solver: the solver under test; None means the one that the case suggests.
-        method: the method under test; None means the one that the case suggests.
-        rtol: relative to each tree's largest entry; None means ``case.rtol``, 1000·eps·κ.
+        solver: the solver under test; None means ``case.solver``.
+        method: the method under test; None means ``case.method``.
+        rtol: tolerance relative to the largest entry of each of the three; None means ``case.rtol``, 1000·eps·κ.
         record: called with each :class:`Check` before it is asserted.
 
     Raises:
-        AssertionError: with the leaf, the coordinate, both numbers and the likely cause.
+        AssertionError: with the coordinate, both numbers and, for a wrong hypergradient, the likely cause; also if the
+            gradient is not a tree like ``case.theta``.
 
     Example:
         >>> import bilevel as bl
@@ -151,7 +158,7 @@ def assert_case(
     out = run_method(case.problem, solver, method, case.theta, case.init, case.data)
     results = {"theta": (_gradient(out, case.theta), case.gradient)}
     if isinstance(out, Hypergradient):
-        # The hypergradient comes last: its error may follow from that of the solution, which then is named instead.
+        # A wrong solution often makes the hypergradient wrong too, so the solution is asserted first.
         results = {"w": (out.inner.w, case.w), "value": (out.value, case.value)} | results
     for name, (got, exact) in results.items():
         expected = vector_of(exact)
@@ -173,23 +180,26 @@ def assert_condition(
     rtol: float = 1e-5,
     record: Record | None = None,
 ) -> None:
-    """Assert what a condition declares, at w: finite, solved, symmetric, positive definite.
+    """Assert that a condition is finite and solved at w, and has the properties that it declares.
 
-    The assertions are rows of :func:`~bilevel.check_condition`. Up to 1000 unknowns A = ∂F/∂w is written out. Beyond,
-    only products with A are used, which can disprove symmetry and definiteness but never prove them.
+    The properties that a condition can declare are symmetry, positive definiteness and strong convexity. The assertions
+    are rows of :func:`~bilevel.check_condition`. For more than 1000 unknowns the matrix A = ∂F/∂w is not written out.
+    The checks can then disprove positive definiteness and strong convexity, but never prove them. Symmetry is always
+    checked on three random pairs of vectors.
 
     Args:
         problem: a condition, or a problem that has one.
         theta: outer variables.
         w: the point, a tree like the inner variables.
-        data: of the problem.
-        solved: whether w is meant to be the solution. If so, the length of Newton's step from it, ‖A⁻¹F‖, must be at
-            most ``rtol·(1 + ‖w‖)``. For more than 1000 unknowns ‖F‖ must.
-        rtol: also the allowed asymmetry, relative to ‖A‖.
+        data: the third argument of the problem's functions.
+        solved: if True, w must be the solution: the length ‖A⁻¹F‖ of Newton's step from w must be at most
+            ``rtol·(1 + ‖w‖)``. With more than 1000 unknowns, or if A is singular, ‖F‖ replaces ‖A⁻¹F‖.
+        rtol: the tolerance of ``solved``, and the allowed |⟨u, Av⟩ − ⟨Au, v⟩| relative to ‖u‖·max(‖Av‖, ‖Aᵀv‖).
         record: called with each :class:`Check` before it is asserted.
 
     Raises:
-        AssertionError: with the property, the coordinates and the numbers.
+        AssertionError: with the property, what was found, and a remedy; also for a complex leaf, or for a residual that
+            is not a tree like w.
 
     Example:
         >>> import jax.numpy as jnp
@@ -220,11 +230,11 @@ _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "th
 def run_method(
     problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree
 ) -> object:
-    """Run the method, compiled once for each method, solver, problem and shape."""
+    """Run the method. It is compiled once for each method, solver, problem and shape, unless one is unhashable."""
     settings = problem, solver, method, init if callable(init) else None
     try:
         compiled = _compiled(*settings)
-    except TypeError:  # a user's solver that cannot be hashed
+    except TypeError:  # a solver or method of the user cannot be hashed
         compiled = _compiled.__wrapped__(*settings)
     return compiled(*method_arguments(theta, init, data))
 
@@ -235,7 +245,7 @@ def _compiled(problem, solver, method, init):
 
 
 def _check(deviation: Deviation, problem: str, method: str, source: str, out, subject="the hypergradient") -> Check:
-    """Turn a deviation into a check; it fails if the reference cannot decide."""
+    """Turn a deviation into a check, which also fails if the reference is too inaccurate to decide."""
     message = ""
     if not deviation.decided:
         message = deviation.indecision(source)
@@ -245,7 +255,7 @@ def _check(deviation: Deviation, problem: str, method: str, source: str, out, su
 
 
 def _solve_report(out) -> str:
-    """Describe in a line how the method's solves ended."""
+    """Return a line with the status and the residual of the method's solves."""
     if not isinstance(out, Hypergradient):
         return "the method reported no solves"
     line = f"inner solve: {_status(out.inner.status)}, ‖F‖ = {float(out.inner.residual_norm):.3g}"
@@ -260,7 +270,7 @@ def _status(status) -> str:
 
 
 def _gradient(out, theta: PyTree) -> PyTree:
-    """Return the gradient from a method's result, and fail if it is not a tree like θ."""
+    """Return the gradient from a method's result. Raise AssertionError if the gradient is not a tree like θ."""
     gradient = out.gradient if isinstance(out, Hypergradient) else out
     got, wanted = (jax.tree.structure(gradient), _shapes(gradient)), (jax.tree.structure(theta), _shapes(theta))
     if got != wanted:
@@ -283,7 +293,7 @@ def _labels(tree: PyTree, name: str) -> Sequence[str]:
 
 
 def _add_cause(check: Check, run: MethodRun, reference: Reference) -> Check:
-    """Return the check with the likely cause in its message, if it failed."""
+    """Add the likely cause to the message of a failed check; return a check that passed as it is."""
     if check.ok:
         return check
     error = np.linalg.norm(run.derivatives - reference.derivatives)
@@ -298,7 +308,7 @@ def _add_cause(check: Check, run: MethodRun, reference: Reference) -> Check:
 
 
 def describe(problem: Problem) -> str:
-    """Return a problem in a few words: its condition and the name of its outer function."""
+    """Return the type of a problem's condition and the name of its outer function."""
     outer = getattr(problem.outer, "__name__", type(problem.outer).__name__)
     return f"{type(problem.condition).__name__}, {outer.strip('<>')}"
 

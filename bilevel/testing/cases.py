@@ -1,7 +1,7 @@
-"""The record of a test problem with a known answer, and its layouts as a pytree.
+"""The record of a test problem with a known solution and hypergradient, and the layouts of its variables as pytrees.
 
-The answer is a closed form, computed by NumPy in float64 from the numbers of the problem after they were rounded to
-its dtype. It shares no code with the methods of the library, so a bug there cannot confirm itself.
+NumPy computes the solution in float64, from the numbers of the problem after they were rounded to its dtype. No code of
+the library's methods takes part, so a bug in a method does not change the expected numbers.
 """
 
 from collections.abc import Callable
@@ -17,29 +17,28 @@ from bilevel.problem import Problem
 from bilevel.types import PyTree
 
 LAYOUTS = ("flat", "dict", "tuple", "scalars")
-"""Names of the layouts of a vector as a pytree. θ may also be a ``"scalar"``."""
+"""Names of the pytrees into which :func:`arrange` lays out a vector. θ may also have the layout ``"scalar"``."""
 ClosedForm = Callable[[PyTree, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""``closed_form(data, theta) -> (w, ∂w/∂θ, A)``, on flat float64 vectors. A is the matrix of the solved system."""
+"""``closed_form(data, theta) -> (w, ∂w/∂θ, A)``, on flat float64 vectors. A is the matrix of the system for ∂w/∂θ."""
 
 
 @dataclass(frozen=True)
 class Case:
     """A problem with its arguments, its exact inner solution and its exact hypergradient.
 
-    It prints as the call that makes it again, ``ridge(size=3, condition=10.0, …, seed=7)``. Hypothesis shows this for a
-    failing example.
+    It prints as the call that makes it again, ``ridge(size=3, condition=10.0, …, seed=7)``. Hypothesis shows this call
+    for a failing example.
 
     Attributes:
-        recipe: the call that makes the case.
-        problem: the condition and the outer function. Cases of one family with the same layouts share this object
-            whatever their seed, so that a program compiled for one serves the others.
+        recipe: the call that makes the case, as text.
+        problem: the condition and the outer function. Cases of one family that have the same layouts share this object,
+            so that a program compiled for one case serves the others of the same shapes.
         theta: the outer variables, NumPy arrays of ``dtype``.
         init: an initial point for inner solvers.
         data: all numbers of the problem.
-        solver: an inner solver that converges from ``init`` to rounding.
-        method: a method that is exact at the inner solution.
-        margin: the distance of w − η∇ (the argument of the projection or prox) from the nearest kink; infinite where
-            there is none.
+        margin: for a projection or a prox, the distance from its argument at the solution, entry by entry, to the
+            nearest kink; for inequalities, the smaller of the active multiplier and the inactive slack. Infinite for a
+            smooth problem.
     """
 
     recipe: str
@@ -57,7 +56,7 @@ class Case:
 
     @property
     def solver(self) -> Callable[..., Any]:
-        """An inner solver that converges from ``init`` to rounding."""
+        """An inner solver that converges from ``init`` to rounding size."""
         return self._suggest()[0]
 
     @property
@@ -67,20 +66,20 @@ class Case:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of every array in the case, float32 or float64."""
+        """The dtype of ``theta``, ``init`` and ``data``, float32 or float64."""
         return np.dtype(jax.tree.leaves(self.theta)[0].dtype)
 
     def exact(self, theta: PyTree = None) -> PyTree:
-        """Return w*(θ), a tree like ``init`` in float64.
+        """Return the inner solution at ``theta``, a tree like ``init`` in float64; None means the θ of the case.
 
-        Where the problem has kinks, it holds only for θ that leave the argument of the projection or prox within
-        ``margin``. The default is the θ of the case.
+        The solution of a problem with kinks is right only near the θ of the case: the argument of the projection or
+        prox must not have moved by more than ``margin``.
         """
         return self._arrange(self._solved(theta)[0])
 
     @cached_property
     def w(self) -> PyTree:
-        """The exact inner solution in float64."""
+        """The exact inner solution at the θ of the case, a tree like ``init`` in float64."""
         return self.exact()
 
     @cached_property
@@ -99,12 +98,12 @@ class Case:
 
     @cached_property
     def condition_number(self) -> float:
-        """The condition number κ, in the 2-norm, of the system that determines the solution."""
+        """The condition number κ, in the 2-norm, of the linear system for ∂w/∂θ."""
         return float(np.linalg.cond(self._solved(None)[2]))
 
     @property
     def rtol(self) -> float:
-        """A tolerance relative to the largest entry, 1000·eps·κ: rounding in a solve, with a wide margin."""
+        """The tolerance 1000·eps·κ, relative to the largest entry: rounding errors of a solve are about eps·κ."""
         return 1000 * float(np.finfo(self.dtype).eps) * self.condition_number
 
     @cached_property
@@ -115,14 +114,14 @@ class Case:
         return self._closed_form(self._numbers, flatten(self.theta if theta is None else theta, np))
 
     def _value(self, theta):
-        """Evaluate the outer value at the exact w*(θ) by NumPy, for difference quotients."""
+        """Evaluate the outer value at the exact inner solution by NumPy."""
         return float(evaluate_outer(self._solved(theta)[0], flatten(theta, np), self._numbers["outer"]))
 
 
 def evaluate_outer(w: Any, theta: Any, numbers: PyTree) -> Any:
-    """Evaluate ½‖w − target‖² + ½‖θ − center‖² + ⟨a, w⟩⟨b, θ⟩ on flat vectors.
+    """Evaluate ½‖w − target‖² + ½‖θ − center‖² + ⟨weight_w, w⟩⟨weight_theta, θ⟩ on flat vectors.
 
-    The direct derivative in θ has a term of its own and one that depends on w.
+    The last term makes the derivative in θ at fixed w depend on w, so that a wrong w changes it.
     """
     away, moved = w - numbers["target"], theta - numbers["center"]
     return 0.5 * away @ away + 0.5 * moved @ moved + (numbers["weight_w"] @ w) * (numbers["weight_theta"] @ theta)
@@ -134,9 +133,9 @@ def outer(w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
 
 
 def arrange(flat: Any, layout: str) -> Any:
-    """Lay out a vector of at least three entries as a pytree. Its leaves, in order, concatenate to the vector.
+    """Lay out a vector of at least three entries as a pytree, whose leaves in order concatenate to the vector.
 
-    The layout ``"scalar"`` takes a vector of one entry.
+    The layout ``"scalar"`` takes a vector of one entry instead.
     """
     if layout == "dict":
         return {"bias": flat[:1], "weight": flat[1:, None]}
@@ -148,7 +147,7 @@ def arrange(flat: Any, layout: str) -> Any:
 
 
 def flatten(tree: PyTree, numpy: Any = jnp) -> Any:
-    """Concatenate all leaves into one vector, in their own dtype by default, in float64 for ``numpy=np``."""
+    """Concatenate all leaves into one vector: a JAX array in their dtype, or a float64 NumPy array for ``numpy=np``."""
     flat = numpy.concatenate([numpy.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     return flat.astype(np.float64) if numpy is np else flat
 

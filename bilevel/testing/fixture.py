@@ -1,4 +1,7 @@
-"""The object behind the pytest fixture ``hypergradient``: the assertions in float64, recorded for the report."""
+"""The object that the pytest fixture ``hypergradient`` returns: the assertions of `bilevel.testing`, with a record.
+
+The plugin's report lists the recorded checks.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,10 @@ from bilevel.verify.precision import as_double
 
 
 class Hypergradients:
-    """The assertions of :mod:`bilevel.testing`; the plugin runs a test that asks for the fixture in float64."""
+    """The assertions of :mod:`bilevel.testing`, with a record of the checks for the plugin's report.
+
+    The plugin enables float64 during a test that requests the fixture.
+    """
 
     def __init__(self) -> None:
         self._checks: list[Check] = []
@@ -27,7 +33,10 @@ class Hypergradients:
         method: Callable[..., Any],
         **options: Any,
     ) -> None:
-        """Call :func:`bilevel.testing.assert_hypergradient` with ``theta``, ``init`` and ``data`` cast to float64."""
+        """Call :func:`bilevel.testing.assert_hypergradient` with ``theta``, ``init`` and ``data`` cast to float64.
+
+        An ``init`` that is a function is called with float64 arguments instead.
+        """
         __tracebackhide__ = True
         theta, data = as_double(theta), as_double(data)
         init = init if callable(init) else as_double(init)
@@ -47,14 +56,15 @@ class Hypergradients:
     def assert_condition(
         self, problem: Problem | Condition, theta: PyTree, w: PyTree, data: PyTree, **options: Any
     ) -> None:
-        """Call :func:`bilevel.testing.assert_condition`."""
+        """Call :func:`bilevel.testing.assert_condition`, which computes in float64."""
         __tracebackhide__ = True
         assert_condition(problem, theta, w, data, record=self._checks.append, **options)
 
     def take(self) -> list[dict[str, Any]]:
-        """Return the worst check since the last call for each method and reference, and forget all of them.
+        """Return the worst check of each pair of method and reference, then delete all recorded checks.
 
-        Each is a plain dictionary with the number of its checks, because pytest-xdist serialises test reports.
+        Each result is a plain dictionary, because pytest-xdist serialises test reports. Its entry ``checks`` counts the
+        checks of that pair since the last call of this function.
         """
         worst, counts = {}, {}
         for check in self._checks:
@@ -67,5 +77,5 @@ class Hypergradients:
 
 
 def _badness(check):
-    """A sort key: failed checks are worse than passed ones, then a larger error in units of its tolerance is worse."""
+    """Return a sort key: a failed check is worse than one that passed, then a larger error/rtol is worse."""
     return not check.ok, check.error / check.rtol if check.rtol else check.error

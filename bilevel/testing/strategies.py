@@ -1,7 +1,8 @@
-"""Hypothesis strategies that draw bilevel problems with a known answer, for the tests of your own method or solver.
+"""Hypothesis strategies that draw bilevel problems with known solutions, for tests of your own method or solver.
 
-There are few different shapes, so that a program compiled for one example serves others. Shrinking goes towards small,
-flat, well-conditioned problems with seed 0. A failing example prints as the call that makes it again.
+The examples have few different shapes, so that a program compiled for one example serves others. Hypothesis shrinks a
+failing example towards the first of the values to draw from, by default a small, flat, well-conditioned problem, and
+towards seed 0. The example prints as the call that makes it again.
 
 Example:
     >>> from hypothesis import given, settings
@@ -59,7 +60,7 @@ def _problems(
 
 
 def _available():
-    """Return the dtypes to draw: float64 only if JAX has it enabled, else JAX would silently round it to float32."""
+    """Return the dtypes to draw. Without ``jax_enable_x64``, JAX would silently round float64 to float32."""
     return ("float64", "float32") if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else ("float32",)
 
 
@@ -91,16 +92,16 @@ def _strategy(
     Args:
         sizes: numbers of inner variables to draw from, each at least 3.
         conditions: condition numbers to draw from.
-        dtypes: dtypes to draw from; None for float32, and float64 where ``jax_enable_x64`` is set.
+        dtypes: dtypes to draw from; None means float32 and, if ``jax_enable_x64`` is set, float64.
         w_layouts: layouts of the inner variables to draw from.
-        theta_layouts: layouts of the outer variables to draw from.
-        choices: values to draw from for further arguments of the family: {_listed(more)}.
+        theta_layouts: layouts of the outer variables to draw from; None leaves the layout to the family.
+        choices: for each further argument of the family, the values to draw from. Further arguments: {_listed(more)}.
 
     Returns:
         A strategy of :class:`~bilevel.testing.Case`.
 
     Raises:
-        TypeError: for any other argument.
+        TypeError: for an argument that the family does not have.
     """
     return strategy
 
@@ -127,7 +128,7 @@ def problems(
     dtypes: Sequence[str] | None = None,
     w_layouts: Sequence[str] = LAYOUTS,
 ) -> st.SearchStrategy[Case]:
-    """Draw a case of any family, each as its own strategy draws it."""
+    """Draw a case of any family, by the family's own strategy."""
     strategies = (
         quadratic_problems,
         ridge_problems,

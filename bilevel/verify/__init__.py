@@ -1,12 +1,12 @@
-"""Verify hypergradients: one point of a problem, one method against references, several methods against each other.
+"""Verify hypergradients: check a problem at one point, check a method against references, and compare methods.
 
-- :func:`check_condition` checks at one point whether the assumptions of the implicit function theorem hold.
+- :func:`check_condition` checks whether the assumptions of the implicit function theorem hold at one point.
 - :func:`check_hypergradient` compares a method's gradient with the references of :mod:`bilevel.verify.references`. If
   they differ, it names the likely cause.
-- :func:`compare_methods` measures the error, time, memory and products of several methods.
+- :func:`compare_methods` measures each method's error, time, memory and number of products with the inner Jacobian.
 
-Methods are arguments of these functions. The references share no gradient code with them, so that a fault in that code
-cannot show on both sides.
+The second and the third take the methods as arguments. The references share no gradient code with the methods, so a
+mistake in a method's gradient code cannot make its reference wrong too.
 """
 
 from bilevel.verify.condition import Check, ConditionReport, check_condition

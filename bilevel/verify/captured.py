@@ -1,4 +1,4 @@
-"""Arrays of θ that a function holds itself, instead of taking them as its argument.
+"""Find arrays of θ that a user's function has captured, by a closure or as a global.
 
 A function that captures an array of θ sees a constant: ``value_and_hypergradient`` differentiates the argument only.
 The gradient then lacks a term, and no residual shows it.
@@ -17,7 +17,7 @@ from bilevel.types import PyTree
 
 
 def captured_leaves(problem: Problem, theta: PyTree) -> list[str]:
-    """Return the names of those leaves of θ whose very arrays the problem's functions hold."""
+    """Return the names of the leaves of θ whose array objects the problem's functions have captured."""
     leaves = {
         id(leaf): f"theta{jax.tree_util.keystr(path)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(theta)

@@ -1,8 +1,8 @@
-"""The likely cause of a wrong gradient.
+"""Find the likely cause of a wrong gradient.
 
 Each known mistake is a formula. The formulas are evaluated one after the other, and the first one that gives the same
-numbers as the method is named. If A is too large or singular, only the formulas that need a reference and ∂outer/∂θ
-are left.
+numbers as the method is named. If the inner Jacobian A = ∂F/∂w is too large or singular, only those formulas are tried
+that need no more than a reference and ∂outer/∂θ.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ Candidate = tuple[str, np.ndarray]
 
 
 def likely_cause(run: MethodRun, explains: Callable[[np.ndarray], bool], references: Sequence[Reference]) -> str | None:
-    """Return what is wrong and what to do, without a full stop; None if no known mistake fits.
+    """Return the likely mistake, for some with a remedy, without a full stop; None if no known mistake fits.
 
     Args:
         run: the run of a method whose derivatives are wrong.
-        explains: whether given derivatives are so close to the method's that they explain it.
+        explains: returns True for derivatives that are close enough to the method's to explain them.
         references: the references that the method differs from, along the same directions.
     """
     if not np.isfinite(run.derivatives).all():
@@ -80,7 +80,7 @@ def _first_not_finite(run: MethodRun) -> str:
 
 
 def _cause_of_wrong_w(run: MethodRun, explains) -> str:
-    """Explain a gradient that is what the theorem says at the method's own w."""
+    """Explain a gradient that agrees with the implicit function theorem at the method's own w."""
     if _is_solver_output(run):
         return (
             f"the formula is right and the inner problem is not solved: ‖F‖ = {figure(run.residual_norm())} at w "
@@ -93,7 +93,7 @@ def _cause_of_wrong_w(run: MethodRun, explains) -> str:
 
 
 def _is_unfinished_linear_solve(run: MethodRun, theorem: TheoremAtW, explains) -> bool:
-    """Return True if the reported adjoint explains the gradient and is reported with its true residual."""
+    """Return True if the reported adjoint vector explains the gradient, and the reported residual is its true one."""
     return (
         theorem.reported is not None
         and explains(theorem.parts.total(theorem.reported))

@@ -1,7 +1,7 @@
-"""The comparison of a method's numbers with expected ones: tolerances, the worst coordinate, and a sentence about it.
+"""Compare a method's numbers with expected ones, within a tolerance, and describe the worst entry.
 
-:func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. They differ in
-the tolerance: an assertion is given one, and a check derives one from what the method reports of its own solves.
+:func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. The caller
+gives the tolerance of an assertion. The check derives its tolerance from the method's reports on its solves.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class Tolerance:
         atol: absolute.
         rounding: rounding of the terms that the method adds, in its own dtype, ``[m]``.
         linear: the effect of a linear residual that met its ``tol``, ``[m]``.
-        inner: the effect of an inner residual that met its ``tol``, ``[m]``; it counts only against a reference that
-            was taken at another w.
+        inner: the effect of an inner residual that met its ``tol``, ``[m]``. :meth:`against` adds it, and
+            :meth:`at_same_w` does not.
     """
 
     rtol: float
@@ -31,11 +31,11 @@ class Tolerance:
     inner: np.ndarray | float = 0.0
 
     def at_same_w(self, expected: np.ndarray) -> np.ndarray:
-        """Return what is allowed against exact derivatives at the method's own w."""
+        """Return the error allowed against exact derivatives at the method's own w, ``[m]`` or a scalar."""
         return self.rtol * np.abs(expected).max(initial=0.0) + self.atol + self.rounding + self.linear
 
     def against(self, expected: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
-        """Return what is allowed against a reference with an uncertainty of its own, ``[m]``."""
+        """Return the error allowed against a reference that has an uncertainty of its own, ``[m]``."""
         return self.at_same_w(expected) + uncertainty + self.inner
 
 
@@ -81,12 +81,12 @@ class Deviation:
 
     @property
     def off(self) -> np.ndarray:
-        """Whether each entry is further off than allowed, or not finite, ``[m]``."""
+        """Whether the error of each entry is above its tolerance or not finite, ``[m]``."""
         return ~((self.error <= self.allowed) & np.isfinite(self.error))
 
     @property
     def agrees(self) -> bool:
-        """Whether no entry is off."""
+        """Whether every entry is within its tolerance."""
         return not self.off.any()
 
     @cached_property

@@ -21,14 +21,15 @@ THETA_ROW = "θ in the condition"
 
 @dataclass(frozen=True)
 class Check:
-    """One row of a report.
+    """The result of one check, a row of a :class:`ConditionReport`.
 
     Attributes:
-        name: what was checked: ``residual``, ``symmetry``, ….
+        name: what was checked, such as ``residual`` or ``symmetry``.
         ok: whether the check passed.
-        found: what was found, a phrase.
-        remedy: what to do about a failure, a sentence; it may be set on a row that passed.
-        value: the number that was judged, if there is one.
+        found: a phrase with the measured numbers or the names of the faulty leaves.
+        remedy: what to do about a failure. Some rows that passed have a remedy too, which is not printed.
+        value: the number that was compared with a limit, or the limit itself for ``strong convexity``; None for a check
+            without a number.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ConditionReport:
-    """The rows of :func:`check_condition`; ``report["symmetry"]`` is one of them."""
+    """The result of :func:`check_condition`, which prints as a table; ``report["symmetry"]`` returns one row."""
 
     checks: tuple[Check, ...]
 
@@ -63,22 +64,30 @@ def check_condition(
 ) -> ConditionReport:
     """Check the assumptions of the implicit function theorem at one point, in float64.
 
+    F is the residual of the condition, and A = ∂F/∂w. The rows of the report are:
+
     ==================  =====================================================================================
-    leaves              none is complex; integer leaves are named, because they get no gradient
+    leaves              no leaf is complex; integer leaves of θ and w are named, because they get no gradient
     structure           F is a tree like w
-    finite              θ, w, F, the outer value and its derivatives are finite
-    captured θ          no closure or global of the functions holds an array of θ, which no derivative would see
-    residual            ‖A⁻¹F‖ / (1 + ‖w‖), the distance to the solution, is at most ``tol``; for more than 1000
-                        unknowns ‖F‖ / (1 + ‖w‖) is
-    symmetry            |⟨u, Av⟩ − ⟨Au, v⟩| / (‖u‖‖Av‖) of random u, v is at most ``tol`` if A is declared symmetric
-    curvature           A is not singular, and positive definite if it is symmetric or declared so, by its extreme
-                        eigenvalues (of the symmetric part) and singular values. For more than 1000 unknowns
-                        Lanczos's method estimates them, which can disprove definiteness and never prove it
-    strong convexity    the smallest eigenvalue is at least the declared μ; the row exists if μ is declared
-    θ in the condition  ∂F/∂θ ≠ 0, here or nearby: a θ that enters only the initial point has a zero hypergradient
-    w in outer          ∂outer/∂w ≠ 0, here or nearby
-    kinks               neither F nor a first derivative of F or outer jumps at this point
+    finite              θ, w, F, the outer value and the first derivatives are finite
+    captured θ          no closure or global of the functions holds an array of θ, because every derivative would
+                        treat that array as a constant
+    residual            ‖A⁻¹F‖ / (1 + ‖w‖), an estimate of the relative distance to the solution, is at most
+                        ``tol``. With more than 1000 unknowns or a singular A, ‖F‖ replaces ‖A⁻¹F‖
+    symmetry            |⟨u, Av⟩ − ⟨Au, v⟩| ≤ ``tol``·‖u‖·max(‖Av‖, ‖Aᵀv‖) for three random pairs u, v. The check
+                        can fail only if A is declared symmetric
+    curvature           A is not singular. Its symmetric part is positive definite if A is declared so, and has no
+                        negative eigenvalue if A is declared symmetric. With more than 1000 unknowns only these
+                        eigenvalues are estimated, by Lanczos's method, which can disprove definiteness but never
+                        prove it
+    strong convexity    the smallest eigenvalue is at least the declared μ; without a declaration there is no row
+    θ in the condition  ∂F/∂θ is nonzero at the point or at one of two random points: a θ that enters only the
+                        initial point has a zero hypergradient. F or outer depends on every leaf of θ
+    w in outer          ∂outer/∂w is nonzero at the point or at a random point near it
+    kinks               along two random lines, neither F nor a first derivative of F or outer jumps at the point
     ==================  =====================================================================================
+
+    If ``leaves``, ``structure`` or ``finite`` fails, the checks that depend on it are left out.
 
     Args:
         problem: the condition and the outer function.
@@ -87,7 +96,7 @@ def check_condition(
             of w.
 
     Returns:
-        a :class:`ConditionReport`, which prints as a table with a remedy for each row that failed.
+        A :class:`ConditionReport`. It prints as a table, with a remedy for each row that failed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,9 +163,10 @@ def _check_structure(condition, theta, w, data):
 
 
 def _check_finite(local, theta, w, data):
-    """Check that θ, w, all values and first derivatives are finite.
+    """Check that θ, w, F, the outer value and the first derivatives are finite.
 
-    Data may hold an infinity on purpose (a bound), so its leaves are named only if a value or derivative is not finite.
+    The derivatives of F enter as (∂F/∂w)ᵀF and (∂F/∂θ)ᵀF. Data may hold an infinity on purpose, such as a bound, so a
+    leaf of the data is named only if a value or a derivative is not finite.
     """
     residual = local.residual(local.w, local.theta)
     outer_gradient = local.outer_gradient(local.w, local.theta)
@@ -237,7 +247,7 @@ def _asymmetric_entries(local, jacobian):
 
 
 def _rounding(jacobian):
-    """Return how far rounding may move an eigenvalue of A; 1000·eps·|λ| is assumed for a Ritz value."""
+    """Return how far rounding may move an eigenvalue of A: n·eps times the norm of A, with n = 1000 for Ritz values."""
     size = max(jacobian.largest_singular or 0.0, abs(jacobian.low), abs(jacobian.high))
     return EPS * size * (len(jacobian.matrix) if jacobian.matrix is not None else 1e3)
 
@@ -282,7 +292,11 @@ def _check_strong_convexity(jacobian, condition, theta, data):
 
 
 def _check_theta_is_used(local):
-    """Check that F and outer depend on each leaf of θ, by vjps at the point and at random points near and far."""
+    """Check that F depends on θ, and F or outer on each leaf of θ.
+
+    A vjp may vanish at one point although the function depends on θ. The vjps are therefore also taken at two random
+    points, whose entries differ from the point's by about 1 % and about 100 % of 1 + |entry|.
+    """
 
     def dependence(theta, w):
         slopes = local.vjp(w, theta, random_like(local.w, 8))[1], local.outer_gradient(w, theta)[1]

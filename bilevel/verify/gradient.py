@@ -26,20 +26,20 @@ from bilevel.verify.tables import figure, table, wrapped
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method's derivatives against those of one reference.
+    """A method's derivatives in θ against those of one reference.
 
     Attributes:
         name: the reference's name.
-        reference: its derivatives; None if it is not available.
-        note: why it is not available, or a remark on what it means.
+        reference: the reference's derivatives; None if the reference is not available or not finite.
+        note: why the reference is not available or does not count, or what it differentiated; often empty.
         error: |method − reference| at ``worst``.
-        tolerances: the error allowed to each derivative, ``[m]``.
-        worst: the name of the coordinate or direction with the largest error in units of its tolerance.
+        tolerances: the error allowed to each of the m derivatives, ``[m]``.
+        worst: the name of the coordinate or direction whose error is largest in units of its tolerance.
         allowed: the tolerance at ``worst``.
-        ours, theirs: the derivative at ``worst`` of the method and of the reference.
-        agrees: whether every derivative is within its tolerance.
-        counts: whether the comparison decides about the method. It does not if the reference is not available or
-            differentiates something else.
+        ours, theirs: the method's and the reference's derivative at ``worst``.
+        agrees: whether every error is within its tolerance.
+        counts: whether the comparison decides about the method. A reference that is not available does not count.
+            Neither does the derivative of solver steps that have not converged, unless the method agrees with it.
     """
 
     name: str
@@ -57,14 +57,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class HypergradientReport:
-    """The result of :func:`check_hypergradient`; it prints as a table.
+    """The result of :func:`check_hypergradient`, which prints as a table.
 
     Attributes:
         comparisons: one for each reference.
-        verdict: a sentence: whether the gradient is right, and otherwise the likely cause and the remedy.
-        ok: whether the gradient agrees with every reference that counts, and at least one counts.
+        verdict: whether the gradient agrees with the references that count; if not, the likely cause where one is
+            found.
+        ok: True if the gradient is finite, at least one reference counts, and the gradient agrees with all that count.
         out: what the method returned.
-        derivatives: the method's derivatives along the directions that were compared, ``[m]``.
+        derivatives: the method's derivatives along the m directions that were compared, ``[m]``.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -101,31 +102,39 @@ def check_hypergradient(
 ) -> HypergradientReport:
     """Compare a method's hypergradient with references that share no gradient code with it.
 
-    ``finite_differences`` and ``dense`` differentiate the solution w*; ``unrolled`` differentiates what the solver
-    returned. If the solver's steps have not converged, the two derivatives differ, and ``unrolled`` does not count.
+    ``finite_differences`` and ``dense`` differentiate the inner solution w*, which Newton's method computes from the
+    solver's output. ``unrolled`` differentiates the solver's output. If the solver's steps have not converged, the two
+    derivatives differ. ``unrolled`` then does not count, unless the method agrees with it.
+
+    If Newton's method fails, ``finite_differences`` differentiates the solver's output instead, and ``dense`` evaluates
+    the implicit function theorem there.
 
     The tolerance of each derivative is a sum:
 
-    - ``rtol`` times the largest derivative,
-    - the rounding of the terms that the method adds, in its precision,
+    - ``rtol`` times the reference's largest derivative,
     - the reference's own uncertainty,
-    - the effect of the inner and of the linear residual, if a ``tol`` was set for that solve and was met.
+    - the rounding, in θ's precision, of the terms that make up the derivative,
+    - the effect of the inner residual and of the linear residual, each if a ``tol`` was set for that solve and was met.
+
+    The last two need the inner Jacobian as a matrix. They are zero if it is singular or has more than 1000 rows.
 
     Args:
         problem: the condition and the outer function.
-        theta, init, data: where the hypergradient is computed.
+        theta: outer variables, any pytree; the hypergradient is computed there.
+        init: where the solver starts, a tree like w or ``init(theta, data)``.
+        data: the third argument of the problem's functions.
         solver: the inner solver.
         method: called as ``method(problem, solver, theta, init, data)``.
-        against: the references to use, of ``"finite_differences"``, ``"unrolled"`` and ``"dense"``.
-        directions: unit vectors ``[m, entries of θ]``. None means each coordinate of a θ of at most 64 entries. A
-            larger θ is compared along the method's own gradient and 7 random directions.
+        against: names of the references to use, from ``"finite_differences"``, ``"unrolled"`` and ``"dense"``.
+        directions: unit vectors ``[m, entries of θ]``. None means every coordinate of a θ with at most 64 entries, and
+            8 directions in a larger θ: the method's own gradient and 7 random ones.
         rtol: None means √eps of the narrowest dtype in θ: 1.5e-8 for float64, 3.5e-4 for float32.
 
     Raises:
-        ValueError: for an unknown reference, or none.
+        ValueError: for an unknown reference, for none, or for directions of another shape.
 
     Example:
-        Three steps of gradient descent are too few here, and the report says so:
+        Three steps of gradient descent do not solve this inner problem, and the verdict says so:
 
         >>> from bilevel import CG, GradientDescent, Implicit, Stationary
         >>> condition = Stationary(lambda w, theta, data: 0.25 * w**4 - theta * w)
@@ -156,9 +165,10 @@ def check_hypergradient(
 
 
 def _directions(directions, gradient):
-    """Return the caller's directions, the coordinates, or for a large θ the gradient's own and random directions.
+    """Return the caller's directions, else the coordinates of a small θ, else the gradient's and random directions.
 
-    The gradient's own direction is included because its derivative is the gradient's length.
+    A large gradient is compared along itself too, because random directions see little of it. A gradient that is zero
+    or not finite has no direction and is left out.
     """
     if directions is not None:
         return np.asarray(directions, np.float64)
@@ -172,7 +182,7 @@ def _directions(directions, gradient):
 
 
 def _evaluate(reference: Callable[..., Reference], run: MethodRun) -> Reference | str:
-    """Evaluate a reference at the run's arguments; return the reason if it is not available."""
+    """Evaluate a reference at the run's arguments. If it is not available, return the reason as a string."""
     try:
         return reference(run.problem, run.solver, run.theta, run.init, run.data, run.directions)
     except ReferenceUnavailable as error:
@@ -180,7 +190,7 @@ def _evaluate(reference: Callable[..., Reference], run: MethodRun) -> Reference 
 
 
 def _derive_tolerance(run: MethodRun, found: Iterable[Reference | str], rtol: float | None) -> Tolerance:
-    """Derive what the method is allowed from its precision and from the tolerances that its solves met."""
+    """Derive the method's tolerance from its precision and from the residuals of the solves that met their ``tol``."""
     relative = run.eps**0.5 if rtol is None else rtol
     theorem, out = run.theorem, run.out
     if theorem is None:
@@ -227,10 +237,10 @@ def _compare(name: str, found: Reference | str, derivatives: np.ndarray, toleran
 
 
 def _without_unconverged_steps(comparisons: list[Comparison]) -> list[Comparison]:
-    """Mark derivatives of the solver's output as not counted if the solution's derivative is known and differs.
+    """Set ``counts`` to False for a derivative of the solver's output that differs from the solution's derivative.
 
-    A derivative of the output with which the method agrees still counts: the method then disagrees with the solution's
-    derivative, and the verdict names the steps as the cause.
+    It stays True if the method agrees with the derivative of the output. The method then differs from the solution's
+    derivative, and the verdict names the unconverged steps as the cause.
     """
     solved = [entry for entry in comparisons if entry.reference and entry.reference.question == "the solution"]
 
@@ -247,13 +257,13 @@ def _without_unconverged_steps(comparisons: list[Comparison]) -> list[Comparison
 
 
 def _consistent(one, other) -> bool:
-    """Return True if two references are equal within the tolerances of both comparisons."""
+    """Return True if the derivatives of two references differ by at most the sum of both comparisons' tolerances."""
     tolerance = one.tolerances + other.tolerances
     return bool((np.abs(one.reference.derivatives - other.reference.derivatives) <= tolerance).all())
 
 
 def _diagnosis(run: MethodRun, tolerance: Tolerance, comparisons: list[Comparison]) -> str:
-    """Return one sentence on a wrong gradient: the likely cause and the remedy, or what is known."""
+    """Return the likely cause of a wrong gradient; if there is none, how the gradient and the references differ."""
 
     def explains(derivatives):
         return bool((np.abs(run.derivatives - derivatives) <= tolerance.at_same_w(derivatives)).all())

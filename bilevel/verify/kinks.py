@@ -1,4 +1,4 @@
-"""How far a point is from the nearest kink: a jump of F or of a first derivative, as of ReLU at zero."""
+"""Search for the nearest kink: a jump of F or of a first derivative of F or outer, such as ReLU's at zero."""
 
 import math
 

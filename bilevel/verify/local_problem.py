@@ -1,4 +1,4 @@
-"""A problem's functions around one point (w, θ), on flat float64 vectors and compiled: what the checks evaluate."""
+"""The functions of a problem around one point (w, θ), compiled, on flat float64 vectors, as the checks need them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

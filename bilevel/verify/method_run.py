@@ -65,7 +65,7 @@ class TheoremAtW:
 
     @property
     def derivatives(self) -> np.ndarray:
-        """What an exact implicit method returns at this w: h·d − v·Bd, ``[m]``."""
+        """The derivatives that an exact implicit method returns at this w: h·d − adjoint·Bd, ``[m]``."""
         return self.parts.total(self.adjoint)
 
 

@@ -34,8 +34,8 @@ class MethodReport:
             count; None if XLA does not tell.
         products: products with ∂F/∂w or its transpose in one run. None for a method or solver that writes the matrix
             out, because it asks for all columns at once.
-        steps: of the inner solver, as reported.
-        status: the worst of the inner solve, the linear solve and non-finite numbers.
+        steps: the iterations that the inner solver reports.
+        status: the worst status of the inner and the linear solve; NONFINITE if the value or gradient is not finite.
         out: what the method returned.
     """
 

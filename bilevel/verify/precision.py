@@ -1,7 +1,7 @@
 """The precision of the checks: float64, whatever the dtype of the caller's arrays.
 
-References and checks run on the host, on concrete values. They cast every inexact leaf to float64, and they leave
-integers, booleans and random keys unchanged.
+References and checks take concrete arrays. They cast every inexact leaf to float64 and leave integers, booleans and
+random keys unchanged.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ def orthogonal(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def symmetric_matrix(rng: np.random.Generator, size: int, condition: float) -> np.ndarray:
-    """Draw a symmetric matrix with eigenvalues from 1/κ to 1."""
+    """Draw a symmetric positive definite matrix with eigenvalues from 1/κ to 1."""
     basis = orthogonal(rng, size)
     return (basis * np.geomspace(1 / condition, 1, size)) @ basis.T
 
@@ -69,7 +69,7 @@ def general_matrix(rng: np.random.Generator, size: int, condition: float) -> np.
 
 
 def contraction_complement(rng: np.random.Generator, size: int, condition: float) -> np.ndarray:
-    """Draw I − cU with U orthogonal and c = (κ − 1)/(κ + 1), whose condition number is at most κ.
+    """Draw I − cU with an orthogonal U and c = (κ − 1)/(κ + 1). The condition number is at most κ.
 
     U rotates planes by angles of 0.7 to 2.4 radians, so the matrix is far from symmetric.
     """

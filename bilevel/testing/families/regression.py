@@ -1,4 +1,4 @@
-"""Families of regularised linear regression: ridge and logistic, with log-penalties as the outer variables."""
+"""Families of regularised regression, ridge and logistic, with the logarithms of the penalties as outer variables."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from bilevel.testing.families.suggested import suggest_descent
 
 
 def ridge(**options: Any) -> Case:
-    """Draw ½‖Xw − y‖²/n + ½Σ exp(θ_j)w_j², with one penalty for each feature, or a scalar θ for all of them."""
+    """Draw ½‖Xw − y‖²/n + ½Σ exp(θ_j)w_j² for n samples, with one θ_j per feature or one scalar θ for all features."""
     return _regression("ridge", Options(**options), _solve_ridge)
 
 

@@ -1,4 +1,4 @@
-"""The inner solvers that the cases suggest: Newton's method in plain JAX, and two of the library's solvers."""
+"""The inner solvers that cases suggest: Newton's method in plain JAX, gradient descent and fixed-point iteration."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,14 +1,14 @@
 """Reference derivatives, in float64, that share no gradient code with the methods they check.
 
-With G(θ) = outer(w*(θ), θ) and w* the solution near the solver's output, there are three references. They answer
+Let w*(θ) be the inner solution near the solver's output, and G(θ) = outer(w*(θ), θ). The three references answer
 different questions:
 
-- :func:`finite_differences` approximates dG/dθ. Newton's method follows w* while θ moves, and G is differenced. If
-  Newton's method fails (a singular system, or more than 400 unknowns), the solver itself runs again at every θ, and the
-  result approximates the derivative of ``unrolled``.
+- :func:`finite_differences` approximates dG/dθ. Newton's method finds w* at each shifted θ, and G is differenced. If
+  Newton's method fails (a singular system, or more than 400 unknowns), the solver runs at each shifted θ instead, and
+  the result approximates the derivative of ``unrolled``.
 - :func:`dense` evaluates the implicit function theorem at a given w. A = ∂F/∂w and B = ∂F/∂θ are written out, and
   numpy solves. At w* the result is dG/dθ. At another w it is what an exact implicit method should return there.
-- :func:`unrolled` differentiates what the solver returned: tangents pass through its iterations. If those have
+- :func:`unrolled` differentiates the solver's output by tangents through the iterations. If the iterations have
   converged, the result is dG/dθ.
 
 Each :class:`Reference` names the question it answers and carries a bound on its own error.

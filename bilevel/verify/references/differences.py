@@ -55,8 +55,8 @@ def finite_differences(
             random directions in a larger one.
         step: the largest h. None means a tenth of the norm of those entries of θ that the direction moves, or 0.1
             where they are zero.
-        polish: True follows the solution w* by Newton's method, so that unfinished solver steps do no harm. False
-            differences what the solver returns. None follows w* if Newton's method finds it.
+        polish: True finds the inner solution by Newton's method at each shifted θ, so that an inaccurate solver does
+            no harm. False differences the solver's output. None means True if Newton's method converges, else False.
 
     Raises:
         ReferenceUnavailable: with ``polish=True``, if Newton's method does not solve the condition.

@@ -9,7 +9,7 @@ import numpy as np
 from bilevel.verify.flat import Flat
 
 MAX_COORDINATES = 64
-"""Up to this many entries of θ, each has a derivative of its own; beyond, random directions are used."""
+"""Largest number of entries of θ that are compared one by one; a larger θ is compared along random directions."""
 RANDOM_DIRECTIONS = 8
 """Number of random directions in a large θ."""
 

@@ -26,7 +26,7 @@ from bilevel.verify.references.record import (
 )
 
 MAX_UNKNOWNS = 1000
-"""Unknowns up to which A is written out: 8 MB in float64, from 1000 tangents at once."""
+"""Largest number of unknowns for which A is written out: it then takes 8 MB in float64, and 1000 tangents at once."""
 
 
 def dense(

@@ -1,7 +1,7 @@
-"""Newton's method on F(w, θ) = 0, with dense Jacobians: it follows the solution while θ moves.
+"""Newton's method on F(w, θ) = 0, with dense Jacobians: it finds the inner solution at each shifted θ.
 
-A solver stops short of the solution, and a difference quotient divides that error by the step. Newton's method removes
-the error to rounding, whatever solver is under test.
+An inner solver leaves an error in w, and a difference quotient divides it by the step in θ. Newton's method reduces
+this error to rounding size, whichever solver is under test.
 """
 
 import jax
@@ -14,11 +14,14 @@ from bilevel.verify.precision import EPS
 from bilevel.verify.references.record import flat_residual
 
 MAX_UNKNOWNS = 400
-"""Unknowns up to which Newton's method is used: each of its steps is a dense solve, at every θ that is asked for."""
+"""Largest number of unknowns for Newton's method, which solves a dense system in each step and runs anew at each θ."""
 
 
 def refine(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> PyTree | None:
-    """Return the solution of F = 0 near ``w``, to rounding, or None if Newton's method does not find it."""
+    """Return the solution of F = 0 near ``w``, to rounding.
+
+    Return None for more than ``MAX_UNKNOWNS`` unknowns, or if Newton's method does not converge.
+    """
     start = flatten(w)
     if start.vector.size > MAX_UNKNOWNS:
         return None
@@ -31,8 +34,9 @@ def newton(
 ) -> tuple[jax.Array, jax.Array]:
     """Run Newton's method from ``start``; return the solution as a flat vector, and the last step.
 
-    Once a step is below √eps of w, that step and one more are taken. Convergence is quadratic, so the last step is of
-    rounding size and estimates the error of w. The solution is NaN if ``steps`` were not enough.
+    The loop ends at the first step that is at most √eps·(1 + ‖w‖). That step and one more are still taken. Convergence
+    is quadratic, so the last step is of rounding size and estimates the error of w. The solution is NaN if ``steps``
+    were not enough.
     """
     residual = flat_residual(condition, start, theta, data)
 

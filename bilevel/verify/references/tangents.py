@@ -36,7 +36,7 @@ def unrolled(
 
     Args:
         problem, solver, theta, init, data, directions: as for :func:`finite_differences`. If ``init`` is a function
-            of θ, its derivative counts.
+            of θ, the result includes the derivative of ``init``.
 
     Raises:
         ReferenceUnavailable: for a solver that JAX cannot differentiate in forward mode.
