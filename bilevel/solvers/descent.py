@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.conditions.protocol import Condition
-from bilevel.solvers.protocol import check_budget, check_gradient, iterate
+from bilevel.solvers.iteration import iterate
+from bilevel.solvers.protocol import check_budget, check_gradient
 from bilevel.types import PyTree, Solution
 
 if TYPE_CHECKING:

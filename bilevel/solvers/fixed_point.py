@@ -9,7 +9,8 @@ from jax.flatten_util import ravel_pytree
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.conditions.protocol import Condition
-from bilevel.solvers.protocol import check_budget, check_mapping, iterate
+from bilevel.solvers.iteration import iterate
+from bilevel.solvers.protocol import check_budget, check_mapping
 from bilevel.types import PyTree, Solution
 
 

@@ -1,4 +1,4 @@
-"""The protocol of an inner solver, the loop that iterative solvers share, and their report."""
+"""The protocol of an inner solver, its report, and the checks that solvers share."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,40 +34,6 @@ class IterativeSolver(Protocol):
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]: ...
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution: ...
-
-
-def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
-    """Run an iterative solver for ``max_steps`` steps, or for fewer if it has a ``tol`` that the residual meets."""
-    solver.check(condition)
-
-    def residual(w: PyTree) -> PyTree:
-        return condition.residual(w, theta, data)
-
-    if solver.tol is not None:
-        return _until_converged(solver, solver.tol, residual, init)
-
-    def advance(_: jax.Array, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return solver.update(state, residual(state[0]))
-
-    w, _ = jax.lax.fori_loop(0, solver.max_steps, advance, solver.start(init))
-    return report(residual(w), w, steps=solver.max_steps)
-
-
-def _until_converged(
-    solver: IterativeSolver, tol: float, residual: Callable[[PyTree], PyTree], init: PyTree
-) -> Solution:
-    def unfinished(carry):
-        _, current_residual, steps = carry
-        return (steps < solver.max_steps) & (tree.norm(current_residual) > tol)
-
-    def advance(carry):
-        state, current_residual, steps = carry
-        state = solver.update(state, current_residual)
-        return state, residual(state[0]), steps + 1
-
-    start = solver.start(init), residual(init), jnp.int32(0)
-    (w, _), last_residual, steps = jax.lax.while_loop(unfinished, advance, start)
-    return report(last_residual, w, steps, tol)
 
 
 def report(residual: PyTree, w: PyTree, steps: int | jax.Array, tol: float | None = None) -> Solution:
