@@ -1,4 +1,4 @@
-"""The comparison of inner solvers, on least squares, for which NumPy computes curvature and solution."""
+"""Tests of the comparison of inner solvers, on least squares, whose curvature NumPy computes."""
 
 import sys
 from pathlib import Path
@@ -39,12 +39,12 @@ def test_least_squares_has_the_same_curvature_everywhere(learner, tasks, x64):
     theta = {"w": jnp.zeros((SHAPE[2], 1))}
     exact = [2 / SHAPE[1] * np.linalg.norm(np.asarray(x), 2) ** 2 for x in tasks.support_x]
     at_theta, at_phi = inner_solvers.curvature(learner, theta, tasks)
-    # There are four features, and Lanczos is exact after four steps: the tolerance is far above its error.
+    # With four features, Lanczos is exact after four steps, so the tolerance is far above the error of Lanczos.
     np.testing.assert_allclose(at_theta, exact, rtol=0.05)
     np.testing.assert_allclose(at_theta, at_phi, rtol=1e-12)
 
 
-@pytest.mark.slow("compares inner solvers on a trained run")
+@pytest.mark.slow("compiles every inner solver of the comparison")
 def test_the_nearly_exact_solver_converges_and_one_beyond_the_limit_diverges(learner, tasks, capsys):
     found = inner_solvers.study(learner, {"w": jnp.zeros((SHAPE[2], 1))}, tasks)["solvers"]
     assert found["near exact"]["inner_residual"] < 1e-4 and found["near exact"]["cosine"] == pytest.approx(1)

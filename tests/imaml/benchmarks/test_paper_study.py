@@ -1,4 +1,4 @@
-"""The report on the study of the paper's setting: it shows the records' numbers, and the page shows the report."""
+"""Tests of the report on the paper study: it has the records' numbers, and docs/reproducing.md has its tables."""
 
 import copy
 import json

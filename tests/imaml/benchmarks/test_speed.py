@@ -1,4 +1,4 @@
-"""The speed benchmark: ratios within a round, real peer processes on small problems, exact gradients, refusals."""
+"""The speed benchmark: ratios of times, processes of contenders on small problems, exact gradients, refusals."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from benchmarks.speed import __main__ as suites
 from benchmarks.speed import harness, report, workloads
 
 SMALL = {"features": 12, "samples": 9, "validation": 7}
-# With Gaussian features of these sizes, a step at the rate 1/L reduces the error by well over a tenth.
+# With Gaussian features of these sizes, a step of gradient descent reduces the inner error by well over a tenth.
 STEPS = {"steps": 400, "iterations": 40, "tol": 1e-6}
 OURS = harness.Contender("ours", "ours", "hypergradient", ours=True)
 
@@ -63,8 +63,8 @@ def test_contenders_run_alternately_in_separate_processes(tmp_path, monkeypatch)
     assert "### ridge" in report.table()
 
 
-@pytest.mark.slow("starts a process for a peer")
-def test_a_peers_gradient_equals_the_exact_one(tmp_path):
+@pytest.mark.slow("starts a process for a contender")
+def test_the_gradient_from_a_contenders_process_equals_the_exact_one(tmp_path):
     item = small("logistic")
     with harness.Process(item, OURS) as process:
         found = process.gradient("hypergradient", tmp_path)["theta"]

@@ -19,8 +19,8 @@ from PIL import Image
 from imaml.datasets import omniglot
 from imaml.errors import InputError
 
-# Fingerprint of the split, recorded when the official archives were first read. If it changes, all existing checkpoints
-# are refused, because they store it.
+# Fingerprint of the split, recorded when the official archives were first read. Every checkpoint stores the
+# fingerprint, so a change would make all existing checkpoints unusable.
 REAL_FINGERPRINT = "9f484b36f34d756483889625cdd4b58c397a838c3c6b0a676449fc4b56636daa"
 
 
@@ -69,7 +69,7 @@ def test_a_second_load_takes_less_than_a_second_and_gives_the_same_data(real, om
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_official_pixels_are_pillows_inverted(real, part: str, omniglot_directory: Path):
+def test_official_pixels_equal_those_that_pillow_resizes_and_inverted(real, part: str, omniglot_directory: Path):
     classes = getattr(real, part)
     members = {}
     for folder in (BACKGROUND, EVALUATION):
@@ -99,8 +99,8 @@ def test_a_damaged_official_archive_is_refused_or_has_the_same_drawings(omniglot
     path, official = omniglot_directory / "images_evaluation.zip", omniglot.ARCHIVES[1]
     content, source = path.read_bytes(), random.Random(1)
     original = omniglot._drawings(official, path, content)
-    directory = content.index(b"PK\x01\x02")
-    regions = [(0, directory), (directory, len(content)), (len(content) - 100, len(content))]
+    central_directory = content.index(b"PK\x01\x02")
+    regions = [(0, central_directory), (central_directory, len(content)), (len(content) - 100, len(content))]
     for trial in range(24):
         damaged = damage(content, source, *regions[trial % len(regions)])
         try:
@@ -174,7 +174,7 @@ def test_every_drawing_has_the_label_of_its_folder(tiny: Tiny):
 
 def test_resizing_equals_pillows_bit_for_bit():
     images = np.random.default_rng(0).integers(0, 256, (50, 105, 105)).astype(np.uint8)
-    images[::2] = np.where(images[::2] > 127, 255, 0)  # Lanczos overshoots on both sides here, so the result is clipped
+    images[::2] = np.where(images[::2] > 127, 255, 0)  # Lanczos overshoots below 0 and above 255 here, so it clips
     expected = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.LANCZOS)) for image in images]
     assert np.array_equal(omniglot._shrink(images), np.stack(expected))
 
@@ -182,7 +182,7 @@ def test_resizing_equals_pillows_bit_for_bit():
 # --- The cache -----------------------------------------------------------------------------------------------------
 
 
-def test_second_load_decodes_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_load_decodes_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
     first = omniglot.load(tiny.directory)
     monkeypatch.setattr(omniglot, "_decode", lambda *_: pytest.fail("decoded again"))
     assert omniglot.load(tiny.directory).fingerprint() == first.fingerprint()

@@ -17,7 +17,7 @@ CONTENT = bytes(range(256)) * 1000
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server that sends CONTENT at every address. Tests set its attributes to make it fail."""
+    """A server that answers every address with CONTENT, unless a test changes the attributes of the server."""
 
     ranges = True
     status = 200
@@ -157,7 +157,7 @@ def test_an_error_of_the_server_is_quoted_without_a_retry(status, reason, server
     with pytest.raises(web.Unreachable, match=f"{server.url}/file: the server answers {status} {reason}") as caught:
         fetch(server, tmp_path / "file")
     assert len(server.requests) == 1 and names(tmp_path) == []
-    assert caught.value.__cause__.closed  # an open socket would be a ResourceWarning in the user's program
+    assert caught.value.__cause__.closed  # an open socket would cause a ResourceWarning in the user's program
 
 
 def closed_port():

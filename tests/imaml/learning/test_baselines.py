@@ -42,13 +42,13 @@ def tasks():
 THETA = {"w": np.random.default_rng(1).normal(size=(FEATURES, 1))}
 
 
-def linear(algorithm, steps=STEPS, strength=1.0):
+def linear_learner(algorithm, steps=STEPS, strength=1.0):
     inner = bl.GradientDescent(RATE, steps)
     return make_learner(algorithm, lambda p, x: x @ p["w"], squared_error, inner, bl.CG(5), strength)
 
 
 def descend(x, y, steps=STEPS):
-    """Return φ after gradient descent on the mean squared error, and dφ/dθ."""
+    """Return φ after ``steps`` of gradient descent from THETA on the mean squared error, and its Jacobian dφ/dθ."""
     phi, jacobian = THETA["w"], np.eye(FEATURES)
     for _ in range(steps):
         phi = phi - RATE * 2 * x.T @ (x @ phi - y) / len(x)
@@ -70,7 +70,7 @@ def closed_form(algorithm, task):
 
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
 def test_the_meta_gradient_is_its_closed_form(algorithm, tasks):
-    out = jax.jit(meta_gradient(linear(algorithm)))(THETA, tasks)
+    out = jax.jit(meta_gradient(linear_learner(algorithm)))(THETA, tasks)
     exact = [closed_form(algorithm, jax.tree.map(lambda array, i=i: array[i], tasks)) for i in range(4)]
     # Rounding errors of four steps with matrices of norm below 10 and sums of 16 terms.
     np.testing.assert_allclose(out.value, np.mean([value for value, _ in exact]), rtol=1e-11)
@@ -79,7 +79,7 @@ def test_the_meta_gradient_is_its_closed_form(algorithm, tasks):
 
 
 def test_the_algorithms_have_different_meta_gradients(tasks):
-    gradients = [flat(jax.jit(meta_gradient(linear(name)))(THETA, tasks).gradient) for name in ALGORITHMS]
+    gradients = [flat(jax.jit(meta_gradient(linear_learner(name)))(THETA, tasks).gradient) for name in ALGORITHMS]
     for i, one in enumerate(gradients):
         for other in gradients[:i]:
             assert np.abs(one - other).max() > 1e-3 * np.abs(one).max()
@@ -88,14 +88,14 @@ def test_the_algorithms_have_different_meta_gradients(tasks):
 @pytest.mark.slow("compiles each algorithm twice")
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
 def test_the_meta_gradient_does_not_depend_on_the_strength(algorithm, tasks):
-    one, other = (jax.jit(meta_gradient(linear(algorithm, strength=s)))(THETA, tasks) for s in (1.0, 7.0))
+    one, other = (jax.jit(meta_gradient(linear_learner(algorithm, strength=s)))(THETA, tasks) for s in (1.0, 7.0))
     np.testing.assert_array_equal(one.gradient["w"], other.gradient["w"])
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
 def test_adapting_uses_only_the_support_set(algorithm, tasks):
     task = jax.tree.map(lambda array: array[0], tasks)
-    phi = linear(algorithm).adapt(THETA, task).w["w"]
+    phi = linear_learner(algorithm).adapt(THETA, task).w["w"]
     np.testing.assert_allclose(phi, descend(np.asarray(task.support_x), np.asarray(task.support_y))[0], atol=1e-11)
 
 
@@ -108,14 +108,15 @@ WAYS, SHOTS = 3, 2
 def softmax_task():
     random = np.random.default_rng(2)
     y = np.repeat(np.arange(WAYS, dtype=np.int32), SHOTS)
-    x = 5 * random.normal(size=(2, WAYS * SHOTS, FEATURES))  # the factor makes H/12 comparable to 2I
+    # The factor of 5 makes H/12 comparable to 2I in `reference_code`.
+    x = 5 * random.normal(size=(2, WAYS * SHOTS, FEATURES))
     return jax.tree.map(jnp.asarray, Task(x[0], y, x[1], y))
 
 
 def softmax_slope(parameters, x, y):
     """Return the gradient of softmax regression's mean cross-entropy, the inputs with a 1, and the probabilities.
 
-    The gradient has the shape ``[features + 1, ways]``; its last row is the one of the bias.
+    The gradient has the shape ``[features + 1, ways]``. Its last row is the bias's.
     """
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     logits = x @ parameters
@@ -127,8 +128,8 @@ def softmax_slope(parameters, x, y):
 def reference_code(theta, task):
     """Return what the authors' code computes: φ, the meta-gradient, and the exact solution of its linear system.
 
-    It takes 16 gradient steps of size 0.1, one step of size 0.1 on the proximal term with λ = 2, and then five CG steps
-    from zero on (2I + H/12)g = v.
+    The code takes 16 gradient steps of size 0.1, one step of size 0.1 on the proximal term with λ = 2, and then five CG
+    steps from zero on (2I + H/12)g = v. H is the Hessian of the support loss, and v the gradient of the query loss.
     """
     x, y, query_x, query_y = (np.asarray(array) for array in jax.tree.leaves(task))
     phi = theta
@@ -201,7 +202,7 @@ def test_tasks_computed_together_give_the_same_result_as_one_by_one(at_once, alg
     theta = network.init(jax.random.key(1))
     learner = make_learner(algorithm, network.apply, squared_error, bl.GradientDescent(0.01, 3), bl.CG(3), 10.0)
     one, several = (jax.jit(meta_gradient(learner, at_once=number))(theta, tasks) for number in (1, at_once))
-    # Reptile also adapts to query points. For each algorithm the task with NaN is left out.
+    # The task with NaN is left out. Its NaN also reaches Reptile's inner loop, which adapts to query points too.
     assert int(one.tasks) == 5 and bl.Status(int(one.status[2])) is bl.Status.NONFINITE
     for name in FIELDS:
         np.testing.assert_allclose(flat(getattr(several, name)), flat(getattr(one, name)), rtol=1e-10, atol=1e-12)

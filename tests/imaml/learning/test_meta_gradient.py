@@ -1,7 +1,7 @@
-"""Tests of the meta-gradient in float64, against references that share no code with it.
+"""Tests of the meta-gradient in float64 against a dense linear system and unrolled MAML, and for batches of tasks.
 
-The references are a dense linear system for the published network, and unrolled MAML, which converges to the implicit
-gradient. Further tests cover batches of tasks. test_meta_gradient_closed_form.py has linear regression.
+The dense system is that of the published network. As its number of steps grows, the gradient of unrolled MAML converges
+to the implicit one. The closed form of linear regression is tested in test_meta_gradient_closed_form.py.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ def in_float64(quick_compilation, double_precision):
         yield
 
 
-def one(task):
+def batch_of(task):
     """Return a batch with only that task."""
     return jax.tree.map(lambda array: array[None], task)
 
@@ -51,7 +51,7 @@ PRESET = replace(
 
 @pytest.fixture(scope="module")
 def glyph_task(tiny_pixels):
-    """Return θ and a task of the preset's size. Noise breaks the symmetry of the initial θ."""
+    """Return θ, which is the initial θ plus noise, and a task of the preset's size."""
     random = np.random.default_rng(0)
     theta = PRESET.network.build(PRESET.episode.ways).init(jax.random.key(0))
     theta = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), theta)
@@ -71,7 +71,11 @@ def query_by_hand(phi, theta, task):
 
 @pytest.fixture(scope="module")
 def dense(glyph_task):
-    """Return I + H/λ and ∇query as dense arrays, at the φ of the preset's inner steps, from the losses above."""
+    """Return the adjoint system (I + H/λ)g = v, the residual, the query loss and the accuracy after the inner steps.
+
+    H is the Hessian of the support loss, λ the preset's strength, and v the gradient of the query loss. All come from
+    the two losses above.
+    """
     theta, task = glyph_task
     start, unravel = ravel_pytree(theta)
 
@@ -79,15 +83,15 @@ def dense(glyph_task):
         return jax.grad(lambda w: support_by_hand(unravel(w), None, task))(w)
 
     @jax.jit
-    def at(w):
+    def gradients_at(w):
         return slope(w) + PRESET.strength * (w - start), jax.value_and_grad(
             lambda w: query_by_hand(unravel(w), None, task), has_aux=True
         )(w)
 
     phi = start
     for _ in range(PRESET.inner.max_steps):
-        phi = phi - PRESET.inner.step_size * at(phi)[0]
-    residual, ((value, outputs), v) = jax.tree.map(np.asarray, at(phi))
+        phi = phi - PRESET.inner.step_size * gradients_at(phi)[0]
+    residual, ((value, outputs), v) = jax.tree.map(np.asarray, gradients_at(phi))
     column = jax.jit(lambda direction: jax.jvp(slope, (phi,), (direction,))[1])
     hessian = np.stack([column(direction) for direction in np.eye(start.size)], axis=1)
     matrix = np.eye(start.size) + hessian / PRESET.strength
@@ -102,33 +106,33 @@ def exact(dense):
 
 @pytest.fixture(scope="module")
 def tolerance(dense, exact):
-    """Return 1e-8 of the gradient's norm. Rounding errors, of the order κ·n·eps, are less than a tenth of that."""
+    """Return 1e-8 of the gradient's norm. Rounding errors are less than a tenth of that."""
     assert np.linalg.cond(dense.matrix) * len(dense.matrix) * EPS < 1e-9
     return 1e-8 * np.linalg.norm(exact)
 
 
 @pytest.fixture(scope="module")
-def of_the_preset(glyph_task):
+def preset_result(glyph_task):
     theta, task = glyph_task
-    return jax.jit(meta_gradient(PRESET.learner))(theta, one(task))
+    return jax.jit(meta_gradient(PRESET.learner))(theta, batch_of(task))
 
 
 @pytest.mark.slow("forms the Hessian of a convolutional network")
-def test_the_presets_gradient_solves_the_dense_system(of_the_preset, exact, tolerance):
-    np.testing.assert_allclose(flat(of_the_preset.gradient), exact, rtol=0, atol=tolerance)
+def test_the_presets_gradient_solves_the_dense_system(preset_result, exact, tolerance):
+    np.testing.assert_allclose(flat(preset_result.gradient), exact, rtol=0, atol=tolerance)
 
 
 def test_the_dense_system_detects_a_wrong_sign_and_a_change_of_strength_by_a_ten_thousandth(
-    of_the_preset, dense, exact, tolerance
+    preset_result, dense, exact, tolerance
 ):
     identity = np.eye(len(dense.v))
     other = identity + (dense.matrix - identity) * 1.0001
     for fault in (-exact, dense.v, np.linalg.solve(other, dense.v)):
-        assert np.abs(flat(of_the_preset.gradient) - fault).max() > 10 * tolerance
+        assert np.abs(flat(preset_result.gradient) - fault).max() > 10 * tolerance
 
 
 @dataclass(frozen=True)
-class Flat:
+class TinyMLP:
     """A network with one hidden layer, which compiles ten times as fast as the published one."""
 
     def build(self, ways):
@@ -137,7 +141,7 @@ class Flat:
 
 
 def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyph_task):
-    preset, (_, task) = replace(PRESET, network=Flat()), glyph_task
+    preset, (_, task) = replace(PRESET, network=TinyMLP()), glyph_task
     network = preset.network.build(preset.episode.ways)
     theta = network.init(jax.random.key(0))
 
@@ -148,20 +152,19 @@ def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyp
     problem = bl.Problem(condition, lambda w, theta, task: loss(w, task.query_x, task.query_y))
     solver = bl.GradientDescent(preset.inner.step_size, preset.inner.max_steps)
     generic = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(max_steps=400, tol=1e-13)))
-    expected, out = generic(theta, theta, task), jax.jit(meta_gradient(preset.learner))(theta, one(task))
+    expected, out = generic(theta, theta, task), jax.jit(meta_gradient(preset.learner))(theta, batch_of(task))
     np.testing.assert_allclose(out.value, expected.value, rtol=1e-10)
     atol = 1e-8 * np.linalg.norm(flat(expected.gradient))
     np.testing.assert_allclose(flat(out.gradient), flat(expected.gradient), rtol=0, atol=atol)
 
 
-def test_the_residuals_loss_and_accuracy_of_the_preset_are_the_dense_ones(of_the_preset, dense):
-    out = of_the_preset
+def test_the_residuals_loss_and_accuracy_of_the_preset_are_the_dense_ones(preset_result, dense):
+    out = preset_result
     np.testing.assert_allclose(out.inner_residual, [np.linalg.norm(dense.residual)], rtol=1e-9)
     np.testing.assert_allclose((out.value, out.accuracy), (dense.value, dense.accuracy), rtol=1e-10)
     assert float(out.linear_residual[0]) <= PRESET.linear.tol
-    assert (
-        int(out.tasks) == 1 and bl.Status(int(out.status[0])) is bl.Status.BUDGET_USED
-    )  # the status of the inner solver
+    # The status is the one of the inner solver.
+    assert int(out.tasks) == 1 and bl.Status(int(out.status[0])) is bl.Status.BUDGET_USED
 
 
 # --- Softmax regression: unrolled MAML converges to the implicit gradient ------------------------------------------
@@ -176,7 +179,10 @@ def softmax_learner(steps, method):
 
 @pytest.fixture(scope="module")
 def softmax_tasks():
-    """Return eight tasks of nine points of norm 1, so that the Hessian's eigenvalues lie in [0, 1], bias included."""
+    """Return eight tasks with nine points in each set.
+
+    The inputs have norm 1, so that the eigenvalues of the support loss's Hessian, bias included, lie in [0, 1].
+    """
     random = np.random.default_rng(1)
     x = random.normal(size=(2, 8, 9, FEATURES))
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
@@ -191,7 +197,7 @@ def softmax_theta():
 
 @pytest.mark.slow("unrolls several numbers of steps")
 def test_unrolled_maml_converges_geometrically_to_the_implicit_gradient(softmax_theta, softmax_tasks):
-    task = one(jax.tree.map(lambda array: array[0], softmax_tasks))
+    task = batch_of(jax.tree.map(lambda array: array[0], softmax_tasks))
     budgets = (4, 16, 64, 256)
 
     def gradient(steps, method):
@@ -199,7 +205,8 @@ def test_unrolled_maml_converges_geometrically_to_the_implicit_gradient(softmax_
 
     exact = gradient(400, bl.Implicit(bl.LU()))
     gaps = [np.linalg.norm(gradient(steps, bl.Unrolled()) - exact) for steps in budgets]
-    # A step multiplies the error by at most ρ = 1 − 0.4 · ½. The gradient sums K terms with errors below ρ^K: K ρ^K.
+    # A step multiplies the inner error by at most ρ = 1 − 0.4 · ½. The gradient unrolled over K steps is a sum of K
+    # terms with errors of the order ρ^K.
     rho = 1 - RATE * PENALTY
     for few, many, before, after in zip(budgets, budgets[1:], gaps, gaps[1:], strict=False):
         assert after <= 2 * before * (many / few) * rho ** (many - few) + 1e3 * EPS, (few, many, gaps)
@@ -272,7 +279,7 @@ def test_an_adjoint_worse_than_none_is_left_out():
     assert bl.Status(int(out.status[1])) is bl.Status.BUDGET_USED
     assert int(out.tasks) == 2
     np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])
-    # The loss of the task is finite and counts: ½‖φ‖² for each task, where one step of 1e-6 leaves φ close to θ.
+    # The second task's loss is finite and counts. Each loss is ½‖φ‖², and one step of size 1e-6 leaves φ close to θ.
     np.testing.assert_allclose(float(out.value), 0.5 * (0.71**2 + 1), rtol=1e-5)
 
 

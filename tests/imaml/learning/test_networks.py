@@ -36,8 +36,8 @@ def test_convolution_equals_xlas_in_value_and_derivative(shape, filters, x64):
         jax.jit(lambda *inputs, f=f: value_and_pull_back(f, *inputs))(x, kernel)
         for f in (convolution, reference_convolution)
     )
-    # Rounding errors of sums of products of numbers below 5, in any order, with at most one product for each entry of x
-    # or of the kernel. The cotangent is the cosine of an output below 100, which multiplies its error by up to 100.
+    # Each result is a sum of products of numbers below 5, with at most one product for each entry of x or of the
+    # kernel. The factor of 100 allows for the errors of the cotangents, which are computed from the outputs.
     tolerance = 100 * 25 * max(x.size, kernel.size) * EPS
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
@@ -159,7 +159,8 @@ def test_kernel_gain_scales_the_kernels_and_changes_outputs_only_through_epsilon
     out = {gain: apply(parameters[gain], x) for gain in networks}
     np.testing.assert_array_equal(4 * parameters[1.0]["block2"]["kernel"], parameters[4.0]["block2"]["kernel"])
     np.testing.assert_array_equal(parameters[1.0]["head"]["kernel"], parameters[4.0]["head"]["kernel"])
-    # At a gain of 1e6 epsilon is negligible and the gain cancels. The effect of epsilon falls with the gain's square.
+    # Batch normalisation adds epsilon to a variance. At a gain of 1e6 epsilon is negligible and the gain cancels. The
+    # effect of epsilon falls with the gain's square.
     error = {gain: np.abs(out[gain] - out[1e6]).max() for gain in (1.0, 4.0)}
     assert 0 < error[1.0] < 0.05 * np.abs(out[1e6]).max()
     assert error[4.0] == pytest.approx(error[1.0] / 16, rel=0.2)
@@ -167,7 +168,7 @@ def test_kernel_gain_scales_the_kernels_and_changes_outputs_only_through_epsilon
 
 def test_initial_kernels_have_glorots_variance():
     kernel = conv4(ways=5, filters=64, kernel_gain=3.0).init(jax.random.key(0))["block1"]["kernel"]
-    # The standard error of the variance of 36,864 uniform numbers is below 1 %; the tolerance is five standard errors.
+    # The standard error of the variance of 36,864 uniform numbers is about 0.5 %. The tolerance is ten standard errors.
     assert float(kernel.var()) == pytest.approx(9.0 * 2 / (9 * 64 + 9 * 64), rel=0.05)
     assert abs(float(kernel.mean())) < 5 * 3.0 * np.sqrt(2 / 1152) / 192
 

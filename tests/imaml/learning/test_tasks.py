@@ -29,7 +29,7 @@ CORNERS = [
 
 
 def marked_pixels():
-    """Return images whose centre, which rotations keep, is 6 · class + sample + 1, and that have one white corner."""
+    """Return images with one white corner and a centre of 6 · class + sample + 1, which no rotation moves."""
     pixels = np.zeros((CLASSES, SAMPLES, 28, 28, 1), np.uint8)
     pixels[:, :, 13:15, 13:15, 0] = np.arange(1, CLASSES * SAMPLES + 1).reshape(CLASSES, SAMPLES, 1, 1)
     pixels[:, :, 0, 0] = 255
@@ -129,7 +129,7 @@ def test_rotation_does_not_change_which_images_are_drawn(drawn, rotated):
 def test_bright_paper_inverts_the_images(drawn):
     key = jax.random.split(jax.random.key(0), TASKS)[0]
     bright = Episode(3, 2, 1, bright_paper=True).sample(marked_pixels(), key)
-    # Not bit for bit: a compiled program may divide by 255 in another way.
+    # The images may differ in the last bit, because a compiled program may divide by 255 in another way.
     np.testing.assert_allclose(bright.query_x, 1 - drawn.query_x[0], rtol=0, atol=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_the_points_of_a_task_lie_on_one_sinusoid_with_parameters_in_the_documen
         (p, q), residual, *_ = np.linalg.lstsq(basis, values, rcond=None)
         assert residual[0] < 25 * (5 * 1e-6) ** 2 * 10
         amplitudes.append(np.hypot(p, q)), phases.append(np.arctan2(-q, p) % (2 * np.pi))
-    # Of 400 uniform numbers, none lies within 3 % of an end with probability 0.97⁴⁰⁰ = 5e-6.
+    # The probability that none of 400 uniform numbers lies within 3 % of an end is 0.97⁴⁰⁰ = 5e-6.
     for sampled, (low, high) in ((amplitudes, sinusoid.AMPLITUDES), (phases, sinusoid.PHASES), (x, sinusoid.INPUTS)):
         assert low - 1e-3 <= np.min(sampled) < low + 0.03 * (high - low)
         assert high - 0.03 * (high - low) < np.max(sampled) <= high + 1e-3

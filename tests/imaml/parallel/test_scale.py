@@ -38,12 +38,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 12
-PATIENCE = 400.0
-"""Longest time for a process to end, compilation included. On an idle machine it takes a few seconds."""
+TIMEOUT = 400.0
+"""Time limit of a process in seconds, compilation included. On an idle machine a process takes a few seconds."""
 
 
 @dataclass(frozen=True)
-class Flat:
+class TinyMLP:
     """A small network that compiles in a second. These tests concern the processes, not the network."""
 
     hidden: int = 4
@@ -56,7 +56,7 @@ class Flat:
 PRESET = replace(
     imaml.preset("glyphs-5way-1shot-gd"),
     episode=Episode(ways=2, shots=1, queries=1),
-    network=Flat(),
+    network=TinyMLP(),
     inner=bl.GradientDescent(0.1, max_steps=2),
     linear=bl.CG(2),
     outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
@@ -72,7 +72,7 @@ def dataset(pixels):
 
 
 def worker(pixels: str, pause: str, *arguments: str) -> int:
-    """Run ``imaml train`` on the tiny preset and dataset; each step saves a checkpoint and sleeps ``pause`` seconds."""
+    """Run ``imaml train`` on the tiny preset and dataset. Each step saves a checkpoint and sleeps ``pause`` seconds."""
     original_train = training.train
 
     def train(*positional, on_progress, **options):
@@ -122,17 +122,17 @@ def start(tiny_pixels, tmp_path_factory):
     return start
 
 
-def ended(process):
+def wait_for_end(process):
     """Wait for ``process`` to end and return its exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=TIMEOUT)
     return process.returncode, out, err
 
 
 def wait_for_steps(directory, process, count):
     """Wait until ``count`` meta-steps are in the log of ``directory``."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while len(runlog.read_log(directory)) < count:
-        assert time.monotonic() < deadline and process.poll() is None, ended(process)
+        assert time.monotonic() < deadline and process.poll() is None, wait_for_end(process)
         time.sleep(0.02)
 
 
@@ -141,7 +141,7 @@ def logged(directory):
 
 
 @dataclass(frozen=True)
-class Story:
+class InterruptedRun:
     """The record of a run in two processes that was started three times.
 
     The first time it was stopped by a signal to process 1. The second time process 1 was killed. The third time it
@@ -165,45 +165,47 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(start, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("story") / "run"
+def interrupted_run(start, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("interrupted_run") / "run"
     with start(directory, pause=0.5) as pair:
         wait_for_steps(directory, pair[0], 1)
         pair[1].send_signal(signal.SIGTERM)
-        stopped = [ended(process) for process in pair]
-    first = whole_checkpoint(directory).step
+        stopped = [wait_for_end(process) for process in pair]
+    first = newest_checkpoint(directory).step
     with start(directory, pause=0.5) as pair:
         wait_for_steps(directory, pair[0], first + 1)
         pair[1].kill()
         killed = time.monotonic()
-        lost = ended(pair[0])
+        lost = wait_for_end(pair[0])
         seconds = time.monotonic() - killed
-    second = whole_checkpoint(directory).step
+    second = newest_checkpoint(directory).step
     with start(directory) as pair:
-        done = [ended(process) for process in pair]
-    return Story(directory, stopped, lost, done, (first, second), seconds)
+        done = [wait_for_end(process) for process in pair]
+    return InterruptedRun(directory, stopped, lost, done, (first, second), seconds)
 
 
-def whole_checkpoint(directory):
+def newest_checkpoint(directory):
     return checkpoints.newest(directory, lambda path, message: pytest.fail(message))
 
 
 @pytest.mark.slow("trains in two processes until a signal comes")
-def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
-    assert [code for code, _, _ in story.stopped] == [143, 143], story.stopped
-    assert f"stopped at step {story.steps[0]} of {STEPS} and saved" in story.stopped[0][1]
+def test_a_signal_to_one_process_stops_both_at_the_same_step(interrupted_run):
+    assert [code for code, _, _ in interrupted_run.stopped] == [143, 143], interrupted_run.stopped
+    assert f"stopped at step {interrupted_run.steps[0]} of {STEPS} and saved" in interrupted_run.stopped[0][1]
 
 
-def test_after_a_kill_the_other_process_stops_in_time_and_names_the_lost_one(story):
-    code, _, err = story.lost
-    assert code == processes.LOST, story.lost
+def test_after_a_kill_the_other_process_stops_in_time_and_names_the_lost_one(interrupted_run):
+    code, _, err = interrupted_run.lost
+    assert code == processes.LOST, interrupted_run.lost
     assert "process 1 of 2 (counted from 0) ended before the run was complete" in err and "Traceback" not in err
-    assert story.steps[0] <= story.steps[1] < STEPS
-    assert story.seconds < 10  # the kernel closes the connection at once; 10 s allow for a loaded machine
+    assert interrupted_run.steps[0] <= interrupted_run.steps[1] < STEPS
+    assert interrupted_run.seconds < 10  # the kernel closes the connection at once; 10 s allow for a loaded machine
 
 
-def test_two_processes_interrupted_twice_give_the_result_of_one_process(story, tiny_pixels, tmp_path, monkeypatch):
-    assert [code for code, _, _ in story.done] == [0, 0], story.done
+def test_two_processes_interrupted_twice_give_the_result_of_one_process(
+    interrupted_run, tiny_pixels, tmp_path, monkeypatch
+):
+    assert [code for code, _, _ in interrupted_run.done] == [0, 0], interrupted_run.done
     monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(tiny_pixels))
     alone = imaml.train(PRESET, tmp_path / "run", devices=1, evaluation_tasks=4)
     # Both programs sum the gradients of the same two tasks, with different rounding errors of up to 100 ε relative to
@@ -212,24 +214,24 @@ def test_two_processes_interrupted_twice_give_the_result_of_one_process(story, t
     # about the learning rate in each step, far more than this tolerance.
     rounding = 100 * float(np.finfo(np.float32).eps)
     tolerance = STEPS * PRESET.outer.learning_rate * 100 * rounding
-    saved = whole_checkpoint(story.directory).restore(initial_state(PRESET))
+    saved = newest_checkpoint(interrupted_run.directory).restore(initial_state(PRESET))
     jax.tree.map(lambda *both: np.testing.assert_allclose(*both, rounding, tolerance), alone.theta, saved.theta)
-    steps = list(zip(logged(alone.directory), logged(story.directory), strict=True))
+    steps = list(zip(logged(alone.directory), logged(interrupted_run.directory), strict=True))
     assert steps[0][0].loss == pytest.approx(steps[0][1].loss, rel=rounding)
     for one, two in steps:
         assert (one.step, one.tasks) == (two.step, two.tasks)
         assert one.loss == pytest.approx(two.loss, rel=100 * rounding)
-    assert f"test accuracy {alone.evaluation.accuracy:.2%}" in story.done[0][1]
+    assert f"test accuracy {alone.evaluation.accuracy:.2%}" in interrupted_run.done[0][1]
 
 
-def test_only_process_0_writes_files_and_prints(story):
-    out, other_out = (stdout for _, stdout, _ in story.done)
-    best = checkpoints.best(story.directory)
+def test_only_process_0_writes_files_and_prints(interrupted_run):
+    out, other_out = (stdout for _, stdout, _ in interrupted_run.done)
+    best = checkpoints.best(interrupted_run.directory)
     names = {f"checkpoint-{step:08}.npz" for step in (STEPS - 1, STEPS)} | {best.path.name}
-    assert {path.name for path in story.directory.iterdir()} == names | {
+    assert {path.name for path in interrupted_run.directory.iterdir()} == names | {
         runlog.FILE, runfolder.RESULT, files.LOCK, "learning_curve.png"
     }  # fmt: skip
-    assert [progress.step for progress in runlog.read_log(story.directory)] == list(range(1, STEPS + 1))
+    assert [progress.step for progress in runlog.read_log(interrupted_run.directory)] == list(range(1, STEPS + 1))
     assert "test accuracy" in out and not [line for line in other_out.splitlines() if "Gloo" not in line]
 
 
@@ -289,7 +291,7 @@ def test_processes_with_different_settings_are_refused(monkeypatch):
         training._check_alike({"config": {}, "data": "of this process"})
 
 
-def meeting(*callers, processes=3, seconds=10.0):
+def connect_all(*callers, processes=3, seconds=10.0):
     """Connect processes to process 0 in threads.
 
     Args:
@@ -311,7 +313,7 @@ def meeting(*callers, processes=3, seconds=10.0):
 def three_monitors():
     """The liveness monitors of three processes, and a queue of pairs ``(reporting process, lost process)``."""
     losses = queue.SimpleQueue()
-    lines = meeting((1, 3), (2, 3))
+    lines = connect_all((1, 3), (2, 3))
     monitors = [LivenessMonitor(line, lambda lost, n=n: losses.put((n, lost))) for n, line in enumerate(lines)]
     yield monitors, losses
     for monitor in monitors:
@@ -335,7 +337,7 @@ def test_a_process_that_says_farewell_is_not_reported_as_lost(three_monitors):
 
 
 def test_processes_that_did_not_connect_are_named():
-    error, line = meeting((2, 3), seconds=0.5)
+    error, line = connect_all((2, 3), seconds=0.5)
     assert isinstance(error, InputError) and str(error).startswith("processes [1] did not connect to port ")
     with line[0], pytest.raises(InputError, match="process 0 ended before all processes had connected"):
         receive_number(line)
@@ -343,7 +345,7 @@ def test_processes_that_did_not_connect_are_named():
 
 @pytest.mark.parametrize("caller", [(1, 4), (3, 3), (0, 3)])
 def test_a_process_with_another_count_or_a_wrong_number_is_refused(caller):
-    error, line = meeting(caller)
+    error, line = connect_all(caller)
     line[0].close()
     expected = f"process {caller[0]} of {caller[1]} has connected, but process 0 waits for one of [1, 2] of 3"
     assert str(error) == expected

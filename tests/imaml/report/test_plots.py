@@ -11,7 +11,7 @@ import pytest
 from imaml.report.plots import PICTURE, learning_curve
 from imaml.runs.log import LogWriter, Progress
 
-LOWER_VALUES = {"query batch": 0.0, "support set": 0.1}
+REDUCTIONS = {"query batch": 0.0, "support set": 0.1}
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
 
 
@@ -24,7 +24,7 @@ def write_log(directory, steps, linear_residual=1e-2, regression=False):
 
 def write_result(directory):
     evaluations = [
-        {"value": 0.8 - lower, "interval": 0.02, "normalisation": name} for name, lower in LOWER_VALUES.items()
+        {"value": 0.8 - reduction, "interval": 0.02, "normalisation": name} for name, reduction in REDUCTIONS.items()
     ]
     (directory / "result.json").write_text(json.dumps({"evaluations": evaluations}))
 
@@ -60,7 +60,7 @@ def test_a_longer_log_changes_the_picture(tmp_path):
     assert learning_curve(tmp_path, ways=5).read_bytes() != before
 
 
-def test_a_log_without_linear_residuals_can_be_drawn(tmp_path):
+def test_a_log_with_linear_residuals_of_zero_can_be_drawn(tmp_path):
     write_log(tmp_path, 10, linear_residual=0.0)
     png_size(learning_curve(tmp_path, ways=5))
 

@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Replace the clock by a list of one number, the time in seconds, which a test increases."""
+    """Replace the clock. The fixture is a list of one number, the time in seconds, that a test increases."""
     now = [100.0]
     monkeypatch.setattr("imaml.report.progress.time.monotonic", lambda: now[0])
     return now
@@ -47,7 +47,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn(clock, monkeypatch):
 def test_the_bar_is_redrawn_at_most_ten_times_a_second(clock):
     terminal = Terminal()
     run(terminal, clock, interval=0.015)
-    # Steps 1, 8, 15, … are shown, because they are 0.105 s apart, and so is the last step.
+    # Steps 1, 8, 15, … are shown, because they are 0.105 s apart. The last step is always shown.
     assert terminal.getvalue().count("\r") == 16
 
 

@@ -1,4 +1,4 @@
-"""Tests of presets: their settings, overriding one of them, saving and restoring, and what is refused."""
+"""Tests of presets: their settings, overriding a setting, saving and restoring, and refused values."""
 
 import dataclasses
 import json
@@ -21,14 +21,14 @@ SHARED_SETTINGS = {
     "linear.engine", "outer.learning_rate", "outer.queries", "outer.tasks", "outer.steps", "outer.final_fraction",
     "outer.epsilon", "outer.at_once", "seed", "algorithm", "test_steps",
 }  # fmt: skip
-OF_IMAGES = {
+IMAGE_SETTINGS = {
     "episode.ways", "episode.bright_paper", "network.filters", "network.kernel_gain", "network.head_gain",
     "network.head_bias", "network.pooling",
 }  # fmt: skip
-OF_DESCENT, OF_NEWTON = {"inner.step_size", "inner.momentum"}, {"inner.cg_steps", "inner.halvings"}
-SETTINGS = SHARED_SETTINGS | OF_IMAGES | OF_DESCENT | {"rotations.train", "rotations.test"}
+DESCENT_SETTINGS, NEWTON_SETTINGS = {"inner.step_size", "inner.momentum"}, {"inner.cg_steps", "inner.halvings"}
+SETTINGS = SHARED_SETTINGS | IMAGE_SETTINGS | DESCENT_SETTINGS | {"rotations.train", "rotations.test"}
 """The settings of the default preset."""
-IMAGES = [name for name in NAMES if not name.startswith("sinusoid")]
+IMAGE_PRESETS = [name for name in NAMES if not name.startswith("sinusoid")]
 
 
 def test_the_default_preset_comes_first_and_uses_the_embedded_dataset():
@@ -44,7 +44,7 @@ def test_a_preset_is_found_by_its_name_and_has_a_citation(name):
     assert all(sentence.strip() for sentence in chosen.deviations())
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", IMAGE_PRESETS)
 def test_the_name_of_a_preset_contains_its_ways_and_shots(name):
     chosen = imaml.preset(name)
     assert f"{chosen.dataset}-{chosen.episode.ways}way-{chosen.episode.shots}shot-" in name
@@ -85,8 +85,8 @@ def test_the_streams_of_a_run_share_no_key_and_depend_only_on_the_seed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_settings_have_these_paths(name):
-    expected = SHARED_SETTINGS | (OF_IMAGES if name in IMAGES else {"network.hidden"})
-    expected |= OF_NEWTON if name.endswith("-hf") else OF_DESCENT
+    expected = SHARED_SETTINGS | (IMAGE_SETTINGS if name in IMAGE_PRESETS else {"network.hidden"})
+    expected |= NEWTON_SETTINGS if name.endswith("-hf") else DESCENT_SETTINGS
     if "glyphs" in name or "omniglot" in name:
         expected |= {"rotations.train", "rotations.test"}
     assert set(settings(imaml.preset(name))) == expected
@@ -289,7 +289,7 @@ def test_a_meta_step_and_an_evaluation_can_be_traced_for_a_preset_at_its_real_si
     chosen = imaml.preset(name).using(algorithm)
     state = jax.eval_shape(lambda: initial_state(chosen))
     source = ()
-    if name in IMAGES:
+    if name in IMAGE_PRESETS:
         source = jax.ShapeDtypeStruct((100, 40, *chosen.network.image_shape), "uint8")
     after, report = jax.eval_shape(meta_step(chosen), state, source)
     assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)

@@ -114,7 +114,7 @@ def test_the_records_in_the_package_can_be_restored_and_are_not_rewritten(path: 
     record = next(found for found in records.read() if found.config == json.loads(content)["config"])
     restored = restore(record.preset, record.config)
     # All records in the package have the two budgets under their old names.
-    budgets = [settings(restored).get(current_path(restored, path)) for path in ("inner.steps", "linear.maxiter")]
+    budgets = [settings(restored).get(current_path(restored, old)) for old in ("inner.steps", "linear.maxiter")]
     assert budgets[0] == record.config["inner"]["steps"]
     assert budgets[1] == (record.config["linear"]["maxiter"] if record.algorithm == "imaml" else None)
     assert path.read_bytes() == content
@@ -135,7 +135,7 @@ def test_present_names_are_kept():
     assert with_current_names(OldRecord(), former) == former
 
 
-def test_a_pattern_covers_the_inner_loops_of_all_baselines():
+def test_the_fields_of_a_baselines_inner_loop_are_renamed():
     record = Renamed(baselines=Baselines(OtherInner(Inner(0.4, 1))))
     found = with_current_names(record, {"baselines": {"maml": {"inner": {"step_size": 0.4, "steps": 1}}}})
     assert found == {"baselines": {"maml": {"inner": {"step_size": 0.4, "max_steps": 1}}}}

@@ -27,7 +27,7 @@ from imaml.storage.files import alone_in, write_whole
 """
 
 
-def text(content):
+def writer_of(content):
     return lambda stream: stream.write(content)
 
 
@@ -37,7 +37,7 @@ def names(directory):
 
 def test_a_file_is_created_and_replaced(tmp_path):
     for content in (b"first", b"second, which is longer", b""):
-        write_whole(tmp_path / "file", text(content))
+        write_whole(tmp_path / "file", writer_of(content))
         assert (tmp_path / "file").read_bytes() == content
         assert names(tmp_path) == ["file"]
 
@@ -45,7 +45,7 @@ def test_a_file_is_created_and_replaced(tmp_path):
 def test_file_permissions_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / "file", text(b"x"))
+        write_whole(tmp_path / "file", writer_of(b"x"))
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
@@ -65,7 +65,7 @@ def test_the_contents_are_flushed_before_the_rename_and_the_folder_after_it(tmp_
 
     monkeypatch.setattr(files.os, "fsync", recorded_fsync)
     monkeypatch.setattr(files.os, "replace", recorded_replace)
-    write_whole(tmp_path / "file", text(b"x"))
+    write_whole(tmp_path / "file", writer_of(b"x"))
     flushed, (_, source, target), folder = calls
     assert target == str(tmp_path / "file")
     if isinstance(flushed, str):
@@ -74,20 +74,20 @@ def test_the_contents_are_flushed_before_the_rename_and_the_folder_after_it(tmp_
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failed_system_call_leaves_only_the_old_file(function, tmp_path, monkeypatch):
-    write_whole(tmp_path / "file", text(b"old"))
+    write_whole(tmp_path / "file", writer_of(b"old"))
 
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, function, fail)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "file", text(b"new"))
+        write_whole(tmp_path / "file", writer_of(b"new"))
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143), RuntimeError])
 def test_an_exception_during_the_write_leaves_only_the_old_file(stop, tmp_path):
-    write_whole(tmp_path / "file", text(b"old"))
+    write_whole(tmp_path / "file", writer_of(b"old"))
 
     def half(stream):
         stream.write(b"ne")
@@ -99,18 +99,18 @@ def test_an_exception_during_the_write_leaves_only_the_old_file(stop, tmp_path):
 
 
 def test_a_full_disk_leaves_only_the_old_file(small_disk):
-    write_whole(small_disk / "file", text(b"old"))
+    write_whole(small_disk / "file", writer_of(b"old"))
     with pytest.raises(OSError) as caught:
-        write_whole(small_disk / "file", text(bytes(10_000_000)))
+        write_whole(small_disk / "file", writer_of(bytes(10_000_000)))
     assert caught.value.errno == errno.ENOSPC
     assert names(small_disk) == ["file"] and (small_disk / "file").read_bytes() == b"old"
-    write_whole(small_disk / "file", text(bytes(100_000)))  # the failed write has freed its space
+    write_whole(small_disk / "file", writer_of(bytes(100_000)))  # the failed write has freed its space
 
 
 def test_a_read_only_folder_keeps_the_old_file(sealed):
     with sealed({"file": b"old"}) as folder:
         with pytest.raises(OSError) as caught:
-            write_whole(folder / "file", text(b"new"))
+            write_whole(folder / "file", writer_of(b"new"))
         assert caught.value.errno in (errno.EROFS, errno.EACCES)
         assert names(folder) == ["file"] and (folder / "file").read_bytes() == b"old"
 
@@ -178,10 +178,8 @@ def test_a_lock_is_exclusive_within_a_process_and_released_on_exit(tmp_path):
         with alone_in(tmp_path):
             with pytest.raises(InputError, match=f"in use by process {os.getpid()} on "), alone_in(tmp_path):
                 pass
-            with (
-                pytest.raises(InputError, match="is in use"),
-                alone_in(tmp_path),
-            ):  # the failed attempt has not released the lock
+            # The failed attempt above has not released the lock.
+            with pytest.raises(InputError, match="is in use"), alone_in(tmp_path):
                 pass
     assert names(tmp_path) == [files.LOCK]
 
