@@ -4,8 +4,9 @@
     python benchmarks/extras.py docs flax          # these two extras
     python benchmarks/extras.py benchmarks         # installs several gigabytes: PyTorch and the libraries to compare
 
-This finds a dependency that is missing in pyproject.toml: in a developer's environment, another extra has installed
-it. The script needs a package index; pip's cache makes later runs faster. The environments are removed at the end.
+This finds a dependency that an extra lacks in pyproject.toml. A developer's environment does not show such a lack if
+another extra has installed the dependency. The script needs a package index; pip's cache makes later runs faster. Each
+environment is removed after its check.
 """
 
 import argparse

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def chosen(faults: Sequence[Fault], description: str | None) -> list[Fault]:
-    """Return the faults that the command line names, all by default."""
+    """Return the faults that the command line names, or all faults if it names none."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a fault to plant; all of them by default")
     names = parser.parse_args().names
@@ -74,7 +74,7 @@ def _pytest(copy: Path, arguments: list[str]) -> tuple[float, str]:
     """Return the seconds that pytest took, and its output if a test failed, else ""."""
     environment = os.environ | {
         "PYTHONPATH": str(copy),
-        # A .pyc is taken for current if the second of its source's timestamp agrees; two faults may share a second.
+        # Python compares a .pyc with its source's timestamp in seconds only, and two faults may share a second.
         "PYTHONDONTWRITEBYTECODE": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time goes into compiling
         # Programs that a fault does not touch are compiled once for all runs.
@@ -92,6 +92,6 @@ def _pytest(copy: Path, arguments: list[str]) -> tuple[float, str]:
 
 
 def _first_error(output: str) -> str:
-    """Return pytest's first line on the failure."""
+    """Return the first line of pytest's error message."""
     lines = [line[1:].strip() for line in output.splitlines() if line.startswith("E ")]
     return lines[0] if lines else "no message"

@@ -70,7 +70,7 @@ class Tally:
 
     Attributes:
         refused: archives that were refused.
-        unharmed: archives that were loaded.
+        unharmed: archives that were loaded, because the damage changed no data or was not noticed.
         failures: messages about archives that failed a check.
         longest: the longest time that loading one archive took, in seconds.
     """
@@ -101,7 +101,7 @@ def drawing(path: Path, members: dict[str, bytes], source: random.Random) -> Non
 def member(path: Path, members: dict[str, bytes], source: random.Random) -> None:
     """Write an archive with an unexpected member: a path outside of the folder, a link, a large file, or a wrong name.
 
-    With probability 0.3 an expected member is also missing, or has the content of another.
+    With probability 0.3, an expected member is also removed, and its content replaces that of another member.
     """
     names = list(members)
     name = source.choice(names)
@@ -167,7 +167,7 @@ def fuzz(directory: Path, cache: Path, watch: Watch, archives: int, source: rand
 
 
 @contextmanager
-def told_of(members) -> Iterator[None]:
+def take_for_official(members) -> Iterator[None]:
     """Let the loader take the small archives for the official ones inside the context."""
     before = omniglot.ARCHIVES, omniglot.TRAIN_CHARACTERS
     omniglot.ARCHIVES, omniglot.TRAIN_CHARACTERS = expected(members), TRAIN_CHARACTERS
@@ -191,7 +191,7 @@ def main() -> int:
         os.environ["IMAML_CACHE"] = str(cache)
         watch = Watch(cache)
         tiny = Tiny(Path(folder) / "tiny")
-        with told_of(tiny.members):
+        with take_for_official(tiny.members):
             fuzz(tiny.directory, cache, watch, options.archives - real, source, tally)
         if real:
             copies = Path(folder) / "official"

@@ -1,10 +1,10 @@
-"""Does a test fail without each guard against numerical faults? Take the guards away in a copy, one by one, and see.
+"""Remove each guard against numerical faults from a copy of the library, and check that the guard's test then fails.
 
     python -m benchmarks.guards [NAME …]
 
-A guard keeps a wrong number from passing for a right one: a status, a recomputed residual, a sum in a wider dtype. Each
-has a test that must fail without it. The exit status is 1 if a test passes although its guard is gone. `planting.py`
-says how a guard's removal is written.
+A guard is code that prevents or reports a wrong number: a status, a recomputed residual, a sum in a wider dtype. Each
+guard has a test that must fail without it. The exit status is 1 if a test passes although its guard was removed.
+`planting.py` says how a guard's removal is written.
 """
 
 import sys
@@ -21,7 +21,7 @@ class Guard(NamedTuple):
 
     Attributes:
         fault: the removal.
-        test: the qualified name of a test function or a class of them, found like a fault's place.
+        test: the qualified name of a test function or of a class of tests, written like the place of a fault.
     """
 
     fault: Fault
@@ -98,7 +98,7 @@ GUARDS = (
         "not _SMALLEST < 0",
         "True",
     ),
-    # Operators that are declared symmetric and are not.
+    # Operators that are declared symmetric but are not symmetric.
     _guard(
         "declared symmetric, is not: the probe",
         "TestNotSymmetric.test_a_false_declaration_is_reported",
@@ -174,7 +174,7 @@ GUARDS = (
         "_REPORT.tasks > 0",
         "jnp.bool_(True)",
     ),
-    # θ that no derivative sees.
+    # θ that no derivative reaches.
     _guard(
         "θ caught by a closure: differentiated",
         "test_theta_caught_by_a_closure_is_differentiated",

@@ -4,8 +4,9 @@
 
 The tasks are of training classes. For each inner solver, the command prints the mean query loss and accuracy, the
 medians of the inner residual and of CG's relative residual, and the mean cosine between a task's meta-gradient and a
-nearly exact one, from 800 stable steps and 60 CG iterations. Last, it prints the median over tasks of the largest Ritz
-value of H, the Hessian of the support loss, at θ, where descent starts, and at the φ of the run's own inner solver.
+nearly exact one. The nearly exact one is computed with 800 stable inner steps and 60 CG iterations. At the end, the
+command prints the largest Ritz value of H, the Hessian of the support loss, as a median over tasks. It prints this
+value at θ, where descent starts, and at the parameters φ that the run's own inner solver reaches.
 """
 
 import argparse
@@ -96,9 +97,9 @@ def study(learner: Learner, theta: dict, tasks: Task) -> dict:
         found = measure(replace(learner, solver=solver, method=bl.Implicit(linear)), theta, tasks)
         gradient = found.pop("gradient").astype(np.float64)
         exact = gradient if exact is None else exact
-        sizes = np.linalg.norm(gradient, axis=1) * np.linalg.norm(exact, axis=1)
+        norms = np.linalg.norm(gradient, axis=1) * np.linalg.norm(exact, axis=1)
         numbers = {key: float((np.mean if key in ("loss", "accuracy") else np.median)(v)) for key, v in found.items()}
-        rows[name] = numbers | {"cosine": float(np.mean((gradient * exact).sum(1) / sizes))}
+        rows[name] = numbers | {"cosine": float(np.mean((gradient * exact).sum(1) / norms))}
         print(_line(name, rows[name]), flush=True)
     return {"largest_eigenvalue": {"theta": at_theta, "phi": at_phi}, "solvers": rows}
 

@@ -1,4 +1,4 @@
-"""Does the test kit find wrong hypergradients? Plant faults in a copy of `bilevel`, and run the kit on each.
+"""Check that the test kit finds wrong hypergradients: plant faults in a copy of `bilevel`, and run the kit on each.
 
     python -m benchmarks.mutations [NAME …]
 
@@ -18,7 +18,8 @@ from benchmarks.planting import Fault, Sources
 SUITE = Path(__file__).with_name("mutation_suite.py")
 
 MUTATIONS = (
-    # The implicit function theorem: h − Bᵀv with Aᵀv = g.
+    # The implicit function theorem: the hypergradient is h − Bᵀv with Aᵀv = g. A and B are the condition's derivatives
+    # with respect to w and θ, and g and h those of the outer function.
     Fault("adjoint term's sign", "Implicit.__call__", "tree.subtract(_H, _BV)", "tree.add(_H, _BV)"),
     Fault("direct term lost", "Implicit.__call__", "tree.subtract(_H, _BV)", "tree.subtract(tree.scale(0, _H), _BV)"),
     Fault(
@@ -108,7 +109,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_into(Path(folder), "bilevel", "pytest_bilevel.py")
         shutil.copy(SUITE, copy)
-        # The settings of this repository stay out, so that the kit works as it does for a user.
+        # pytest reads no settings of this repository, so that the kit works as it does for a user.
         arguments = ["-p", "pytest_bilevel", "-c", os.devnull, "--rootdir", str(copy), str(copy / SUITE.name)]
         return run(copy, Sources.read(copy, "bilevel"), [(fault, arguments) for fault in faults], arguments)
 

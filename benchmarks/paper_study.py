@@ -3,10 +3,10 @@
     python -m benchmarks.paper_study --data DIR [VARIANT …] [--steps 400] [--certify] [--minutes M] [--out DIR]
 
 The task is Omniglot, 5-way 1-shot, with the network of 64 filters. The base variant follows the paper's text and tables
-literally: λ = 2 on the *mean* support loss, 16 steps of gradient descent at rate 0.1 (from the authors' code, because
-the paper gives no rate), 5 steps of conjugate gradients, as many query images as shots, Adam at 0.001. Each other
-variant changes one factor. The last variant changes all that the preset ``omniglot-5way-1shot-gd`` changes. The
-variants are in :mod:`benchmarks.paper_study_variants`.
+literally: proximal strength λ = 2 on the *mean* support loss, 16 steps of gradient descent at rate 0.1 (from the
+authors' code, because the paper gives no rate), 5 steps of conjugate gradients, as many query images as shots, Adam at
+0.001. Each other variant changes one factor, but the last one changes all that the preset ``omniglot-5way-1shot-gd``
+changes. The variants are in :mod:`benchmarks.paper_study_variants`.
 
 Each variant writes one record to ``benchmarks/results/paper_study`` when it ends. A variant with a record is not run
 again, so the study can be run in several calls; ``--minutes`` limits the time after which a call starts no variant.
@@ -15,9 +15,9 @@ A record contains, for every ``EVERY`` meta-steps:
 
 - a point of the curve, a summary over the training tasks of these steps: query accuracy on *training* classes, loss,
   residuals, and the share of each status;
-- a probe of four fixed training tasks: extreme Ritz values of H, the Hessian of the support loss at φ (the extreme
-  eigenvalues of H lie outside of them), and the inner residual at φ relative to that at θ. With ``--certify``, a probe
-  also contains the result of ``bl.certify`` for one task's hypergradient.
+- a probe of four fixed training tasks: the extreme Ritz values of H, the Hessian of the support loss at the adapted
+  parameters φ, and the inner residual at φ relative to that at θ. H has eigenvalues at or beyond its Ritz values. With
+  ``--certify``, every fourth probe and the last also contain the result of ``bl.certify`` for one task's hypergradient.
 
 At the end, a record contains the accuracy on tasks of held-out classes. Batch normalisation uses the statistics of the
 query batch, as published.

@@ -1,15 +1,15 @@
-"""Plant a fault in a copy of the library: find a piece of code by its syntax, and write another in its place.
+"""Plant a fault in a copy of the library: find an expression or statement by its syntax, and replace it.
 
-A fault names a function, method or class and holds two snippets of Python, the code that stands there and the code
-that replaces it:
+A fault names a function, method or class and holds two snippets of Python: a pattern of code in that place, and the
+code that replaces what the pattern matches:
 
     Fault("adjoint term's sign", "Implicit.__call__", "tree.subtract(_H, _BV)", "tree.add(_H, _BV)")
 
 Snippets are compared as syntax trees, so that a fault survives a function's move to another file, a reformatting, and
 an edit of comments. Placeholders let it survive renamed local variables too:
 
-- ``_A``, ``_LEFT``, … (an underscore and a capital letter) match any expression. Where a name comes twice, both
-  expressions must be equal. The replacement may use what the pattern has matched.
+- ``_A``, ``_LEFT``, … (names that begin with an underscore and a capital letter) match any expression. If a name occurs
+  twice in a pattern, both expressions must be equal. The replacement may use the placeholders of the pattern.
 - ``...`` matches any expression; as the last positional argument of a call it matches all further arguments.
 """
 
@@ -30,7 +30,7 @@ ATOMS = (ast.Call, ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Lis
 
 
 class PlantingError(ValueError):
-    """A fault that has no place, or more than one, or that would not be valid Python there."""
+    """Error for a fault whose place or match is missing or ambiguous, or whose replacement is not valid there."""
 
 
 class Fault(NamedTuple):
@@ -223,7 +223,7 @@ def _definitions(node, prefix="") -> Iterator[tuple[str, Named]]:
 
 
 def _check_names(replacement, bound, place, node):
-    """Refuse a name that does not exist in the place: tests would catch its NameError, and not the fault."""
+    """Raise PlantingError for a name that does not exist in the place: tests would catch a NameError, not the fault."""
     used = {each.id for each in ast.walk(replacement) if isinstance(each, ast.Name)}
     placeholders = {name for name in used if PLACEHOLDER.match(name)}
     if unbound := placeholders - set(bound):
@@ -252,7 +252,7 @@ def _names(tree):
 
 
 class _Exchange(ast.NodeTransformer):
-    """Put other nodes in the place of some: by a placeholder's name, or by the identity of the node."""
+    """Replace nodes of a tree. The keys of ``new`` are names of placeholders, or identities of nodes."""
 
     def __init__(self, new):
         self.new = new

@@ -1,7 +1,7 @@
 """The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
 
-An error in the arguments, or in the files that they name, is reported in one sentence with exit code 2, before anything
-is written. This module only parses arguments and prints; the work is done by the modules that its commands import.
+An error in the arguments, or in the files that they name, is printed to stderr in one sentence, with exit code 2. This
+module only parses arguments and prints. Its commands import the modules that do the work.
 """
 
 import argparse
@@ -31,18 +31,19 @@ TRAIN_OPTIONS = (
     "--data", "--out", "--meta-steps", "--keep-checkpoints", "--devices", "--coordinator", "--processes",
     "--process-id", "--help",
 )  # fmt: skip
-"""The options of ``imaml train`` that are not settings of a preset."""
+"""The options of ``imaml train`` that argparse reads. Any other option is the path of a setting of the preset."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    The exit code is 0 for success, 1 for a failed check, 2 for arguments or files that cannot be used, 75 if another
-    process of the same run was lost, 130 after Ctrl-C and 143 after SIGTERM.
+    The exit code is 0 for success, 1 if ``imaml verify`` finds an error, 2 for arguments or files that cannot be used
+    and for training that diverges, 75 if another process of the same run was lost, 130 after Ctrl-C and 143 after
+    SIGTERM.
 
     Args:
-        arguments: the words of the command line after ``imaml``. None takes them from ``sys.argv``; a failure then ends
-            the process without waiting for its threads.
+        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
+            failure ends the process without waiting for its threads.
     """
     owns_process = arguments is None  # with arguments, the process belongs to the caller and must not be ended
     try:
@@ -75,7 +76,7 @@ def _run(arguments):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors raised as InputError, so that all errors are printed in the same form."""
+    """Parser that raises errors of argparse as InputError, so that all errors are printed in the same form."""
 
     def error(self, message):
         raise InputError(f"{message}; see '{self.prog} --help'")
@@ -239,7 +240,12 @@ def _chosen(options, overrides):
 
 
 def _processes(options, tasks):
-    """Return the processes that the options name, or None, after checking that they can share the tasks equally."""
+    """Return the processes that the options name, or None for a run of one process.
+
+    Raises:
+        InputError: if some of the three options are missing, or if the tasks cannot be divided equally among the
+            processes and their devices.
+    """
     given = {"--coordinator": options.coordinator, "--processes": options.processes, "--process-id": options.process_id}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
@@ -251,7 +257,7 @@ def _processes(options, tasks):
 
 
 def _start_jax():
-    """Configure JAX to use all cores and to cache compiled programs on disk."""
+    """Configure JAX to use one device per CPU core, and to cache compiled programs on disk."""
     import jax
 
     from imaml.datasets.cache import cache_directory
@@ -271,7 +277,7 @@ def _train(options, overrides):
 
 
 def _train_here(options, chosen, writes):
-    """Train on this process, and return the exit code. Only the process that writes the run's files prints progress."""
+    """Train in this process, and return the exit code. With ``writes`` False, print and draw nothing."""
     from imaml.report.plots import learning_curve
     from imaml.report.progress import Reporter
     from imaml.runs.training import train

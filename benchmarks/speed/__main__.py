@@ -45,11 +45,11 @@ TOLERANCE = 1e-10
 """Largest relative difference between our gradient and PyTorch's in float64 that counts as agreement."""
 TASKS = (1, 4, 16, 64)
 KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "1000000000"))
-"""Make glibc keep freed memory for the next call: paging it in again takes a tenth of a task's time."""
+"""Variables with which glibc keeps freed memory for the next call. Paging it in anew takes a tenth of a task's time."""
 
 
 def agree(options) -> bool:
-    """Compare our meta-gradient with PyTorch's of the same operator, in float64.
+    """Compare our meta-gradient with that of the same linear operator in PyTorch, in float64.
 
     The other libraries compute other gradients, so their differences are only printed.
     """

@@ -37,7 +37,7 @@ class Contender:
         program: name of the program in that module.
         cores: the CPU cores that the process is pinned to.
         ours: whether the process runs this library, in this Python; otherwise it runs ``PEERS``.
-        changes: fields of the item with other values.
+        changes: fields of the workload that have other values for this contender, with these values.
         calls: number of calls in a timed run. Short programs need several: the first call of a run finds CPU caches
             that other processes have filled, and takes longer.
         environment: variables of the process in addition to this process's.
@@ -130,7 +130,7 @@ class Process:
 
 
 def alternate(item, contenders: list[Contender], rounds: int) -> dict:
-    """Time every contender in every round, after one run each that is not counted, because it compiles.
+    """Time every contender in every round. One run of each before the first round is not counted, because it compiles.
 
     Args:
         item: the workload.

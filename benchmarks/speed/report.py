@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
 REPEATS = 20
+"""Repetitions in ``20 gradients`` and ``20 outer gradients``, and products that ``linearise, 21`` adds to one."""
 
 
 def save(name: str, record: dict) -> None:
@@ -47,8 +48,8 @@ def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
     """Return milliseconds per task of the meta-gradient and of its parts, from the least time of all rounds.
 
     A meta-gradient consists of one inner gradient for each step, one outer gradient, one linearisation at φ, and one
-    product for each CG iteration and one for the true residual. The linearisation also computes the inner gradient at
-    φ.
+    product for each CG iteration and one for the true residual. The linearisation at the adapted parameters φ also
+    computes the inner gradient there.
 
     Args:
         item: the few-shot workload.

@@ -87,7 +87,7 @@ class Linear:
         steps: number of inner gradient steps.
         iterations: CG budget.
         tol: relative tolerance of CG.
-        penalty: e^θⱼ without its random factor.
+        penalty: typical size of e^θⱼ. The data multiply it by random factors.
     """
 
     name: str
@@ -160,4 +160,4 @@ ITEMS: dict[str, FewShot | Linear] = {
     "ridge": Linear("ridge", "ridge"),
     "logistic": Linear("logistic", "logistic", penalty=4.0),
 }
-"""Workloads by the name on the command line. W2 has two tasks only, because time per task hardly depends on it."""
+"""Workloads by their names on the command line. W2 has two tasks only: time per task hardly depends on the number."""

@@ -24,8 +24,9 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
     """Draw accuracy, loss and residuals over the meta-steps of the run in ``directory``.
 
     Args:
-        directory: the run's folder, with its log and, if the run has ended, its result.
-        ways: classes of a task, for the line at the chance level 1/ways. None for a regression, which has no accuracy.
+        directory: the run's folder, with its log and, if the run is finished, its result.
+        ways: number of classes of a task, for a line at the chance level 1/ways. None for a regression, whose picture
+            has no panel of accuracy.
 
     Returns:
         The path of the PNG file.
@@ -126,9 +127,9 @@ def _legend(axes):
 
 
 def _smoothed(axes, log, values, color, label):
-    """Plot the values faintly, and their running mean over 2 % of the run.
+    """Plot the values faintly, and their running mean over 2 % of the log's entries.
 
-    An empty log, as of a run whose log was deleted, gives an empty line.
+    For an empty log, as after its deletion, only the label is added to the legend.
     """
     if not log:
         axes.plot([], [], color=color, label=label)
@@ -141,9 +142,9 @@ def _smoothed(axes, log, values, color, label):
 
 
 def _evaluations(directory):
-    """Read the evaluations from ``result.json``, with the field names of this version; none without that file."""
+    """Return the evaluations in ``result.json``, with the field names of this version. Without that file, return []."""
     path = directory / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    if former := result.get("evaluation"):  # earlier versions normalised by the query batch only
+    if former := result.get("evaluation"):  # Earlier versions wrote one, always with the query batch's statistics.
         return [{"value": former["accuracy"], "interval": former["interval"], "normalisation": "query batch"}]
     return result.get("evaluations", [])

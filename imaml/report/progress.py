@@ -1,4 +1,4 @@
-"""Progress output: a progress bar on a terminal, and a plain line every ten seconds in a file or a pipe."""
+"""Progress output: a progress bar on a terminal, and at most one line in ten seconds in a file or a pipe."""
 
 import shutil
 import sys
@@ -8,11 +8,11 @@ from typing import TextIO
 from imaml.runs.log import Progress
 
 BAR_SECONDS = 0.1
-"""Least time between two updates of the bar."""
+"""Least time between two updates of the bar, in seconds."""
 LINE_SECONDS = 10.0
-"""Least time between two plain lines."""
+"""Least time between two plain lines, in seconds."""
 MEMORY = 0.95
-"""Weight of the past in the running means that are shown. The loss of a single step of a few tasks is mostly noise."""
+"""Weight of earlier steps in the displayed running means of loss and accuracy. A single step is mostly noise."""
 
 
 class Reporter:
@@ -84,9 +84,9 @@ class Reporter:
 
 
 def _time_left(first, progress):
-    """Return the estimated time left as text, or an empty string after the first step.
+    """Return the estimated time left as text, or an empty string if ``progress`` is the first step.
 
-    The pace is measured from the end of the first step, because that step includes the compilation.
+    The mean time of a step is measured from the end of the first one, because that step includes the compilation.
     """
     steps = progress.step - first.step
     if not steps:

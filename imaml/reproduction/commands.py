@@ -34,7 +34,7 @@ def reproduce(
         on_event: called with a message before each long computation.
 
     Raises:
-        InputError: as :func:`check` does, and if a record cannot be read.
+        InputError: as :func:`check` does, if a record cannot be read, or if XLA does not report a program's memory.
         OSError: if ``out`` cannot be written.
     """
     check(what, directory, form)
@@ -66,7 +66,7 @@ def check(what: str, directory: Path | None, form: str) -> None:
 
 
 def record(run: Path, out: Path | None = None, note: str = "", hardware: str | None = None) -> str:
-    """Write the record of a finished run, and return a sentence about the record.
+    """Write the record of a finished run as ``NAME.json``, after the run's folder, and return a sentence about it.
 
     Args:
         run: the run's folder.
@@ -94,7 +94,7 @@ def _table(directory, form, on_event) -> tuple[str, Callable[[Path], Path], Any]
 
 
 def _lines(found):
-    """Return the lines that :func:`pictures.table` draws: the name of each cell, the paper's numbers and ours, in %."""
+    """Return the lines for :func:`pictures.table`: each cell's name, the paper's numbers and ours, in per cent."""
     ours = {cell: [] for cell in TABLE_2}
     for row in rows(found):
         if row.evaluation:
@@ -133,4 +133,4 @@ WORKS: dict[str, Callable[..., tuple[str, Callable[[Path], Path], Any]]] = {
     "figure2a": _figure_2a,
     "figure2b": _figure_2b,
 }
-"""Functions by the name of the table or figure; each returns its text, a function that draws it, and its JSON data."""
+"""Functions by the name of a table or figure. Each returns a text, a function that draws the picture, and JSON data."""

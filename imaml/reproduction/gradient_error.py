@@ -1,9 +1,11 @@
 """Figure 2a: the error of the meta-gradients of implicit MAML and MAML on a problem with a closed-form meta-gradient.
 
-The inner objective is that of a linear regression, ½‖Xφ − y‖²/n + ½λ‖φ − θ‖². The outer objective is half the mean
-squared error on a query set. Gradient descent from θ stops after a given number of steps, and both methods use the same
-φ: implicit MAML solves (I + H/λ)g = v there by a given number of CG steps, and MAML differentiates the descent. NumPy
-computes the exact gradient from its closed form, without code of either method.
+Each task is a linear regression from the meta-parameters θ. With n support samples, inputs X and targets y, the inner
+objective of the parameters φ is ½‖Xφ − y‖²/n + ½λ‖φ − θ‖². The outer objective is half the mean squared error on a
+query set. Gradient descent from θ stops after a given number of steps, and both methods use the φ that it reaches.
+Implicit MAML solves (I + H/λ)g = v for the meta-gradient g by a given number of CG steps, with H = XᵀX/n and the query
+loss's gradient v at φ. MAML differentiates the descent. NumPy computes the exact gradient from its closed form, without
+code of either method.
 
 All numbers are float64. Errors are relative to the exact gradient's norm and averaged over tasks.
 
@@ -26,10 +28,10 @@ from imaml.learning.tasks import Task
 TASKS, UNKNOWNS, SAMPLES, STRENGTH, NOISE = 16, 100, 10, 0.05, 0.1
 """Fewer samples than unknowns, as in few-shot learning: the rank of H is at most ``SAMPLES``, so CG needs few steps."""
 DECAY = 30.0
-"""Ratio of the largest to the smallest scale of a feature; the eigenvalues of H spread by about its square."""
+"""Ratio of the largest to the smallest scale of a feature."""
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CG_STEPS = (2, 5, 11)
-"""I + H/λ has 11 different eigenvalues, one for each sample and 1: in exact arithmetic, 11 CG steps suffice."""
+"""I + H/λ has 11 different eigenvalues: ten from the samples, and 1. In exact arithmetic, 11 CG steps suffice."""
 
 
 class Curve(NamedTuple):
@@ -102,8 +104,8 @@ def gradient_errors(
 ) -> GradientErrors:
     """Compute the errors of MAML and of implicit MAML for each number of inner steps.
 
-    The step size of descent is 2 / (smallest + largest eigenvalue of H + λI over all tasks), which minimises the worst
-    contraction factor.
+    The step size of gradient descent is 2 / (smallest + largest eigenvalue of H + λI over all tasks). It minimises the
+    contraction factor of the slowest direction.
 
     Args:
         steps: numbers of inner gradient steps.
@@ -131,13 +133,16 @@ def gradient_errors(
 
 
 def _return_init(condition, init, theta, data):
-    """Return ``init``: an inner solver for a problem that was solved before."""
+    """Return ``init``: the inner solver where φ has been computed before."""
     return init
 
 
 @partial(jax.jit, static_argnames=("method", "solver"))
 def _of_tasks(method, solver, theta, start, batch):
-    """Return the hypergradients of all tasks; ``start`` is θ for all tasks, or a batch with one φ for each task."""
+    """Return the hypergradients of all tasks.
+
+    If ``start`` has the shape of θ, every inner solve starts from θ. Otherwise ``start`` holds a φ for each task.
+    """
     hypergradient = bl.value_and_hypergradient(_PROBLEM, solver, method, on_failure="ignore")
     if start.ndim == theta.ndim:
         return jax.vmap(lambda task: hypergradient(theta, bl.identity_center, task))(batch)

@@ -1,7 +1,7 @@
 """Figure 2b: the memory of one task's meta-gradient as a function of the number of inner steps.
 
-The numbers are XLA's: the bytes of temporary buffers that a compiled program allocates, without its arguments and
-results. They are exact, and the program is not run.
+XLA reports the bytes of temporary buffers that a compiled program allocates, without its arguments and results. The
+program is not run.
 
 Source: Rajeswaran et al. (2019), figure 2b.
 """
@@ -34,7 +34,7 @@ class Memory:
 
     Attributes:
         steps: numbers of inner gradient steps.
-        temporary: bytes of each method, one number for each entry of ``steps``.
+        temporary: bytes by method, one number for each entry of ``steps``.
         problem: description of the problem.
     """
 

@@ -2,7 +2,7 @@
 
 Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019 (arXiv 1909.04630),
 table 2. The paper takes its rows for MAML, first-order MAML and Reptile from Finn et al. (2017) and Nichol et al.
-(2018). The ranges are 95 % intervals over test tasks.
+(2018). The number after ± is half the width of a 95 % interval over test tasks.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Pictures of table 2 and figures 2a and 2b. This module does not import JAX, and loads matplotlib only to draw.
 
-The background is white, so that the black labels are readable on a dark page too.
+The background is white and not transparent, so that the black labels are readable on a dark page too.
 """
 
 from collections.abc import Mapping, Sequence

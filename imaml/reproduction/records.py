@@ -37,7 +37,7 @@ class Record:
         meta_steps: number of meta-steps.
         tasks_seen: number of training tasks drawn.
         seconds: wall time of training, summed over all processes that trained the run; evaluation is not included.
-        stretches: number of processes that trained the run, one after another: 1 plus the number of resumptions.
+        stretches: number of processes that trained the run one after another, as :func:`time_of` counts them.
         hardware: the machine, in words.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
         command: the command that trains the same run again.
@@ -63,9 +63,9 @@ class Record:
 
     @property
     def cell(self) -> Cell | None:
-        """Cell that the run's algorithm, ways and shots describe; None for a run on another dataset than Omniglot.
+        """Algorithm, ways and shots of the run as a cell; None for a run on another dataset than Omniglot.
 
-        Ways and shots need not be among those of table 2.
+        Table 2 need not have this cell.
         """
         if self.config["dataset"] != "omniglot":
             return None
@@ -166,11 +166,12 @@ def _evaluations(result):
 
 
 def time_of(log: list[Progress]) -> tuple[float, int]:
-    """Return the seconds of training in a log, and the number of processes that wrote the log.
+    """Return the seconds of training in a log, and the number of processes that wrote the log one after another.
 
-    Each process measures from its own start. A time less than the one before it therefore begins another process, and
-    the last time of each process is its share. Steps that were lost because a process ended after its last checkpoint
-    are neither in the log nor in the sum.
+    Each process measures time from its own start. Where an entry's time is less than that of the entry before it,
+    another process has resumed the run. The sum adds the last time of each process. If a process was killed, the steps
+    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if its first time is not
+    less than the last time of the process before it.
     """
     total, stretches = 0.0, 0
     for entry, following in zip(log, [*log[1:], None], strict=True):
@@ -180,7 +181,7 @@ def time_of(log: list[Progress]) -> tuple[float, int]:
 
 
 def command_of(name: str, config: dict[str, Any]) -> str:
-    """Return the command that trains with these settings: a preset's name, and the options that differ from it.
+    """Return the command that trains with these settings: a preset's name, and options for the settings that differ.
 
     Args:
         name: name of the preset.

@@ -1,4 +1,4 @@
-"""Table 2 of the paper with the results of our runs next to its numbers; a cell without a record prints ``not run``."""
+"""Table 2 of the paper, with our results next to the paper's. A cell without a record prints ``not run``."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Row(NamedTuple):
     Attributes:
         cell: the cell of table 2.
         record: our run, or None if there is none for this cell.
-        evaluation: one evaluation of that run, or None.
-        number: number of the note that describes the run, or None.
+        evaluation: one evaluation of that run, or None if there is no run.
+        number: number of the note below the table that describes the run, or None if there is no run.
     """
 
     cell: Cell
@@ -30,7 +30,10 @@ class Row(NamedTuple):
 
 
 def rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Yield the rows of the table in the paper's order: one for each evaluation of a cell's records, at least one."""
+    """Yield the rows of the table, cell by cell in the paper's order.
+
+    A cell has one row for each evaluation of its records. A cell without a record has one row.
+    """
     numbers = {id(record): number for number, record in enumerate(_ordered(records), start=1)}
     for cell in TABLE_2:
         found = [record for record in _ordered(records) if record.cell == cell]
@@ -94,7 +97,7 @@ def _markdown(lines):
 
 
 def _notes(records):
-    """Return one note for each run in the table: its command, its tasks, hardware and seed, and its remark."""
+    """Return one note for each run in the table: command, number of tasks, hardware, seed and remark."""
     placed = _ordered(records)
     if not placed:
         return [

@@ -1,9 +1,10 @@
-"""Checkpoints of a run: each file is written completely or not at all, and describes the run that it belongs to.
+"""Checkpoints of a run: each file is written completely or not at all, and contains a description of the run.
 
-:mod:`imaml.storage.arrays` writes the arrays with a checksum, and compares it whenever a file is read.
+:mod:`imaml.storage.arrays` stores a checksum in each file, and verifies it whenever the file is read.
 
-A run's folder holds its last checkpoints and the best one. The best one has the least ``loss`` of those passed to
-:func:`save`. Training passes the mean query loss on *training* classes, so held-out classes never select a checkpoint.
+A run's folder holds its last checkpoints and the best one. The best checkpoint is the one that :func:`save` was given
+the least ``loss`` for. Training passes the mean query loss on *training* classes, so held-out classes never select a
+checkpoint.
 """
 
 import json
@@ -72,14 +73,14 @@ class Checkpoint:
 def save(
     directory: Path, step: int, state: Any, description: dict, loss: float = float("inf"), keep: int = KEEP
 ) -> None:
-    """Write a checkpoint of ``state`` with the description of its run, then delete older checkpoints.
+    """Write a checkpoint of ``state``, then delete all checkpoints but the last ones and the best one.
 
     Args:
         directory: the run's folder.
         step: number of meta-steps done; the file's name contains it.
         state: a pytree of arrays: floats (bfloat16 included), integers, booleans or typed random keys.
         description: JSON-serialisable facts about the run.
-        loss: by which :func:`best` selects; less is better.
+        loss: the number by which :func:`best` selects the checkpoint with the least.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
 
     Raises:
@@ -109,9 +110,8 @@ def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda pat
         except arrays.DamagedFile as error:
             damaged[path] = f"{path} is damaged ({error})"
             continue
-        except (
-            FileNotFoundError
-        ):  # Readers hold no lock: a running training has just replaced this file by a newer one.
+        except FileNotFoundError:
+            # Readers hold no lock: a training that runs has just deleted this file, after it had saved a newer one.
             return newest(directory, on_damaged)
         for later, message in damaged.items():
             on_damaged(later, message)
@@ -162,7 +162,7 @@ def _read(path):
 
 
 def _delete_old(directory, keep):
-    """Delete all checkpoints but the last ``keep`` and the best intact one; call this once the newest is on disk."""
+    """Delete all checkpoints but the last ``keep`` and the best intact one. Call this after the newest is on disk."""
     best_one = best(directory)
     for _, path in _files(directory)[:-keep]:
         if best_one is not None and path != best_one.path:

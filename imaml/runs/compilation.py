@@ -16,9 +16,9 @@ from imaml.settings.preset import Preset
 class StepCompiler:
     """Compiler of a preset's meta-step for the devices of ``mesh``.
 
-    XLA compiles without Python's global lock, so the main thread can draw or decode images meanwhile. Python waits at
-    exit for the thread, because ending a thread inside XLA is not safe. A command that failed or was stopped exits
-    without waiting.
+    XLA compiles without Python's global lock, so the main thread can draw or decode images meanwhile. At exit, Python
+    waits for the compiling thread, because ending a thread inside XLA is not safe. A command of ``imaml`` that failed
+    or was stopped exits without waiting.
 
     Args:
         preset: the settings of the run.
@@ -34,7 +34,7 @@ class StepCompiler:
     def begin(self, source: Any) -> None:
         """Trace the step for the shapes and dtypes of ``source``, and start to compile it on another thread.
 
-        The call does nothing if the last program was for the same shapes and dtypes.
+        This does nothing if the last call was for the same shapes and dtypes.
 
         Args:
             source: a pytree of arrays, or of their shapes and dtypes, from which tasks are drawn.
@@ -51,9 +51,10 @@ class StepCompiler:
         thread.shutdown(wait=False)
 
     def step(self, source: Any) -> Callable:
-        """Wait for the compiled step for the shapes of ``source`` and return it.
+        """Return the compiled step for the shapes of ``source``, after waiting for its compilation.
 
-        The step's arguments must be replicated over the devices of the mesh.
+        The compilation begins here if :meth:`begin` was not called for these shapes. The step's arguments must be
+        replicated over the devices of the mesh.
         """
         self.begin(source)
         assert self._program is not None

@@ -1,4 +1,4 @@
-"""Evaluation after the paper's protocol: mean accuracy or error over many held-out tasks, with its 95 % interval.
+"""Evaluation as in the paper: the mean accuracy or error over many held-out tasks, with a 95 % interval of the mean.
 
 Batch normalisation takes mean and variance either of the query batch, as published, or of the support set alone. With
 the query batch, the prediction for a query image depends on the other query images. Every evaluation names its choice.
@@ -32,7 +32,7 @@ def evaluate(
     best: bool = False,
     on_event: Callable[[str], None] = warnings.warn,
 ) -> Evaluation:
-    """Evaluate a run on held-out classes after the paper's protocol: 600 tasks, as many queries as shots.
+    """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
     The result is the mean accuracy, or the mean squared error of a regression. If the network has batch normalisation,
     the same tasks are evaluated twice: the result uses the statistics of the query batch, as published, and its field
@@ -47,8 +47,8 @@ def evaluate(
         on_event: called with a message if the last checkpoint is damaged and an older one is used.
 
     Raises:
-        InputError: for a folder without an intact checkpoint, for data that cannot be used or that differ from those
-            that the run was trained on, for θ without a preset, or for fewer than 2 tasks.
+        InputError: for a folder without an intact checkpoint, for data that cannot be used, for θ without a preset, or
+            for fewer than 2 tasks. If ``run`` is a folder, also for data that differ from those of its training.
 
     Source: Rajeswaran et al. (2019), table 2.
     """
@@ -94,7 +94,7 @@ def trained(
 def _restore(directory, preset, best, on_event):
     """Return the preset and θ of a checkpoint in a folder, and the fingerprint of its training data.
 
-    The fingerprint is None if ``preset`` is of another dataset than the run: then there is nothing to compare.
+    The fingerprint is None if ``preset`` uses another dataset than the run, because two datasets cannot be compared.
     """
     found = trained(directory, best, on_event)
     description = found.description
@@ -140,7 +140,8 @@ def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.A
     """Return a function that adapts θ to each task and scores the query set.
 
     Its signature is ``scores((theta, source), keys) -> float32 [tasks, normalisations]``, with ``keys`` of shape
-    ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. The columns are :func:`normalisations`.
+    ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. There is one column for each entry of
+    :func:`normalisations`.
     """
     learner, with_support, together = (
         preset.test_learner,

@@ -28,7 +28,7 @@ class RunFolder:
         description: JSON-serialisable facts about the run. :meth:`resume` requires an existing checkpoint to have the
             same ``config`` and ``data``, and reports ``versions`` that differ.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
-        seconds: least time between two checkpoints.
+        seconds: least time between two checkpoints that :meth:`record` saves.
         on_event: called with a message about a damaged checkpoint or about other versions.
         completed: updates the ``config`` of a checkpoint that an earlier version of the settings wrote.
 
@@ -63,7 +63,8 @@ class RunFolder:
     def resume(self, initial: Any) -> Any:
         """Return the state of the last intact checkpoint, or ``initial`` if there is no checkpoint.
 
-        Damaged checkpoints after that one are renamed. The log is opened, and its lines after that step are dropped.
+        Damaged checkpoints that are newer than the last intact one are renamed. The log is opened, and its lines of
+        steps after the returned state are dropped.
 
         Args:
             initial: the state of a new run; its structure is the one that a checkpoint must have.
@@ -82,13 +83,13 @@ class RunFolder:
         return state
 
     def record(self, progress: Progress, state: Any) -> None:
-        """Log a meta-step; save ``state``, its result, if the last checkpoint is more than ``seconds`` old."""
+        """Log a meta-step. Save ``state``, its result, if ``seconds`` have passed since the last save."""
         self._log.write(progress)
         if time.monotonic() - self._saved_at > self._seconds:
             self.save(progress.step, state)
 
     def save(self, step: int, state: Any) -> None:
-        """Flush the log and write a checkpoint of ``state`` after ``step`` meta-steps, unless it was saved already."""
+        """Flush the log, and write a checkpoint of ``state`` after ``step`` meta-steps, unless that step is saved."""
         if step == self._saved_step:
             return
         self._log.sync()
@@ -117,7 +118,7 @@ class RunFolder:
 
 
 class NullRunFolder:
-    """Stand-in for :class:`RunFolder` that writes nothing, for all processes but process 0."""
+    """Stand-in for :class:`RunFolder` that writes nothing. All processes but process 0 use it."""
 
     def __enter__(self):
         return self

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass
 class StopRequest:
-    """Record of the signal that requested a stop; true once one has come.
+    """Record of the signal that requested a stop. It is true if there was one.
 
     Attributes:
-        received: the signal, or None.
+        received: the signal, or None if there was none.
     """
 
     received: signal.Signals | None = None
@@ -25,7 +25,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
-    """Record the first SIGINT or SIGTERM inside the context instead of acting on it.
+    """Record the first SIGINT or SIGTERM inside the context, and let the program go on.
 
     A second signal acts as it would have without this context. In threads other than the main one, where Python allows
     no handlers, the context does nothing.
@@ -50,7 +50,10 @@ def stop_on_signals(on_request: Callable[[], None] = lambda: None) -> Iterator[S
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit with code 143 inside the context, so that cleanup code removes temporary files."""
+    """Let SIGTERM raise SystemExit with code 143 inside the context, so that cleanup code removes temporary files.
+
+    In threads other than the main one the context does nothing.
+    """
 
     def leave(number, frame):
         sys.exit(128 + number)
@@ -66,9 +69,8 @@ def _handlers(*numbers):
 @contextmanager
 def _handled_by(handler, before):
     """Handle the signals of ``before`` by ``handler`` inside the context, then restore the handlers in ``before``."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python sets signal handlers in the main thread only.
+    # Python sets signal handlers in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     for number in before:

@@ -10,7 +10,7 @@ from imaml.storage.files import write_whole
 
 FILE = "metrics.jsonl"
 RECENT = 100
-"""Number of last meta-steps over which :attr:`LogWriter.recent_loss` is the mean."""
+"""Number of meta-steps in the mean :attr:`LogWriter.recent_loss`."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Progress:
         steps: number of meta-steps of the run.
         loss: mean query loss, in nats, or the mean squared error of a regression.
         accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None for a regression.
-        tasks: number of tasks in the mean gradient: those with finite numbers and a relative residual of the adjoint
-            system of at most 1, the residual of the zero vector.
-        inner_residual: median over tasks, non-finite values excluded, of ‖∇loss + λ(φ − θ)‖, or of ‖∇loss‖ if the
-            algorithm has no λ.
+        tasks: number of tasks in the mean gradient. A task is left out if its numbers are not finite, or if the
+            relative residual of its adjoint system is above 1, which is the residual of the zero vector.
+        inner_residual: median over tasks, non-finite values excluded, of the inner gradient's norm at the adapted
+            parameters φ. This is ‖∇loss + λ(φ − θ)‖, or ‖∇loss‖ if the algorithm has no λ.
         linear_residual: median over tasks, non-finite values excluded, of the true relative residual of the adjoint
             system; 0 if the algorithm solves no such system.
         statuses: number of tasks by the name of their :class:`bilevel.Status`.
@@ -48,7 +48,8 @@ class LogWriter:
 
     Args:
         directory: the run's folder.
-        step: meta-steps done in the checkpoint that the run resumes from; 0 for a new run. Later lines are dropped.
+        step: meta-steps done in the checkpoint that the run resumes from; 0 for a new run. The log's lines of later
+            steps are dropped.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -59,7 +60,7 @@ class LogWriter:
         self._stream = path.open("a", buffering=1)
 
     def write(self, progress: Progress) -> None:
-        """Append one line; another process can read it as soon as this returns."""
+        """Append one line. Another process can read the line as soon as this method returns."""
         self._stream.write(_line(progress))
         self._losses.append(progress.loss)
 

@@ -40,16 +40,16 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("inner_residual", "linear_residual", "status"), SPREAD),
 }
 _LAYOUT = MetaGradient(**_FIELDS)
-"""Sharding of a report: the means are equal on all devices; the numbers of single tasks are spread over devices."""
+"""Sharding of a report. Means are equal on all devices. Arrays with one entry per task are spread over the devices."""
 
 
 def optimizer(outer: Outer) -> "optax.GradientTransformation":
-    """Return Adam (Kingma and Ba 2015) with the preset's learning rate.
+    """Return Adam (Kingma and Ba 2015) with the learning rate and ε of ``outer``.
 
     The rate is constant if ``final_fraction`` is 1. Otherwise it follows half a cosine from ``learning_rate`` to
     ``final_fraction * learning_rate`` over the run.
     """
-    import optax  # Import on use: optax takes long to import, and commands that do not train need none of it.
+    import optax  # Import on use: optax takes long to import, and some commands do not need it.
 
     rate = optax.cosine_decay_schedule(outer.learning_rate, outer.steps, alpha=outer.final_fraction)
     return optax.adam(rate, eps=outer.epsilon)

@@ -8,7 +8,7 @@ from typing import Any
 from imaml.settings.preset import Preset
 
 QUERY_BATCH, SUPPORT_SET, NO_NORMALISATION = "query batch", "support set", "none"
-"""Examples from which batch normalisation takes mean and variance when the query set is evaluated."""
+"""Values of :attr:`Evaluation.normalisation`."""
 _EXPLAINED = {
     QUERY_BATCH: "; batch normalisation over the query batch, as published (transductive)",
     SUPPORT_SET: "; batch normalisation by the support set's statistics",
@@ -28,8 +28,8 @@ class Evaluation:
         tasks: number of tasks.
         normalisation: examples from which batch normalisation took its statistics for the query set:
             ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without batch normalisation.
-        beside: the evaluation of the same tasks with the support set's statistics, if this one uses the query batch's;
-            otherwise None.
+        beside: the evaluation of the same tasks with the support set's statistics, if this evaluation uses the query
+            batch's. Otherwise None.
     """
 
     metric: str
@@ -46,7 +46,7 @@ class Evaluation:
         return (replace(self, beside=None), *(() if self.beside is None else (self.beside,)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return each evaluation as a dictionary of JSON types."""
+        """Return the evaluations in ``each`` as dictionaries of JSON types, without the entry ``beside``."""
         fields = [asdict(evaluation) for evaluation in self.each]
         return [{name: value for name, value in entry.items() if name != "beside"} for entry in fields]
 
@@ -78,7 +78,7 @@ class Run:
         step: number of meta-steps done.
         finished: whether all meta-steps are done. If not, the same call of :func:`imaml.train` resumes the run.
         stopped_by: the signal that stopped the run, or None.
-        evaluation: evaluation on held-out tasks; None if the run was stopped.
+        evaluation: evaluation on held-out tasks; None if the run was stopped, even after the last meta-step.
     """
 
     directory: Path

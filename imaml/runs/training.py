@@ -1,7 +1,7 @@
-"""Training: the loop around the meta-step, which logs, saves checkpoints and stops on a signal.
+"""Training: a loop of meta-steps that writes a log, saves checkpoints and stops on a signal.
 
-The loop reads a step's numbers only after it has dispatched the next step. Logging and saving therefore overlap with
-computation.
+In a run of one process, the loop reads a step's numbers only after it has dispatched the next step. Logging and saving
+therefore overlap with computation.
 """
 
 import json
@@ -50,22 +50,25 @@ def train(
     """Train a preset, or resume from the last intact checkpoint in ``directory``; then evaluate on held-out classes.
 
     On the same machine, a run that was stopped or killed and then resumed ends with the same bits as an uninterrupted
-    run. On SIGINT or SIGTERM the current meta-step is finished and saved, and an unfinished :class:`Run` is returned.
+    run. On SIGINT or SIGTERM during the meta-steps, the current one is finished and saved, and a :class:`Run` without
+    evaluation is returned.
+
     If JAX runs in several processes, each process must call this function. The tasks are then divided among the
     processes, a signal to any of them stops all at the same step, and only process 0 reads and writes the folder.
 
     Args:
-        preset: the settings; a checkpoint in ``directory`` must have the same.
+        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
-        on_event: called with a message before reading data, compiling and evaluating.
+        on_event: called with a message before reading data, compiling and evaluating, after a stop was requested, and
+            if a checkpoint is damaged or was saved with other versions.
         on_progress: called after every meta-step.
         evaluation_tasks: number of held-out tasks in the evaluation at the end.
-        checkpoint_seconds: least time between two checkpoints.
+        checkpoint_seconds: least time between two checkpoints; the one at the end is saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
-            one with the least mean query loss over the last 100 meta-steps, on training classes.
+            one with the least mean query loss, on training classes, over the 100 meta-steps before it.
 
     Raises:
         InputError: if data or settings cannot be used or differ between processes, if the tasks cannot be divided among
@@ -120,14 +123,14 @@ def check(preset: Preset, dataset: ImageDataset | SinusoidDataset) -> None:
     """Check that the dataset has enough classes and examples for the preset's training and evaluation tasks.
 
     Raises:
-        InputError: if it has not.
+        InputError: if there are too few classes or examples.
     """
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     preset.episode.check(dataset.test, f"{dataset.name}'s test set")
 
 
 def _check_alike(facts):
-    """Raise InputError if another process has other settings or data: the processes' gradients would not add up."""
+    """Raise InputError if another process has other settings or data than this one."""
     digest = np.frombuffer(sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
     others = [number for number, other in enumerate(gathered(digest)) if (other != digest).any()]
     if others:
@@ -135,10 +138,10 @@ def _check_alike(facts):
 
 
 def _compile_ahead(preset, compiler, expected):
-    """Start to compile the step for the expected shapes of the data; if the real ones differ, it is compiled again."""
+    """Start to compile the step for the expected shapes of the data; other shapes will need another compilation."""
     try:
         preset.training_episode.check(expected, preset.dataset)
-    except InputError:  # The check of the real data raises this error with the right name.
+    except InputError:  # The check of the real data raises this error too, and names the set.
         return
     # Delay signals until the trace is done: an exception during a trace may be swallowed by JAX's callbacks.
     with stop_on_signals() as stop:
@@ -148,7 +151,7 @@ def _compile_ahead(preset, compiler, expected):
 
 
 def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """Yield state and report after each remaining step, each once the next step has been dispatched."""
+    """Yield state and report of each remaining step. The next step is dispatched before each yield."""
     remaining = preset.outer.steps - int(state.step)
     if remaining <= 0:
         return
@@ -157,7 +160,7 @@ def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, 
     done = step(state, source)
     for _ in range(remaining - 1):
         under_way = step(done[0], source)
-        if jax.process_count() > 1:  # gloo, which sums across CPU processes, must not run two programs at once.
+        if jax.process_count() > 1:  # gloo sums across CPU processes and must not run two programs at once.
             jax.block_until_ready(under_way)
         yield here(done)
         done = under_way
@@ -186,7 +189,7 @@ def _progress(preset, state, report, seconds):
 
 
 def _likely_causes(preset):
-    """Return the settings that a divergence may come from, as words."""
+    """Return the changes of settings that may prevent a divergence, as words that follow "lower"."""
     inner = "inner.step_size or " if isinstance(preset.inner, bl.GradientDescent) else ""
     return f"{inner}outer.learning_rate" + (", or raise strength" if preset.algorithm == "imaml" else "")
 

@@ -1,17 +1,18 @@
 """Verification of a preset's meta-gradient at its real size, in float64, against independent computations.
 
-A preset does not solve its inner problem exactly: its budget is, for example, 16 steps. Two questions are therefore
-answered separately.
+From the parameters θ, a preset adapts to a task by an inner solver with a small budget, for example 16 steps. It does
+not reach the inner solution, but parameters φ near it. Two questions are therefore answered separately.
 
-1. Does the preset's gradient solve (I + H/λ)g = v at the φ that the preset reaches, within its CG budget? Here H is the
-   Hessian of the support loss at φ, and v the gradient of the query loss. The gradient is compared with a CG solve to a
-   relative residual of 1e-9. The residuals of both are computed with a Hessian-vector product that this module derives
-   from the support loss alone.
-2. Is the solution g of this system the derivative of the query loss at the inner solution? The inner problem is solved
-   to rounding accuracy. The implicit gradient there is compared with central differences of the re-solved problem, and
-   with unrolled MAML, which converges to it as the number of steps grows. With ReLU the inner problem has no stationary
-   point that descent reaches, because descent ends between two kinks. This comparison therefore uses a smooth variant
-   of the network, with the same sizes and the same task: softplus(10x)/10 in place of ReLU, means in place of maxima.
+1. Is (I + H/λ)g = v the system that the preset's CG iterates on for the meta-gradient g? Here λ is the preset's
+   ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The preset's g is
+   compared with that of a CG solve to a relative residual of 1e-9. The residuals of both are computed with a
+   Hessian-vector product that this module derives from the support loss alone.
+2. Is the solution g of this system the derivative of the query loss at the inner solution? Here the inner problem is
+   solved to an inner gradient of 1e-9. The implicit gradient g is compared with central differences, for which the
+   inner problem is solved again at each θ. It is also compared with unrolled MAML, whose gradient converges to g as the
+   number of steps grows. With ReLU the inner problem has no stationary point that descent reaches, because descent ends
+   between two kinks. This comparison therefore uses a smooth variant of the network, with the same sizes and the same
+   task: softplus(10x)/10 in place of ReLU, means in place of maxima.
 """
 
 import itertools
@@ -38,9 +39,12 @@ from imaml.settings.preset import Preset
 SOLVED = 1e-8
 """Relative residual at which a linear solve counts as exact: far below ``DIFFERENCED``, to which gradients agree."""
 DIFFERENCED = 1e-4
-"""Tolerance for |implicit − difference|, relative to the gradient's norm, in addition to the differences' own error."""
+"""Tolerance for |slope − difference quotient| relative to the gradient's norm, besides the quotient's own error."""
 STATIONARY = 1e-9
-"""‖F‖ at which the inner problem counts as solved. Differences over steps of 1e-3 then have an error of about 1e-6."""
+"""Norm of the inner gradient at which the inner problem counts as solved.
+
+Differences over steps of 1e-3 in θ then have an error of about 1e-6.
+"""
 LONG = 1000
 """CG budget of a solve that counts as exact."""
 
@@ -175,7 +179,7 @@ def _system_residual(learner, phi, task, gradient):
 
 
 def _implicit(learner, phi, theta, task):
-    """Return the hypergradient at φ with its adjoint system solved to a relative residual of 0.1 ``SOLVED``."""
+    """Return the hypergradient at φ. CG solves the adjoint system to a relative residual of 0.1 ``SOLVED``."""
     method = bl.Implicit(bl.CG(LONG, tol=0.1 * SOLVED))
     at_init = bl.value_and_hypergradient(learner.problem, lambda condition, init, *_: init, method, on_failure="ignore")
     return at_init(theta, phi, task)
@@ -231,7 +235,7 @@ def check_solution(
 
 
 def _newton(learner):
-    """Return a function (θ, start, task) → Solution that runs Newton-CG until ‖F‖ is at most 0.1 ``STATIONARY``."""
+    """Return a function (θ, start, task) → Solution: Newton-CG to an inner gradient of 0.1 ``STATIONARY``."""
     solver = bl.HessianFree(max_steps=60, cg_steps=200, tol=0.1 * STATIONARY)
     return jax.jit(lambda theta, w, task: bl.solve(solver, learner.problem.condition, w, theta, task))
 
@@ -240,7 +244,7 @@ def _check_differences(learner, solve, theta, w, task, directions, ours, length)
     """Compare slopes of the implicit gradient with central differences of the query loss at the re-solved φ.
 
     Richardson extrapolation from step sizes h and h/2 removes the error of order h². The difference between the two
-    slopes bounds the error that remains.
+    slopes is taken as a bound of the error that remains.
     """
     query = jax.jit(lambda phi: learner.problem.outer(phi, theta, task)[0])  # type: ignore[index]
     largest = 1e-4 * float(_norm(theta))
@@ -293,7 +297,7 @@ class _Point:
 class _Unrolled:
     """Gradient descent on the proximal objective from θ, differentiated in forward mode along one direction in θ.
 
-    The query loss's slope along the resulting tangent is the directional derivative that unrolled MAML computes.
+    The slope of the query loss along the resulting tangent of φ is the directional derivative of unrolled MAML's loss.
     Forward mode stores no iterates, so the memory does not depend on the number of steps.
     """
 
@@ -332,7 +336,7 @@ def _query_value(problem, phi, theta, task):
 
 
 def _largest_curvature(learner, theta, task, products=20):
-    """Return an estimate of the largest |eigenvalue| of ∂F/∂φ at φ = θ.
+    """Return an estimate of the largest |eigenvalue| of the inner objective's Hessian at φ = θ.
 
     Power iteration approaches that eigenvalue from below; a fifth is added so that the estimate is not too small.
     """

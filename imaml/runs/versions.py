@@ -16,4 +16,4 @@ def _version(package):
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"  # The package then runs from its source tree.
+        return "not installed"  # imaml has no metadata if it runs from its source tree.

@@ -1,4 +1,4 @@
-"""higher: MAML by backpropagation through the same number of inner steps, which computes another gradient than ours."""
+"""higher: MAML by backpropagation through the same number of inner steps. This is another gradient than ours."""
 
 import higher
 import torch
