@@ -149,8 +149,13 @@ class TestMypy:
 
 
 @pytest.mark.slow("pyright reads the types of JAX, which takes ten seconds for each package")
-@pytest.mark.xfail(reason="some annotations are missing", strict=True)  # once none is missing, remove this line
-@pytest.mark.parametrize("package", ["bilevel", "imaml"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "bilevel",
+        pytest.param("imaml", marks=pytest.mark.xfail(reason="some annotations of imaml are missing", strict=True)),
+    ],
+)
 def test_the_public_surface_has_complete_types(package, installation, tmp_path):
     pytest.importorskip("pyright", reason="pyright, of the extra dev, is not installed")
     done = subprocess.run(
