@@ -48,7 +48,10 @@ class Case:
 
 
 def newton(condition, init, theta, data):
-    """Find w by five steps of Newton's method with a dense Jacobian. A plain function can be an inner solver."""
+    """Find w by five steps of Newton's method with a dense Jacobian.
+
+    The function has the signature of an inner solver, so tests pass it as one.
+    """
     flat, unravel = ravel_pytree(init)
 
     def residual(w):

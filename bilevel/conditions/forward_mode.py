@@ -14,10 +14,10 @@ from bilevel.types import PyTree
 def differentiable_forwards(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Return ``function(*arguments)``, differentiable in forward mode even where it calls a ``jax.custom_vjp``.
 
-    A ``jax.custom_vjp`` defines only the reverse mode: JAX can neither push a tangent through it nor transpose its
-    vjp. jaxopt's projections that solve an optimisation problem are such functions. For those the tangent is computed
-    with the whole Jacobian, which takes one reverse pass for each entry of the output and supports first derivatives
-    only.
+    A ``jax.custom_vjp`` defines only the reverse mode: JAX cannot push a tangent through it. If its rule runs a solver,
+    as in jaxopt's projections that solve an optimisation problem, JAX cannot transpose the vjp either. So the tangent
+    of every function that calls a ``jax.custom_vjp`` is computed with the whole Jacobian. That takes one reverse pass
+    for each entry of the output and supports first derivatives only.
     """
     if not _holds_custom_vjp(jax.make_jaxpr(function)(*arguments).jaxpr):
         return function(*arguments)
@@ -30,7 +30,7 @@ def differentiable_forwards(function: Callable[..., PyTree], *arguments: PyTree)
 
     @call.defjvp
     def push_forward(primals: Any, tangents: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its rules too
+        with jax.numpy_dtype_promotion("standard"):  # jaxopt's derivative rules mix dtypes
             out, pull_back = jax.vjp(function, *primals)
             flat, unravel = ravel_pytree(out)
             rows = jax.vmap(lambda row: pull_back(unravel(row)))(jnp.eye(flat.size, dtype=flat.dtype))

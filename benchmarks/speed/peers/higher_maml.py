@@ -1,4 +1,7 @@
-"""higher: MAML by backpropagation through the same number of inner steps. This is another gradient than ours."""
+"""higher: MAML by backpropagation through ``item.steps`` inner steps.
+
+This is the gradient of the unrolled steps, not the implicit gradient that this library computes.
+"""
 
 import higher
 import torch

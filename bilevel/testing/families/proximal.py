@@ -13,7 +13,9 @@ from bilevel.testing.families.suggested import suggest_descent
 
 
 def imaml(strength: str = "one", **options: Any) -> Case:
-    """Draw ½⟨φ − t, H(φ − t)⟩ + ½λ‖φ − θ‖², whose meta-gradient is (I + H/λ)⁻¹∇outer.
+    """Draw the implicit MAML problem with inner objective ½⟨w − t, H(w − t)⟩ + ½λ‖w − θ‖².
+
+    The adjoint system of its hypergradient is (I + H/λ)v = ∂outer/∂w.
 
     Args:
         strength: ``"one"`` for a single number λ, or ``"each"`` for one λ per parameter. θ is laid out like w.
