@@ -69,7 +69,6 @@ def neighbour_accuracy(classes: ImageClasses, ways: int, shots: int) -> float:
     return hits / EPISODES
 
 
-@pytest.mark.slow("draws the whole dataset")
 def test_there_are_at_least_1800_classes_and_20_to_30_percent_are_test_classes(dataset):
     train, test = len(dataset.train), len(dataset.test)
     assert train + test >= 1800

@@ -195,7 +195,7 @@ def curves():
     return mlp((1, 5, 1), jnp.tanh), tasks
 
 
-@pytest.mark.slow("compiles a batch of tasks for each algorithm", fast="3-maml")
+@pytest.mark.slow("compiles a batch of tasks for each algorithm")
 @pytest.mark.parametrize("at_once, algorithm", [(2, "imaml"), (3, "maml"), (4, "imaml"), (99, "reptile")])
 def test_tasks_computed_together_give_the_same_result_as_one_by_one(at_once, algorithm, curves):
     network, tasks = curves

@@ -117,7 +117,6 @@ def preset_result(glyph_task):
     return jax.jit(meta_gradient(PRESET.learner))(theta, batch_of(task))
 
 
-@pytest.mark.slow("forms the Hessian of a convolutional network")
 def test_the_presets_gradient_solves_the_dense_system(preset_result, exact, tolerance):
     np.testing.assert_allclose(flat(preset_result.gradient), exact, rtol=0, atol=tolerance)
 

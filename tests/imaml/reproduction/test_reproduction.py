@@ -172,11 +172,13 @@ def test_implicit_maml_has_smaller_errors_than_maml_after_equal_steps(errors):
     assert (np.array(errors["iMAML, 5 CG steps"])[:2] < maml[:2]).all()
 
 
+@pytest.mark.slow("compiles both algorithms with several numbers of steps")
 def test_errors_fall_with_inner_steps(errors):
     for name in ("MAML", "iMAML, 11 CG steps"):
         assert (np.diff(errors[name]) < 0).all(), name
 
 
+@pytest.mark.slow("compiles both algorithms with several numbers of steps")
 def test_the_error_of_too_few_cg_steps_remains_after_many_inner_steps(errors):
     two, five, eleven = (errors[f"iMAML, {count} CG steps"][-1] for count in gradient_error.CG_STEPS)
     assert two > 5 * five > 5 * eleven
@@ -218,12 +220,14 @@ def test_implicit_memory_is_flat_to_the_byte(needed):
     assert few == middle == many > 0
 
 
+@pytest.mark.slow("compiles a network with several numbers of inner steps")
 def test_unrolled_memory_is_linear_in_steps(needed):
     few, middle, many = needed.temporary["MAML, unrolled"]
     assert (many - few) / (1000 - 16) > 4 * 40 * 8  # Each step stores at least the hidden layer's outputs.
     assert middle == pytest.approx((few + many) / 2, rel=0.01)
 
 
+@pytest.mark.slow("compiles a network with several numbers of inner steps")
 def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unrolling(needed):
     implicit, unrolled = (needed.temporary[name][-1] for name in ("iMAML, 5 CG steps", "MAML, unrolled"))
     assert implicit < needed.temporary["MAML, steps recomputed"][-1] < unrolled
@@ -264,6 +268,7 @@ def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(run, tmp_path, 
     assert [path.name for path in out.iterdir()] == ["table2.png"]
 
 
+@pytest.mark.slow("compiles both algorithms with several numbers of steps")
 def test_a_figure_writes_its_picture_and_its_data(tmp_path, errors, monkeypatch):
     monkeypatch.setattr(gradient_error, "gradient_errors", lambda: errors)
     text = commands.reproduce("figure2a", out=tmp_path)
@@ -273,6 +278,7 @@ def test_a_figure_writes_its_picture_and_its_data(tmp_path, errors, monkeypatch)
     assert dict(kept["result"]["curves"])["MAML"] == list(errors["MAML"])
 
 
+@pytest.mark.slow("compiles a network with several numbers of inner steps")
 def test_the_memory_picture_depends_on_the_measured_memory(tmp_path, needed):
     first = pictures.memory(tmp_path / "one.png", needed.steps, needed.temporary).read_bytes()
     doubled = {name: [2 * size for size in sizes] for name, sizes in needed.temporary.items()}

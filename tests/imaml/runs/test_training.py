@@ -98,7 +98,7 @@ def test_the_step_is_traced_and_compiled_once_for_all_steps(uninterrupted):
     assert (uninterrupted.traces, uninterrupted.compilations) == (1, 1)
 
 
-@pytest.mark.slow("compiles the meta-step twice", fast="as expected")
+@pytest.mark.slow("compiles the meta-step twice")
 @pytest.mark.parametrize("classes, compilations", [(12, 1), (13, 2), (1, 1)], ids=["as expected", "more", "too few"])
 def test_the_step_is_compiled_while_reading_and_again_if_the_shapes_were_not_as_expected(
     classes, compilations, uninterrupted, tmp_path, tiny_pixels, monkeypatch
