@@ -48,7 +48,7 @@ SOLVE_TOLERANCE = 0.1
 
 
 class CertificateKind(enum.IntEnum):
-    """What the bound of a certificate rests on. A larger value is a weaker claim, so ``maximum`` merges two kinds."""
+    """The basis of a certificate's bound. A larger value is a weaker claim, so ``maximum`` merges two kinds."""
 
     CERTIFIED = 0
     """The bound is proved, up to an allowance for rounding, because every constant is declared or proved."""

@@ -14,16 +14,16 @@ StrongConvexity = float | Callable[[PyTree, PyTree], jax.Array] | None
 
 
 class Condition(Protocol):
-    """What solvers and methods require of a condition."""
+    """The interface of a condition that solvers and methods use."""
 
     @property
     def symmetric(self) -> bool:
-        """Whether ∂F/∂w is symmetric everywhere, so that F is the gradient in w of some function."""
+        """True if ∂F/∂w is symmetric everywhere, so that F is the gradient in w of some function."""
         ...
 
     @property
     def positive_definite(self) -> bool:
-        """Whether the user declares ⟨u, (∂F/∂w)u⟩ > 0 for all u ≠ 0; False where that is unknown."""
+        """True if the user declares ⟨u, (∂F/∂w)u⟩ > 0 for all u ≠ 0; False where that is unknown."""
         ...
 
     @property

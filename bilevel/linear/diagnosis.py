@@ -12,7 +12,7 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SolveDiagnostics:
-    """What a computed solution x of Ax = b shows about its solve.
+    """The findings about a solve of Ax = b that its computed solution x allows.
 
     Attributes:
         relative_residual: the true ‖b − Ax‖ / ‖b‖, or ‖b − Ax‖ where b = 0; infinite where x is not finite.

@@ -13,7 +13,7 @@ from bilevel.solvers import InnerSolver
 from bilevel.types import Hypergradient, PyTree, Solution
 
 Start = PyTree | Callable[[PyTree, PyTree], PyTree]
-"""Where the inner solver starts: a pytree like w, or a function ``init(theta, data)`` that returns one."""
+"""The start of the inner solver: a pytree like w, or a function ``init(theta, data)`` that returns one."""
 
 
 class Method(Protocol):

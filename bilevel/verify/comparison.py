@@ -76,17 +76,17 @@ class Deviation:
 
     @property
     def decided(self) -> bool:
-        """Whether the reference is accurate enough to tell a right number from a wrong one."""
+        """True if the reference is accurate enough to tell a right number from a wrong one."""
         return bool((self.uncertainty <= self.tolerance.at_same_w(self.expected)).all())
 
     @property
     def off(self) -> np.ndarray:
-        """Whether the error of each entry is above its tolerance or not finite, ``[m]``."""
+        """A mask of the entries whose error is above its tolerance or not finite, ``[m]``."""
         return ~((self.error <= self.allowed) & np.isfinite(self.error))
 
     @property
     def agrees(self) -> bool:
-        """Whether every entry is within its tolerance."""
+        """True if every entry is within its tolerance."""
         return not self.off.any()
 
     @cached_property

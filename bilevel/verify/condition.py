@@ -47,7 +47,7 @@ class ConditionReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
+        """True if every check passed."""
         return all(check.ok for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:

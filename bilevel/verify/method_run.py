@@ -71,7 +71,7 @@ class TheoremAtW:
 
 @dataclass(frozen=True)
 class MethodRun:
-    """What a method was given, what it returned, and the directions in θ along which the result is judged.
+    """The arguments of a method, its result, and the directions in θ along which the result is judged.
 
     A method may return a :class:`~bilevel.Hypergradient` or the bare gradient.
     """

@@ -64,7 +64,7 @@ class MethodComparison:
 
     @property
     def ok(self) -> bool:
-        """Whether every method has an ok status and a finite error; the size of the error is not judged."""
+        """True if every method has an ok status and a finite error; the size of the error is not judged."""
         return all(row.status.ok and row.error is not None and np.isfinite(row.error) for row in self.methods)
 
     def __str__(self) -> str:

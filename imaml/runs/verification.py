@@ -67,7 +67,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every comparison passed."""
+        """True if every comparison passed."""
         return all(check.ok for check in self.checks)
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import symmetric_with
 
 from bilevel import spectrum
 
@@ -13,9 +14,7 @@ DTYPES = [np.float32, np.float64]
 
 def symmetric(eigenvalues, seed=0):
     """Return a symmetric float64 matrix with these eigenvalues and random eigenvectors."""
-    rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.normal(size=(len(eigenvalues), len(eigenvalues))))[0]
-    return (basis * np.asarray(eigenvalues, float)) @ basis.T
+    return symmetric_with(eigenvalues, np.random.default_rng(seed))
 
 
 def ritz_of(matrix, dtype=np.float64, **options):

@@ -296,8 +296,7 @@ def test_the_spectrum_of_a_large_operator_is_estimated_by_lanczos():
 
 def test_lanczos_finds_the_ends_of_a_spectrum():
     rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
-    matrix = basis @ np.diag([-5.0, *np.linspace(1, 2, 28), 50.0]) @ basis.T
+    matrix = problems.symmetric_with([-5.0, *np.linspace(1, 2, 28), 50.0], rng)
     ritz = ritz_values(lambda u: matrix @ u, jnp.zeros(30), 20, jnp.asarray(rng.normal(size=30)))
     np.testing.assert_allclose([ritz[0], ritz[-1]], [-5.0, 50.0], atol=1e-8)
 

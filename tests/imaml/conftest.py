@@ -2,14 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # makes tests/archives.py importable
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 

@@ -1,16 +1,14 @@
 """The project's files name one version, each extra has a job, and the wheel holds all modules and the types."""
 
 import re
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
+from benchmarks.extras import JOBS
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-sys.path.insert(0, str(ROOT))  # benchmarks are not installed
-
-from benchmarks.extras import JOBS  # noqa: E402
 
 
 def test_one_version_everywhere():

@@ -16,7 +16,7 @@ from bilevel.verify.precision import as_double
 from bilevel.verify.references.directions import are_coordinates
 
 Question = Literal["the solution", "the formula at this w", "the solver's output"]
-"""What is differentiated: the exact solution, the theorem's formula at a given w, or what the solver returned."""
+"""The differentiated quantity: the exact solution, the theorem's formula at a given w, or what the solver returned."""
 
 
 class ReferenceUnavailable(ValueError):

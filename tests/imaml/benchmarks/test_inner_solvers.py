@@ -1,20 +1,14 @@
 """Tests of the comparison of inner solvers, on least squares, whose curvature NumPy computes."""
 
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bilevel as bl
+from benchmarks import inner_solvers
 from imaml.learning.algorithms import Learner
 from imaml.learning.problem import squared_error
 from imaml.learning.tasks import Task
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
-
-from benchmarks import inner_solvers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

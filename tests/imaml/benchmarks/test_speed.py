@@ -2,13 +2,9 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from benchmarks.speed import __main__ as suites
 from benchmarks.speed import harness, report, workloads

@@ -4,7 +4,7 @@ The dense system is that of the published network. As its number of steps grows,
 to the implicit one. The closed form of linear regression is tested in test_meta_gradient_closed_form.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from tiny_preset import TinyMLP
 
 import bilevel as bl
 import imaml
 from imaml import Learner, MetaGradient, Task, meta_gradient
-from imaml.learning.networks import Network, mlp
+from imaml.learning.networks import mlp
 from imaml.parallel.devices import AXIS, SHARED, SPREAD, local_mesh, over_tasks
 from imaml.settings.parts import Conv4
 
@@ -128,15 +129,6 @@ def test_the_dense_system_detects_a_wrong_sign_and_a_change_of_strength_by_a_ten
     other = identity + (dense.matrix - identity) * 1.0001
     for fault in (-exact, dense.v, np.linalg.solve(other, dense.v)):
         assert np.abs(flat(preset_result.gradient) - fault).max() > 10 * tolerance
-
-
-@dataclass(frozen=True)
-class TinyMLP:
-    """A network with one hidden layer, which compiles ten times as fast as the published one."""
-
-    def build(self, ways):
-        network = mlp((28 * 28, 4, ways))
-        return Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
 
 
 def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyph_task):

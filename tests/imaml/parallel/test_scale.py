@@ -15,13 +15,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_preset import dataset, tiny_preset
 
-import bilevel as bl
 import imaml
 from imaml import InputError, cli, datasets
-from imaml.datasets.images import ImageClasses, ImageDataset
-from imaml.learning import networks
-from imaml.learning.tasks import Episode
 from imaml.parallel import processes
 from imaml.parallel.devices import check_shares, global_mesh
 from imaml.parallel.liveness import LivenessMonitor, accept_connections, connect, free_port, receive_number, send_number
@@ -30,42 +27,19 @@ from imaml.runs import checkpoints, training
 from imaml.runs import folder as runfolder
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
-from imaml.settings.parts import Outer
 from imaml.settings.published_presets import _PRESETS
 from imaml.storage import files
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[3]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 STEPS = 12
 TIMEOUT = 400.0
 """Time limit of a process in seconds, compilation included. On an idle machine a process takes a few seconds."""
 
 
-@dataclass(frozen=True)
-class TinyMLP:
-    """A small network that compiles in a second. These tests concern the processes, not the network."""
-
-    hidden: int = 4
-
-    def build(self, ways):
-        network = networks.mlp((28 * 28, self.hidden, ways))
-        return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
-
-
-PRESET = replace(
-    imaml.preset("glyphs-5way-1shot-gd"),
-    episode=Episode(ways=2, shots=1, queries=1),
-    network=TinyMLP(),
-    inner=bl.GradientDescent(0.1, max_steps=2),
-    linear=bl.CG(2),
-    outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
-)
-
-
-def dataset(pixels):
-    names = {split: tuple(f"{split}{i}" for i in range(len(pixels))) for split in ("train", "test")}
-    return ImageDataset("tiny", *(ImageClasses(pixels, names[split]) for split in ("train", "test")))
+PRESET = tiny_preset(STEPS)
 
 
 # --- What each process runs ----------------------------------------------------------------------------------------
@@ -98,7 +72,7 @@ def start(tiny_pixels, tmp_path_factory):
     """A context manager ``start(directory, pause=0.0)`` that yields two training processes and kills them on exit."""
     folder = tmp_path_factory.mktemp("processes")
     np.save(folder / "pixels.npy", tiny_pixels)
-    environment = os.environ | {"IMAML_CACHE": str(folder), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {"IMAML_CACHE": str(folder), "PYTHONPATH": PATHS, "PYTHONIOENCODING": "utf-8"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # like the fixture quick_compilation in this process
 
     @contextmanager

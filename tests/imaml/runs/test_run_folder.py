@@ -6,12 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from tiny_preset import TinyMLP
 from tiny_run import (
     EVALUATION_TASKS,
     PRESET,
     STEPS,
     STOP_AT,
-    TinyMLP,
     assert_same_run,
     contents,
     dataset,

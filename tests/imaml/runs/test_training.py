@@ -224,7 +224,7 @@ def test_a_killed_or_stopped_process_is_resumed_to_the_same_bits(number, code, u
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", CHILD, here, folder, pixels, str(number.value)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(here.parents[2])}, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parents[1])])}, check=False,
     )  # fmt: skip
     assert done.returncode == code, done
     assert checkpoints.newest(folder).step == STOP_AT

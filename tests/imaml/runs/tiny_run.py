@@ -3,23 +3,19 @@
 import contextlib
 import functools
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_preset import dataset, tiny_preset
 
-import bilevel as bl
 import imaml
 from imaml import datasets
-from imaml.datasets.images import ImageClasses, ImageDataset
-from imaml.learning import networks
-from imaml.learning.tasks import Episode
 from imaml.runs import checkpoints, compilation, evaluation
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
-from imaml.settings.parts import Outer
 from imaml.storage import files
 
 STEPS, STOP_AT, EVALUATION_TASKS = 6, 3, 4
@@ -27,32 +23,7 @@ DEFAULTS = {"evaluation_tasks": EVALUATION_TASKS, "checkpoint_seconds": float("i
 """With ``checkpoint_seconds`` infinite, a run saves only when it ends or is stopped, however slow the machine is."""
 
 
-@dataclass(frozen=True)
-class TinyMLP:
-    """A small MLP that compiles in about a second. The tests that use it are about training, not about the network."""
-
-    hidden: int = 4
-
-    def build(self, ways):
-        network = networks.mlp((28 * 28, self.hidden, ways))
-        return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
-
-
-PRESET = replace(
-    imaml.preset("glyphs-5way-1shot-gd"),
-    episode=Episode(ways=2, shots=1, queries=1),
-    network=TinyMLP(),
-    inner=bl.GradientDescent(0.1, max_steps=2),
-    linear=bl.CG(2),
-    outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=STEPS),
-)
-
-
-def dataset(pixels):
-    """Return a dataset whose training and test classes have the same pixels."""
-    names = [f"{split}{i}" for split in ("train", "test") for i in range(len(pixels))]
-    count = len(pixels)
-    return ImageDataset("tiny", ImageClasses(pixels, tuple(names[:count])), ImageClasses(pixels, tuple(names[count:])))
+PRESET = tiny_preset(STEPS)
 
 
 # --- Programs ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""A preset and a dataset so small that a training run of a few steps takes seconds."""
+
+from dataclasses import dataclass, replace
+
+import bilevel as bl
+import imaml
+from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.learning import networks
+from imaml.learning.tasks import Episode
+from imaml.settings.parts import Outer
+
+
+@dataclass(frozen=True)
+class TinyMLP:
+    """A small MLP that compiles in about a second. The tests that use it are not about the network."""
+
+    hidden: int = 4
+
+    def build(self, ways):
+        network = networks.mlp((28 * 28, self.hidden, ways))
+        return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
+
+
+def tiny_preset(steps):
+    """Return the preset ``glyphs-5way-1shot-gd`` with the smallest tasks, the tiny network and few meta-steps."""
+    return replace(
+        imaml.preset("glyphs-5way-1shot-gd"),
+        episode=Episode(ways=2, shots=1, queries=1),
+        network=TinyMLP(),
+        inner=bl.GradientDescent(0.1, max_steps=2),
+        linear=bl.CG(2),
+        outer=Outer(learning_rate=1e-2, tasks=2, queries=1, steps=steps),
+    )
+
+
+def dataset(pixels):
+    """Return a dataset whose training and test classes have the same pixels."""
+    names = {split: tuple(f"{split}{i}" for i in range(len(pixels))) for split in ("train", "test")}
+    return ImageDataset("tiny", *(ImageClasses(pixels, names[split]) for split in ("train", "test")))
