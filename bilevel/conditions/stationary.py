@@ -110,8 +110,7 @@ class Proximal:
         return tree.add(jax.grad(self.objective)(w, theta, data), pull)
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
-        # If a learned λ is not positive, the system stays unscaled. The status of its solve then says
-        # whether A is positive definite.
+        # If a learned λ is not positive, the system stays unscaled, because λ^-½ does not exist.
         return jax.tree.map(
             lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
             tree.arrays(self._strength(theta, data)),
