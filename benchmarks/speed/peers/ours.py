@@ -26,12 +26,13 @@ def _few_shot(item: FewShot, dtype: str):
     tasks = Task(jnp.asarray(arrays["support"]), y, jnp.asarray(arrays["query"]), y)
     theta = _nested(item.parameters(dtype))
     learner = learner_of(item)
-    compiled = jax.jit(meta_gradient(learner))
+    compiled, at_once = (jax.jit(meta_gradient(learner, at_once=number)) for number in (1, item.tasks))
 
-    def meta():
+    def meta(compiled):
         return _flat(jax.block_until_ready(compiled(theta, tasks)).gradient)
 
-    return {"meta-gradient": meta} | _spread(learner, theta, tasks, item.tasks) | _parts(learner, theta, tasks)
+    programs = {"meta-gradient": lambda: meta(compiled), "all tasks at once": lambda: meta(at_once)}
+    return programs | _spread(learner, theta, tasks, item.tasks) | _parts(learner, theta, tasks)
 
 
 def learner_of(item: FewShot) -> Learner:

@@ -23,7 +23,7 @@ SHARED_SETTINGS = {
 }  # fmt: skip
 IMAGE_SETTINGS = {
     "episode.ways", "episode.bright_paper", "network.filters", "network.kernel_gain", "network.head_gain",
-    "network.head_bias", "network.pooling",
+    "network.head_bias", "network.pooling", "network.convolutions", "network.products",
 }  # fmt: skip
 DESCENT_SETTINGS, NEWTON_SETTINGS = {"inner.step_size", "inner.momentum"}, {"inner.cg_steps", "inner.halvings"}
 SETTINGS = SHARED_SETTINGS | IMAGE_SETTINGS | DESCENT_SETTINGS | {"rotations.train", "rotations.test"}
@@ -255,6 +255,7 @@ def test_a_path_that_is_not_a_setting_cannot_be_overridden(path):
         ("seed", "-1", "seed must be at least 0 and below 2**32, got -1"),
         ("network.filters", "0", "network.filters must be at least 1, got 0"),
         ("network.kernel_gain", "0", "network.kernel_gain must be above 0, got 0.0"),
+        ("network.products", "float16", "--network.products takes float32 or tensorfloat32 or bfloat16, got 'float16'"),
         ("outer.tasks", "0", "outer.tasks must be at least 1, got 0"),
         ("outer.queries", "0", "outer.queries must be at least 1, got 0"),
         ("outer.steps", "0", "outer.steps must be at least 1, got 0"),
