@@ -59,7 +59,7 @@ FAULTS = {
     "the whole gradient is multiplied by 3": faulty(lambda right, direct: 3 * right),
     "with ∂F/∂w in place of its transpose": untransposed,
     "unknown; it is not": faulty(lambda right, direct: right**2 + 1),
-    "a NaN or an infinity; θ, data, w": faulty(lambda right, direct: right * jnp.nan),
+    "the gradient is not finite: θ, w, F": faulty(lambda right, direct: right * jnp.nan),
 }
 
 
