@@ -153,7 +153,7 @@ def _wrong_systems(theorem: TheoremAtW) -> Iterator[Candidate]:
         return
     adjoint, kappa = solve_adjoint(parts.a - np.diag(diagonal), parts.g)
     if kappa < np.inf:
-        yield "the term λI of A (or I, for a mapping) is dropped", parts.total(adjoint)
+        yield "the term λI (I for a mapping) is dropped from A", parts.total(adjoint)
     yield "second derivatives are left out of A: a first-order approximation", parts.total(parts.g / diagonal)
 
 

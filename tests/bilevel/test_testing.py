@@ -176,7 +176,7 @@ CONDITIONS = {
         bl.Root(affine, symmetric=True),
         [1.0, 1.0],
     ),
-    "declared positive definite, and ⟨u, Au⟩ = -0.5‖u‖² for a u": (
+    "declared positive definite, but ⟨u, Au⟩ = -0.5‖u‖² for some u": (
         bl.Root(stretched, positive_definite=True),
         [1.0, 1.0],
     ),

@@ -128,7 +128,7 @@ def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     stale = check(quartic(), dense_method("iterate before"), few)
     assert not stale.ok and "evaluated at the iterate before the last" in stale.verdict
     start = check(quartic(), dense_method("initial point"))
-    assert not start.ok and "taken at the initial point" in start.verdict
+    assert not start.ok and "evaluated at the initial point" in start.verdict
 
 
 def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():
