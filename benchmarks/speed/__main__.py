@@ -10,8 +10,8 @@
     python -m benchmarks.speed memory            read the meta-gradient's temporary memory for 16 and 1000 inner steps
     python -m benchmarks.speed start             time from `imaml train` to the first meta-step
     python -m benchmarks.speed host              measure the meta-steps' share of a training run's time
-    python -m benchmarks.speed table             print the tables of docs/speed.md from the records
-    python -m benchmarks.speed plot              draw the picture of docs/speed.md from the records
+    python -m benchmarks.speed table             print the records as Markdown tables
+    python -m benchmarks.speed plot              draw docs/images/speed.png from the records
 
 docs/speed.md describes the suites. No other program should run on the machine meanwhile.
 """
@@ -49,13 +49,14 @@ TASKS = (1, 4, 16, 64)
 GPU_TASKS = {"W1": 32, "W2": 8}
 """Numbers of tasks on a GPU, which computes many small tasks at once."""
 KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "1000000000"))
-"""Variables with which glibc keeps freed memory for the next call. Paging it in anew takes a tenth of a task's time."""
+"""Variables that make glibc keep freed memory for the next call, because page faults take a tenth of a task's time."""
 
 
 def agree(options) -> bool:
     """Compare our meta-gradient with that of the same linear operator in PyTorch, in float64.
 
-    The other libraries compute other gradients, so their differences are only printed.
+    The differences of the other programs are only printed, because the authors' operator and unrolled MAML give other
+    gradients.
     """
     item = dataclasses.replace(ITEMS["W1"], tasks=2)
     differences = {}
@@ -179,7 +180,7 @@ def host(options) -> bool:
 
 
 def table(options) -> bool:
-    """Print the tables of docs/speed.md."""
+    """Print the records as Markdown tables."""
     print(report.table())
     return True
 

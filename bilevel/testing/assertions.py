@@ -39,8 +39,8 @@ class Check:
         problem: the problem, the case or the condition in a few words.
         method: the name of the method with its settings; empty for a condition.
         reference: the reference, ``closed form``, or the property of the condition.
-        error: the largest error, relative to the reference's largest entry. For a property of a condition it is the
-            measured residual or asymmetry; for any other property 0 or, if it does not hold, infinity.
+        error: the largest error, relative to the reference's largest entry. For the properties ``residual`` and
+            ``symmetry`` of a condition, the measured number. For another property, 0 if it holds, else infinity.
         rtol: the relative tolerance.
         message: why the check failed; empty if it passed.
     """
@@ -89,8 +89,8 @@ def assert_hypergradient(
         rtol: None means 10·√eps of the gradient's dtype: 1.5e-7 for float64, 3.5e-3 for float32.
         atol: None means a thousandth of ``rtol``.
         against: one or several references. ``"finite_differences"`` and ``"dense"`` differentiate the exact inner
-            solution, which Newton's method finds near the solver's output. ``"unrolled"`` differentiates the solver's
-            output.
+            solution, which Newton's method finds near the solver's output. If Newton's method fails, or for more than
+            400 unknowns, they use the solver's output instead. ``"unrolled"`` differentiates the solver's output.
         record: called with each :class:`Check` before it is asserted.
 
     Raises:
@@ -230,7 +230,7 @@ _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "th
 def run_method(
     problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree
 ) -> object:
-    """Run the method. It is compiled once for each method, solver, problem and shape, unless one is unhashable."""
+    """Run the method, compiled once for each method, solver, problem and shape unless one of these is unhashable."""
     settings = problem, solver, method, init if callable(init) else None
     try:
         compiled = _compiled(*settings)

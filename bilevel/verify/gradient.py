@@ -106,8 +106,8 @@ def check_hypergradient(
     solver's output. ``unrolled`` differentiates the solver's output. If the solver's steps have not converged, the two
     derivatives differ. ``unrolled`` then does not count, unless the method agrees with it.
 
-    If Newton's method fails, ``finite_differences`` differentiates the solver's output instead, and ``dense`` evaluates
-    the implicit function theorem there.
+    If Newton's method fails, or for more than 400 unknowns, ``finite_differences`` differentiates the solver's output
+    instead, and ``dense`` evaluates the implicit function theorem there.
 
     The tolerance of each derivative is a sum:
 
@@ -116,7 +116,8 @@ def check_hypergradient(
     - the rounding, in θ's precision, of the terms that make up the derivative,
     - the effect of the inner residual and of the linear residual, each if a ``tol`` was set for that solve and was met.
 
-    The last two need the inner Jacobian as a matrix. They are zero if it is singular or has more than 1000 rows.
+    The last two need the inner Jacobian as a matrix. They are zero if this matrix is singular or has more than 1000
+    rows.
 
     Args:
         problem: the condition and the outer function.
@@ -131,7 +132,7 @@ def check_hypergradient(
         rtol: None means √eps of the narrowest dtype in θ: 1.5e-8 for float64, 3.5e-4 for float32.
 
     Raises:
-        ValueError: for an unknown reference, for none, or for directions of another shape.
+        ValueError: for an unknown reference, for an empty ``against``, or for directions of another shape.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:
@@ -167,8 +168,8 @@ def check_hypergradient(
 def _directions(directions, gradient):
     """Return the caller's directions, else the coordinates of a small θ, else the gradient's and random directions.
 
-    A large gradient is compared along itself too, because random directions see little of it. A gradient that is zero
-    or not finite has no direction and is left out.
+    A gradient of many entries is also compared along its own direction, because random directions are nearly orthogonal
+    to it. A gradient that is zero or not finite has no direction and is left out.
     """
     if directions is not None:
         return np.asarray(directions, np.float64)
@@ -220,7 +221,7 @@ def _compare(name: str, found: Reference | str, derivatives: np.ndarray, toleran
     worst = deviation.worst
     note = ""
     if name == "finite_differences" and found.question == "the solver's output":
-        note = "Newton's method found no solution, so the solver's output was differenced, converged or not"
+        note = "Newton's method found no solution, so the solver's output, converged or not, was differenced"
     return Comparison(
         name=name,
         reference=found,
@@ -277,7 +278,7 @@ def _diagnosis(run: MethodRun, tolerance: Tolerance, comparisons: list[Compariso
     names = ", ".join(entry.name for entry in counted)
     if run.theorem is None:
         return (
-            f"the gradient differs from {names}. A is too large to be written out, singular or not finite, so the "
+            f"the gradient differs from {names}. A is too large to be written out, singular or not finite, so a wrong "
             f"formula cannot be told from an inaccurate inner solution (‖F‖ = {figure(run.residual_norm())})."
         )
     return (

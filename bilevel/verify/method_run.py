@@ -46,15 +46,15 @@ def method_arguments(theta: PyTree, init: PyTree | Callable, data: PyTree) -> tu
 
 @dataclass(frozen=True)
 class TheoremAtW:
-    """The implicit function theorem at the method's w, with what the method reports of its linear solve.
+    """The implicit function theorem at the method's w, with the method's report on its linear solve.
 
     Attributes:
         parts: A, Bd, g and h·d.
         adjoint: A⁻ᵀg.
         constant_diagonal: the diagonal part of A that needs no second derivative of the user's function: D⁻² for a
-            condition with a scaling D (λ, for ``Proximal``), 1 for a fixed point; None for other conditions.
+            condition with a scaling D (λ, for ``Proximal``), 1 for a condition with a mapping; None for the others.
         reported: the adjoint that the method reports, flat; None for a method that solves no linear system.
-        residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖; None likewise.
+        residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖; None without ``reported``.
     """
 
     parts: Linearisation
@@ -122,7 +122,7 @@ class MethodRun:
         return TheoremAtW(parts, adjoint, diagonal, reported, residual)
 
     def reported_residual_is_true(self) -> bool:
-        """Return True if the reported linear residual is the true one, up to a factor of two and rounding."""
+        """Return True if the true linear residual is at most twice the reported one, plus rounding."""
         if self.theorem is None or self.theorem.residual is None or self.linear is None:
             return False
         return self.theorem.residual <= 2 * float(self.linear.relative_residual) + 100 * self.eps
@@ -165,7 +165,7 @@ class MethodRun:
             return init(theta, data) if callable(init) else init
 
     def _linearise(self, w) -> tuple[Linearisation, np.ndarray] | None:
-        """Return A, B, g, h and A⁻ᵀg at ``w``."""
+        """Return A, Bd, g and h·d with A⁻ᵀg at ``w``; None if A is not finite, singular, or too large."""
         try:
             parts = linearise(self.problem, w, self.theta, self.data, self.directions)
         except ReferenceUnavailable:

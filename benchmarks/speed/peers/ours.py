@@ -51,7 +51,7 @@ def _spread(learner, theta, tasks, count):
 
 
 def _parts(learner, theta, tasks):
-    """Return programs for the parts of a meta-gradient, each alone, on the first task."""
+    """Return a program for each part of a meta-gradient, on the first task."""
     task = jax.tree.map(lambda leaf: leaf[0], tasks)
     condition = learner.problem.condition
     many = 20
@@ -59,7 +59,7 @@ def _parts(learner, theta, tasks):
     def residual(w):
         return condition.residual(w, theta, task)
 
-    # A compiled loop, as in the meta-gradient: calls from Python would be timed as well.
+    # Repeat in a compiled loop, as in the meta-gradient, so that the overhead of calls from Python is not timed.
     def repeated(function, w):
         return jax.lax.fori_loop(0, many, lambda _, w: jax.tree.map(lambda a, b: a - 1e-3 * b, w, function(w)), w)
 

@@ -16,7 +16,7 @@ from bilevel.verify.precision import as_double
 from bilevel.verify.references.directions import are_coordinates
 
 Question = Literal["the solution", "the formula at this w", "the solver's output"]
-"""The differentiated quantity: the exact solution, the theorem's formula at a given w, or what the solver returned."""
+"""The differentiated quantity: the exact solution, the solver's output, or the theorem's formula at a given w."""
 
 
 class ReferenceUnavailable(ValueError):
@@ -28,8 +28,8 @@ class Reference:
     """Derivatives in θ along some directions, each with its own uncertainty.
 
     Attributes:
-        name: of the reference: ``finite_differences``, ``unrolled`` or ``dense``.
-        question: what is differentiated.
+        name: ``finite_differences``, ``unrolled`` or ``dense``.
+        question: the quantity that is differentiated.
         directions: unit vectors in the flattened inexact leaves of θ, ``[m, entries of θ]``.
         labels: the name of each direction: ``theta['a'][0]``, or ``direction 3``.
         derivatives: the derivative along each direction, ``[m]``.
