@@ -34,6 +34,9 @@ from imaml.runs.versions import versions
 from imaml.settings.preset import Preset
 from imaml.settings.saved import completed
 
+PATIENCE = 100
+"""Meta-steps in a row without a usable gradient after which training gives up: θ has not moved in any of them."""
+
 
 def train(
     preset: Preset,
@@ -72,8 +75,8 @@ def train(
 
     Raises:
         InputError: if data or settings cannot be used or differ between processes, if the tasks cannot be divided among
-            the devices, if another process trains in the folder, if the folder holds another run, or if training
-            diverges.
+            the devices, if another process trains in the folder, if the folder holds another run, if training
+            diverges, or if 100 meta-steps in a row have no task with a usable gradient.
         OSError: if the disk is full or the folder cannot be written; the last checkpoint is then left unchanged.
 
     Source: Rajeswaran et al. (2019), algorithm 1.
@@ -102,11 +105,14 @@ def train(
     ) as folder:
         start = state = from_first(folder.resume(initial_state(preset)))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
-            started = time.monotonic()
+            started, idle = time.monotonic(), 0
             for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
+                idle = 0 if progress.tasks else idle + 1
+                if idle == PATIENCE:
+                    raise InputError(_without_gradients(preset, progress))
                 if number := gathered(np.array(stop.received or 0, np.int32)).max():
                     stop.received = Signals(number)
                     break
@@ -192,6 +198,16 @@ def _likely_causes(preset):
     """Return the changes of settings that may prevent a divergence, as words that follow "lower"."""
     inner = "inner.step_size or " if isinstance(preset.inner, bl.GradientDescent) else ""
     return f"{inner}outer.learning_rate" + (", or raise strength" if preset.algorithm == "imaml" else "")
+
+
+def _without_gradients(preset, progress):
+    """Return the message for a run whose θ does not move, because the adjoint system of no task could be solved."""
+    remedy = "raise linear.max_steps or strength" if preset.algorithm == "imaml" else _likely_causes(preset)
+    return (
+        f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: the median "
+        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and a residual above 1 is no "
+        f"better than no solution; {remedy}"
+    )
 
 
 def _median(values):
