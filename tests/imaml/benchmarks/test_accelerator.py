@@ -45,7 +45,7 @@ def test_a_cell_is_parsed_with_and_without_its_length():
     assert Cell.parse("a-preset:300:8").options() == ["--outer.steps", "300", "--outer.tasks", "8"]
 
 
-def begin(out, minutes=5):
+def begin(out, minutes=20):
     """Start the command in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes", str(minutes), "--out", str(out)]
     # Programs that run briefly are compiled without most optimisations, which takes half the time.
