@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 import bilevel as bl
 from imaml.errors import check
 from imaml.learning.algorithms import Learner, float_arrays
 from imaml.learning.tasks import Task
 
-
 NONE_FINITE = (
-    "no task of the batch has finite numbers: the value is NaN and the meta-gradient zero. Check the data of the tasks, "
-    "and lower the inner step size"
+    "no task of the batch has finite numbers: the value is NaN and the meta-gradient zero. Check the data of the "
+    "tasks, and lower the inner step size"
 )
 
 
@@ -111,7 +111,7 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
         value, accuracy = (sum / finite_tasks.astype(sum.dtype) for sum in (value, accuracy))  # 0 / 0 is NaN
         mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable_tasks, 1).astype(sum.dtype), total)
         mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
-        if not isinstance(finite_tasks, jax.core.Tracer) and not finite_tasks:
+        if not isinstance(finite_tasks, Tracer) and not finite_tasks:
             warnings.warn(NONE_FINITE, stacklevel=2)
         return MetaGradient(value, mean, accuracy, usable_tasks, *reports)
 

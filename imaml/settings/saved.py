@@ -17,7 +17,7 @@ from imaml.settings.preset import NO_SETTINGS, Preset
 from imaml.settings.renamed import with_current_names
 from imaml.settings.types import type_name
 
-PARTS = {
+PARTS: dict[str, Any] = {
     type_name(kind): kind
     for kind in (Episode, Curve, Rotations, Conv4, MLP, Outer, bl.GradientDescent, bl.HessianFree, bl.CG)
 }
@@ -65,10 +65,8 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
     """
     foreign = f"the settings of {chosen.name} were saved by another version"
     try:
-        if types is None:
-            chosen = chosen.using(config.get("algorithm", "imaml"))
-        else:
-            chosen = _with_parts(chosen, config, types)
+        algorithm = config.get("algorithm", "imaml")
+        chosen = chosen.using(algorithm) if types is None else _with_parts(chosen, config, types)
         config = completed(chosen, config)
         restored = _with_settings(chosen, config)
     except InputError:
