@@ -256,7 +256,7 @@ def _processes(options, tasks):
     return processes
 
 
-def _start_jax():
+def start_jax():
     """Configure JAX to use one device per CPU core, and to cache compiled programs on disk."""
     import jax
 
@@ -271,7 +271,7 @@ def _start_jax():
 def _train(options, overrides):
     chosen = _chosen(options, overrides)
     processes = _processes(options, chosen.outer.tasks)
-    _start_jax()
+    start_jax()
     with joined(processes):
         return _train_here(options, chosen, writes=processes is None or processes.index == 0)
 
@@ -304,7 +304,7 @@ def _train_here(options, chosen, writes):
 
 
 def _evaluate(options, _):
-    _start_jax()
+    start_jax()
     from imaml.runs.evaluation import evaluate
 
     run = options.run_directory
@@ -316,7 +316,7 @@ def _verify(options, _):
     from imaml.settings.published_presets import preset, presets
 
     chosen = preset(presets()[0] if options.preset is None else options.preset)
-    _start_jax()
+    start_jax()
     from imaml.report.progress import Reporter
     from imaml.runs.verification import verify
 
@@ -359,7 +359,7 @@ def _reproduce(options, _):
     from imaml.reproduction.commands import check, reproduce
 
     check(options.work, options.records, options.format)
-    _start_jax()
+    start_jax()
     from imaml.report.progress import Reporter
 
     reporter = Reporter(sys.stderr)  # stdout is kept for the table, which may be redirected to a file

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from imaml.errors import InputError
@@ -20,7 +21,16 @@ OWN_PACKAGES = ("imaml", "bilevel")
 def type_name(kind: type) -> str:
     """Return the name under which a type is saved, such as ``"imaml.Episode"`` or ``"my_module.MyNetwork"``."""
     package = kind.__module__.partition(".")[0]
-    return f"{package if package in OWN_PACKAGES else kind.__module__}.{kind.__qualname__}"
+    return f"{package if package in OWN_PACKAGES else _imported_name(kind.__module__)}.{kind.__qualname__}"
+
+
+def _imported_name(module):
+    """Return the name of a module; for the running script, the name by which another script would import it."""
+    running = sys.modules.get(module)
+    if module != "__main__" or running is None:
+        return module
+    spec, file = getattr(running, "__spec__", None), getattr(running, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else module
 
 
 def types_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -62,4 +72,4 @@ def plain(value: Any) -> Any:
             f"the settings contain {value!r}, which a run's folder cannot store: settings are numbers, words, records, "
             "and functions that are defined at the top of a module"
         )
-    return f"{value.__module__}.{name}"
+    return f"{_imported_name(value.__module__)}.{name}"

@@ -49,7 +49,7 @@ def glyph_cache(tmp_path_factory, tiny_pixels):
 def here(tmp_path, monkeypatch, glyph_cache):
     """Change into an empty folder, use the small glyphs, and keep the command from configuring JAX."""
     monkeypatch.setenv("IMAML_CACHE", str(glyph_cache))
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

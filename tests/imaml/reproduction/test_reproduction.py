@@ -250,7 +250,7 @@ def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unroll
 )  # fmt: skip
 def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     assert cli.main(arguments.split()) == 2
     message = capsys.readouterr().err
     assert expected in message and len(message.strip().splitlines()) == 1
@@ -258,7 +258,7 @@ def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, m
 
 
 def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     kept, out = tmp_path / "kept", tmp_path / "out"
     assert cli.main(["record", str(run), "--out", str(kept), "--note", "short"]) == 0
     assert "iMAML, gradient descent" in capsys.readouterr().out

@@ -108,7 +108,7 @@ def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeyp
 
 @pytest.mark.parametrize("sound", [True, False])
 def test_the_command_prints_the_checks_and_exits_with_1_if_one_fails(monkeypatch, capsys, sound):
-    monkeypatch.setattr("imaml.cli._start_jax", lambda: None)
+    monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
     rows = (bl.Check("a row", sound, "a figure", "a remedy."),)
 
     def verify(preset, data=None, on_event=print):
