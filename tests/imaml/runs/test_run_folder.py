@@ -147,6 +147,48 @@ def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, mon
         train(uninterrupted.run.directory)
 
 
+@pytest.fixture
+def glyphs(monkeypatch, tiny_pixels):
+    """A function that replaces the installed glyphs by the tiny images, each pixel XOR a number."""
+
+    def install(change=0):
+        tiny = replace(dataset(tiny_pixels ^ change), name="glyphs")
+        monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
+
+    install()
+    return install
+
+
+def test_a_run_keeps_its_glyphs_and_does_not_depend_on_the_installed_ones(glyphs, uninterrupted, tmp_path):
+    stop_halfway(tmp_path)
+    glyphs(1)  # as after an upgrade of matplotlib
+    assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS).tasks == EVALUATION_TASKS
+    run = train(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+    for what in (tmp_path, run):
+        assert imaml.evaluate(what, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
+
+
+def test_other_glyphs_are_refused_if_a_run_has_no_intact_copy_and_a_copy_is_written_again(glyphs, tmp_path):
+    stop_halfway(tmp_path)
+    copy = tmp_path / "glyphs.npz"
+    intact = copy.read_bytes()
+    copy.write_bytes(intact[: len(intact) // 2])
+    train(tmp_path, on_warning=(warnings := []).append)
+    assert copy.read_bytes() == intact and warnings[0].startswith(f"{copy} is damaged (")
+    copy.unlink()
+    glyphs(1)
+    with pytest.raises(InputError, match=r"on other data than this glyphs.*install the matplotlib that it was trained"):
+        imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS)
+    with pytest.raises(InputError, match="holds a run on other data"):
+        train(tmp_path)
+    assert not copy.exists()
+
+
+def test_only_glyphs_are_copied(uninterrupted):
+    assert uninterrupted.run.directory / "glyphs.npz" not in list(uninterrupted.run.directory.iterdir())
+
+
 @pytest.mark.slow("trains on a full disk, twice")
 @pytest.mark.parametrize("free_bytes", [0, 30_000])  # 30,000 bytes hold the log but no checkpoint
 def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(free_bytes, small_disk, uninterrupted):
