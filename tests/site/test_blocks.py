@@ -96,11 +96,8 @@ def check_output(words, output, code, redirect):
 
 
 def check_imaml(words):
-    """Parse the arguments of a command, and resolve the preset and its settings for `imaml train`."""
-    known, overrides = cli._split(words) if words[0] == "train" else (words, [])
-    options = cli._parser().parse_args(known)
-    if words[0] == "train":
-        cli._chosen(options, overrides)
+    """Parse the arguments of a command, with its preset and settings."""
+    parse(words)
 
 
 def check_make(words):

@@ -11,11 +11,11 @@ import pytest
 
 import imaml
 from imaml import cli
+from imaml.arguments import parse
 from imaml.errors import InputError
 from imaml.learning.networks import mlp
 from imaml.reproduction import commands, gradient_error, memory, paper, pictures, records, table
 from imaml.runs import log as runlog
-from imaml.settings.overrides import override
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
 OMNIGLOT = imaml.preset("omniglot-5way-1shot-gd")
@@ -81,9 +81,7 @@ def test_a_records_command_gives_the_same_settings(algorithm, row, tmp_path):
     assert made.cell == paper.Cell(row, 5, 1)
     words = made.command.split()
     assert words[:3] == ["imaml", "train", OMNIGLOT.name]
-    again = OMNIGLOT
-    for path, value in cli._split(words[2:])[1]:
-        again = override(again, path, value)
+    again = parse(words[1:]).chosen
     assert again.config() == json.loads((run / "result.json").read_text())["config"]
 
 
