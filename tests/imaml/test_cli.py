@@ -295,6 +295,27 @@ def test_another_algorithm_is_trained_in_another_folder_with_the_settings_that_w
     assert f"{DEFAULT}: MAML on glyphs, in runs/{DEFAULT}-maml" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stopped_by", [None, signal.SIGTERM])
+def test_quiet_training_prints_the_result_and_warnings_only(stopped_by, here, monkeypatch, capsys):
+    evaluation = imaml.Evaluation("accuracy", 0.5, 0.1, 0.2, 600, "none")
+
+    def train(preset, directory, *_, on_event, on_warning, on_progress, **__):
+        Path(directory).mkdir(parents=True)
+        on_event("compiling the meta-step")
+        on_warning("a checkpoint is damaged")
+        on_progress(runlog.Progress(1, 1, 0.5, 0.5, 4, 0.1, 0.1, {}, 1.0))
+        return imaml.Run(directory, preset, {}, 1, True, stopped_by, evaluation)
+
+    monkeypatch.setattr("imaml.runs.training.train", train)
+    assert cli.main(["train", "--quiet"]) == (0 if stopped_by is None else 143)
+    out, err = capsys.readouterr()
+    assert err == "a checkpoint is damaged\n"
+    assert out == f"{evaluation}\n" if stopped_by is None else out.startswith("stopped at step 1 of 3000")
+    assert cli.main(["train", "--out", "loud"]) == (0 if stopped_by is None else 143)
+    out, err = capsys.readouterr()
+    assert err == "" and all(part in out for part in ("in loud", "compiling", "a checkpoint is damaged …", "step 1/1"))
+
+
 # --- A real run in a process ---------------------------------------------------------------------------------------
 
 COMMAND = [

@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from imaml import cli
+from imaml.arguments import parse
 
 sys.path.insert(0, str(Path(__file__).parent))
 from blocks import ROOT, Block, all_blocks

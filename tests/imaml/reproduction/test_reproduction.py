@@ -85,6 +85,16 @@ def test_a_records_command_gives_the_same_settings(algorithm, row, tmp_path):
     assert again.config() == json.loads((run / "result.json").read_text())["config"]
 
 
+def test_a_run_with_a_part_of_another_type_has_no_record(run):
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"types": OMNIGLOT.types()}))
+    assert records.of_run(run).command.startswith(f"imaml train {OMNIGLOT.name}")
+    path.write_text(json.dumps(result | {"types": OMNIGLOT.types() | {"episode": "mine.Episode"}}))
+    with pytest.raises(InputError, match=r"the run has others \(episode: imaml.Episode → mine.Episode\)"):
+        records.of_run(run)
+
+
 def test_a_run_on_another_dataset_has_no_cell_in_the_table(tmp_path):
     glyphs = records.of_run(finished_run(tmp_path / "run", preset=imaml.preset("glyphs-5way-1shot-gd")))
     assert glyphs.cell is None
