@@ -55,7 +55,7 @@ def train(
     evaluation is returned.
 
     If JAX runs in several processes, each process must call this function. The tasks are then divided among the
-    processes, a signal to any of them stops all at the same step, and only process 0 reads and writes the folder.
+    processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
 
     Args:
         preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with parts of

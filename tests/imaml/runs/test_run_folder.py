@@ -100,6 +100,7 @@ def test_an_unknown_name_in_a_run_saved_without_types_says_what_to_pass(uninterr
         imaml.evaluate(tmp_path)
 
 
+@pytest.mark.slow("trains and evaluates a regression")
 def test_a_preset_with_a_name_of_its_own_is_trained_and_evaluated(tmp_path, capsys, monkeypatch):
     # The parts of this preset have types that imaml defines, so the folder alone can be evaluated.
     sinusoids = imaml.preset("sinusoid-5shot-gd")
