@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 import bilevel as bl
-from imaml import datasets
 from imaml.datasets import ImageDataset, SinusoidDataset
 from imaml.errors import InputError
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
+from imaml.runs import data as run_data
 from imaml.runs.checkpoints import KEEP
 from imaml.runs.compilation import StepCompiler
 from imaml.runs.evaluation import evaluate_classes
@@ -45,6 +45,7 @@ def train(
     *,
     devices: int | str | None = None,
     on_event: Callable[[str], None] = lambda message: None,
+    on_warning: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
@@ -57,18 +58,21 @@ def train(
     evaluation is returned.
 
     If JAX runs in several processes, each process must call this function. The tasks are then divided among the
-    processes, a signal to any of them stops all at the same step, and only process 0 reads and writes the folder.
+    processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
 
     Args:
-        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones.
+        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with parts of
+            the same types.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
-        on_event: called with a message before reading data, compiling and evaluating, after a stop was requested, and
-            if a checkpoint is damaged or was saved with other versions.
+        on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
+        on_warning: called with a message if a file is damaged, if a checkpoint was saved with other versions, if
+            ``result.json`` is not replaced, or if outputs in the evaluation are not finite; ``on_event`` by default.
         on_progress: called after every meta-step.
-        evaluation_tasks: number of held-out tasks in the evaluation at the end.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
+            the same run on more tasks.
         checkpoint_seconds: least time between two checkpoints; the one at the end is saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
             one with the least mean query loss, on training classes, over the 100 meta-steps before it.
@@ -87,23 +91,27 @@ def train(
     mesh = global_mesh(preset.outer.tasks, devices)
     compiler = StepCompiler(preset, mesh, on_event)
     on_event(f"reading {preset.dataset}")
-    dataset = datasets.load(preset.dataset, data, partial(_compile_ahead, preset, compiler))
+    on_warning = on_warning or on_event
+    dataset = run_data.load(directory, preset.dataset, data, partial(_compile_ahead, preset, compiler), on_warning)
     check(preset, dataset)
     description = {
         "preset": preset.name,
         "config": preset.config(),
+        "types": preset.types(),
         "data": dataset.fingerprint(),
         "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
     }
-    _check_alike({name: description[name] for name in ("config", "data")})
+    _check_alike({name: description[name] for name in ("config", "types", "data")})
     evaluation = None
     first = is_first()
     with (
-        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event, partial(completed, preset))
+        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset))
         if first
         else NullRunFolder()
     ) as folder:
         start = state = from_first(folder.resume(initial_state(preset)))
+        if first:
+            run_data.keep(directory, dataset)
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
             for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
@@ -120,8 +128,8 @@ def train(
         finished = int(state.step) == preset.outer.steps
         if finished and not stop:
             on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
-            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
-            folder.finish({"evaluations": evaluation.records()})
+            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks, on_warning)
+            folder.finish(evaluation.records())
     return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
 
 

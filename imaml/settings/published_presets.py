@@ -11,7 +11,7 @@ import bilevel as bl
 from imaml.errors import InputError
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Adaptation, Baselines, Conv4, Outer, Rotations
-from imaml.settings.preset import RAJESWARAN, Preset
+from imaml.settings.preset import CITATIONS, RAJESWARAN, Preset
 from imaml.settings.saved import with_config
 
 
@@ -36,17 +36,24 @@ def presets() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def restore(name: str, config: dict[str, Any]) -> Preset:
-    """Return the published preset called ``name``, with the settings of a saved config.
+def restore(name: str, config: dict[str, Any], types: dict[str, str] | None = None) -> Preset:
+    """Return the preset that was saved with a run.
 
     Args:
-        name: one of :func:`presets`.
+        name: the name of the preset, which need not be a published one if ``types`` is given.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
+        types: the result of :meth:`Preset.types`. None for a run of a version that did not save it; the parts then
+            have the types of the published preset.
 
     Raises:
-        InputError: if the name is unknown, or if the config does not fit this version.
+        InputError: if ``types`` is None and the name is not a published one, if a part has a type that this package
+            does not define, or if the config does not fit this version.
     """
-    return with_config(preset(name), config)
+    if types is None or name in _PRESETS:
+        return with_config(preset(name), config, types)
+    citation = CITATIONS.get(config.get("algorithm", "imaml"), RAJESWARAN)
+    begun = dataclasses.replace(_GLYPHS, name=name, citation=citation, departures=(), baselines=None)
+    return with_config(begun, config, types)
 
 
 # --- Shared departures and variants --------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ ALLOWED = {
     "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
     "report": {"runs", "storage"},
     "reproduction": {"report", "runs", "settings", "learning", "storage", "errors"},
-    "cli": {"reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
+    "arguments": {"runs", "settings", "errors"},
+    "cli": {"arguments", "reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
     "__main__": {"cli"},
 }
 

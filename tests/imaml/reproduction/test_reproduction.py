@@ -11,11 +11,11 @@ import pytest
 
 import imaml
 from imaml import cli
+from imaml.arguments import parse
 from imaml.errors import InputError
 from imaml.learning.networks import mlp
 from imaml.reproduction import commands, gradient_error, memory, paper, pictures, records, table
 from imaml.runs import log as runlog
-from imaml.settings.overrides import override
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
 OMNIGLOT = imaml.preset("omniglot-5way-1shot-gd")
@@ -81,10 +81,18 @@ def test_a_records_command_gives_the_same_settings(algorithm, row, tmp_path):
     assert made.cell == paper.Cell(row, 5, 1)
     words = made.command.split()
     assert words[:3] == ["imaml", "train", OMNIGLOT.name]
-    again = OMNIGLOT
-    for path, value in cli._split(words[2:])[1]:
-        again = override(again, path, value)
+    again = parse(words[1:]).chosen
     assert again.config() == json.loads((run / "result.json").read_text())["config"]
+
+
+def test_a_run_with_a_part_of_another_type_has_no_record(run):
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"types": OMNIGLOT.types()}))
+    assert records.of_run(run).command.startswith(f"imaml train {OMNIGLOT.name}")
+    path.write_text(json.dumps(result | {"types": OMNIGLOT.types() | {"episode": "mine.Episode"}}))
+    with pytest.raises(InputError, match=r"the run has others \(episode: imaml.Episode → mine.Episode\)"):
+        records.of_run(run)
 
 
 def test_a_run_on_another_dataset_has_no_cell_in_the_table(tmp_path):
@@ -250,7 +258,7 @@ def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unroll
 )  # fmt: skip
 def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     assert cli.main(arguments.split()) == 2
     message = capsys.readouterr().err
     assert expected in message and len(message.strip().splitlines()) == 1
@@ -258,7 +266,7 @@ def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, m
 
 
 def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     kept, out = tmp_path / "kept", tmp_path / "out"
     assert cli.main(["record", str(run), "--out", str(kept), "--note", "short"]) == 0
     assert "iMAML, gradient descent" in capsys.readouterr().out
