@@ -117,7 +117,12 @@ def _parsers():
     evaluate = commands.add_parser(
         "evaluate", help="measure accuracy or error of a run on held-out tasks", allow_abbrev=False
     )
-    evaluate.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a run")
+    evaluate.add_argument("run_directory", metavar="RUN", type=Path, nargs="?", help="the folder of a run")
+    evaluate.add_argument(
+        "--record",
+        metavar="NAME",
+        help="evaluate the parameters that come with the package, of a run in 'imaml reproduce table2'",
+    )
     evaluate.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
     evaluate.add_argument(
         "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"

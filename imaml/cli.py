@@ -130,7 +130,14 @@ def _train_here(options, chosen, writes):
 
 
 def _evaluate(options):
+    if (options.run_directory is None) == (options.record is None):
+        raise InputError("evaluate takes the folder of a run, or --record NAME")
     start_jax()
+    if options.record is not None:
+        from imaml.reproduction import trained
+
+        print(trained.evaluate(options.record, options.tasks, options.data))
+        return 0
     from imaml.runs.evaluation import evaluate
 
     run = options.run_directory

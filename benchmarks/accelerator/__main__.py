@@ -51,7 +51,7 @@ def main(words: list[str] | None = None) -> int:
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accelerator",
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         epilog="Options after -- are options of 'imaml train' for all runs, such as --network.filters 32.",
     )
     parser.add_argument("--minutes", type=float, required=True, help="minutes after which the command has ended")

@@ -197,10 +197,10 @@ def _xla_convolution(x, kernel, stride, products):
     weights = kernel.T.reshape(3, 3, channels, -1)
     # A convolution does not accept the algorithm of bfloat16 products, so round its operands and its result instead.
     rounded = products == "bfloat16"
-    operands = [operand.astype(jnp.bfloat16) if rounded else operand for operand in (x, weights)]
+    dtype, precision = (jnp.bfloat16, None) if rounded else (x.dtype, PRODUCTS[products])
     convolved = jax.lax.conv_general_dilated(
-        *operands, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=None if rounded else PRODUCTS[products],
+        x.astype(dtype), weights.astype(dtype), (stride, stride), padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
     )  # fmt: skip
     return convolved.astype(x.dtype)
 

@@ -88,10 +88,15 @@ def read(directory: Path = KEPT) -> list[Record]:
     """
     if not directory.is_dir():
         raise InputError(f"there is no folder {directory} of records; 'imaml record RUN --out DIR' makes one")
-    return [_read(path) for path in sorted(directory.glob("*.json"))]
+    return [read_one(path) for path in sorted(directory.glob("*.json"))]
 
 
-def _read(path):
+def read_one(path: Path) -> Record:
+    """Return the record in a file.
+
+    Raises:
+        InputError: if the file is not a record, or if another version wrote it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]

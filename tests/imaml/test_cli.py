@@ -109,7 +109,7 @@ def error_of(arguments, capsys):
         ("train one two", "unrecognized arguments: two"),
         ("trian", "invalid choice: 'trian'"),
         ("", "required: COMMAND"),
-        ("evaluate", "required: RUN"),
+        ("evaluate", "evaluate takes the folder of a run, or --record NAME"),
         ("evaluate .", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate . --best", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate nowhere", "there is no run in nowhere"),

@@ -114,10 +114,11 @@ def test_the_records_in_the_package_can_be_restored_and_are_not_rewritten(path: 
     content = path.read_bytes()
     record = next(found for found in records.read() if found.config == json.loads(content)["config"])
     restored = restore(record.preset, record.config)
-    # All records in the package have the two budgets under their old names.
+    # Records of version 0.1 have the two budgets under their old names.
+    inner, linear = record.config["inner"], record.config["linear"]
     budgets = [settings(restored).get(current_path(restored, old)) for old in ("inner.steps", "linear.maxiter")]
-    assert budgets[0] == record.config["inner"]["steps"]
-    assert budgets[1] == (record.config["linear"]["maxiter"] if record.algorithm == "imaml" else None)
+    assert budgets[0] == inner.get("steps", inner.get("max_steps"))
+    assert budgets[1] == (linear.get("maxiter", linear.get("max_steps")) if record.algorithm == "imaml" else None)
     assert path.read_bytes() == content
 
 
