@@ -251,13 +251,18 @@ def _kl_logarithm(similarity, a, b, allowed, tol):
     """
     eps = jnp.finfo(similarity.dtype).eps
     size = jnp.maximum(jnp.max(b), jnp.finfo(b.dtype).tiny)
-    log_b = jnp.log(jnp.where(b > 0, b, 1))
+    log_a, log_b = (jnp.log(jnp.where(sums > 0, sums, 1)) for sums in (a, b))
 
     def plan(logarithm):
         return jnp.where(allowed, jnp.exp(logarithm), 0)
 
     def scale_columns(logarithm):
-        return logarithm + (log_b - jax.nn.logsumexp(logarithm, 0, where=allowed, keepdims=False))[None]
+        scaled = logarithm + (log_b - jax.nn.logsumexp(logarithm, 0, where=allowed))[None]
+        return jnp.where(allowed, scaled, 0)
+
+    def scale_rows_and_columns(logarithm):
+        scaled = logarithm + (log_a - jax.nn.logsumexp(logarithm, 1, where=allowed))[:, None]
+        return scale_columns(jnp.where(allowed, scaled, 0))
 
     def raise_rows(logarithm, change):
         return scale_columns(logarithm + change[:, None])
@@ -283,10 +288,12 @@ def _kl_logarithm(similarity, a, b, allowed, tol):
         change = -jnp.linalg.solve(curvature + damping * jnp.eye(a.size, dtype=a.dtype), gradient)
         slope_at = lambda length: change @ excess(raise_rows(logarithm, length * change))  # noqa: E731
         logarithm = raise_rows(logarithm, _step_length(slope_at, change @ gradient) * change)
+        # This reaches rows that have underflowed to zero, where the curvature is zero too.
+        logarithm = scale_rows_and_columns(logarithm)
         is_last = (taken >= 9) | (jnp.max(jnp.abs(excess(logarithm))) <= 1e-2 * size)
         is_next = (stage > 0) & is_last
-        logarithm = jnp.where(is_next, scale_columns(4 * logarithm), logarithm)
+        logarithm = jnp.where(is_next, scale_rows_and_columns(4 * logarithm), logarithm)
         return count + 1, jnp.where(is_next, 0, taken + 1), jnp.where(is_next, stage - 1, stage), logarithm
 
-    start = scale_columns(similarity * (4.0 ** -stages.astype(similarity.dtype)))
+    start = scale_rows_and_columns(similarity * (4.0 ** -stages.astype(similarity.dtype)))
     return lax.while_loop(is_open, step, (0, 0, stages, start))[3]
