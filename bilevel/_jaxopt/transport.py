@@ -91,7 +91,7 @@ def _ones(similarity):
 
 def _allowed(similarity, a, b):
     """Return the entries of T that may be positive."""
-    return (similarity > -jnp.inf) & (a > 0)[:, None] & (b > 0)[None]
+    return ~jnp.isneginf(similarity) & (a > 0)[:, None] & (b > 0)[None]
 
 
 def _tolerance(similarity, tol):
