@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel._jaxopt.feasibility import nan_if_violated
+from bilevel._jaxopt.loops import while_loop
 
 
 def box(x, hyperparams):
     """Return x clipped to ``(low, high)``, each a number for all entries or a tree like x."""
-    low, high = (_for_each_leaf(x, bound) for bound in hyperparams)
+    low, high = (for_each_leaf(x, bound) for bound in hyperparams)
 
     def clip(x, low, high):
         clipped = jnp.where(x <= low, low, jnp.where(x >= high, high, x))
@@ -125,16 +126,17 @@ def box_section(x, hyperparams, tol=None):
 
     reached = [jnp.where(w == 0, jnp.inf, (b - fixed_x) / jnp.where(w == 0, 1, w)) for b in (fixed_low, fixed_high)]
     first, last = jnp.minimum(*reached), jnp.maximum(*reached)
-    breakpoints = jnp.sort(jnp.concatenate([jnp.full(1, -jnp.inf, w.dtype), first, last, jnp.full(1, jnp.inf, w.dtype)]))
+    ends = jnp.full(1, jnp.inf, w.dtype)
+    breakpoints = jnp.sort(jnp.concatenate([-ends, first, last, ends]))
 
-    def halve(_, bounds):
+    def halve(bounds):
         lower, upper = bounds
         middle = (lower + upper) // 2
         is_below = section(breakpoints[middle]) <= fixed_c
         return jnp.where(is_below, middle, lower), jnp.where(is_below, upper, middle)
 
-    ends = jnp.asarray(0), jnp.asarray(breakpoints.size - 1)
-    lower, upper = lax.fori_loop(0, breakpoints.size.bit_length(), halve, ends)
+    all_pieces = 0, breakpoints.size - 1
+    lower, upper = while_loop(lambda bounds: bounds[1] - bounds[0] > 1, halve, all_pieces, breakpoints, fixed_c)
     # At the largest possible c, the piece begins at the last breakpoint, and no entry is free.
     free = (first <= breakpoints[lower]) & (last >= breakpoints[upper]) & (w != 0)
     is_past = last <= breakpoints[lower]
@@ -195,7 +197,7 @@ def _nonzero(number):
     return jnp.where(number == 0, 1, number)
 
 
-def _for_each_leaf(x, bound):
+def for_each_leaf(x, bound):
     """Return a tree like x of a number for all leaves, or of a tree like x."""
     return bound if jax.tree.structure(bound) == jax.tree.structure(x) else jax.tree.map(lambda _: bound, x)
 

@@ -4,15 +4,34 @@ jaxopt's projections without a closed form stop at residuals of 1e-3 to 1e-5, fa
 and support only reverse-mode differentiation. Several of those with a closed form divide by zero at a kink.
 """
 
+import functools
+
+import jax
+import jax.numpy as jnp
+
 from bilevel._jaxopt import closed_forms, polyhedra, proximal, transport
 
+
+def _at_least_float32(function):
+    """Return the function for bfloat16 and float16 too, for which JAX has no linear algebra."""
+
+    @functools.wraps(function)
+    def widened(x, *args, **options):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        if wide == x.dtype:
+            return function(x, *args, **options)
+        return function(x.astype(wide), *jax.tree.map(lambda leaf: leaf.astype(wide), args), **options).astype(x.dtype)
+
+    return widened
+
+
 BY_NAME = {
-    "projection_affine_set": polyhedra.affine_set,
-    "projection_polyhedron": polyhedra.polyhedron,
-    "projection_transport": transport.transport,
-    "projection_birkhoff": transport.birkhoff,
-    "kl_projection_transport": transport.kl_transport,
-    "kl_projection_birkhoff": transport.kl_birkhoff,
+    "projection_affine_set": _at_least_float32(polyhedra.affine_set),
+    "projection_polyhedron": _at_least_float32(polyhedra.polyhedron),
+    "projection_transport": _at_least_float32(transport.transport),
+    "projection_birkhoff": _at_least_float32(transport.birkhoff),
+    "kl_projection_transport": _at_least_float32(transport.kl_transport),
+    "kl_projection_birkhoff": _at_least_float32(transport.kl_birkhoff),
     "projection_box": closed_forms.box,
     "projection_box_section": closed_forms.box_section,
     "projection_hypercube": closed_forms.hypercube,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel._jaxopt.feasibility import nan_if_violated
+from bilevel._jaxopt.loops import while_loop
 
 
 def affine_set(x, hyperparams):
@@ -150,4 +151,4 @@ def _active_rows(x, equal, b, unequal, h, tol):
 
     none = jnp.zeros(gap.shape, dtype)
     state = 0, jnp.zeros_like(start), none, jnp.zeros_like(rows), none > 0, *worst(jnp.zeros_like(start))
-    return lax.while_loop(is_open, step, state)[4]
+    return while_loop(is_open, step, state, rows)[4]

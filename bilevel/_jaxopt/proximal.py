@@ -7,18 +7,18 @@ the operator is the identity, and so is its derivative.
 import jax
 import jax.numpy as jnp
 
-from bilevel._jaxopt.closed_forms import _for_each_leaf, norm, unit
+from bilevel._jaxopt.closed_forms import for_each_leaf, norm, unit
 
 
 def lasso(x, l1reg=1.0, scaling=1.0):
     """Return argmin_y ½‖y − x‖² + scaling·l1reg·‖y‖₁ for a tree x; ``l1reg`` is a number or a tree like x."""
-    strengths = _for_each_leaf(x, 1.0 if l1reg is None else l1reg)
+    strengths = for_each_leaf(x, 1.0 if l1reg is None else l1reg)
     return jax.tree.map(lambda leaf, strength: _shrink(leaf, scaling * strength), x, strengths)
 
 
 def elastic_net(x, hyperparams=None, scaling=1.0):
-    """Return argmin_y ½‖y − x‖² + scaling·λ·(‖y‖₁ + ½γ‖y‖²); ``hyperparams`` = (λ, γ), numbers or trees like x."""
-    strengths, ratios = (_for_each_leaf(x, part) for part in hyperparams or (1.0, 1.0))
+    """Return argmin_y ½‖y − x‖² + scaling·λ·(‖y‖₁ + ½κ‖y‖²); ``hyperparams`` = (λ, κ), numbers or trees like x."""
+    strengths, ratios = (for_each_leaf(x, part) for part in hyperparams or (1.0, 1.0))
     return jax.tree.map(lambda u, s, r: _shrink(u, scaling * s) / (1 + scaling * s * r), x, strengths, ratios)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel._jaxopt.feasibility import nan_if_violated
+from bilevel._jaxopt.loops import while_loop
 
 INTERIOR_STEPS = 60
 FACE_STEPS = 30
@@ -167,7 +168,7 @@ def _interior_point(similarity, a, b, allowed):
         length = jnp.minimum(1, 0.99 * jnp.minimum(_step_inside(plan, change[2]), _step_inside(slack, change[3])))
         return count + 1, jax.tree.map(lambda value, d: value + length * d, point, change)
 
-    _, (alpha, beta, _, _) = lax.while_loop(is_open, step, (0, start))
+    _, (alpha, beta, _, _) = while_loop(is_open, step, (0, start), similarity)
     return alpha, beta
 
 
@@ -214,7 +215,7 @@ def _positive_entries(centred, a, b, allowed, tol):
         return count + 1, shift, jnp.minimum(error, least), jnp.where(error < least, shift, best)
 
     start = jnp.zeros_like(centred)
-    _, _, _, best = lax.while_loop(is_open, step, (0, start, _largest(excess(start)), start))
+    _, _, _, best = while_loop(is_open, step, (0, start, _largest(excess(start)), start), sums)
     return plan(best) > 0, best
 
 
@@ -240,7 +241,7 @@ def _step_length(slope_at, first):
         return number + 1, (low, high), length, slope_at(length)
 
     one = jnp.ones((), first.dtype)
-    return lax.while_loop(is_too_long, bisect, (0, (0 * one, one), one, slope_at(one)))[2]
+    return while_loop(is_too_long, bisect, (0, (0 * one, one), one, slope_at(one)), first)[2]
 
 
 def _kl_logarithm(similarity, a, b, allowed, tol):
@@ -296,4 +297,4 @@ def _kl_logarithm(similarity, a, b, allowed, tol):
         return count + 1, jnp.where(is_next, 0, taken + 1), jnp.where(is_next, stage - 1, stage), logarithm
 
     start = scale_rows_and_columns(similarity * (4.0 ** -stages.astype(similarity.dtype)))
-    return lax.while_loop(is_open, step, (0, 0, stages, start))[3]
+    return while_loop(is_open, step, (0, 0, stages, start), similarity)[3]
