@@ -53,7 +53,7 @@ def simplex(x, value=1.0):
     support = centred >= ordered[last - 1]
     excess = jnp.sum(jnp.where(support, centred, 0)) - value
     point = jnp.where(support, centred - excess / jnp.sum(support).astype(x.dtype), 0)
-    return _nan_unless((value >= 0) & jnp.isfinite(largest), jnp.where(point > 0, point, 0))
+    return _nan_unless((value >= 0) & jnp.isfinite(largest), jnp.where(point < 0, 0, point))
 
 
 def sparse_simplex(x, max_nz, use_approx_max_nz=False, value=1.0):

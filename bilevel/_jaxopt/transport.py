@@ -47,7 +47,7 @@ def transport(similarity, marginals, tol=None):
     alpha, beta = _solve_for_potentials(positive.astype(rest.dtype), rest.sum(1) - a, rest.sum(0) - b)
     # A positive entry at a kink may be negative by a rounding error.
     result = jnp.where(positive, centred - alpha[:, None] - beta[None], 0)
-    result = jnp.where(result > 0, result, 0)
+    result = jnp.where(result < 0, 0, result)
     return _with_checked_sums(result, a, b)
 
 
