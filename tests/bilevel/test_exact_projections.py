@@ -88,6 +88,7 @@ def test_matrices_of_every_scale_are_projected_to_rounding(name, shape):
     assert (np.abs(plans[np.float32] - plans[np.float64]) <= 1e-6 * shape[0] * size[..., None]).all()
 
 
+@pytest.mark.slow("compiles a projection for each shape", fast="similarity0-*")
 @pytest.mark.parametrize(
     ("similarity", "sums", "expected"),
     [
@@ -102,9 +103,9 @@ def test_matrices_of_every_scale_are_projected_to_rounding(name, shape):
 def test_degenerate_matrices_have_known_projections(similarity, sums, expected):
     with jax.numpy_rank_promotion("raise"):
         if sums is None:
-            plan = bl.jaxopt_projection("projection_birkhoff")(jnp.asarray(similarity), None, None)
+            plan = jax.jit(BIRKHOFF["projection_birkhoff"])(similarity, None, None)
         else:
-            plan = TRANSPORT["projection_transport"](jnp.asarray(similarity), tuple(map(jnp.asarray, sums)))
+            plan = jax.jit(TRANSPORT["projection_transport"])(similarity, tuple(map(jnp.asarray, sums)))
     np.testing.assert_allclose(plan, expected, atol=1e-14)
 
 
@@ -119,7 +120,7 @@ def test_the_kl_projection_of_two_by_two_matrices_has_a_closed_form():
         assert (np.abs(plan[:, *entry] - value) <= 4 * tolerance).all()
 
 
-@pytest.mark.slow("compiles a projection", fast="kl_projection_transport")
+@pytest.mark.slow("compiles both projections")
 @pytest.mark.parametrize("name", TRANSPORT)
 def test_sums_that_disagree_have_no_projection(name):
     assert np.isnan(jax.jit(TRANSPORT[name])(jnp.eye(3), (jnp.ones(3), jnp.full(3, 1.01)))).all()
@@ -169,6 +170,7 @@ def test_polyhedra_with_rows_of_every_length_are_projected_to_rounding(m, k):
     assert np.median(difference) < 1e-6 and difference.max() < 1e-3
 
 
+@pytest.mark.slow("compiles a polyhedron with each kind of constraint")
 def test_a_polyhedron_may_lack_each_kind_of_constraint():
     x, project = jnp.array([3.0, -1.0]), jax.jit(projection("projection_polyhedron"))
     row, no_rows = (jnp.array([[2000.0, 2000.0]]), jnp.array([1000.0])), (jnp.zeros((0, 2)), jnp.zeros(0))
@@ -188,7 +190,7 @@ def differences(function, point, direction, step=1e-6):
     return (function(point + step * direction) - function(point - step * direction)) / (2 * step)
 
 
-@pytest.mark.slow("differentiates drawn projections", fast="projection_transport")
+@pytest.mark.slow("differentiates drawn projections")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_derivatives_of_matrices_equal_central_differences(name):
     # The sums are generic, so that no entry of T is at a kink. Birkhoff matrices at σ > 3 are mostly permutations.
@@ -253,19 +255,24 @@ KINKS = {
 }
 
 
+@pytest.mark.slow("compiles each projection in both modes and precisions", fast="a ball of *")
 @pytest.mark.parametrize("kink", KINKS)
 def test_derivatives_at_kinks_are_finite_and_those_of_one_side(kink):
     name, point, params, value, in_point, in_params = KINKS[kink]
     if name.startswith("prox"):
         prox = bl.jaxopt_prox(name, lambda theta, data: theta)
-        function = functools.partial(lambda x, theta: prox(x, theta, None, 1.0))
+        function = lambda x, theta: prox(x, theta, None, 1.0)  # noqa: E731
     else:
         function = projection(name)
+
+    @jax.jit
+    def everything(x, theta):
+        return function(x, theta), jax.jacrev(function, (0, 1))(x, theta), jax.jacfwd(function, (0, 1))(x, theta)
+
     for dtype in (jnp.float64, jnp.float32):
         x, theta = jax.tree.map(lambda leaf, dtype=dtype: jnp.asarray(leaf, dtype), (point, params))
         with jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
-            out, jacobians = function(x, theta), jax.jacrev(function, (0, 1))(x, theta)
-            forward = jax.jacfwd(function, (0, 1))(x, theta)
+            out, jacobians, forward = everything(x, theta)
         assert out.dtype == dtype
         np.testing.assert_allclose(out, value, rtol=1e-6)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), forward, jacobians)
@@ -276,20 +283,22 @@ def test_derivatives_at_kinks_are_finite_and_those_of_one_side(kink):
 
 def test_radii_and_sums_below_zero_have_no_projection():
     for name in ("simplex", "l1_ball", "l1_sphere", "l2_ball", "l2_sphere", "linf_ball", "hypercube"):
-        assert np.isnan(projection(f"projection_{name}")(jnp.asarray(POINT), -1.0)).all()
-    assert np.isnan(projection("projection_halfspace")(jnp.asarray(POINT), (jnp.zeros(3), jnp.array(-1.0)))).all()
+        assert np.isnan(jax.jit(projection(f"projection_{name}"))(POINT, -1.0)).all()
+    assert np.isnan(jax.jit(projection("projection_halfspace"))(POINT, (np.zeros(3), np.array(-1.0)))).all()
 
 
+@pytest.mark.slow("compiles each projection for a NaN")
 def test_nan_is_passed_on():
     x = jnp.array([1.0, jnp.nan, 2.0])
     for name in ("simplex", "l1_ball", "l1_sphere", "l2_ball", "l2_sphere", "linf_ball"):
-        assert np.isnan(projection(f"projection_{name}")(x, 1.0)).any()
+        assert np.isnan(jax.jit(projection(f"projection_{name}"))(x, 1.0)).any()
     for name in ("prox_lasso", "prox_group_lasso"):
-        assert np.isnan(bl.jaxopt_prox(name)(x, None, None, 0.5)).any()
+        assert np.isnan(jax.jit(bl.jaxopt_prox(name))(x, None, None, 0.5)).any()
     matrix = jnp.eye(3).at[0, 1].set(jnp.nan)
-    assert np.isnan(bl.jaxopt_projection("projection_birkhoff")(matrix, None, None)).all()
+    assert np.isnan(jax.jit(BIRKHOFF["projection_birkhoff"])(matrix, None, None)).all()
 
 
+@pytest.mark.slow("compiles several projections")
 def test_closed_forms_keep_their_digits_at_every_scale():
     x = np.array([0.3, -1.2, 0.7], np.float32)
     for scale in (1e-30, 1e30):
