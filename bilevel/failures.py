@@ -118,7 +118,7 @@ def _sentence(stage, status):
     worst = Status(int(status.max()))
     if status.ndim == 0:
         return f"{stage}, {worst.name}: {worst.message}"
-    failed = np.flatnonzero(status > Status.BUDGET_USED)
+    failed = np.flatnonzero(status > Status.ILL_CONDITIONED)
     listed = ", ".join(map(str, failed[:8])) + (", …" if failed.size > 8 else "")
     return f"{stage}, {worst.name} in {failed.size} of {status.size} tasks ({listed}): {worst.message}"
 

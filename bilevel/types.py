@@ -29,32 +29,39 @@ class Status(enum.IntEnum):
 
     Example:
         >>> Status.worst(Status.CONVERGED, Status.MAX_STEPS)
-        <Status.MAX_STEPS: 3>
+        <Status.MAX_STEPS: 5>
         >>> Status.MAX_STEPS.ok
         False
     """
 
     CONVERGED = 0
-    """The true residual meets the tolerance."""
+    """The true residual meets the tolerance. For LU and Cholesky: the answer is as accurate as the precision allows."""
     BUDGET_USED = 1
     """No tolerance was set. The solver spent its budget, and the residual shows how accurate the result is."""
-    STAGNATION = 2
-    """The solver's recursive residual met the tolerance, but the true residual does not."""
-    MAX_STEPS = 3
-    """A tolerance was set, and the true residual does not meet it."""
-    NONSYMMETRIC = 4
+    ILL_CONDITIONED = 2
+    """The backward error of a factorisation is that of rounding, but more than half of the digits of x may be lost."""
+    STAGNATION = 3
+    """The solver reached the limit of rounding, or its recursive residual met tol, but the true residual does not."""
+    STOPPED = 4
+    """The solver stopped by a measure of its own before its budget ended, and the true residual is above tol."""
+    MAX_STEPS = 5
+    """The budget ended with a true residual above tol, or, without tol, with an answer no better than zero."""
+    BREAKDOWN = 6
+    """The iteration broke down or diverged, although the operator may be regular."""
+    NONSYMMETRIC = 7
     """The condition is declared symmetric, but its Jacobian is not."""
-    NEGATIVE_CURVATURE = 5
+    NEGATIVE_CURVATURE = 8
     """The operator is not positive definite: the inner solution is no minimum, or the regularisation λ is too small."""
-    SINGULAR = 6
-    """The linear system is singular, or too close to it for this precision or algorithm."""
-    NONFINITE = 7
+    SINGULAR = 9
+    """The operator is singular in this precision: its reciprocal condition number is below eps, or it maps a direction
+    to zero."""
+    NONFINITE = 10
     """A NaN or an infinity appeared."""
 
     @property
     def ok(self) -> bool:
-        """True for CONVERGED and BUDGET_USED; after BUDGET_USED the residual shows how accurate the result is."""
-        return self <= Status.BUDGET_USED
+        """True for CONVERGED, BUDGET_USED and ILL_CONDITIONED; the record says how accurate the result is."""
+        return self <= Status.ILL_CONDITIONED
 
     @property
     def message(self) -> str:
@@ -70,13 +77,25 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the true residual meets the tolerance.",
     Status.BUDGET_USED: "the solver spent its budget; read the residual, or set tol to have it judged.",
+    Status.ILL_CONDITIONED: (
+        "the backward error is of the size of rounding, but the operator is ill-conditioned, so that few digits of the "
+        "answer may be right: read rcond; use float64, or rescale the problem."
+    ),
     Status.STAGNATION: (
-        "the solver's recursive residual met tol, but the true residual does not: rounding errors dominate in this "
-        "precision; use float64, a preconditioner, or a larger tol."
+        "rounding keeps the true residual above tol, and more steps will not lower it: use float64, a preconditioner, "
+        "or a larger tol."
+    ),
+    Status.STOPPED: (
+        "the solver stopped by an error measure of its own, which met its tol, but the true residual does not: set a "
+        "smaller tol, which the solver compares with its own measure."
     ),
     Status.MAX_STEPS: (
-        "the true residual does not meet tol: allow more steps, precondition, or loosen tol; where more steps do not "
-        "help, the precision is the limit, so use float64."
+        "the true residual does not meet tol, or, without tol, the answer is no better than zero: allow more steps, "
+        "precondition, or loosen tol; where more steps do not help, the precision is the limit, so use float64."
+    ),
+    Status.BREAKDOWN: (
+        "the iteration broke down or diverged, although the operator may be regular: use LU or GMRES, a smaller step "
+        "size, or a ridge."
     ),
     Status.NONSYMMETRIC: (
         "the condition is declared symmetric, but its Jacobian is not: check the residual function, or drop "
@@ -121,6 +140,9 @@ class LinearInfo:
             equals that of Ax = b if the strength λ is one number.
         iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not count them.
         status: a :class:`Status` as an int32 scalar.
+        rcond: an estimate of the reciprocal condition number 1/(‖A‖₁‖A⁻¹‖₁) from the factors of LU or Cholesky; None
+            from the other solvers. The estimate is rarely more than three times too large. The relative error of x is
+            of the order of eps / rcond.
         least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² among the search directions p of ``CG(engine="watched")``; None
             from the other solvers.
     """
@@ -130,6 +152,7 @@ class LinearInfo:
     iterations: jax.Array | None
     status: jax.Array
     least_curvature: jax.Array | None = None
+    rcond: jax.Array | None = None
 
     @property
     def residual_norm(self) -> jax.Array:

@@ -1,11 +1,12 @@
 """The status of a linear solve, from the computed x: one product Ax gives the true residual and ⟨x, Ax⟩."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from bilevel import tree
+from bilevel.linear.system import Recursion, positive
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 
@@ -19,14 +20,16 @@ class SolveDiagnostics:
         status: NONFINITE where A or b is not finite, the solver's ``breakdown`` where x alone is not, and CONVERGED
             otherwise.
         not_definite: whether x disproves that A is positive definite.
+        growth: ‖x‖ / ‖b‖, or ‖x‖ where b = 0.
     """
 
     relative_residual: jax.Array
     status: jax.Array
     not_definite: jax.Array
+    growth: jax.Array
 
 
-def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.NONFINITE) -> SolveDiagnostics:
+def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.BREAKDOWN) -> SolveDiagnostics:
     """Return the :class:`SolveDiagnostics` of a computed x, at the cost of one product.
 
     Args:
@@ -44,8 +47,10 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.NO
     status = jnp.where(finite, jnp.int32(Status.CONVERGED), jnp.int32(breakdown))
     status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))
     residual = jnp.where(finite, residual, jnp.full_like(residual, jnp.inf))
-    no_curvature = tree.vdot(x, product) <= rounding_of_curvature(length, tree.norm(product))
-    return SolveDiagnostics(residual, status, finite & no_curvature & (length > 0))
+    # ⟨x, Ax⟩ may overflow where x and Ax do not, so x is taken with norm 1.
+    direction = tree.scale(1 / jnp.where((length > 0) & finite, length, jnp.ones_like(length)), x)
+    no_curvature = tree.vdot(direction, product) <= rounding_of_curvature(tree.norm(direction), tree.norm(product))
+    return SolveDiagnostics(residual, status, finite & no_curvature & (length > 0), length / positive(tree.norm(b)))
 
 
 def relative_residual(b: PyTree, residual: PyTree) -> jax.Array:
@@ -63,10 +68,30 @@ def rounding_of_curvature(length: jax.Array, product_length: jax.Array) -> jax.A
     return jnp.sqrt(jnp.finfo(product_length.dtype).eps) * length * product_length
 
 
+def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
+    """Return whether x has grown past what its residual allows, so that it may have no correct digit.
+
+    Args:
+        residual: ‖b − Ax‖ / ‖b‖.
+        stretch: ‖A‖‖x‖ / ‖b‖, at most the condition number of A where Ax = b.
+        eps: the machine epsilon. Rounding errors explain a residual of a few eps·stretch.
+
+    A stretch above 1/√eps is no fault by itself: an ill-conditioned A gives it. It is one together with a residual that
+    rounding does not explain, or with rounding errors of a tenth of b.
+    """
+    rounding = eps * stretch
+    unexplained = residual > jnp.maximum(10 * rounding, eps**0.5)
+    return (stretch > eps**-0.5) & (unexplained | (rounding > 0.1))
+
+
 def judge(residual: jax.Array, tol: float | None, failure: Status | jax.Array = Status.MAX_STEPS) -> jax.Array:
-    """Return the status of a residual: BUDGET_USED without ``tol``, else CONVERGED at or below it, else ``failure``."""
+    """Return the status of a residual.
+
+    With ``tol`` that is CONVERGED at or below it, else ``failure``. Without ``tol`` it is BUDGET_USED for a relative
+    residual below 1, else MAX_STEPS: x = 0 has the residual 1, so the answer is no better than none.
+    """
     if tol is None:
-        return jnp.int32(Status.BUDGET_USED)
+        return jnp.where(residual < 1, jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))
     return jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), jnp.asarray(failure, jnp.int32))
 
 
@@ -77,8 +102,9 @@ def report(
     tol: float | None,
     *,
     iterations: int | jax.Array | None = None,
+    norm: jax.Array | None = None,
     failure: Status | jax.Array = Status.MAX_STEPS,
-    breakdown: Status = Status.NONFINITE,
+    breakdown: Status = Status.BREAKDOWN,
     needs_definite: bool = False,
 ) -> LinearInfo:
     """Return the :class:`LinearInfo` of a computed x. It carries no derivative.
@@ -89,6 +115,8 @@ def report(
         x: the computed solution.
         tol: the tolerance for the relative residual; None for the status BUDGET_USED.
         iterations: the iterations taken, where they are known.
+        norm: a lower bound of ‖A‖ from the solver's products. If given, an x without ``tol`` that has grown past what
+            its residual allows has the status BREAKDOWN.
         failure: the status of a residual above ``tol``.
         breakdown: the status of an x that is not finite although A and b are.
         needs_definite: whether the algorithm requires a positive definite A. For an x that disproves definiteness the
@@ -99,11 +127,41 @@ def report(
         matvec = _in_a_branch(matvec, (tree.norm(b) == 0) & (tree.norm(x) == 0))
     found = diagnose(matvec, b, x, breakdown)
     status = judge(found.relative_residual, tol, failure)
+    if norm is not None and tol is None:
+        grown = outgrown(found.relative_residual, norm * found.growth, tree.eps(b))
+        status = jnp.where(grown, jnp.int32(Status.BREAKDOWN), status)
     if needs_definite:
         status = jnp.where(found.not_definite, jnp.int32(Status.NEGATIVE_CURVATURE), status)
     status = jnp.where(found.status > 0, found.status, status)
     count = None if iterations is None else jnp.asarray(iterations, jnp.int32)
     return LinearInfo(x, found.relative_residual, count, status)
+
+
+def report_recursion(
+    matvec: MatVec,
+    b: PyTree,
+    x: PyTree,
+    tol: float | None,
+    max_steps: int,
+    seen: Recursion,
+    needs_definite: bool = False,
+) -> LinearInfo:
+    """Return the :class:`LinearInfo` of an x by a recursion that says how it ended.
+
+    A residual above ``tol``, or above √eps without it, has the status SINGULAR where the recursion met a null vector
+    and BREAKDOWN where it broke down. A recursion that stopped by itself above ``tol`` has the status STAGNATION.
+    """
+    seen = jax.lax.stop_gradient(seen)
+    early = jnp.where(seen.iterations < max_steps, jnp.int32(Status.STAGNATION), jnp.int32(Status.MAX_STEPS))
+    breakdown = Status.NEGATIVE_CURVATURE if needs_definite else Status.BREAKDOWN
+    info = report(
+        matvec, b, x, tol, iterations=seen.iterations, norm=seen.norm, failure=early, breakdown=breakdown,
+        needs_definite=needs_definite,
+    )  # fmt: skip
+    cause = jnp.where(seen.broke, jnp.int32(Status.BREAKDOWN), jnp.int32(0))
+    cause = jnp.where(seen.null, jnp.int32(Status.SINGULAR), cause)
+    unmet = info.relative_residual > max(tol or 0.0, tree.eps(b) ** 0.5)
+    return replace(info, status=jnp.where(unmet, jnp.maximum(info.status, cause), info.status))
 
 
 def _in_a_branch(matvec: MatVec, trivial: jax.Array) -> MatVec:

@@ -2,21 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.linear import diagnosis
+from bilevel.linear.bicgstab import bicgstab
+from bilevel.linear.cgls import cgls
+from bilevel.linear.gmres import gmres
 from bilevel.linear.system import (
+    Recursion,
     check_not_negative,
     denormalise,
     in_accumulation_dtype,
     normalise,
     recursive_tol,
-    with_ridge,
+    square,
 )
 from bilevel.linear.watched_cg import conjugate_gradients
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
@@ -75,7 +81,7 @@ class CG:
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         if self.engine == "watched":
             return _solve_watched(self, matvec, b, init)
-        return _solve_with_jaxopt("solve_cg", self, matvec, b, init, maxiter=self.max_steps, needs_definite=True)
+        return _solve_with_jaxopt(self, matvec, b, init)
 
 
 @renamed_field("maxiter", "max_steps")
@@ -119,9 +125,7 @@ class NormalCG:
         _check_iterative(self)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        # ‖Aᵀr‖ gives no bound of ‖r‖ without knowledge of A, so only rounding stops the recursion.
-        options: dict[str, Any] = {"maxiter": self.max_steps, "tol": recursive_tol(None, b)}
-        return _solve_with_jaxopt("solve_normal_cg", self, matvec, b, init, **options)
+        return _solve_general(cgls, self, matvec, b, init)
 
 
 @renamed_field("maxiter", "max_steps")
@@ -163,9 +167,7 @@ class GMRES:
             raise ValueError(f"GMRES needs restart of at least 1, got {self.restart}")
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        restart = min(self.restart, self.max_steps)
-        options: dict[str, Any] = {"maxiter": -(-self.max_steps // restart), "restart": restart}
-        return _solve_with_jaxopt("solve_gmres", self, matvec, b, init, **options)
+        return _solve_general(partial(gmres, restart=self.restart), self, matvec, b, init)
 
 
 @renamed_field("maxiter", "max_steps")
@@ -205,38 +207,74 @@ class BiCGStab:
         _check_iterative(self)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        # The recursion divides by ‖Ar‖² and ends in 0/0 between eps and eps², so it stops at eps.
-        options: dict[str, Any] = {"maxiter": self.max_steps, "tol": max(recursive_tol(self.tol, b), tree.eps(b))}
-        return _solve_with_jaxopt("solve_bicgstab", self, matvec, b, init, **options)
+        return _solve_general(bicgstab, self, matvec, b, init)
 
 
 Iterative = CG | NormalCG | GMRES | BiCGStab
 
 
-def _solve_with_jaxopt(
-    name: str,
-    solver: Iterative,
+def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
+    """Run jaxopt's CG in the accumulation dtype, and report on its result."""
+    from bilevel._jaxopt import library  # imports jaxopt
+
+    operator = square("CG", matvec, solver.ridge, b, init)
+    size, b_scaled, init_scaled = normalise(b, init)
+    wide = in_accumulation_dtype(operator, b)
+    if init is None:
+        wide = _without_zero_products(wide)
+    start = None if init is None else tree.widened(init_scaled)
+    tol, preconditioner = recursive_tol(solver.tol, b), _preconditioner(solver, b)
+    with jax.numpy_dtype_promotion("standard"):
+        x = library.solve_cg(
+            wide, tree.widened(b_scaled), init=start, tol=tol, maxiter=solver.max_steps, M=preconditioner
+        )
+    x = tree.like(x, b)
+    breakdown = Status.NEGATIVE_CURVATURE
+    info = diagnosis.report(operator, b_scaled, x, solver.tol, breakdown=breakdown, needs_definite=True)
+    return denormalise(size, info)
+
+
+def _solve_general(
+    algorithm: Callable[..., Recursion],
+    solver: NormalCG | GMRES | BiCGStab,
     matvec: MatVec,
     b: PyTree,
     init: PyTree | None,
-    needs_definite: bool = False,
-    **options: Any,
 ) -> tuple[PyTree, LinearInfo]:
-    """Run one of jaxopt's iterative solvers on b / ‖b‖ in the accumulation dtype, and report on its result."""
-    from bilevel._jaxopt import library  # imports jaxopt
+    """Run an algorithm on the ravelled system in the accumulation dtype, and report on its result."""
+    operator = square(type(solver).__name__, matvec, solver.ridge, b, init)
+    size, b_scaled, init_scaled = normalise(b, init)
+    flat, unravel = ravel_pytree(tree.widened(b_scaled))
+    start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
 
-    operator = with_ridge(matvec, solver.ridge)
-    size, b_unit, init_unit = normalise(b, init)
-    wide = in_accumulation_dtype(operator, b)
-    if init is None and name == "solve_cg":
-        wide = _without_zero_products(wide)
-    start = None if init is None else tree.widened(init_unit)
-    options = {"tol": recursive_tol(solver.tol, b), "M": _preconditioner(solver, b), "init": start} | options
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes dtypes in its arithmetic
-        x = tree.like(getattr(library, name)(wide, tree.widened(b_unit), **options), b)
-    breakdown = Status.NEGATIVE_CURVATURE if needs_definite else Status.SINGULAR
-    info = diagnosis.report(operator, b_unit, x, solver.tol, breakdown=breakdown, needs_definite=needs_definite)
+    def flattened(matvec: MatVec) -> MatVec:
+        wide = in_accumulation_dtype(matvec, b)
+        return lambda v: ravel_pytree(wide(unravel(v)))[0]
+
+    def solve(matvec: MatVec, b_flat: jax.Array, start: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        preconditioner = None if solver.preconditioner is None else flattened(solver.preconditioner)
+        tol, eps = recursive_tol(solver.tol, b), tree.eps(b)
+        seen = algorithm(matvec, b_flat, start, solver.max_steps, tol, eps, preconditioner)
+        # custom_linear_solve refuses integers among its auxiliary outputs.
+        numbers = replace(seen, x=None, **{name: getattr(seen, name).astype(flat.dtype) for name in COUNTS})
+        return tree.match_varying_axes(seen.x, numbers)  # type: ignore[return-value]
+
+    # JAX differentiates the answer by a further solve, not through the steps of this one.
+    x, numbers = jax.lax.custom_linear_solve(
+        flattened(operator), flat, partial(solve, start=start), transpose_solve=solve, has_aux=True
+    )
+    seen = replace(
+        numbers,
+        iterations=numbers.iterations.astype(jnp.int32),
+        null=numbers.null > 0,
+        broke=numbers.broke > 0,
+    )
+    x = tree.like(unravel(x), b)
+    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen)
     return denormalise(size, info)
+
+
+COUNTS = ("iterations", "null", "broke")
 
 
 def _without_zero_products(matvec: MatVec) -> MatVec:
@@ -256,34 +294,24 @@ def _without_zero_products(matvec: MatVec) -> MatVec:
 
 
 def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
-    operator = with_ridge(matvec, solver.ridge)
-    size, b_unit, init_unit = normalise(b, init)
-    report = jax.lax.stop_gradient(
+    operator = square("CG", matvec, solver.ridge, b, init)
+    size, b_scaled, init_scaled = normalise(b, init)
+    state = jax.lax.stop_gradient(
         conjugate_gradients(
             in_accumulation_dtype(operator, b),
-            tree.widened(b_unit),
-            None if init is None else tree.widened(init_unit),
+            tree.widened(b_scaled),
+            None if init is None else tree.widened(init_scaled),
             solver.max_steps,
             recursive_tol(solver.tol, b),
             _preconditioner(solver, b),
         )
     )
-    stopped_by_itself = report.iterations < solver.max_steps
-    failure = jnp.where(stopped_by_itself, jnp.int32(Status.STAGNATION), jnp.int32(Status.MAX_STEPS))
-    info = diagnosis.report(
-        operator,
-        b_unit,
-        tree.like(report.x, b),
-        solver.tol,
-        iterations=report.iterations,
-        failure=failure,
-        breakdown=Status.NEGATIVE_CURVATURE,
-        needs_definite=True,
-    )
-    status = jnp.where(report.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
-    status = jnp.where(report.null, jnp.int32(Status.SINGULAR), status)
-    status = jnp.maximum(info.status, status)
-    return denormalise(size, replace(info, status=status, least_curvature=report.least_curvature))
+    x = tree.like(state.x, b)
+    seen = Recursion(x, state.iterations, state.largest_stretch, state.null, jnp.zeros_like(state.null))
+    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen, needs_definite=True)
+    negative = jnp.where(state.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
+    info = replace(info, status=jnp.maximum(info.status, negative), least_curvature=state.least_curvature)
+    return denormalise(size, info)
 
 
 def _preconditioner(solver: Iterative, b: PyTree) -> MatVec | None:

@@ -9,8 +9,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.linear import diagnosis
-from bilevel.linear.system import check_not_negative, denormalise, in_accumulation_dtype, normalise, with_ridge
-from bilevel.types import LinearInfo, MatVec, PyTree, Status
+from bilevel.linear.system import check_not_negative, denormalise, in_accumulation_dtype, normalise, square
+from bilevel.types import LinearInfo, MatVec, PyTree
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Nystrom:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         del init  # the approximation needs no start
-        size, b_unit, _ = normalise(b)
-        flat, unravel = ravel_pytree(tree.widened(b_unit))
-        wide = in_accumulation_dtype(matvec, b)
+        size, b_scaled, _ = normalise(b)
+        flat, unravel = ravel_pytree(tree.widened(b_scaled))
+        wide = in_accumulation_dtype(square("Nystrom", matvec, 0.0, b), b)
         x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b))
         x = tree.like(unravel(x), b)
-        operator = with_ridge(matvec, self.ridge)
-        info = diagnosis.report(operator, b_unit, x, self.tol, breakdown=Status.SINGULAR)
+        operator = square("Nystrom", matvec, self.ridge, b)
+        info = diagnosis.report(operator, b_scaled, x, self.tol)
         return denormalise(size, info)
 
     def _woodbury(self, matvec: Callable[[jax.Array], jax.Array], b: jax.Array, eps: float) -> jax.Array:

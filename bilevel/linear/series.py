@@ -1,14 +1,15 @@
 """The truncated Neumann series as a linear solver: Neumann."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.linear import diagnosis
-from bilevel.linear.system import check_not_negative, denormalise, normalise, with_ridge
-from bilevel.types import LinearInfo, MatVec, PyTree
+from bilevel.linear.system import check_not_negative, denormalise, normalise, positive, square
+from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 
 @renamed_field("terms", "max_steps")
@@ -55,12 +56,20 @@ class Neumann:
         check_not_negative("Neumann", tol=self.tol, ridge=self.ridge)
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        operator = with_ridge(matvec, self.ridge)
-        size, b_unit, init_unit = normalise(b, init)
+        operator = square("Neumann", matvec, self.ridge, b, init)
+        size, b_scaled, init_scaled = normalise(b, init)
 
-        def advance(_, x):
-            return tree.add(x, tree.scale(self.step_size, tree.subtract(b_unit, operator(x))))
+        def advance(_, state):
+            x, norm = state
+            product = operator(x)
+            norm = jnp.maximum(norm, jax.lax.stop_gradient(tree.norm(product) / positive(tree.norm(x))))
+            return tree.add(x, tree.scale(self.step_size, tree.subtract(b_scaled, product))), norm
 
-        first = tree.scale(self.step_size, b_unit)
-        x = jax.lax.fori_loop(1, self.max_steps, advance, first if init is None else advance(0, init_unit))
-        return denormalise(size, diagnosis.report(operator, b_unit, x, self.tol, iterations=self.max_steps))
+        norm = jnp.zeros_like(size)
+        state = (tree.scale(self.step_size, b_scaled), norm) if init is None else advance(0, (init_scaled, norm))
+        x, norm = jax.lax.fori_loop(1, self.max_steps, advance, tree.match_varying_axes(*state))
+        info = diagnosis.report(operator, b_scaled, x, self.tol, iterations=self.max_steps, norm=norm)
+        # A convergent series has a residual below 1, whatever its number of terms.
+        diverged = ~(info.relative_residual < 1) & (info.status != Status.NONFINITE)
+        info = replace(info, status=jnp.where(diverged, jnp.int32(Status.BREAKDOWN), info.status))
+        return denormalise(size, info)

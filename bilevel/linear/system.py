@@ -1,12 +1,12 @@
-"""Preparation that all linear solvers share: option checks, the ridge, the scale of b, and the dtype of a recursion."""
+"""What all linear solvers share: option checks, the ridge, the scale of b, the dtype and the report of a recursion."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.types import LinearInfo, MatVec, PyTree
+from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 
 def check_not_negative(name: str, **options: float | None) -> None:
@@ -16,27 +16,87 @@ def check_not_negative(name: str, **options: float | None) -> None:
             raise ValueError(f"{name} needs {option} of at least 0, got {value}")
 
 
-def with_ridge(matvec: MatVec, ridge: float) -> MatVec:
-    """Return the operator A + ridge·I."""
-    if not ridge:
-        return matvec
-    return lambda v: tree.add(matvec(v), tree.scale(ridge, v))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recursion:
+    """The solution of an iterative algorithm, and what its loop saw.
+
+    Attributes:
+        x: the solution.
+        iterations: iterations taken, an int32 scalar.
+        norm: the largest ‖Ap‖ / ‖p‖ over all products, a lower bound of ‖A‖.
+        null: whether a vector was met that disproves that A is regular.
+        broke: whether the algorithm broke down, although A may be regular.
+    """
+
+    x: jax.Array
+    iterations: jax.Array
+    norm: jax.Array
+    null: jax.Array
+    broke: jax.Array
+
+
+def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | None = None) -> MatVec:
+    """Return the operator A + ridge·I, which raises ValueError where A is not square."""
+    shapes = jax.tree.map(jnp.shape, b)
+    start = shapes if init is None else jax.tree.map(jnp.shape, init)
+    if start != shapes:
+        raise ValueError(
+            f"{name} needs a square operator, so init has the shapes of b, {shapes}, got {start}: for a least-squares "
+            "problem pass v ↦ Aᵀ(Av) and Aᵀb"
+        )
+
+    def checked(v: PyTree) -> PyTree:
+        product = matvec(v)
+        if jax.tree.map(jnp.shape, product) != shapes:
+            raise ValueError(
+                f"{name} needs a square operator, but matvec maps vectors of the shapes of b, {shapes}, to "
+                f"{jax.tree.map(jnp.shape, product)}: for a least-squares problem pass v ↦ Aᵀ(Av) and Aᵀb"
+            )
+        return tree.add(product, tree.scale(ridge, v)) if ridge else product
+
+    return checked
+
+
+NORM_OF_B = 2.0**15
+"""Norm to which right-hand sides are scaled. A recursion of CG has the squares ‖r‖² ≥ (eps·‖b‖)² and ‖A‖‖r‖². With this
+‖b‖, both are float32 numbers for ‖A‖ from 1e-24 to 1e24. A power of two changes no bit of the recursion. The products
+in float16 overflow above 6e4, so right-hand sides with such leaves are scaled to norm 1."""
 
 
 def normalise(b: PyTree, init: PyTree | None = None) -> tuple[jax.Array, PyTree, PyTree | None]:
-    """Return ‖b‖, b / ‖b‖ and init / ‖b‖, so that a cotangent of size 1e-20 or 1e20 is solved as well as one of size 1.
+    """Return c, b / c and init / c with ‖b / c‖ = ``NORM_OF_B``.
 
-    Where ‖b‖ is zero or not finite, 1 takes its place.
+    A cotangent of size 1e-20 or 1e20 is then solved as well as one of size 1. Where ‖b‖ is zero or not finite, 1 takes
+    its place.
     """
-    size = tree.norm(b)
-    size = jax.lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size)))
-    return size, tree.scale(1 / size, b), None if init is None else tree.scale(1 / size, init)
+    narrow = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(b))
+    size, target = tree.norm(b), 1.0 if narrow else NORM_OF_B
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
+    factor = jax.lax.stop_gradient(target / size)
+    scaled_init = None if init is None else tree.scale(factor, init)
+    return jax.lax.stop_gradient(size / target), tree.scale(factor, b), scaled_init
 
 
 def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
-    """Return the solution for b and its report, from the report on the solution for b / size."""
+    """Return the solution for b and its report, from the report on the solution for b / size.
+
+    The status becomes NONFINITE where the solution for b overflows.
+    """
     solution = tree.scale(size, info.solution)
-    return solution, replace(info, solution=solution)
+    overflow = jnp.isfinite(tree.norm(info.solution)) & ~jnp.isfinite(jax.lax.stop_gradient(tree.norm(solution)))
+    status = jnp.where(overflow, jnp.int32(Status.NONFINITE), info.status)
+    return solution, replace(info, solution=solution, status=status)
+
+
+def positive(number: jax.Array) -> jax.Array:
+    """Return the number, or 1 where it is zero, to divide by."""
+    return jnp.where(number == 0, jnp.ones_like(number), number)
+
+
+def limit_of_rounding(eps: float, b_norm: jax.Array, norm: jax.Array, x: PyTree) -> jax.Array:
+    """Return eps·(‖b‖ + ‖A‖‖x‖), the residual that rounding alone leaves: no recursion can lower it for certain."""
+    return eps * (b_norm + norm * tree.norm(x))
 
 
 def in_accumulation_dtype(matvec: MatVec, like: PyTree) -> MatVec:
@@ -52,7 +112,7 @@ def recursive_tol(tol: float | None, b: PyTree) -> float:
     """Return the relative residual at which a recursion stops.
 
     The recursion goes a little below ``tol``, so that the true residual meets ``tol`` in spite of rounding errors. It
-    stops at eps² in any case: smaller residuals gain nothing, and their squares would underflow and give 0/0.
+    stops at eps in any case: smaller residuals gain nothing, and their squares would underflow and give 0/0.
     """
     tol, eps = tol or 0.0, tree.eps(b)
-    return max((0.9 if tol > 80 * eps else 0.5) * tol, eps**2)
+    return max((0.9 if tol > 80 * eps else 0.5) * tol, eps)

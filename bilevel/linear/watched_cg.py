@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.linear.diagnosis import rounding_of_curvature
+from bilevel.linear.system import limit_of_rounding, positive
 from bilevel.types import MatVec, PyTree
 
 
@@ -57,20 +58,20 @@ def conjugate_gradients(
 
     Args:
         matvec: A.
-        b: the right-hand side; ‖b‖ should be near 1, so that no square over- or underflows.
+        b: the right-hand side, as :func:`normalise` scales it, so that no square over- or underflows.
         init: where x starts; None for zero, which costs no product.
         max_steps: the budget, in products.
-        tol: the recursion stops at ‖r‖ ≤ tol·‖b‖.
+        tol: the recursion stops at ‖r‖ ≤ tol·‖b‖, and at the limit of rounding, eps·(‖b‖ + ‖A‖‖x‖).
         preconditioner: r ↦ M⁻¹r; None for the identity.
-        truncate: if True, stop at a direction with ⟨p, Ap⟩ ≤ 0 and return the x before it; if it is the very first
-            direction p, return init + p. From zero, with b the negative gradient, x is then a descent direction
-            (Steihaug's rule). If False, the recursion goes on through negative curvature, as jaxopt's does, and
-            breaks off only where A maps p to zero or ⟨p, Ap⟩ = 0.
+        truncate: if True, stop at a direction whose ⟨p, Ap⟩ is not above rounding noise and return the x before it; if
+            it is the very first direction p, return init + p. From zero, with b the negative gradient, x is then a
+            descent direction (Steihaug's rule). If False, the recursion goes on through negative curvature, as jaxopt's
+            does, and breaks off only where A maps p to zero or ⟨p, Ap⟩ = 0.
 
     Source: Hestenes and Stiefel (1952); Steihaug (1983) for the truncation.
     """
     eps = float(jnp.finfo(tree.norm(b).dtype).eps)
-    target = tree.vdot(b, b)
+    target, size = tree.vdot(b, b), tree.norm(b)
 
     def precondition(r):
         """Return M⁻¹r, ⟨r, M⁻¹r⟩ and ‖r‖²."""
@@ -80,8 +81,9 @@ def conjugate_gradients(
         z = preconditioner(r)
         return z, tree.vdot(r, z), tree.vdot(r, r)
 
-    def unfinished(squared, iterations):
-        return (iterations < max_steps) & (squared > tol**2 * target)
+    def unfinished(x, squared, stretch, iterations):
+        limit = limit_of_rounding(eps, size, stretch, x)
+        return (iterations < max_steps) & (squared > tol**2 * target) & (jnp.sqrt(squared) > limit)
 
     def advance(state: CGState) -> CGState:
         product = matvec(state.p)
@@ -90,12 +92,13 @@ def conjugate_gradients(
         length, product_length = (tree.norm(jax.lax.stop_gradient(vector)) for vector in (state.p, product))
         reported_curvature = jax.lax.stop_gradient(curvature)
         rounding = rounding_of_curvature(length, product_length)
-        stretch = jnp.maximum(state.largest_stretch, product_length / length)
+        stretch = jnp.maximum(state.largest_stretch, product_length / positive(length))
         meaningful = state.squared > eps**2 * target
         zero_curvature = jnp.abs(reported_curvature) <= rounding
         null = meaningful & zero_curvature & (product_length <= jnp.sqrt(eps) * stretch * length)
         negative = meaningful & ((reported_curvature < -rounding) | ((reported_curvature == 0) & ~null))
-        follow = (curvature > 0) if truncate else (curvature != 0) & ~null
+        # A smaller curvature is rounding noise: 1 / curvature would send x far along a null direction of A.
+        follow = (curvature > 4 * eps * stretch * length**2) if truncate else (curvature != 0) & ~null
         alpha = jnp.where(follow, state.rz / jnp.where(follow, curvature, jnp.ones_like(curvature)), 0)
         steepest = truncate & (state.iterations == 0) & ~follow
         x = tree.add(state.x, tree.scale(jnp.where(steepest, jnp.ones_like(alpha), alpha), state.p))
@@ -106,12 +109,13 @@ def conjugate_gradients(
         least = jnp.minimum(state.least_curvature, jnp.where(meaningful, reported_curvature / length**2, jnp.inf))
         return CGState(
             x, r, p, rz, squared, iterations, least, stretch,
-            state.negative | negative, state.null | null, follow & unfinished(squared, iterations),
+            state.negative | negative, state.null | null, follow & unfinished(x, squared, stretch, iterations),
         )  # fmt: skip
 
     x = jax.tree.map(jnp.zeros_like, b) if init is None else init
     r = b if init is None else tree.subtract(b, matvec(init))
     z, rz, squared = precondition(r)
     no_steps, zero, no = jnp.int32(0), jnp.zeros_like(rz), jnp.bool_(False)
-    start = CGState(x, r, z, rz, squared, no_steps, zero + jnp.inf, zero, no, no, unfinished(squared, no_steps))
+    going = unfinished(x, squared, zero, no_steps)
+    start = CGState(x, r, z, rz, squared, no_steps, zero + jnp.inf, zero, no, no, going)
     return jax.lax.while_loop(lambda state: state.going, advance, tree.match_varying_axes(start)[0])

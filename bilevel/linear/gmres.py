@@ -1,0 +1,132 @@
+"""Generalised minimal residuals with restarts: the recursion of ``GMRES``."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.linear.system import Recursion, limit_of_rounding, positive
+from bilevel.types import MatVec
+
+
+class _Cycle(NamedTuple):
+    """The Arnoldi basis of a cycle, and the triangular factor of its Hessenberg matrix by Givens rotations."""
+
+    basis: jax.Array
+    triangle: jax.Array
+    rotations: jax.Array
+    rotated: jax.Array
+    used: jax.Array
+    iterations: jax.Array
+    norm: jax.Array
+    null: jax.Array
+    going: jax.Array
+
+
+class _State(NamedTuple):
+    x: jax.Array
+    r: jax.Array
+    iterations: jax.Array
+    norm: jax.Array
+    null: jax.Array
+    stalled: jax.Array
+    going: jax.Array
+
+
+def gmres(
+    matvec: MatVec,
+    b: jax.Array,
+    init: jax.Array | None,
+    max_steps: int,
+    tol: float,
+    eps: float,
+    preconditioner: MatVec | None = None,
+    restart: int = 20,
+) -> Recursion:
+    """Solve Ax = b for a vector b, by the smallest residual over a Krylov space of AM⁻¹.
+
+    The Hessenberg matrix is reduced by Givens rotations as it grows. Its least-squares problem then has the condition
+    number of A, not its square, and the residual is known after each product. The recursion stops at
+    ‖b − Ax‖ ≤ tol·‖b‖ and at the limit of rounding. It also stops where A maps the next direction into the span of the
+    earlier products, which disproves that A is regular, and after a cycle that does not lower the residual.
+
+    Source: Saad and Schultz (1986); Saad (2003), sections 6.5 and 9.3.2.
+    """
+    size, most = tree.norm(b), min(restart, max_steps, b.size)
+
+    def precondition(v):
+        return v if preconditioner is None else preconditioner(v)
+
+    def extend(target, cycle: _Cycle) -> _Cycle:
+        k = cycle.used
+        direction = precondition(cycle.basis[k])
+        w = matvec(direction)
+        length = tree.norm(w)
+        norm = jnp.maximum(cycle.norm, length / positive(tree.norm(direction)))
+        column = jnp.zeros_like(cycle.rotated)
+        for _ in range(2):  # the second pass removes the rounding errors of the first along the basis
+            part = _dot(cycle.basis, w)
+            w, column = w - _dot(part, cycle.basis), column + part
+        rest = tree.norm(w)
+        ended = rest <= 10 * eps * length  # the Krylov space is invariant
+        rest = jnp.where(ended, jnp.zeros_like(rest), rest)
+        column = jax.lax.fori_loop(
+            jnp.int32(0), k, lambda i, c: _rotate(c, i, cycle.rotations[i]), column.at[k + 1].set(rest)
+        )
+        pivot = tree.norm(jax.lax.dynamic_slice(column, (k,), (2,)))
+        null = pivot <= 10 * eps * length
+        rotation = jax.lax.dynamic_slice(column, (k,), (2,)) / positive(pivot)
+        rotated = jnp.where(null, cycle.rotated, _rotate(cycle.rotated, k, rotation))
+        triangle = jnp.where(null, cycle.triangle, cycle.triangle.at[:, k].set(_rotate(column, k, rotation)[:-1]))
+        used, iterations = jnp.where(null, k, k + 1), cycle.iterations + 1
+        left = jnp.where(null, jnp.zeros_like(target), jnp.abs(rotated[k + 1]))
+        going = ~null & ~ended & (used < most) & (iterations < max_steps) & (left > target)
+        return _Cycle(
+            cycle.basis.at[k + 1].set(w / positive(rest)), triangle, cycle.rotations.at[k].set(rotation), rotated,
+            used, iterations, norm, null, going,
+        )  # fmt: skip
+
+    def advance(state: _State) -> _State:
+        before = tree.norm(state.r)
+        target = jnp.maximum(tol * size, limit_of_rounding(eps, size, state.norm, state.x))
+        basis = jnp.zeros((most + 1, b.size), b.dtype).at[0].set(state.r / positive(before))
+        rotated = jnp.zeros(most + 1, b.dtype).at[0].set(before)
+        no_rotations, no = jnp.zeros((most, 2), b.dtype), jnp.zeros_like(state.null)
+        cycle = _Cycle(
+            basis, jnp.eye(most, dtype=b.dtype), no_rotations, rotated,
+            jnp.zeros_like(state.iterations), state.iterations, state.norm, no, ~no,
+        )  # fmt: skip
+        cycle = tree.match_varying_axes(cycle)[0]
+        cycle = jax.lax.while_loop(lambda cycle: cycle.going, lambda cycle: extend(target, cycle), cycle)
+        right = jnp.where(
+            jnp.arange(most, dtype=jnp.int32) < cycle.used, cycle.rotated[:-1], jnp.zeros_like(cycle.rotated[:-1])
+        )
+        weights = jax.scipy.linalg.solve_triangular(cycle.triangle, right)
+        x = state.x + precondition(_dot(weights, cycle.basis[:-1]))
+        r = b - matvec(x)
+        after = tree.norm(r)
+        improved = after < before
+        x, r = jnp.where(improved, x, state.x), jnp.where(improved, r, state.r)
+        above = jnp.minimum(after, before) > jnp.maximum(tol * size, limit_of_rounding(eps, size, cycle.norm, x))
+        going = improved & ~cycle.null & above & (cycle.iterations < max_steps)
+        return _State(x, r, cycle.iterations, cycle.norm, cycle.null, above & ~improved, going)
+
+    x = jnp.zeros_like(b) if init is None else init
+    r = b if init is None else b - matvec(init)
+    no, zero = jnp.zeros((), bool), jnp.zeros_like(size)
+    start = _State(x, r, jnp.int32(0), zero, no, no, tree.norm(r) > max(tol, eps) * size)
+    state = jax.lax.while_loop(lambda state: state.going, advance, tree.match_varying_axes(start)[0])
+    return Recursion(state.x, state.iterations, state.norm, null=state.null, broke=state.stalled)
+
+
+def _rotate(column, i, rotation):
+    """Apply a Givens rotation (cosine, sine) to the entries i and i + 1 of a vector."""
+    first, second = column[i], column[i + 1]
+    cosine, sine = rotation
+    return column.at[i].set(cosine * first + sine * second).at[i + 1].set(cosine * second - sine * first)
+
+
+def _dot(a, b):
+    """Multiply in full precision: the TF32 products that a GPU takes for float32 keep three digits."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
