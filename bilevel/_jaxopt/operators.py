@@ -28,8 +28,9 @@ def jaxopt_projection(
         params: ``params(theta, data)``, the argument that jaxopt calls ``hyperparams`` (a radius, a pair of bounds,
             …); None for the function's own default.
         tol: for the polyhedron, the violation of a constraint from which on the constraint counts, relative to the
-            point and the right-hand sides, for rows of length 1. For transport and Birkhoff, the error of the sums at
-            which the iteration ends, relative to the largest sum. None for 16·eps. The box section ignores it.
+            point and the right-hand sides, for rows of length 1; None for 4·eps. For transport and Birkhoff, the error
+            of the sums at which the iteration ends, relative to the largest sum; None for 16·eps. The box section
+            ignores it.
 
     Returns:
         ``projection(w, theta, data)``.

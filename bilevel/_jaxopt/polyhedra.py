@@ -34,12 +34,12 @@ def polyhedron(x, hyperparams, tol=None):
         hyperparams: ``(A, b, G, h)`` of shapes ``[m, n]``, ``[m]``, ``[k, n]`` and ``[k]``. m or k may be 0, and None
             stands for absent constraints. The rows may be linearly dependent and of different lengths. An entry of h
             may be ∞.
-        tol: the violation of a row of length 1, relative to x and h, from which on the row counts; None for 16·eps.
+        tol: the violation of a row of length 1, relative to x and h, from which on the row counts; None for 4·eps.
     """
     equal, b = _constraints(x, *hyperparams[:2])
     unequal, h = _constraints(x, *hyperparams[2:])
     unequal, h = jnp.where(jnp.isposinf(h)[:, None], 0, unequal), jnp.where(jnp.isposinf(h), 0, h)
-    tol = 16 * jnp.finfo(x.dtype).eps if tol is None else tol
+    tol = 4 * jnp.finfo(x.dtype).eps if tol is None else tol
     active = _active_rows(*map(lax.stop_gradient, (x, equal, b, unequal, h)), tol)
     rows = jnp.concatenate([equal, jnp.where(active[:, None], unequal, 0)])
     right = jnp.concatenate([b, jnp.where(active, h, 0)])
