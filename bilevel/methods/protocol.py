@@ -64,9 +64,9 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
 
 def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
     """Return the inner Solution as a constant, for methods that do not differentiate the solver."""
-    theta = jax.lax.stop_gradient(theta)
-    solution = solvers.solve(solver, condition, starting_point(init, theta, data), theta, data)
-    return jax.lax.stop_gradient(solution)
+    theta, data = jax.lax.stop_gradient((theta, data))
+    start = jax.lax.stop_gradient(starting_point(init, theta, data))
+    return jax.lax.stop_gradient(solvers.solve(solver, condition, start, theta, data))
 
 
 def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
