@@ -37,7 +37,8 @@ def value_and_hypergradient(
 
     Returns:
         ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, compiled once for each set of shapes
-        and dtypes. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
+        and dtypes. In ``theta``, a leaf that is not floating point is a constant with a zero gradient. A ``theta`` of
+        Python integers alone is taken as floating point. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
         adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as
         None.
 
@@ -97,7 +98,8 @@ def implicit_layer(
     Returns:
         ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
         ``jax.jit``. The derivative of w in ``init`` is zero by definition, and a warning says so where JAX asks for it.
-        A traced array that the condition captures in a closure is differentiated too.
+        A traced array that the condition captures in a closure is differentiated too. A ``theta`` of Python integers
+        alone is taken as floating point.
 
     Raises:
         ValueError: for a linear solver that needs a symmetry the condition does not have, and for an unknown

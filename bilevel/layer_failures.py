@@ -98,7 +98,8 @@ def _watched(watch: LinearWatch, x: PyTree) -> PyTree:
 @_watched.defjvp
 def _watch_tangents(watch: LinearWatch, primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
     def watched(tangent: Any) -> Any:
-        return tangent if tangent.dtype == jax.dtypes.float0 else _watched_p.bind(tangent, watch=watch)
+        is_float0 = jax.dtypes.result_type(tangent) == jax.dtypes.float0  # the tangent may be a Python number
+        return tangent if is_float0 else _watched_p.bind(tangent, watch=watch)
 
     return _watched(watch, *primals), jax.tree.map(watched, tangents[0])
 

@@ -126,7 +126,7 @@ def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree
     every cotangent. The number is 1 plus sums over no entries, so an array that is not finite does not change it.
     """
     _, captured = jax.closure_convert(matvec, b)
-    zeros = [jnp.sum(array[..., None][..., :0]) for array in captured]
+    zeros = [jnp.real(jnp.sum(array[..., None][..., :0])) for array in captured]
 
     def multiply(leaf: jax.Array) -> jax.Array:
         return leaf * sum((zero.astype(leaf.dtype) for zero in zeros), jnp.ones((), leaf.dtype))

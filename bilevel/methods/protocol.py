@@ -33,10 +33,12 @@ class Method(Protocol):
 def outer_variables(theta: PyTree) -> PyTree:
     """Return θ as arrays. A leaf that is not floating point is kept and has no derivative.
 
+    A θ of Python integers, without any floating-point leaf, becomes floating point: see :func:`bilevel.tree.numbers_as_floats`.
+
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(theta)
+    theta = tree.arrays(tree.numbers_as_floats(theta))
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
