@@ -81,7 +81,8 @@ def minimize(
 
     Args:
         problem: the condition and the outer function.
-        theta: where θ starts.
+        theta: where θ starts. Leaves that are not floating point are constants. A θ of Python integers alone is taken
+            as floating point.
         init: where the first inner solve starts, a pytree like w or ``init(theta, data)``.
         data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early where the
             iterator does.
@@ -104,7 +105,8 @@ def minimize(
 
     Raises:
         ValueError: for fewer than one step, an iterator without any batch, or an unknown ``on_failure``.
-        TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader.
+        TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader, and for
+            a θ whose arrays are all integers or booleans.
         HypergradientError: on a failed status, with ``on_failure="raise"``.
 
     Source: warm starts and the single loop: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel
@@ -124,6 +126,8 @@ def minimize(
         raise ValueError(f"minimize needs steps of at least 1, got {steps}")
     check_policy(on_failure)
     theta = _strongly_typed(outer_variables(theta))
+    if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
+        raise TypeError(f"minimize needs a floating-point leaf in theta, got {jax.tree.map(jnp.result_type, theta)}")
     batches = itertools.islice(_batches(data), steps)
     step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
     state, records, w = optimizer.init(theta), [], None

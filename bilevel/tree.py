@@ -53,6 +53,17 @@ def arrays(a: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), a)
 
 
+def numbers_as_floats(theta: PyTree) -> PyTree:
+    """Return θ with Python integers as Python floats, if no leaf of θ is floating point.
+
+    A Python number has no dtype of its own, so ``theta=1`` means ``theta=1.0``. Beside a floating-point leaf, a Python
+    integer is a constant. So are booleans, and arrays and NumPy scalars of an integer dtype, in any θ.
+    """
+    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(theta)):
+        return theta
+    return jax.tree.map(lambda leaf: float(leaf) if type(leaf) is int else leaf, theta)
+
+
 def scale(factor: PyTree, a: PyTree) -> PyTree:
     """Return ``factor · a``: leaf by leaf where ``factor`` is a tree like ``a``, else one scalar for all leaves."""
     if jax.tree.structure(factor) != jax.tree.structure(a):

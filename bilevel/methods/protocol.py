@@ -33,10 +33,12 @@ class Method(Protocol):
 def outer_variables(theta: PyTree) -> PyTree:
     """Return θ as arrays. A leaf that is not floating point is kept and has no derivative.
 
+    A θ of Python integers, without any floating-point leaf, becomes floating point: see :func:`bilevel.tree.numbers_as_floats`.
+
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(theta)
+    theta = tree.arrays(tree.numbers_as_floats(theta))
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -64,9 +66,9 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
 
 def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
     """Return the inner Solution as a constant, for methods that do not differentiate the solver."""
-    theta = jax.lax.stop_gradient(theta)
-    solution = solvers.solve(solver, condition, starting_point(init, theta, data), theta, data)
-    return jax.lax.stop_gradient(solution)
+    theta, data = jax.lax.stop_gradient((theta, data))
+    start = jax.lax.stop_gradient(starting_point(init, theta, data))
+    return jax.lax.stop_gradient(solvers.solve(solver, condition, start, theta, data))
 
 
 def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:

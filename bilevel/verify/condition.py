@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import tree
 from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify import kinks
@@ -108,6 +109,7 @@ def check_condition(
         >>> report.ok, [check.name for check in report.checks if not check.ok]
         (False, ['symmetry'])
     """
+    theta = tree.numbers_as_floats(theta)
     leaves = _check_leaves(theta, w, data)
     if not leaves.ok:
         return ConditionReport((leaves,))

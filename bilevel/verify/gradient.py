@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import tree
 from bilevel.problem import Problem
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify.causes import likely_cause
@@ -145,7 +146,7 @@ def check_hypergradient(
         (False, 'the formula is right and the inner problem is not solved')
     """
     selected = select_references(against)
-    theta, data = jax.tree.map(jnp.asarray, (theta, data))
+    theta, data = jax.tree.map(jnp.asarray, (tree.numbers_as_floats(theta), data))
     out = jax.jit(method_program(problem, solver, method, init))(*method_arguments(theta, init, data))
     directions = _directions(directions, gradient_vector(out.gradient, theta))
     run = MethodRun(problem, solver, theta, init, data, out, directions)

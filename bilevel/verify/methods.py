@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 
+from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
 from bilevel.types import Hypergradient, PyTree, Status
@@ -121,7 +122,7 @@ def compare_methods(
     """
     if not methods or runs < 1:
         raise ValueError(f"compare_methods needs at least one method and one run, got {len(methods)} and {runs}")
-    theta, data = jax.tree.map(jnp.asarray, (theta, data))
+    theta, data = jax.tree.map(jnp.asarray, (tree.numbers_as_floats(theta), data))
     reference = _reference(problem, solver, theta, init, data)
     rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
     words = "nothing: no reference is available here"

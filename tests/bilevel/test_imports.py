@@ -29,11 +29,23 @@ ALLOWED = {
     "theorem": {"solvers", "conditions", "tree", "types"},
     "methods": {"theorem", "solvers", "linear", "problem", "conditions", "tree", "types"},
     "failures": {"spectrum", "conditions", "types"},
-    "hypergradients": {"failures", "methods", "theorem", "solvers", "problem", "conditions", "tree", "types"},
+    "layer_failures": {"failures", "tree", "types"},
+    "hypergradients": {
+        "layer_failures",
+        "failures",
+        "methods",
+        "theorem",
+        "solvers",
+        "linear",
+        "problem",
+        "conditions",
+        "tree",
+        "types",
+    },
     "outer": {"failures", "methods", "problem", "solvers", "tree", "types"},
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
-    "verify": {"spectrum", "problem", "conditions", "types"},
+    "verify": {"spectrum", "problem", "conditions", "tree", "types"},
     "testing": {"verify", "_deprecation", "_jaxopt", "problem", "conditions", "types"},
 }
 
