@@ -8,9 +8,10 @@ import jax
 from bilevel import tree
 from bilevel.conditions.protocol import Condition
 from bilevel.failures import Policy, advise, check_policy, check_status, succeeded
-from bilevel.methods.protocol import Method, Start, outer_variables, starting_point
+from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Program, Start, StartFunction, choose_start, is_function, trace
 from bilevel.theorem import check_symmetry, solve_implicitly
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
@@ -31,14 +32,17 @@ def value_and_hypergradient(
             ``"warn"`` or ``"ignore"``. Under a trace the status is only data in the result.
 
     Returns:
-        ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, compiled once for each set of shapes
-        and dtypes. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
-        adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as
-        None.
+        ``hypergradient(theta, init, data, linear_init=None, *, start=None) -> Hypergradient``, compiled once for each
+        set of shapes and dtypes. ``init`` is a pytree like w, even one that can be called, such as an Equinox module.
+        In its place, ``start`` is a function ``start(theta, data)`` that returns such a pytree. It is traced in each
+        call, and compiled only if its operations differ from those of earlier calls. A function, a method or a
+        ``functools.partial`` is also accepted as ``init``. ``linear_init`` is where the adjoint solve starts, for
+        instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as None.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
             fit each other. The message lists alternatives.
+        TypeError: when called, for no start or two, and for a leaf of θ, init or data that is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
@@ -53,20 +57,31 @@ def value_and_hypergradient(
     """
     check_policy(on_failure)
 
-    @partial(jax.jit, static_argnames="init_function")
+    @partial(jax.jit, static_argnames="program")
     def compiled(
-        theta: PyTree, init: PyTree, data: PyTree, linear_init: PyTree | None, init_function: Callable | None
+        theta: PyTree, init: PyTree, data: PyTree, linear_init: PyTree | None, program: Program | None
     ) -> tuple[Hypergradient, jax.Array]:
-        out = method(problem, solver, theta, init_function or init, data, linear_init)
+        theta, data = outer_variables(theta), tree.arrays(data)
+        init, linear_init = tree.arrays(init), tree.arrays(linear_init)
+        theta, init, data, linear_init = tree.match_varying_axes(theta, init, data, linear_init)
+        out = method(problem, solver, theta, program.bind(init) if program else init, data, linear_init)
         return out, out.status
 
-    def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
-        theta, data = outer_variables(theta), tree.arrays(data)
-        function, start = (init, None) if callable(init) else (None, tree.arrays(init))
-        theta, start, data, linear_init = tree.match_varying_axes(theta, start, data, linear_init)
-        out, status = compiled(theta, start, data, linear_init, init_function=function)
+    def hypergradient(
+        theta: PyTree,
+        init: Start = None,
+        data: PyTree = None,
+        linear_init: PyTree | None = None,
+        *,
+        start: StartFunction | None = None,
+    ) -> Hypergradient:
+        init, program = choose_start(init, start), None
+        theta, data = tree.traceable(theta, "theta"), tree.traceable(data, "data")
+        if is_function(init):
+            program, init = trace(init, theta, data)
+        out, status = compiled(theta, tree.traceable(init, "init"), data, linear_init, program=program)
         if on_failure != "ignore" and not succeeded(status):
-            check_status(out, on_failure, partial(advise, problem.condition, theta, data))
+            check_status(out, on_failure, partial(advise, problem.condition, tree.arrays(theta), tree.arrays(data)))
         return out
 
     return hypergradient
@@ -81,12 +96,14 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
         linear: solves the tangent and adjoint systems.
 
     Returns:
-        ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
-        ``jax.jit``. The derivative of w in ``init`` is zero by definition. A traced array that the condition captures
-        in a closure is differentiated too. The layer reports no status.
+        ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
+        and ``jax.jit``. It is compiled once for each set of shapes and dtypes. ``init`` and ``start`` are as for
+        :func:`value_and_hypergradient`. The derivative of w in ``init`` is zero by definition. A traced array that the
+        condition captures in a closure is differentiated too. The layer reports no status.
 
     Raises:
         ValueError: for a linear solver that needs a symmetry the condition does not have.
+        TypeError: when called, as :func:`value_and_hypergradient`.
 
     Example:
         >>> import jax
@@ -98,9 +115,19 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
     """
     check_symmetry(linear, condition)
 
-    def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
+    @jax.jit
+    def compiled(theta: PyTree, init: PyTree, data: PyTree) -> PyTree:
         theta, data = outer_variables(theta), tree.arrays(data)
-        theta, start, data = tree.match_varying_axes(theta, starting_point(init, theta, data), data)
-        return solve_implicitly(condition, solver, linear, theta, start, data).w
+        theta, init, data = tree.match_varying_axes(theta, starting_point(init, theta, data), data)
+        return solve_implicitly(condition, solver, linear, theta, init, data).w
+
+    def layer(
+        theta: PyTree, init: Start = None, data: PyTree = None, *, start: StartFunction | None = None
+    ) -> PyTree:
+        init = choose_start(init, start)
+        theta, data = tree.traceable(theta, "theta"), tree.traceable(data, "data")
+        if is_function(init):
+            init = init(*tree.arrays((theta, data)))
+        return compiled(theta, tree.traceable(init, "init"), data)
 
     return layer

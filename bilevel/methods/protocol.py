@@ -10,11 +10,8 @@ from bilevel import solvers, tree
 from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Start, evaluate
 from bilevel.types import Hypergradient, PyTree, Solution
-
-Start = PyTree | Callable[[PyTree, PyTree], PyTree]
-"""The start of the inner solver: a pytree like w, or a function ``init(theta, data)`` that returns one."""
-
 
 class Method(Protocol):
     """A way to differentiate the inner solution."""
@@ -36,7 +33,7 @@ def outer_variables(theta: PyTree) -> PyTree:
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(theta)
+    theta = tree.arrays(theta, "theta")
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -52,7 +49,7 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     Raises:
         TypeError: for a leaf that is not floating point.
     """
-    start = tree.arrays(init(theta, data) if callable(init) else init)
+    start = evaluate(init, theta, data)
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(

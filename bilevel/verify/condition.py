@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import tree
 from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify import kinks
@@ -107,11 +108,12 @@ def check_condition(
         >>> report.ok, [check.name for check in report.checks if not check.ok]
         (False, ['symmetry'])
     """
+    captured = _check_captured(problem, theta)  # compares objects, so it needs θ before the conversion to arrays
+    theta, w, data = tree.arrays(theta, "theta"), tree.arrays(w, "w"), tree.arrays(data, "data")
     leaves = _check_leaves(theta, w, data)
     if not leaves.ok:
         return ConditionReport((leaves,))
     tol = eps_of(w) ** 0.5 if tol is None else tol
-    captured = _check_captured(problem, theta)
     with double_precision():
         structure = _check_structure(problem.condition, theta, w, data)
         if not structure.ok:
