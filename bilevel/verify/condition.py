@@ -156,7 +156,10 @@ def _check_leaves(theta, w, data):
 
 def _check_structure(condition, theta, w, data):
     theta, w, data = (as_double(part) for part in (theta, w, data))
-    residual = jax.eval_shape(condition.residual, w, theta, data)
+    try:
+        residual = jax.eval_shape(condition.residual, w, theta, data)
+    except ValueError as error:
+        return Check("structure", False, str(error), "return one entry of F for each entry of w, in a tree like w.")
     got, wanted = ((jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in (residual, w))
     if got == wanted:
         return Check("structure", True, "the residual is a tree like w")
