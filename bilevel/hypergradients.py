@@ -13,9 +13,10 @@ from bilevel.conditions.protocol import Condition
 from bilevel.failures import Policy, advise, check_policy, check_status, succeeded
 from bilevel.layer_failures import LinearWatch, check_solution, is_concrete
 from bilevel.linear import CG, GMRES, choose_linear
-from bilevel.methods.protocol import Method, Start, outer_variables, starting_point
+from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Program, Start, StartFunction, choose_start, is_function, trace
 from bilevel.theorem import check_symmetry, solve_implicitly
 from bilevel.types import Hypergradient, LinearSolver, PyTree, Solution
 
@@ -36,15 +37,19 @@ def value_and_hypergradient(
             ``"warn"`` or ``"ignore"``. Under a trace the status is only data in the result.
 
     Returns:
-        ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, compiled once for each set of shapes
-        and dtypes. In ``theta``, a leaf that is not floating point is a constant with a zero gradient. A ``theta`` of
-        Python integers alone is taken as floating point. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
-        adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as
-        None.
+        ``hypergradient(theta, init, data, linear_init=None, *, start=None) -> Hypergradient``, compiled once for each
+        set of shapes and dtypes. In ``theta``, a leaf that is not floating point is a constant with a zero gradient. A
+        ``theta`` of Python integers alone is taken as floating point. ``init`` is a pytree like w, even one that can be
+        called, such as an Equinox module. In its place, ``start`` is a function ``start(theta, data)`` that returns
+        such a pytree. It is traced in each call, and compiled only if its operations differ from those of earlier
+        calls. A function, a method or a ``functools.partial`` is also accepted as ``init``. ``linear_init`` is where
+        the adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result
+        as None.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
             fit each other. The message lists alternatives.
+        TypeError: when called, for no start or two, and for a leaf of θ, init or data that is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
@@ -59,20 +64,31 @@ def value_and_hypergradient(
     """
     check_policy(on_failure)
 
-    @partial(jax.jit, static_argnames="init_function")
+    @partial(jax.jit, static_argnames="program")
     def compiled(
-        theta: PyTree, init: PyTree, data: PyTree, linear_init: PyTree | None, init_function: Callable | None
+        theta: PyTree, init: PyTree, data: PyTree, linear_init: PyTree | None, program: Program | None
     ) -> tuple[Hypergradient, jax.Array]:
-        out = method(problem, solver, theta, init_function or init, data, linear_init)
+        theta, data = outer_variables(theta), tree.arrays(data)
+        init, linear_init = tree.arrays(init), tree.arrays(linear_init)
+        theta, init, data, linear_init = tree.match_varying_axes(theta, init, data, linear_init)
+        out = method(problem, solver, theta, program.bind(init) if program else init, data, linear_init)
         return out, out.status
 
-    def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
-        theta, data = outer_variables(theta), tree.arrays(data)
-        function, start = (init, None) if callable(init) else (None, tree.arrays(init))
-        theta, start, data, linear_init = tree.match_varying_axes(theta, start, data, linear_init)
-        out, status = compiled(theta, start, data, linear_init, init_function=function)
+    def hypergradient(
+        theta: PyTree,
+        init: Start = None,
+        data: PyTree = None,
+        linear_init: PyTree | None = None,
+        *,
+        start: StartFunction | None = None,
+    ) -> Hypergradient:
+        init, program = choose_start(init, start), None
+        theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
+        if is_function(init):
+            program, init = trace(init, theta, data)
+        out, status = compiled(theta, tree.traceable(init, "init"), data, linear_init, program=program)
         if on_failure != "ignore" and not succeeded(status):
-            check_status(out, on_failure, partial(advise, problem.condition, theta, data))
+            check_status(out, on_failure, partial(advise, problem.condition, tree.arrays(theta), tree.arrays(data)))
         return out
 
     return hypergradient
@@ -96,14 +112,16 @@ def implicit_layer(
             captured arrays is not judged either.
 
     Returns:
-        ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
-        ``jax.jit``. The derivative of w in ``init`` is zero by definition, and a warning says so where JAX asks for it.
-        A traced array that the condition captures in a closure is differentiated too. A ``theta`` of Python integers
-        alone is taken as floating point.
+        ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
+        and ``jax.jit``. It is compiled once for each set of shapes and dtypes. ``init`` and ``start`` are as for
+        :func:`value_and_hypergradient`. The derivative of w in ``init`` is zero by definition, and a warning says so
+        where JAX asks for it. A traced array that the condition captures in a closure is differentiated too. A
+        ``theta`` of Python integers alone is taken as floating point.
 
     Raises:
         ValueError: for a linear solver that needs a symmetry the condition does not have, and for an unknown
             ``on_failure``.
+        TypeError: when called, as :func:`value_and_hypergradient`.
         HypergradientError: when the layer is called or differentiated, on a failed solve, with ``on_failure="raise"``.
 
     Example:
@@ -119,20 +137,27 @@ def implicit_layer(
         check_symmetry(linear, condition)
     watch = LinearWatch(on_failure)
 
-    def solve(theta: PyTree, init: PyTree, data: PyTree, watched: bool) -> Solution:
+    @partial(jax.jit, static_argnames="watched")
+    def compiled(theta: PyTree, init: PyTree, data: PyTree, watched: bool) -> Solution:
+        theta, data = outer_variables(theta), tree.arrays(data)
+        theta, init, data = tree.match_varying_axes(theta, starting_point(init, theta, data), data)
         chosen = _default_linear(condition, init) if linear is None else linear
         return solve_implicitly(condition, solver, watch.over(chosen) if watched else chosen, theta, init, data)
 
-    def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
-        theta, data = outer_variables(theta), tree.arrays(data)
-        start = starting_point(init if callable(init) else without_tangent(tree.arrays(init)), theta, data)
-        theta, start, data = tree.match_varying_axes(theta, start, data)
-        watched = on_failure != "ignore" and is_concrete((theta, start, data))
-        if watched:
-            theta, data = watch.after_derivative((theta, data))
-        solution = solve(theta, start, data, watched)
+    def layer(theta: PyTree, init: Start = None, data: PyTree = None, *, start: StartFunction | None = None) -> PyTree:
+        init = choose_start(init, start)
+        theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
+        if is_function(init):
+            init = jax.lax.stop_gradient(tree.arrays(init(*tree.arrays((theta, data))), "init"))
+        elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(init)):
+            init = without_tangent(tree.arrays(init, "init"))
+        watched = on_failure != "ignore" and is_concrete((theta, init, data))
+        if not watched:
+            return compiled(theta, tree.traceable(init, "init"), data, watched=False).w
+        theta, data = watch.after_derivative((theta, data))
+        solution = compiled(theta, tree.traceable(init, "init"), data, watched=True)
         check_solution(solution, on_failure)
-        return watch.after_derivative(solution.w) if watched else solution.w
+        return watch.after_derivative(solution.w)
 
     return layer
 

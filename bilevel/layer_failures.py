@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -21,12 +20,13 @@ from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, St
 
 
 def check_solution(solution: Solution, on_failure: Policy) -> None:
-    """Raise an error or warn about a failed inner solve of a layer. For a traced status nothing happens."""
-    if on_failure == "ignore" or isinstance(solution.status, Tracer):
+    """Raise an error or warn about a failed inner solve of a layer. For a status without a value nothing happens."""
+    number, residual_norm = jax.lax.stop_gradient((solution.status, solution.residual_norm))
+    if on_failure == "ignore" or isinstance(number, Tracer):
         return
-    status = Status(int(solution.status))
+    status = Status(int(number))
     if not status.ok:
-        message = f"inner solve of a layer, {status.name}, ‖F‖ = {float(solution.residual_norm):.3g}: {status.message}"
+        message = f"inner solve of a layer, {status.name}, ‖F‖ = {float(residual_norm):.3g}: {status.message}"
         _report(message, solution, on_failure)
 
 

@@ -10,10 +10,8 @@ from bilevel import solvers, tree
 from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Start, evaluate
 from bilevel.types import Hypergradient, PyTree, Solution
-
-Start = PyTree | Callable[[PyTree, PyTree], PyTree]
-"""The start of the inner solver: a pytree like w, or a function ``init(theta, data)`` that returns one."""
 
 
 class Method(Protocol):
@@ -33,12 +31,13 @@ class Method(Protocol):
 def outer_variables(theta: PyTree) -> PyTree:
     """Return θ as arrays. A leaf that is not floating point is kept and has no derivative.
 
-    A θ of Python integers, without any floating-point leaf, becomes floating point: see :func:`bilevel.tree.numbers_as_floats`.
+    A θ of Python integers, without any floating-point leaf, becomes floating point: see
+    :func:`bilevel.tree.numbers_as_floats`.
 
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(tree.numbers_as_floats(theta))
+    theta = tree.arrays(tree.numbers_as_floats(theta), "theta")
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -54,7 +53,7 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     Raises:
         TypeError: for a leaf that is not floating point.
     """
-    start = tree.arrays(init(theta, data) if callable(init) else init)
+    start = evaluate(init, theta, data)
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(

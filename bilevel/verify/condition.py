@@ -109,12 +109,12 @@ def check_condition(
         >>> report.ok, [check.name for check in report.checks if not check.ok]
         (False, ['symmetry'])
     """
-    theta = tree.numbers_as_floats(theta)
+    captured = _check_captured(problem, theta)  # compares objects, so it needs θ before the conversion to arrays
+    theta, w, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(w, "w"), tree.arrays(data, "data")
     leaves = _check_leaves(theta, w, data)
     if not leaves.ok:
         return ConditionReport((leaves,))
     tol = eps_of(w) ** 0.5 if tol is None else tol
-    captured = _check_captured(problem, theta)
     with double_precision():
         structure = _check_structure(problem.condition, theta, w, data)
         if not structure.ok:
@@ -137,8 +137,8 @@ def check_condition(
 
 
 def _named_leaves(**trees):
-    for name, tree in trees.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaves in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):
             yield f"{name}{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
 
 
@@ -157,7 +157,10 @@ def _check_leaves(theta, w, data):
 
 def _check_structure(condition, theta, w, data):
     theta, w, data = (as_double(part) for part in (theta, w, data))
-    residual = jax.eval_shape(condition.residual, w, theta, data)
+    try:
+        residual = jax.eval_shape(condition.residual, w, theta, data)
+    except ValueError as error:
+        return Check("structure", False, str(error), "return one entry of F for each entry of w, in a tree like w.")
     got, wanted = ((jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in (residual, w))
     if got == wanted:
         return Check("structure", True, "the residual is a tree like w")

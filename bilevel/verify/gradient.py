@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
 from bilevel.problem import Problem
+from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify.causes import likely_cause
 from bilevel.verify.comparison import Deviation, Tolerance
@@ -93,13 +93,15 @@ def _row(entry):
 def check_hypergradient(
     problem: Problem,
     theta: PyTree,
-    init: PyTree | Callable[[PyTree, PyTree], PyTree],
+    init: Start,
     data: PyTree,
     solver: Callable,
     method: Callable[..., Hypergradient],
     against: Sequence[str] = ("finite_differences", "unrolled", "dense"),
     directions: np.ndarray | None = None,
     rtol: float | None = None,
+    *,
+    start: StartFunction | None = None,
 ) -> HypergradientReport:
     """Compare a method's hypergradient with references that share no gradient code with it.
 
@@ -123,7 +125,8 @@ def check_hypergradient(
     Args:
         problem: the condition and the outer function.
         theta: outer variables, any pytree; the hypergradient is computed there.
-        init: where the solver starts, a tree like w or ``init(theta, data)``.
+        init: where the solver starts, a pytree like w; None with ``start``. A function, a method or a
+            ``functools.partial`` is taken as ``start``.
         data: the third argument of the problem's functions.
         solver: the inner solver.
         method: called as ``method(problem, solver, theta, init, data)``.
@@ -131,9 +134,11 @@ def check_hypergradient(
         directions: unit vectors ``[m, entries of θ]``. None means every coordinate of a θ with at most 64 entries, and
             8 directions in a larger θ: the method's own gradient and 7 random ones.
         rtol: None means √eps of the narrowest dtype in θ: 1.5e-8 for float64, 3.5e-4 for float32.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
         ValueError: for an unknown reference, for an empty ``against``, or for directions of another shape.
+        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:
@@ -146,7 +151,8 @@ def check_hypergradient(
         (False, 'the formula is right and the inner problem is not solved')
     """
     selected = select_references(against)
-    theta, data = jax.tree.map(jnp.asarray, (tree.numbers_as_floats(theta), data))
+    init = choose_start(init, start)
+    theta, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
     out = jax.jit(method_program(problem, solver, method, init))(*method_arguments(theta, init, data))
     directions = _directions(directions, gradient_vector(out.gradient, theta))
     run = MethodRun(problem, solver, theta, init, data, out, directions)

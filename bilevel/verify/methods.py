@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 
 from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
+from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import tables
 from bilevel.verify.flat import gradient_vector
@@ -89,11 +89,13 @@ class MethodComparison:
 def compare_methods(
     problem: Problem,
     theta: PyTree,
-    init: PyTree | Callable[[PyTree, PyTree], PyTree],
+    init: Start,
     data: PyTree,
     solver: Callable,
     methods: Sequence[Callable[..., Hypergradient]],
     runs: int = 5,
+    *,
+    start: StartFunction | None = None,
 ) -> MethodComparison:
     """Run each method on one problem and measure its error, time, memory and products.
 
@@ -107,9 +109,11 @@ def compare_methods(
         problem, theta, init, data, solver: as for :func:`bilevel.value_and_hypergradient`.
         methods: each is called as ``method(problem, solver, theta, init, data)``.
         runs: the number of timed runs of each method.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
         ValueError: for no methods, or fewer than one run.
+        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
 
     Example:
         >>> from bilevel import CG, GradientDescent, Implicit, Stationary, Unrolled
@@ -122,7 +126,8 @@ def compare_methods(
     """
     if not methods or runs < 1:
         raise ValueError(f"compare_methods needs at least one method and one run, got {len(methods)} and {runs}")
-    theta, data = jax.tree.map(jnp.asarray, (tree.numbers_as_floats(theta), data))
+    init = choose_start(init, start)
+    theta, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
     reference = _reference(problem, solver, theta, init, data)
     rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
     words = "nothing: no reference is available here"

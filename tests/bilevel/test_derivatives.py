@@ -282,7 +282,9 @@ class TestIntegers:
     def test_beside_a_float_an_integer_is_a_constant(self):
         condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta["x"] * theta["n"]) ** 2)
         problem = bl.Problem(condition, lambda w, theta, data: w)
-        out = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), self.method)({"x": 2.0, "n": 3}, 0.0, None)
+        out = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), self.method)(
+            {"x": 2.0, "n": 3}, 0.0, None
+        )
         assert float(out.gradient["x"]) == 3.0
         assert int(out.gradient["n"]) == 0 and jnp.issubdtype(out.gradient["n"].dtype, jnp.integer)
 

@@ -21,13 +21,14 @@ ALLOWED = {
     "_deprecation": set(),
     "tree": {"types"},
     "spectrum": {"tree", "types"},
+    "start": {"tree", "types"},
     "_jaxopt": {"tree", "types"},
     "conditions": {"tree", "types"},
     "problem": {"conditions", "types"},
-    "linear": {"_deprecation", "_jaxopt", "conditions", "tree", "types"},
-    "solvers": {"_deprecation", "_jaxopt", "linear", "conditions", "tree", "types"},
+    "linear": {"_deprecation", "_jaxopt", "conditions", "spectrum", "tree", "types"},
+    "solvers": {"_deprecation", "_jaxopt", "linear", "conditions", "start", "tree", "types"},
     "theorem": {"solvers", "conditions", "tree", "types"},
-    "methods": {"theorem", "solvers", "linear", "problem", "conditions", "tree", "types"},
+    "methods": {"theorem", "solvers", "linear", "problem", "conditions", "start", "tree", "types"},
     "failures": {"spectrum", "conditions", "types"},
     "layer_failures": {"failures", "tree", "types"},
     "hypergradients": {
@@ -39,14 +40,15 @@ ALLOWED = {
         "linear",
         "problem",
         "conditions",
+        "start",
         "tree",
         "types",
     },
-    "outer": {"failures", "methods", "problem", "solvers", "tree", "types"},
+    "outer": {"failures", "methods", "problem", "solvers", "start", "tree", "types"},
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
-    "verify": {"spectrum", "problem", "conditions", "tree", "types"},
-    "testing": {"verify", "_deprecation", "_jaxopt", "problem", "conditions", "types"},
+    "verify": {"spectrum", "problem", "conditions", "start", "tree", "types"},
+    "testing": {"verify", "_deprecation", "_jaxopt", "problem", "conditions", "start", "types"},
 }
 
 

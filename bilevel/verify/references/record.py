@@ -10,6 +10,7 @@ import numpy as np
 
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
+from bilevel.start import evaluate, is_function
 from bilevel.types import PyTree, Solution
 from bilevel.verify.flat import Flat, flatten
 from bilevel.verify.precision import as_double
@@ -90,14 +91,13 @@ def solve_inner(condition: Condition, solver: Callable, theta: PyTree, init: PyT
 
     A solver may return w itself or a :class:`~bilevel.Solution`.
     """
-    start = init(theta, data) if callable(init) else init
-    found = solver(condition, start, theta, data)
+    found = solver(condition, evaluate(init, theta, data), theta, data)
     return as_double(found.w if isinstance(found, Solution) else found)
 
 
 def init_in_double(init: PyTree | Callable) -> PyTree | Callable:
     """Cast ``init`` to float64; if it is a function, cast what it returns."""
-    if callable(init):
+    if is_function(init):
         return lambda theta, data: as_double(init(theta, data))
     return as_double(init)
 
