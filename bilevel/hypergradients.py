@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel import tree
 from bilevel.conditions.protocol import Condition
@@ -149,7 +150,7 @@ def implicit_layer(
         theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
         if is_function(init):
             init = jax.lax.stop_gradient(tree.arrays(init(*tree.arrays((theta, data))), "init"))
-        elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(init)):
+        elif any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(init)):
             init = without_tangent(tree.arrays(init, "init"))
         watched = on_failure != "ignore" and is_concrete((theta, init, data))
         if not watched:

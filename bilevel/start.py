@@ -53,9 +53,8 @@ def choose_start(init: Start, start: StartFunction | None) -> Start:
 
 def evaluate(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     """Return the start as arrays: ``init``, or ``init(theta, data)`` where it is a function."""
-    if init is None:
-        choose_start(None, None)
-    return tree.arrays(init(theta, data) if is_function(init) else init, "init")
+    init = choose_start(init, None)
+    return tree.arrays(init(theta, data) if is_function(init) else init, "init")  # type: ignore[operator]
 
 
 class Program:
