@@ -127,7 +127,7 @@ def benchmarks(env: Environment) -> None:
 
 
 def dev(env: Environment) -> None:
-    """Run the linter, the type checker and one of the tests that need a type checker."""
+    """Run the linter, the type checker, and the file of tests that need a type checker."""
     env.run("-m", "ruff", "check", ROOT)
     env.run("-m", "pyright", "--project", ROOT, "--pythonpath", env.python)
     report = env.run("-m", "pytest", "--all", "--rootdir", ROOT, ROOT / "tests" / "package" / "test_types.py")

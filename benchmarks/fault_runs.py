@@ -74,7 +74,8 @@ def _pytest(copy: Path, arguments: list[str]) -> tuple[float, str]:
     """Return the seconds that pytest took, and its output if a test failed, else ""."""
     environment = os.environ | {
         "PYTHONPATH": str(copy),
-        # Python compares a .pyc with its source's timestamp in seconds only, and two faults may share a second.
+        # Without this, Python could run a stale .pyc: it compares timestamps in whole seconds, and two faults may be
+        # planted within one second.
         "PYTHONDONTWRITEBYTECODE": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time goes into compiling
         # Programs that a fault does not touch are compiled once for all runs.

@@ -82,7 +82,10 @@ class Tally:
 
 
 def flips(content: bytes, source: random.Random) -> bytes:
-    """Return the archive's bytes with one to three faults: anywhere, in its directory of members, or at its end."""
+    """Return the archive's bytes with one to three faults.
+
+    A fault begins anywhere, in or after the directory of members, or in the last 60 bytes.
+    """
     for _ in range(source.randint(1, 3)):
         directory = max(content.rfind(b"PK\x01\x02", 0, len(content) // 2), content.find(b"PK\x01\x02"), 0)
         start = source.choice([0, directory, max(len(content) - 60, 0)])
@@ -168,7 +171,7 @@ def fuzz(directory: Path, cache: Path, watch: Watch, archives: int, source: rand
 
 @contextmanager
 def take_for_official(members) -> Iterator[None]:
-    """Let the loader take the small archives for the official ones inside the context."""
+    """Make the loader accept the small archives as the official ones inside the context."""
     before = omniglot.ARCHIVES, omniglot.TRAIN_CHARACTERS
     omniglot.ARCHIVES, omniglot.TRAIN_CHARACTERS = expected(members), TRAIN_CHARACTERS
     try:

@@ -92,7 +92,7 @@ GUARDS = (
         "Status.NONFINITE",
     ),
     _guard(
-        "indefinite operator: the λ that suffices",
+        "indefinite operator: the error names the λ that suffices",
         "TestIndefinite.test_the_error_names_the_regularisation_that_suffices",
         "advise",
         "not _SMALLEST < 0",
@@ -100,14 +100,14 @@ GUARDS = (
     ),
     # Operators that are declared symmetric but are not symmetric.
     _guard(
-        "declared symmetric, is not: the probe",
+        "false declaration of symmetry: the probe",
         "TestNotSymmetric.test_a_false_declaration_is_reported",
         "Implicit.__call__",
         "condition.symmetric and _DOUBTED",
         "False",
     ),
     _guard(
-        "declared symmetric, is not: the transpose all the same",
+        "false declaration of symmetry: the layer multiplies by the transpose",
         "TestNotSymmetric.test_the_layer_uses_the_transpose_whatever_is_declared",
         "solve_implicitly",
         "is_gradient(_CONDITION)",
@@ -174,32 +174,32 @@ GUARDS = (
         "_REPORT.tasks > 0",
         "jnp.bool_(True)",
     ),
-    # θ that no derivative reaches.
+    # θ that is captured by a closure, enters only the initial point, or is unused.
     _guard(
-        "θ caught by a closure: differentiated",
+        "θ captured by a closure: differentiated",
         "test_theta_caught_by_a_closure_is_differentiated",
         "solve_implicitly",
         "condition.residual(_W, _THETA, _DATA)",
         "jax.lax.stop_gradient(condition.residual(_W, _THETA, _DATA))",
     ),
     _guard(
-        "θ caught by a closure: found by check_condition",
+        "θ captured by a closure: found by check_condition",
         "test_a_captured_theta_is_found",
         "_reachable_values",
         "cells + _GLOBALS",
         "_GLOBALS",
     ),
     _guard(
-        "θ nowhere but in the initial point",
+        "θ only in the initial point",
         "test_a_theta_that_enters_only_the_initial_point_is_found",
         "_check_theta_is_used",
         "not _THROUGH.any()",
         "False",
     ),
     _guard("θ unused", "test_an_unused_leaf_and_an_ignored_w_are_found", "_check_theta_is_used", "sorted(...)", "[]"),
-    # Systems that are solved at once.
+    # Systems that need no iteration, or fewer than the budget.
     _guard(
-        "b = 0",
+        "a right-hand side of zero",
         "test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact",
         "normalise",
         "jnp.where(_SOUND, _SIZE, jnp.ones_like(_SIZE))",
@@ -228,7 +228,7 @@ GUARDS = (
         "jnp.bool_(True)",
     ),
     _guard(
-        "one bad task in a batch: an adjoint worse than none",
+        "one bad task in a batch: an adjoint solve with a residual above 1",
         "test_an_adjoint_worse_than_none_is_left_out",
         "imaml:meta_gradient",
         "_FINITE & (_RESIDUAL <= 1)",
@@ -243,14 +243,14 @@ GUARDS = (
         "list(_FLOATS)",
     ),
     _guard(
-        "dtypes: a factor takes the leaf's",
+        "dtypes: a factor is cast to the dtype of the leaf",
         "TestDtypes",
         "scale",
         "jnp.asarray(_FACTOR, _LEAF.dtype) * _LEAF",
         "jnp.asarray(_FACTOR, jnp.float32) * _LEAF.astype(jnp.float32)",
     ),
     _guard(
-        "leaves: no derivative of a count",
+        "leaves: the derivative in an integer leaf is zero",
         "TestLeaves",
         "with_zeros",
         "_DERIVATIVE if is_floating(...) else _ZEROS",
@@ -264,7 +264,7 @@ GUARDS = (
         "False",
     ),
     _guard(
-        "leaves: inner variables that are no floats refused",
+        "leaves: inner variables that are not floating point refused",
         "TestLeaves.test_complex_and_integer_variables_are_refused_with_a_reason",
         "starting_point",
         "not tree.is_floating(...)",
@@ -272,7 +272,11 @@ GUARDS = (
     ),
     # Points at which a derivative is one-sided.
     _guard(
-        "kinks: a tie", "test_a_kink_is_found_and_its_smooth_variant_is_not", "_check_kinks", "not at_the_point", "True"
+        "kinks: a kink at the point",
+        "test_a_kink_is_found_and_its_smooth_variant_is_not",
+        "_check_kinks",
+        "not at_the_point",
+        "True",
     ),
     _guard(
         "kinks: a projection at its bound",
@@ -298,14 +302,14 @@ GUARDS = (
     ),
     # Scales far from one.
     _guard(
-        "tiny and huge cotangents: solved as units",
+        "tiny and huge cotangents: the right-hand side is normalised",
         "test_scales_with_the_right_hand_side",
         "normalise",
         "jnp.where(_SOUND, _SIZE, jnp.ones_like(_SIZE))",
         "jnp.ones_like(_SIZE)",
     ),
     _guard(
-        "tiny and huge cotangents: a norm without squares that vanish",
+        "tiny and huge cotangents: a norm whose squares do not underflow",
         "test_scales_with_the_right_hand_side",
         "_scaled_norm",
         "jnp.where(_SOUND, _PEAK, jnp.ones_like(_PEAK))",

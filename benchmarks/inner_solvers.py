@@ -22,11 +22,11 @@ import numpy as np
 
 import bilevel as bl
 from bilevel.spectrum import ritz_values
-from imaml import datasets
 from imaml.errors import InputError
 from imaml.learning.algorithms import Learner
 from imaml.learning.problem import support_loss
 from imaml.learning.tasks import Task
+from imaml.runs import data as run_data
 from imaml.runs.evaluation import trained
 from imaml.runs.meta_step import initial_state
 from imaml.settings.published_presets import restore
@@ -121,8 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = trained(options.run, on_event=partial(print, file=sys.stderr))
-        preset = restore(found.description["preset"], found.description["config"])
-        pixels = datasets.load(preset.dataset, options.data).train.pixels
+        saved = found.description
+        preset = restore(saved["preset"], saved["config"], saved.get("types"))
+        pixels = run_data.load(options.run, preset.dataset, options.data).train.pixels
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

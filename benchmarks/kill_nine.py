@@ -41,7 +41,7 @@ def write_for_ever(directory: Path, acknowledged: int) -> None:
 
     Args:
         directory: the folder of the checkpoints.
-        acknowledged: file descriptor that each saved step's number is written to, as 8 bytes.
+        acknowledged: file descriptor to which the number of each saved step is written, as 8 bytes.
     """
     with files.alone_in(directory):
         files.sweep(directory)
@@ -60,7 +60,8 @@ def killed(directory: Path, saves: int, fraction: float) -> int:
     Args:
         directory: the folder of the checkpoints.
         saves: number of finished saves to wait for.
-        fraction: time from the last of them to the kill, as a fraction of the mean time of a save.
+        fraction: time from the last of them to the kill, as a fraction of the mean time of a save, or of 10 ms if
+            ``saves`` is 0.
     """
     reading, writing = os.pipe()
     child = os.fork()

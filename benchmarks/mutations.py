@@ -48,7 +48,7 @@ MUTATIONS = (
     Fault(
         "one step short", "Unrolled", "jax.lax.fori_loop(0, last, _STEP, _W)", "jax.lax.fori_loop(1, last, _STEP, _W)"
     ),
-    Fault("truncation without its cut", "Unrolled", "last < _STEPS", "False"),
+    Fault("truncation ignored", "Unrolled", "last < _STEPS", "False"),
     Fault(
         "init's derivative lost",
         "Unrolled",
@@ -67,7 +67,7 @@ MUTATIONS = (
         "sign after differences", "FiniteDifference", "tree.subtract(outer_theta, _BV)", "tree.add(outer_theta, _BV)"
     ),
     Fault("penalty forgotten", "ValuePenalty", "tree.scale(self.penalty, _DIFFERENCE)", "_DIFFERENCE"),
-    Fault("samples doubled", "EvolutionStrategies", "_DIFFERENCE / (2 * self.scale)", "_DIFFERENCE / self.scale"),
+    Fault("slopes doubled", "EvolutionStrategies", "_DIFFERENCE / (2 * self.scale)", "_DIFFERENCE / self.scale"),
     # Conditions.
     Fault("λ dropped", "Proximal.residual", "tree.scale(_STRENGTH, _AWAY)", "tree.scale(1.0, _AWAY)"),
     Fault("fixed point's sign", "FixedPoint.residual", "tree.subtract(_W, _MAPPED)", "tree.add(_W, _MAPPED)"),
@@ -93,7 +93,7 @@ MUTATIONS = (
         "_WIDEN(lambda r: solver.preconditioner(solver.preconditioner(r)), _B)",
     ),
     Fault("one product skipped", "Neumann", "tree.subtract(_B, _AX)", "_B"),
-    Fault("unit not scaled back", "denormalise", "tree.scale(_UNIT, _X)", "_X"),
+    Fault("solution not scaled back", "denormalise", "tree.scale(_UNIT, _X)", "_X"),
     Fault(
         "float32 in a float64 solve",
         "_factorise",
@@ -109,7 +109,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_into(Path(folder), "bilevel", "pytest_bilevel.py")
         shutil.copy(SUITE, copy)
-        # pytest reads no settings of this repository, so that the kit works as it does for a user.
+        # pytest must not read this repository's settings, because the kit has to work without them.
         arguments = ["-p", "pytest_bilevel", "-c", os.devnull, "--rootdir", str(copy), str(copy / SUITE.name)]
         return run(copy, Sources.read(copy, "bilevel"), [(fault, arguments) for fault in faults], arguments)
 

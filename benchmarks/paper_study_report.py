@@ -84,7 +84,7 @@ FOLLOWED: dict[str, Callable[[dict], float]] = {
 
 
 def _correction(probe):
-    """Return the correction by ``bl.certify`` relative to the gradient, "—" without a certificate.
+    """Return the correction by ``bl.certify`` relative to the gradient as text, or "—" without a certificate.
 
     The number is in brackets if the certificate says that φ is too far from a solution for a first-order correction.
     """
@@ -124,7 +124,8 @@ def _markdown(header, lines):
 def draw(records: list[dict], path: Path) -> Path:
     """Draw the training accuracy of each variant over meta-steps together with the literal setting's; return ``path``.
 
-    A curve is blue or orange if the variant's test accuracy is better or worse by more than both intervals together.
+    A curve is colored if the variant's test accuracy differs from the literal setting's by more than the sum of both
+    intervals: blue if it is higher, orange if it is lower.
     """
     literal = next(record for record in records if record["name"] == LITERAL)
     others = [record for record in records if record is not literal]

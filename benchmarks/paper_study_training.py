@@ -51,11 +51,11 @@ def tuned(tasks: Task, knobs: Knobs) -> TunedTask:
 
 @dataclass(frozen=True)
 class Descent:
-    """Gradient descent as :class:`bilevel.GradientDescent`, with the step size ``data.inner_rate`` of the task.
+    """Gradient descent like :class:`bilevel.GradientDescent`, with the step size ``data.inner_rate`` of the task.
 
     Args:
         max_steps: number of steps.
-        momentum: factor on the sum of former gradients.
+        momentum: factor of the sum of earlier gradients.
     """
 
     max_steps: int
@@ -72,7 +72,7 @@ class Descent:
 
 @dataclass(frozen=True)
 class TunedLearner:
-    """A learner as :class:`imaml.Learner`, except that λ and the inner rate are part of a :class:`TunedTask`.
+    """A learner like :class:`imaml.Learner`, except that λ and the inner rate are part of a :class:`TunedTask`.
 
     Args:
         inner: the inner solver; the step size of gradient descent is ignored.
@@ -110,13 +110,13 @@ PROBLEM = bl.Problem(
     task_problem(APPLY, cross_entropy, 1.0).outer,
     has_aux=True,
 )
-"""The problem of all variants, with λ from the task. ``task_problem`` gives only its outer objective, without λ."""
+"""The problem of all variants, with λ from the task. Only its outer objective comes from ``task_problem``."""
 
 
 def learner_of(variant: Variant) -> TunedLearner:
     """Return the learner of a variant; variants that differ only in their knobs have equal learners.
 
-    Step size 1 replaces the variant's, which is part of the knobs.
+    The step size of the variant is one of its knobs, so the learner has the step size 1 instead.
     """
     inner = variant.inner
     return TunedLearner(
@@ -223,11 +223,11 @@ def probe(learner: TunedLearner, theta: dict, tasks: TunedTask, certified: bool)
         ],
     }
     if certified:
-        # The budget needs not suffice to solve the systems: the certificate accounts for their residuals.
+        # The budget need not suffice to solve the systems: the certificate accounts for their residuals.
         certificate = bl.certify(PROBLEM, theta, outs[0], each[0], linear=bl.CG(CERTIFYING_STEPS))
         found |= {
             "gradient": float(certificate.norm),
-            # As Certificate.estimate, but without its bound on rounding, which is infinite with estimated constants.
+            # Certificate.estimate is this distance raised to Certificate.rounding, which may be infinite.
             "correction": float(tree.norm(tree.subtract(outs[0].gradient, certificate.gradient))),
             "first_order": bool(certificate.first_order),
         }

@@ -14,7 +14,7 @@ class Variant:
 
     Args:
         factor: the factor that differs from the base variant, in words.
-        strength: λ, on the mean support loss.
+        strength: λ of the proximal term that is added to the mean support loss.
         inner: the inner solver.
         linear: the solver of the adjoint system. The study counts the tasks in which CG meets a direction of negative
             curvature. Only the engine ``"watched"`` checks every direction; the default engine reports negative
@@ -23,7 +23,7 @@ class Variant:
         learning_rate: Adam's learning rate.
         tasks: number of tasks in a meta-step.
         queries: number of query images of each class in training; the test uses one.
-        kernel_gain: factor on the initial kernels, which are Glorot's.
+        kernel_gain: factor of the initial kernels, which are Glorot's.
     """
 
     factor: str

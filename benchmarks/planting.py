@@ -26,7 +26,7 @@ from typing import NamedTuple
 PLACEHOLDER = re.compile(r"_[A-Z]")
 Named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ATOMS = (ast.Call, ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List)
-"""Expressions that need no parentheses, whatever stands around them."""
+"""Expressions that need no parentheses in any context."""
 
 
 class PlantingError(ValueError):
@@ -104,7 +104,7 @@ class Sources:
         if found:
             raise PlantingError(f"{place} is defined {len(found)} times, write one of {', '.join(full)}")
         close = full or difflib.get_close_matches(name, self.definitions, n=3)
-        advice = f", only {', '.join(close)}" if close else ""
+        advice = f"; similar: {', '.join(close)}" if close else ""
         raise PlantingError(f"no function, method or class is called {place}{advice}")
 
     def plant(self, fault: Fault) -> Change:
@@ -138,7 +138,7 @@ class Sources:
         raise PlantingError(f"{fault.pattern} matches {len(found)} times in {where}, not once; {hint}")
 
     def _elsewhere(self, pattern):
-        """Name the smallest definitions in which the pattern matches: code often moves into a function of its own."""
+        """Name the smallest definitions in which the pattern matches, because code often moves to another function."""
         found = [
             (len(ast.unparse(each.node)), f"{each.module}:{name}")
             for name, definitions in self.definitions.items()
@@ -149,7 +149,7 @@ class Sources:
 
 
 def match(pattern: ast.AST, node: ast.AST) -> dict[str, ast.expr] | None:
-    """Return the expression that each placeholder of the pattern stands for, or None where the pattern does not match.
+    """Return the expression that each placeholder of the pattern stands for, or None if the pattern does not match.
 
     Example:
         >>> bound = match(_parsed("f(_A, ...)"), _parsed("f(x + 1, y, key=z)"))
@@ -197,7 +197,7 @@ def _is_ellipsis(node):
 
 
 def _parsed(snippet):
-    """Return the snippet as an expression where it is one, else as its only statement."""
+    """Return the syntax tree of a snippet that is one expression or one statement."""
     try:
         body = ast.parse(snippet).body
     except SyntaxError as error:
@@ -275,7 +275,7 @@ def _spliced(place, node, new):
     elif not isinstance(new, ATOMS):
         code = f"({code})"
     changed = content[:start] + code.encode() + content[end:]
-    # Precedence and indentation are right if the text parses to the tree that was meant.
+    # Precedence and indentation are right if the changed text parses to the changed tree.
     copies: dict[int, ast.AST] = {}
     meant = copy.deepcopy(place.module_tree, copies)
     meant = _Exchange({id(copies[id(node)]): new}).visit(meant)

@@ -25,10 +25,11 @@ class HypergradientError(RuntimeError):
     """Error raised for a failed status.
 
     Attributes:
-        result: the :class:`Hypergradient` with the failed status, complete.
+        result: the :class:`Hypergradient` with the failed status, complete. From :func:`implicit_layer` it is the
+            :class:`Solution` of a failed inner solve, and None for a failed linear solve.
     """
 
-    def __init__(self, message: str, result: Hypergradient):
+    def __init__(self, message: str, result: Any):
         super().__init__(message)
         self.result = result
 

@@ -1,18 +1,24 @@
 """The two entry points: the hypergradient as a function, and the inner solution as a differentiable layer."""
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.conditions.protocol import Condition
 from bilevel.failures import Policy, advise, check_policy, check_status, succeeded
-from bilevel.methods.protocol import Method, Start, outer_variables, starting_point
+from bilevel.layer_failures import LinearWatch, check_solution, is_concrete
+from bilevel.linear import CG, GMRES, choose_linear
+from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Program, Start, StartFunction, choose_start, is_function, trace
 from bilevel.theorem import check_symmetry, solve_implicitly
-from bilevel.types import Hypergradient, LinearSolver, PyTree
+from bilevel.types import Hypergradient, LinearSolver, PyTree, Solution
 
 
 def value_and_hypergradient(
@@ -31,14 +37,19 @@ def value_and_hypergradient(
             ``"warn"`` or ``"ignore"``. Under a trace the status is only data in the result.
 
     Returns:
-        ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, compiled once for each set of shapes
-        and dtypes. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
-        adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as
-        None.
+        ``hypergradient(theta, init, data, linear_init=None, *, start=None) -> Hypergradient``, compiled once for each
+        set of shapes and dtypes. In ``theta``, a leaf that is not floating point is a constant with a zero gradient. A
+        ``theta`` of Python integers alone is taken as floating point. ``init`` is a pytree like w, even one that can be
+        called, such as an Equinox module. In its place, ``start`` is a function ``start(theta, data)`` that returns
+        such a pytree. It is traced in each call, and compiled only if its operations differ from those of earlier
+        calls. A function, a method or a ``functools.partial`` is also accepted as ``init``. ``linear_init`` is where
+        the adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result
+        as None.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
             fit each other. The message lists alternatives.
+        TypeError: when called, for no start or two, and for a leaf of θ, init or data that is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
@@ -53,40 +64,65 @@ def value_and_hypergradient(
     """
     check_policy(on_failure)
 
-    @partial(jax.jit, static_argnames="init_function")
+    @partial(jax.jit, static_argnames="program")
     def compiled(
-        theta: PyTree, init: PyTree, data: PyTree, linear_init: PyTree | None, init_function: Callable | None
+        theta: PyTree, init: PyTree, data: PyTree, linear_init: PyTree | None, program: Program | None
     ) -> tuple[Hypergradient, jax.Array]:
-        out = method(problem, solver, theta, init_function or init, data, linear_init)
+        theta, data = outer_variables(theta), tree.arrays(data)
+        init, linear_init = tree.arrays(init), tree.arrays(linear_init)
+        theta, init, data, linear_init = tree.match_varying_axes(theta, init, data, linear_init)
+        out = method(problem, solver, theta, program.bind(init) if program else init, data, linear_init)
         return out, out.status
 
-    def hypergradient(theta: PyTree, init: Start, data: PyTree, linear_init: PyTree | None = None) -> Hypergradient:
-        theta, data = outer_variables(theta), tree.arrays(data)
-        function, start = (init, None) if callable(init) else (None, tree.arrays(init))
-        theta, start, data, linear_init = tree.match_varying_axes(theta, start, data, linear_init)
-        out, status = compiled(theta, start, data, linear_init, init_function=function)
+    def hypergradient(
+        theta: PyTree,
+        init: Start = None,
+        data: PyTree = None,
+        linear_init: PyTree | None = None,
+        *,
+        start: StartFunction | None = None,
+    ) -> Hypergradient:
+        init, program = choose_start(init, start), None
+        theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
+        if is_function(init):
+            program, init = trace(init, theta, data)
+        out, status = compiled(theta, tree.traceable(init, "init"), data, linear_init, program=program)
         if on_failure != "ignore" and not succeeded(status):
-            check_status(out, on_failure, partial(advise, problem.condition, theta, data))
+            check_status(out, on_failure, partial(advise, problem.condition, tree.arrays(theta), tree.arrays(data)))
         return out
 
     return hypergradient
 
 
-def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolver) -> Callable[..., PyTree]:
+def implicit_layer(
+    condition: Condition, solver: InnerSolver, linear: LinearSolver | None = None, on_failure: Policy = "raise"
+) -> Callable[..., PyTree]:
     """Return the inner solution as a differentiable function of θ and data.
 
     Args:
         condition: what holds at the solution.
         solver: finds the solution.
-        linear: solves the tangent and adjoint systems.
+        linear: solves the tangent and adjoint systems. None means the choice of :func:`choose_linear` for the number of
+            unknowns; an iterative one then takes up to 1000 steps, until the relative residual is at most 1e-5.
+        on_failure: what to do about a failed inner or linear solve when the layer is called with concrete values:
+            ``"raise"``, ``"warn"`` or ``"ignore"``. A linear solve without a ``tol`` has failed too if its relative
+            residual is above the square root of the machine epsilon, or above 1e-5 in float64. Under ``jit``, ``vmap``
+            and ``scan`` nothing is raised: call the layer once with concrete values, or use
+            :func:`value_and_hypergradient`, which returns the statuses. The linear solve of a derivative in nothing but
+            captured arrays is not judged either.
 
     Returns:
-        ``layer(theta, init, data) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap`` and
-        ``jax.jit``. The derivative of w in ``init`` is zero by definition. A traced array that the condition captures
-        in a closure is differentiated too. The layer reports no status.
+        ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
+        and ``jax.jit``. It is compiled once for each set of shapes and dtypes. ``init`` and ``start`` are as for
+        :func:`value_and_hypergradient`. The derivative of w in ``init`` is zero by definition, and a warning says so
+        where JAX asks for it. A traced array that the condition captures in a closure is differentiated too. A
+        ``theta`` of Python integers alone is taken as floating point.
 
     Raises:
-        ValueError: for a linear solver that needs a symmetry the condition does not have.
+        ValueError: for a linear solver that needs a symmetry the condition does not have, and for an unknown
+            ``on_failure``.
+        TypeError: when called, as :func:`value_and_hypergradient`.
+        HypergradientError: when the layer is called or differentiated, on a failed solve, with ``on_failure="raise"``.
 
     Example:
         >>> import jax
@@ -96,11 +132,57 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
         >>> float(jax.grad(layer)(3.0, 0.0, None))
         6.0
     """
-    check_symmetry(linear, condition)
+    check_policy(on_failure)
+    if linear is not None:
+        check_symmetry(linear, condition)
+    watch = LinearWatch(on_failure)
 
-    def layer(theta: PyTree, init: Start, data: PyTree) -> PyTree:
+    @partial(jax.jit, static_argnames="watched")
+    def compiled(theta: PyTree, init: PyTree, data: PyTree, watched: bool) -> Solution:
         theta, data = outer_variables(theta), tree.arrays(data)
-        theta, start, data = tree.match_varying_axes(theta, starting_point(init, theta, data), data)
-        return solve_implicitly(condition, solver, linear, theta, start, data).w
+        theta, init, data = tree.match_varying_axes(theta, starting_point(init, theta, data), data)
+        chosen = _default_linear(condition, init) if linear is None else linear
+        return solve_implicitly(condition, solver, watch.over(chosen) if watched else chosen, theta, init, data)
+
+    def layer(theta: PyTree, init: Start = None, data: PyTree = None, *, start: StartFunction | None = None) -> PyTree:
+        init = choose_start(init, start)
+        theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
+        if is_function(init):
+            init = jax.lax.stop_gradient(tree.arrays(init(*tree.arrays((theta, data))), "init"))
+        elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(init)):
+            init = without_tangent(tree.arrays(init, "init"))
+        watched = on_failure != "ignore" and is_concrete((theta, init, data))
+        if not watched:
+            return compiled(theta, tree.traceable(init, "init"), data, watched=False).w
+        theta, data = watch.after_derivative((theta, data))
+        solution = compiled(theta, tree.traceable(init, "init"), data, watched=True)
+        check_solution(solution, on_failure)
+        return watch.after_derivative(solution.w)
 
     return layer
+
+
+def _default_linear(condition: Condition, w: PyTree) -> LinearSolver:
+    """Return the linear solver of a layer for which none was given."""
+    solver = choose_linear(condition, w).solver
+    return replace(solver, max_steps=1000, tol=1e-5) if isinstance(solver, CG | GMRES) else solver
+
+
+@jax.custom_jvp
+def without_tangent(init: PyTree) -> PyTree:
+    """Return the start of a layer. JAX's derivative in it is zero, with a warning."""
+    return init
+
+
+@without_tangent.defjvp
+def _warn(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+    del tangents
+    warnings.warn(
+        "the init of an implicit_layer is being differentiated, and the solution's derivative in init is zero: the "
+        "arguments are (theta, init, data), and two of them may have been swapped; if not, pass "
+        "jax.lax.stop_gradient(init)",
+        UserWarning,
+        stacklevel=2,
+    )
+    (init,) = primals
+    return without_tangent(init), jax.tree.map(jnp.zeros_like, init)

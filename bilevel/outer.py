@@ -6,18 +6,20 @@ such a start, each solver needs a few steps for an accuracy that takes many step
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel import tree
 from bilevel.failures import Policy, advise, check_policy, check_status
-from bilevel.methods.protocol import Method, Start, outer_variables, starting_point
+from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ def minimize(
     warm_start: bool = True,
     callback: Callable[[int, PyTree, Hypergradient], None] | None = None,
     on_failure: Policy = "raise",
+    *,
+    start: StartFunction | None = None,
 ) -> Minimum:
     """Minimise outer(w*(θ), θ, data) over θ with an optax optimiser.
 
@@ -81,8 +85,10 @@ def minimize(
 
     Args:
         problem: the condition and the outer function.
-        theta: where θ starts.
-        init: where the first inner solve starts, a pytree like w or ``init(theta, data)``.
+        theta: where θ starts. Leaves that are not floating point are constants. A θ of Python integers alone is taken
+            as floating point.
+        init: where the first inner solve starts, a pytree like w; None with ``start``. A function, a method or a
+            ``functools.partial`` is taken as ``start``.
         data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early where the
             iterator does.
         solver: finds the inner solution.
@@ -92,19 +98,22 @@ def minimize(
             solve and an adjoint solve.
         steps: outer steps.
         warm_start: if True, each inner and adjoint solve starts from the previous solution. If False, each inner solve
-            starts from ``init`` and each adjoint solve from the solver's default. Set it to False if ``init`` depends
-            on θ and the hypergradient shall include the derivative of ``init`` (MAML).
+            starts from ``init`` or ``start`` and each adjoint solve from the solver's default. Set it to False if the
+            start depends on θ and the hypergradient shall include its derivative (MAML).
         callback: called with the number of the step, the θ at which it was taken, and the :class:`Hypergradient`. It
             may raise an exception to stop the loop.
         on_failure: what to do about a failed status: ``"raise"``, ``"warn"`` or ``"ignore"``. A step with status
             NONFINITE changes nothing: θ, the optimiser's state and the starting points stay as they were.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Returns:
         a :class:`Minimum`.
 
     Raises:
         ValueError: for fewer than one step, an iterator without any batch, or an unknown ``on_failure``.
-        TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader.
+        TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ
+            whose arrays are all integers or booleans; for no start or two; and for a leaf of θ, init or data that is
+            not an array.
         HypergradientError: on a failed status, with ``on_failure="raise"``.
 
     Source: warm starts and the single loop: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel
@@ -123,12 +132,15 @@ def minimize(
     if steps < 1:
         raise ValueError(f"minimize needs steps of at least 1, got {steps}")
     check_policy(on_failure)
+    init = choose_start(init, start)
     theta = _strongly_typed(outer_variables(theta))
+    if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
+        raise TypeError(f"minimize needs a floating-point leaf in theta, got {jax.tree.map(jnp.result_type, theta)}")
     batches = itertools.islice(_batches(data), steps)
     step = _compiled_step(problem, solver, method, optimizer, None if warm_start else init)
     state, records, w = optimizer.init(theta), [], None
     for number, batch in enumerate(batches):
-        batch = tree.arrays(batch)
+        batch = tree.arrays(batch, "data")
         if w is None:
             w = _strongly_typed(starting_point(init, theta, batch))
             adjoint = jax.tree.map(jnp.zeros_like, w)
@@ -140,7 +152,15 @@ def minimize(
         records.append(record)
     if not records:
         raise ValueError("minimize needs data for at least one step, got an iterator that is empty")
-    return Minimum(theta, out.inner.w, jax.tree.map(lambda *entries: jnp.stack(entries), *records))
+    return Minimum(theta, out.inner.w, _history(records, solves_adjoint=out.linear is not None))
+
+
+def _history(records, solves_adjoint):
+    history = jax.tree.map(lambda *entries: jnp.stack(entries), *records)
+    if solves_adjoint:
+        return history
+    residual = np.full(history.linear_residual.shape, np.nan, history.linear_residual.dtype)
+    return replace(history, linear_residual=jnp.asarray(residual))
 
 
 def _batches(data):
@@ -151,7 +171,7 @@ def _batches(data):
             f"minimize takes data as a pytree or as an iterator of pytrees, and {type(data).__name__} is neither: "
             "pass iter(...) of it, or a generator that repeats it"
         )
-    return itertools.repeat(data)
+    return itertools.repeat(tree.arrays(data, "data"))
 
 
 def _strongly_typed(variables):
@@ -191,7 +211,8 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
         sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
         after, before = (moved, next_state, out.inner.w, next_adjoint), (theta, state, w, adjoint)
         kept = jax.tree.map(partial(_new_if_sound, sound), after, before)
-        linear = jnp.full_like(size, jnp.nan) if out.linear is None else out.linear.relative_residual
+        # A NaN that the compiled step returned would be an error under jax_debug_nans: `_history` puts it in.
+        linear = jnp.zeros_like(size) if out.linear is None else out.linear.relative_residual
         record = History(out.value, size, out.inner.residual_norm, linear, out.status)
         return *kept, record, out
 

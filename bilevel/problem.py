@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bilevel.conditions.protocol import Condition
+from bilevel.conditions.protocol import Condition, check_signature
 from bilevel.types import PyTree
 
 
@@ -15,8 +15,14 @@ class Problem:
         condition: what holds at w*.
         outer: ``outer(w, theta, data) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
         has_aux: whether ``outer`` returns ``(scalar, aux)``, where aux is any pytree.
+
+    Raises:
+        TypeError: for an outer function that does not take three arguments.
     """
 
     condition: Condition
     outer: Callable[[PyTree, PyTree, PyTree], object]
     has_aux: bool = False
+
+    def __post_init__(self) -> None:
+        check_signature("Problem", "outer", self.outer, "w", "theta", "data")

@@ -97,11 +97,13 @@ def solve_linear(
         floats = jax.tree.map(_as_float, replace(info, solution=None))
         return tree.match_varying_axes(x, floats)  # type: ignore[return-value]
 
+    times_one = _one_that_depends_on(matvec, b)
+    b = times_one(_couple_leaves(b))
     # The transposed solve gets no start: ``init`` belongs to this system.
     x, info = jax.lax.custom_linear_solve(
-        matvec, _couple_leaves(b), partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
+        matvec, b, partial(find, init=init), transpose_solve=find, symmetric=symmetric, has_aux=True
     )
-    x = _couple_leaves(x)
+    x = times_one(_couple_leaves(x))
     iterations = None if info.iterations is None else info.iterations.astype(jnp.int32)
     return x, replace(info, solution=x, iterations=iterations, status=info.status.astype(jnp.int32))
 
@@ -114,6 +116,22 @@ def _couple_leaves(v: PyTree) -> PyTree:
     """
     flat, unravel = ravel_pytree(tree.widened(v))
     return tree.like(unravel(flat), v)
+
+
+def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree]:
+    """Return multiplication by a number 1 that depends on every array that ``matvec`` captures.
+
+    ``custom_linear_solve`` solves for the tangent ∂b − (∂A)x, in which some leaves may have no ∂A. After a
+    multiplication of b by this number, every leaf of b has a tangent if A has one. After a multiplication of x, so has
+    every cotangent. The number is 1 plus sums over no entries, so an array that is not finite does not change it.
+    """
+    _, captured = jax.closure_convert(matvec, b)
+    zeros = [jnp.real(jnp.sum(array[..., None][..., :0])) for array in captured]
+
+    def multiply(leaf: jax.Array) -> jax.Array:
+        return leaf * sum((zero.astype(leaf.dtype) for zero in zeros), jnp.ones((), leaf.dtype))
+
+    return lambda v: jax.tree.map(multiply, v)
 
 
 def _as_float(number: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.types import PyTree
 
@@ -48,16 +49,62 @@ def _scaled_norm(a, squares):
     return unit * jnp.sqrt(vdot(scaled, scaled))
 
 
-def arrays(a: PyTree) -> PyTree:
-    """Return the tree with every leaf as a JAX array."""
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), a)
+def arrays(a: PyTree, name: str = "") -> PyTree:
+    """Return the tree with every leaf as a JAX array.
+
+    Raises:
+        TypeError: for a leaf that is not an array or a number; the message begins with ``name`` and the leaf's path.
+    """
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(a)):
+        return a
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _array(leaf, f"{name}{jax.tree_util.keystr(path)}"), a)
+
+
+def traceable(a: PyTree, name: str) -> PyTree:
+    """Return a tree that ``jax.jit`` takes, in less time than :func:`arrays`: numbers and NumPy arrays may stay.
+
+    Raises:
+        TypeError: as :func:`arrays`.
+    """
+    for leaf in jax.tree.leaves(a):
+        if not isinstance(leaf, jax.Array | float | int) and not (
+            isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub"
+        ):
+            return arrays(a, name)
+    return a
+
+
+def _array(leaf: object, name: str) -> jax.Array:
+    try:
+        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} is not an array or a number, got {type(leaf).__name__}: capture a function or a string in the "
+            "functions of the problem, or make it a static field (metadata of a registered dataclass, "
+            "equinox.field(static=True)), or split the tree (equinox.partition, flax.nnx.split) and pass its arrays"
+        ) from error
+
+
+def numbers_as_floats(theta: PyTree) -> PyTree:
+    """Return θ with Python integers as Python floats, if no leaf of θ is floating point.
+
+    A Python number has no dtype of its own, so ``theta=1`` means ``theta=1.0``. Beside a floating-point leaf, a Python
+    integer is a constant. So are booleans, and arrays and NumPy scalars of an integer dtype, in any θ.
+    """
+    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(theta)):
+        return theta
+    return jax.tree.map(lambda leaf: float(leaf) if type(leaf) is int else leaf, theta)
 
 
 def scale(factor: PyTree, a: PyTree) -> PyTree:
     """Return ``factor · a``: leaf by leaf where ``factor`` is a tree like ``a``, else one scalar for all leaves."""
-    if jax.tree.structure(factor) != jax.tree.structure(a):
-        factor = jax.tree.map(lambda _: factor, a)
-    return jax.tree.map(lambda f, leaf: jnp.asarray(f, leaf.dtype) * leaf if is_floating(leaf) else leaf, factor, a)
+
+    def scaled(leaf: jax.Array, factor: jax.Array) -> jax.Array:
+        return jnp.asarray(factor, leaf.dtype) * leaf if is_floating(leaf) else leaf
+
+    if jax.tree.structure(factor) == jax.tree.structure(a):
+        return jax.tree.map(scaled, a, factor)
+    return jax.tree.map(lambda leaf: scaled(leaf, factor), a)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

@@ -21,6 +21,15 @@ class TinyMLP:
         return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
 
 
+@dataclass(frozen=True)
+class PermutedEpisode(Episode):
+    """Tasks with the labels of the query set in reverse order: other tasks than those of an :class:`Episode`."""
+
+    def sample(self, pixels, key, rotate=False):
+        task = super().sample(pixels, key, rotate)
+        return replace(task, query_y=task.query_y[::-1])
+
+
 def tiny_preset(steps):
     """Return the preset ``glyphs-5way-1shot-gd`` with the smallest tasks, the tiny network and few meta-steps."""
     return replace(

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed agree             compare our gradient with PyTorch's of the same operator, in float64
     python -m benchmarks.speed few-shot          time W1 and W2 on one core, against the PyTorch libraries
+    python -m benchmarks.speed gpu               time W1 and W2 on a GPU, against the authors' computation in PyTorch
     python -m benchmarks.speed linear            time hypergradients of ridge and logistic regression, against others
     python -m benchmarks.speed floor             time the meta-gradient and each of its parts
     python -m benchmarks.speed tasks             time the meta-gradient for 1 to 64 tasks
@@ -9,8 +10,8 @@
     python -m benchmarks.speed memory            read the meta-gradient's temporary memory for 16 and 1000 inner steps
     python -m benchmarks.speed start             time from `imaml train` to the first meta-step
     python -m benchmarks.speed host              measure the meta-steps' share of a training run's time
-    python -m benchmarks.speed table             print the tables of docs/speed.md from the records
-    python -m benchmarks.speed plot              draw the picture of docs/speed.md from the records
+    python -m benchmarks.speed table             print the records as Markdown tables
+    python -m benchmarks.speed plot              draw docs/images/speed.png from the records
 
 docs/speed.md describes the suites. No other program should run on the machine meanwhile.
 """
@@ -18,6 +19,7 @@ docs/speed.md describes the suites. No other program should run on the machine m
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -44,14 +46,17 @@ LINEAR = (
 TOLERANCE = 1e-10
 """Largest relative difference between our gradient and PyTorch's in float64 that counts as agreement."""
 TASKS = (1, 4, 16, 64)
+GPU_TASKS = {"W1": 32, "W2": 8}
+"""Numbers of tasks on a GPU, which computes many small tasks at once."""
 KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "1000000000"))
-"""Variables with which glibc keeps freed memory for the next call. Paging it in anew takes a tenth of a task's time."""
+"""Variables that make glibc keep freed memory for the next call, because page faults take a tenth of a task's time."""
 
 
 def agree(options) -> bool:
     """Compare our meta-gradient with that of the same linear operator in PyTorch, in float64.
 
-    The other libraries compute other gradients, so their differences are only printed.
+    The differences of the other programs are only printed, because the authors' operator and unrolled MAML give other
+    gradients.
     """
     item = dataclasses.replace(ITEMS["W1"], tasks=2)
     differences = {}
@@ -74,6 +79,22 @@ def few_shot(options) -> bool:
     for name in options.items or ("W1", "W2"):
         record = alternate(ITEMS[name], list(FEW_SHOT), options.rounds)
         report.save(f"speed-{name}", record)
+        report.show(name, record)
+    return True
+
+
+def gpu(options) -> bool:
+    """Time meta-gradients of 32 tasks of W1 and of 8 tasks of W2 on a GPU, in float32."""
+    environment = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"), ("SPEED_TORCH_DEVICE", "cuda"))
+    fields = {"cores": tuple(range(min(4, os.cpu_count() or 1))), "environment": environment}
+    contenders = [
+        Contender("all tasks at once", "ours", "all tasks at once", ours=True, **fields),
+        Contender("one task after another", "ours", "meta-gradient", ours=True, **fields),
+        Contender("authors' computation, PyTorch", "reference_torch", "meta-gradient", **fields),
+    ]
+    for name in options.items or GPU_TASKS:
+        record = alternate(dataclasses.replace(ITEMS[name], tasks=GPU_TASKS[name]), contenders, options.rounds)
+        report.save(f"speed-gpu-{name}", record)
         report.show(name, record)
     return True
 
@@ -159,7 +180,7 @@ def host(options) -> bool:
 
 
 def table(options) -> bool:
-    """Print the tables of docs/speed.md."""
+    """Print the records as Markdown tables."""
     print(report.table())
     return True
 
@@ -171,8 +192,8 @@ def plot(options) -> bool:
 
 
 SUITES = {
-    "agree": agree, "few-shot": few_shot, "linear": linear, "floor": floor, "tasks": tasks, "devices": devices,
-    "memory": memory, "start": start, "host": host, "table": table, "plot": plot,
+    "agree": agree, "few-shot": few_shot, "gpu": gpu, "linear": linear, "floor": floor, "tasks": tasks,
+    "devices": devices, "memory": memory, "start": start, "host": host, "table": table, "plot": plot,
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class Contender:
         program: name of the program in that module.
         cores: the CPU cores that the process is pinned to.
         ours: whether the process runs this library, in this Python; otherwise it runs ``PEERS``.
-        changes: fields of the workload that have other values for this contender, with these values.
+        changes: fields of the workload that are changed for this contender, with their new values.
         calls: number of calls in a timed run. Short programs need several: the first call of a run finds CPU caches
             that other processes have filled, and takes longer.
         environment: variables of the process in addition to this process's.

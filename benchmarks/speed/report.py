@@ -8,7 +8,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
 REPEATS = 20
-"""Repetitions in ``20 gradients`` and ``20 outer gradients``, and products that ``linearise, 21`` adds to one."""
+"""Repetitions in ``20 gradients`` and ``20 outer gradients``; also the products that ``linearise, 21`` computes beyond
+those of ``linearise, 1``."""
 
 
 def save(name: str, record: dict) -> None:
@@ -70,13 +71,13 @@ def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def table() -> str:
-    """Return the Markdown tables of docs/speed.md, for the timed suites that have a record."""
+    """Return a Markdown table for each record of a workload, of the devices or of the numbers of tasks."""
     names = [name for name in ("W1", "W2", "ridge", "logistic", "devices", "tasks") if _path(name).exists()]
     return "\n\n".join(f"### {name}\n\n" + "\n".join(rows(load(f"speed-{name}"))) for name in names)
 
 
 def plot() -> Path:
-    """Draw the times of each contender in multiples of ours, with their range over rounds; return the file's path."""
+    """Draw the median and range of each contender's times in multiples of ours; return the file's path."""
     import matplotlib
 
     matplotlib.use("Agg")

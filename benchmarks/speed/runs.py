@@ -54,6 +54,7 @@ def host_share(rounds: int) -> dict[str, object]:
     """
     import jax
 
+    from imaml import datasets
     from imaml.parallel.devices import global_mesh, on_all, use_all_cores
     from imaml.runs import training
     from imaml.runs.compilation import StepCompiler
@@ -64,7 +65,7 @@ def host_share(rounds: int) -> dict[str, object]:
     use_all_cores()
     chosen = override(preset(presets()[0]), "outer.steps", str(2 * STEPS))
     mesh = global_mesh(chosen.outer.tasks)
-    pixels = training.datasets.load(chosen.dataset).train.pixels
+    pixels = datasets.load(chosen.dataset).train.pixels
     begun, pixels = on_all((initial_state(chosen), pixels), mesh)
     step = StepCompiler(chosen, mesh).step(pixels)
     begun = jax.block_until_ready(step(begun, pixels))[0]

@@ -18,11 +18,15 @@ LIBRARIES = ("jax", "jaxlib", "jaxopt", "optimistix", "lineax", "torch", "torcho
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that this process has imported."""
+    """Return the versions of Python and of the libraries that this process has imported, and the name of its GPU."""
     found = {"python": sys.version.split()[0]}
     for name in LIBRARIES:
         if name in sys.modules:
             found[name] = importlib.metadata.version(name)
+    if "jax" in sys.modules and (device := sys.modules["jax"].devices()[0]).platform == "gpu":
+        found["gpu"] = device.device_kind
+    if "torch" in sys.modules and os.environ.get("SPEED_TORCH_DEVICE") == "cuda":
+        found["gpu"] = sys.modules["torch"].cuda.get_device_name()
     return found
 
 

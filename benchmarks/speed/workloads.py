@@ -87,7 +87,7 @@ class Linear:
         steps: number of inner gradient steps.
         iterations: CG budget.
         tol: relative tolerance of CG.
-        penalty: typical size of e^θⱼ. The data multiply it by random factors.
+        penalty: typical size of e^θⱼ, which is this number times a random factor.
     """
 
     name: str
@@ -120,8 +120,8 @@ class Linear:
     def step_size(self) -> float:
         """Step size 1/L of the inner gradient descent.
 
-        L is the largest curvature: that of the loss after Marchenko and Pastur for Gaussian features, with a margin of
-        a tenth, plus 1.5 penalties.
+        L estimates the largest curvature. It is the loss's largest curvature for Gaussian features (by the law of
+        Marchenko and Pastur), plus a tenth of it, plus 1.5 times ``penalty``.
         """
         largest = (1 + np.sqrt(self.features / self.samples)) ** 2 * (0.25 if self.loss == "logistic" else 1.0)
         return 1 / (1.1 * largest + 1.5 * self.penalty)

@@ -147,16 +147,36 @@ def _block_coordinate_descent(condition, init, theta, data):
         )
 
     def prox(block, outer, scaling=1.0):
-        moved = condition.prox(block, *outer, scaling)
-        if jnp.shape(moved) != jnp.shape(block):
+        moved = condition.prox(block[None], *outer, scaling)  # a w of one block
+        if jnp.shape(moved) != (1, *jnp.shape(block)):
             raise ValueError(
                 "jaxopt's BlockCoordinateDescent applies prox to one entry of w without its index, so prox must be the "
-                f"same for each entry, got {jnp.shape(moved)} for a block {jnp.shape(block)}: use ProximalGradient"
+                f"same for each entry, got {jnp.shape(moved)[1:]} for a block {jnp.shape(block)}: use ProximalGradient"
             )
-        return moved
+        return moved[0]
 
+    if not _acts_on_blocks(prox, condition.prox, init, theta, data):
+        raise ValueError(
+            "jaxopt's BlockCoordinateDescent applies prox to each entry of a vector w and to each row of a matrix w, "
+            "and the prox of this condition does not: write it for each row (jax.vmap(prox)), or use ProximalGradient"
+        )
     arguments = (theta, data), theta, data
     return _Call({"fun": condition.objective, "block_prox": prox}, arguments, init)
+
+
+def _acts_on_blocks(block_prox, prox, init, theta, data):
+    """Return whether prox of a random w equals the prox of its blocks, with ones in place of θ and data.
+
+    θ and data may be traced, so their values are not known. The answer is True as well if the result at ones is not
+    finite, or depends on a traced array that prox captures.
+    """
+    theta, data = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), leaf.dtype), (theta, data))
+    with jax.ensure_compile_time_eval():
+        w = 3 * jax.random.normal(jax.random.key(0), jnp.shape(init), init.dtype)
+        blocks = jax.vmap(lambda block: block_prox(block, (theta, data)))(w)
+        whole = prox(w, theta, data, 1.0)
+        agree = jnp.allclose(whole, blocks, rtol=1e-3, atol=1e-3) | ~jnp.isfinite(whole).all()
+    return isinstance(agree, Tracer) or bool(agree)
 
 
 def _projected_gradient(condition, init, theta, data):

@@ -16,19 +16,21 @@ def jaxopt_projection(
 ) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
     """Return a projection of `jaxopt.projection` in the form that :class:`Projected` takes.
 
-    The projections without a closed form (polyhedron, affine set, box section, transport, Birkhoff, and the KL
-    projections) are replaced by implementations of this library when they are given by name. The replacements are exact
-    to rounding. Those onto sets of vectors are differentiable to any order, those onto sets of matrices (transport,
-    Birkhoff and the KL projections) up to the third order. They return NaN if no point satisfies the constraints. A
-    function given in place of a name is used unchanged.
+    A name gives an implementation of this library, exact to rounding for inputs of any scale, in place of jaxopt's. The
+    functions onto sets of vectors and those in the Euclidean distance are differentiable to any order, and the KL
+    projections up to the third order. At a kink the derivative is finite and that of one side. At a radius of 0, for
+    example, the derivative of the projection onto a ball is 0 in the point. The results are NaN if no point satisfies
+    the constraints. A function given in place of a name is used unchanged.
 
     Args:
         projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a
             ``functools.partial`` of it.
         params: ``params(theta, data)``, the argument that jaxopt calls ``hyperparams`` (a radius, a pair of bounds,
             …); None for the function's own default.
-        tol: for a name without a closed form, the tolerance of the iteration that finds which constraints hold with
-            equality; None for √eps of w's dtype. A constraint nearer than this may be taken as active or as inactive.
+        tol: for the polyhedron, the violation of a constraint from which on the constraint counts, relative to the
+            point and the right-hand sides, for rows of length 1; None for 4·eps. For transport and Birkhoff, the error
+            of the sums at which the iteration ends, relative to the largest sum; None for 16·eps. The box section
+            ignores it.
 
     Returns:
         ``projection(w, theta, data)``.
@@ -60,6 +62,9 @@ def jaxopt_prox(
     prox: Callable | str, params: Callable[[PyTree, PyTree], PyTree] | None = None
 ) -> Callable[[PyTree, PyTree, PyTree, float], PyTree]:
     """Return a proximal operator of `jaxopt.prox` in the form that :class:`ProximalGradient` takes.
+
+    The derivatives of an operator given by name are finite. At a kink, such as a group of entries at 0, the derivative
+    is that of the result 0. Without a penalty the operator is the identity, and so is its derivative.
 
     Args:
         prox: the function, or its name (``"prox_lasso"``), for which this call imports jaxopt.

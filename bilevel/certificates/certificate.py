@@ -225,7 +225,7 @@ def certify(
     declared = dict((lipschitz or Lipschitz()).items()) | ({} if mu is None else {"strong_convexity": mu})
     functions = tuple((name, value) for name, value in declared.items() if callable(value))
     numbers = {name: value for name, value in declared.items() if not callable(value)}
-    theta, data = tree.arrays((theta, data))
+    theta, data = tree.arrays((tree.numbers_as_floats(theta), data))
     return _certify(problem, functions, linear, numbers, theta, data, out)
 
 

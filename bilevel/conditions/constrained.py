@@ -7,7 +7,14 @@ import jax
 
 from bilevel import tree
 from bilevel.conditions.forward_mode import differentiable_forwards
-from bilevel.conditions.protocol import Residual, StrongConvexity, check_strong_convexity, no_scaling
+from bilevel.conditions.protocol import (
+    Residual,
+    StrongConvexity,
+    check_signature,
+    check_strong_convexity,
+    like_w,
+    no_scaling,
+)
 from bilevel.types import Objective, PyTree
 
 
@@ -28,6 +35,7 @@ class Projected:
 
     Raises:
         ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite.
+        TypeError: for a function that does not take these arguments.
 
     Source: Blondel et al. (2022), Efficient and modular implicit differentiation, section 2.2.
 
@@ -51,10 +59,13 @@ class Projected:
     def __post_init__(self) -> None:
         check_step_size("Projected", self.step_size)
         check_strong_convexity("Projected", self.strong_convexity)
+        check_signature("Projected", "objective", self.objective, "w", "theta", "data")
+        check_signature("Projected", "projection", self.projection, "w", "theta", "data")
 
     def mapping(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """Return P(w − η∇objective), whose fixed point is the solution."""
-        return differentiable_forwards(self.projection, descend(self, w, theta, data), theta, data)
+        moved = differentiable_forwards(self.projection, descend(self, w, theta, data), theta, data)
+        return like_w(moved, w, "projection", same_shapes=False)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return tree.subtract(w, self.mapping(w, theta, data))
@@ -77,6 +88,7 @@ class ProximalGradient:
 
     Raises:
         ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite.
+        TypeError: for a function that does not take these arguments.
 
     Source: Bertrand et al. (2020), Implicit differentiation of Lasso-type models.
 
@@ -100,6 +112,8 @@ class ProximalGradient:
     def __post_init__(self) -> None:
         check_step_size("ProximalGradient", self.step_size)
         check_strong_convexity("ProximalGradient", self.strong_convexity)
+        check_signature("ProximalGradient", "objective", self.objective, "w", "theta", "data")
+        check_signature("ProximalGradient", "prox", self.prox, "w", "theta", "data", "step_size")
 
     def mapping(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """Return prox(w − η∇objective), whose fixed point is the solution."""
@@ -107,7 +121,8 @@ class ProximalGradient:
         def prox(w, theta, data):
             return self.prox(w, theta, data, self.step_size)
 
-        return differentiable_forwards(prox, descend(self, w, theta, data), theta, data)
+        moved = differentiable_forwards(prox, descend(self, w, theta, data), theta, data)
+        return like_w(moved, w, "prox", same_shapes=False)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return tree.subtract(w, self.mapping(w, theta, data))

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 from bilevel import tree
-from bilevel.conditions.protocol import Residual, StrongConvexity, check_strong_convexity, no_scaling
+from bilevel.conditions.protocol import (
+    LikeW,
+    Residual,
+    StrongConvexity,
+    check_signature,
+    check_strong_convexity,
+    no_scaling,
+)
 from bilevel.types import PyTree
 
 
@@ -18,7 +25,9 @@ class Root:
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: a number above 0, or ``f(theta, data)``.
 
     Raises:
-        ValueError: for a strong convexity that is a number and not positive and finite.
+        ValueError: for a strong convexity that is a number and not positive and finite, and, in use, for a residual
+            that is not a tree like w.
+        TypeError: for a residual that does not take three arguments.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,6 +45,9 @@ class Root:
 
     def __post_init__(self) -> None:
         check_strong_convexity("Root", self.strong_convexity)
+        if not isinstance(self.residual, LikeW):
+            check_signature("Root", "residual", self.residual, "w", "theta", "data")
+            object.__setattr__(self, "residual", LikeW(self.residual, "residual"))
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,9 @@ class FixedPoint:
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a mapping with Lipschitz constant c < 1.
 
     Raises:
-        ValueError: for a strong convexity that is a number and not positive and finite.
+        ValueError: for a strong convexity that is a number and not positive and finite, and, in use, for a mapping
+            whose result is not a tree like w.
+        TypeError: for a mapping that does not take three arguments.
 
     Example:
         >>> import jax.numpy as jnp
@@ -67,6 +81,9 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         check_strong_convexity("FixedPoint", self.strong_convexity)
+        if not isinstance(self.mapping, LikeW):
+            check_signature("FixedPoint", "mapping", self.mapping, "w", "theta", "data")
+            object.__setattr__(self, "mapping", LikeW(self.mapping, "mapping", same_shapes=False))
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return tree.subtract(w, self.mapping(w, theta, data))

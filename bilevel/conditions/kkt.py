@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bilevel.conditions.protocol import Residual, no_scaling
+from bilevel.conditions.protocol import Residual, check_signature, like_w, no_scaling
 from bilevel.types import Objective, PyTree
 
 
@@ -25,7 +25,9 @@ class KKT:
         inequality: ``inequality(x, theta, data)``, any pytree; where it is None, the third entry of w is None too.
 
     Raises:
-        ValueError: in ``residual``, for a w that is not such a triple.
+        ValueError: in ``residual``, for a w that is not such a triple, and for a constraint that is not a tree like its
+            multipliers.
+        TypeError: for a function that does not take three arguments.
 
     Source: Amos and Kolter (2017), OptNet, equation 6.
 
@@ -48,10 +50,22 @@ class KKT:
     strong_convexity = None
     scaling = no_scaling
 
+    def __post_init__(self) -> None:
+        for name in ("objective", "equality", "inequality"):
+            check_signature("KKT", name, getattr(self, name), "x", "theta", "data")
+
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         x, equal, unequal = self._parts(w)
-        value, pull_back = jax.vjp(lambda x: self._functions(x, theta, data), x)
-        objective, equality, inequality = value
+
+        def functions(x: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
+            objective, equality, inequality = self._functions(x, theta, data)
+            return (
+                jnp.asarray(objective),
+                like_w(equality, equal, "equality", same_shapes=False),
+                like_w(inequality, unequal, "inequality", same_shapes=False),
+            )
+
+        (objective, equality, inequality), pull_back = jax.vjp(functions, x)
         (stationarity,) = pull_back((jnp.ones_like(objective), equal, unequal))
         residual = stationarity, equality, jax.tree.map(jnp.multiply, unequal, inequality)
         # w may be a named tuple; the residual has the same type.

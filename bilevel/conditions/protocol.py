@@ -1,9 +1,12 @@
 """The protocol of a condition, and what all conditions share."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.types import PyTree
 
@@ -49,6 +52,63 @@ class GradientCondition(Condition, Protocol):
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
         ...
+
+
+@dataclass(frozen=True)
+class LikeW:
+    """A user's function of (w, θ, data) that returns a tree like w: the result is cast to the dtypes of w.
+
+    Otherwise a float32 w and a float64 θ would have a float64 residual, and no loop or linear solve could carry both.
+
+    Args:
+        function: the user's function.
+        name: its name for messages.
+        same_shapes: whether its result must have the shapes of w too.
+    """
+
+    function: Residual
+    name: str
+    same_shapes: bool = True
+
+    def __call__(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return like_w(self.function(w, theta, data), w, self.name, self.same_shapes)
+
+
+def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyTree:
+    """Return ``value`` in the dtypes of w.
+
+    Raises:
+        ValueError: if ``value`` is not a tree like w, or, with ``same_shapes``, has other shapes.
+    """
+    got, expected = (
+        (jax.tree.structure(part), [jnp.shape(leaf) for leaf in jax.tree.leaves(part)]) for part in (value, w)
+    )
+    if got[0] != expected[0] or (same_shapes and got != expected):
+        raise ValueError(
+            f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "
+            f"{expected[1]}: return one entry for each entry of w, without further outputs"
+        )
+    return jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), value, w)
+
+
+def check_signature(owner: str, name: str, function: Callable | None, *arguments: str) -> None:
+    """Raise TypeError for something that cannot be called, and for a function that does not take these arguments."""
+    expected = f"{owner} calls {name}({', '.join(arguments)})"
+    if function is None:
+        return
+    if not callable(function):
+        raise TypeError(f"{expected}, got {type(function).__name__}: pass a function")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin may have no signature
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{expected}, got a function of {signature}: give it these {len(arguments)} positional arguments, used or "
+            "not"
+        ) from error
 
 
 def is_gradient(condition: Condition) -> TypeGuard[GradientCondition]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.conditions.protocol import StrongConvexity, check_strong_convexity, no_scaling
+from bilevel.conditions.protocol import StrongConvexity, check_signature, check_strong_convexity, no_scaling
 from bilevel.types import Objective, PyTree
 
 
@@ -23,6 +23,7 @@ class Stationary:
 
     Raises:
         ValueError: for a strong convexity that is a number and not positive and finite.
+        TypeError: for an objective that does not take three arguments.
 
     Example:
         >>> import jax.numpy as jnp
@@ -40,10 +41,11 @@ class Stationary:
 
     def __post_init__(self) -> None:
         check_strong_convexity("Stationary", self.strong_convexity)
+        check_signature("Stationary", "objective", self.objective, "w", "theta", "data")
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
-        return self.objective(w, theta, data)
+        return jnp.asarray(self.objective(w, theta, data))
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return jax.grad(self.objective)(w, theta, data)
@@ -78,6 +80,7 @@ class Proximal:
     Raises:
         ValueError: for a λ or μ that is a number and not positive and finite, and, in use, for a centre whose tree
             structure is not that of w.
+        TypeError: for a function that does not take these arguments.
 
     Source: Rajeswaran, Finn, Kakade, Levine (2019), equation 3; for a λ per parameter the scaling is
     symmetric, (I + Λ^-½ H Λ^-½).
@@ -93,6 +96,9 @@ class Proximal:
 
     def __post_init__(self) -> None:
         check_strong_convexity("Proximal", self.strong_convexity)
+        check_signature("Proximal", "objective", self.objective, "w", "theta", "data")
+        check_signature("Proximal", "center", self.center, "theta", "data")
+        check_signature("Proximal", "strength", self.strength if callable(self.strength) else None, "theta", "data")
         if not callable(self.strength) and not 0 < self.strength < float("inf"):
             raise ValueError(
                 f"Proximal needs a strength λ above 0, got {self.strength}; for none at all use Stationary(objective)"
@@ -102,7 +108,7 @@ class Proximal:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
         difference = self._difference(w, theta, data)
         penalty = tree.vdot(difference, tree.scale(self._strength(theta, data), difference))
-        value = self.objective(w, theta, data)
+        value = jnp.asarray(self.objective(w, theta, data))
         return value + 0.5 * penalty.astype(value.dtype)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
@@ -125,7 +131,7 @@ class Proximal:
                 f"Proximal needs a centre with the tree structure of w, {expected}, got {got}: pass "
                 "center(theta, data), which is theta by default"
             )
-        return tree.subtract(w, center)
+        return tree.subtract(w, tree.like(tree.arrays(center), w))
 
     def _strength(self, theta: PyTree, data: PyTree) -> PyTree:
         return self.strength(theta, data) if callable(self.strength) else self.strength

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
+from bilevel.methods.estimates import constant, estimated
 from bilevel.methods.protocol import Start, outer_with_aux, solve_constant
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
@@ -21,6 +22,9 @@ class EvolutionStrategies:
     √d, where d is the number of entries of θ. With d pairs the estimate consists of central differences in a random
     basis, with an error of O(σ²). With fewer pairs the estimate is random. Its mean has that error, and its variance
     falls with the number of pairs.
+
+    JAX's derivative of the value in θ is this estimate. Its derivative in data, and that of any other result, is
+    refused. For these use :class:`Implicit`.
 
     Args:
         pairs: the number of directions, each of which takes two inner solves; at most d are used.
@@ -64,13 +68,14 @@ class EvolutionStrategies:
         linear_init: PyTree | None = None,
     ) -> Hypergradient:
         del linear_init  # this method solves no linear system
-        floats, join = tree.partition_inexact(theta)
+        at, data_at = jax.lax.stop_gradient((theta, data))
+        floats, join = tree.partition_inexact(at)
         flat, unravel = ravel_pytree(tree.widened(floats))
 
         def value_at(flat):
             theta = join(tree.like(unravel(flat), floats))
-            inner = solve_constant(solver, problem.condition, init, theta, data)
-            value, aux = outer_with_aux(problem)(inner.w, theta, data)
+            inner = solve_constant(solver, problem.condition, init, theta, data_at)
+            value, aux = outer_with_aux(problem)(inner.w, theta, data_at)
             return value, aux, inner
 
         def derivative_along(direction):
@@ -79,9 +84,11 @@ class EvolutionStrategies:
 
         value, aux, inner = value_at(flat)
         gradient = jnp.mean(jax.lax.map(derivative_along, self._directions(flat)), axis=0)
-        return Hypergradient(
-            value, tree.with_zeros(join(tree.like(unravel(gradient), floats)), theta), aux, inner, None
-        )
+        gradient = tree.with_zeros(join(tree.like(unravel(gradient), floats)), theta)
+        found = Hypergradient(value, gradient, aux, inner, None)
+        residual = problem.condition.residual(inner.w, at, data_at)
+        source = constant("EvolutionStrategies", value, (data, residual))
+        return estimated(found, source, "EvolutionStrategies", theta, data, residual)
 
     def _directions(self, flat: jax.Array) -> jax.Array:
         """Return orthogonal rows of length √d, drawn from a key that depends on θ."""

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import jax
+
 from bilevel import tree
-from bilevel.methods.protocol import Start, outer_derivatives, solve_constant
+from bilevel.methods.estimates import estimated, with_tangent
+from bilevel.methods.protocol import Start, outer_derivatives, outer_with_aux, solve_constant
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.theorem import pull_back_to_theta
@@ -16,8 +19,10 @@ class FirstOrder:
 
     For :class:`Proximal`, A = H + λI is replaced by λI, where H is the Hessian of its objective. If θ is the centre and
     enters nowhere else, the gradient is then ∇_w outer at the solution, as in first-order MAML. For a condition with a
-    mapping, A = I − ∂mapping/∂w is replaced by I. A derivative of this hypergradient takes w* as a constant. For a
-    second derivative use :class:`Implicit`.
+    mapping, A = I − ∂mapping/∂w is replaced by I.
+
+    JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
+    For second derivatives use :class:`Implicit`.
 
     Raises:
         ValueError: when called, for a condition with neither a proximal term nor a mapping.
@@ -45,14 +50,23 @@ class FirstOrder:
     ) -> Hypergradient:
         del linear_init  # this method solves no linear system
         condition = problem.condition
-        scaling = condition.scaling(theta, data)
+        at, data_at = jax.lax.stop_gradient((theta, data))
+        scaling = condition.scaling(at, data_at)
         if scaling is None and not hasattr(condition, "mapping"):
             raise ValueError(
                 f"FirstOrder leaves out second derivatives, and A of {type(condition).__name__} is nothing else: use "
                 "it with Proximal, FixedPoint, Projected or ProximalGradient, or use Implicit, OneStep or Unrolled"
             )
-        inner = solve_constant(solver, condition, init, theta, data)
-        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
-        adjoint = outer_w if scaling is None else tree.scale(scaling, tree.scale(scaling, outer_w))
-        through_w = pull_back_to_theta(condition, inner.w, theta, data, adjoint)
-        return Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, None)
+
+        def divide(v):
+            """Return v divided by the matrix that replaces A."""
+            return v if scaling is None else tree.scale(scaling, tree.scale(scaling, v))
+
+        inner = solve_constant(solver, condition, init, at, data_at)
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, at, data_at)
+        through_w = pull_back_to_theta(condition, inner.w, at, data_at, divide(outer_w))
+        found = Hypergradient(value, tree.subtract(outer_theta, through_w), aux, inner, None)
+        residual = condition.residual(inner.w, at, data)
+        moved_w = with_tangent(inner.w, tree.scale(-1.0, divide(tree.like(residual, inner.w))))
+        source, _ = outer_with_aux(problem)(moved_w, at, data)
+        return estimated(found, source, "FirstOrder", theta, data, residual)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax
 
 from bilevel import solvers, tree
-from bilevel.methods.protocol import Start, outer_derivatives, solve_constant
+from bilevel.methods.estimates import estimated, with_tangent
+from bilevel.methods.protocol import Start, outer_derivatives, outer_with_aux, solve_constant
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.types import Hypergradient, PyTree
@@ -16,8 +17,10 @@ class OneStep:
     """One-step (Jacobian-free) differentiation: dw*/dθ ≈ ∂step(w*, θ)/∂θ, for one solver step from a constant w*.
 
     It needs no linear system and no second derivative in w. The relative error of dw*/dθ is at most the
-    contraction factor of the step, so a solver that converges in few steps gives an accurate result. A derivative of
-    this hypergradient takes w* as a constant too. For a second derivative use :class:`Implicit`.
+    contraction factor of the step, so a solver that converges in few steps gives an accurate result.
+
+    JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
+    For second derivatives use :class:`Implicit`.
 
     Raises:
         ValueError: when called, for a solver other than GradientDescent, FixedPointIteration and Anderson.
@@ -48,12 +51,15 @@ class OneStep:
                 "OneStep differentiates a step without memory: use GradientDescent, FixedPointIteration or Anderson, "
                 f"whose first steps have none, or Implicit, which takes any solver; got {solver}"
             )
-        inner = solve_constant(solver, problem.condition, init, theta, data)
+        at, data_at = jax.lax.stop_gradient((theta, data))
+        inner = solve_constant(solver, problem.condition, init, at, data_at)
 
-        def step(theta):
+        def step(theta, data):
             return solver.update(solver.start(inner.w), problem.condition.residual(inner.w, theta, data))[0]
 
-        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, theta, data)
-        (through_w,) = jax.vjp(step, theta)[1](outer_w)
-        gradient = tree.add(outer_theta, tree.with_zeros(through_w, theta))
-        return Hypergradient(value, gradient, aux, inner, None)
+        value, aux, outer_w, outer_theta = outer_derivatives(problem, inner.w, at, data_at)
+        moved, pull_back = jax.vjp(lambda theta: step(theta, data_at), at)
+        gradient = tree.add(outer_theta, tree.with_zeros(pull_back(outer_w)[0], at))
+        found = Hypergradient(value, gradient, aux, inner, None)
+        source, _ = outer_with_aux(problem)(with_tangent(inner.w, step(at, data)), at, data)
+        return estimated(found, source, "OneStep", theta, data, moved)

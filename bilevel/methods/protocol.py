@@ -10,10 +10,8 @@ from bilevel import solvers, tree
 from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
+from bilevel.start import Start, evaluate
 from bilevel.types import Hypergradient, PyTree, Solution
-
-Start = PyTree | Callable[[PyTree, PyTree], PyTree]
-"""The start of the inner solver: a pytree like w, or a function ``init(theta, data)`` that returns one."""
 
 
 class Method(Protocol):
@@ -33,10 +31,13 @@ class Method(Protocol):
 def outer_variables(theta: PyTree) -> PyTree:
     """Return θ as arrays. A leaf that is not floating point is kept and has no derivative.
 
+    A θ of Python integers, without any floating-point leaf, becomes floating point: see
+    :func:`bilevel.tree.numbers_as_floats`.
+
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(theta)
+    theta = tree.arrays(tree.numbers_as_floats(theta), "theta")
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -52,7 +53,7 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     Raises:
         TypeError: for a leaf that is not floating point.
     """
-    start = tree.arrays(init(theta, data) if callable(init) else init)
+    start = evaluate(init, theta, data)
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(
@@ -64,9 +65,9 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
 
 def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
     """Return the inner Solution as a constant, for methods that do not differentiate the solver."""
-    theta = jax.lax.stop_gradient(theta)
-    solution = solvers.solve(solver, condition, starting_point(init, theta, data), theta, data)
-    return jax.lax.stop_gradient(solution)
+    theta, data = jax.lax.stop_gradient((theta, data))
+    start = jax.lax.stop_gradient(starting_point(init, theta, data))
+    return jax.lax.stop_gradient(solvers.solve(solver, condition, start, theta, data))
 
 
 def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:

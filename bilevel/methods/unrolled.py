@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import solvers, tree
 from bilevel.conditions.protocol import Condition
+from bilevel.methods.estimates import constant, estimated, prefer_gradient
 from bilevel.methods.protocol import Start, outer_with_aux, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver, IterativeSolver
@@ -19,6 +21,10 @@ class Unrolled:
     The result is the derivative of what the solver computed, not of the solution. Both agree as the steps converge.
     Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
     included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
+
+    JAX can differentiate the result again, to any order. With ``last`` or ``first_order`` it can differentiate only the
+    value: in θ this gives the gradient, in data the derivative of the last steps. With ``first_order`` the derivative
+    in data is refused. The derivative of any other result is refused.
 
     Args:
         last: differentiate the last ``last`` steps only; None for all.
@@ -58,7 +64,14 @@ class Unrolled:
 
         (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
         inner = solvers.report(problem.condition.residual(w, theta, data), w, iterative.max_steps)
-        return Hypergradient(value, tree.with_zeros(gradient, theta), aux, inner, None)
+        found = Hypergradient(value, tree.with_zeros(gradient, theta), aux, inner, None)
+        if not self.first_order and self.last in (None, iterative.max_steps):
+            return found
+        at, w = jax.lax.stop_gradient((theta, w))
+        source, residual = outer(at)[0], problem.condition.residual(w, at, data)
+        if self.first_order:  # the source lacks the derivative of the steps in data
+            source = source + constant(f"{self}", jnp.zeros_like(source), residual)
+        return estimated(found, source, f"{self}", theta, data, residual)
 
     def _check(self, solver: InnerSolver) -> IterativeSolver:
         if not isinstance(solver, IterativeSolver) or solver.tol is not None:
@@ -94,6 +107,9 @@ class ForwardUnrolled:
     the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. If
     ``init`` is a function of θ, its derivative is included.
 
+    JAX can differentiate the result again. If the solver has a ``tol``, reverse mode (``jax.grad``) knows only the
+    derivative of the value in θ, and JAX refuses all others. Forward mode knows all.
+
     Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
 
     Example:
@@ -125,5 +141,9 @@ class ForwardUnrolled:
 
         # jacfwd refuses an empty tree.
         differentiate = jax.jacfwd(outer, has_aux=True) if floats else lambda floats: (floats, outer(floats)[1])
-        gradient, (value, aux, inner) = differentiate(floats)
-        return Hypergradient(value, tree.with_zeros(join(gradient), theta), aux, inner, None)
+        slopes, (value, aux, inner) = differentiate(floats)
+        gradient = tree.with_zeros(join(slopes), theta)
+        if not isinstance(solver, IterativeSolver) or solver.tol is not None:
+            # JAX cannot differentiate a loop of unknown length in reverse mode, but the derivative in θ is known.
+            value = prefer_gradient(value, gradient, theta, outer(jax.lax.stop_gradient(floats))[0])
+        return Hypergradient(value, gradient, aux, inner, None)

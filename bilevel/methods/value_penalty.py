@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.conditions import Stationary
+from bilevel.methods.estimates import estimated
 from bilevel.methods.protocol import Start, check_potential, outer_derivatives, outer_with_aux, solve_constant
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
@@ -20,6 +21,9 @@ class ValuePenalty:
     With the inner objective L, w* = argmin L and w_ρ = argmin (L + outer/ρ), the gradient is
     ∂_θ outer(w_ρ) + ρ·(∂_θ L(w_ρ) − ∂_θ L(w*)). Its error is O(1/ρ). Rounding errors and the errors of
     the inner solves are multiplied by ρ.
+
+    JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
+    For second derivatives use :class:`Implicit`.
 
     Args:
         penalty: ρ > 0.
@@ -60,12 +64,16 @@ class ValuePenalty:
         def penalised(w, theta, data):
             return condition.potential(w, theta, data) + outer_with_aux(problem)(w, theta, data)[0] / self.penalty
 
-        inner = solve_constant(solver, condition, init, theta, data)
-        at_penalised = solve_constant(solver, Stationary(penalised), inner.w, theta, data)
-        value, aux, _, _ = outer_derivatives(problem, inner.w, theta, data)
-        with_outer = jax.grad(penalised, argnums=1, allow_int=True)(at_penalised.w, theta, data)
-        plain = jax.grad(condition.potential, argnums=1, allow_int=True)(inner.w, theta, data)
+        at, data_at = jax.lax.stop_gradient((theta, data))
+        inner = solve_constant(solver, condition, init, at, data_at)
+        at_penalised = solve_constant(solver, Stationary(penalised), inner.w, at, data_at)
+        value, aux, _, _ = outer_derivatives(problem, inner.w, at, data_at)
+        with_outer = jax.grad(penalised, argnums=1, allow_int=True)(at_penalised.w, at, data_at)
+        plain = jax.grad(condition.potential, argnums=1, allow_int=True)(inner.w, at, data_at)
         with_outer, plain = tree.with_zeros(with_outer, theta), tree.with_zeros(plain, theta)
         gradient = tree.scale(self.penalty, tree.subtract(with_outer, plain))
         inner = replace(inner, status=jnp.maximum(inner.status, at_penalised.status))
-        return Hypergradient(value, gradient, aux, inner, None)
+        found = Hypergradient(value, gradient, aux, inner, None)
+        difference = penalised(at_penalised.w, at, data) - condition.potential(inner.w, at, data)
+        source = (self.penalty * difference).astype(value.dtype)
+        return estimated(found, source, "ValuePenalty", theta, data, condition.residual(inner.w, at, data))

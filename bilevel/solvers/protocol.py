@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
+from bilevel.start import Start, StartFunction, choose_start, evaluate
 from bilevel.types import PyTree, Solution, Status
 
 InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
@@ -58,19 +59,32 @@ def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> 
     return solution
 
 
-def solve(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+def solve(
+    solver: InnerSolver,
+    condition: Condition,
+    init: Start,
+    theta: PyTree,
+    data: PyTree,
+    *,
+    start: StartFunction | None = None,
+) -> Solution:
     """Run any inner solver, and compute the residual if the solver returned w alone.
 
     Args:
         solver: ``solver(condition, init, theta, data)``.
         condition: what holds at the solution.
-        init: where the solver starts, a pytree like w.
+        init: where the solver starts, a pytree like w; None with ``start``. A function, a method or a
+            ``functools.partial`` is taken as ``start``.
         theta: outer variables.
         data: any pytree.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
         ValueError: for a solver that returns another tree or other shapes than ``init`` has.
+        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
     """
+    theta, data = tree.arrays(theta, "theta"), tree.arrays(data, "data")
+    init = evaluate(choose_start(init, start), theta, data)
     found = solver(condition, init, theta, data)
     if isinstance(found, Solution):
         return replace(found, w=_like_start(found.w, init))
@@ -80,14 +94,22 @@ def solve(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree
 
 def _like_start(w: PyTree, init: PyTree) -> PyTree:
     """Return w in the dtypes of ``init``, or raise ValueError if w is another tree or has other shapes."""
-    got, expected = (jax.tree.map(jnp.shape, variables) for variables in (w, init))
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(variables)] for variables in (w, init)]
     if jax.tree.structure(w) != jax.tree.structure(init) or shapes[0] != shapes[1]:
+        got, expected = (_shapes(variables) for variables in (w, init))
         raise ValueError(
             f"an inner solver returns w, a pytree like init of shapes {expected}, or a bl.Solution that holds one; "
             f"got shapes {got}: return w alone, and give init the shapes of the solution"
         )
     return tree.like(tree.arrays(w), tree.arrays(init))
+
+
+def _shapes(variables: PyTree) -> PyTree:
+    """Return the tree with shapes as leaves, or a list of shapes for a class that refuses such leaves."""
+    try:
+        return jax.tree.map(jnp.shape, variables)
+    except Exception:  # a dataclass may check its fields and raise any error
+        return [jnp.shape(leaf) for leaf in jax.tree.leaves(variables)]
 
 
 def check_budget(name: str, max_steps: int, tol: float | None) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from bilevel._deprecation import renamed_field
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
+from bilevel.start import Start, StartFunction, choose_start, is_function
 from bilevel.testing.cases import Case
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify.causes import likely_cause
@@ -39,8 +40,8 @@ class Check:
         problem: the problem, the case or the condition in a few words.
         method: the name of the method with its settings; empty for a condition.
         reference: the reference, ``closed form``, or the property of the condition.
-        error: the largest error, relative to the reference's largest entry. For a property of a condition it is the
-            measured residual or asymmetry; for any other property 0 or, if it does not hold, infinity.
+        error: the largest error, relative to the reference's largest entry. For the properties ``residual`` and
+            ``symmetry`` of a condition, the measured number. For another property, 0 if it holds, else infinity.
         rtol: the relative tolerance.
         message: why the check failed; empty if it passed.
     """
@@ -63,7 +64,7 @@ Record = Callable[[Check], None]
 def assert_hypergradient(
     problem: Problem,
     theta: PyTree,
-    init: PyTree | Callable,
+    init: Start,
     data: PyTree,
     solver: Callable,
     method: Callable,
@@ -71,6 +72,8 @@ def assert_hypergradient(
     atol: float | None = None,
     against: str | Sequence[str] = "finite_differences",
     record: Record | None = None,
+    *,
+    start: StartFunction | None = None,
 ) -> None:
     """Assert that ``method`` returns the derivative of the outer value in θ.
 
@@ -81,7 +84,8 @@ def assert_hypergradient(
     Args:
         problem: the condition and the outer function.
         theta: outer variables, any pytree.
-        init: where the solver starts, a pytree like w or ``init(theta, data)``.
+        init: where the solver starts, a pytree like w; None with ``start``. A function, a method or a
+            ``functools.partial`` is taken as ``start``.
         data: the third argument of the problem's functions.
         solver: the inner solver.
         method: called as ``method(problem, solver, theta, init, data)``. It returns a :class:`~bilevel.Hypergradient`
@@ -89,9 +93,10 @@ def assert_hypergradient(
         rtol: None means 10·√eps of the gradient's dtype: 1.5e-7 for float64, 3.5e-3 for float32.
         atol: None means a thousandth of ``rtol``.
         against: one or several references. ``"finite_differences"`` and ``"dense"`` differentiate the exact inner
-            solution, which Newton's method finds near the solver's output. ``"unrolled"`` differentiates the solver's
-            output.
+            solution, which Newton's method finds near the solver's output. If Newton's method fails, or for more than
+            400 unknowns, they use the solver's output instead. ``"unrolled"`` differentiates the solver's output.
         record: called with each :class:`Check` before it is asserted.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
         AssertionError: for a wrong gradient, with the coordinate, both numbers, the reference and the likely cause;
@@ -112,6 +117,7 @@ def assert_hypergradient(
     """
     __tracebackhide__ = True
     selected = select_references(against)
+    init = choose_start(init, start)
     out = run_method(problem, solver, method, theta, init, data)
     tolerance = _tolerance(_gradient(out, theta), rtol, atol)
     for name, evaluate in selected.items():
@@ -230,8 +236,8 @@ _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "th
 def run_method(
     problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree
 ) -> object:
-    """Run the method. It is compiled once for each method, solver, problem and shape, unless one is unhashable."""
-    settings = problem, solver, method, init if callable(init) else None
+    """Run the method, compiled once for each method, solver, problem and shape unless one of these is unhashable."""
+    settings = problem, solver, method, init if is_function(init) else None
     try:
         compiled = _compiled(*settings)
     except TypeError:  # a solver or method of the user cannot be hashed

@@ -36,9 +36,9 @@ class Case:
         theta: the outer variables, NumPy arrays of ``dtype``.
         init: an initial point for inner solvers.
         data: all numbers of the problem.
-        margin: for a projection or a prox, the distance from its argument at the solution, entry by entry, to the
-            nearest kink; for inequalities, the smaller of the active multiplier and the inactive slack. Infinite for a
-            smooth problem.
+        margin: the distance of the problem from the nearest kink. For a projection or a prox, the smallest distance
+            of an entry of its argument, at the solution, from a kink. For inequalities, the smaller of the active
+            multiplier and the inactive slack. Infinite for a smooth problem.
     """
 
     recipe: str

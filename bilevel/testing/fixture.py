@@ -8,6 +8,7 @@ from typing import Any
 
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
+from bilevel.start import Start, is_function
 from bilevel.testing.assertions import Check, assert_case, assert_condition, assert_hypergradient
 from bilevel.testing.cases import Case
 from bilevel.types import PyTree
@@ -27,7 +28,7 @@ class Hypergradients:
         self,
         problem: Problem,
         theta: PyTree,
-        init: PyTree | Callable[[PyTree, PyTree], PyTree],
+        init: Start,
         data: PyTree,
         solver: Callable[..., Any],
         method: Callable[..., Any],
@@ -39,7 +40,7 @@ class Hypergradients:
         """
         __tracebackhide__ = True
         theta, data = as_double(theta), as_double(data)
-        init = init if callable(init) else as_double(init)
+        init = init if is_function(init) else as_double(init)
         assert_hypergradient(problem, theta, init, data, solver, method, record=self._checks.append, **options)
 
     def assert_case(

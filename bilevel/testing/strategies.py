@@ -1,8 +1,8 @@
 """Hypothesis strategies that draw bilevel problems with known solutions, for tests of your own method or solver.
 
 The examples have few different shapes, so that a program compiled for one example serves others. Hypothesis shrinks a
-failing example towards the first of the values to draw from, by default a small, flat, well-conditioned problem, and
-towards seed 0. The example prints as the call that makes it again.
+failing example towards the first value of each argument and towards seed 0. By default this is a small, flat,
+well-conditioned problem. The example prints as the call that makes it again.
 
 Example:
     >>> from hypothesis import given, settings
@@ -82,7 +82,7 @@ def _strategy(
         if unknown:
             raise TypeError(
                 f"{strategy.__name__} has no option {', '.join(sorted(unknown))}; "
-                f"apart from those of every family it takes: {', '.join(more) or 'none'}"
+                f"in addition to the options of every strategy it takes: {', '.join(more) or 'none'}"
             )
         return _problems(family, sizes, conditions, dtypes, w_layouts, theta_layouts, more | choices)
 

@@ -52,12 +52,12 @@ def _reachable_values(root: Any) -> Iterator[Any]:
         elif hasattr(value, "__code__"):
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             named = [value.__globals__.get(name) for name in value.__code__.co_names]
-            # Modules and functions among the globals are not followed: they lead to all of the program.
+            # Modules and functions among the globals are not followed: they would lead to the whole program.
             pending += cells + [entry for entry in named if isinstance(entry, jax.Array | np.ndarray | dict | tuple)]
 
 
 def _is_filled(cell) -> bool:
-    """Return False for a cell whose variable has no value yet: reading it raises ValueError."""
+    """Return True if a closure cell holds a value other than None. A cell without a value raises ValueError."""
     try:
         return cell.cell_contents is not None
     except ValueError:

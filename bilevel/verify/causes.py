@@ -1,8 +1,8 @@
 """Find the likely cause of a wrong gradient.
 
 Each known mistake is a formula. The formulas are evaluated one after the other, and the first one that gives the same
-numbers as the method is named. If the inner Jacobian A = ∂F/∂w is too large or singular, only those formulas are tried
-that need no more than a reference and ∂outer/∂θ.
+numbers as the method is named. If A = ∂F/∂w at the method's w is singular or has more than 1000 unknowns, the formulas
+with this A are left out.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Candidate = tuple[str, np.ndarray]
 
 
 def likely_cause(run: MethodRun, explains: Callable[[np.ndarray], bool], references: Sequence[Reference]) -> str | None:
-    """Return the likely mistake, for some with a remedy, without a full stop; None if no known mistake fits.
+    """Return the likely mistake as a phrase without a full stop, sometimes with a remedy; None if no mistake fits.
 
     Args:
         run: the run of a method whose derivatives are wrong.
@@ -30,7 +30,7 @@ def likely_cause(run: MethodRun, explains: Callable[[np.ndarray], bool], referen
         references: the references that the method differs from, along the same directions.
     """
     if not np.isfinite(run.derivatives).all():
-        return f"a NaN or an infinity; {_first_not_finite(run)}"
+        return f"the gradient is not finite: {_first_not_finite(run)}"
     theorem = run.theorem
     if theorem is not None and explains(theorem.derivatives):
         return _cause_of_wrong_w(run, explains)
@@ -42,8 +42,8 @@ def likely_cause(run: MethodRun, explains: Callable[[np.ndarray], bool], referen
     if any(entry.name == "unrolled" and explains(entry.derivatives) for entry in references):
         return (
             f"this is the derivative of the solver's steps, which have not converged (‖F‖ = "
-            f"{figure(run.residual_norm())}): allow more steps for that of the solution, or compare with 'unrolled' "
-            "alone"
+            f"{figure(run.residual_norm())}): allow more steps to get the derivative of the solution, or compare with "
+            "'unrolled' alone"
         )
     for cause, derivatives in _wrong_formulas(run, references):
         if explains(derivatives):
@@ -69,11 +69,11 @@ def _first_not_finite(run: MethodRun) -> str:
             "the outer value": run.problem.outer(w, theta, data),
         }
     if np.isnan(vector_of(data)).any():  # an infinity in the data may be a bound
-        return "the data contain a NaN already"
+        return "the data contain a NaN"
     for stage, value in stages.items():
         if not np.isfinite(vector_of(value)).all():
-            return f"{stage} is not finite already"
-    return "θ, data, w, residual and outer value are finite: a derivative or a solve is not; see check_condition"
+            return f"{stage} is not finite"
+    return "θ, w, F and the outer value are finite, so a derivative or a solve is not; see check_condition"
 
 
 # --- The formula is right, or one of its solves is not finished ----------------------------------------------------
@@ -93,7 +93,7 @@ def _cause_of_wrong_w(run: MethodRun, explains) -> str:
 
 
 def _is_unfinished_linear_solve(run: MethodRun, theorem: TheoremAtW, explains) -> bool:
-    """Return True if the reported adjoint vector explains the gradient, and the reported residual is its true one."""
+    """Return True if the reported adjoint vector explains the gradient and its reported residual is correct."""
     return (
         theorem.reported is not None
         and explains(theorem.parts.total(theorem.reported))
@@ -112,7 +112,7 @@ def _is_solver_output(run: MethodRun) -> bool:
 
 
 def _wrong_formulas(run: MethodRun, references: Sequence[Reference]) -> Iterator[Candidate]:
-    """Yield what a method may have computed instead, likelier mistakes first."""
+    """Yield the derivatives that methods with known mistakes return, likelier mistakes first."""
     terms = list(_terms(run, references))
     for direct, through_w in terms:
         yield "the sign of the whole gradient is flipped", -direct - through_w
@@ -153,7 +153,7 @@ def _wrong_systems(theorem: TheoremAtW) -> Iterator[Candidate]:
         return
     adjoint, kappa = solve_adjoint(parts.a - np.diag(diagonal), parts.g)
     if kappa < np.inf:
-        yield "the term λI (or I, of a mapping) is dropped from A", parts.total(adjoint)
+        yield "the term λI (I for a mapping) is dropped from A", parts.total(adjoint)
     yield "second derivatives are left out of A: a first-order approximation", parts.total(parts.g / diagonal)
 
 
@@ -162,7 +162,7 @@ def _theorem_at_other_points(run: MethodRun) -> Iterator[Candidate]:
     for name, w in _other_points(run):
         derivatives = run.theorem_derivatives(w)
         if derivatives is not None:
-            yield f"it is taken at {name}, not at the solver's w", derivatives
+            yield f"the formula is evaluated at {name}, not at the solver's w", derivatives
 
 
 def _other_points(run: MethodRun) -> Iterator[tuple[str, PyTree]]:

@@ -1,7 +1,7 @@
 """Compare a method's numbers with expected ones, within a tolerance, and describe the worst entry.
 
-:func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. The caller
-gives the tolerance of an assertion. The check derives its tolerance from the method's reports on its solves.
+:func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. An assertion
+takes its tolerance from the caller. The check derives a tolerance from the dtype of θ and the reported residuals.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Tolerance:
     Attributes:
         rtol: relative to the largest expected derivative.
         atol: absolute.
-        rounding: rounding of the terms that the method adds, in its own dtype, ``[m]``.
+        rounding: the rounding of the terms that the method adds, in the dtype of θ, ``[m]``.
         linear: the effect of a linear residual that met its ``tol``, ``[m]``.
         inner: the effect of an inner residual that met its ``tol``, ``[m]``. :meth:`against` adds it, and
             :meth:`at_same_w` does not.
@@ -41,14 +41,14 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A method's numbers against the expected ones, judged entry by entry.
+    """A method's numbers and the expected ones, compared entry by entry.
 
     Attributes:
         labels: the name of each entry, ``theta['a'][0]`` or ``direction 3``, ``[m]``.
         got: the method's numbers, ``[m]``.
         expected: the reference's numbers, ``[m]``.
         uncertainty: a bound on the error of ``expected``, ``[m]``.
-        tolerance: what the method is allowed.
+        tolerance: the error that the method is allowed.
 
     Example:
         >>> got, expected = np.array([1.0, 2.5]), np.array([1.0, 2.0])
@@ -91,7 +91,7 @@ class Deviation:
 
     @cached_property
     def worst(self) -> int:
-        """The index of the entry with the largest error in units of what is allowed to it; 0 if there are none."""
+        """The index of the entry with the largest ratio of error to allowed error; 0 if there are no entries."""
         if not self.error.size:
             return 0
         with np.errstate(invalid="ignore"):
@@ -100,7 +100,10 @@ class Deviation:
 
     @property
     def relative_error(self) -> float:
-        """The largest error relative to the largest expected number; infinite if a number is not finite."""
+        """The largest error relative to the largest expected number, or to ``atol`` if that is larger.
+
+        It is infinite if an error is not finite.
+        """
         return self._relative(self.error.max(initial=0.0))
 
     def mismatch(self, subject: str, reference: str) -> str:

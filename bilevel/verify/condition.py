@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import tree
 from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify import kinks
@@ -84,7 +85,8 @@ def check_condition(
     θ in the condition  ∂F/∂θ is nonzero at the point or at one of two random points: a θ that enters only the
                         initial point has a zero hypergradient. F or outer depends on every leaf of θ
     w in outer          ∂outer/∂w is nonzero at the point or at a random point near it
-    kinks               along two random lines, neither F nor a first derivative of F or outer jumps at the point
+    kinks               along two random lines, neither F nor a first derivative of F or outer jumps within
+                        max(``tol``, 1e-7)·(1 + ‖(w, θ)‖) of the point
     ==================  =====================================================================================
 
     If ``leaves``, ``structure`` or ``finite`` fails, the checks that depend on it are left out.
@@ -92,8 +94,8 @@ def check_condition(
     Args:
         problem: the condition and the outer function.
         theta, w, data: the point; w is usually a solver's result.
-        tol: the largest allowed distance of w from the solution, relative to 1 + ‖w‖. None means √eps of the dtype
-            of w.
+        tol: the largest allowed distance of w from the solution, relative to 1 + ‖w‖; also the tolerance of the rows
+            ``symmetry`` and ``kinks``. None means √eps of the dtype of w.
 
     Returns:
         A :class:`ConditionReport`. It prints as a table, with a remedy for each row that failed.
@@ -107,11 +109,12 @@ def check_condition(
         >>> report.ok, [check.name for check in report.checks if not check.ok]
         (False, ['symmetry'])
     """
+    captured = _check_captured(problem, theta)  # compares objects, so it needs θ before the conversion to arrays
+    theta, w, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(w, "w"), tree.arrays(data, "data")
     leaves = _check_leaves(theta, w, data)
     if not leaves.ok:
         return ConditionReport((leaves,))
     tol = eps_of(w) ** 0.5 if tol is None else tol
-    captured = _check_captured(problem, theta)
     with double_precision():
         structure = _check_structure(problem.condition, theta, w, data)
         if not structure.ok:
@@ -134,8 +137,8 @@ def check_condition(
 
 
 def _named_leaves(**trees):
-    for name, tree in trees.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaves in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):
             yield f"{name}{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
 
 
@@ -154,7 +157,10 @@ def _check_leaves(theta, w, data):
 
 def _check_structure(condition, theta, w, data):
     theta, w, data = (as_double(part) for part in (theta, w, data))
-    residual = jax.eval_shape(condition.residual, w, theta, data)
+    try:
+        residual = jax.eval_shape(condition.residual, w, theta, data)
+    except ValueError as error:
+        return Check("structure", False, str(error), "return one entry of F for each entry of w, in a tree like w.")
     got, wanted = ((jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in (residual, w))
     if got == wanted:
         return Check("structure", True, "the residual is a tree like w")
@@ -269,7 +275,7 @@ def _check_curvature(jacobian, condition, symmetric):
     if not must_be_definite or jacobian.low > (0.0 if condition.positive_definite else -rounding):
         return Check("curvature", True, found, value=jacobian.low)
     if condition.positive_definite:
-        found = f"declared positive definite, and ⟨u, Au⟩ = {figure(jacobian.low)}‖u‖² for a u: {found}"
+        found = f"declared positive definite, but ⟨u, Au⟩ = {figure(jacobian.low)}‖u‖² for some u: {found}"
     remedy = (
         f"A is not positive definite, so CG does not apply and w is not a minimum: increase λ by more than "
         f"{figure(-jacobian.low)}, solve the inner problem further, or use LU."
@@ -292,7 +298,7 @@ def _check_strong_convexity(jacobian, condition, theta, data):
 
 
 def _check_theta_is_used(local):
-    """Check that F depends on θ, and F or outer on each leaf of θ.
+    """Check that F depends on θ, and that F or outer depends on each leaf of θ.
 
     A vjp may vanish at one point although the function depends on θ. The vjps are therefore also taken at two random
     points, whose entries differ from the point's by about 1 % and about 100 % of 1 + |entry|.
@@ -307,7 +313,7 @@ def _check_theta_is_used(local):
     points = [(local.theta + size * shift_theta, local.w + size * shift_w) for size in (0.0, 1e-2, 1.0)]
     through, direct = (np.stack(part) for part in zip(*(dependence(*point) for point in points), strict=True))
     remedy = (
-        "F does not depend on it, so its implicit derivative is zero. If it enters through the initial point, use "
+        "F does not depend on this θ, so the derivative through w is zero. If θ enters through the initial point, use "
         "Unrolled with init as a function of θ, or a Proximal condition; if through a closure, pass it as theta."
     )
     if not through.any():
@@ -327,7 +333,7 @@ def _check_w_is_used(local):
         return Check("w in outer", True, "∂outer/∂w is not zero")
     if local.outer_gradient(near, local.theta)[0].any():
         return Check("w in outer", True, "∂outer/∂w is zero at this w, but not nearby")
-    remedy = "the outer function ignores the inner solution, so the implicit term is zero: use its argument w."
+    remedy = "the outer function ignores the inner solution, so the term through w is zero: use the argument w."
     return Check("w in outer", False, "∂outer/∂w = 0", remedy)
 
 
@@ -336,7 +342,7 @@ def _check_kinks(local, tol):
     if not math.isfinite(distance):
         return Check("kinks", True, f"none found within {figure(kinks.DISTANCES[0] * scale)}", value=math.inf)
     remedy = (
-        "the derivative here is that of one side only (ReLU, max, abs, a projection at its bound): move the point, or "
+        "the derivative is one-sided at this point (ReLU, max, abs, a projection at its bound): move the point, or "
         "smooth the function (softplus for ReLU)."
     )
     at_the_point = distance <= max(tol, kinks.DISTANCES[-2])

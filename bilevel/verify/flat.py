@@ -1,4 +1,4 @@
-"""Pytrees as flat vectors: only the inexact leaves are entries, and each entry keeps its name for messages."""
+"""Pytrees as flat vectors of the entries of their inexact leaves, with a name for each entry."""
 
 import math
 from collections.abc import Callable

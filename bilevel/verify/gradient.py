@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bilevel import tree
 from bilevel.problem import Problem
+from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify.causes import likely_cause
 from bilevel.verify.comparison import Deviation, Tolerance
@@ -92,13 +93,15 @@ def _row(entry):
 def check_hypergradient(
     problem: Problem,
     theta: PyTree,
-    init: PyTree | Callable[[PyTree, PyTree], PyTree],
+    init: Start,
     data: PyTree,
     solver: Callable,
     method: Callable[..., Hypergradient],
     against: Sequence[str] = ("finite_differences", "unrolled", "dense"),
     directions: np.ndarray | None = None,
     rtol: float | None = None,
+    *,
+    start: StartFunction | None = None,
 ) -> HypergradientReport:
     """Compare a method's hypergradient with references that share no gradient code with it.
 
@@ -106,8 +109,8 @@ def check_hypergradient(
     solver's output. ``unrolled`` differentiates the solver's output. If the solver's steps have not converged, the two
     derivatives differ. ``unrolled`` then does not count, unless the method agrees with it.
 
-    If Newton's method fails, ``finite_differences`` differentiates the solver's output instead, and ``dense`` evaluates
-    the implicit function theorem there.
+    If Newton's method fails, or for more than 400 unknowns, ``finite_differences`` differentiates the solver's output
+    instead, and ``dense`` evaluates the implicit function theorem there.
 
     The tolerance of each derivative is a sum:
 
@@ -116,12 +119,14 @@ def check_hypergradient(
     - the rounding, in θ's precision, of the terms that make up the derivative,
     - the effect of the inner residual and of the linear residual, each if a ``tol`` was set for that solve and was met.
 
-    The last two need the inner Jacobian as a matrix. They are zero if it is singular or has more than 1000 rows.
+    The last two need the inner Jacobian as a matrix. They are zero if this matrix is singular or has more than 1000
+    rows.
 
     Args:
         problem: the condition and the outer function.
         theta: outer variables, any pytree; the hypergradient is computed there.
-        init: where the solver starts, a tree like w or ``init(theta, data)``.
+        init: where the solver starts, a pytree like w; None with ``start``. A function, a method or a
+            ``functools.partial`` is taken as ``start``.
         data: the third argument of the problem's functions.
         solver: the inner solver.
         method: called as ``method(problem, solver, theta, init, data)``.
@@ -129,9 +134,11 @@ def check_hypergradient(
         directions: unit vectors ``[m, entries of θ]``. None means every coordinate of a θ with at most 64 entries, and
             8 directions in a larger θ: the method's own gradient and 7 random ones.
         rtol: None means √eps of the narrowest dtype in θ: 1.5e-8 for float64, 3.5e-4 for float32.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
-        ValueError: for an unknown reference, for none, or for directions of another shape.
+        ValueError: for an unknown reference, for an empty ``against``, or for directions of another shape.
+        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:
@@ -144,7 +151,8 @@ def check_hypergradient(
         (False, 'the formula is right and the inner problem is not solved')
     """
     selected = select_references(against)
-    theta, data = jax.tree.map(jnp.asarray, (theta, data))
+    init = choose_start(init, start)
+    theta, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
     out = jax.jit(method_program(problem, solver, method, init))(*method_arguments(theta, init, data))
     directions = _directions(directions, gradient_vector(out.gradient, theta))
     run = MethodRun(problem, solver, theta, init, data, out, directions)
@@ -167,8 +175,8 @@ def check_hypergradient(
 def _directions(directions, gradient):
     """Return the caller's directions, else the coordinates of a small θ, else the gradient's and random directions.
 
-    A large gradient is compared along itself too, because random directions see little of it. A gradient that is zero
-    or not finite has no direction and is left out.
+    A gradient of many entries is also compared along its own direction, because random directions are nearly orthogonal
+    to it. A gradient that is zero or not finite has no direction and is left out.
     """
     if directions is not None:
         return np.asarray(directions, np.float64)
@@ -220,7 +228,7 @@ def _compare(name: str, found: Reference | str, derivatives: np.ndarray, toleran
     worst = deviation.worst
     note = ""
     if name == "finite_differences" and found.question == "the solver's output":
-        note = "Newton's method found no solution, so the solver's output was differenced, converged or not"
+        note = "Newton's method found no solution, so the solver's output, converged or not, was differenced"
     return Comparison(
         name=name,
         reference=found,
@@ -277,7 +285,7 @@ def _diagnosis(run: MethodRun, tolerance: Tolerance, comparisons: list[Compariso
     names = ", ".join(entry.name for entry in counted)
     if run.theorem is None:
         return (
-            f"the gradient differs from {names}. A is too large to be written out, singular or not finite, so the "
+            f"the gradient differs from {names}. A is too large to be written out, singular or not finite, so a wrong "
             f"formula cannot be told from an inaccurate inner solution (‖F‖ = {figure(run.residual_norm())})."
         )
     return (

@@ -1,4 +1,4 @@
-"""The inner Jacobian A = ∂F/∂w at one point: its matrix where it is small, and its extreme eigenvalues."""
+"""The inner Jacobian A = ∂F/∂w at one point: its extreme eigenvalues and, if it is small, its matrix."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from bilevel.verify.local_problem import LocalProblem, random_like
 from bilevel.verify.references import MAX_UNKNOWNS
 
 LANCZOS_STEPS = 40
-"""Steps of Lanczos's method, one product with A each (two, with A and Aᵀ, if A is not declared symmetric)."""
+"""Number of Lanczos steps. A step costs one product with A, and one with Aᵀ if A is not declared symmetric."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Jacobian:
 
     @staticmethod
     def at(local: LocalProblem, symmetric: bool) -> "Jacobian":
-        """Write A out up to 1000 unknowns; beyond, use Lanczos's method on its symmetric part.
+        """Compute the matrix A for up to 1000 unknowns, or else Ritz values of its symmetric part.
 
         Args:
             local: the problem at the point.

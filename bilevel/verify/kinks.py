@@ -10,7 +10,7 @@ from bilevel.verify.local_problem import LocalProblem, random_like
 from bilevel.verify.precision import EPS
 
 DISTANCES = tuple(10.0**-k for k in range(1, 9))
-"""Distances from the point at which derivatives are compared, relative to :func:`scale_of`."""
+"""Distances from the point, relative to :func:`scale_of`, at which F and the derivatives are compared."""
 
 
 def scale_of(local: LocalProblem) -> float:

@@ -1,4 +1,4 @@
-"""The functions of a problem around one point (w, θ), compiled, on flat float64 vectors, as the checks need them."""
+"""The compiled functions of a problem on flat float64 vectors, with the point (w, θ) at which they are checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

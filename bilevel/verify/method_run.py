@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import tree
 from bilevel.problem import Problem
+from bilevel.start import evaluate, is_function
 from bilevel.types import Hypergradient, LinearInfo, PyTree
 from bilevel.verify.flat import flatten, gradient_vector, vector_of
 from bilevel.verify.precision import as_double, double_precision, eps_of
@@ -33,28 +35,28 @@ def method_program(problem: Problem, solver: Callable, method: Callable, init: P
     ``start`` is used unless ``init`` is a function. θ, the start and the data are arguments, not captured constants, so
     that XLA cannot compute with them at compile time.
     """
-    if callable(init):
+    if is_function(init):
         return lambda theta, start, data: method(problem, solver, theta, init, data)
     return lambda theta, start, data: method(problem, solver, theta, start, data)
 
 
 def method_arguments(theta: PyTree, init: PyTree | Callable, data: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     """Return the arguments ``(theta, start, data)`` of :func:`method_program` as arrays; ``start`` may be None."""
-    start = None if callable(init) else init
-    return jax.tree.map(jnp.asarray, (theta, start, data))
+    start = None if is_function(init) else init
+    return tree.arrays(theta, "theta"), tree.arrays(start, "init"), tree.arrays(data, "data")
 
 
 @dataclass(frozen=True)
 class TheoremAtW:
-    """The implicit function theorem at the method's w, with what the method reports of its linear solve.
+    """The implicit function theorem at the method's w, with the method's report on its linear solve.
 
     Attributes:
         parts: A, Bd, g and h·d.
         adjoint: A⁻ᵀg.
         constant_diagonal: the diagonal part of A that needs no second derivative of the user's function: D⁻² for a
-            condition with a scaling D (λ, for ``Proximal``), 1 for a fixed point; None for other conditions.
+            condition with a scaling D (λ, for ``Proximal``), 1 for a condition with a mapping; None for the others.
         reported: the adjoint that the method reports, flat; None for a method that solves no linear system.
-        residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖; None likewise.
+        residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖; None without ``reported``.
     """
 
     parts: Linearisation
@@ -122,7 +124,7 @@ class MethodRun:
         return TheoremAtW(parts, adjoint, diagonal, reported, residual)
 
     def reported_residual_is_true(self) -> bool:
-        """Return True if the reported linear residual is the true one, up to a factor of two and rounding."""
+        """Return True if the true linear residual is at most twice the reported one, plus rounding."""
         if self.theorem is None or self.theorem.residual is None or self.linear is None:
             return False
         return self.theorem.residual <= 2 * float(self.linear.relative_residual) + 100 * self.eps
@@ -162,10 +164,10 @@ class MethodRun:
         """Return the point where the solver starts, in float64."""
         with double_precision():
             theta, data, init = as_double(self.theta), as_double(self.data), init_in_double(self.init)
-            return init(theta, data) if callable(init) else init
+            return evaluate(init, theta, data)
 
     def _linearise(self, w) -> tuple[Linearisation, np.ndarray] | None:
-        """Return A, B, g, h and A⁻ᵀg at ``w``."""
+        """Return A, Bd, g and h·d with A⁻ᵀg at ``w``; None if A is not finite, singular, or too large."""
         try:
             parts = linearise(self.problem, w, self.theta, self.data, self.directions)
         except ReferenceUnavailable:
@@ -180,7 +182,4 @@ class MethodRun:
             scaling = condition.scaling(theta, data)
             if scaling is None:
                 return np.ones(flatten(w).vector.size) if hasattr(condition, "mapping") else None
-            if jax.tree.structure(scaling) != jax.tree.structure(w):
-                scaling = jax.tree.map(lambda _: scaling, w)
-            full = jax.tree.map(lambda factor, leaf: jnp.asarray(factor, jnp.float64) * jnp.ones_like(leaf), scaling, w)
-            return vector_of(full) ** -2.0
+            return vector_of(tree.scale(scaling, jax.tree.map(jnp.ones_like, w))) ** -2.0

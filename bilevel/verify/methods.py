@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 
+from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
+from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import tables
 from bilevel.verify.flat import gradient_vector
@@ -32,8 +33,8 @@ class MethodReport:
         compile_seconds: the time to trace and compile.
         temporary_bytes: the memory that the compiled program needs besides its arguments and results, by XLA's own
             count; None if XLA does not tell.
-        products: products with ∂F/∂w or its transpose in one run. None for a method or solver that writes the matrix
-            out, because it asks for all columns at once.
+        products: products with ∂F/∂w or its transpose in one run. None if the method or the solver computes the whole
+            matrix, because a batch of products cannot be counted.
         steps: the iterations that the inner solver reports.
         status: the worst status of the inner and the linear solve; NONFINITE if the value or gradient is not finite.
         out: what the method returned.
@@ -56,7 +57,7 @@ class MethodComparison:
 
     Attributes:
         methods: one report for each method, in their order.
-        reference: what the errors are relative to, in words.
+        reference: the reference of the errors, in words.
     """
 
     methods: tuple[MethodReport, ...]
@@ -88,27 +89,31 @@ class MethodComparison:
 def compare_methods(
     problem: Problem,
     theta: PyTree,
-    init: PyTree | Callable[[PyTree, PyTree], PyTree],
+    init: Start,
     data: PyTree,
     solver: Callable,
     methods: Sequence[Callable[..., Hypergradient]],
     runs: int = 5,
+    *,
+    start: StartFunction | None = None,
 ) -> MethodComparison:
     """Run each method on one problem and measure its error, time, memory and products.
 
     Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
-    differences if A has more than 1000 unknowns. Each method is compiled once and timed ``runs`` times.
+    differences if A is singular or has more than 1000 unknowns. Each method is compiled once and timed ``runs`` times.
 
-    Products are counted in a run of their own: a callback counts each use of the derivative of F in w. Derivatives of
-    ``potential``, which some methods take, are not counted.
+    Products are counted in a separate run, in which a callback counts each use of the derivative of F in w. Derivatives
+    of ``potential``, which some methods take, are not counted.
 
     Args:
         problem, theta, init, data, solver: as for :func:`bilevel.value_and_hypergradient`.
         methods: each is called as ``method(problem, solver, theta, init, data)``.
         runs: the number of timed runs of each method.
+        start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
         ValueError: for no methods, or fewer than one run.
+        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
 
     Example:
         >>> from bilevel import CG, GradientDescent, Implicit, Stationary, Unrolled
@@ -116,12 +121,13 @@ def compare_methods(
         >>> problem = Problem(condition, lambda w, theta, data: jnp.sum(w**2))
         >>> arguments = jnp.ones(2), jnp.zeros(2), jnp.array([1.0, 2.0])
         >>> found = compare_methods(problem, *arguments, GradientDescent(0.5, 3), [Implicit(CG(2)), Unrolled()])
-        >>> [(row.label, row.products) for row in found.methods]  # CG: two steps, and one for the true residual
+        >>> [(row.label, row.products) for row in found.methods]  # CG: two steps, and one product for the residual
         [('Implicit(CG(2))', 3), ('Unrolled()', 3)]
     """
     if not methods or runs < 1:
         raise ValueError(f"compare_methods needs at least one method and one run, got {len(methods)} and {runs}")
-    theta, data = jax.tree.map(jnp.asarray, (theta, data))
+    init = choose_start(init, start)
+    theta, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
     reference = _reference(problem, solver, theta, init, data)
     rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
     words = "nothing: no reference is available here"
@@ -183,7 +189,7 @@ def _count_products(problem, solver, theta, init, data, method) -> int | None:
     program = method_program(Problem(condition, problem.outer, problem.has_aux), solver, method, init)
     try:
         jax.block_until_ready(jax.jit(program)(*method_arguments(theta, init, data)))
-    except NotImplementedError:  # `linear_call` has no batching rule, and writing the matrix out needs one
+    except NotImplementedError:  # `linear_call` has no batching rule, which computing the whole matrix needs
         return None
     jax.effects_barrier()
     return len(calls)

@@ -20,7 +20,7 @@ EPS = float(np.finfo(np.float64).eps)
 def double_precision() -> Iterator[None]:
     """Enable float64 and standard dtype promotion.
 
-    With strict promotion JAX would refuse a float32 constant that a user's function has captured.
+    With strict promotion, JAX would refuse to combine float64 with a float32 constant of a user's function.
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         yield

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 WIDTH = 100
-"""Characters a line of running text."""
+"""Number of characters in a line of running text."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -54,5 +54,5 @@ def label(value: object) -> str:
 
 
 def figure(number: float | None) -> str:
-    """Return a number with three digits, or a dash for None."""
+    """Return a number with three significant digits as text, or a dash for None."""
     return "—" if number is None else f"{number:.3g}"

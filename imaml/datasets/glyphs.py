@@ -391,8 +391,4 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
         return _build()
 
     arrays = cached(f"glyphs-{VERSION}-matplotlib-{version('matplotlib')}", build)
-    train, test = (
-        ImageClasses(arrays[f"{split}_pixels"], tuple(arrays[f"{split}_labels"].tolist()))
-        for split in ("train", "test")
-    )
-    return ImageDataset("glyphs", train, test)
+    return ImageDataset.from_dictionary("glyphs", arrays)

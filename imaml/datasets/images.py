@@ -79,6 +79,19 @@ class ImageDataset:
         if shared:
             raise InputError(f"{self.name}: {len(shared)} classes, including {min(shared)}, are in both train and test")
 
+    def dictionary(self) -> dict[str, np.ndarray]:
+        """Return the pixels and labels of both parts as named arrays, from which :meth:`from_dictionary` restores."""
+        parts = {"train": self.train, "test": self.test}
+        pixels = {f"{part}_pixels": classes.pixels for part, classes in parts.items()}
+        return pixels | {f"{part}_labels": np.array(classes.labels) for part, classes in parts.items()}
+
+    @classmethod
+    def from_dictionary(cls, name: str, arrays: dict[str, np.ndarray]) -> "ImageDataset":
+        """Return the dataset called ``name`` with the arrays of :meth:`dictionary`."""
+        parts = ("train", "test")
+        classes = (ImageClasses(arrays[f"{part}_pixels"], tuple(arrays[f"{part}_labels"].tolist())) for part in parts)
+        return cls(name, *classes)
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the labels and pixels of both parts. Equal fingerprints mean the same data."""
         digest = hashlib.sha256()

@@ -6,8 +6,10 @@ parameters that are adapted to one task.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import bilevel as bl
 from imaml.learning.problem import Apply, Loss, cross_entropy, reptile_problem, task_problem
@@ -50,15 +52,26 @@ class Learner:
         """Solve the inner problem of one task. The query set is not used.
 
         Args:
-            theta: meta-parameters, a pytree of arrays.
+            theta: meta-parameters, a pytree of arrays. A Python number counts as a float.
             task: one task, without a batch axis.
 
         Returns:
             The solution with ``w`` = φ, a pytree like ``theta``, and ``residual_norm`` = ‖∇loss + λ(φ − θ)‖,
             without the second term if ``strength`` is None.
         """
+        theta = float_arrays(theta)
         condition = task_problem(self.apply, self.loss, self.strength).condition
         return bl.solve(self.solver, condition, theta, theta, task)
+
+
+def float_arrays(theta: Any) -> Any:
+    """Return θ with an array for each leaf. A Python number has no dtype of its own, so it becomes a float."""
+
+    def as_array(leaf):
+        number = isinstance(leaf, int | float) and not isinstance(leaf, bool)
+        return jnp.asarray(leaf, float) if number else jnp.asarray(leaf)
+
+    return jax.tree.map(as_array, theta)
 
 
 def make_learner(

@@ -1,14 +1,22 @@
 """The meta-gradient of a batch of tasks: the mean of their hypergradients."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 import bilevel as bl
-from imaml.learning.algorithms import Learner
+from imaml.errors import check
+from imaml.learning.algorithms import Learner, float_arrays
 from imaml.learning.tasks import Task
+
+NONE_FINITE = (
+    "no task of the batch has finite numbers: the value is NaN and the meta-gradient zero. Check the data of the "
+    "tasks, and lower the inner step size"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +28,10 @@ class MetaGradient:
     vector has a relative residual of 1, so a larger residual means that the linear solve did worse than returning zero.
 
     Attributes:
-        value: mean query loss over the tasks whose status is not NONFINITE; zero if there is none.
+        value: mean query loss over the tasks whose status is not NONFINITE; NaN if there is none.
         gradient: mean hypergradient over the tasks that count, a pytree like θ; zero if no task counts.
         accuracy: fraction of query examples whose largest output is at their label, over the same tasks as ``value``.
-            NaN for regression, whose targets are not integers.
+            NaN if there is none, and for regression, whose targets are not integers.
         tasks: the number of tasks that count towards the gradient, an int32 scalar.
         inner_residual: norm of the inner objective's gradient at the adapted parameters of each task, ``[batch]``.
         linear_residual: true relative residual of each task's adjoint system, ``[batch]``; zero for a method that
@@ -59,7 +67,9 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
 
     Returns:
         A pure function ``grad(theta, tasks) -> MetaGradient``. ``tasks`` is a :class:`imaml.Task` with a leading batch
-        axis on every array.
+        axis on every array. A Python number in θ counts as a float. The function raises :class:`imaml.InputError` for
+        zero tasks. If no task has finite numbers, ``value`` is NaN, ``gradient`` is zero, and a call outside of ``jit``
+        warns.
 
     Source: Rajeswaran et al. (2019), algorithm 1.
     """
@@ -77,10 +87,12 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
         return terms, (out.inner.residual_norm, linear_residual, out.status)
 
     def gradient(theta, tasks):
+        count = len(tasks.query_y)
+        check(count >= 1, "a meta-gradient is a mean over tasks, but the batch has 0 tasks: pass at least one")
+        theta = float_arrays(theta)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), theta)
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(zeros)))
         totals = ((zero, zero, jnp.int32(0)), (zeros, jnp.int32(0)))
-        count = len(tasks.query_y)
         group_size = max(number for number in range(1, min(at_once, count) + 1) if count % number == 0)
 
         def advance(totals, tasks):
@@ -96,9 +108,11 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
         if axis is not None:
             totals = jax.lax.psum(totals, axis)
         (value, accuracy, finite_tasks), (total, usable_tasks) = totals
-        value, accuracy = (sum / jnp.maximum(finite_tasks, 1).astype(sum.dtype) for sum in (value, accuracy))
+        value, accuracy = (sum / finite_tasks.astype(sum.dtype) for sum in (value, accuracy))  # 0 / 0 is NaN
         mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable_tasks, 1).astype(sum.dtype), total)
         mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
+        if not isinstance(finite_tasks, Tracer) and not finite_tasks:
+            warnings.warn(NONE_FINITE, stacklevel=2)
         return MetaGradient(value, mean, accuracy, usable_tasks, *reports)
 
     return gradient

@@ -68,6 +68,8 @@ def conv4(
     head_gain: float = 1.0,
     head_bias: float = 0.0,
     pool: Callable[[jax.Array], jax.Array] | None = None,
+    convolutions: str = "patches",
+    products: str = "float32",
 ) -> Network:
     """Build a network of four convolutional blocks and a linear layer.
 
@@ -92,6 +94,8 @@ def conv4(
         head_gain: factor on Glorot's initial matrix of the linear layer.
         head_bias: the initial biases of the linear layer are uniform between 0 and this number.
         pool: the pooling that halves the maps after each block. None for convolutions of stride 2.
+        convolutions: how convolutions are computed, see :func:`convolution`.
+        products: the precision of convolutions and of the linear layer, a key of :data:`PRODUCTS`.
 
     Returns:
         A :class:`Network` from images ``[batch, height, width, channels]`` to logits ``[batch, ways]``.
@@ -110,9 +114,12 @@ def conv4(
 
     def forward(parameters, x, counted=None):
         for i in range(len(inputs)):
-            x = activation(_block(parameters[f"block{i}"], x, stride, counted))
+            block = parameters[f"block{i}"]
+            # The convolution has no bias, because the normalisation would subtract it together with the mean.
+            x = convolution(x, block["kernel"], stride, convolutions, products)
+            x = activation(batch_normalise(x, block["scale"], block["offset"], counted=counted))
             x = pool(x) if pool else x
-        return _dense(parameters["head"], x.reshape(len(x), -1))
+        return _dense(parameters["head"], x.reshape(len(x), -1), products)
 
     def apply_with_support_statistics(parameters, x, support_x):
         both = jnp.concatenate([support_x, x])
@@ -144,26 +151,58 @@ def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = j
     return Network(init, apply)
 
 
-def convolution(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
+PRODUCTS = {
+    "float32": jax.lax.Precision.HIGHEST,
+    "tensorfloat32": jax.lax.Precision.HIGH,
+    "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+}
+"""Precisions of a product of float32 matrices, by name. Sums are in float32.
+
+Each factor is rounded to 23, 10 or 7 explicit bits of the mantissa: ``"float32"`` rounds nothing. A CPU ignores this
+setting and multiplies in float32. A float64 product is computed in float64, except with ``"bfloat16"``.
+"""
+
+
+def convolution(
+    x: jax.Array, kernel: jax.Array, stride: int = 2, method: str = "patches", products: str = "float32"
+) -> jax.Array:
     """Return the 3×3 convolution of images that are padded with one row or column of zeros on each side.
 
     Args:
         x: images ``[batch, height, width, channels]``. At stride 2, an odd side gets another zero at its end.
         kernel: ``[filters, 9 · channels]``: the 3×3 positions row by row, with the channels innermost.
         stride: 1 or 2.
+        method: ``"patches"`` for a product of patches and a matrix, ``"xla"`` for XLA's convolution.
+        products: the precision, a key of :data:`PRODUCTS`.
 
     Returns:
         ``[batch, ⌈height/stride⌉, ⌈width/stride⌉, filters]``.
     """
+    if method == "xla":
+        return _xla_convolution(x, kernel, stride, products)
     neighbours = patches(x) if stride == 2 else dense_patches(x)
     # Merge the axes into one matrix: the kernel's gradient takes 10 % longer if batch, rows and columns stay separate.
     filters, inputs = kernel.shape
-    rows = neighbours.reshape(-1, inputs)
+    rows, precision = neighbours.reshape(-1, inputs), PRODUCTS[products]
     if inputs < filters:  # the kernel's gradient is then faster in the transposed layout, which the barrier keeps
-        product = rows @ jax.lax.optimization_barrier(kernel.T)
+        product = jnp.matmul(rows, jax.lax.optimization_barrier(kernel.T), precision=precision)
     else:  # contract in place: a linearisation of rows @ kernel.T stores a transposed copy of the kernel
-        product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
+        product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), precision=precision)
     return product.reshape(*neighbours.shape[:-1], -1)
+
+
+def _xla_convolution(x, kernel, stride, products):
+    _, height, width, channels = x.shape
+    padding = [(1, 1) if stride == 1 else (1, side % 2) for side in (height, width)]
+    weights = kernel.T.reshape(3, 3, channels, -1)
+    # A convolution does not accept the algorithm of bfloat16 products, so round its operands and its result instead.
+    rounded = products == "bfloat16"
+    dtype, precision = (jnp.bfloat16, None) if rounded else (x.dtype, PRODUCTS[products])
+    convolved = jax.lax.conv_general_dilated(
+        x.astype(dtype), weights.astype(dtype), (stride, stride), padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
+    )  # fmt: skip
+    return convolved.astype(x.dtype)
 
 
 def dense_patches(x: jax.Array) -> jax.Array:
@@ -214,19 +253,13 @@ def _block_init(key, channels, filters, gain):
     return {"kernel": kernel.T, "scale": jnp.ones(filters), "offset": jnp.zeros(filters)}
 
 
-def _block(parameters, x, stride, counted):
-    # The convolution has no bias, because the normalisation would subtract it together with the mean.
-    x = convolution(x, parameters["kernel"], stride)
-    return batch_normalise(x, parameters["scale"], parameters["offset"], counted=counted)
-
-
 def _dense_init(key, inputs, outputs, gain=1.0, max_bias=0.0):
     bias = jax.random.uniform(jax.random.fold_in(key, 1), (outputs,), maxval=max_bias) if max_bias else 0
     return {"kernel": gain * _xavier(key, inputs, outputs, outputs), "bias": jnp.zeros(outputs) + bias}
 
 
-def _dense(parameters, x):
-    return x @ parameters["kernel"] + parameters["bias"]
+def _dense(parameters, x, products="float32"):
+    return jnp.matmul(x, parameters["kernel"], precision=PRODUCTS[products]) + parameters["bias"]
 
 
 def _xavier(key, inputs, outputs, fan_out):

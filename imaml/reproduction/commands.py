@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from imaml.errors import InputError
-from imaml.reproduction import gradient_error, memory, pictures, records
+from imaml.reproduction import gradient_error, memory, pictures, records, trained
 from imaml.reproduction.paper import ROWS, TABLE_2
 from imaml.reproduction.table import rows, table_2
+from imaml.runs.evaluation import trained as run_of
+from imaml.runs.meta_step import initial_state
 from imaml.runs.versions import versions
+from imaml.settings.published_presets import restore
 from imaml.storage.files import write_whole
 
 FORMS = ("terminal", "markdown")
@@ -66,7 +69,9 @@ def check(what: str, directory: Path | None, form: str) -> None:
 
 
 def record(run: Path, out: Path | None = None, note: str = "", hardware: str | None = None) -> str:
-    """Write the record of a finished run as ``NAME.json``, after the run's folder, and return a sentence about it.
+    """Write the record of a finished run and its parameters, and return a sentence about it.
+
+    The files are ``NAME.json`` and ``NAME.safetensors``, named after the run's folder.
 
     Args:
         run: the run's folder.
@@ -84,6 +89,8 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{run.resolve().name}.json"
     made.write(path)
+    preset = restore(made.preset, made.config)
+    trained.save(path.with_suffix(trained.SUFFIX), run_of(run).restore(initial_state(preset)).theta)
     place = f"row {ROWS[made.cell.algorithm]!r}" if made.cell in TABLE_2 and made.cell else "no cell"
     return f"wrote {path}: {made.meta_steps} meta-steps in {made.seconds:.0f} s, for {place} of table 2"
 

@@ -88,10 +88,15 @@ def read(directory: Path = KEPT) -> list[Record]:
     """
     if not directory.is_dir():
         raise InputError(f"there is no folder {directory} of records; 'imaml record RUN --out DIR' makes one")
-    return [_read(path) for path in sorted(directory.glob("*.json"))]
+    return [read_one(path) for path in sorted(directory.glob("*.json"))]
 
 
-def _read(path):
+def read_one(path: Path) -> Record:
+    """Return the record in a file.
+
+    Raises:
+        InputError: if the file is not a record, or if another version wrote it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
@@ -137,7 +142,7 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
         stretches=stretches,
         hardware=hardware or this_machine(result["versions"].get("devices", "")),
         versions=result["versions"],
-        command=command_of(result["preset"], config),
+        command=command_of(result["preset"], config, result.get("types")),
         note=note,
     )
 
@@ -180,21 +185,27 @@ def time_of(log: list[Progress]) -> tuple[float, int]:
     return total, stretches
 
 
-def command_of(name: str, config: dict[str, Any]) -> str:
+def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None = None) -> str:
     """Return the command that trains with these settings: a preset's name, and options for the settings that differ.
 
     Args:
         name: name of the preset.
         config: all settings, as :meth:`imaml.Preset.config` returned them in this or an earlier version.
+        types: the types of the preset's parts, as :meth:`imaml.Preset.types` returned them. None if they were not
+            saved; they are then those of the published preset.
 
     Raises:
-        InputError: if there is no such preset, or if this version cannot express the settings.
+        InputError: if there is no such preset, if a part has another type than in that preset, or if this version
+            cannot express the settings.
     """
+    from imaml.runs.folder import differences
     from imaml.settings.overrides import settings
     from imaml.settings.published_presets import preset, restore
 
-    wanted = settings(restore(name, config))
     begun = preset(name).using(config.get("algorithm", "imaml"))
+    if types is not None and (found := differences(begun.types(), types)):
+        raise InputError(f"a record needs the parts of the preset {name}, but the run has others ({'; '.join(found)})")
+    wanted = settings(restore(name, config))
     words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]
     here = settings(begun)
     words += [f"--{path} {shlex.quote(str(value))}" for path, value in wanted.items() if here[path] != value]

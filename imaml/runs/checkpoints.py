@@ -1,6 +1,7 @@
 """Checkpoints of a run: each file is written completely or not at all, and contains a description of the run.
 
-:mod:`imaml.storage.arrays` stores a checksum in each file, and verifies it whenever the file is read.
+:mod:`imaml.storage.arrays` stores a checksum in each file, and verifies it whenever the file is read. The arrays have
+the names of the parameters: ``numpy.load`` finds a kernel of the network as ``"theta/block0/kernel"``.
 
 A run's folder holds its last checkpoints and the best one. The best checkpoint is the one that :func:`save` was given
 the least ``loss`` for. Training passes the mean query loss on *training* classes, so held-out classes never select a
@@ -21,7 +22,10 @@ import numpy as np
 from imaml.errors import InputError
 from imaml.storage import arrays
 
-FORMAT = 2
+FORMAT = 3
+READ = (2, 3)
+"""The formats that are read. In format 2 the arrays are called ``leaf0``, ``leaf1`` and so on."""
+DESCRIPTION = "description"
 KEEP = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.npz", re.ASCII)
 
@@ -87,8 +91,9 @@ def save(
         OSError: if the folder cannot be written; the older checkpoints are then left unchanged.
     """
     facts = {"format": FORMAT, "step": step, "loss": loss, "leaves": _leaves(state)} | description
-    contents = {f"leaf{i}": _pack(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    arrays.write(directory / f"checkpoint-{step:08}.npz", {"description": np.array(json.dumps(facts)), **contents})
+    names = _names(facts["leaves"], FORMAT)
+    contents = {name: _pack(leaf) for name, leaf in zip(names, jax.tree.leaves(state), strict=True)}
+    arrays.write(directory / f"checkpoint-{step:08}.npz", {DESCRIPTION: np.array(json.dumps(facts)), **contents})
     _delete_old(directory, keep)
 
 
@@ -152,13 +157,13 @@ def _read(path):
     """Return the checkpoint in a file; raise DamagedFile if it is incomplete, InputError for another format."""
     contents = arrays.read(path)
     try:
-        description = json.loads(str(contents.pop("description")))
+        description = json.loads(str(contents.pop(DESCRIPTION)))
         version = description["format"]
     except (KeyError, ValueError, TypeError) as error:
         raise arrays.DamagedFile(f"its description is missing or unreadable ({error})") from error
-    if version != FORMAT:
+    if version not in READ:
         raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
-    return Checkpoint(path, description, [contents[f"leaf{i}"] for i in range(len(contents))])
+    return Checkpoint(path, description, [contents[name] for name in _names(description["leaves"], version)])
 
 
 def _delete_old(directory, keep):
@@ -167,6 +172,17 @@ def _delete_old(directory, keep):
     for _, path in _files(directory)[:-keep]:
         if best_one is not None and path != best_one.path:
             path.unlink(missing_ok=True)
+
+
+def _names(leaves, version):
+    """Return the names of the arrays in a file: the paths of the leaves, such as ``theta/block0/kernel``.
+
+    If two paths are equal, or if a path cannot be a name, all arrays are called ``leaf0``, ``leaf1`` and so on.
+    """
+    paths = [path for path, _, _ in leaves]
+    usable = len(set(paths)) == len(paths) and not {"", DESCRIPTION, *arrays.RESERVED} & set(paths)
+    usable = usable and not any(path.endswith(".npy") for path in paths)  # numpy.load drops this ending
+    return paths if usable and version > 2 else [f"leaf{i}" for i in range(len(paths))]
 
 
 def _leaves(state):

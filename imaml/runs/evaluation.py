@@ -18,14 +18,21 @@ from imaml import datasets
 from imaml.errors import InputError
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.runs import checkpoints
+from imaml.runs import data as run_data
+from imaml.runs.folder import differences
 from imaml.runs.meta_step import initial_state
 from imaml.runs.results import NO_NORMALISATION, QUERY_BATCH, SUPPORT_SET, Evaluation, Run
 from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
 
+_OTHER_GLYPHS = (
+    "Glyphs differ between versions of matplotlib. A run keeps a copy of its glyphs since version 0.2; for an earlier "
+    "run, install the matplotlib that it was trained with"
+)
+
 
 def evaluate(
-    run: str | Path | Run | dict,
+    run: str | Path | Run | Any,
     preset: Preset | None = None,
     tasks: int = 600,
     data: str | Path | None = None,
@@ -34,39 +41,51 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
+    A run of glyphs is evaluated on the copy of them in its folder, which does not depend on the installed matplotlib.
+
     The result is the mean accuracy, or the mean squared error of a regression. If the network has batch normalisation,
     the same tasks are evaluated twice: the result uses the statistics of the query batch, as published, and its field
     ``beside`` uses those of the support set.
 
     Args:
-        run: a run's folder, a :class:`imaml.Run`, or parameters θ.
-        preset: the settings. They are required with θ; otherwise the default is the run's settings.
+        run: a run's folder, a :class:`imaml.Run`, or parameters θ, a pytree of arrays.
+        preset: the settings. They are required with θ, and for a folder whose run has parts of types that this package
+            does not define, such as a network class of your own. Otherwise the default is the run's settings. The
+            parts must have the types that the run was trained with; with θ, any types are accepted.
         tasks: number of tasks, at least 2.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
         best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
-        on_event: called with a message if the last checkpoint is damaged and an older one is used.
+        on_event: called with a message if the last checkpoint is damaged and an older one is used, or if outputs of the
+            network are not finite.
 
     Raises:
-        InputError: for a folder without an intact checkpoint, for data that cannot be used, for θ without a preset, or
-            for fewer than 2 tasks. If ``run`` is a folder, also for data that differ from those of its training.
+        InputError: for a folder without an intact checkpoint, for settings that cannot be restored or have other types,
+            for data that cannot be used, for θ without a preset, or for fewer than 2 tasks. If ``run`` is a folder,
+            also for data that differ from those of its training.
 
     Source: Rajeswaran et al. (2019), table 2.
     """
     theta: Any = run
-    fingerprint = None
+    directory = fingerprint = None
     if isinstance(run, str | Path):
-        preset, theta, fingerprint = _restore(Path(run), preset, best, on_event)
-    elif not isinstance(run, dict):
-        preset, theta = preset or run.preset, run.theta
+        directory = Path(run)
+        preset, theta, fingerprint = _restore(directory, preset, best, on_event)
+    elif isinstance(run, Run):
+        directory, theta = run.directory, run.theta
+        _check_types(directory, run.preset.types(), preset)
+        preset = preset or run.preset
     if preset is None:
         raise InputError("parameters alone do not determine the settings: pass the preset as well")
-    dataset = datasets.load(preset.dataset, data)
+    if directory is None:
+        dataset = datasets.load(preset.dataset, data)
+    else:
+        dataset = run_data.load(directory, preset.dataset, data, on_warning=on_event)
     if fingerprint not in (None, dataset.fingerprint()):
         raise InputError(
             f"{run} was trained on other data than this {preset.dataset}: the held-out classes here may be training "
-            "classes there. Glyphs differ between versions of matplotlib"
+            f"classes there. {_OTHER_GLYPHS if preset.dataset == run_data.KEPT else ''}".rstrip()
         )
-    return evaluate_classes(theta, preset, dataset.test, tasks)
+    return evaluate_classes(theta, preset, dataset.test, tasks, on_event)
 
 
 def trained(
@@ -98,12 +117,33 @@ def _restore(directory, preset, best, on_event):
     """
     found = trained(directory, best, on_event)
     description = found.description
-    preset = preset or restore(description["preset"], description["config"])
+    types = description.get("types")  # earlier versions did not save them
+    if types is not None:
+        _check_types(directory, types, preset)
+    try:
+        preset = preset or restore(description["preset"], description["config"], types)
+    except InputError as error:
+        raise InputError(
+            f"the settings of {directory} cannot be restored: {error}. In Python, pass the preset that it was trained "
+            "with: imaml.evaluate(run, preset)"
+        ) from error
     fingerprint = description["data"] if preset.dataset == description["config"]["dataset"] else None
     return preset, found.restore(initial_state(preset)).theta, fingerprint
 
 
-def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> Evaluation:
+def _check_types(directory, saved, preset):
+    """Raise InputError if ``preset`` is given and its parts have other types than the saved ones of a run."""
+    if preset is not None and (found := differences(saved, preset.types())):
+        raise InputError(
+            f"{directory} was trained with parts of other types than the given preset has ({'; '.join(found)}): pass "
+            "the preset that it was trained with. To evaluate its parameters with other parts, pass the parameters "
+            "instead of the run"
+        )
+
+
+def evaluate_classes(
+    theta: Any, preset: Preset, classes: Any, tasks: int, on_event: Callable[[str], None] = warnings.warn
+) -> Evaluation:
     """Evaluate θ on tasks drawn from ``classes``, with the random key of the preset's seed.
 
     Args:
@@ -111,6 +151,7 @@ def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> E
         preset: the settings.
         classes: images by class (:class:`imaml.datasets.images.ImageClasses`), or the curves of a regression.
         tasks: number of tasks, at least 2.
+        on_event: called with a message if the outputs of a task are not finite. The mean is then NaN.
 
     Raises:
         InputError: if the classes cannot fill a task, or for fewer than 2 tasks.
@@ -122,6 +163,11 @@ def evaluate_classes(theta: dict, preset: Preset, classes: Any, tasks: int) -> E
     spread = over_tasks(task_scores(preset), mesh, SPREAD)
     keys = jax.random.split(preset.keys.test, tasks)
     scores = np.asarray(jax.jit(spread)(on_all((theta, classes.source), mesh), keys))
+    if broken := int((~np.isfinite(scores)).any(1).sum()):
+        on_event(
+            f"the outputs of {broken} of {tasks} tasks are not finite, so the mean is not a number: the parameters or "
+            "the data contain such numbers, or the inner steps diverge"
+        )
     means, intervals = scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
     found = zip(normalisations(preset), means, intervals, strict=True)
     metric, chance = preset.episode.metric, preset.episode.chance
@@ -140,8 +186,8 @@ def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.A
     """Return a function that adapts θ to each task and scores the query set.
 
     Its signature is ``scores((theta, source), keys) -> float32 [tasks, normalisations]``, with ``keys`` of shape
-    ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. There is one column for each entry of
-    :func:`normalisations`.
+    ``[tasks]``. A score is an accuracy in [0, 1], or a mean squared error. The accuracy of outputs that are not finite
+    is NaN. There is one column for each entry of :func:`normalisations`.
     """
     learner, with_support, together = (
         preset.test_learner,
@@ -150,8 +196,9 @@ def task_scores(preset: Preset) -> Callable[[tuple[dict, Any], jax.Array], jax.A
     )
 
     def score(outputs, y):
-        if preset.episode.metric == "accuracy":
-            return (outputs.argmax(-1) == y).mean(dtype=jnp.float32)
+        if preset.episode.metric == "accuracy":  # argmax of NaN is an index like any other, and would count as a guess
+            correct = (outputs.argmax(-1) == y).mean(dtype=jnp.float32)
+            return jnp.where(jnp.isfinite(outputs).all(), correct, jnp.nan)
         return jnp.square(outputs - y).mean(dtype=jnp.float32)
 
     def scores(theta, source, key):

@@ -26,10 +26,11 @@ class RunFolder:
     Args:
         directory: the folder, created if it does not exist.
         description: JSON-serialisable facts about the run. :meth:`resume` requires an existing checkpoint to have the
-            same ``config`` and ``data``, and reports ``versions`` that differ.
+            same ``config``, ``types`` and ``data``, and reports ``versions`` that differ. Earlier versions saved no
+            ``types``; their checkpoints are accepted without them.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
         seconds: least time between two checkpoints that :meth:`record` saves.
-        on_event: called with a message about a damaged checkpoint or about other versions.
+        on_warning: called with a message about a damaged checkpoint, about other versions, or about a kept result.
         completed: updates the ``config`` of a checkpoint that an earlier version of the settings wrote.
 
     Raises:
@@ -43,11 +44,11 @@ class RunFolder:
         description: dict,
         keep: int,
         seconds: float,
-        on_event: Callable[[str], None],
+        on_warning: Callable[[str], None],
         completed: Callable[[dict], dict] = lambda config: config,
     ):
         self._directory, self._description, self._keep = directory, description, keep
-        self._seconds, self._on_event, self._completed = seconds, on_event, completed
+        self._seconds, self._on_warning, self._completed = seconds, on_warning, completed
 
     def __enter__(self):
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class RunFolder:
         found = checkpoints.newest(self._directory, lambda path, message: damaged.append((path, message)))
         state, self._saved_step = (self._restored(found, initial), found.step) if found else (initial, 0)
         for path, message in damaged:  # Rename files only now: a folder whose run is refused above stays unchanged.
-            self._on_event(f"{message}; it is renamed, and an older checkpoint is used")
+            self._on_warning(f"{message}; it is renamed, and an older checkpoint is used")
             checkpoints.set_aside(path)
         self._log = self._open.enter_context(LogWriter(self._directory, self._saved_step))
         self._saved_at = time.monotonic()
@@ -97,23 +98,52 @@ class RunFolder:
         checkpoints.save(self._directory, step, state, self._description, loss=loss, keep=self._keep)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def finish(self, result: dict) -> None:
-        """Write ``result.json``: the description of the run together with ``result``."""
-        record = json.dumps(self._description | result, indent=2) + "\n"
-        write_whole(self._directory / RESULT, lambda stream: stream.write(record.encode()))
+    def finish(self, evaluations: list[dict[str, Any]]) -> None:
+        """Write ``result.json``: the description of the run together with its evaluations.
+
+        A result of the same run with more tasks is not replaced; ``on_warning`` is told.
+        """
+        path = self._directory / RESULT
+        tasks, kept = evaluations[0]["tasks"], self._evaluated_tasks(path)
+        if kept > tasks:
+            self._on_warning(f"{path} keeps its evaluation on {kept} tasks, because this one has only {tasks}")
+            return
+        record = json.dumps(self._description | {"evaluations": evaluations}, indent=2) + "\n"
+        write_whole(path, lambda stream: stream.write(record.encode()))
+
+    def _evaluated_tasks(self, path):
+        """Return the number of tasks in an existing result of this run; 0 without a readable result of this run."""
+        try:
+            result = json.loads(path.read_text())
+            evaluations = result.get("evaluations") or [result["evaluation"]]  # earlier versions wrote a single one
+            config = self._completed(result["config"])
+            same = config == self._description["config"] and result["data"] == self._description["data"]
+            same = same and not self._other_types(result)
+            return int(evaluations[0]["tasks"]) if same else 0
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return 0
+
+    def _other_types(self, saved):
+        """Return the differences between saved types and those of this run; none if no types were saved."""
+        return differences(saved.get("types", self._description["types"]), self._description["types"])
 
     def _restored(self, found: Checkpoint, initial):
         """Check that the checkpoint belongs to this run, and return its state."""
         saved, wanted = found.description, self._description
-        if differences := _differences(self._completed(saved["config"]), wanted["config"]):
+        if other_settings := differences(self._completed(saved["config"]), wanted["config"]):
             raise InputError(
-                f"{self._directory} holds a run with other settings ({'; '.join(differences)}): "
+                f"{self._directory} holds a run with other settings ({'; '.join(other_settings)}): "
                 "use another --out, or delete it"
+            )
+        if other_types := self._other_types(saved):
+            raise InputError(
+                f"{self._directory} holds a run with parts of other types ({'; '.join(other_types)}): "
+                "use another --out, or train with the types of that run"
             )
         if saved["data"] != wanted["data"]:
             raise InputError(f"{self._directory} holds a run on other data: use another --out, or delete it")
-        if differences := _differences(saved["versions"], wanted["versions"]):
-            self._on_event(f"resuming with other versions, so last bits may differ ({'; '.join(differences)})")
+        if other_versions := differences(saved["versions"], wanted["versions"]):
+            self._on_warning(f"resuming with other versions, so last bits may differ ({'; '.join(other_versions)})")
         return found.restore(initial)
 
 
@@ -136,17 +166,17 @@ class NullRunFolder:
     def save(self, step: int, state: Any) -> None:
         """Do nothing."""
 
-    def finish(self, result: dict) -> None:
+    def finish(self, evaluations: list[dict[str, Any]]) -> None:
         """Do nothing."""
 
 
-def _differences(saved, wanted, prefix=""):
+def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the entries in which two nested dictionaries differ, such as ``inner.max_steps: 16 → 32``."""
     found = []
     for name in sorted(set(saved) | set(wanted)):
         old, new = saved.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
+            found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append(f"{prefix}{name}: {old} → {new}")
     return found

@@ -1,10 +1,12 @@
-"""The records that training and evaluation return."""
+"""The records that training, evaluation and verification return."""
 
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import bilevel as bl
 from imaml.settings.preset import Preset
 
 QUERY_BATCH, SUPPORT_SET, NO_NORMALISATION = "query batch", "support set", "none"
@@ -88,3 +90,47 @@ class Run:
     finished: bool
     stopped_by: Signals | None
     evaluation: Evaluation | None
+
+
+TRUNCATED = "CG at its budget"
+"""Name of the check of the preset's own CG solve."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Report of :func:`imaml.verify`.
+
+    Attributes:
+        preset: name of the preset.
+        parameters: number of parameters of its network.
+        checks: one :class:`bilevel.Check` for each comparison.
+        seconds: wall time of the verification.
+    """
+
+    preset: str
+    parameters: int
+    checks: tuple[bl.Check, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """True if every comparison passed."""
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        title = f"{self.preset}: meta-gradient of one task, {self.parameters} parameters, float64"
+        truncated = [check.value for check in self.checks if check.name == TRUNCATED and check.ok and check.value]
+        notes = [_explained(error) for error in truncated if error > 0.01]
+        result = f"{'ok' if self.ok else 'NOT OK'}, {self.seconds:.0f} seconds"
+        return "\n".join([title, str(bl.ConditionReport(self.checks)), *notes, result])
+
+
+def _explained(error):
+    """Return a paragraph about the relative error of the meta-gradient that CG computes at the preset's budget."""
+    text = (
+        f"{TRUNCATED}: the preset stops CG early on purpose, as the paper does. Its meta-gradient differs from the "
+        f"exact solution of the same system by {error:.0%} of that solution's norm. This is the price of the budget "
+        "and not a mistake: the row checks only that the residual that CG reports is the true one. More steps "
+        "(--linear.max_steps) or a larger --strength reduce the difference."
+    )
+    return textwrap.fill(text, 100, subsequent_indent="  ")

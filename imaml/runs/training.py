@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 import bilevel as bl
-from imaml import datasets
 from imaml.datasets import ImageDataset, SinusoidDataset
 from imaml.errors import InputError
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
+from imaml.runs import data as run_data
 from imaml.runs.checkpoints import KEEP
 from imaml.runs.compilation import StepCompiler
 from imaml.runs.evaluation import evaluate_classes
@@ -34,6 +34,9 @@ from imaml.runs.versions import versions
 from imaml.settings.preset import Preset
 from imaml.settings.saved import completed
 
+PATIENCE = 100
+"""Meta-steps in a row without a usable gradient after which training gives up: θ has not moved in any of them."""
+
 
 def train(
     preset: Preset,
@@ -42,6 +45,7 @@ def train(
     *,
     devices: int | str | None = None,
     on_event: Callable[[str], None] = lambda message: None,
+    on_warning: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
@@ -54,26 +58,29 @@ def train(
     evaluation is returned.
 
     If JAX runs in several processes, each process must call this function. The tasks are then divided among the
-    processes, a signal to any of them stops all at the same step, and only process 0 reads and writes the folder.
+    processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
 
     Args:
-        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones.
+        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with parts of
+            the same types.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's archives, for a dataset that is not embedded.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
-        on_event: called with a message before reading data, compiling and evaluating, after a stop was requested, and
-            if a checkpoint is damaged or was saved with other versions.
+        on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
+        on_warning: called with a message if a file is damaged, if a checkpoint was saved with other versions, if
+            ``result.json`` is not replaced, or if outputs in the evaluation are not finite; ``on_event`` by default.
         on_progress: called after every meta-step.
-        evaluation_tasks: number of held-out tasks in the evaluation at the end.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
+            the same run on more tasks.
         checkpoint_seconds: least time between two checkpoints; the one at the end is saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
             one with the least mean query loss, on training classes, over the 100 meta-steps before it.
 
     Raises:
         InputError: if data or settings cannot be used or differ between processes, if the tasks cannot be divided among
-            the devices, if another process trains in the folder, if the folder holds another run, or if training
-            diverges.
+            the devices, if another process trains in the folder, if the folder holds another run, if training
+            diverges, or if 100 meta-steps in a row have no task with a usable gradient.
         OSError: if the disk is full or the folder cannot be written; the last checkpoint is then left unchanged.
 
     Source: Rajeswaran et al. (2019), algorithm 1.
@@ -84,29 +91,36 @@ def train(
     mesh = global_mesh(preset.outer.tasks, devices)
     compiler = StepCompiler(preset, mesh, on_event)
     on_event(f"reading {preset.dataset}")
-    dataset = datasets.load(preset.dataset, data, partial(_compile_ahead, preset, compiler))
+    on_warning = on_warning or on_event
+    dataset = run_data.load(directory, preset.dataset, data, partial(_compile_ahead, preset, compiler), on_warning)
     check(preset, dataset)
     description = {
         "preset": preset.name,
         "config": preset.config(),
+        "types": preset.types(),
         "data": dataset.fingerprint(),
         "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
     }
-    _check_alike({name: description[name] for name in ("config", "data")})
+    _check_alike({name: description[name] for name in ("config", "types", "data")})
     evaluation = None
     first = is_first()
     with (
-        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_event, partial(completed, preset))
+        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset))
         if first
         else NullRunFolder()
     ) as folder:
         start = state = from_first(folder.resume(initial_state(preset)))
+        if first:
+            run_data.keep(directory, dataset)
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
-            started = time.monotonic()
+            started, idle = time.monotonic(), 0
             for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
+                idle = 0 if progress.tasks else idle + 1
+                if idle == PATIENCE:
+                    raise InputError(_without_gradients(preset, progress))
                 if number := gathered(np.array(stop.received or 0, np.int32)).max():
                     stop.received = Signals(number)
                     break
@@ -114,8 +128,8 @@ def train(
         finished = int(state.step) == preset.outer.steps
         if finished and not stop:
             on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
-            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks)
-            folder.finish({"evaluations": evaluation.records()})
+            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks, on_warning)
+            folder.finish(evaluation.records())
     return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
 
 
@@ -192,6 +206,16 @@ def _likely_causes(preset):
     """Return the changes of settings that may prevent a divergence, as words that follow "lower"."""
     inner = "inner.step_size or " if isinstance(preset.inner, bl.GradientDescent) else ""
     return f"{inner}outer.learning_rate" + (", or raise strength" if preset.algorithm == "imaml" else "")
+
+
+def _without_gradients(preset, progress):
+    """Return the message for a run whose θ does not move, because the adjoint system of no task could be solved."""
+    remedy = "raise linear.max_steps or strength" if preset.algorithm == "imaml" else _likely_causes(preset)
+    return (
+        f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: the median "
+        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and a residual above 1 is no "
+        f"better than no solution; {remedy}"
+    )
 
 
 def _median(values):

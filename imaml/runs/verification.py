@@ -34,6 +34,7 @@ from imaml.errors import InputError
 from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.tasks import Task
+from imaml.runs.results import TRUNCATED, Verification
 from imaml.settings.preset import Preset
 
 SOLVED = 1e-8
@@ -45,36 +46,9 @@ STATIONARY = 1e-9
 
 Differences over steps of 1e-3 in θ then have an error of about 1e-6.
 """
+STAGES = 7  # messages of a verification
 LONG = 1000
 """CG budget of a solve that counts as exact."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Report of :func:`verify`.
-
-    Attributes:
-        preset: name of the preset.
-        parameters: number of parameters of its network.
-        checks: one :class:`bilevel.Check` for each comparison.
-        seconds: wall time of the verification.
-    """
-
-    preset: str
-    parameters: int
-    checks: tuple[bl.Check, ...]
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        """True if every comparison passed."""
-        return all(check.ok for check in self.checks)
-
-    def __str__(self) -> str:
-        title = f"{self.preset}: meta-gradient of one task, {self.parameters} parameters, float64"
-        return (
-            f"{title}\n{bl.ConditionReport(self.checks)}\n{'ok' if self.ok else 'NOT OK'}, {self.seconds:.0f} seconds"
-        )
 
 
 def verify(
@@ -93,7 +67,7 @@ def verify(
         steps: numbers of steps of unrolled MAML, increasing.
         directions: number of directions in θ along which gradients are compared with differences and with unrolled
             MAML, at least 1. The first is the implicit gradient; the others are random.
-        on_event: called with a message before each computation.
+        on_event: called with a message before each computation, such as ``"2 of 7: …"``.
 
     Raises:
         InputError: if the data cannot be used, or if the preset's algorithm is not implicit MAML as in the paper.
@@ -101,17 +75,21 @@ def verify(
     begin = time.monotonic()
     if preset.algorithm != "imaml" or preset.fidelity != "paper":
         raise InputError(f"verify compares with the paper's equations, but {preset.name} uses {preset.title}")
-    on_event(f"reading {preset.dataset}")
+    stages = itertools.count(1)
+
+    def announce(message):
+        on_event(f"{next(stages)} of {STAGES}: {message}")
+
+    announce(f"reading {preset.dataset}")
     dataset = datasets.load(preset.dataset, data)
     preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
     with jax.enable_x64(True):
         source = jax.tree.map(jnp.asarray, dataset.train.source)
         task = _as_double(preset.training_episode.sample(source, preset.keys.train))
         theta = _as_double(preset.functions.init(preset.keys.init))
-        on_event("solving the adjoint system at the preset's φ to rounding accuracy")
-        checks = list(check_system(preset.learner, theta, task))
+        checks = list(check_system(preset.learner, theta, task, announce))
         smooth = replace(preset.learner, apply=preset.network.smooth_variant(preset.episode.outputs).apply)
-        checks += check_solution(smooth, theta, task, steps, directions, on_event)
+        checks += check_solution(smooth, theta, task, steps, directions, announce)
         size = ravel_pytree(theta)[0].size
     return Verification(preset.name, size, tuple(checks), time.monotonic() - begin)
 
@@ -123,21 +101,26 @@ def _as_double(tree):
 # --- 1. The adjoint system at the preset's φ -----------------------------------------------------------------------
 
 
-def check_system(learner: Learner, theta: dict, task: Task) -> tuple[bl.Check, bl.Check]:
+def check_system(
+    learner: Learner, theta: dict, task: Task, on_event: Callable[[str], None] = lambda message: None
+) -> tuple[bl.Check, bl.Check]:
     """Compare the learner's meta-gradient with the solution of (I + H/λ)g = v at the φ that its inner solver reaches.
 
     Args:
         learner: network, loss, λ, inner solver and method.
         theta: the parameters θ, in float64.
         task: one task, in float64.
+        on_event: called with a message before each computation.
 
     Returns:
         Two checks: a long CG solve reaches a relative residual of ``SOLVED``; and the residual that the learner reports
-        for its own CG solve is the true one. The second also prints the truncated gradient's error.
+        for its own CG solve is the true one and at most 1. The second also prints the truncated gradient's error.
     """
+    on_event("computing the meta-gradient at the preset's budget")
     batch = jax.tree.map(lambda array: array[None], task)
     out = jax.jit(meta_gradient(learner))(theta, batch)
     phi = jax.jit(learner.adapt)(theta, task).w
+    on_event("solving the adjoint system at the preset's φ to rounding accuracy")
     exact = _implicit(learner, phi, theta, task).gradient
     residual = partial(_system_residual, learner, phi, task)
     solved, truncated, reported = float(residual(exact)), float(residual(out.gradient)), float(out.linear_residual[0])
@@ -149,10 +132,18 @@ def check_system(learner: Learner, theta: dict, task: Task) -> tuple[bl.Check, b
         "adjoint solve is wrong.",
         solved,
     )
+    if not out.tasks:
+        return system, bl.Check(
+            TRUNCATED,
+            False,
+            f"relative residual {reported:.1%}, which is worse than that of zero",
+            "training leaves this task out, because CG has not come near the solution at the preset's budget: increase "
+            "linear.max_steps or strength.",
+        )
     # The two products round differently, so the reported and the recomputed residual agree only to a tolerance.
     agree = abs(truncated - reported) <= SOLVED + 1e-6 * truncated
     cg = bl.Check(
-        "CG at its budget",
+        TRUNCATED,
         bool(agree),
         f"relative residual {truncated:.1%} (reported: {reported:.1%}); relative error of the gradient "
         f"{_gap(out.gradient, exact):.1%}, cosine {_cosine(out.gradient, exact):.3f}",
@@ -206,9 +197,10 @@ def check_solution(
         differences, and unrolled MAML converges to it.
     """
     flat, unravel = ravel_pytree(theta)
-    on_event("solving the inner problem of the smooth variant by gradient descent, then by Newton's method")
+    on_event(f"adapting the smooth variant by {steps[-1]} steps of gradient descent")
     path = _Unrolled(learner, theta, task)
     end = path.run(jax.tree.map(jnp.zeros_like, theta), (steps[-1],))[-1]
+    on_event("solving the inner problem of the smooth variant by Newton's method")
     solve = _newton(learner)
     solution = solve(theta, end.w, task)
     residual = float(solution.residual_norm)

@@ -6,9 +6,15 @@ import math
 from typing import Any
 
 from imaml.errors import InputError, check
+from imaml.learning.networks import PRODUCTS
+from imaml.settings.parts import CONVOLUTIONS
 from imaml.settings.preset import FIXED, Preset
 
-CHOICES = {"linear.engine": ("jaxopt", "watched")}
+CHOICES = {
+    "linear.engine": ("jaxopt", "watched"),
+    "network.convolutions": CONVOLUTIONS,
+    "network.products": tuple(PRODUCTS),
+}
 """The nested settings whose value is a word: the words that each setting accepts, by its dotted path."""
 
 

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import jax
 
 import bilevel as bl
-from imaml.errors import check
+from imaml.errors import check, check_choice
 from imaml.learning import networks
+
+CONVOLUTIONS = ("patches", "xla")
+"""How a network can compute convolutions, see :func:`imaml.learning.networks.convolution`."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,13 @@ class Conv4:
         head_bias: the initial biases of the linear layer are uniform between 0 and this number.
         pooling: if True, stride 1 and 2×2 max-pooling, as for Mini-ImageNet. If False, stride 2 without pooling.
         image_shape: height, width and channels.
+        convolutions: ``"patches"`` or ``"xla"``, see :func:`imaml.learning.networks.convolution`.
+        products: precision of matrix products and convolutions, a key of :data:`imaml.learning.networks.PRODUCTS`.
+            Only an accelerator distinguishes them.
 
     Raises:
-        InputError: if ``filters`` is below 1, if a gain is not above 0, or if ``head_bias`` is negative.
+        InputError: if ``filters`` is below 1, if a gain is not above 0, if ``head_bias`` is negative, or if a word is
+            unknown.
     """
 
     filters: int = 64
@@ -31,12 +38,16 @@ class Conv4:
     head_bias: float = 0.0
     pooling: bool = False
     image_shape: tuple[int, int, int] = (28, 28, 1)
+    convolutions: str = "patches"
+    products: str = "float32"
 
     def __post_init__(self):
         check(self.filters >= 1, f"network.filters must be at least 1, got {self.filters}")
         check(self.kernel_gain > 0, f"network.kernel_gain must be above 0, got {self.kernel_gain}")
         check(self.head_gain > 0, f"network.head_gain must be above 0, got {self.head_gain}")
         check(self.head_bias >= 0, f"network.head_bias must be at least 0, got {self.head_bias}")
+        check_choice("network.convolutions", self.convolutions, CONVOLUTIONS)
+        check_choice("network.products", self.products, tuple(networks.PRODUCTS))
 
     def build(self, ways: int) -> networks.Network:
         """Return the network with ``ways`` logits."""
@@ -49,7 +60,7 @@ class Conv4:
     def _build(self, ways, activation, pool):
         return networks.conv4(
             ways, self.filters, self.image_shape, self.kernel_gain, activation, self.head_gain, self.head_bias,
-            pool if self.pooling else None,
+            pool if self.pooling else None, self.convolutions, self.products,
         )  # fmt: skip
 
 

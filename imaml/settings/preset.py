@@ -2,7 +2,8 @@
 
 A preset holds the objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``) instead of copies of their
 options. :mod:`imaml.settings.overrides` changes single options of these objects by their dotted paths.
-:meth:`Preset.config` returns all settings as plain data, which :mod:`imaml.settings.saved` converts back to a preset.
+:meth:`Preset.config` returns all settings as plain data and :meth:`Preset.types` the types of the objects.
+:mod:`imaml.settings.saved` converts both back to a preset.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from imaml.learning.algorithms import ALGORITHMS, Learner, make_learner, referen
 from imaml.learning.problem import cross_entropy, squared_error
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Baselines, Conv4, Outer, Rotations
+from imaml.settings.types import plain, type_name, types_of
 
 FINN = "Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation, ICML 2017 (arXiv 1703.03400)"
 NICHOL = "Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018 (arXiv 1803.02999)"
@@ -211,6 +213,19 @@ class Preset:
         return self.departures
 
     def config(self) -> dict[str, Any]:
-        """Return the settings as nested dictionaries of JSON values."""
-        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}
-        return json.loads(json.dumps(shown, default=dataclasses.asdict))
+        """Return the settings as nested dictionaries of JSON values.
+
+        Raises:
+            InputError: if a setting cannot be stored, such as a lambda; see :func:`imaml.settings.types.plain`.
+        """
+        return json.loads(json.dumps(self._saved_fields(), default=plain))
+
+    def types(self) -> dict[str, str]:
+        """Return the name of the type of this preset, at the key ``"preset"``, and of each of its parts by its path.
+
+        Two presets with equal configs and different types give different runs.
+        """
+        return {"preset": type_name(type(self)), **dict(types_of(self._saved_fields()))}
+
+    def _saved_fields(self):
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}

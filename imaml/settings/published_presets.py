@@ -11,7 +11,7 @@ import bilevel as bl
 from imaml.errors import InputError
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Adaptation, Baselines, Conv4, Outer, Rotations
-from imaml.settings.preset import RAJESWARAN, Preset
+from imaml.settings.preset import CITATIONS, RAJESWARAN, Preset
 from imaml.settings.saved import with_config
 
 
@@ -36,17 +36,24 @@ def presets() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def restore(name: str, config: dict[str, Any]) -> Preset:
-    """Return the published preset called ``name``, with the settings of a saved config.
+def restore(name: str, config: dict[str, Any], types: dict[str, str] | None = None) -> Preset:
+    """Return the preset that was saved with a run.
 
     Args:
-        name: one of :func:`presets`.
+        name: the name of the preset, which need not be a published one if ``types`` is given.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
+        types: the result of :meth:`Preset.types`. None for a run of a version that did not save it; the parts then
+            have the types of the published preset.
 
     Raises:
-        InputError: if the name is unknown, or if the config does not fit this version.
+        InputError: if ``types`` is None and the name is not a published one, if a part has a type that this package
+            does not define, or if the config does not fit this version.
     """
-    return with_config(preset(name), config)
+    if types is None or name in _PRESETS:
+        return with_config(preset(name), config, types)
+    citation = CITATIONS.get(config.get("algorithm", "imaml"), RAJESWARAN)
+    begun = dataclasses.replace(_GLYPHS, name=name, citation=citation, departures=(), baselines=None)
+    return with_config(begun, config, types)
 
 
 # --- Shared departures and variants --------------------------------------------------------------------------------
@@ -108,23 +115,25 @@ _GLYPHS = Preset(
     departures=(_FONT_GLYPHS, _LARGE_KERNELS, _inner_rate(0.2, 16), _SHORT_RUN),
     baselines=_FIVE_WAY,
 )
-_STRENGTH_AND_CG = f"{_STRENGTH} 5 CG steps for the meta-gradient are the paper's number."
-_GLYPHS_HF = _hessian_free(_GLYPHS, (_FONT_GLYPHS, _LARGE_KERNELS, _STRENGTH_AND_CG, _SHORT_RUN))
+_CG = "5 CG steps for the meta-gradient are the paper's number."
+_GLYPHS_HF = _hessian_free(_GLYPHS, (_FONT_GLYPHS, _LARGE_KERNELS, _STRENGTH, _CG, _SHORT_RUN))
 
 
 # --- Omniglot ------------------------------------------------------------------------------------------------------
 
-_NOT_TUNED = (
-    "λ, the inner solver and the learning rate are those of the 5-way 1-shot preset. They were not tuned for this "
+_MORE_IMAGES = (
+    "λ is 0.5 for the mean support loss, where the paper gives λ = 2 for its loss. The λ and the inner step size of "
+    "the 5-way 1-shot preset, 0.1 and 0.01, leave a relative residual above 1 in the adjoint system of every task at "
+    "the initial parameters, so training by gradient descent does not begin. The learning rate was not tuned for this "
     "number of ways and shots."
 )
 
 
-def _momentum(steps):
+def _momentum(rate, steps):
     return (
-        f"{_STRENGTH} The inner step size is 0.01 and the inner momentum 0.8; the paper gives neither. Momentum is "
-        "needed because the curvature at θ grows in training: plain descent with a step size large enough to fit a "
-        f"task becomes unstable. {steps} inner steps and 5 CG steps for the meta-gradient are the paper's numbers."
+        f"The inner step size is {rate} and the inner momentum 0.8; the paper gives neither. Momentum is needed "
+        "because the curvature at θ grows in training: plain descent with a step size large enough to fit a task "
+        f"becomes unstable. {steps} inner steps and 5 CG steps for the meta-gradient are the paper's numbers."
     )
 
 
@@ -133,25 +142,25 @@ def _omniglot(ways: int, shots: int) -> tuple[Preset, Preset]:
     # Tasks and queries are chosen so that a meta-step takes about equally long for each number of ways and shots.
     tasks, queries, steps = {5: (8, 15), 20: (4, 5)}[ways] + ({1: 7_000, 5: 4_000}[shots],)
     inner_steps = {5: 16, 20: 25}[ways]
+    strength, rate, of_strength = (0.1, 0.01, _STRENGTH) if (ways, shots) == (5, 1) else (0.5, 0.02, _MORE_IMAGES)
     length = (
         f"A meta-step has {tasks} tasks with {queries} query images of each class (evaluation uses as many as shots, "
         f"as published). Adam's learning rate falls from 0.003 to 0 along half a cosine in {steps:,} meta-steps."
     )
-    not_tuned = () if (ways, shots) == (5, 1) else (_NOT_TUNED,)
     chosen = Preset(
         name=f"omniglot-{ways}way-{shots}shot-gd",
         dataset="omniglot",
         episode=Episode(ways=ways, shots=shots, queries=shots),
         rotations=Rotations(train=True, test=True),
         network=Conv4(filters=64, kernel_gain=10.0),
-        strength=0.1,
-        inner=bl.GradientDescent(step_size=0.01, max_steps=inner_steps, momentum=0.8),
+        strength=strength,
+        inner=bl.GradientDescent(step_size=rate, max_steps=inner_steps, momentum=0.8),
         linear=bl.CG(max_steps=5),
         outer=Outer(learning_rate=3e-3, tasks=tasks, queries=queries, steps=steps, final_fraction=0.0),
-        departures=(_LARGE_KERNELS, _momentum(inner_steps), length, *not_tuned),
+        departures=(_LARGE_KERNELS, of_strength, _momentum(rate, inner_steps), length),
         baselines=_FIVE_WAY if ways == 5 else _TWENTY_WAY,
     )
-    return chosen, _hessian_free(chosen, (_LARGE_KERNELS, _STRENGTH_AND_CG, length, *not_tuned))
+    return chosen, _hessian_free(chosen, (_LARGE_KERNELS, of_strength, _CG, length))
 
 
 _REFERENCE = dataclasses.replace(

@@ -1,16 +1,27 @@
 """Conversion of saved settings to this version, in which fields may have been added or renamed since.
 
 Checkpoints, the records of :mod:`imaml.reproduction` and ``result.json`` contain the result of
-:meth:`imaml.Preset.config`. These files are never rewritten: :func:`completed` translates their content after reading.
+:meth:`imaml.Preset.config`; checkpoints and ``result.json`` also that of :meth:`imaml.Preset.types`. These files are
+never rewritten: :func:`completed` translates their content after reading.
 """
 
 import dataclasses
 import json
 from typing import Any
 
+import bilevel as bl
 from imaml.errors import InputError, check
+from imaml.learning.tasks import Curve, Episode
+from imaml.settings.parts import MLP, Conv4, Outer, Rotations
 from imaml.settings.preset import NO_SETTINGS, Preset
 from imaml.settings.renamed import with_current_names
+from imaml.settings.types import type_name
+
+PARTS: dict[str, Any] = {
+    type_name(kind): kind
+    for kind in (Episode, Curve, Rotations, Conv4, MLP, Outer, bl.GradientDescent, bl.HessianFree, bl.CG)
+}
+"""The types of parts that can be restored from a file, by their saved names. Other types are never imported."""
 
 
 def completed(record: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -39,32 +50,56 @@ def _with_defaults(record, config):
     return filled
 
 
-def with_config(chosen: Preset, config: dict[str, Any]) -> Preset:
+def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | None = None) -> Preset:
     """Return a copy of a preset with the settings of a saved config.
 
     Args:
-        chosen: the preset of the name that was saved.
+        chosen: the preset to start from. It gives the fields that a config does not have, such as the citation.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
+        types: the result of :meth:`Preset.types` of the same preset. None for a config of a version that did not save
+            the types; the parts then have the types of ``chosen``.
 
     Raises:
-        InputError: if this version does not know a setting of the config, requires a setting that the config lacks, or
-            refuses a value.
+        InputError: if a part has a type that this package does not define, if this version does not know a setting of
+            the config, requires a setting that the config lacks, or refuses a value.
     """
     foreign = f"the settings of {chosen.name} were saved by another version"
     try:
-        chosen = chosen.using(config.get("algorithm", "imaml"))
+        algorithm = config.get("algorithm", "imaml")
+        chosen = chosen.using(algorithm) if types is None else _with_parts(chosen, config, types)
         config = completed(chosen, config)
         restored = _with_settings(chosen, config)
-    except (TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise InputError(f"{foreign}: {error}") from error
     check(restored.config() == config, f"{foreign}, with different fields")
     return restored
 
 
+def _with_parts(chosen, config, types):
+    """Return a copy of a preset with the algorithm of a config, and with parts of the saved types."""
+    known = {"preset": type_name(Preset)}
+    foreign = [f"{path} is {name}" for path, name in types.items() if known.get(path) != name and name not in PARTS]
+    if foreign:
+        raise InputError(f"a part of {chosen.name} has a type that imaml does not define ({', '.join(foreign)})")
+    parts = {}
+    for path, name in types.items():
+        if path != "preset":
+            fields = with_current_names(PARTS[name], config[path], path)
+            parts[path] = PARTS[name](**{field: _as_setting(value) for field, value in fields.items()})
+    algorithm = config["algorithm"]
+    if algorithm != chosen.algorithm and chosen.baselines is not None:
+        chosen = chosen.using(algorithm)  # with the citation and the departures of that algorithm
+    return dataclasses.replace(chosen, algorithm=algorithm, fidelity=config["fidelity"], **parts)
+
+
 def _with_settings(record, config):
     def value_of(key, value):
-        if isinstance(value, dict):
-            return _with_settings(getattr(record, key), value)
-        return tuple(value) if isinstance(value, list) else value
+        return _with_settings(getattr(record, key), value) if isinstance(value, dict) else _as_setting(value)
 
     return dataclasses.replace(record, **{key: value_of(key, value) for key, value in config.items()})
+
+
+def _as_setting(value):
+    return tuple(value) if isinstance(value, list) else value

@@ -10,24 +10,28 @@ import numpy as np
 from imaml.storage.files import write_whole
 
 CHECKSUM = "sha256"
+RESERVED = (CHECKSUM, "file", "allow_pickle")
+"""Names that an array cannot have: the name of the checksum, and the parameters of ``numpy.savez``."""
 
 
 class DamagedFile(ValueError):
     """The error for a file that :func:`write` did not write, or whose contents have changed since."""
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write(path: Path, arrays: dict[str, np.ndarray], compressed: bool = False) -> None:
     """Write ``arrays`` and their SHA-256 checksum to ``path`` atomically.
 
     Args:
         path: the file to create or to replace.
-        arrays: arrays by name, of any shape and any numpy dtype but ``object``. The name ``sha256`` is reserved.
+        arrays: arrays by name, of any shape and any numpy dtype but ``object``. No name may be in ``RESERVED``.
+        compressed: write a smaller file, which takes longer.
 
     Raises:
         OSError: if the file cannot be written; see :func:`.write_whole`.
     """
     contents: dict[str, Any] = {CHECKSUM: np.array(_digest(arrays)), **arrays}
-    write_whole(path, lambda stream: np.savez(stream, **contents))
+    save = np.savez_compressed if compressed else np.savez
+    write_whole(path, lambda stream: save(stream, **contents))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -99,8 +99,8 @@ def test_a_part_of_the_module_tells_equal_names_apart(library):
 @pytest.mark.parametrize(
     ("place", "pattern", "replacement", "message"),
     [
-        ("outter", "f(y)", "y", "no function, method or class is called outter, only outer$"),
-        ("nowhere:outer", "f(y)", "y", r"called nowhere:outer, only library\.code:outer$"),
+        ("outter", "f(y)", "y", "no function, method or class is called outter; similar: outer$"),
+        ("nowhere:outer", "f(y)", "y", r"called nowhere:outer; similar: library\.code:outer$"),
         ("outer", "g(y)", "y", r"g\(y\) matches 0 times in outer \(code\.py\), not once; .* no other place$"),
         ("unrelated", "z", "z + 1", r"matches 0 times in unrelated .* it matches once in library\.code:outer\.inner"),
         ("outer", "f(_A)", "_A", r"matches 2 times in outer \(code\.py\), not once; in lines 12, 12$"),

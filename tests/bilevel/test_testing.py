@@ -59,7 +59,7 @@ FAULTS = {
     "the whole gradient is multiplied by 3": faulty(lambda right, direct: 3 * right),
     "with ∂F/∂w in place of its transpose": untransposed,
     "unknown; it is not": faulty(lambda right, direct: right**2 + 1),
-    "a NaN or an infinity; θ, data, w": faulty(lambda right, direct: right * jnp.nan),
+    "the gradient is not finite: θ, w, F": faulty(lambda right, direct: right * jnp.nan),
 }
 
 
@@ -176,7 +176,7 @@ CONDITIONS = {
         bl.Root(affine, symmetric=True),
         [1.0, 1.0],
     ),
-    "declared positive definite, and ⟨u, Au⟩ = -0.5‖u‖² for a u": (
+    "declared positive definite, but ⟨u, Au⟩ = -0.5‖u‖² for some u": (
         bl.Root(stretched, positive_definite=True),
         [1.0, 1.0],
     ),

@@ -126,9 +126,9 @@ def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     assert not unrolled.ok and unrolled.verdict.startswith("this is the derivative of the solver's steps")
     assert check(quartic(), bl.Unrolled(), few, ("unrolled",)).ok
     stale = check(quartic(), dense_method("iterate before"), few)
-    assert not stale.ok and "taken at the iterate before the last" in stale.verdict
+    assert not stale.ok and "evaluated at the iterate before the last" in stale.verdict
     start = check(quartic(), dense_method("initial point"))
-    assert not start.ok and "taken at the initial point" in start.verdict
+    assert not start.ok and "evaluated at the initial point" in start.verdict
 
 
 def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():

@@ -49,7 +49,7 @@ def glyph_cache(tmp_path_factory, tiny_pixels):
 def here(tmp_path, monkeypatch, glyph_cache):
     """Change into an empty folder, use the small glyphs, and keep the command from configuring JAX."""
     monkeypatch.setenv("IMAML_CACHE", str(glyph_cache))
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -81,6 +81,17 @@ def error_of(arguments, capsys):
         ("train --inner.max_step 3", "there is no setting --inner.max_step: did you mean --inner.max_steps?"),
         ("train --inner.max_step=3", "there is no setting --inner.max_step: did you mean --inner.max_steps?"),
         ("train --meta-step 3", "there is no option --meta-step: did you mean --meta-steps?"),
+        ("train --meta-step", "there is no option --meta-step: did you mean --meta-steps?"),
+        ("train --quite", "there is no option --quite: did you mean --quiet?"),
+        ("train --quite --seed 3", "there is no option --quite: did you mean --quiet?"),
+        ("train --verbose", "there is no setting --verbose: known: --episode.ways"),
+        ("train --quiet=yes", "ignored explicit argument 'yes'"),
+        ("verify --linear.max_step 3", "there is no setting --linear.max_step: did you mean --linear.max_steps?"),
+        ("verify --linear.max_steps 0", "CG needs max_steps of at least 1, got 0"),
+        ("verify --meta-steps 3", "there is no setting --meta-steps: did you mean --test_steps?"),
+        ("verify --quite", "there is no option --quite: did you mean --quiet?"),
+        ("verify --algorithm maml", "verify compares with the paper's equations"),
+        ("data omniglot --quite", "unrecognized arguments: --quite: did you mean --quiet?"),
         ("train --strength", "--strength needs a value"),
         ("train --strength --seed 3", "--strength needs a value"),
         ("train --strength strong", "--strength takes a number, got 'strong'"),
@@ -98,12 +109,12 @@ def error_of(arguments, capsys):
         ("train one two", "unrecognized arguments: two"),
         ("trian", "invalid choice: 'trian'"),
         ("", "required: COMMAND"),
-        ("evaluate", "required: RUN"),
+        ("evaluate", "evaluate takes the folder of a run, or --record NAME"),
         ("evaluate .", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate . --best", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate nowhere", "there is no run in nowhere"),
         ("evaluate . --tasks many", "invalid int value: 'many'"),
-        ("evaluate . --task 3", "unrecognized arguments: --task 3"),
+        ("evaluate . --task 3", "unrecognized arguments: --task 3: did you mean --tasks?"),
         ("data", "required: NAME"),
         ("data omniglt", "there is no dataset 'omniglt': known are glyphs, omniglot, miniimagenet, sinusoid"),
         ("data sinusoid", "the sinusoid dataset is sampled: there is nothing to download"),
@@ -282,6 +293,27 @@ def test_another_algorithm_is_trained_in_another_folder_with_the_settings_that_w
     assert (preset.algorithm, preset.inner.max_steps, preset.inner.step_size) == ("maml", 3, 0.4)
     assert directory == Path("runs") / f"{DEFAULT}-maml"
     assert f"{DEFAULT}: MAML on glyphs, in runs/{DEFAULT}-maml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stopped_by", [None, signal.SIGTERM])
+def test_quiet_training_prints_the_result_and_warnings_only(stopped_by, here, monkeypatch, capsys):
+    evaluation = imaml.Evaluation("accuracy", 0.5, 0.1, 0.2, 600, "none")
+
+    def train(preset, directory, *_, on_event, on_warning, on_progress, **__):
+        Path(directory).mkdir(parents=True)
+        on_event("compiling the meta-step")
+        on_warning("a checkpoint is damaged")
+        on_progress(runlog.Progress(1, 1, 0.5, 0.5, 4, 0.1, 0.1, {}, 1.0))
+        return imaml.Run(directory, preset, {}, 1, True, stopped_by, evaluation)
+
+    monkeypatch.setattr("imaml.runs.training.train", train)
+    assert cli.main(["train", "--quiet"]) == (0 if stopped_by is None else 143)
+    out, err = capsys.readouterr()
+    assert err == "a checkpoint is damaged\n"
+    assert out == f"{evaluation}\n" if stopped_by is None else out.startswith("stopped at step 1 of 3000")
+    assert cli.main(["train", "--out", "loud"]) == (0 if stopped_by is None else 143)
+    out, err = capsys.readouterr()
+    assert err == "" and all(part in out for part in ("in loud", "compiling", "a checkpoint is damaged …", "step 1/1"))
 
 
 # --- A real run in a process ---------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ ALLOWED = {
     "settings": {"learning", "errors"},
     "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
     "report": {"runs", "storage"},
-    "reproduction": {"report", "runs", "settings", "learning", "storage", "errors"},
-    "cli": {"reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
+    "reproduction": {"report", "runs", "settings", "learning", "datasets", "storage", "errors"},
+    "arguments": {"runs", "settings", "errors"},
+    "cli": {"arguments", "reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
     "__main__": {"cli"},
 }
 

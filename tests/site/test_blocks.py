@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from imaml import cli
+from imaml.arguments import parse
 
 sys.path.insert(0, str(Path(__file__).parent))
 from blocks import ROOT, Block, all_blocks
@@ -96,11 +97,8 @@ def check_output(words, output, code, redirect):
 
 
 def check_imaml(words):
-    """Parse the arguments of a command, and resolve the preset and its settings for `imaml train`."""
-    known, overrides = cli._split(words) if words[0] == "train" else (words, [])
-    options = cli._parser().parse_args(known)
-    if words[0] == "train":
-        cli._chosen(options, overrides)
+    """Parse the arguments of a command, with its preset and settings."""
+    parse(words)
 
 
 def check_make(words):

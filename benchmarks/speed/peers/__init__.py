@@ -1,5 +1,6 @@
-"""The timed programs: one module for each library, which is imported only in its peer's process.
+"""The timed programs: one module for each library, which a process of its own imports.
 
-Each module has a function ``programs(item, dtype)`` that returns callables by name. A call computes a gradient, waits
-for the result, and returns it as NumPy arrays under the names of :mod:`benchmarks.speed.workloads`.
+Each of these modules has a function ``programs(item, dtype)`` that returns callables by name. A call computes a
+gradient and returns it as NumPy arrays under the names of :mod:`benchmarks.speed.workloads`. The parts of our
+meta-gradient return None. The modules ``conv4_torch`` and ``linear_models`` have code that several libraries share.
 """

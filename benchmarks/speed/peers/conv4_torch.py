@@ -8,16 +8,21 @@ import torch.nn.functional as F
 from benchmarks.speed.workloads import FewShot
 
 Tensors = dict[str, torch.Tensor]
+DEVICE = os.environ.get("SPEED_TORCH_DEVICE", "cpu")
+"""PyTorch's name of the device: ``"cpu"`` or ``"cuda"``."""
 
 
 def start(item: FewShot, dtype: str) -> tuple[Tensors, list[tuple[torch.Tensor, ...]]]:
     """Return the parameters in PyTorch's layouts, and the tasks as (support, labels, query, labels).
 
-    PyTorch is set to use as many threads as the process has cores.
+    PyTorch is set to use as many threads as the process has cores, and float32 for convolutions on a GPU.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    parameters = {name: to_torch(name, torch.from_numpy(value)) for name, value in item.parameters(dtype).items()}
-    arrays = {name: torch.from_numpy(value) for name, value in item.arrays(dtype).items()}
+    torch.backends.cudnn.allow_tf32 = False
+    parameters = {
+        name: to_torch(name, torch.from_numpy(value)).to(DEVICE) for name, value in item.parameters(dtype).items()
+    }
+    arrays = {name: torch.from_numpy(value).to(DEVICE) for name, value in item.arrays(dtype).items()}
     y = arrays["y"]
     images = [arrays[name].permute(0, 1, 4, 2, 3).contiguous() for name in ("support", "query")]
     return parameters, [(images[0][t], y, images[1][t], y) for t in range(item.tasks)]
@@ -57,4 +62,4 @@ def from_torch(name: str, value: torch.Tensor):
         value = value.reshape(value.shape[0], -1, 2, 2).permute(2, 3, 1, 0).reshape(-1, value.shape[0])
     elif name.endswith("kernel"):
         value = value.permute(0, 2, 3, 1).flatten(1)
-    return value.detach().numpy()
+    return value.detach().cpu().numpy()

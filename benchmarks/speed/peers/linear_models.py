@@ -1,4 +1,4 @@
-"""Ridge and logistic regression with one penalty per feature: the objectives that all JAX libraries use."""
+"""Ridge and logistic regression with one penalty per feature: the objectives for all JAX libraries."""
 
 import jax
 import jax.numpy as jnp

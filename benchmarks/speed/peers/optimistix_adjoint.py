@@ -19,8 +19,8 @@ def programs(item: Linear, dtype: str):
     data = {name: jnp.asarray(value) for name, value in item.arrays(dtype).items()}
     theta, init = data.pop("theta"), jnp.zeros(item.features, dtype)
     solver = optx.GradientDescent(item.step_size, rtol=0.0, atol=0.0)
-    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. It has no budget
-    # here, because lineax raises an error when a budget is exhausted.
+    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. max_steps is None,
+    # because lineax raises an error when a budget is exhausted.
     adjoint = optx.ImplicitAdjoint(lx.CG(rtol=item.tol, atol=item.tol, max_steps=None))
     tags = frozenset({lx.positive_semidefinite_tag})
 

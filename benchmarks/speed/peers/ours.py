@@ -26,12 +26,13 @@ def _few_shot(item: FewShot, dtype: str):
     tasks = Task(jnp.asarray(arrays["support"]), y, jnp.asarray(arrays["query"]), y)
     theta = _nested(item.parameters(dtype))
     learner = learner_of(item)
-    compiled = jax.jit(meta_gradient(learner))
+    compiled, at_once = (jax.jit(meta_gradient(learner, at_once=number)) for number in (1, item.tasks))
 
-    def meta():
+    def meta(compiled):
         return _flat(jax.block_until_ready(compiled(theta, tasks)).gradient)
 
-    return {"meta-gradient": meta} | _spread(learner, theta, tasks, item.tasks) | _parts(learner, theta, tasks)
+    programs = {"meta-gradient": lambda: meta(compiled), "all tasks at once": lambda: meta(at_once)}
+    return programs | _spread(learner, theta, tasks, item.tasks) | _parts(learner, theta, tasks)
 
 
 def learner_of(item: FewShot) -> Learner:
@@ -50,7 +51,7 @@ def _spread(learner, theta, tasks, count):
 
 
 def _parts(learner, theta, tasks):
-    """Return programs for the parts of a meta-gradient, each alone, on the first task."""
+    """Return a program for each part of a meta-gradient, on the first task."""
     task = jax.tree.map(lambda leaf: leaf[0], tasks)
     condition = learner.problem.condition
     many = 20
@@ -58,7 +59,7 @@ def _parts(learner, theta, tasks):
     def residual(w):
         return condition.residual(w, theta, task)
 
-    # A compiled loop, as in the meta-gradient: calls from Python would be timed as well.
+    # Repeat in a compiled loop, as in the meta-gradient, so that the overhead of calls from Python is not timed.
     def repeated(function, w):
         return jax.lax.fori_loop(0, many, lambda _, w: jax.tree.map(lambda a, b: a - 1e-3 * b, w, function(w)), w)
 

@@ -22,7 +22,7 @@ def programs(item: FewShot, dtype: str):
     theta = [value.requires_grad_() for value in parameters.values()]
 
     def batch(one_task):
-        total = torch.zeros(sum(leaf.numel() for leaf in theta), dtype=theta[0].dtype)
+        total = torch.zeros_like(_flat(theta))
         for task in tasks:
             total += one_task(item, list(parameters), theta, task)
         return {

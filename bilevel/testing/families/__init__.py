@@ -1,8 +1,9 @@
 """Families of cases: each function draws the numbers of one problem from a seed and returns a :class:`Case`.
 
-Every matrix has its eigenvalues or singular values between 1/κ and 1, so that one step size suits a whole family. For a
-family with constraints the solution is drawn first, with a known distance to the nearest change of the active set.
-The problem is then built so that it has this solution.
+Drawn matrices have eigenvalues or singular values from 1/κ to 1, so that one step size suits a whole family. The matrix
+of a fixed point is I minus a contraction, and has a condition number of at most κ. For a family with constraints the
+solution is drawn first, with a known distance to the nearest change of the active set. The problem is then built so
+that it has this solution.
 """
 
 from collections.abc import Callable

@@ -42,9 +42,9 @@ class Options:
 
     @property
     def outer_size(self) -> int:
-        """The number of entries of θ, different from that of w so that a missing transpose raises a shape error.
+        """The number of entries of θ, which differs from that of w, so that a missing transpose raises a shape error.
 
-        A family whose θ belongs to the entries of w, such as one penalty for each, sets its own number.
+        A family with one entry of θ for each entry of w, such as a penalty, sets its own number.
         """
         return 1 if self.theta == "scalar" else self.size + 1
 
@@ -130,7 +130,7 @@ def make_case(
     arrange_w = arrange_w or functools.partial(arrange, layout=options.w)
 
     def suggest():
-        import bilevel  # here, so that a case can be drawn without importing the methods under test
+        import bilevel  # Only this function uses the methods under test, so only it imports them.
 
         linear = bilevel.choose_linear(problem.condition, arrange_w(init)).solver
         return suggest_solver(options), bilevel.Implicit(linear)

@@ -25,7 +25,7 @@ def imaml(strength: str = "one", **options: Any) -> Case:
         raise ValueError(f'strength must be "one", a single λ, or "each", one λ per parameter, got {strength!r}')
     chosen = Options(**({"theta": options.get("w", "flat")} | options))
     if chosen.theta != chosen.w:
-        raise ValueError(f"imaml has θ laid out like w, got {chosen}")
+        raise ValueError(f"in imaml, theta has the layout of w, got {chosen}")
     rng, n = np.random.default_rng(chosen.seed), chosen.size
     strengths = np.full(n, 1 / chosen.condition)
     if strength == "each":

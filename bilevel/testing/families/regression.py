@@ -54,7 +54,7 @@ def _regression_problem(family, w_layout, theta_layout):
 
 
 def _through_penalties(left, w, theta):
-    """Return w, ∂w/∂θ = −A⁻¹diag(λw)P and A. P assigns each entry of w its penalty: I, or a column of ones."""
+    """Return w, ∂w/∂θ = −A⁻¹diag(λw)P and A, with P = ∂(log λ)/∂θ: I, or a column of ones for a scalar θ."""
     assignment = np.eye(w.size) if theta.size == w.size else np.ones((w.size, 1))
     penalties = assignment @ np.exp(theta)
     return w, -np.linalg.solve(left, (penalties * w)[:, None] * assignment), left

@@ -33,7 +33,7 @@ def suggest_newton(options: Options) -> Callable[..., Any]:
 
 def suggest_descent(options: Options) -> Callable[..., Any]:
     """Suggest gradient descent with step size ½, for eigenvalues between 1/κ and 1."""
-    import bilevel  # only when a solver is asked for: drawing a case imports none of the methods under test
+    import bilevel  # Only the functions that suggest a solver use code under test, so only they import it.
 
     return bilevel.GradientDescent(0.5, _steps(options))
 

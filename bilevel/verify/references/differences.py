@@ -41,9 +41,10 @@ def finite_differences(
     """Return central differences of θ ↦ outer(w*(θ), θ), extrapolated.
 
     With D(h) = (G(θ + hd) − G(θ − hd)) / 2h the extrapolation (4D(h/2) − D(h)) / 3 has the error O(h⁴). It is computed
-    at five h, each half a decade below the last. The derivative is the one that differs least from its larger
-    neighbour. Its uncertainty is that difference plus the rounding of G divided by h. If the left and the right slope
-    do not approach each other as h shrinks, there is a kink, and half of the jump is added to the uncertainty.
+    at five h, each half a decade below the last. The uncertainty of a value is its difference from that at the next
+    larger h, plus the rounding of G divided by h. The value with the smallest uncertainty is returned. If the left and
+    the right slope do not approach each other as h shrinks, there is a kink, and half of the jump is added to the
+    uncertainty.
 
     Args:
         problem: the condition and the outer function.
@@ -54,7 +55,7 @@ def finite_differences(
         directions: unit vectors ``[m, entries of θ]``. None means each coordinate of a θ of at most 64 entries, and 8
             random directions in a larger one.
         step: the largest h. None means a tenth of the norm of those entries of θ that the direction moves, or 0.1
-            where they are zero.
+            if they are zero.
         polish: True finds the inner solution by Newton's method at each shifted θ, so that an inaccurate solver does
             no harm. False differences the solver's output. None means True if Newton's method converges, else False.
 
@@ -83,7 +84,7 @@ def finite_differences(
         outer = outer_value(problem)
 
         def value(vector):
-            """The outer value at θ, and how much an error in w may change it."""
+            """Return the outer value at θ, and an estimate of its change by the error in w."""
             theta = point.rebuild(vector)
             if solution is None:
                 return outer(solve_inner(problem.condition, solver, theta, start, data), theta, data), 0.0
@@ -100,7 +101,7 @@ def finite_differences(
 
 
 def _largest_step(step, theta, direction):
-    """Return a tenth of the norm of the entries that move: a small entry of θ is moved by a small amount."""
+    """Return a tenth of the norm of the entries that move, so that a small entry of θ is moved by a small amount."""
     if step is not None:
         return step
     size = float(np.linalg.norm(theta[direction != 0]))

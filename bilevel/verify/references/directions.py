@@ -1,7 +1,7 @@
 """The directions in θ along which derivatives are compared.
 
-A reference by differences or tangents costs one run of the solver for each direction. A small θ is therefore compared
-in every coordinate, and a large one along a few random orthonormal directions.
+The cost of a reference by differences or tangents is proportional to the number of directions. A small θ is therefore
+compared in every coordinate, and a large one along a few random orthonormal directions.
 """
 
 import numpy as np

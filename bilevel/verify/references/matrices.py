@@ -40,16 +40,18 @@ def dense(
 ) -> Reference:
     """Return the implicit function theorem's derivative, h·d − g·A⁻¹(Bd), with A written out and solved by numpy.
 
-    A and Bd consist of tangents (``jax.jacfwd``), column by column. The uncertainty is the rounding of the solve,
-    100·eps·κ(A) of the terms that are added. It is infinite where A is singular.
+    A and Bd are computed in forward mode, column by column. The uncertainty is the rounding of the solve: 100·eps·κ(A)
+    times the size of the terms that are added. It is infinite if A is singular.
 
     Args:
         problem, solver, theta, init, data, directions: as for :func:`finite_differences`.
         w: where the theorem is applied, a tree like ``init``. None means the solution that Newton's method finds near
-            the solver's output. With a given ``w``, ``solver`` and ``init`` are not used.
+            the solver's output, or this output if Newton's method fails or for more than 400 unknowns. With a given
+            ``w``, ``solver`` and ``init`` are not used.
 
     Raises:
         ReferenceUnavailable: for more than 1000 unknowns.
+        ValueError: if both ``solver`` and ``w`` are None.
 
     Example:
         The formula can also be evaluated at w = 2, which is not the solution:
@@ -123,8 +125,8 @@ def linearise(problem: Problem, w: PyTree, theta: PyTree, data: PyTree, directio
 def solve_adjoint(a: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, float]:
     """Return A⁻ᵀg and the condition number of A.
 
-    Where A is singular, the condition number is infinite and the vector is the least-squares solution. Where A or g is
-    not finite, the vector is NaN.
+    If A is singular, the condition number is infinite and the vector is the least-squares solution. If A or g is not
+    finite, the condition number is infinite and the vector is NaN.
     """
     if not a.size:
         return g, 1.0

@@ -1,4 +1,4 @@
-"""Newton's method on F(w, θ) = 0, with dense Jacobians: it finds the inner solution at each shifted θ.
+"""Newton's method on F(w, θ) = 0 with dense Jacobians, which finds the inner solution at each shifted θ.
 
 An inner solver leaves an error in w, and a difference quotient divides it by the step in θ. Newton's method reduces
 this error to rounding size, whichever solver is under test.

@@ -10,13 +10,14 @@ import numpy as np
 
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
+from bilevel.start import evaluate, is_function
 from bilevel.types import PyTree, Solution
 from bilevel.verify.flat import Flat, flatten
 from bilevel.verify.precision import as_double
 from bilevel.verify.references.directions import are_coordinates
 
 Question = Literal["the solution", "the formula at this w", "the solver's output"]
-"""The differentiated quantity: the exact solution, the theorem's formula at a given w, or what the solver returned."""
+"""The differentiated quantity: the exact solution, the solver's output, or the theorem's formula at a given w."""
 
 
 class ReferenceUnavailable(ValueError):
@@ -28,8 +29,8 @@ class Reference:
     """Derivatives in θ along some directions, each with its own uncertainty.
 
     Attributes:
-        name: of the reference: ``finite_differences``, ``unrolled`` or ``dense``.
-        question: what is differentiated.
+        name: ``finite_differences``, ``unrolled`` or ``dense``.
+        question: the quantity that is differentiated.
         directions: unit vectors in the flattened inexact leaves of θ, ``[m, entries of θ]``.
         labels: the name of each direction: ``theta['a'][0]``, or ``direction 3``.
         derivatives: the derivative along each direction, ``[m]``.
@@ -90,14 +91,13 @@ def solve_inner(condition: Condition, solver: Callable, theta: PyTree, init: PyT
 
     A solver may return w itself or a :class:`~bilevel.Solution`.
     """
-    start = init(theta, data) if callable(init) else init
-    found = solver(condition, start, theta, data)
+    found = solver(condition, evaluate(init, theta, data), theta, data)
     return as_double(found.w if isinstance(found, Solution) else found)
 
 
 def init_in_double(init: PyTree | Callable) -> PyTree | Callable:
     """Cast ``init`` to float64; if it is a function, cast what it returns."""
-    if callable(init):
+    if is_function(init):
         return lambda theta, data: as_double(init(theta, data))
     return as_double(init)
 

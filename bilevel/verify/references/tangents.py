@@ -32,7 +32,7 @@ def unrolled(
     """Return the derivative of the outer value at what the solver returned, by tangents through its iterations.
 
     Forward mode also differentiates loops whose length is known only at run time. The uncertainty is the rounding of
-    the iterations, 100·eps of the terms that are added.
+    the iterations: 100·eps times the size of the terms that are added.
 
     Args:
         problem, solver, theta, init, data, directions: as for :func:`finite_differences`. If ``init`` is a function
@@ -58,7 +58,7 @@ def unrolled(
             return flatten(w).vector, (w, theta)
 
         def derivative(direction):
-            """The derivative along one direction, the size of the terms in it, and w."""
+            """Return the derivative along one direction, the size of its terms, and w."""
             (flat, (w, _)), (w_tangent, _) = jax.jvp(solve, (point.vector,), (direction,))
             like_w = flatten(w)
 

@@ -279,6 +279,48 @@ def test_the_gradient_is_zero_if_no_task_counts(batch_gradient, softmax_theta, s
     out = batch_gradient(softmax_theta, broken)
     assert int(out.tasks) == 0 and not flat(out.gradient).any()
     assert (out.status == bl.Status.NONFINITE).all()
+    assert np.isnan(out.value) and np.isnan(out.accuracy)
+
+
+def line(theta, x):
+    """A linear model with one input and one output."""
+    return x * theta["slope"] + theta["offset"]
+
+
+LINE = Learner(
+    line, bl.GradientDescent(0.1, 5), bl.Implicit(bl.CG(2)), 0.5, lambda outputs, y: jnp.square(outputs - y).mean()
+)
+
+
+def lines(count, value=2.0):
+    """Return tasks of three points each, with the targets ``value``."""
+    x, y = jnp.broadcast_to(jnp.arange(3.0)[:, None], (count, 3, 1)), jnp.full((count, 3, 1), value)
+    return Task(x, y, x, y)
+
+
+def test_outside_of_jit_a_batch_without_finite_numbers_gives_a_warning_and_no_value():
+    theta = {"slope": jnp.ones(()), "offset": jnp.zeros(())}
+    for at_once in (1, 2):
+        with pytest.warns(UserWarning, match="no task of the batch has finite numbers: the value is NaN"):
+            out = meta_gradient(LINE, at_once=at_once)(theta, lines(2, jnp.nan))
+        assert np.isnan(out.value) and np.isnan(out.accuracy) and not flat(out.gradient).any()
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda function: function])
+def test_zero_tasks_are_refused(wrap):
+    with pytest.raises(imaml.InputError, match="the batch has 0 tasks: pass at least one"):
+        wrap(meta_gradient(LINE))({"slope": jnp.ones(()), "offset": jnp.zeros(())}, lines(0))
+
+
+@pytest.mark.parametrize("slope, offset", [(2.0, 0.5), (2, 0.5), (2, np.float64(0.5)), (np.float64(2), np.array(0.5))])
+def test_a_python_number_in_theta_is_a_float(slope, offset):
+    theta = {"slope": slope, "offset": offset}
+    arrays = {"slope": jnp.array(2.0), "offset": jnp.array(0.5)}
+    out, expected = (meta_gradient(LINE)(t, lines(2)) for t in (theta, arrays))
+    jax.tree.map(np.testing.assert_array_equal, out, expected)
+    assert all(leaf.dtype == expected.value.dtype for leaf in jax.tree.leaves(out.gradient))
+    task = jax.tree.map(lambda array: array[0], lines(1))
+    jax.tree.map(np.testing.assert_array_equal, LINE.adapt(theta, task), LINE.adapt(arrays, task))
 
 
 def test_two_devices_give_the_result_of_one(clean, softmax_theta, softmax_tasks):

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imaml.learning.networks import batch_normalise, conv4, convolution, max_pool, mean_pool, mlp, smooth_relu
+from imaml.learning.networks import (
+    PRODUCTS,
+    batch_normalise,
+    conv4,
+    convolution,
+    max_pool,
+    mean_pool,
+    mlp,
+    smooth_relu,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -56,6 +65,36 @@ def test_convolution_at_stride_1_equals_xlas_in_value_and_derivative(shape, x64)
     theirs = jax.jit(lambda *inputs: value_and_pull_back(reference, *inputs))(x, kernel)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=100 * 25 * max(x.size, kernel.size) * EPS)
+
+
+@pytest.mark.parametrize("shape, stride", [((2, 7, 5, 3), 2), ((2, 6, 6, 1), 2), ((2, 7, 5, 3), 1)])
+def test_xlas_convolution_equals_the_product_of_patches_in_value_and_derivative(shape, stride, x64):
+    random = np.random.default_rng(sum(shape))
+    x, kernel = random.normal(size=shape), random.normal(size=(FILTERS, 9 * shape[-1]))
+    ours, theirs = (
+        value_and_pull_back(lambda x, k, method=method: convolution(x, k, stride, method), x, kernel)
+        for method in ("patches", "xla")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=100 * 25 * max(x.size, kernel.size) * EPS)
+
+
+def test_products_in_bfloat16_round_the_operands_of_xlas_convolution():
+    x, kernel = jnp.full((1, 1, 1, 1), 1.01), jnp.zeros((1, 9)).at[0, 4].set(1.0)
+    rounded = float(jnp.bfloat16(1.01))
+    assert rounded != float(x[0, 0, 0, 0])
+    assert float(convolution(x, kernel, 1, "xla", "bfloat16")[0, 0, 0, 0]) == rounded
+    assert convolution(x, kernel, 1, "xla", "float32")[0, 0, 0, 0] == x[0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("method", ["patches", "xla"])
+def test_each_precision_computes_a_network_within_its_rounding_error(products, method):
+    network = conv4(3, 4, (8, 8, 1), convolutions=method, products=products)
+    parameters, x = network.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (6, 8, 8, 1))
+    exact = conv4(3, 4, (8, 8, 1)).apply(parameters, x)
+    assert network.apply(parameters, x).dtype == jnp.float32
+    np.testing.assert_allclose(network.apply(parameters, x), exact, atol=0.1)
 
 
 def test_pooling_reduces_each_square_and_drops_a_last_odd_row_and_column():

@@ -234,7 +234,7 @@ def test_only_process_0_writes_files_and_prints(interrupted_run):
     ],
 )
 def test_wrong_options_are_reported_before_jax_starts(options, expected, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_start_jax", lambda: pytest.fail("starts JAX"))
+    monkeypatch.setattr(cli, "start_jax", lambda: pytest.fail("starts JAX"))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *options.split()]) == 2
     error = capsys.readouterr().err

@@ -6,16 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import imaml
-from imaml import cli
+from imaml import cli, datasets
+from imaml.arguments import parse
+from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.errors import InputError
 from imaml.learning.networks import mlp
-from imaml.reproduction import commands, gradient_error, memory, paper, pictures, records, table
+from imaml.reproduction import commands, gradient_error, memory, paper, pictures, records, table, trained
+from imaml.runs import checkpoints
 from imaml.runs import log as runlog
-from imaml.settings.overrides import override
+from imaml.runs.evaluation import evaluate_classes
+from imaml.runs.meta_step import initial_state
+from imaml.settings.published_presets import restore
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
 OMNIGLOT = imaml.preset("omniglot-5way-1shot-gd")
@@ -81,10 +87,18 @@ def test_a_records_command_gives_the_same_settings(algorithm, row, tmp_path):
     assert made.cell == paper.Cell(row, 5, 1)
     words = made.command.split()
     assert words[:3] == ["imaml", "train", OMNIGLOT.name]
-    again = OMNIGLOT
-    for path, value in cli._split(words[2:])[1]:
-        again = override(again, path, value)
+    again = parse(words[1:]).chosen
     assert again.config() == json.loads((run / "result.json").read_text())["config"]
+
+
+def test_a_run_with_a_part_of_another_type_has_no_record(run):
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"types": OMNIGLOT.types()}))
+    assert records.of_run(run).command.startswith(f"imaml train {OMNIGLOT.name}")
+    path.write_text(json.dumps(result | {"types": OMNIGLOT.types() | {"episode": "mine.Episode"}}))
+    with pytest.raises(InputError, match=r"the run has others \(episode: imaml.Episode → mine.Episode\)"):
+        records.of_run(run)
 
 
 def test_a_run_on_another_dataset_has_no_cell_in_the_table(tmp_path):
@@ -250,22 +264,90 @@ def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unroll
 )  # fmt: skip
 def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     assert cli.main(arguments.split()) == 2
     message = capsys.readouterr().err
     assert expected in message and len(message.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """The folder of a finished run with a checkpoint, and its state."""
+    network = dataclasses.replace(OMNIGLOT.network, filters=2)
+    run = finished_run(
+        tmp_path_factory.mktemp("trained") / "run", preset=dataclasses.replace(OMNIGLOT, network=network)
+    )
+    content = json.loads((run / "result.json").read_text())
+    state = initial_state(restore(content["preset"], content["config"]))
+    checkpoints.save(run, 3, state, content)
+    return run, state
+
+
+def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     kept, out = tmp_path / "kept", tmp_path / "out"
-    assert cli.main(["record", str(run), "--out", str(kept), "--note", "short"]) == 0
+    assert cli.main(["record", str(trained_run[0]), "--out", str(kept), "--note", "short"]) == 0
     assert "iMAML, gradient descent" in capsys.readouterr().out
     assert cli.main(["reproduce", "table2", "--records", str(kept), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "95.12 ± 0.34" in shown and "short" in shown and str(out / "table2.png") in shown
     assert [path.name for path in out.iterdir()] == ["table2.png"]
+
+
+# --- Trained parameters --------------------------------------------------------------------------------------------
+
+
+def blank_omniglot(monkeypatch, fingerprint):
+    """Replace the datasets by random images whose fingerprint is ``fingerprint``."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 28, 28, 1), dtype=np.uint8)
+    train, classes = (ImageClasses(pixels, tuple(f"{split}{i}" for i in range(6))) for split in ("train", "test"))
+    dataset = ImageDataset("omniglot", train, classes)
+    monkeypatch.setattr(type(dataset), "fingerprint", lambda self: fingerprint)
+    monkeypatch.setattr(datasets, "load", lambda name, data=None: dataset)
+    return classes
+
+
+@pytest.mark.slow("compiles an evaluation of a convolutional network")
+def test_recorded_parameters_are_evaluated_as_the_run_is(trained_run, tmp_path, monkeypatch):
+    run, state = trained_run
+    commands.record(run, tmp_path)
+    assert trained.names(tmp_path) == ("run",)
+    classes = blank_omniglot(monkeypatch, "ab" * 32)
+    record = records.read_one(tmp_path / "run.json")
+    expected = evaluate_classes(state.theta, restore(record.preset, record.config), classes, 4)
+    assert trained.evaluate("run", 4, directory=tmp_path) == expected
+
+
+def test_recorded_parameters_equal_those_of_the_run(trained_run, tmp_path):
+    run, state = trained_run
+    commands.record(run, tmp_path)
+    record = records.read_one(tmp_path / "run.json")
+    theta = trained.load(tmp_path / "run.safetensors", restore(record.preset, record.config))
+    assert jax.tree.structure(theta) == jax.tree.structure(state.theta)
+    for ours, theirs in zip(jax.tree.leaves(theta), jax.tree.leaves(state.theta), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_parameters_are_refused_with_other_data_or_another_network(trained_run, tmp_path, monkeypatch):
+    commands.record(trained_run[0], tmp_path)
+    with pytest.raises(InputError, match=r"the arrays in .*run\.safetensors do not fit the network"):
+        trained.load(tmp_path / "run.safetensors", OMNIGLOT)
+    blank_omniglot(monkeypatch, "cd" * 32)
+    with pytest.raises(InputError, match="run was trained on other data than this omniglot"):
+        trained.evaluate("run", 4, directory=tmp_path)
+    with pytest.raises(InputError, match="no record with trained parameters 'rum': did you mean run"):
+        trained.evaluate("rum", 4, directory=tmp_path)
+    (tmp_path / "run.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"run\.safetensors is damaged"):
+        trained.evaluate("run", 4, directory=tmp_path)
+
+
+@pytest.mark.parametrize("name", trained.names())
+def test_the_parameters_in_the_package_fit_their_records(name):
+    record = records.read_one(records.KEPT / f"{name}.json")
+    theta = trained.load(records.KEPT / f"{name}.safetensors", restore(record.preset, record.config))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
 
 
 @pytest.mark.slow("compiles both algorithms with several numbers of steps")

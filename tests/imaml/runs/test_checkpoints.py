@@ -96,6 +96,36 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
         assert checkpoints.newest(directory) is None and checkpoints.best(directory) is None
 
 
+def test_the_arrays_have_the_names_of_the_parameters(saved):
+    with np.load(file(saved)) as archive:
+        kernel = archive["0/block/kernel"]
+        assert set(archive.files) == {"sha256", "description", "0/block/kernel", "0/special", "1/0", "1/1", "2"}
+    np.testing.assert_array_equal(kernel, state(seed=7)[0]["block"]["kernel"])
+
+
+def test_a_checkpoint_of_the_format_with_numbered_arrays_is_read(saved):
+    contents = arrays.read(file(saved))
+    description = json.loads(str(contents["description"])) | {"format": 2}
+    numbered = {f"leaf{i}": contents[path] for i, (path, _, _) in enumerate(description["leaves"])}
+    arrays.write(file(saved), {"description": np.array(json.dumps(description)), **numbered})
+    assert_same_bits(checkpoints.newest(saved).restore(like=state(seed=1)), state(seed=7))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a/b": jnp.zeros(2), "a": {"b": jnp.ones(2)}},  # two leaves with the same path
+        {"description": jnp.zeros(2), "sha256": jnp.ones(2)},
+        {"file": jnp.zeros(2), "allow_pickle": jnp.ones(2)},  # parameters of numpy.savez
+        jnp.ones(2),  # a leaf without a path
+        {"x.npy": jnp.ones(2), "x": jnp.zeros(2)},  # numpy.load drops this ending
+    ],
+)
+def test_names_that_cannot_be_used_lose_no_array(tree, tmp_path):
+    checkpoints.save(tmp_path, 1, tree, {})
+    assert_same_bits(checkpoints.newest(tmp_path).restore(tree), tree)
+
+
 # --- Deletion of old checkpoints ----------------------------------------------------------------------------------
 
 
@@ -175,7 +205,7 @@ def test_no_flipped_byte_changes_what_is_loaded(saved):
 def test_a_changed_number_in_a_valid_archive_is_refused(saved):
     with np.load(file(saved)) as archive:
         contents = dict(archive)
-    contents["leaf0"][0, 0] += 1e-6
+    contents["0/block/kernel"][0, 0] += 1e-6
     with file(saved).open("wb") as stream:
         np.savez(stream, **contents)
     with pytest.raises(InputError, match="its checksum does not match its contents"):
@@ -266,7 +296,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_and_named(write, tmp_path):
 def test_another_format_is_reported_as_another_version_not_as_damage(saved):
     save(saved, 8)
     arrays.write(file(saved, 8), {"description": np.array(json.dumps({"format": 99}))})
-    with pytest.raises(InputError, match=r"another version of imaml \(format 99, not 2\)"):
+    with pytest.raises(InputError, match=r"another version of imaml \(format 99, not 3\)"):
         checkpoints.newest(saved)
 
 

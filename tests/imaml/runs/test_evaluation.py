@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_preset import TinyMLP
 from tiny_run import EVALUATION_TASKS, PRESET, STEPS, contents, dataset, train
 
 import bilevel as bl
@@ -108,6 +109,26 @@ def test_a_run_its_folder_and_its_parameters_have_the_same_evaluation(uninterrup
 def test_parameters_without_a_preset_are_refused(uninterrupted):
     with pytest.raises(InputError, match="pass the preset as well"):
         imaml.evaluate(uninterrupted.run.theta)
+
+
+@pytest.mark.parametrize("number", [jnp.nan, jnp.inf])
+def test_outputs_that_are_not_finite_give_no_accuracy(number, uninterrupted):
+    theta = jax.tree.map(lambda leaf: leaf.at[..., 0].set(number), uninterrupted.run.theta)
+    with pytest.warns(UserWarning, match=f"the outputs of 4 of {EVALUATION_TASKS} tasks are not finite"):
+        found = imaml.evaluate(theta, PRESET, tasks=EVALUATION_TASKS)
+    assert np.isnan(found.value) and np.isnan(found.interval)
+
+
+def test_parameters_need_not_be_a_dictionary(uninterrupted):
+    apply = TinyMLP().build(2).apply
+
+    class TupleNetwork(TinyMLP):
+        def build(self, ways):
+            network = super().build(ways)
+            return replace(network, init=None, apply=lambda theta, x: apply(theta[0], x))
+
+    found = imaml.evaluate((uninterrupted.run.theta,), replace(PRESET, network=TupleNetwork()), EVALUATION_TASKS)
+    assert found == uninterrupted.run.evaluation
 
 
 def test_an_empty_folder_cannot_be_evaluated(tmp_path):

@@ -1,12 +1,13 @@
 """The folder of a run: another run is refused, and a full disk, damage or a second process loses no checkpoint."""
 
 import errno
+import json
 import os
 import re
 from dataclasses import replace
 
 import pytest
-from tiny_preset import TinyMLP
+from tiny_preset import PermutedEpisode, TinyMLP
 from tiny_run import (
     EVALUATION_TASKS,
     PRESET,
@@ -20,11 +21,14 @@ from tiny_run import (
     train,
 )
 
+import bilevel as bl
 import imaml
-from imaml import InputError, datasets
+from imaml import InputError, cli, datasets
+from imaml.datasets import sinusoid
 from imaml.runs import checkpoints, training
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
+from imaml.settings.parts import MLP
 
 pytestmark = pytest.mark.usefixtures("traces")
 
@@ -43,6 +47,72 @@ def test_other_settings_are_refused_and_named(other, difference, uninterrupted):
     with pytest.raises(InputError, match=re.escape(f"a run with other settings ({difference})")):
         train(uninterrupted.run.directory, other)
     assert contents(uninterrupted.run.directory) == before
+
+
+OTHER_TYPES = replace(PRESET, episode=PermutedEpisode(ways=2, shots=1, queries=1))
+"""The tiny preset with a subclass as its episode. Its name and its config are those of ``PRESET``."""
+
+
+def test_a_preset_that_differs_only_in_the_type_of_a_part_is_another_run(uninterrupted):
+    assert OTHER_TYPES.config() == PRESET.config() and OTHER_TYPES.types() != PRESET.types()
+    directory = uninterrupted.run.directory
+    before = contents(directory)
+    difference = re.escape("(episode: imaml.Episode → tiny_preset.PermutedEpisode)")
+    with pytest.raises(InputError, match=f"holds a run with parts of other types {difference}"):
+        train(directory, OTHER_TYPES)
+    for run in (directory, uninterrupted.run):
+        with pytest.raises(InputError, match=f"parts of other types than the given preset has {difference}"):
+            imaml.evaluate(run, OTHER_TYPES, EVALUATION_TASKS)
+    assert contents(directory) == before
+    # Parameters belong to no run, so they can be evaluated on tasks of any type.
+    assert imaml.evaluate(uninterrupted.run.theta, OTHER_TYPES, EVALUATION_TASKS).tasks == EVALUATION_TASKS
+
+
+def without_types(directory, target, name=PRESET.name):
+    """Copy the newest checkpoint to another folder, as a version wrote it that did not save types."""
+    found = checkpoints.newest(directory)
+    facts = {key: found.description[key] for key in ("config", "data", "versions")} | {"preset": name}
+    checkpoints.save(target, found.step, found.restore(initial_state(PRESET)), facts)
+
+
+def test_a_run_saved_without_types_is_resumed_and_evaluated(uninterrupted, tmp_path):
+    without_types(uninterrupted.run.directory, tmp_path)
+    assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
+    assert train(tmp_path).evaluation == uninterrupted.run.evaluation
+
+
+@pytest.mark.parametrize("other", [replace(PRESET, name="mine"), PRESET])
+def test_a_run_with_a_part_of_an_unknown_type_says_which_and_what_to_pass(other, tmp_path, uninterrupted):
+    found = checkpoints.newest(uninterrupted.run.directory)
+    facts = found.description | {"preset": other.name, "config": other.config()}
+    checkpoints.save(tmp_path, found.step, found.restore(initial_state(PRESET)), facts)
+    with pytest.raises(InputError) as caught:
+        imaml.evaluate(tmp_path, tasks=EVALUATION_TASKS)
+    message = str(caught.value)
+    assert "has a type that imaml does not define (network is tiny_preset.TinyMLP)" in message
+    assert message.endswith("pass the preset that it was trained with: imaml.evaluate(run, preset)")
+    assert imaml.evaluate(tmp_path, other, EVALUATION_TASKS).value == uninterrupted.run.evaluation.value
+
+
+def test_an_unknown_name_in_a_run_saved_without_types_says_what_to_pass(uninterrupted, tmp_path):
+    without_types(uninterrupted.run.directory, tmp_path, "mine")
+    with pytest.raises(InputError, match=r"there is no preset 'mine'.*imaml\.evaluate\(run, preset\)"):
+        imaml.evaluate(tmp_path)
+
+
+@pytest.mark.slow("trains and evaluates a regression")
+def test_a_preset_with_a_name_of_its_own_is_trained_and_evaluated(tmp_path, capsys, monkeypatch):
+    # The parts of this preset have types that imaml defines, so the folder alone can be evaluated.
+    sinusoids = imaml.preset("sinusoid-5shot-gd")
+    outer = replace(sinusoids.outer, steps=1, tasks=2, at_once=1)
+    own = replace(sinusoids, name="mine", network=MLP(hidden=3), inner=bl.GradientDescent(0.01, 1), outer=outer)
+    monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: sinusoid.load(data))
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
+    run = train(tmp_path, own)
+    for what in (tmp_path, run):
+        assert imaml.evaluate(what, tasks=EVALUATION_TASKS) == run.evaluation
+    assert cli.main(["evaluate", str(tmp_path), "--tasks", str(EVALUATION_TASKS)]) == 0
+    assert capsys.readouterr().out == f"{run.evaluation}\n"
 
 
 @pytest.mark.slow("trains a run twice")
@@ -76,6 +146,48 @@ def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, mon
     monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(other))
     with pytest.raises(InputError, match="holds a run on other data"):
         train(uninterrupted.run.directory)
+
+
+@pytest.fixture
+def glyphs(monkeypatch, tiny_pixels):
+    """A function that replaces the installed glyphs by the tiny images, each pixel XOR a number."""
+
+    def install(change=0):
+        tiny = replace(dataset(tiny_pixels ^ change), name="glyphs")
+        monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
+
+    install()
+    return install
+
+
+def test_a_run_keeps_its_glyphs_and_does_not_depend_on_the_installed_ones(glyphs, uninterrupted, tmp_path):
+    stop_halfway(tmp_path)
+    glyphs(1)  # as after an upgrade of matplotlib
+    assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS).tasks == EVALUATION_TASKS
+    run = train(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+    for what in (tmp_path, run):
+        assert imaml.evaluate(what, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
+
+
+def test_other_glyphs_are_refused_if_a_run_has_no_intact_copy_and_a_copy_is_written_again(glyphs, tmp_path):
+    stop_halfway(tmp_path)
+    copy = tmp_path / "glyphs.npz"
+    intact = copy.read_bytes()
+    copy.write_bytes(intact[: len(intact) // 2])
+    train(tmp_path, on_warning=(warnings := []).append)
+    assert copy.read_bytes() == intact and warnings[0].startswith(f"{copy} is damaged (")
+    copy.unlink()
+    glyphs(1)
+    with pytest.raises(InputError, match=r"on other data than this glyphs.*install the matplotlib that it was trained"):
+        imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS)
+    with pytest.raises(InputError, match="holds a run on other data"):
+        train(tmp_path)
+    assert not copy.exists()
+
+
+def test_only_glyphs_are_copied(uninterrupted):
+    assert uninterrupted.run.directory / "glyphs.npz" not in list(uninterrupted.run.directory.iterdir())
 
 
 @pytest.mark.slow("trains on a full disk, twice")
@@ -168,6 +280,38 @@ def test_temporary_files_of_a_killed_process_are_deleted_on_resuming(tmp_path):
     assert not ours.exists() and foreign.exists()
 
 
+def test_a_smaller_evaluation_does_not_replace_a_result(uninterrupted, tmp_path):
+    for name, content in contents(uninterrupted.run.directory).items():
+        (tmp_path / name).write_bytes(content)
+    before, warnings = contents(tmp_path), []
+    again = train(tmp_path, evaluation_tasks=2, on_warning=warnings.append)
+    assert again.evaluation.tasks == 2 and contents(tmp_path) == before
+    result = tmp_path / "result.json"
+    assert warnings == [f"{result} keeps its evaluation on 4 tasks, because this one has only 2"]
+    larger = train(tmp_path, evaluation_tasks=6).evaluation
+    assert json.loads(result.read_text())["evaluations"] == larger.records()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result | {"data": "other"},
+        lambda result: result | {"config": result["config"] | {"seed": 5}},
+        lambda result: result | {"types": result["types"] | {"episode": "imaml.Curve"}},
+        lambda result: {name: value for name, value in result.items() if name != "evaluations"},
+        lambda result: [],
+    ],
+    ids=["data", "config", "types", "no evaluations", "no result"],
+)
+def test_a_result_of_another_run_is_replaced(change, uninterrupted, tmp_path):
+    for name, content in contents(uninterrupted.run.directory).items():
+        (tmp_path / name).write_bytes(content)
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps(change(json.loads(result.read_text()))))
+    found = train(tmp_path, evaluation_tasks=2).evaluation
+    assert json.loads(result.read_text())["evaluations"] == found.records()
+
+
 def test_other_versions_are_reported_and_do_not_stop_a_run(uninterrupted, tmp_path, monkeypatch):
     stop_halfway(tmp_path)
     versions = training.versions()
@@ -180,6 +324,7 @@ def test_other_versions_are_reported_and_do_not_stop_a_run(uninterrupted, tmp_pa
 def test_a_checkpoint_describes_its_run(uninterrupted):
     description = checkpoints.newest(uninterrupted.run.directory).description
     assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
+    assert description["types"] == PRESET.types()
     assert description["data"] == datasets.load("tiny").fingerprint()
     assert {"python", "jax", "jaxlib", "numpy", "imaml", "devices"} == set(description["versions"])
     leaves = [path for path, _, _ in description["leaves"]]

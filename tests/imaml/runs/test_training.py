@@ -211,7 +211,7 @@ published_presets._PRESETS = {tiny_run.PRESET.name: tiny_run.PRESET}
 datasets.load = lambda name, data=None, meanwhile=None: tiny_run.dataset(np.load(pixels))
 training.train = functools.partial(training.train, checkpoint_seconds=0.0)
 progress.Reporter.step = lambda self, p: p.step == tiny_run.STOP_AT and os.kill(os.getpid(), int(number))
-cli._start_jax = lambda: None
+cli.start_jax = lambda: None
 sys.exit(cli.main(["train", "--out", folder]))
 """
 
@@ -310,6 +310,27 @@ def test_too_few_held_out_classes_are_refused_before_training(tiny_pixels, monke
     monkeypatch.setattr(datasets, "load", lambda *_: ImageDataset("tiny", full.train, few))
     with pytest.raises(InputError, match="2 ways are more than the 1 classes of tiny's test set"):
         train(tmp_path / "run")
+
+
+def test_training_in_which_no_task_has_a_usable_gradient_is_refused(tmp_path, monkeypatch):
+    original = compilation.meta_step
+
+    def without_gradients(preset, mesh=None):
+        def step(state, source):
+            after, report = original(preset, mesh)(state, source)
+            unsolved = jnp.full_like(report.linear_residual, 4.0)
+            usable = state.step == 1  # Only the second of the six meta-steps has a usable gradient.
+            return after, replace(report, tasks=jnp.int32(usable), linear_residual=unsolved)
+
+        return step
+
+    monkeypatch.setattr(compilation, "meta_step", without_gradients)
+    monkeypatch.setattr(training, "PATIENCE", 3)
+    with pytest.raises(InputError) as refused:
+        train(tmp_path)
+    assert "none of the tasks of the last 3 meta-steps had a usable gradient" in str(refused.value)
+    assert "adjoint systems is 4.0" in str(refused.value) and "raise linear.max_steps or strength" in str(refused.value)
+    assert [entry.tasks for entry in runlog.read_log(tmp_path)] == [0, 1, 0, 0, 0]
 
 
 @pytest.mark.slow("trains until it diverges")

@@ -75,6 +75,15 @@ def test_a_wrong_adjoint_solution_fails_both_checks_of_the_system(setting, monke
     assert not any(check.ok for check in verification.check_system(*setting))
 
 
+@pytest.mark.slow("forms the adjoint system of a network")
+def test_a_solve_that_is_worse_than_none_is_named_as_such(setting):
+    learner, theta, task = setting
+    # With a small strength, I + H/λ is ill-conditioned and indefinite, and one CG step is far from its solution.
+    learner = replace(learner, strength=1e-3, method=bl.Implicit(bl.CG(2)))
+    _, row = verification.check_system(learner, theta, task)
+    assert not row.ok and "worse than that of zero" in row.found and "increase linear.max_steps" in row.remedy
+
+
 def test_a_wrong_sign_is_caught_by_differences_and_by_unrolling(setting, monkeypatch):
     monkeypatch.setattr("bilevel.methods.implicit.solve_scaled", faulty(lambda v, b: -v))
     _, differences, unrolled = solution_checks(setting)
@@ -98,7 +107,7 @@ def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeyp
     preset = imaml.preset("glyphs-5way-1shot-gd")
     preset = replace(preset, network=Conv4(filters=2), outer=replace(preset.outer, queries=1))
     found = imaml.verify(preset, steps=(1, 2), directions=3)
-    (own, theta, task), (variant, *same, steps, directions, _) = calls
+    (own, theta, task, _), (variant, *same, steps, directions, _) = calls
     assert found.ok and (steps, directions) == ((1, 2), 3) and same == [theta, task]
     assert {leaf.dtype for leaf in jax.tree.leaves((theta, task.query_x))} == {jnp.dtype("float64")}
     assert own.solver == variant.solver == preset.inner and own.strength == variant.strength == preset.strength
@@ -106,9 +115,53 @@ def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeyp
     assert outputs.shape == smooth.shape == (5, 5) and 0 < jnp.abs(outputs - smooth).max() < 1
 
 
+@pytest.mark.slow("verifies a small learner to its end")
+def test_each_computation_is_announced_with_its_number(setting, monkeypatch):
+    """The real checks run on a small learner in place of the preset's."""
+    system, solution = verification.check_system, verification.check_solution
+    learner, theta, task = setting
+    monkeypatch.setattr(verification, "check_system", lambda *arguments: system(learner, theta, task, arguments[-1]))
+    monkeypatch.setattr(
+        verification, "check_solution", lambda *arguments: solution(learner, theta, task, *arguments[3:])
+    )
+    preset = imaml.preset("sinusoid-5shot-gd")
+    messages = []
+    assert imaml.verify(preset, steps=STEPS, on_event=messages.append).ok
+    assert [message.split(": ")[0] for message in messages] == [f"{i} of 7" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize("error, explained", [(0.98, True), (0.001, False)])
+def test_the_error_of_the_truncated_gradient_is_explained_in_words(error, explained):
+    row = bl.Check(verification.TRUNCATED, True, "a figure", value=error)
+    report = " ".join(str(verification.Verification("tiny", 100, (row,), 1.0)).split())
+    assert (
+        f"differs from the exact solution of the same system by {error:.0%} of that solution's" in report
+    ) is explained
+    assert report.endswith("ok, 1 seconds")
+    failed = replace(row, ok=False, remedy="a remedy.")
+    assert "differs from" not in str(verification.Verification("tiny", 100, (failed,), 1.0))
+
+
+def test_the_command_verifies_a_preset_with_other_settings_and_is_quiet_if_asked(monkeypatch, capsys):
+    monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
+    chosen = []
+
+    def verify(preset, data=None, on_event=print):
+        chosen.append(preset)
+        on_event("a stage")
+        return verification.Verification(preset.name, 5, (bl.Check("a row", True, "a figure"),), 1.0)
+
+    monkeypatch.setattr(verification, "verify", verify)
+    for words, stages in (([], 1), (["--quiet"], 0)):
+        assert main(["verify", "glyphs-5way-1shot-hf", "--linear.max_steps", "7", "--network.filters=2", *words]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("a stage …") == stages and "a row" in printed
+        assert (chosen[-1].linear.max_steps, chosen[-1].network.filters) == (7, 2)
+
+
 @pytest.mark.parametrize("sound", [True, False])
 def test_the_command_prints_the_checks_and_exits_with_1_if_one_fails(monkeypatch, capsys, sound):
-    monkeypatch.setattr("imaml.cli._start_jax", lambda: None)
+    monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
     rows = (bl.Check("a row", sound, "a figure", "a remedy."),)
 
     def verify(preset, data=None, on_event=print):

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -9,9 +13,11 @@ import pytest
 import bilevel as bl
 import imaml
 from imaml.errors import InputError
+from imaml.learning.tasks import Curve
 from imaml.runs.evaluation import normalisations, task_scores
 from imaml.runs.meta_step import initial_state, meta_step
 from imaml.settings.overrides import override, settings
+from imaml.settings.parts import MLP
 from imaml.settings.published_presets import restore
 
 NAMES = imaml.presets()
@@ -23,7 +29,7 @@ SHARED_SETTINGS = {
 }  # fmt: skip
 IMAGE_SETTINGS = {
     "episode.ways", "episode.bright_paper", "network.filters", "network.kernel_gain", "network.head_gain",
-    "network.head_bias", "network.pooling",
+    "network.head_bias", "network.pooling", "network.convolutions", "network.products",
 }  # fmt: skip
 DESCENT_SETTINGS, NEWTON_SETTINGS = {"inner.step_size", "inner.momentum"}, {"inner.cg_steps", "inner.halvings"}
 SETTINGS = SHARED_SETTINGS | IMAGE_SETTINGS | DESCENT_SETTINGS | {"rotations.train", "rotations.test"}
@@ -121,6 +127,88 @@ def test_a_config_restores_its_preset_through_json(name):
 def test_a_config_with_another_algorithm_restores_that_algorithm(algorithm, name):
     chosen = override(imaml.preset(name).using(algorithm), "inner.max_steps", "3")
     assert restore(name, json.loads(json.dumps(chosen.config()))) == chosen
+
+
+@pytest.mark.parametrize("algorithm", ["imaml", "maml", "reptile"])
+@pytest.mark.parametrize("name", ["glyphs-5way-1shot-hf", "sinusoid-5shot-gd", "miniimagenet-5way-1shot-gd"])
+def test_a_preset_with_a_name_of_its_own_is_restored_from_its_config_and_types(algorithm, name):
+    own = dataclasses.replace(imaml.preset(name).using(algorithm), name="mine", seed=3)
+    restored = restore("mine", *(json.loads(json.dumps(saved)) for saved in (own.config(), own.types())))
+    assert (restored.config(), restored.types(), restored.name) == (own.config(), own.types(), "mine")
+    assert restored.citation == own.citation and restored.learner.solver == own.learner.solver
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_types_of_a_published_preset_restore_it(name):
+    chosen = imaml.preset(name)
+    assert restore(name, chosen.config(), chosen.types()) == chosen
+
+
+def test_parts_of_other_types_than_those_of_the_published_preset_are_restored():
+    chosen = dataclasses.replace(imaml.preset(DEFAULT), network=MLP(hidden=3), inner=bl.HessianFree(2, cg_steps=4))
+    assert restore(DEFAULT, chosen.config(), chosen.types()) == chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Flipped(Curve):
+    """A subclass with the fields of :class:`Curve`."""
+
+
+class OtherPreset(imaml.Preset):
+    """A subclass with the fields of :class:`imaml.Preset`."""
+
+
+def activate(x):
+    return jax.nn.relu(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """A network with a function and a nested record among its fields."""
+
+    activation: Callable = activate
+    sizes: tuple = (MLP(3),)
+
+
+def test_types_tell_subclasses_apart_that_have_the_same_config():
+    chosen = imaml.preset("sinusoid-5shot-gd")
+    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    others = {"episode": dataclasses.replace(chosen, episode=Flipped(5, 100)), "preset": OtherPreset(**fields)}
+    for part, other in others.items():
+        assert other.config() == chosen.config()
+        assert {path for path, name in other.types().items() if chosen.types()[path] != name} == {part}
+        with pytest.raises(InputError, match=rf"type that imaml does not define \({part} is .*(Flipped|OtherPreset)\)"):
+            restore(other.name, other.config(), other.types())
+
+
+def test_functions_are_saved_by_name_and_nested_records_by_type():
+    chosen = dataclasses.replace(imaml.preset(DEFAULT), network=Layers())
+    assert chosen.config()["network"] == {"activation": f"{__name__}.activate", "sizes": [{"hidden": 3}]}
+    types = {path: name for path, name in chosen.types().items() if path.startswith("network")}
+    assert types == {"network": f"{__name__}.Layers", "network.sizes.0": "imaml.MLP"}
+    other = dataclasses.replace(chosen, network=Layers(jax.nn.relu))
+    assert other.config() != chosen.config()
+
+
+@pytest.mark.parametrize("module", [[], ["-m"]])
+def test_a_type_has_the_same_name_in_a_script_and_in_an_import_of_it(module, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom imaml.settings.types import plain, type_name\n"
+        "class Network: pass\ndef activate(x): return x\nprint(type_name(Network), plain(activate))\n"
+    )
+    for words in ([*module, "mine" if module else "mine.py"], ["-c", "import mine"]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == "mine.Network mine.activate\n"
+
+
+@pytest.mark.parametrize("value", [lambda x: x, MLP(3).build, 3j], ids=["lambda", "bound method", "complex number"])
+def test_a_value_that_cannot_be_saved_by_name_is_refused(value):
+    chosen = dataclasses.replace(imaml.preset(DEFAULT), network=Layers(value))
+    with pytest.raises(InputError, match=r"the settings contain .* which a run's folder cannot store"):
+        chosen.config()
 
 
 FORMER = {
@@ -255,6 +343,7 @@ def test_a_path_that_is_not_a_setting_cannot_be_overridden(path):
         ("seed", "-1", "seed must be at least 0 and below 2**32, got -1"),
         ("network.filters", "0", "network.filters must be at least 1, got 0"),
         ("network.kernel_gain", "0", "network.kernel_gain must be above 0, got 0.0"),
+        ("network.products", "float16", "--network.products takes float32 or tensorfloat32 or bfloat16, got 'float16'"),
         ("outer.tasks", "0", "outer.tasks must be at least 1, got 0"),
         ("outer.queries", "0", "outer.queries must be at least 1, got 0"),
         ("outer.steps", "0", "outer.steps must be at least 1, got 0"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import imaml
-from imaml import InputError, cli
+from imaml import InputError
+from imaml.arguments import parse
 from imaml.reproduction import records
 from imaml.settings import overrides, published_presets
 from imaml.settings.overrides import override, settings
@@ -113,10 +114,11 @@ def test_the_records_in_the_package_can_be_restored_and_are_not_rewritten(path: 
     content = path.read_bytes()
     record = next(found for found in records.read() if found.config == json.loads(content)["config"])
     restored = restore(record.preset, record.config)
-    # All records in the package have the two budgets under their old names.
+    # Records of version 0.1 have the two budgets under their old names.
+    inner, linear = record.config["inner"], record.config["linear"]
     budgets = [settings(restored).get(current_path(restored, old)) for old in ("inner.steps", "linear.maxiter")]
-    assert budgets[0] == record.config["inner"]["steps"]
-    assert budgets[1] == (record.config["linear"]["maxiter"] if record.algorithm == "imaml" else None)
+    assert budgets[0] == inner.get("steps", inner.get("max_steps"))
+    assert budgets[1] == (linear.get("maxiter", linear.get("max_steps")) if record.algorithm == "imaml" else None)
     assert path.read_bytes() == content
 
 
@@ -190,8 +192,7 @@ def test_no_field_in_the_table_is_both_an_old_and_a_new_name():
 def preset_from(arguments, monkeypatch):
     """Return the preset that ``imaml train`` makes from these arguments and a record with the new names."""
     monkeypatch.setitem(published_presets._PRESETS, "renamed", Renamed())  # ty: ignore
-    known, changes = cli._split(["train", "renamed", *arguments])
-    return cli._chosen(cli._parser().parse_args(known), changes)
+    return parse(["train", "renamed", *arguments]).chosen
 
 
 def test_an_old_path_on_the_command_line_works_with_a_deprecation_message(monkeypatch, capsys):
@@ -220,7 +221,6 @@ def test_the_message_for_a_bad_value_has_the_present_path(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["--inner.steps", "3"], ["--linear.maxiter", "7"]])
 def test_published_presets_accept_the_old_paths(arguments):
-    known, changes = cli._split(["train", *arguments])
-    chosen = cli._chosen(cli._parser().parse_args(known), changes)
+    chosen = parse(["train", *arguments]).chosen
     path = current_path(chosen, arguments[0].removeprefix("--"))
     assert settings(chosen)[path] == int(arguments[1])

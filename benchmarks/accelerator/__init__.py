@@ -1,0 +1,1 @@
+"""Training of the paper's cells on an accelerator, in stretches of minutes that add up."""

@@ -1,0 +1,105 @@
+"""Find the fastest way to compute meta-gradients on this machine, then train the paper's cells in the given minutes.
+
+    python -m benchmarks.accelerator --minutes 9 --out DIR --data OMNIGLOT
+    python -m benchmarks.accelerator --minutes 1 --out DIR --cells glyphs-5way-1shot-gd:12:4 -- --network.filters 4
+
+Every stretch resumes the runs in DIR and ends within its minutes, so that several short stretches train what one long
+one would, to the same bits. docs/scaling.md says what a bare machine needs.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+import imaml
+from benchmarks.accelerator import comparison
+from benchmarks.accelerator.training import Cell, report, train
+from imaml import datasets
+from imaml.errors import InputError
+from imaml.runs.interruption import exit_on_sigterm
+from imaml.settings.overrides import override
+from imaml.settings.preset import Preset
+
+CELLS = [f"omniglot-{ways}way-{shots}shot-{solver}" for solver in ("gd", "hf") for ways in (5, 20) for shots in (1, 5)]
+"""The cells of table 2 that implicit MAML has."""
+RESERVE = 15.0
+"""Seconds before the end at which training is stopped, for the last checkpoints."""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Compare, train and report; return 0, or 2 for arguments or data that cannot be used."""
+    begun = time.monotonic()
+    words = sys.argv[1:] if words is None else words
+    words, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    options = _parser().parse_args(words)
+    try:
+        with exit_on_sigterm():
+            _run(options, extra, begun)
+    except InputError as error:
+        print(f"accelerator: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accelerator",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Options after -- are options of 'imaml train' for all runs, such as --network.filters 32.",
+    )
+    parser.add_argument("--minutes", type=float, required=True, help="minutes after which the command has ended")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of all runs")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of Omniglot's archives")
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        type=Cell.parse,
+        default=[Cell(name) for name in CELLS],
+        metavar="PRESET[:STEPS[:TASKS]]",
+        help="the runs and their lengths (default: the eight cells of table 2, at the length of their presets)",
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: 2 on an accelerator, 1 on a CPU)")
+    return parser
+
+
+def _run(options, extra, begun):
+    cells, out = options.cells, options.out
+    out.mkdir(parents=True, exist_ok=True)
+    for device in jax.devices():
+        memory = device.memory_stats() or {}
+        limit = f", {memory['bytes_limit'] / 2**30:.0f} GiB" if "bytes_limit" in memory else ""
+        print(f"{device.platform}: {device.device_kind}{limit}", flush=True)
+    presets = {cell.preset: _preset(cell, extra) for cell in cells}
+    first = presets[cells[0].preset]
+    dataset = datasets.load(first.dataset, options.data)
+    way = comparison.saved(out / "comparison.json", first, dataset.train.source)
+    print(f"{time.monotonic() - begun:.0f} s: training with {way}", flush=True)
+    data = ["--data", str(options.data)] if options.data else []
+    commands = {
+        cell.preset: [*data, *cell.options(), *way.options(presets[cell.preset].outer.tasks), *extra] for cell in cells
+    }
+    jobs = options.jobs or (1 if jax.default_backend() == "cpu" else 2)
+    try:
+        train(cells, commands, out, begun + 60 * options.minutes - RESERVE, jobs)
+    finally:
+        print(report(cells, out), flush=True)
+
+
+def _preset(cell: Cell, extra: list[str]) -> Preset:
+    preset = imaml.preset(cell.preset)
+    outer = {name: value for name in ("steps", "tasks") if (value := getattr(cell, name)) is not None}
+    preset = dataclasses.replace(preset, outer=dataclasses.replace(preset.outer, **outer))
+    for path, value in zip(extra[::2], extra[1::2], strict=True):
+        preset = override(preset, path.removeprefix("--"), value)
+    return preset
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Failed solves of a layer: errors and warnings, outside of ``jit``.
+
+A layer returns w alone, and JAX runs the linear solve of its derivative later, without returning a status. A callback
+in that program records the status. :meth:`LinearWatch.after_derivative` reads the record when the derivative is ready.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from bilevel import tree
+from bilevel.failures import HypergradientError, Policy
+from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
+
+
+def check_solution(solution: Solution, on_failure: Policy) -> None:
+    """Raise an error or warn about a failed inner solve of a layer. For a status without a value nothing happens."""
+    number, residual_norm = jax.lax.stop_gradient((solution.status, solution.residual_norm))
+    if on_failure == "ignore" or isinstance(number, Tracer):
+        return
+    status = Status(int(number))
+    if not status.ok:
+        message = f"inner solve of a layer, {status.name}, ‖F‖ = {float(residual_norm):.3g}: {status.message}"
+        _report(message, solution, on_failure)
+
+
+def is_concrete(variables: PyTree) -> bool:
+    """Return whether all leaves have values. While JAX differentiates outside of ``jit`` and ``vmap``, they have."""
+    tracers = (leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, Tracer))
+    return not any(isinstance(jax.lax.stop_gradient(leaf), Tracer) for leaf in tracers)
+
+
+@dataclass(frozen=True)
+class LinearWatch:
+    """The record of the failed linear solves of a layer."""
+
+    on_failure: Policy
+    failures: list[tuple[int, float]] = field(default_factory=list, compare=False)
+
+    __hash__ = object.__hash__
+
+    def over(self, linear: LinearSolver) -> LinearSolver:
+        """Return the linear solver, with a callback that records each failure while the program runs."""
+
+        def solve(matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+            x, info = linear(matvec, b, init)
+            limit = max(1e-5, tree.eps(b) ** 0.5)
+            jax.debug.callback(partial(self._record, limit), info.status, info.relative_residual)
+            return x, info
+
+        return solve
+
+    def _record(self, limit: float, status: Any, residual: Any) -> None:
+        unjudged = int(status) == Status.BUDGET_USED and not float(residual) <= limit
+        if unjudged or not Status(int(status)).ok:
+            self.failures.append((int(status), float(residual)))
+
+    def after_derivative(self, x: PyTree) -> PyTree:
+        """Return ``x``. Where its tangent or cotangent is computed, failures that were recorded before are reported."""
+        return _watched(self, x) if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)) else x
+
+    def check(self) -> None:
+        """Raise an error or warn about the recorded failures, and forget them."""
+        jax.effects_barrier()
+        failures = list(self.failures)
+        self.failures.clear()
+        if failures:
+            number, residual = max(failures)
+            status = Status(number)
+            remedy = status.message
+            if status.ok:
+                remedy = (
+                    "the linear solver has no tol, and its budget was too small for the derivative: allow more steps, "
+                    "or set the tol that is wanted"
+                )
+            message = f"linear solve in the derivative of a layer, {status.name}, relative residual {residual:.3g}: "
+            _report(message + remedy, None, self.on_failure)
+
+
+def _report(message: str, result: Any, on_failure: Policy) -> None:
+    if on_failure == "raise":
+        raise HypergradientError(message, result)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _watched(watch: LinearWatch, x: PyTree) -> PyTree:
+    del watch
+    return x
+
+
+@_watched.defjvp
+def _watch_tangents(watch: LinearWatch, primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+    def watched(tangent: Any) -> Any:
+        is_float0 = jax.dtypes.result_type(tangent) == jax.dtypes.float0  # the tangent may be a Python number
+        return tangent if is_float0 else _watched_p.bind(tangent, watch=watch)
+
+    return _watched(watch, *primals), jax.tree.map(watched, tangents[0])
+
+
+def _evaluate(tangent: Any, *, watch: LinearWatch) -> Any:
+    watch.check()
+    return tangent
+
+
+# The identity on tangents and cotangents. Outside of jit its evaluation calls watch.check; in a compiled program it
+# does nothing.
+_watched_p = Primitive("watched_derivative")
+_watched_p.def_impl(_evaluate)
+_watched_p.def_abstract_eval(lambda tangent, watch: tangent)
+mlir.register_lowering(_watched_p, lambda context, tangent, watch: [tangent])
+ad.deflinear2(_watched_p, lambda cotangent, tangent, watch: [_watched_p.bind(cotangent, watch=watch)])
+batching.defvectorized(_watched_p)

@@ -1,0 +1,231 @@
+"""The arguments of the command line: the parser, and the settings that follow ``--path value``."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from imaml.errors import InputError
+from imaml.runs.versions import versions
+from imaml.settings.overrides import override, settings
+from imaml.settings.preset import Preset
+from imaml.settings.published_presets import preset, presets
+from imaml.settings.renamed import current_path
+
+EPILOG = (
+    "Every setting of a preset can be changed, for example --strength 0.5 --inner.max_steps 32; 'imaml presets NAME' "
+    "lists the settings. --algorithm maml, fomaml or reptile trains another algorithm, with its own inner loop and all "
+    "other settings equal."
+)
+
+VERIFY_EPILOG = "The settings of the preset can be changed as in 'imaml train', for example --linear.max_steps 20."
+REPRODUCE_EPILOG = (
+    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, figure2b minutes."
+)
+
+WITH_SETTINGS = ("train", "verify")
+"""The commands that accept the settings of a preset as options."""
+WITH_PROGRESS = ("train", "verify", "reproduce", "data")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command, such as ``["train", "--strength", "0.5"]``.
+
+    The result has one attribute for each argument of the command, and the name of the command as ``command``. For
+    ``train`` and ``verify``, ``chosen`` is the :class:`imaml.Preset` with all overridden settings. A deprecated path of
+    a setting prints a message to stderr.
+
+    Args:
+        words: the words of the command line after ``imaml``.
+
+    Raises:
+        InputError: for words that cannot be used. The message names the nearest known option or setting.
+    """
+    parser, commands = _parsers()
+    overrides = []
+    if words and words[0] in WITH_SETTINGS:
+        words, overrides = _split(words, commands[words[0]].options)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], commands[options.command].options, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else ""))
+    if options.command in WITH_SETTINGS:
+        options.chosen = _chosen(options, overrides, commands[options.command].options)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser that raises errors of argparse as InputError, and lists its options as ``options``."""
+
+    def __init__(self, *arguments, **keywords):
+        self.options: list[str] = []
+        super().__init__(*arguments, **keywords)
+
+    def add_argument(self, *names, **keywords):
+        self.options += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **keywords)
+
+    def error(self, message):
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
+def _parsers():
+    """Return the parser of all commands, and the parser of each command by its name."""
+    parser = _Parser(
+        prog="imaml",
+        description="Few-shot learning with implicit MAML, MAML, first-order MAML and Reptile.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a preset, or resume a run", epilog=EPILOG, allow_abbrev=False)
+    train.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+    train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
+    train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
+    train.add_argument(
+        "--keep-checkpoints",
+        metavar="K",
+        type=int,
+        default=2,
+        help="keep the last K checkpoints and the best one (default: 2)",
+    )
+    train.add_argument(
+        "--devices",
+        metavar="N",
+        type=_devices,
+        help="devices of each process, or 'all' (default: as many as divide the tasks)",
+    )
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, with a free port, for training with several processes",
+    )
+    train.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        help="number of processes that train together; start the same command in each",
+    )
+    train.add_argument(
+        "--process-id", metavar="I", type=int, help="number of this process, from 0; process 0 writes the files"
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure accuracy or error of a run on held-out tasks", allow_abbrev=False
+    )
+    evaluate.add_argument("run_directory", metavar="RUN", type=Path, nargs="?", help="the folder of a run")
+    evaluate.add_argument(
+        "--record",
+        metavar="NAME",
+        help="evaluate the parameters that come with the package, of a run in 'imaml reproduce table2'",
+    )
+    evaluate.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+    evaluate.add_argument(
+        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
+    )
+    evaluate.add_argument(
+        "--best",
+        action="store_true",
+        help="evaluate the checkpoint with the least training loss instead of the last one",
+    )
+
+    verify = commands.add_parser(
+        "verify", help="check a preset's meta-gradient at its real size", epilog=VERIFY_EPILOG, allow_abbrev=False
+    )
+    verify.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+    verify.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+
+    presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
+    presets.add_argument("preset", nargs="?", metavar="NAME")
+
+    record = commands.add_parser(
+        "record", help="write the settings and results of a finished run into one small file", allow_abbrev=False
+    )
+    record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
+    record.add_argument("--out", metavar="DIR", type=Path, help="the folder for the record; default: records")
+    record.add_argument("--note", metavar="TEXT", default="", help="a remark for readers of the record")
+    record.add_argument(
+        "--hardware",
+        metavar="TEXT",
+        help="description of the machine that the run was trained on; default: this machine",
+    )
+
+    reproduce = commands.add_parser(
+        "reproduce", help="compare the paper's table or figures with ours", epilog=REPRODUCE_EPILOG, allow_abbrev=False
+    )
+    reproduce.add_argument("work", metavar="NAME", help="table2, figure2a or figure2b")
+    reproduce.add_argument(
+        "--records",
+        metavar="DIR",
+        type=Path,
+        help="the folder of the records for table2; default: the records in the package",
+    )
+    reproduce.add_argument("--out", metavar="DIR", type=Path, help="a folder for the picture and the measured numbers")
+    reproduce.add_argument("--format", metavar="FORM", default="terminal", help="terminal (default) or markdown")
+
+    data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
+    data.add_argument("dataset", metavar="NAME", help="omniglot")
+    data.add_argument(
+        "--dir", metavar="DIR", type=Path, help="the folder to put them in; default: the one that train reads"
+    )
+    data.add_argument("--url", metavar="URL", help="address of a folder on a mirror that has the files")
+    for name in WITH_PROGRESS:
+        commands.choices[name].add_argument("--quiet", action="store_true", help="print the result, but no progress")
+    return parser, commands.choices
+
+
+def _devices(text):
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a number from 1 or 'all', got {text!r}")
+    return int(text)
+
+
+def _version():
+    found = versions()
+    return f"imaml {found.pop('imaml')} ({', '.join(f'{name} {number}' for name, number in found.items())})"
+
+
+def _split(words, options):
+    """Split the arguments of a command into those for argparse, and pairs of a setting's path and its text.
+
+    A setting is written ``--path value`` or ``--path=value``. Every option that is not in ``options`` counts as a
+    setting. Its text is None if no value follows.
+    """
+    known, overrides, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option in options:
+            known.append(word)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        overrides.append((option[2:], value))
+    return known, overrides
+
+
+def _chosen(options, overrides, known) -> Preset:
+    """Return the preset of a command with the overridden settings; ``known`` lists the other options of the command."""
+    chosen = preset(presets()[0] if options.preset is None else options.preset)
+    if getattr(options, "meta_steps", None) is not None:
+        overrides = [*overrides, ("outer.steps", options.meta_steps)]
+    # Override the algorithm first: it replaces the inner loop, whose settings other overrides may change.
+    for path, value in sorted(overrides, key=lambda pair: pair[0] != "algorithm"):
+        current = current_path(chosen, path)
+        if current not in settings(chosen):
+            if near := difflib.get_close_matches(f"--{path}", known, n=1, cutoff=0.7):
+                raise InputError(f"there is no option --{path}: did you mean {near[0]}?")
+        elif value is None:
+            raise InputError(f"--{path} needs a value")
+        if current != path:
+            print(f"imaml {options.command}: --{path} is deprecated: use --{current}", file=sys.stderr)
+        chosen = override(chosen, current, value or "")
+    return chosen
