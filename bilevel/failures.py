@@ -1,8 +1,8 @@
 """Turn a failed status into an exception or a warning, outside of ``jit``.
 
 Under a trace a status is data and cannot be inspected. For a concrete result, :func:`check_status` names each failed
-stage, the tasks of a batch in which it failed, and the cause with the remedy (``Status.message``). For an operator
-that is not positive definite, :func:`advise` adds an upper bound of its smallest eigenvalue.
+stage, the tasks of a batch in which it failed, and the cause with the remedy (``Status.message``). The module
+:mod:`bilevel.advice` adds the numbers of the remedy, such as a step size.
 """
 
 import warnings
@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel import spectrum
-from bilevel.conditions import Condition
-from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.types import Hypergradient, Status
 
 Policy = Literal["raise", "warn", "ignore"]
 
@@ -122,36 +120,3 @@ def _sentence(stage, status):
     failed = np.flatnonzero(status > Status.ILL_CONDITIONED)
     listed = ", ".join(map(str, failed[:8])) + (", …" if failed.size > 8 else "")
     return f"{stage}, {worst.name} in {failed.size} of {status.size} tasks ({listed}): {worst.message}"
-
-
-LANCZOS_STEPS = 30
-"""Number of Lanczos steps that :func:`advise` takes for the smallest eigenvalue of an operator, one product each."""
-
-
-def advise(condition: Condition, theta: PyTree, data: PyTree, out: Hypergradient) -> str:
-    """Return a sentence on how far an operator is from positive definite, for the message about a failed linear solve.
-
-    It costs ``LANCZOS_STEPS`` products. The smallest Ritz value is an upper bound of the smallest eigenvalue, so the
-    shift that the sentence names is necessary and may be too small.
-
-    Returns:
-        A sentence with a leading space. It is empty where the linear solve found neither negative curvature nor a
-        singular operator, where the condition is not symmetric, and where no negative eigenvalue was found.
-    """
-    status = Status.CONVERGED if out.linear is None else Status(int(out.linear.status))
-    if not condition.symmetric or status not in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
-        return ""
-    matvec = jax.linearize(lambda w: condition.residual(w, theta, data), out.inner.w)[1]
-    smallest = _smallest_eigenvalue(matvec, out.inner.w)
-    if not smallest < 0:
-        return ""
-    return (
-        f" The operator's smallest eigenvalue is at most {smallest:.3g}: a λ larger by {-smallest:.3g}, or a ridge of "
-        "at least that, is needed."
-    )
-
-
-def _smallest_eigenvalue(matvec, like):
-    """Bound the smallest eigenvalue of a symmetric operator from above, with a margin for rounding."""
-    values = np.asarray(spectrum.ritz_values(matvec, like, LANCZOS_STEPS))
-    return float(values[0] + 10 * np.finfo(values.dtype).eps * np.abs(values).max())

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from bilevel import tree
+from bilevel.advice import advise
 from bilevel.conditions.protocol import Condition
-from bilevel.failures import Policy, advise, check_policy, check_status, succeeded
+from bilevel.failures import Policy, check_policy, check_status, succeeded
 from bilevel.layer_failures import LinearWatch, check_solution, is_concrete
 from bilevel.linear import CG, GMRES, choose_linear
 from bilevel.methods.protocol import Method, outer_variables, starting_point
@@ -64,6 +65,7 @@ def value_and_hypergradient(
         (1.0, -0.5)
     """
     check_policy(on_failure)
+    linear = getattr(method, "linear", None)
 
     @partial(jax.jit, static_argnames="program")
     def compiled(
@@ -89,7 +91,10 @@ def value_and_hypergradient(
             program, init = trace(init, theta, data)
         out, status = compiled(theta, tree.traceable(init, "init"), data, linear_init, program=program)
         if on_failure != "ignore" and not succeeded(status):
-            check_status(out, on_failure, partial(advise, problem.condition, tree.arrays(theta), tree.arrays(data)))
+            hint = partial(
+                advise, problem.condition, tree.arrays(theta), tree.arrays(data), solver=solver, linear=linear
+            )
+            check_status(out, on_failure, hint)
         return out
 
     return hypergradient

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
-from bilevel.failures import Policy, advise, check_policy, check_status
+from bilevel.advice import advise
+from bilevel.failures import Policy, check_policy, check_status
 from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
@@ -132,6 +133,7 @@ def minimize(
     if steps < 1:
         raise ValueError(f"minimize needs steps of at least 1, got {steps}")
     check_policy(on_failure)
+    linear = getattr(method, "linear", None)
     init = choose_start(init, start)
     theta = _strongly_typed(outer_variables(theta))
     if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
@@ -147,7 +149,7 @@ def minimize(
         moved, state, w, adjoint, record, out = step(theta, state, w, adjoint, batch)
         if callback is not None:
             callback(number, theta, out)
-        check_status(out, on_failure, partial(advise, problem.condition, theta, batch))
+        check_status(out, on_failure, partial(advise, problem.condition, theta, batch, solver=solver, linear=linear))
         theta = moved
         records.append(record)
     if not records:

@@ -31,7 +31,7 @@ def run_solver(solver, options, condition, init, theta, data):
 
     Returns:
         w like ``init``; the number of steps taken (function evaluations if the solver does not count steps, and 0 if it
-        counts neither); and the tolerance as a float, or None if the solver has none or if it is 0.
+        counts neither); and whether the solver stopped before its budget ended, False if it does not count steps.
 
     Raises:
         ValueError: if jaxopt has no such solver, if the solver does not fit the condition, or if a solver that runs
@@ -41,7 +41,7 @@ def run_solver(solver, options, condition, init, theta, data):
     name, prepare = _adapter(cls, condition)
     if name.startswith("Scipy"):
         _check_concrete(name, (init, theta, data))
-    fields = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    fields = option_defaults(cls)
     call = prepare(condition, init, theta, data)
     # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
     given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
@@ -53,8 +53,13 @@ def run_solver(solver, options, condition, init, theta, data):
     w, state = solver.run(call.start, *call.arguments)
     counts = (getattr(state, name, None) for name in ("iter_num", "num_fun_eval"))
     steps = next((count for count in counts if count is not None), 0)
-    tol = options.get("tol", fields.get("tol"))  # some solvers have tol=0 by default, and then take all their steps
-    return call.unpack(w), steps, float(tol) if tol else None
+    budget, taken = getattr(solver, "maxiter", None), getattr(state, "iter_num", None)
+    return call.unpack(w), steps, False if budget is None or taken is None else taken < budget
+
+
+def option_defaults(solver):
+    """Return the options of a solver class of jaxopt, given by itself or its name, with their default values."""
+    return {name: parameter.default for name, parameter in inspect.signature(_solver_class(solver)).parameters.items()}
 
 
 def _check_concrete(name, values):

@@ -13,6 +13,7 @@ from bilevel.types import MatVec
 class _State(NamedTuple):
     x: jax.Array
     r: jax.Array
+    shadow: jax.Array
     p: jax.Array
     v: jax.Array
     rho: jax.Array
@@ -22,6 +23,7 @@ class _State(NamedTuple):
     least: jax.Array
     iterations: jax.Array
     norm: jax.Array
+    fresh: jax.Array
     broke: jax.Array
     going: jax.Array
 
@@ -38,7 +40,8 @@ def bicgstab(
     """Solve Ax = b for a vector b, and return the iterate with the smallest recursive residual.
 
     The residual is not monotone and may grow by orders of magnitude before it falls. The recursion stops at
-    ‖r‖ ≤ tol·‖b‖ and at the limit of rounding. It breaks down where a denominator is zero up to rounding.
+    ‖r‖ ≤ tol·‖b‖ and at the limit of rounding. Where a denominator is zero up to rounding, the recursion starts anew
+    from its residual. It has broken down if the first step of such a start has a denominator of zero too.
 
     Source: van der Vorst (1992).
     """
@@ -51,15 +54,17 @@ def bicgstab(
         return length > jnp.maximum(tol * size, limit_of_rounding(eps, size, norm, x))
 
     def advance(state: _State) -> _State:
+        shadow = state.shadow
         rho = tree.vdot(shadow, state.r)
         beta = rho / positive(state.rho) * (state.alpha / positive(state.omega))
+        beta = jnp.where(state.fresh, jnp.zeros_like(beta), beta)
         p = state.r + beta * (state.p - state.omega * state.v)
         direction = precondition(p)
         v = matvec(direction)
         denominator, length = tree.vdot(shadow, v), tree.norm(v)
         norm = jnp.maximum(state.norm, length / positive(tree.norm(direction)))
-        broke = jnp.abs(denominator) <= eps * tree.norm(shadow) * length
-        alpha = jnp.where(broke, jnp.zeros_like(rho), rho / positive(denominator))
+        null = jnp.abs(denominator) <= eps * tree.norm(shadow) * length
+        alpha = jnp.where(null, jnp.zeros_like(rho), rho / positive(denominator))
         s = state.r - alpha * v
         other = precondition(s)
         t = matvec(other)
@@ -74,22 +79,22 @@ def bicgstab(
         better = left < state.least
         iterations = state.iterations + 1
         unmet = above(x, left, norm)
-        next_rho = tree.vdot(shadow, r)
-        broke = broke | (unmet & (jnp.abs(next_rho) <= eps * tree.norm(shadow) * left))
-        broke = broke | (unmet & (jnp.abs(cosine) <= eps * tree.norm(s)))
+        again = null | (jnp.abs(cosine) <= eps * tree.norm(s))
+        again = again | (jnp.abs(tree.vdot(shadow, r)) <= eps * tree.norm(shadow) * left)
+        broke = unmet & again & state.fresh & ~better
         return _State(
-            x, r, p, v, rho, alpha, omega,
+            x, r, jnp.where(again, r, shadow), p, v, rho, alpha, omega,
             jnp.where(better, x, state.best), jnp.where(better, left, state.least),
-            iterations, norm, broke, unmet & ~broke & (iterations < max_steps) & jnp.isfinite(left),
+            iterations, norm, again, broke, unmet & ~broke & (iterations < max_steps) & jnp.isfinite(left),
         )  # fmt: skip
 
     x = jnp.zeros_like(b) if init is None else init
     r = b if init is None else b - matvec(init)
-    shadow, least, zero, one = r, tree.norm(r), jnp.zeros_like(size), jnp.ones_like(size)
-    going = above(x, least, zero)
+    least, zero, one = tree.norm(r), jnp.zeros_like(size), jnp.ones_like(size)
     start = _State(
-        x, r, jnp.zeros_like(r), jnp.zeros_like(r), one, one, one, x, least,
-        jnp.int32(0), zero, jnp.zeros((), bool), going,
+        x, r, r, jnp.zeros_like(r), jnp.zeros_like(r), one, one, one, x, least,
+        jnp.int32(0), zero, jnp.ones((), bool), jnp.zeros((), bool), above(x, least, zero),
     )  # fmt: skip
-    state = jax.lax.while_loop(lambda state: state.going, advance, tree.match_varying_axes(start)[0])
+    start = tree.match_varying_axes(start)[0]
+    state = jax.lax.while_loop(lambda state: state.going, advance, start)
     return Recursion(state.best, state.iterations, state.norm, null=jnp.zeros_like(state.broke), broke=state.broke)

@@ -13,9 +13,9 @@ from bilevel.types import MatVec
 class _State(NamedTuple):
     x: jax.Array
     r: jax.Array
-    s: jax.Array
     p: jax.Array
     rho: jax.Array
+    slope: jax.Array
     iterations: jax.Array
     norm: jax.Array
     null: jax.Array
@@ -34,24 +34,27 @@ def cgls(
     """Solve AᵀAx = Aᵀb for a vector b by conjugate gradients that never form AᵀA and keep r = b − Ax.
 
     The recursion stops at ‖r‖ ≤ tol·‖b‖, at the limit of rounding, and at a direction p that A maps to zero up to
-    rounding. Such a direction, and Aᵀr = 0 up to rounding with r ≠ 0, disprove that A is regular. No number in it is of
-    the order of ‖A‖², so that it works at any scale of A.
+    rounding. Such a direction, and Aᵀr = 0 up to rounding with r ≠ 0, disprove that A is regular. The directions are
+    divided by the slope ‖Aᵀr‖, so that no number is of the order of ‖A‖² and A may have any scale.
 
     Source: Hestenes and Stiefel (1952), section 10; Björck, Elfving, Strakoš (1998) for the rounding errors.
     """
     transpose = jax.linear_transpose(matvec, b)
     size = tree.norm(b)
 
-    def precondition(s):
-        """Return M⁻¹s and ⟨s, M⁻¹s⟩."""
+    def gradient(r):
+        """Return the slope ‖s‖ of s = Aᵀr, z = M⁻¹s / ‖s‖, and ⟨s, z⟩ / ‖s‖."""
+        (s,) = transpose(r)
+        slope = tree.norm(s)
+        s = s / positive(slope)
         z = s if preconditioner is None else preconditioner(s)
-        return z, tree.vdot(s, z)
+        return slope, z, tree.vdot(s, z)
 
-    def unfinished(x, r, s, norm, iterations):
-        """Return whether to go on, and whether s = Aᵀr / σ is zero up to rounding although r is not."""
+    def unfinished(x, r, slope, norm, iterations):
+        """Return whether to go on, and whether the slope is zero up to rounding although r is not."""
         left = tree.norm(r)
         above = left > jnp.maximum(tol * size, limit_of_rounding(eps, size, norm, x))
-        flat = above & (tree.norm(s) * scale <= 4 * eps * norm * left)
+        flat = above & (slope <= 4 * eps * norm * left)
         return (iterations < max_steps) & above & ~flat, flat
 
     def advance(state: _State) -> _State:
@@ -59,24 +62,21 @@ def cgls(
         length, product_length = tree.norm(state.p), tree.norm(product)
         norm = jnp.maximum(state.norm, product_length / positive(length))
         null = product_length <= 4 * eps * norm * length
-        alpha = state.rho / positive(product_length / scale) / positive(product_length)
+        alpha = state.rho * (state.slope / positive(product_length)) / positive(product_length)
         alpha = jnp.where(null, jnp.zeros_like(alpha), alpha)
         x, r = state.x + alpha * state.p, state.r - alpha * product
-        (s,) = transpose(r)
-        norm = jnp.maximum(norm, tree.norm(s) / positive(tree.norm(r)))
-        z, rho = precondition(s / scale)
+        slope, z, rho = gradient(r)
+        norm = jnp.maximum(norm, slope / positive(tree.norm(r)))
+        p = z + rho / state.rho * (slope / state.slope) * state.p
         iterations = state.iterations + 1
-        going, flat = unfinished(x, r, s / scale, norm, iterations)
-        p = z + rho / state.rho * state.p
-        return _State(x, r, s / scale, p, rho, iterations, norm, state.null | null | flat, going & ~null)
+        going, flat = unfinished(x, r, slope, norm, iterations)
+        return _State(x, r, p, rho, slope, iterations, norm, state.null | null | flat, going & ~null)
 
     x = jnp.zeros_like(b) if init is None else init
     r = b if init is None else b - matvec(init)
-    (s,) = transpose(r)
-    scale = positive(tree.norm(s))  # ‖Aᵀr‖, so that ‖s‖ = 1 at the start
-    z, rho = precondition(s / scale)
-    norm, iterations = tree.norm(s) / positive(tree.norm(r)), jnp.int32(0)
-    going, flat = unfinished(x, r, s / scale, norm, iterations)
-    start = tree.match_varying_axes(_State(x, r, s / scale, z, rho, iterations, norm, flat, going))[0]
+    slope, z, rho = gradient(r)
+    norm, iterations = slope / positive(tree.norm(r)), jnp.int32(0)
+    going, flat = unfinished(x, r, slope, norm, iterations)
+    start = tree.match_varying_axes(_State(x, r, z, rho, slope, iterations, norm, flat, going))[0]
     state = jax.lax.while_loop(lambda state: state.going, advance, start)
     return Recursion(state.x, state.iterations, state.norm, null=state.null, broke=jnp.zeros_like(state.null))

@@ -35,7 +35,9 @@ class Jaxopt:
     with :func:`solve` first, and differentiate at that w.
 
     jaxopt compares ``tol`` with an error measure of its own to stop the solver. The status compares ``tol`` with the
-    condition's true residual.
+    condition's true residual: it is CONVERGED at or below it, STOPPED above it if the solver stopped before its budget
+    ended, and MAX_STEPS otherwise. For some conditions the two measures differ by the condition's ``step_size``. The
+    error message of a STOPPED solve names a smaller ``tol`` with which the solver went on to the residual wanted.
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
@@ -66,6 +68,19 @@ class Jaxopt:
 
         init = tree.arrays(init)
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes in its arithmetic
-            w, steps, tol = adapters.run_solver(self.solver, dict(self.options), condition, init, theta, data)
+            w, steps, stopped = adapters.run_solver(self.solver, dict(self.options), condition, init, theta, data)
             w = jax.tree.map(lambda leaf, start: leaf.astype(start.dtype), w, init)
-        return report(condition.residual(w, theta, data), w, steps, tol)
+        return report(condition.residual(w, theta, data), w, steps, self.tol, stopped)
+
+    @property
+    def accepted_options(self) -> dict[str, object]:
+        """The options of the solver's constructor with their default values."""
+        from bilevel._jaxopt import adapters  # imports jaxopt
+
+        return adapters.option_defaults(self.solver)
+
+    @property
+    def tol(self) -> float | None:
+        """The tolerance; None if the solver has none, or if it is 0 and the solver takes all its steps."""
+        tol = dict(self.options).get("tol", self.accepted_options.get("tol"))
+        return float(tol) if tol else None  # type: ignore[arg-type]

@@ -37,13 +37,29 @@ class IterativeSolver(Protocol):
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution: ...
 
 
-def report(residual: PyTree, w: PyTree, steps: int | jax.Array, tol: float | None = None) -> Solution:
-    """Return a Solution with the status that follows from the true residual F(w, θ)."""
+def report(
+    residual: PyTree,
+    w: PyTree,
+    steps: int | jax.Array,
+    tol: float | None = None,
+    stopped: bool | jax.Array = False,
+) -> Solution:
+    """Return a Solution with the status that follows from the true residual F(w, θ).
+
+    Args:
+        residual: F(w, θ).
+        w: the inner variables found.
+        steps: the steps taken.
+        tol: the tolerance for ‖F(w, θ)‖; None for the status BUDGET_USED.
+        stopped: whether the solver stopped by itself. The status of a residual above ``tol`` is then STOPPED, and
+            MAX_STEPS otherwise.
+    """
     residual_norm = tree.norm(jax.lax.stop_gradient(residual))
     if tol is None:
         status = jnp.int32(Status.BUDGET_USED)
     else:
-        status = jnp.where(residual_norm <= tol, jnp.int32(Status.CONVERGED), jnp.int32(Status.MAX_STEPS))
+        failure = jnp.where(stopped, jnp.int32(Status.STOPPED), jnp.int32(Status.MAX_STEPS))
+        status = jnp.where(residual_norm <= tol, jnp.int32(Status.CONVERGED), failure)
     status = jnp.where(jnp.isfinite(residual_norm), status, jnp.int32(Status.NONFINITE))
     return Solution(w, residual_norm, jnp.asarray(steps, jnp.int32), status)
 

@@ -29,9 +29,11 @@ ALLOWED = {
     "solvers": {"_deprecation", "_jaxopt", "linear", "conditions", "start", "tree", "types"},
     "theorem": {"solvers", "conditions", "tree", "types"},
     "methods": {"theorem", "solvers", "linear", "problem", "conditions", "start", "tree", "types"},
-    "failures": {"spectrum", "conditions", "types"},
+    "advice": {"solvers", "linear", "spectrum", "conditions", "tree", "types"},
+    "failures": {"types"},
     "layer_failures": {"failures", "tree", "types"},
     "hypergradients": {
+        "advice",
         "layer_failures",
         "failures",
         "methods",
@@ -44,7 +46,7 @@ ALLOWED = {
         "tree",
         "types",
     },
-    "outer": {"failures", "methods", "problem", "solvers", "start", "tree", "types"},
+    "outer": {"advice", "failures", "methods", "problem", "solvers", "start", "tree", "types"},
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
     "verify": {"spectrum", "problem", "conditions", "start", "tree", "types"},
