@@ -377,3 +377,17 @@ class TestLayerFailures:
             assert float(jax.grad(lambda x: layer(0.0, x, None))(1.0)) == 0.0
         assert float(jax.grad(lambda x: layer(x, lambda theta, data: theta, None))(1.0)) == 1.0
         assert float(jax.grad(lambda x: layer(x, jax.lax.stop_gradient(x), None))(1.0)) == 1.0
+
+
+@pytest.mark.slow("unrolls Anderson's method with each start", fast="unrolled-one entry is solved")
+@pytest.mark.parametrize("start", [(0.0, np.pi / 2), (0.7390851332151607, np.pi / 2), (0.3, 0.2)], ids=["one entry is solved", "both are", "none is"])
+@pytest.mark.parametrize("method", [bl.Unrolled(), bl.ForwardUnrolled()], ids=["unrolled", "forward"])
+def test_unrolling_anderson_from_a_start_that_is_partly_solved(method, start):
+    # The solution of w = cos(w) + θ has dw/dθ = 1/(1 + sin(w)). At θ = (0, π/2) it is w = (0.739…, π/2).
+    condition = bl.FixedPoint(lambda w, theta, data: jnp.cos(w) + theta)
+    problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w))
+    out = bl.value_and_hypergradient(problem, bl.Anderson(12), method)(
+        jnp.array([0.0, np.pi / 2]), jnp.array(start), None
+    )
+    np.testing.assert_allclose(out.inner.w, [0.7390851332151607, np.pi / 2], rtol=1e-13)
+    np.testing.assert_allclose(out.gradient, 1 / (1 + np.sin(out.inner.w)), rtol=1e-7)
