@@ -38,13 +38,16 @@ def value_and_hypergradient(
     Returns:
         ``hypergradient(theta, init, data, linear_init=None) -> Hypergradient``, compiled once for each set of shapes
         and dtypes. In ``theta``, a leaf that is not floating point is a constant with a zero gradient. A ``theta`` of
-        Python integers alone is taken as floating point. ``init`` is a pytree like w, or a function ``init(theta, data)``. ``linear_init`` is where the
-        adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result as
-        None.
+        Python integers alone is taken as floating point. ``init`` is a pytree like w, or a function
+        ``init(theta, data)``. ``linear_init`` is where the adjoint solve starts, for instance an earlier
+        ``out.linear.solution``. A tree of zeros gives the same result as None. JAX's derivative of ``out.value`` is the
+        method's estimate. A derivative that the method does not know, such as that of the gradient of an approximate
+        method, is refused.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
-            fit each other. The message lists alternatives.
+            fit each other. The message lists alternatives. Where JAX differentiates the result, for a derivative that
+            the method does not know.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
