@@ -46,11 +46,13 @@ def value_and_hypergradient(
         such a pytree. It is traced in each call, and compiled only if its operations differ from those of earlier
         calls. A function, a method or a ``functools.partial`` is also accepted as ``init``. ``linear_init`` is where
         the adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result
-        as None.
+        as None. JAX's derivative of ``out.value`` is the method's estimate. A derivative that the method does not know,
+        such as that of the gradient of an approximate method, is refused.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
-            fit each other. The message lists alternatives.
+            fit each other. The message lists alternatives. Where JAX differentiates the result, for a derivative that
+            the method does not know.
         TypeError: when called, for no start or two, and for a leaf of θ, init or data that is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -35,13 +34,14 @@ def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree,
             a surrounding ``jit`` removes them.
     """
     value = jax.lax.stop_gradient(found.value)
-    found = constant(name, found, (theta, movers))
+    floats, join = tree.partition_inexact(found)
+    found = join(constant(name, floats, (theta, movers)))
     return replace(found, value=value_with_derivative(name, value, found.gradient, source, theta, movers))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
-    """Return ``x``. Its derivative in whatever ``x`` or ``movers`` depends on is refused."""
+    """Return ``x``, a tree of floating-point arrays, and refuse its derivative in whatever varies x or ``movers``."""
     del name, movers
     return x
 
@@ -51,8 +51,6 @@ def _refuse_all(name: str, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]
     total = sum(jnp.sum(tangent.real.astype(jnp.float32)) for tangent in _moving(tangents))
 
     def refused(leaf: jax.Array) -> Any:
-        if not tree.is_floating(leaf):
-            return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
         return _refused_p.bind(jnp.zeros_like(leaf) + total.astype(leaf.dtype), name=name)  # type: ignore[union-attr]
 
     out = constant(name, *primals)

@@ -31,8 +31,7 @@ class Method(Protocol):
 def outer_variables(theta: PyTree) -> PyTree:
     """Return θ as arrays. A leaf that is not floating point is kept and has no derivative.
 
-    A θ of Python integers, without any floating-point leaf, becomes floating point: see
-    :func:`bilevel.tree.numbers_as_floats`.
+    A θ of Python integers, without any floating-point leaf, becomes floating point: see ``tree.numbers_as_floats``.
 
     Raises:
         TypeError: for a complex leaf.

@@ -26,6 +26,9 @@ class Unrolled:
     value: in θ this gives the gradient, in data the derivative of the last steps. With ``first_order`` the derivative
     in data is refused. The derivative of any other result is refused.
 
+    With :class:`Anderson`, an entry of the start whose residual is zero is first moved by eps^⅓, because the derivative
+    of Anderson's steps need not converge for an entry that never moves.
+
     Args:
         last: differentiate the last ``last`` steps only; None for all.
         checkpoint: recompute each step in the backward pass and keep only the iterates.
@@ -58,7 +61,8 @@ class Unrolled:
         iterative.check(problem.condition)
 
         def outer(theta):
-            w = self._inner(problem.condition, iterative, theta, starting_point(init, theta, data), data)
+            start = _unsolved_start(iterative, problem.condition, starting_point(init, theta, data), theta, data)
+            w = self._inner(problem.condition, iterative, theta, start, data)
             value, aux = outer_with_aux(problem)(w, theta, data)
             return value, (aux, w)
 
@@ -135,7 +139,8 @@ class ForwardUnrolled:
 
         def outer(floats):
             theta = join(floats)
-            inner = solvers.solve(solver, problem.condition, starting_point(init, theta, data), theta, data)
+            start = _unsolved_start(solver, problem.condition, starting_point(init, theta, data), theta, data)
+            inner = solvers.solve(solver, problem.condition, start, theta, data)
             value, aux = outer_with_aux(problem)(inner.w, theta, data)
             return value, (value, aux, inner)
 
@@ -147,3 +152,20 @@ class ForwardUnrolled:
             # JAX cannot differentiate a loop of unknown length in reverse mode, but the derivative in θ is known.
             value = prefer_gradient(value, gradient, theta, outer(jax.lax.stop_gradient(floats))[0])
         return Hypergradient(value, gradient, aux, inner, None)
+
+
+def _unsolved_start(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+    """Return ``init``, for Anderson with each entry whose residual is exactly zero moved by eps^⅓·(1 + |entry|).
+
+    Anderson's mix of past steps is not differentiable where an entry never moves: the mix ignores the entry, and its
+    derivative need not converge. An entry that moves a little takes part in the mix.
+    """
+    if not isinstance(solver, solvers.Anderson):
+        return init
+    residual = jax.lax.stop_gradient(condition.residual(init, theta, data))
+
+    def moved(entry, residual):
+        distance = jnp.finfo(entry.dtype).eps ** (1 / 3) * (1 + jnp.abs(jax.lax.stop_gradient(entry)))
+        return entry + jnp.where(residual == 0, distance, jnp.zeros_like(entry))
+
+    return jax.tree.map(moved, init, residual)

@@ -136,9 +136,9 @@ def check_condition(
 # --- Leaves and functions ------------------------------------------------------------------------------------------
 
 
-def _named_leaves(**trees):
-    for name, leaves in trees.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):
+def _named_leaves(**variables):
+    for name, part in variables.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part):
             yield f"{name}{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
 
 

@@ -165,6 +165,33 @@ def test_a_scipy_solver_runs_outside_of_a_trace_and_its_solution_can_be_differen
     np.testing.assert_allclose(out.gradient, 2 * np.linalg.solve(Q, exact), rtol=1e-8)
 
 
+def group_lasso(w, theta, data, step_size):
+    """Return the proximal operator of 0.3·‖w‖₂, with the norm of all entries of w."""
+    return jaxopt.prox.prox_group_lasso(w, 0.3, step_size)
+
+
+@pytest.mark.slow("compiles block coordinate descent")
+def test_block_coordinate_descent_solves_the_group_lasso_of_each_row():
+    def rows(w, theta, data, step_size):
+        return jax.vmap(lambda row: group_lasso(row, theta, data, step_size))(w)
+
+    theta = jnp.array([[1.0, -0.7, 0.2], [0.4, 0.9, -0.1]])
+    solver = bl.Jaxopt("BlockCoordinateDescent", tol=1e-10)
+    found = bl.solve(solver, bl.ProximalGradient(LeastSquares(), rows, 0.1), jnp.zeros((2, 3)), theta, None)
+    # TᵀT = 5·I, so each row is the row of the least-squares solution, shortened by 0.3/5.
+    plain = DESIGN.T @ theta / 5
+    exact = plain * (1 - 0.3 / 5 / np.linalg.norm(plain, axis=1, keepdims=True))
+    np.testing.assert_allclose(found.w, exact, atol=1e-9)
+    assert int(found.status) == bl.Status.CONVERGED
+    whole = bl.ProximalGradient(LeastSquares(), group_lasso, 0.1)
+    with pytest.raises(
+        ValueError, match=r"each row of a matrix w, and the prox of this condition does not: .*jax.vmap"
+    ):
+        bl.solve(solver, whole, jnp.zeros((2, 3)), theta, None)
+    with pytest.raises(ValueError, match="each entry of a vector w"):
+        jax.jit(lambda theta: bl.solve(solver, whole, jnp.zeros(2), theta, None).w)(theta[:, 0])
+
+
 @pytest.mark.parametrize(
     ("name", "inner", "init", "message"),
     [
