@@ -230,6 +230,8 @@ def _solve_with_jaxopt(
     wide = in_accumulation_dtype(operator, b)
     if init is None and name == "solve_cg":
         wide = _without_zero_products(wide)
+    if not sum(leaf.size for leaf in jax.tree.leaves(b)):  # GMRES cannot make a basis of no vectors
+        return denormalise(size, diagnosis.report(operator, b_unit, b_unit, solver.tol))
     start = None if init is None else tree.widened(init_unit)
     options = {"tol": recursive_tol(solver.tol, b), "M": _preconditioner(solver, b), "init": start} | options
     with jax.numpy_dtype_promotion("standard"):  # JAX's own GMRES mixes dtypes in its arithmetic
