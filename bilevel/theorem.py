@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import solvers, tree
 from bilevel.conditions.protocol import Condition, is_gradient
+from bilevel.linear import run_linear
 from bilevel.solvers import InnerSolver
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
@@ -92,7 +93,7 @@ def solve_linear(
     init = jax.lax.stop_gradient(init)
 
     def find(matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-        x, info = linear(matvec, b, init)
+        x, info = run_linear(linear, matvec, b, init)
         # custom_linear_solve refuses integers among its auxiliary outputs. The solution is attached again below.
         floats = jax.tree.map(_as_float, replace(info, solution=None))
         return tree.match_varying_axes(x, floats)  # type: ignore[return-value]

@@ -4,6 +4,7 @@
 ``(condition, init, theta, data) -> _Call`` that prepares the solver's constructor and the arguments of its ``run``.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,8 +43,15 @@ def run_solver(solver, options, condition, init, theta, data):
     if name.startswith("Scipy"):
         _check_concrete(name, (init, theta, data))
     fields = option_defaults(cls)
+    dtype = jnp.dtype(float) if name in _OF_DEFAULT_DTYPE else _common_dtype(init)
+    if any(leaf.dtype != dtype for leaf in jax.tree.leaves(init)) and name not in _OF_ANY_DTYPE:
+        condition = _Widened(condition, init, dtype)
+        init = jax.tree.map(lambda leaf: leaf.astype(dtype), init)
     call = prepare(condition, init, theta, data)
     # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
+    if clash := sorted(set(call.given) & set(options)):
+        raise ValueError(f"the condition gives jaxopt's {name} its {', '.join(clash)}: leave it out of the options")
+    options = {option: value for option, value in options.items() if option != "implicit_diff"}
     given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
     # Without implicit_diff, jaxopt would by default run a scan over all maxiter steps, which cannot stop early.
     defaults = call.defaults | ({"unroll": False} if "unroll" in fields else {})
@@ -60,6 +68,35 @@ def run_solver(solver, options, condition, init, theta, data):
 def option_defaults(solver):
     """Return the options of a solver class of jaxopt, given by itself or its name, with their default values."""
     return {name: parameter.default for name, parameter in inspect.signature(_solver_class(solver)).parameters.items()}
+
+
+# Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
+_OF_DEFAULT_DTYPE = ("AndersonAcceleration", "LevenbergMarquardt")
+# Solvers that get a program of the default dtype, or that look into the objective.
+_OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDescent")
+
+
+def _common_dtype(init):
+    """Return the dtype that holds all leaves, float32 at least: jaxopt fails or diverges in half precision."""
+    return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(init)), jnp.dtype("float32"))
+
+
+class _Widened:
+    """A condition for a w of one wider dtype. The user's functions still get w in its own dtypes."""
+
+    def __init__(self, condition, init, dtype):
+        self._condition, self._init, self._dtype = condition, init, dtype
+
+    def __getattr__(self, name):
+        found = getattr(self._condition, name)
+        if name not in ("potential", "objective", "residual", "mapping", "projection", "prox"):
+            return found
+
+        def widened(w, *arguments):
+            value = found(tree.like(w, self._init), *arguments)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self._dtype), value)
+
+        return widened
 
 
 def _check_concrete(name, values):

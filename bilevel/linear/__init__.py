@@ -6,6 +6,7 @@ wrong by orders of magnitude. So every solve ends with one more product Ax, whic
 of ⟨x, Ax⟩.
 """
 
+from bilevel.linear.any_solver import run_linear
 from bilevel.linear.choose import DENSE_LIMIT, LinearChoice, choose_linear
 from bilevel.linear.dense import LU, Cholesky
 from bilevel.linear.iterative import CG, GMRES, BiCGStab, NormalCG
@@ -24,4 +25,5 @@ __all__ = [
     "NormalCG",
     "Nystrom",
     "choose_linear",
+    "run_linear",
 ]

@@ -245,6 +245,8 @@ def _solve_general(
     operator = square(type(solver).__name__, matvec, solver.ridge, b, init)
     size, b_scaled, init_scaled = normalise(b, init)
     flat, unravel = ravel_pytree(tree.widened(b_scaled))
+    if not flat.size:  # there is no Krylov space of no dimensions
+        return denormalise(size, diagnosis.report(operator, b_scaled, b_scaled, solver.tol))
     start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
 
     def flattened(matvec: MatVec) -> MatVec:

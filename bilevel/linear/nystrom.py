@@ -56,7 +56,8 @@ class Nystrom:
         size, b_scaled, _ = normalise(b)
         flat, unravel = ravel_pytree(tree.widened(b_scaled))
         wide = in_accumulation_dtype(square("Nystrom", matvec, 0.0, b), b)
-        x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b))
+        # There is no random basis of a space without dimensions.
+        x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b)) if flat.size else flat
         x = tree.like(unravel(x), b)
         operator = square("Nystrom", matvec, self.ridge, b)
         info = diagnosis.report(operator, b_scaled, x, self.tol)
@@ -73,6 +74,6 @@ class Nystrom:
         rounding = max(10 * b.size * float(jnp.finfo(b.dtype).eps), 2 * eps)
         kept = values > rounding * jnp.max(jnp.abs(values))
         root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), jnp.zeros_like(values))
-        factor = columns @ (vectors * root)  # H_r = factor·factorᵀ
+        factor = columns @ (vectors * root[None, :])  # H_r = factor·factorᵀ
         inner = self.ridge * jnp.eye(factor.shape[1], dtype=b.dtype) + factor.T @ factor
         return (b - factor @ jnp.linalg.solve(inner, factor.T @ b)) / self.ridge

@@ -1,6 +1,5 @@
 """Inner solvers of jaxopt: Jaxopt."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -41,11 +40,13 @@ class Jaxopt:
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
-        options: the options of its constructor: ``maxiter``, ``tol``, ``stepsize``, …
+        options: the options of its constructor: ``maxiter``, ``tol``, ``stepsize``, … ``implicit_diff`` has no effect,
+            because the solution is differentiated by this library. The functions come from the condition.
 
     Raises:
+        TypeError: for an instance in place of a class.
         ValueError: when called, for a name that jaxopt does not have, and for a solver that cannot solve the condition.
-            The message lists those that can.
+            The message lists those that can. Also for an option that the condition provides, such as ``fun``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,10 +57,15 @@ class Jaxopt:
         [1.0, 1.0]
     """
 
-    solver: Callable | str
+    solver: type | str
     options: tuple[tuple[str, object], ...]
 
-    def __init__(self, solver: Callable | str, **options: object):
+    def __init__(self, solver: type | str, **options: object):
+        if not isinstance(solver, type | str):
+            raise TypeError(
+                f"Jaxopt makes the solver itself, of the condition's function, and got {type(solver).__name__}(…), an "
+                f'instance: use Jaxopt("{type(solver).__name__}", …) with its options, such as maxiter and tol'
+            )
         object.__setattr__(self, "solver", solver)
         object.__setattr__(self, "options", tuple(options.items()))
 

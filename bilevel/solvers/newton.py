@@ -103,6 +103,10 @@ def _line_search(
     # An objective of float64 data has a float64 value, although w and its gradient are float32.
     dtype = jnp.promote_types(here.dtype, predicted.dtype)
     here, predicted = here.astype(dtype), predicted.astype(dtype)
+
+    def value(size):
+        return potential(moved(size)).astype(dtype)
+
     # Near the minimum the values differ by rounding errors alone, so an increase of that size is accepted.
     slack = 4 * jnp.finfo(here.dtype).eps * jnp.abs(here)
 
@@ -111,9 +115,9 @@ def _line_search(
 
     def too_far(carry):
         size, tries = carry
-        return (tries < halvings) & ~(potential(moved(size)) <= here + 1e-4 * size * predicted + slack)
+        return (tries < halvings) & ~(value(size) <= here + 1e-4 * size * predicted + slack)
 
     _, *start = tree.match_varying_axes(w, jnp.ones((), predicted.dtype), jnp.int32(0))
     size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), tuple(start))
-    accepted = (tries < halvings) | (potential(moved(size)) <= here)
+    accepted = (tries < halvings) | (value(size) <= here)
     return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), moved(size), w)

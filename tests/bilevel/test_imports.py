@@ -27,7 +27,7 @@ ALLOWED = {
     "problem": {"conditions", "types"},
     "linear": {"_deprecation", "_jaxopt", "conditions", "spectrum", "tree", "types"},
     "solvers": {"_deprecation", "_jaxopt", "linear", "conditions", "start", "tree", "types"},
-    "theorem": {"solvers", "conditions", "tree", "types"},
+    "theorem": {"solvers", "linear", "conditions", "tree", "types"},
     "methods": {"theorem", "solvers", "linear", "problem", "conditions", "start", "tree", "types"},
     "advice": {"solvers", "linear", "spectrum", "conditions", "tree", "types"},
     "failures": {"types"},
