@@ -57,7 +57,7 @@ def advise(
 
 def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> Iterator[str]:
     matvec = jax.linearize(lambda w: condition.residual(w, theta, data), out.inner.w)[1]
-    values = None
+    values, smallest, largest = None, 0.0, 0.0
     if condition.symmetric:
         values = np.asarray(spectrum.ritz_values(matvec, out.inner.w, LANCZOS_STEPS))
         # A small negative value may be rounding.
@@ -79,7 +79,7 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
             f"{eps**-0.5:.1g}."
         )
         return
-    if status == Status.MAX_STEPS and isinstance(linear, CG) and values is not None and smallest > 0:
+    if status == Status.MAX_STEPS and isinstance(linear, CG) and smallest > 0:
         # The error of CG falls by 2((√κ − 1)/(√κ + 1))^k in the norm of A.
         kappa, goal = largest / smallest, linear.tol or tree.eps(out.inner.w) ** 0.5
         steps = int(np.ceil(0.5 * kappa**0.5 * np.log(2 * kappa**0.5 / goal)))
