@@ -226,13 +226,13 @@ def _largest(vector):
 def _step_length(slope_at, first):
     """Return a step in (0, 1] along which a convex function decreases, with a slope of at most half the first one.
 
-    A slope of 1 is taken also if the function decreases further. The slope has smaller rounding errors than the
+    A step of 1 is taken also if the function decreases further. The slope has smaller rounding errors than the
     function's value, which is why the bisection uses it.
     """
 
     def is_too_long(search):
-        number, (_, high), length, slope = search
-        return (number < 30) & (jnp.abs(slope) > 0.5 * jnp.abs(first)) & ((slope > 0) | (high < 1) | (length < 1))
+        number, _, length, slope = search
+        return (number < 30) & (jnp.abs(slope) > 0.5 * jnp.abs(first)) & ((slope > 0) | (length < 1))
 
     def bisect(search):
         number, (low, high), length, slope = search

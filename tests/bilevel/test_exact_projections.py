@@ -88,6 +88,22 @@ def test_matrices_of_every_scale_are_projected_to_rounding(name, shape):
     assert (np.abs(plans[np.float32] - plans[np.float64]) <= 1e-6 * shape[0] * size[..., None]).all()
 
 
+@pytest.mark.slow("judges drawn projections by linear programs")
+@pytest.mark.parametrize("name", TRANSPORT)
+def test_uneven_similarities_with_uneven_sums_are_projected_to_rounding(name):
+    # The first entry is far above all others, and the sums differ by several orders of magnitude.
+    rng = np.random.default_rng(0)
+    similarity = np.geomspace(1e-2, 1e4, 60)[:, None, None] * rng.normal(size=(60, 5, 5))
+    similarity[:30, 0, 0] = np.geomspace(1e3, 1e8, 30)
+    rows, columns = (sums / sums.sum(1, keepdims=True) for sums in np.exp(3 * rng.normal(size=(2, 60, 5))))
+    for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 1e-6)):
+        plan = np.asarray(project_matrices(name, *(part.astype(dtype) for part in (similarity, rows, columns))))
+        assert (np.abs(plan.sum(2) - rows) <= tolerance).all()
+        assert (np.abs(plan.sum(1) - columns) <= tolerance).all()
+        if dtype == np.float64:
+            assert max(advantage(name, s, one) for s, one in zip(similarity, plan, strict=True)) < 1e-7
+
+
 @pytest.mark.slow("compiles a projection for each shape", fast="similarity0-*")
 @pytest.mark.parametrize(
     ("similarity", "sums", "expected"),
@@ -353,6 +369,6 @@ def test_half_precision_is_kept(name):
     params = {"projection_polyhedron": (jnp.ones((1, 3)), jnp.ones(1), jnp.eye(3), jnp.ones(3))}.get(name)
     project = bl.jaxopt_projection(name, None if params is None else lambda theta, data: theta)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, params))
-    out = project(*half, None)
+    out = project(half[0], half[1], None)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(float), project(x, params, None), atol=1e-2)
