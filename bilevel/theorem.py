@@ -147,5 +147,5 @@ def probe_symmetry(
     backwards = matvec(u)
     difference = tree.norm(tree.subtract(forwards, backwards))
     rounding = jnp.sqrt(jnp.finfo(difference.dtype).eps) * tree.norm(forwards)
-    nonsymmetric = jax.lax.stop_gradient(difference > rounding) & (info.status != Status.NONFINITE)
+    nonsymmetric = jax.lax.stop_gradient(difference > rounding) & (info.status != int(Status.NONFINITE))
     return replace(info, status=jnp.where(nonsymmetric, jnp.int32(Status.NONSYMMETRIC), info.status))

@@ -58,7 +58,9 @@ class ValuePenalty:
         condition = check_potential("ValuePenalty", problem.condition)
 
         def penalised(w, theta, data):
-            return condition.potential(w, theta, data) + outer_with_aux(problem)(w, theta, data)[0] / self.penalty
+            inner, outer = condition.potential(w, theta, data), outer_with_aux(problem)(w, theta, data)[0] / self.penalty
+            dtype = jnp.promote_types(inner.dtype, outer.dtype)  # of float64 data and of a float32 w, for example
+            return inner.astype(dtype) + outer.astype(dtype)
 
         inner = solve_constant(solver, condition, init, theta, data)
         at_penalised = solve_constant(solver, Stationary(penalised), inner.w, theta, data)
