@@ -147,7 +147,7 @@ def _options_of_jaxopt(condition, theta, data, out, solver: Jaxopt) -> Iterator[
     tol, options = solver.tol, dict(solver.options)
     if tol is None:
         return
-    # The solver's own measure and ‖F‖ fall together, but a measure far below tol may be out of reach of its line search.
+    # The solver's own measure and ‖F‖ fall together. A measure far below tol may be out of reach of its line search.
     ratio = tol / float(out.inner.residual_norm)
     smaller = [{"tol": float(f"{tol * 10.0**-k:.1g}")} for k in range(1, 5) if 10.0 ** (1 - k) > 0.5 * ratio]
     trials = smaller if int(out.inner.status) == Status.STOPPED else []
