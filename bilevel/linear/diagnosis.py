@@ -74,14 +74,12 @@ def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
     Args:
         residual: ‖b − Ax‖ / ‖b‖.
         stretch: ‖A‖‖x‖ / ‖b‖, at most the condition number of A where Ax = b.
-        eps: the machine epsilon. Rounding errors explain a residual of a few eps·stretch.
+        eps: the machine epsilon.
 
-    A stretch above 1/√eps is no fault by itself: an ill-conditioned A gives it. It is one together with a residual that
-    rounding does not explain, or with rounding errors of a tenth of b.
+    A stretch above 1/√eps is no fault by itself: an ill-conditioned A gives it. It is one together with a residual, or
+    with rounding errors eps·stretch, of more than a tenth of b.
     """
-    rounding = eps * stretch
-    unexplained = residual > jnp.maximum(10 * rounding, eps**0.5)
-    return (stretch > eps**-0.5) & (unexplained | (rounding > 0.1))
+    return (stretch > eps**-0.5) & ((residual > 0.1) | (eps * stretch > 0.1))
 
 
 def judge(residual: jax.Array, tol: float | None, failure: Status | jax.Array = Status.MAX_STEPS) -> jax.Array:
