@@ -121,9 +121,7 @@ def implicit_layer(condition: Condition, solver: InnerSolver, linear: LinearSolv
         theta, init, data = tree.match_varying_axes(theta, starting_point(init, theta, data), data)
         return solve_implicitly(condition, solver, linear, theta, init, data).w
 
-    def layer(
-        theta: PyTree, init: Start = None, data: PyTree = None, *, start: StartFunction | None = None
-    ) -> PyTree:
+    def layer(theta: PyTree, init: Start = None, data: PyTree = None, *, start: StartFunction | None = None) -> PyTree:
         init = choose_start(init, start)
         theta, data = tree.traceable(theta, "theta"), tree.traceable(data, "data")
         if is_function(init):

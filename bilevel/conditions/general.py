@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 from bilevel import tree
-from bilevel.conditions.protocol import LikeW, Residual, StrongConvexity, check_signature, check_strong_convexity, no_scaling
+from bilevel.conditions.protocol import (
+    LikeW,
+    Residual,
+    StrongConvexity,
+    check_signature,
+    check_strong_convexity,
+    no_scaling,
+)
 from bilevel.types import PyTree
 
 

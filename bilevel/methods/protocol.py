@@ -13,6 +13,7 @@ from bilevel.solvers import InnerSolver
 from bilevel.start import Start, evaluate
 from bilevel.types import Hypergradient, PyTree, Solution
 
+
 class Method(Protocol):
     """A way to differentiate the inner solution."""
 

@@ -97,9 +97,7 @@ def solve(
     return report(condition.residual(w, theta, data), w, steps=0)
 
 
-def _run(
-    solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree
-) -> PyTree | Solution:
+def _run(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> PyTree | Solution:
     return solver(condition, init, theta, data)
 
 

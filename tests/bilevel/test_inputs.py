@@ -294,8 +294,12 @@ SOLVERS = {
     "Proximal": [DESCENT, bl.HessianFree(10), bl.Jaxopt("LBFGS", implicit_diff=True)],
     "Root": [newton, bl.Jaxopt("LevenbergMarquardt"), bl.Jaxopt("GaussNewton")],
     "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("AndersonAcceleration")],
-    "Projected": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProjectedGradient", tol=1e-6)],
-    "ProximalGradient": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProximalGradient", tol=1e-6)],
+    "Projected": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProjectedGradient", stepsize=0.3, tol=1e-6)],
+    "ProximalGradient": [
+        bl.FixedPointIteration(100),
+        bl.Anderson(20),
+        bl.Jaxopt("ProximalGradient", stepsize=0.3, tol=1e-6),
+    ],
     "KKT": [newton],
 }
 
