@@ -53,8 +53,7 @@ def choose_start(init: Start, start: StartFunction | None) -> Start:
 
 def evaluate(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     """Return the start as arrays: ``init``, or ``init(theta, data)`` where it is a function."""
-    if init is None:
-        choose_start(None, None)
+    init = choose_start(init, None)
     return tree.arrays(init(theta, data) if is_function(init) else init, "init")
 
 

@@ -50,8 +50,8 @@ def run_linear(
     got, expected = ((jax.tree.structure(x), [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]) for x in (found, b))
     if got != expected:
         raise ValueError(
-            f"a linear solver returns x, a pytree like b of {expected[0]} and shapes {expected[1]}, or a pair of x and a "
-            f"bl.LinearInfo; got {got[0]} and shapes {got[1]}"
+            f"a linear solver returns x, a pytree like b of {expected[0]} and shapes {expected[1]}, or a pair of x and "
+            f"a bl.LinearInfo; got {got[0]} and shapes {got[1]}"
         )
     x = tree.like(tree.arrays(found), b)
     return x, diagnosis.report(matvec, b, x, None)

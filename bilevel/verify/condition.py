@@ -136,8 +136,8 @@ def check_condition(
 
 
 def _named_leaves(**trees):
-    for name, tree in trees.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, values in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values):
             yield f"{name}{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 from bilevel.start import trace
@@ -279,12 +280,12 @@ def two_by_two(dtype):
 
 
 def newton(condition, init, theta, data):
-    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init))
     like = functools.partial(jax.tree.map, lambda leaf, start: leaf.astype(start.dtype))
 
     def residual(flat):
         w = like(unravel(flat), init)
-        return jax.flatten_util.ravel_pytree(condition.residual(w, theta, data))[0].astype(flat.dtype)
+        return ravel_pytree(condition.residual(w, theta, data))[0].astype(flat.dtype)
 
     return like(unravel(flat - jnp.linalg.solve(jax.jacobian(residual)(flat), residual(flat))), init)
 
@@ -631,7 +632,7 @@ def test_solvers_of_jaxopt_that_do_not_fit_are_refused_in_words():
                          ids=["aux", "more equations"])  # fmt: skip
 def test_a_residual_that_is_not_a_tree_like_w_is_refused_in_words(residual):
     problem = bl.Problem(bl.Root(residual), squared)
-    with pytest.raises(ValueError, match="the residual is not a tree like w: got .* expected .* one entry for each"):
+    with pytest.raises(ValueError, match=r"the residual is not a tree like w: got .* expected .* one entry for each"):
         bl.value_and_hypergradient(problem, newton, bl.Implicit(bl.LU()))(1.0, jnp.zeros(2), None)
     assert not bl.check_condition(problem, 1.0, jnp.zeros(2), None)["structure"].ok
 
