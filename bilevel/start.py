@@ -54,7 +54,7 @@ def choose_start(init: Start, start: StartFunction | None) -> Start:
 def evaluate(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     """Return the start as arrays: ``init``, or ``init(theta, data)`` where it is a function."""
     init = choose_start(init, None)
-    return tree.arrays(init(theta, data) if is_function(init) else init, "init")  # type: ignore[operator]
+    return tree.arrays(init(theta, data) if is_function(init) else init, "init")
 
 
 class Program:

@@ -29,7 +29,8 @@ class Implicit:
     the order of ‖F(w)‖, the norm of the condition's residual, plus the residual of the linear solver.
 
     Args:
-        linear: solves the adjoint system; :class:`CG`, :class:`Cholesky` and :class:`Nystrom` need a symmetric one.
+        linear: solves the adjoint system; :class:`CG`, :class:`Cholesky` and :class:`Nystrom` need a symmetric one. A
+            function ``(matvec, b) -> x`` is accepted too, and its true residual is then computed here.
 
     Raises:
         ValueError: when called, for a linear solver that needs a symmetry the condition does not have.

@@ -101,13 +101,11 @@ def _line_search(
 
     If none does, return the last one, or w if the objective is lower there.
     """
-    here, predicted = potential(w), tree.vdot(gradient, direction)
     # An objective of float64 data has a float64 value, although w and its gradient are float32.
-    dtype = jnp.promote_types(here.dtype, predicted.dtype)
-    here, predicted = here.astype(dtype), predicted.astype(dtype)
+    here, predicted = tree.widened((potential(w), tree.vdot(gradient, direction)))
 
     def value(size):
-        return potential(moved(size)).astype(dtype)
+        return potential(moved(size)).astype(here.dtype)
 
     # Near the minimum the values differ by rounding errors alone, so an increase of that size is accepted.
     slack = 4 * jnp.finfo(here.dtype).eps * jnp.abs(here)

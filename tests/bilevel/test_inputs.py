@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 from bilevel.start import trace
@@ -279,12 +280,12 @@ def two_by_two(dtype):
 
 
 def newton(condition, init, theta, data):
-    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init))
     like = functools.partial(jax.tree.map, lambda leaf, start: leaf.astype(start.dtype))
 
     def residual(flat):
         w = like(unravel(flat), init)
-        return jax.flatten_util.ravel_pytree(condition.residual(w, theta, data))[0].astype(flat.dtype)
+        return ravel_pytree(condition.residual(w, theta, data))[0].astype(flat.dtype)
 
     return like(unravel(flat - jnp.linalg.solve(jax.jacobian(residual)(flat), residual(flat))), init)
 
@@ -294,8 +295,12 @@ SOLVERS = {
     "Proximal": [DESCENT, bl.HessianFree(10), bl.Jaxopt("LBFGS", implicit_diff=True)],
     "Root": [newton, bl.Jaxopt("LevenbergMarquardt"), bl.Jaxopt("GaussNewton")],
     "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("AndersonAcceleration")],
-    "Projected": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProjectedGradient", tol=1e-6)],
-    "ProximalGradient": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProximalGradient", tol=1e-6)],
+    "Projected": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProjectedGradient", stepsize=0.3, tol=1e-6)],
+    "ProximalGradient": [
+        bl.FixedPointIteration(100),
+        bl.Anderson(20),
+        bl.Jaxopt("ProximalGradient", stepsize=0.3, tol=1e-6),
+    ],
     "KKT": [newton],
 }
 

@@ -98,8 +98,8 @@ def solve_inner(condition: Condition, solver: Callable, theta: PyTree, init: PyT
 def init_in_double(init: PyTree | Callable) -> PyTree | Callable:
     """Cast ``init`` to float64; if it is a function, cast what it returns."""
     if is_function(init):
-        return lambda theta, data: as_double(init(theta, data))
-    return as_double(init)
+        return lambda theta, data: as_double(evaluate(init, theta, data))
+    return as_double(evaluate(init, None, None))
 
 
 def outer_value(problem: Problem) -> Callable[..., Any]:
