@@ -43,7 +43,7 @@ GUARDS = (
     ),
     _guard(
         "inner solve short of its tol: estimate",
-        "test_too_few_inner_steps_are_covered",
+        "test_the_bound_covers_the_error_of_too_few_inner_steps",
         "_certify",
         "distance(out.gradient, corrected)",
         "0.5 * distance(out.gradient, corrected)",

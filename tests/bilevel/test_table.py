@@ -138,7 +138,7 @@ RULES = [
         lambda c: c.method == "OneStep" and c.solver in ("Optax", "HessianFree", "Jaxopt", "function"),
     ),
     (
-        "follows the gradient of an objective",
+        "needs a condition that is the gradient of an objective",
         "refused",
         lambda c: c.solver in ("GradientDescent", "momentum", "Optax", "HessianFree") and c.kind not in DESCENT,
     ),
