@@ -121,7 +121,9 @@ class Sources:
             pattern, replacement = _parsed(fault.pattern), _parsed(fault.replacement)
             if isinstance(pattern, ast.expr) != isinstance(replacement, ast.expr):
                 kinds = [_kind(pattern), _kind(replacement)]
-                raise PlantingError(f"the pattern is {kinds[0]} and the replacement {kinds[1]}: both must be of one sort")
+                raise PlantingError(
+                    f"the pattern is {kinds[0]} and the replacement {kinds[1]}: both must be of one sort"
+                )
             node, bound = self._only_match(fault, place)
             _check_names(replacement, bound, place, node)
             return _spliced(place, node, _Exchange({**bound}).visit(replacement))

@@ -43,8 +43,8 @@ def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | No
     start = shapes if init is None else jax.tree.map(jnp.shape, init)
     if start != shapes:
         raise ValueError(
-            f"{name} needs a square operator, so init must have the shapes of b: b has {shapes}, init has {start}. For a "
-            "least-squares problem, pass v ↦ Aᵀ(Av) and Aᵀb"
+            f"{name} needs a square operator, so init must have the shapes of b: b has {shapes}, init has {start}. For "
+            "a least-squares problem, pass v ↦ Aᵀ(Av) and Aᵀb"
         )
 
     def checked(v: PyTree) -> PyTree:

@@ -114,7 +114,9 @@ def test_float32_stays_float32():
 
 @pytest.mark.parametrize("solver", [bl.GradientDescent(0.1, 3), bl.Optax(optax.sgd(0.1), 3)], ids=["gd", "optax"])
 def test_descent_on_a_root_is_refused_with_alternatives(solver):
-    with pytest.raises(ValueError, match=r"needs a condition that is the gradient of an objective, and Root is not: use .*Stationary"):
+    with pytest.raises(
+        ValueError, match=r"needs a condition that is the gradient of an objective, and Root is not: use .*Stationary"
+    ):
         solver(ROOT, jnp.zeros(2), jnp.zeros(2), None)
 
 
