@@ -177,7 +177,7 @@ GUARDS = (
     # θ that is captured by a closure, enters only the initial point, or is unused.
     _guard(
         "θ captured by a closure: differentiated",
-        "test_theta_caught_by_a_closure_is_differentiated",
+        "test_theta_captured_by_a_closure_is_differentiated",
         "solve_implicitly",
         "condition.residual(_W, _THETA, _DATA)",
         "jax.lax.stop_gradient(condition.residual(_W, _THETA, _DATA))",

@@ -123,7 +123,7 @@ RULES = [
         lambda c: c.method in ("FiniteDifference", "ValuePenalty") and c.kind not in DESCENT,
     ),
     (
-        "leaves out second derivatives, and A of .* is nothing else",
+        "needs a proximal term or a mapping, and .* has neither",
         "refused",
         lambda c: c.method == "FirstOrder" and c.kind in ("Stationary", "Root", "KKT"),
     ),
