@@ -65,9 +65,80 @@ GUARDS = (
     _guard(
         "linear solve short of its tol: stagnation is not a spent budget",
         "TestShortOfTheTolerance.test_an_exhausted_budget_is_max_steps_and_a_recursion_that_stops_is_stagnation",
-        "_solve_watched",
+        "report_recursion",
         "jnp.int32(Status.STAGNATION)",
         "jnp.int32(Status.MAX_STEPS)",
+    ),
+    # Answers that are no better than none.
+    _guard(
+        "no tol: a residual of 1 or more",
+        "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
+        "diagnosis:judge",
+        "residual < 1",
+        "jnp.bool_(True)",
+    ),
+    _guard(
+        "no tol: an answer that outgrew its residual",
+        "TestNoBetterThanZero.test_an_answer_that_outgrew_its_residual_is_a_breakdown",
+        "outgrown",
+        "_STRETCHED & _UNEXPLAINED",
+        "jnp.zeros_like(_STRETCHED)",
+    ),
+    _guard(
+        "a series that diverges",
+        "TestNoBetterThanZero.test_a_series_that_diverges_is_a_breakdown",
+        "Neumann",
+        "jnp.where(diverged, _BREAKDOWN, _STATUS)",
+        "_STATUS",
+    ),
+    _guard(
+        "an answer that overflows",
+        "TestNoBetterThanZero.test_an_answer_that_overflows_is_nonfinite",
+        "denormalise",
+        "jnp.where(overflow, _NONFINITE, _STATUS)",
+        "_STATUS",
+    ),
+    _guard(
+        "the limit of rounding: a null space",
+        "TestSingularAndConsistent",
+        "limit_of_rounding",
+        "eps * _SUM",
+        "0.0 * _SUM",
+    ),
+    _guard(
+        "a curvature of rounding size in Newton's method",
+        "test_newton_steps_do_not_diverge_along_a_null_direction",
+        "conjugate_gradients",
+        "curvature > 4 * eps * stretch * length**2",
+        "curvature > 0",
+    ),
+    _guard(
+        "ill-conditioned and regular: the backward error",
+        "test_a_factorisation_is_judged_by_its_backward_error_and_tells_the_conditioning",
+        "_factorise",
+        "info.relative_residual / _SUM",
+        "1e3 * info.relative_residual",
+    ),
+    _guard(
+        "breakdown of BiCGStab: status",
+        "test_bicgstab_breaks_down_on_a_quarter_turn_and_other_solvers_do_not",
+        "report_recursion",
+        "jnp.where(seen.broke, _BREAKDOWN, _CAUSE)",
+        "_CAUSE",
+    ),
+    _guard(
+        "a solver that stopped by itself",
+        "TestStoppedByItself",
+        "solvers:report",
+        "jnp.where(stopped, _STOPPED, _FAILURE)",
+        "_FAILURE",
+    ),
+    _guard(
+        "an operator that is not square",
+        "test_an_operator_that_is_not_square_is_refused",
+        "square",
+        "jax.tree.map(jnp.shape, product) != shapes",
+        "False",
     ),
     # Operators that are not positive definite.
     _guard(
@@ -124,16 +195,16 @@ GUARDS = (
     _guard(
         "singular operator: not reported as indefinite",
         "TestSingular",
-        "_solve_watched",
-        "jnp.where(report.null, _SINGULAR, _STATUS)",
-        "_STATUS",
+        "report_recursion",
+        "jnp.where(seen.null, _SINGULAR, _CAUSE)",
+        "_CAUSE",
     ),
     _guard(
-        "singular operator: a factorisation's residual",
+        "singular operator: the condition estimate of a factorisation",
         "TestSingular",
         "_factorise",
-        "_REPORT(_A, _B, _X, tol, failure=_FAILURE, breakdown=_BREAKDOWN)",
-        "_REPORT(_A, _B, _X, None, failure=_FAILURE, breakdown=Status.NONFINITE)",
+        "jnp.where((rcond < eps) & _FINITE, _SINGULAR, _STATUS)",
+        "_STATUS",
     ),
     # Numbers that are not finite.
     _guard(
@@ -209,7 +280,7 @@ GUARDS = (
         "an easy system: the recursion stops at rounding size",
         "test_a_large_budget_on_an_easy_system_keeps_the_solution",
         "recursive_tol",
-        "max(_TOL, eps**2)",
+        "max(_TOL, eps)",
         "_TOL",
     ),
     # One bad task in a batch.

@@ -85,7 +85,7 @@ MUTATIONS = (
     Fault("Anderson's mix reversed", "Anderson", "_SLOPE + _MIX @ _STEPS", "_SLOPE - _MIX @ _STEPS"),
     Fault("line search backwards", "_line_search", "tree.add(_W, _STEP)", "tree.subtract(_W, _STEP)"),
     # Linear solvers.
-    Fault("ridge forgotten", "with_ridge", "not ridge", "True"),
+    Fault("ridge forgotten", "square", "_SUM if ridge else product", "product"),
     Fault(
         "preconditioner twice",
         "_preconditioner",
@@ -97,8 +97,8 @@ MUTATIONS = (
     Fault(
         "float32 in a float64 solve",
         "_factorise",
-        "_SOLVE(flat_matvec, _B)",
-        "_SOLVE(flat_matvec, _B).astype('float32').astype(_B.dtype)",
+        "solve(flat)",
+        "solve(flat).astype('float32').astype(flat.dtype)",
     ),
     Fault("Woodbury without its ridge", "Nystrom._woodbury", "_X / self.ridge", "_X"),
 )

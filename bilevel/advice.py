@@ -30,7 +30,7 @@ def advise(
 ) -> str:
     """Return sentences that name a remedy for a failed inner or linear solve, for the message about it.
 
-    It costs products with the operator, at most one dense factorisation, and at most four runs of a solver of jaxopt.
+    It costs products with the operator, at most one dense factorisation, and at most six runs of a solver of jaxopt.
 
     Args:
         condition: the condition that was solved.
@@ -147,14 +147,16 @@ def _options_of_jaxopt(condition, theta, data, out, solver: Jaxopt) -> Iterator[
     tol, options = solver.tol, dict(solver.options)
     if tol is None:
         return
+    # The solver's own measure and ‖F‖ fall together, but a measure far below tol may be out of reach of the solver's
+    # line search.
     ratio = tol / float(out.inner.residual_norm)
-    smaller = {"tol": float(f"{tol * min(0.5, 0.5 * ratio):.1g}")}
-    trials = [smaller] if int(out.inner.status) == Status.STOPPED else []
+    smaller = [{"tol": float(f"{tol * 10.0**-k:.1g}")} for k in range(1, 5) if 10.0 ** (1 - k) > 0.5 * ratio]
+    trials = smaller if int(out.inner.status) == Status.STOPPED else []
     if "stepsize" in solver.accepted_options:
         largest = _largest_curvature(condition, theta, data, out.inner.w)
         if largest > 0 and not options.get("stepsize"):
             fixed = {"stepsize": float(f"{0.95 / largest:.2g}")}
-            trials += [fixed, fixed | smaller]
+            trials = [*trials, fixed, *(fixed | trial for trial in trials[-1:])]
     for trial in trials:
         again = Jaxopt(solver.solver, **(options | trial))(condition, out.inner.w, theta, data)
         if float(again.residual_norm) <= tol:

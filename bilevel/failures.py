@@ -101,7 +101,7 @@ def _stages(out: Hypergradient) -> Iterator[tuple[str, jax.Array]]:
         stages.append(("linear solve", out.linear.status))
     for stage, status in [*stages, ("gradient", _nonfinite(out, out.gradient))]:
         yield stage, jnp.where(masked, ok, status)
-        masked = masked | (status == Status.NONFINITE)
+        masked = masked | (status == int(Status.NONFINITE))
 
 
 def _nonfinite(out, numbers):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel import tree
 from bilevel.advice import advise
@@ -161,8 +160,8 @@ def _history(records, solves_adjoint):
     history = jax.tree.map(lambda *entries: jnp.stack(entries), *records)
     if solves_adjoint:
         return history
-    residual = np.full(history.linear_residual.shape, np.nan, history.linear_residual.dtype)
-    return replace(history, linear_residual=jnp.asarray(residual))
+    with jax.debug_nans(False):
+        return replace(history, linear_residual=jnp.full_like(history.linear_residual, jnp.nan))
 
 
 def _batches(data):
@@ -210,10 +209,10 @@ def _compiled_step(problem, solver, method, optimizer, cold_start):
             )
             moved = tree.with_others(optax.apply_updates(theta, updates), theta)
         size = tree.norm(out.gradient)
-        sound = jnp.isfinite(size) & (out.status != Status.NONFINITE)
+        sound = jnp.isfinite(size) & (out.status != int(Status.NONFINITE))
         after, before = (moved, next_state, out.inner.w, next_adjoint), (theta, state, w, adjoint)
         kept = jax.tree.map(partial(_new_if_sound, sound), after, before)
-        # A NaN that the compiled step returned would be an error under jax_debug_nans: `_history` puts it in.
+        # A NaN from the compiled step would be an error under jax_debug_nans, so `_history` writes it.
         linear = jnp.zeros_like(size) if out.linear is None else out.linear.relative_residual
         record = History(out.value, size, out.inner.residual_norm, linear, out.status)
         return *kept, record, out

@@ -171,5 +171,5 @@ def probe_symmetry(
     difference = tree.norm(tree.subtract(forwards, backwards))
     noise = tree.norm(tree.subtract(tree.scale(1 / 3, multiply(tree.scale(3, u))), forwards))
     rounding = jnp.maximum(jnp.sqrt(jnp.finfo(difference.dtype).eps) * tree.norm(forwards), 10 * noise)
-    nonsymmetric = jax.lax.stop_gradient(difference > rounding) & (info.status != Status.NONFINITE)
+    nonsymmetric = jax.lax.stop_gradient(difference > rounding) & (info.status != int(Status.NONFINITE))
     return replace(info, status=jnp.where(nonsymmetric, jnp.int32(Status.NONSYMMETRIC), info.status))

@@ -44,8 +44,8 @@ def run_solver(solver, options, condition, init, theta, data):
         _check_concrete(name, (init, theta, data))
     fields = option_defaults(cls)
     dtype = jnp.dtype(float) if name in _OF_DEFAULT_DTYPE else _common_dtype(init)
-    if any(leaf.dtype != dtype for leaf in jax.tree.leaves(init)) and name not in _OF_ANY_DTYPE:
-        condition = _Widened(condition, init, dtype)
+    if name not in _OF_ANY_DTYPE:
+        condition = _InOneDtype(condition, init, dtype)
         init = jax.tree.map(lambda leaf: leaf.astype(dtype), init)
     call = prepare(condition, init, theta, data)
     # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
@@ -81,8 +81,12 @@ def _common_dtype(init):
     return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(init)), jnp.dtype("float32"))
 
 
-class _Widened:
-    """A condition for a w of one wider dtype. The user's functions still get w in its own dtypes."""
+class _InOneDtype:
+    """A condition whose functions take and return one dtype. The user's functions still get w in its own dtypes.
+
+    An objective of float64 data, for example, has a float64 value, and jaxopt's step size of a float32 w would become
+    float64 in the loop.
+    """
 
     def __init__(self, condition, init, dtype):
         self._condition, self._init, self._dtype = condition, init, dtype
@@ -92,11 +96,11 @@ class _Widened:
         if name not in ("potential", "objective", "residual", "mapping", "projection", "prox"):
             return found
 
-        def widened(w, *arguments):
+        def in_one_dtype(w, *arguments):
             value = found(tree.like(w, self._init), *arguments)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self._dtype), value)
 
-        return widened
+        return in_one_dtype
 
 
 def _check_concrete(name, values):

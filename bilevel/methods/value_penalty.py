@@ -62,7 +62,10 @@ class ValuePenalty:
         condition = check_potential("ValuePenalty", problem.condition)
 
         def penalised(w, theta, data):
-            return condition.potential(w, theta, data) + outer_with_aux(problem)(w, theta, data)[0] / self.penalty
+            inner = condition.potential(w, theta, data)
+            outer = outer_with_aux(problem)(w, theta, data)[0] / self.penalty
+            dtype = jnp.promote_types(inner.dtype, outer.dtype)  # of float64 data and of a float32 w, for example
+            return inner.astype(dtype) + outer.astype(dtype)
 
         at, data_at = jax.lax.stop_gradient((theta, data))
         inner = solve_constant(solver, condition, init, at, data_at)

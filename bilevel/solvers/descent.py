@@ -47,6 +47,8 @@ class GradientDescent:
     tol: float | None = None
     momentum: float = 0.0
 
+    traceable = True
+
     def __post_init__(self) -> None:
         check_budget("GradientDescent", self.max_steps, self.tol)
         if not 0 < self.step_size < float("inf") or not 0 <= self.momentum < 1:
@@ -90,6 +92,8 @@ class Optax:
     transformation: "optax.GradientTransformation"
     max_steps: int
     tol: float | None = None
+
+    traceable = True
 
     def __post_init__(self) -> None:
         check_budget("Optax", self.max_steps, self.tol)

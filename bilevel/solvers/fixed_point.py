@@ -37,6 +37,8 @@ class FixedPointIteration:
     max_steps: int
     tol: float | None = None
 
+    traceable = True
+
     def __post_init__(self) -> None:
         check_budget("FixedPointIteration", self.max_steps, self.tol)
 
@@ -89,6 +91,8 @@ class Anderson:
     max_steps: int
     tol: float | None = None
     history: int = 5
+
+    traceable = True
 
     def __post_init__(self) -> None:
         check_budget("Anderson", self.max_steps, self.tol)

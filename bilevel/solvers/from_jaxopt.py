@@ -69,6 +69,12 @@ class Jaxopt:
         object.__setattr__(self, "solver", solver)
         object.__setattr__(self, "options", tuple(options.items()))
 
+    @property
+    def traceable(self) -> bool:
+        """Whether JAX can trace the solver: those that run SciPy cannot be traced."""
+        names = [self.solver] if isinstance(self.solver, str) else [base.__name__ for base in self.solver.__mro__]
+        return not any(name.startswith("Scipy") for name in names)
+
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         from bilevel._jaxopt import adapters  # imports jaxopt
 

@@ -52,6 +52,8 @@ class HessianFree:
     tol: float | None = None
     halvings: int = 20
 
+    traceable = True
+
     def __post_init__(self) -> None:
         check_budget("HessianFree", self.max_steps, self.tol)
         if self.cg_steps < 1 or self.halvings < 0:

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel import tree
 from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
@@ -86,6 +87,9 @@ def solve(
 ) -> Solution:
     """Run any inner solver, and compute the residual if the solver returned w alone.
 
+    Outside of ``jit``, a solver of this library is compiled once for each condition and each set of shapes and dtypes.
+    Another function is called as it is, because JAX may not be able to trace it.
+
     Args:
         solver: ``solver(condition, init, theta, data)``.
         condition: what holds at the solution.
@@ -101,11 +105,30 @@ def solve(
     """
     theta, data = tree.arrays(theta, "theta"), tree.arrays(data, "data")
     init = evaluate(choose_start(init, start), theta, data)
-    found = solver(condition, init, theta, data)
+    run = _compiled_run if _is_compilable(solver, condition, (init, theta, data)) else _run
+    found = run(solver, condition, init, theta, data)
     if isinstance(found, Solution):
         return replace(found, w=_like_start(found.w, init))
     w = _like_start(found, init)
     return report(condition.residual(w, theta, data), w, steps=0)
+
+
+def _run(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> PyTree | Solution:
+    return solver(condition, init, theta, data)
+
+
+_compiled_run = jax.jit(_run, static_argnames=("solver", "condition"))
+
+
+def _is_compilable(solver: InnerSolver, condition: Condition, arguments: PyTree) -> bool:
+    """Return whether to compile the call of a solver: it can be traced, and is not traced already."""
+    if not getattr(solver, "traceable", False) or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+        return False
+    try:
+        hash((solver, condition))
+    except TypeError:  # a field may be an array
+        return False
+    return True
 
 
 def _like_start(w: PyTree, init: PyTree) -> PyTree:

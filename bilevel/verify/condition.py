@@ -157,11 +157,19 @@ def _check_leaves(theta, w, data):
 
 def _check_structure(condition, theta, w, data):
     theta, w, data = (as_double(part) for part in (theta, w, data))
+    structures = []
+
+    def flat_residual(w, theta, data):  # eval_shape would put shapes in place of arrays into a tree
+        leaves, structure = jax.tree.flatten(condition.residual(w, theta, data))
+        structures.append(structure)
+        return leaves
+
     try:
-        residual = jax.eval_shape(condition.residual, w, theta, data)
+        leaves = jax.eval_shape(flat_residual, w, theta, data)
     except ValueError as error:
         return Check("structure", False, str(error), "return one entry of F for each entry of w, in a tree like w.")
-    got, wanted = ((jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in (residual, w))
+    got = structures[-1], [leaf.shape for leaf in leaves]
+    wanted = jax.tree.structure(w), [leaf.shape for leaf in jax.tree.leaves(w)]
     if got == wanted:
         return Check("structure", True, "the residual is a tree like w")
     found = f"the residual is not a tree like w: got {got}, expected {wanted}"

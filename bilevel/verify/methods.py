@@ -149,9 +149,11 @@ def _reference(problem, solver, theta, init, data) -> Reference | None:
 
 
 def _measure(problem, solver, theta, init, data, method, reference, runs):
-    program, arguments = method_program(problem, solver, method, init), method_arguments(theta, init, data)
+    program = method_program(problem, solver, method, init)
+    # `lower` would put descriptions of arrays in place of arrays into a tree.
+    arguments, structure = jax.tree.flatten(method_arguments(theta, init, data))
     begin = time.perf_counter()
-    compiled = jax.jit(program).lower(*arguments).compile()
+    compiled = jax.jit(lambda *leaves: program(*jax.tree.unflatten(structure, leaves))).lower(*arguments).compile()
     compile_seconds = time.perf_counter() - begin
     out = jax.block_until_ready(compiled(*arguments))
     seconds = []

@@ -187,7 +187,8 @@ class TestNotSymmetric:
         problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w))
         function = bl.value_and_hypergradient(problem, solved_by(matrix), bl.Implicit(bl.LU()))
         out = function(jnp.ones(6, dtype), matrix[0], None)
-        assert status_of(out) == "BUDGET_USED" or status_of(out) == "CONVERGED"
+        # κ = 1e5 takes more than half of the digits of float32, and of float64 less than half.
+        assert status_of(out) == ("ILL_CONDITIONED" if dtype == jnp.float32 else "BUDGET_USED")
 
     def test_the_layer_uses_the_transpose_whatever_is_declared(self):
         layer = bl.implicit_layer(self.problem(SHEAR).condition, solved_by(SHEAR), bl.LU())

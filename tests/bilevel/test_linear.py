@@ -140,7 +140,9 @@ def test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual():
     assert float(info.relative_residual) == pytest.approx(
         float(jnp.linalg.norm(b - diagonal * x) / jnp.sqrt(40)), rel=1e-12
     )
-    assert int(bl.CG(5)(lambda v: diagonal * v, b)[1].status) == bl.Status.BUDGET_USED
+    # Without tol the residual 3.6 is no better than that of x = 0. Twenty steps bring it below 1.
+    assert int(bl.CG(5)(lambda v: diagonal * v, b)[1].status) == bl.Status.MAX_STEPS
+    assert int(bl.CG(60)(lambda v: diagonal * v, b)[1].status) == bl.Status.BUDGET_USED
 
 
 def test_a_recursive_residual_below_the_true_one_is_stagnation():
@@ -218,9 +220,11 @@ def test_neumann_is_the_sum_of_its_terms(terms):
     assert float(info.relative_residual) == pytest.approx(residual, rel=1e-12) and int(info.iterations) == terms
 
 
-def test_neumann_that_diverges_is_nonfinite_and_one_with_too_few_terms_is_max_steps():
+def test_neumann_that_diverges_is_a_breakdown_and_one_with_too_few_terms_is_max_steps():
     b = tree([1.0, -2.0, 0.5])
-    assert int(bl.Neumann(2000, step_size=5.0)(operator(SYMMETRIC), b)[1].status) == bl.Status.NONFINITE
+    for terms in (5, 2000):  # the second overflows
+        _, info = bl.Neumann(terms, step_size=5.0)(operator(SYMMETRIC), b)
+        assert int(info.status) == bl.Status.BREAKDOWN
     assert int(bl.Neumann(2, step_size=0.2, tol=1e-6)(operator(SYMMETRIC), b)[1].status) == bl.Status.MAX_STEPS
 
 

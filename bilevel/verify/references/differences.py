@@ -115,7 +115,7 @@ def _extrapolate(value, point, directions, largest):
     """
     sizes = np.outer(largest, [scale / SHRINK**k for k in range(STEP_SIZES) for scale in (1.0, 0.5)])  # [m, 2·5]
     moves = np.stack([sizes, -sizes], -1)[..., None] * directions[:, None, None, :]
-    points = jnp.concatenate([point[None], point + jnp.asarray(moves.reshape(-1, point.size))])
+    points = jnp.concatenate([point[None], point[None] + jnp.asarray(moves.reshape(-1, point.size))])
     values, slack = (np.asarray(part) for part in jax.jit(lambda points: jax.lax.map(value, points))(points))
     center, values = values[0], values[1:].reshape(*sizes.shape, 2)
     slack = np.asarray(slack)[1:].reshape(*sizes.shape, 2).max(-1)

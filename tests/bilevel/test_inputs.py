@@ -1,0 +1,646 @@
+"""Inputs of every kind: callable starts, dtypes that differ, classes that check their fields, and wrong arguments."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+from bilevel.start import trace
+
+MATRIX = np.array([[2.0, 0.5], [0.5, 3.0]])
+
+
+def quadratic(w, theta, data):
+    """Return ½wᵀMw − wᵀθ, with the minimum M⁻¹θ."""
+    return 0.5 * w @ jnp.asarray(MATRIX, w.dtype) @ w - w @ theta.astype(w.dtype)
+
+
+def squared(w, theta, data):
+    return 0.5 * jnp.sum(w**2)
+
+
+PROBLEM = bl.Problem(bl.Stationary(quadratic), squared)
+THETA = np.array([1.0, -2.0])
+SOLUTION = np.linalg.solve(MATRIX, THETA)
+GRADIENT = np.linalg.solve(MATRIX, SOLUTION)  # of ½‖M⁻¹θ‖²
+DESCENT = bl.GradientDescent(0.3, 200)
+
+
+# --- Starts --------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """A callable pytree of two arguments, so that a library that calls it in place of a start gets a wrong number."""
+
+    slope: jax.Array
+    offset: jax.Array
+
+    def __call__(self, x, unused=None):
+        return self.slope * x + self.offset
+
+
+def affine_fit(model, theta, data):
+    """Return a squared error that vanishes for the line through (0, θ₀) and (1, θ₁)."""
+    return 0.5 * (model(0.0) - theta[0]) ** 2 + 0.5 * (model(1.0) - theta[1]) ** 2
+
+
+AFFINE = bl.Problem(bl.Stationary(affine_fit), lambda model, theta, data: model(2.0))  # 2θ₁ − θ₀
+
+
+def affine_start():
+    return Affine(jnp.zeros(()), jnp.zeros(()))
+
+
+def test_a_callable_pytree_is_a_start_and_is_not_called():
+    theta = jnp.array([1.0, 3.0])
+    solver, method = bl.GradientDescent(0.5, 200), bl.Implicit(bl.CG(4))
+    out = bl.value_and_hypergradient(AFFINE, solver, method)(theta, affine_start(), None)
+    assert isinstance(out.inner.w, Affine)
+    np.testing.assert_allclose(out.value, 5.0, rtol=1e-12)
+    np.testing.assert_allclose(out.gradient, [-1.0, 2.0], rtol=1e-12)
+    layer = bl.implicit_layer(AFFINE.condition, solver, bl.CG(4))
+    slope = jax.grad(lambda theta: layer(theta, affine_start(), None)(2.0))(theta)
+    np.testing.assert_allclose(slope, [-1.0, 2.0], rtol=1e-12)
+    np.testing.assert_allclose(bl.solve(solver, AFFINE.condition, affine_start(), theta, None).w.slope, 2.0)
+
+
+@pytest.mark.slow("compiles references and an outer step")
+def test_a_callable_pytree_is_a_start_of_the_checks_and_of_minimize():
+    optax = pytest.importorskip("optax")
+    theta, solver, method = jnp.array([1.0, 3.0]), bl.GradientDescent(0.5, 200), bl.Implicit(bl.CG(4))
+    assert bl.check_hypergradient(AFFINE, theta, affine_start(), None, solver, method).ok
+    assert bl.compare_methods(AFFINE, theta, affine_start(), None, solver, [method], runs=1).ok
+    for warm in (True, False):
+        found = bl.minimize(AFFINE, theta, affine_start(), None, solver, method, optax.sgd(0.1), 2, warm_start=warm)
+        np.testing.assert_allclose(found.theta, [1.2, 2.6], rtol=1e-12)
+
+
+def test_modules_of_equinox_and_flax_are_starts():
+    eqx, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
+
+    def problem(bias):
+        def objective(model, theta, data):
+            return 0.5 * jnp.sum((model(jnp.ones(2)) - theta) ** 2) + 0.5 * sum(
+                jnp.sum(leaf**2) for leaf in jax.tree.leaves(model)
+            )
+
+        return bl.Problem(bl.Stationary(objective), lambda model, theta, data: jnp.sum(bias(model)))
+
+    # With the weights K and the bias b: Kᵀ1 = 2b and b = θ − 3b, so b = θ/4.
+    modules = {
+        "equinox": (eqx.nn.Linear(2, 1, key=jax.random.key(0)), lambda model: model.bias),
+        "nnx": (nnx.Linear(2, 1, rngs=nnx.Rngs(0)), lambda model: model.bias[...]),
+    }
+    for name, (model, bias) in modules.items():
+        model = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model)
+        function = bl.value_and_hypergradient(problem(bias), bl.GradientDescent(0.2, 300), bl.Implicit(bl.CG(4)))
+        out = function(jnp.array([2.0]), model, None)
+        np.testing.assert_allclose(out.value, 0.5, rtol=1e-10, err_msg=name)
+        np.testing.assert_allclose(out.gradient, [0.25], rtol=1e-10, err_msg=name)
+
+
+def count_programs(method, starts, by_name):
+    """Return the hypergradients from each start, and how often the objective was traced."""
+    traces = []
+
+    def objective(w, theta, data):
+        traces.append(None)
+        return 0.5 * (w - theta) ** 2
+
+    problem = bl.Problem(bl.Stationary(objective), lambda w, theta, data: w)
+    function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 1), method)
+    gradients, counts = [], []
+    for start in starts:
+        out = function(2.0, data=None, start=start) if by_name else function(2.0, start, None)
+        gradients.append(float(out.gradient))
+        counts.append(len(traces))
+    return gradients, counts
+
+
+@pytest.mark.slow("compiles each method", fast="True-unrolled")
+@pytest.mark.parametrize("method", [bl.Unrolled(), bl.ForwardUnrolled(), bl.EvolutionStrategies(1, 1e-3)],
+                         ids=["unrolled", "forward", "evolution"])  # fmt: skip
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_start_that_is_written_in_the_call_is_compiled_once_and_differentiated(method, by_name):
+    # One step of size ½ from s(θ): w = ½s(θ) + ½θ. Captured numbers are arguments of the compiled program.
+    factors = [3.0, 3.0, jnp.asarray(5.0), jnp.asarray(7.0)]
+    starts = [lambda theta, data, k=k: k * jnp.tanh(theta) for k in factors]
+    gradients, counts = count_programs(method, starts, by_name)
+    expected = [0.5 + 0.5 * float(k) / np.cosh(2.0) ** 2 for k in factors]
+    np.testing.assert_allclose(gradients, expected, rtol=1e-5 if isinstance(method, bl.EvolutionStrategies) else 1e-12)
+    assert counts[0] == counts[1] and counts[2] == counts[3]
+
+
+def test_starts_of_different_operations_are_different_programs():
+    theta = jnp.asarray(2.0)
+    starts = [
+        lambda theta, data: theta * 2.0,
+        lambda theta, data: theta * 3.0,
+        lambda theta, data: theta + 2.0,
+        lambda theta, data: 2.0 - theta,
+        lambda theta, data: theta - 2.0,
+        lambda theta, data: theta.astype(jnp.float32),
+        lambda theta, data: jnp.cumsum(theta[None])[0],
+        lambda theta, data: jnp.cumsum(theta[None], axis=0),
+        lambda theta, data: jnp.cumsum(theta[None], axis=0, dtype=jnp.float32),
+        lambda theta, data: {"w": theta},
+        lambda theta, data: [theta],
+        lambda theta, data: jax.lax.fori_loop(0, 3, lambda i, x: x * 2.0, theta),
+        lambda theta, data: jax.lax.fori_loop(0, 3, lambda i, x: x * 3.0, theta),
+        lambda theta, data: jnp.asarray([1.0, 2.0]) * theta,
+    ]
+    programs = [trace(start, theta, None)[0] for start in starts]
+    assert len(set(programs)) == len(starts)
+    assert all(trace(start, theta, None)[0] == program for start, program in zip(starts, programs, strict=True))
+    assert trace(starts[0], theta.astype(jnp.float32), None)[0] != programs[0]
+
+
+def test_a_start_is_a_function_a_method_a_partial_or_any_callable_by_name():
+    class Bounds:
+        def middle(self, theta, data):
+            return theta * data
+
+    function = bl.value_and_hypergradient(
+        bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w),
+        bl.GradientDescent(0.5, 1),
+        bl.Unrolled(),
+    )
+    # w = ½·3θ + ½θ
+    for init in (lambda theta, data: theta * data, Bounds().middle, jax.jit(lambda theta, data: theta * data),
+                 functools.partial(lambda factor, theta, data: factor * theta, 3.0)):  # fmt: skip
+        assert float(function(2.0, init, 3.0).gradient) == pytest.approx(2.0)
+        assert float(function(2.0, data=3.0, start=init).gradient) == pytest.approx(2.0)
+    # As `init`, the pytree would be a start; by name it is the function 3θ + 0.
+    by_name = function(2.0, data=3.0, start=Affine(jnp.asarray(3.0), jnp.asarray(0.0)))
+    assert float(by_name.gradient) == pytest.approx(2.0)
+
+
+def test_a_start_that_captures_a_traced_array_is_differentiated_in_it():
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+    function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 1), bl.Unrolled())
+
+    def value(scale):
+        return function(2.0, data=None, start=lambda theta, data: scale**2 * theta).value
+
+    for transform in (lambda f: f, jax.jit):
+        assert float(jax.grad(transform(value))(3.0)) == pytest.approx(6.0)  # of ½s²θ + ½θ at θ = 2
+    np.testing.assert_allclose(jax.vmap(value)(jnp.array([1.0, 3.0])), [2.0, 10.0])
+
+
+def test_a_start_by_name_in_solve_a_layer_and_minimize():
+    optax = pytest.importorskip("optax")
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+    solver, start = bl.GradientDescent(0.5, 1), lambda theta, data: 3.0 * theta
+    assert float(bl.solve(solver, problem.condition, None, 2.0, None, start=start).w) == 4.0
+    layer = bl.implicit_layer(problem.condition, solver, bl.CG(1))
+    assert float(layer(2.0, data=None, start=start)) == 4.0
+    assert float(jax.grad(lambda theta: layer(theta, start=start))(2.0)) == 1.0
+    arguments = problem, 2.0, None, None, solver, bl.Unrolled(), optax.sgd(0.1), 1
+    found = bl.minimize(*arguments, warm_start=False, start=start)
+    assert float(found.theta) == pytest.approx(2.0 - 0.1 * 2.0)  # d(½·3θ + ½θ)/dθ = 2
+    report = bl.check_hypergradient(*arguments[:6], against="unrolled", start=start)
+    assert report.ok
+
+
+# --- One trace -----------------------------------------------------------------------------------------------------
+
+
+def resident_kilobytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4
+
+
+@pytest.mark.slow("calls each entry point a thousand times")
+@pytest.mark.parametrize("entry", ["hypergradient", "start", "layer", "layer gradient", "solve", "solve by jaxopt"])
+def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
+    traces = []
+
+    def objective(w, theta, data):
+        traces.append(None)
+        return 0.5 * jnp.sum((w - theta * data) ** 2)
+
+    problem = bl.Problem(bl.Stationary(objective), lambda w, theta, data: jnp.sum(w**2))
+    solver, linear = bl.GradientDescent(0.5, 3), bl.CG(2)
+    function = bl.value_and_hypergradient(problem, solver, bl.Implicit(linear))
+    layer = bl.implicit_layer(problem.condition, solver, linear)
+    init, data, lbfgs = jnp.zeros(3), jnp.ones(3), bl.Jaxopt("LBFGS", maxiter=3)
+    call = {
+        "hypergradient": lambda theta: function(theta, init, data),
+        "start": lambda theta: function(theta, data=data, start=lambda theta, data: theta * data),
+        "layer": lambda theta: layer(theta, init, data),
+        "layer gradient": jax.grad(lambda theta: jnp.sum(layer(theta, init, data))),
+        "solve": lambda theta: bl.solve(solver, problem.condition, init, theta, data),
+        "solve by jaxopt": lambda theta: bl.solve(lbfgs, problem.condition, init, theta, data),
+    }[entry]
+    for number in range(10):
+        call(jnp.asarray(float(number)))
+    once, memory = len(traces), resident_kilobytes()
+    for number in range(1000):
+        call(jnp.asarray(float(number)))
+    assert len(traces) == once
+    assert resident_kilobytes() - memory < 4096  # a compilation a call took more than a thousand times as much
+
+
+# --- Dtypes --------------------------------------------------------------------------------------------------------
+
+
+def two_by_two(dtype):
+    """Return conditions with the solution M⁻¹θ (or a projection of it) whose functions compute in θ's dtype."""
+
+    def wide_objective(w, theta, data):
+        return quadratic(w.astype(theta.dtype), theta, data)
+
+    def slope(w, theta):
+        return jnp.asarray(MATRIX, theta.dtype) @ w.astype(theta.dtype) - theta
+
+    def equal(x, theta, data):
+        return x.astype(theta.dtype) - jnp.linalg.solve(jnp.asarray(MATRIX, theta.dtype), theta)
+
+    box = bl.jaxopt_projection("projection_box", lambda theta, data: (theta - 9, theta + 9))
+    shrink = bl.jaxopt_prox("prox_lasso", lambda theta, data: 0 * jnp.abs(theta))
+    zeros = jnp.zeros(2, dtype)
+    return {
+        "Stationary": (bl.Stationary(wide_objective), zeros),
+        "Proximal": (
+            bl.Proximal(lambda w, theta, data: wide_objective(w, theta, data) - 0.5 * jnp.sum((w.astype(theta.dtype)
+                        - theta) ** 2), 1.0), zeros),
+        "Root": (bl.Root(lambda w, theta, data: slope(w, theta)), zeros),
+        "FixedPoint": (bl.FixedPoint(lambda w, theta, data: w.astype(theta.dtype) - 0.3 * slope(w, theta)), zeros),
+        "Projected": (bl.Projected(wide_objective, box, 0.3), zeros),
+        "ProximalGradient": (bl.ProximalGradient(wide_objective, shrink, 0.3), zeros),
+        "KKT": (bl.KKT(lambda x, theta, data: 0.0 * jnp.sum(x), equality=equal), (zeros, zeros, None)),
+    }  # fmt: skip
+
+
+def newton(condition, init, theta, data):
+    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init))
+    like = functools.partial(jax.tree.map, lambda leaf, start: leaf.astype(start.dtype))
+
+    def residual(flat):
+        w = like(unravel(flat), init)
+        return jax.flatten_util.ravel_pytree(condition.residual(w, theta, data))[0].astype(flat.dtype)
+
+    return like(unravel(flat - jnp.linalg.solve(jax.jacobian(residual)(flat), residual(flat))), init)
+
+
+SOLVERS = {
+    "Stationary": [DESCENT, bl.GradientDescent(0.2, 200, momentum=0.3), bl.HessianFree(10), bl.Jaxopt("LBFGS")],
+    "Proximal": [DESCENT, bl.HessianFree(10), bl.Jaxopt("LBFGS", implicit_diff=True)],
+    "Root": [newton, bl.Jaxopt("LevenbergMarquardt"), bl.Jaxopt("GaussNewton")],
+    "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("AndersonAcceleration")],
+    "Projected": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProjectedGradient", tol=1e-6)],
+    "ProximalGradient": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("ProximalGradient", tol=1e-6)],
+    "KKT": [newton],
+}
+
+
+@pytest.mark.slow("compiles each solver in each pair of dtypes", fast="float32-float64-FixedPoint")
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(("narrow", "wide"), [("float32", "float64"), ("bfloat16", "float32")])
+def test_w_may_be_narrower_than_theta(narrow, wide, name):
+    condition, init = two_by_two(jnp.dtype(narrow))[name]
+    theta, tolerance = jnp.asarray(THETA, wide), 100 * float(jnp.finfo(narrow).eps)
+    problem = bl.Problem(condition, lambda w, theta, data: squared(jax.tree.leaves(w)[0], theta, data))
+    with jax.numpy_dtype_promotion("standard"):
+        for solver in SOLVERS[name]:
+            function = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()), on_failure="ignore")
+            out = function(theta, init, None)
+            w = jax.tree.leaves(out.inner.w)[0]
+            assert w.dtype == narrow and out.gradient.dtype == wide
+            np.testing.assert_allclose(np.asarray(w, float), SOLUTION, atol=tolerance, err_msg=str(solver))
+            np.testing.assert_allclose(out.gradient, GRADIENT, atol=tolerance, err_msg=str(solver))
+
+
+@pytest.mark.slow("compiles each linear solver and each method")
+def test_every_linear_solver_and_method_takes_a_narrow_w():
+    condition, init = two_by_two(jnp.dtype("float32"))["FixedPoint"]
+    problem, theta = bl.Problem(condition, squared), jnp.asarray(THETA)
+    linears = bl.NormalCG(20), bl.GMRES(4), bl.BiCGStab(8), bl.LU(), bl.Neumann(200)
+    methods = [bl.Implicit(linear) for linear in linears] + [bl.Unrolled(), bl.ForwardUnrolled()]
+    for method in methods:
+        out = bl.value_and_hypergradient(problem, bl.FixedPointIteration(100), method)(theta, init, None)
+        np.testing.assert_allclose(out.gradient, GRADIENT, rtol=1e-5, err_msg=str(method))
+    condition, init = two_by_two(jnp.dtype("float32"))["Stationary"]
+    problem = bl.Problem(condition, squared)
+    linears = bl.CG(4), bl.CG(4, engine="watched"), bl.Cholesky(), bl.Nystrom(2, 1e-3)
+    methods = [*(bl.Implicit(linear) for linear in linears), bl.FiniteDifference(bl.CG(4)), bl.EvolutionStrategies(2),
+               bl.Unrolled(), bl.ForwardUnrolled(), bl.ValuePenalty(1e3)]  # fmt: skip
+    for method in methods:
+        out = bl.value_and_hypergradient(problem, DESCENT, method)(theta, init, None)
+        np.testing.assert_allclose(out.gradient, GRADIENT, rtol=1e-2, err_msg=str(method))
+
+
+# --- Classes that check their fields -------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A record that refuses a field without a shape and a dtype, as jaxtyping's decorator does."""
+
+    value: jax.Array
+
+    def __post_init__(self):
+        if not isinstance(self.value, jax.Array | np.ndarray):
+            raise TypeError(f"not an array: {self.value}")
+
+
+def checked(function):
+    """Return a condition's function for a w and a result of the class `Checked`."""
+    return lambda w, theta, data: Checked(function(w.value, theta.value, data))
+
+
+def checked_conditions():
+    def objective(w, theta, data):
+        return quadratic(w.value, theta.value, data)
+
+    def slope(w, theta, data):
+        return jnp.asarray(MATRIX) @ w - theta
+
+    return {
+        "Stationary": bl.Stationary(objective),
+        "Proximal": bl.Proximal(
+            lambda w, theta, data: objective(w, theta, data) - 0.5 * jnp.sum((w.value - theta.value) ** 2), 1.0
+        ),
+        "Root": bl.Root(checked(slope)),
+        "FixedPoint": bl.FixedPoint(checked(lambda w, theta, data: w - 0.3 * slope(w, theta, data))),
+        "Projected": bl.Projected(objective, checked(lambda w, theta, data: jnp.clip(w, -9, 9)), 0.3),
+        "ProximalGradient": bl.ProximalGradient(objective, lambda w, theta, data, step: w, 0.3),
+    }
+
+
+CHECKED_SOLVERS = {
+    "Stationary": [DESCENT, bl.HessianFree(5), bl.Jaxopt("LBFGS", tol=1e-10)],
+    "Proximal": [DESCENT, bl.HessianFree(5)],
+    "Root": [bl.Jaxopt("Broyden", tol=1e-10)],
+    "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20)],
+    "Projected": [bl.FixedPointIteration(100), bl.Jaxopt("ProjectedGradient", tol=1e-10, stepsize=0.3)],
+    "ProximalGradient": [bl.Anderson(20), bl.Jaxopt("ProximalGradient", tol=1e-10, stepsize=0.3)],
+}
+
+
+def checked_problem(name):
+    return bl.Problem(checked_conditions()[name], lambda w, theta, data: squared(w.value, theta, data))
+
+
+@pytest.mark.slow("compiles each solver", fast="FixedPoint")
+@pytest.mark.parametrize("name", CHECKED_SOLVERS)
+def test_a_class_that_checks_its_fields_gets_arrays_only(name):
+    problem, theta, init = checked_problem(name), Checked(jnp.asarray(THETA)), Checked(jnp.zeros(2))
+    for solver in CHECKED_SOLVERS[name]:
+        out = bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()))(theta, init, None)
+        np.testing.assert_allclose(out.gradient.value, GRADIENT, rtol=1e-6, err_msg=str(solver))
+        layer = bl.implicit_layer(problem.condition, solver, bl.LU())
+        slope = jax.grad(lambda theta: squared(layer(theta, init, None).value, None, None))(theta)  # noqa: B023
+        np.testing.assert_allclose(slope.value, GRADIENT, rtol=1e-6, err_msg=str(solver))
+
+
+METHODS = [bl.Implicit(bl.CG(4)), bl.Implicit(bl.CG(4, engine="watched")), bl.Implicit(bl.NormalCG(9)),
+           bl.Implicit(bl.GMRES(4)), bl.Implicit(bl.BiCGStab(8)), bl.Implicit(bl.LU()), bl.Implicit(bl.Cholesky()),
+           bl.Implicit(bl.Neumann(200, 0.3)), bl.Implicit(bl.Nystrom(2, 1e-8)), bl.Unrolled(), bl.ForwardUnrolled(),
+           bl.Unrolled(checkpoint=True), bl.FiniteDifference(bl.CG(4)), bl.FiniteDifference(bl.Neumann(200, 0.3)),
+           bl.ValuePenalty(1e6), bl.EvolutionStrategies(2)]  # fmt: skip
+
+
+@pytest.mark.slow("compiles each method", fast="method0")
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_keeps_a_class_that_checks_its_fields(method):
+    problem, theta, init = checked_problem("Stationary"), Checked(jnp.asarray(THETA)), Checked(jnp.zeros(2))
+    out = bl.value_and_hypergradient(problem, DESCENT, method)(theta, init, None)
+    np.testing.assert_allclose(out.gradient.value, GRADIENT, rtol=1e-4)
+
+
+@pytest.mark.slow("compiles the references")
+def test_the_checks_and_minimize_keep_a_class_that_checks_its_fields():
+    optax = pytest.importorskip("optax")
+    theta, init = Checked(jnp.asarray(THETA)), Checked(jnp.zeros(2))
+    for name in ("Stationary", "Proximal", "Root"):
+        problem, solver, method = checked_problem(name), CHECKED_SOLVERS[name][0], bl.Implicit(bl.LU())
+        assert bl.check_condition(problem, theta, Checked(jnp.asarray(SOLUTION)), None).ok
+        assert bl.check_hypergradient(problem, theta, init, None, solver, method).ok
+        assert bl.compare_methods(problem, theta, init, None, solver, [method], runs=1).ok
+        found = bl.minimize(problem, theta, init, None, solver, method, optax.adam(0.1), 2)
+        assert isinstance(found.theta, Checked) and isinstance(found.w, Checked)
+
+
+# --- Modes of JAX --------------------------------------------------------------------------------------------------
+
+
+def run_all_entries():
+    """Call each entry point, and compare it with the closed form."""
+    optax = pytest.importorskip("optax")
+    theta, init = jnp.asarray(THETA), jnp.zeros(2)
+    for method in (bl.Implicit(bl.CG(4)), bl.Implicit(bl.Nystrom(2, 1e-8)), bl.Implicit(bl.GMRES(4)), bl.Unrolled()):
+        out = bl.value_and_hypergradient(PROBLEM, bl.GradientDescent(0.3, 60), method)(theta, init, None)
+        np.testing.assert_allclose(out.gradient, GRADIENT, rtol=1e-6)
+        found = bl.minimize(PROBLEM, theta, init, None, bl.GradientDescent(0.3, 60), method, optax.sgd(1.0), 2)
+        np.testing.assert_allclose(found.history.gradient_norm[0], np.linalg.norm(GRADIENT), rtol=1e-6)
+        assert bool(jnp.isnan(found.history.linear_residual).all()) == isinstance(method, bl.Unrolled)
+    layer = bl.implicit_layer(PROBLEM.condition, bl.HessianFree(4), bl.LU())
+    slope = jax.grad(lambda theta: squared(layer(theta, init, None), None, None))(theta)
+    np.testing.assert_allclose(slope, GRADIENT, rtol=1e-6)
+    np.testing.assert_allclose(bl.solve(DESCENT, PROBLEM.condition, init, theta, None).w, SOLUTION, rtol=1e-6)
+    fixed = bl.FixedPoint(lambda w, theta, data: w - 0.3 * jax.grad(quadratic)(w, theta, data))
+    np.testing.assert_allclose(bl.solve(bl.Anderson(9), fixed, init, theta, None).w, SOLUTION, rtol=1e-6)
+
+
+def run_checks():
+    theta, init = jnp.asarray(THETA), jnp.zeros(2)
+    assert bl.check_hypergradient(PROBLEM, theta, init, None, DESCENT, bl.Implicit(bl.CG(4))).ok
+    assert bl.check_condition(PROBLEM, theta, jnp.asarray(SOLUTION), None).ok
+    assert bl.compare_methods(PROBLEM, theta, init, None, DESCENT, [bl.Implicit(bl.CG(4))], runs=1).ok
+    out = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(bl.CG(4)))(theta, init, None)
+    assert bl.certify(PROBLEM, theta, out, None, strong_convexity=1.0).estimate < 1e-6
+
+
+MODES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "leaks": jax.checking_leaks,
+    "disable_jit": jax.disable_jit,
+}
+
+
+@pytest.mark.slow("compiles everything again in each mode", fast="debug_nans")
+@pytest.mark.parametrize("mode", MODES)
+def test_each_entry_point_works_in_the_strict_modes_of_jax(mode):
+    with MODES[mode]():
+        run_all_entries()
+
+
+@pytest.mark.slow("compiles the references in each mode")
+@pytest.mark.parametrize("mode", ["debug_nans", "rank_promotion", "leaks"])
+def test_the_checks_work_in_the_strict_modes_of_jax(mode):
+    with MODES[mode]():
+        run_checks()
+
+
+def test_float64_may_be_switched_on_between_calls():
+    function = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(bl.CG(4)))
+    for enabled, rtol in ((False, 1e-5), (True, 1e-12)):
+        with jax.enable_x64(enabled):
+            out = function(THETA, np.zeros(2), None)
+            assert out.gradient.dtype == (jnp.float64 if enabled else jnp.float32)
+            np.testing.assert_allclose(out.gradient, GRADIENT, rtol=rtol)
+
+
+# --- Linear solvers and special problems ---------------------------------------------------------------------------
+
+
+def dense_solution(matvec, b):
+    return jnp.linalg.solve(jax.jacobian(matvec)(b), b)
+
+
+@pytest.mark.parametrize(
+    "linear",
+    [
+        dense_solution,
+        lambda matvec, b, init=None: dense_solution(matvec, b),
+        lambda matvec, b, init: (dense_solution(matvec, b), None),
+        lambda matvec, b, init: jax.scipy.sparse.linalg.cg(matvec, b, init),
+    ],
+    ids=["x", "with a start", "x and None", "jax's cg"],
+)
+def test_a_linear_solver_may_return_x_alone(linear):
+    out = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(linear))(jnp.asarray(THETA), jnp.zeros(2), None)
+    np.testing.assert_allclose(out.gradient, GRADIENT, rtol=1e-5)
+    assert float(out.linear.relative_residual) < 1e-5 and int(out.linear.status) == bl.Status.BUDGET_USED
+
+
+def test_the_residual_of_a_bare_x_is_the_true_one():
+    function = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(lambda matvec, b: 0.5 * b), "ignore")
+    out = function(jnp.asarray(THETA), jnp.zeros(2), None)
+    residual = SOLUTION - MATRIX @ (0.5 * SOLUTION)
+    expected = np.linalg.norm(residual) / np.linalg.norm(SOLUTION)
+    np.testing.assert_allclose(out.linear.relative_residual, expected, rtol=1e-10)
+
+
+@pytest.mark.slow("compiles each linear solver", fast="linear0")
+@pytest.mark.parametrize("linear", [bl.GMRES(), bl.Nystrom(2), bl.CG(), bl.CG(engine="watched"), bl.NormalCG(),
+                                    bl.BiCGStab(), bl.LU(), bl.Cholesky(), bl.Neumann(3)])  # fmt: skip
+def test_w_may_have_no_entries(linear):
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: jnp.sum(w**2)), lambda w, theta, data: theta**2)
+    for init in (jnp.zeros(0), {"a": jnp.zeros((2, 0))}):
+        condition = bl.Stationary(lambda w, theta, data: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w)))
+        problem = bl.Problem(condition, lambda w, theta, data: theta**2)
+        out = bl.value_and_hypergradient(problem, DESCENT, bl.Implicit(linear))(3.0, init, None)
+        assert float(out.gradient) == 6.0
+
+
+def test_an_objective_may_be_a_constant():
+    pull = bl.Proximal(lambda w, theta, data: 0.0, 1.0)
+    problem = bl.Problem(pull, lambda w, theta, data: jnp.sum(w**2))
+    out = bl.value_and_hypergradient(problem, bl.HessianFree(3), bl.Implicit(bl.CG(2)))(jnp.ones(2), jnp.zeros(2), None)
+    np.testing.assert_allclose(out.gradient, [2.0, 2.0])
+
+
+# --- Errors in words -----------------------------------------------------------------------------------------------
+
+WRONG_DECLARATIONS = {
+    "Stationary": lambda: bl.Stationary(lambda w, theta: 0.0),
+    "Proximal": lambda: bl.Proximal(lambda w, theta: 0.0, 1.0),
+    "Proximal, strength": lambda: bl.Proximal(quadratic, lambda theta: 1.0),
+    "Proximal, center": lambda: bl.Proximal(quadratic, 1.0, lambda theta: theta),
+    "Root": lambda: bl.Root(lambda w, theta: w),
+    "FixedPoint": lambda: bl.FixedPoint(lambda w, theta: w),
+    "Projected": lambda: bl.Projected(quadratic, lambda w: w),
+    "ProximalGradient": lambda: bl.ProximalGradient(quadratic, lambda w, theta, data: w),
+    "KKT": lambda: bl.KKT(quadratic, equality=lambda w: w),
+    "Problem": lambda: bl.Problem(bl.Root(quadratic), lambda w: w),
+    "not callable": lambda: bl.Root(3.0),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DECLARATIONS)
+def test_a_function_of_other_arguments_is_refused_when_it_is_declared(name):
+    with pytest.raises(TypeError, match=r"calls \w+\(.*\), got (a function of|float)"):
+        WRONG_DECLARATIONS[name]()
+
+
+FUNCTION = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(bl.CG(4)))
+LAYER = bl.implicit_layer(PROBLEM.condition, DESCENT, bl.CG(4))
+
+
+def minimize(theta, init, data, start=None):
+    optax = pytest.importorskip("optax")
+    return bl.minimize(PROBLEM, theta, init, data, DESCENT, bl.Implicit(bl.CG(4)), optax.sgd(0.1), 1, start=start)
+
+
+def check(theta, init, data, start=None):
+    return bl.check_hypergradient(PROBLEM, theta, init, data, DESCENT, bl.Implicit(bl.CG(4)), start=start)
+
+
+def compare(theta, init, data, start=None):
+    return bl.compare_methods(PROBLEM, theta, init, data, DESCENT, [bl.Implicit(bl.CG(4))], start=start)
+
+
+def solve(theta, init, data, start=None):
+    return bl.solve(DESCENT, PROBLEM.condition, init, theta, data, start=start)
+
+
+ENTRIES = {"H": FUNCTION, "layer": LAYER, "minimize": minimize, "check": check, "compare": compare, "solve": solve}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_argument_that_is_no_array_is_refused_in_words(entry):
+    call, theta, init = ENTRIES[entry], jnp.asarray(THETA), jnp.zeros(2)
+    with pytest.raises(TypeError, match=r"needs a start: give init, .* or start="):
+        call(theta, None, None)
+    with pytest.raises(TypeError, match="both init and start"):
+        call(theta, init, None, start=lambda theta, data: init)
+    with pytest.raises(TypeError, match=r"start is a function of \(theta, data\), got .*: give a point as init"):
+        call(theta, None, None, start=init)
+    words = "is not an array or a number, got {}: capture .* static field .*equinox.partition"
+    with pytest.raises(TypeError, match=r"data\['f'\] " + words.format(r"\w+")):
+        call(theta, init, {"f": jnp.sin})
+    with pytest.raises(TypeError, match=r"theta\[1\] " + words.format("str")):
+        call([theta, "name"], init, None)
+    with pytest.raises(TypeError, match=r"init\[1\] " + words.format("str")):
+        call(theta, [init, "name"], None)
+    with pytest.raises(TypeError, match=r"init is not an array or a number|init\[0\] is not an array or a number"):
+        call(theta, None, None, start=lambda theta, data: [object()])
+
+
+def test_solvers_of_jaxopt_that_do_not_fit_are_refused_in_words():
+    jaxopt = pytest.importorskip("jaxopt")
+    with pytest.raises(TypeError, match=r'LBFGS\(…\), an instance: use Jaxopt\("LBFGS", …\)'):
+        bl.Jaxopt(jaxopt.LBFGS(quadratic))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the condition gives jaxopt's LBFGS its fun: leave it out"):
+        bl.solve(bl.Jaxopt("LBFGS", fun=quadratic), PROBLEM.condition, jnp.zeros(2), jnp.asarray(THETA), None)
+    for name, ours in (("solve_lu", "LU"), ("solve_cg", "CG"), ("solve_gmres", "GMRES")):
+        method = bl.Implicit(getattr(jaxopt.linear_solve, name))
+        with pytest.raises(ValueError, match=rf"jaxopt's {name} takes other arguments .*: use bl.{ours}\(\)"):
+            bl.value_and_hypergradient(PROBLEM, DESCENT, method)(jnp.asarray(THETA), jnp.zeros(2), None)
+    with pytest.raises(ValueError, match="a linear solver returns x, a pytree like b"):
+        bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(lambda matvec, b: b[:1]))(
+            jnp.asarray(THETA), jnp.zeros(2), None
+        )
+
+
+@pytest.mark.parametrize("residual", [lambda w, theta, data: (w, 3.0), lambda w, theta, data: jnp.append(w, w)],
+                         ids=["aux", "more equations"])  # fmt: skip
+def test_a_residual_that_is_not_a_tree_like_w_is_refused_in_words(residual):
+    problem = bl.Problem(bl.Root(residual), squared)
+    with pytest.raises(ValueError, match=r"the residual is not a tree like w: got .* expected .* one entry for each"):
+        bl.value_and_hypergradient(problem, newton, bl.Implicit(bl.LU()))(1.0, jnp.zeros(2), None)
+    assert not bl.check_condition(problem, 1.0, jnp.zeros(2), None)["structure"].ok
+
+
+def test_minimize_converts_numpy_data_once(monkeypatch):
+    optax = pytest.importorskip("optax")
+    data, converted, convert = np.ones(1000), [], jnp.asarray
+
+    def counting(value, *arguments, **options):
+        converted.append(value is data)
+        return convert(value, *arguments, **options)
+
+    monkeypatch.setattr(jnp, "asarray", counting)
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * jnp.mean((w - theta * data) ** 2)), squared)
+    bl.minimize(problem, 1.0, 0.0, data, bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1)), optax.sgd(0.1), 5)
+    assert sum(converted) == 1
