@@ -41,7 +41,7 @@ def run_linear(
     name = getattr(linear, "__name__", "")
     if name in _OF_JAXOPT and str(getattr(linear, "__module__", "")).startswith("jaxopt"):
         raise ValueError(
-            f"jaxopt's {name} does not take the arguments of a linear solver here: use bl.{_OF_JAXOPT[name]}()"
+            f"jaxopt's {name} takes other arguments than a linear solver here: use bl.{_OF_JAXOPT[name]}()"
         )
     found: Any = linear(matvec, b, init) if _takes_init(linear, matvec, b) else linear(matvec, b)
     if isinstance(found, tuple) and len(found) == 2:

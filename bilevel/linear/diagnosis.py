@@ -76,8 +76,8 @@ def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
         stretch: ‖A‖‖x‖ / ‖b‖, at most the condition number of A where Ax = b.
         eps: the machine epsilon. Rounding errors explain a residual of a few eps·stretch.
 
-    An ill-conditioned A can have a stretch above 1/√eps and an accurate x. So the function also requires that rounding
-    errors do not explain the residual, or that the rounding errors eps·stretch are above a tenth.
+    A stretch above 1/√eps is no fault by itself: an ill-conditioned A gives it. It is one together with a residual that
+    rounding does not explain, or with rounding errors of a tenth of b.
     """
     rounding = eps * stretch
     unexplained = residual > jnp.maximum(10 * rounding, eps**0.5)
