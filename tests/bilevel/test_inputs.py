@@ -36,7 +36,7 @@ DESCENT = bl.GradientDescent(0.3, 200)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """A pytree that can be called with two arguments: if it were taken for a start function, the start would be wrong."""
+    """A pytree that can be called with two arguments. If it is taken for a start function, the start is wrong."""
 
     slope: jax.Array
     offset: jax.Array
