@@ -43,7 +43,7 @@ GUARDS = (
     ),
     _guard(
         "inner solve short of its tol: estimate",
-        "test_too_few_inner_steps_are_covered",
+        "test_the_bound_covers_the_error_of_too_few_inner_steps",
         "_certify",
         "distance(out.gradient, corrected)",
         "0.5 * distance(out.gradient, corrected)",
@@ -248,7 +248,7 @@ GUARDS = (
     # θ that is captured by a closure, enters only the initial point, or is unused.
     _guard(
         "θ captured by a closure: differentiated",
-        "test_theta_caught_by_a_closure_is_differentiated",
+        "test_theta_captured_by_a_closure_is_differentiated",
         "solve_implicitly",
         "condition.residual(_W, _THETA, _DATA)",
         "jax.lax.stop_gradient(condition.residual(_W, _THETA, _DATA))",

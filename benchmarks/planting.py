@@ -85,7 +85,7 @@ class Sources:
         return Sources(definitions)
 
     def find(self, place: str) -> Definition:
-        """Return the one definition of that name; :class:`Fault` says how a place is written.
+        """Return the one definition of the name ``place``; :class:`Fault` says how a place is written.
 
         Raises:
             PlantingError: if the name is unknown or ambiguous.
@@ -120,7 +120,10 @@ class Sources:
             place = self.find(fault.place)
             pattern, replacement = _parsed(fault.pattern), _parsed(fault.replacement)
             if isinstance(pattern, ast.expr) != isinstance(replacement, ast.expr):
-                raise PlantingError("an expression replaces an expression, a statement a statement")
+                kinds = [_kind(pattern), _kind(replacement)]
+                raise PlantingError(
+                    f"the pattern is {kinds[0]} and the replacement {kinds[1]}: both must be of one sort"
+                )
             node, bound = self._only_match(fault, place)
             _check_names(replacement, bound, place, node)
             return _spliced(place, node, _Exchange({**bound}).visit(replacement))
@@ -133,9 +136,9 @@ class Sources:
         if len(found) == 1:
             return found[0]
         lines = ", ".join(str(node.lineno) for node, _ in found)
-        hint = f"in lines {lines}" if found else self._elsewhere(pattern)
+        matches = f"{len(found)} times: in lines {lines}" if found else f"0 times; {self._elsewhere(pattern)}"
         where = f"{fault.place} ({place.path.name})"
-        raise PlantingError(f"{fault.pattern} matches {len(found)} times in {where}, not once; {hint}")
+        raise PlantingError(f"{fault.pattern} must match exactly once in {where}, but it matches {matches}")
 
     def _elsewhere(self, pattern):
         """Name the smallest definitions in which the pattern matches, because code often moves to another function."""
@@ -207,6 +210,10 @@ def _parsed(snippet):
     return body[0].value if isinstance(body[0], ast.Expr) else body[0]
 
 
+def _kind(snippet):
+    return "an expression" if isinstance(snippet, ast.expr) else "a statement"
+
+
 def _matches_in(pattern, tree) -> list[tuple[ast.expr | ast.stmt, dict[str, ast.expr]]]:
     """Return the expressions or statements in a tree that match, each with what the placeholders stand for."""
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.expr | ast.stmt))
@@ -223,7 +230,10 @@ def _definitions(node, prefix="") -> Iterator[tuple[str, Named]]:
 
 
 def _check_names(replacement, bound, place, node):
-    """Raise PlantingError for a name that does not exist in the place: tests would catch a NameError, not the fault."""
+    """Raise PlantingError if the replacement uses a name that does not exist in the place.
+
+    A test that fails with a NameError would not show that it detects the fault.
+    """
     used = {each.id for each in ast.walk(replacement) if isinstance(each, ast.Name)}
     placeholders = {name for name in used if PLACEHOLDER.match(name)}
     if unbound := placeholders - set(bound):
@@ -252,7 +262,7 @@ def _names(tree):
 
 
 class _Exchange(ast.NodeTransformer):
-    """Replace nodes of a tree. The keys of ``new`` are names of placeholders, or identities of nodes."""
+    """Replace nodes of a tree. The keys of ``new`` are names of placeholders, or ``id(node)``."""
 
     def __init__(self, new):
         self.new = new

@@ -51,9 +51,10 @@ def value_and_hypergradient(
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
-            fit each other. The message lists alternatives. Where JAX differentiates the result, for a derivative that
-            the method does not know.
-        TypeError: when called, for no start or two, and for a leaf of θ, init or data that is not an array.
+            fit each other. The message lists alternatives. Also when JAX asks for a derivative of the result that the
+            method does not know.
+        TypeError: when called, if neither or both of init and start are given, and for a leaf of θ, init or data that
+            is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
@@ -108,7 +109,7 @@ def implicit_layer(
     """Return the inner solution as a differentiable function of θ and data.
 
     Args:
-        condition: what holds at the solution.
+        condition: the condition that holds at the solution.
         solver: finds the solution.
         linear: solves the tangent and adjoint systems. None means the choice of :func:`choose_linear` for the number of
             unknowns; an iterative one then takes up to 1000 steps, until the relative residual is at most 1e-5.
@@ -116,8 +117,8 @@ def implicit_layer(
             ``"raise"``, ``"warn"`` or ``"ignore"``. A linear solve without a ``tol`` has failed too if its relative
             residual is above the square root of the machine epsilon, or above 1e-5 in float64. Under ``jit``, ``vmap``
             and ``scan`` nothing is raised: call the layer once with concrete values, or use
-            :func:`value_and_hypergradient`, which returns the statuses. The linear solve of a derivative in nothing but
-            captured arrays is not judged either.
+            :func:`value_and_hypergradient`, which returns the statuses. Nor is anything raised for the linear solve of
+            a derivative in captured arrays alone.
 
     Returns:
         ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
@@ -178,7 +179,7 @@ def _default_linear(condition: Condition, w: PyTree) -> LinearSolver:
 
 @jax.custom_jvp
 def without_tangent(init: PyTree) -> PyTree:
-    """Return the start of a layer. JAX's derivative in it is zero, with a warning."""
+    """Return ``init``, the start of a layer. JAX's derivative in it is zero, and JAX's differentiation warns."""
     return init
 
 

@@ -1,7 +1,8 @@
 """Failed solves of a layer: errors and warnings, outside of ``jit``.
 
-A layer returns w alone, and JAX runs the linear solve of its derivative later, without returning a status. A callback
-in that program records the status. :meth:`LinearWatch.after_derivative` reads the record when the derivative is ready.
+A layer returns w alone. JAX runs the linear solve of its derivative later, in a program that returns no status. A
+callback in that program records the status, and :meth:`LinearWatch.after_derivative` reports a failure when JAX has
+computed the derivative.
 """
 
 import warnings
@@ -20,7 +21,7 @@ from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, St
 
 
 def check_solution(solution: Solution, on_failure: Policy) -> None:
-    """Raise an error or warn about a failed inner solve of a layer. For a status without a value nothing happens."""
+    """Raise an error or warn about a failed inner solve of a layer. A status that is traced is not checked."""
     number, residual_norm = jax.lax.stop_gradient((solution.status, solution.residual_norm))
     if on_failure == "ignore" or isinstance(number, Tracer):
         return
@@ -31,7 +32,7 @@ def check_solution(solution: Solution, on_failure: Policy) -> None:
 
 
 def is_concrete(variables: PyTree) -> bool:
-    """Return whether all leaves have values. While JAX differentiates outside of ``jit`` and ``vmap``, they have."""
+    """Return whether all leaves have values: arrays, and tracers of a derivative outside of ``jit`` and ``vmap``."""
     tracers = (leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, Tracer))
     return not any(isinstance(jax.lax.stop_gradient(leaf), Tracer) for leaf in tracers)
 
@@ -62,7 +63,7 @@ class LinearWatch:
             self.failures.append((int(status), float(residual)))
 
     def after_derivative(self, x: PyTree) -> PyTree:
-        """Return ``x``. Where its tangent or cotangent is computed, failures that were recorded before are reported."""
+        """Return ``x``. When JAX computes its tangent or cotangent, the failures recorded so far are reported."""
         return _watched(self, x) if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)) else x
 
     def check(self) -> None:
@@ -77,7 +78,7 @@ class LinearWatch:
             if status.ok:
                 remedy = (
                     "the linear solver has no tol, and its budget was too small for the derivative: allow more steps, "
-                    "or set the tol that is wanted"
+                    "or set tol to a relative residual that you accept"
                 )
             message = f"linear solve in the derivative of a layer, {status.name}, relative residual {residual:.3g}: "
             _report(message + remedy, None, self.on_failure)

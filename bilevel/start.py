@@ -1,9 +1,9 @@
 """The start of the inner solver: a point, or a function of θ and data that computes one.
 
-A point is any pytree of arrays, even one that can be called, such as an Equinox module. A compiled function is found
-again by the identity of its static arguments, and a lambda that is written in a call is a new object each time. So a
-start function is traced first, and its program is compared by its operations (:class:`Program`). The arrays that the
-function captured are arguments of that program.
+A point is any pytree of arrays, even one that can be called, such as an Equinox module. ``jit`` finds a compiled
+program by its static arguments, and a lambda that is written in a call is a new object each time. So a start function
+is traced first, and the static argument is its :class:`Program`. Programs are compared by their operations, so a lambda
+is not compiled again in each call. The arrays that the function captured are arguments of the compiled program.
 """
 
 import functools
@@ -96,7 +96,7 @@ def trace(start: StartFunction, theta: PyTree, data: PyTree) -> tuple[Program, l
 
 
 def _operations(jaxpr: core.Jaxpr) -> Hashable:
-    """Return a value that is equal for two jaxprs only if they compute the same."""
+    """Return a key of a jaxpr. Two jaxprs with equal keys compute the same function."""
     numbers: dict[Any, int] = {}
 
     def atom(variable: Any) -> Hashable:
@@ -106,7 +106,7 @@ def _operations(jaxpr: core.Jaxpr) -> Hashable:
 
     def parameter(value: Any) -> Hashable:
         if isinstance(value, core.ClosedJaxpr):
-            # The jaxpr of a program that is compared is alive, and so are its constants: an id is not used twice.
+            # Both programs keep their constants alive while they are compared, so equal ids mean the same object.
             return _operations(value.jaxpr), tuple(map(id, value.consts))
         if isinstance(value, core.Jaxpr):
             return _operations(value)

@@ -76,7 +76,10 @@ class Status(enum.IntEnum):
 
 _MESSAGES = {
     Status.CONVERGED: "the true residual meets the tolerance.",
-    Status.BUDGET_USED: "the solver spent its budget; read the residual, or set tol to have it judged.",
+    Status.BUDGET_USED: (
+        "the solver spent its budget, and no tol was set: read the residual, or set tol, so that the status compares "
+        "the residual with it."
+    ),
     Status.ILL_CONDITIONED: (
         "the backward error is of the size of rounding, but the operator is ill-conditioned, so that few digits of the "
         "answer may be right: read rcond; use float64, or rescale the problem."

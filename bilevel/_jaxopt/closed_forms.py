@@ -165,7 +165,7 @@ def unit(x):
 
 
 def _scaled(x):
-    """Return the largest size of an entry, or 1 if all are 0, as a constant, and x divided by it."""
+    """Return the largest absolute value of an entry (1 if all are 0), as a constant, and x divided by it."""
     sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(lax.stop_gradient(x))]
     size = _nonzero(jnp.max(jnp.stack(sizes)))
     return size, jax.tree.map(lambda leaf: leaf / size.astype(leaf.dtype), x)
@@ -193,12 +193,12 @@ def _dot(a, b):
 
 
 def _nonzero(number):
-    """Return ``number``, or 1 where it is 0, for a division that is masked there."""
+    """Return ``number`` with 1 in place of 0, as the divisor of a quotient that is masked where the number is 0."""
     return jnp.where(number == 0, 1, number)
 
 
 def for_each_leaf(x, bound):
-    """Return a tree like x of a number for all leaves, or of a tree like x."""
+    """Return ``bound`` if it is a tree like x, else a tree like x with ``bound`` at each leaf."""
     return bound if jax.tree.structure(bound) == jax.tree.structure(x) else jax.tree.map(lambda _: bound, x)
 
 

@@ -13,7 +13,7 @@ from bilevel._jaxopt import closed_forms, polyhedra, proximal, transport
 
 
 def _at_least_float32(function):
-    """Return the function for bfloat16 and float16 too, for which JAX has no linear algebra."""
+    """Wrap a function so that it takes bfloat16 and float16, for which JAX has no linear algebra, in float32."""
 
     @functools.wraps(function)
     def widened(x, *args, **options):
@@ -48,4 +48,4 @@ BY_NAME = {
     "prox_elastic_net": proximal.elastic_net,
     "prox_group_lasso": proximal.group_lasso,
 }
-"""The functions that jaxopt has and this table does not are used as they are. They have no such defects."""
+"""A function of jaxopt that is not in this table has none of these defects and is used unchanged."""

@@ -1,4 +1,4 @@
-"""The judgement of a projected point: NaN where no point satisfies the constraints."""
+"""The check of a projected point, which becomes NaN if no point satisfies the constraints."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """The import of jaxopt, without its deprecation warning.
 
 jaxopt's linear solvers take a matrix-vector product and a right-hand side, and return the solution alone. They do not
-say whether they converged. :mod:`bilevel.linear` computes the true residual afterwards.
+say whether they converged. ``CG`` of :mod:`bilevel.linear` runs ``solve_cg`` and computes the true residual afterwards.
 """
 
 import warnings

@@ -17,20 +17,19 @@ def jaxopt_projection(
     """Return a projection of `jaxopt.projection` in the form that :class:`Projected` takes.
 
     A name gives an implementation of this library, exact to rounding for inputs of any scale, in place of jaxopt's. The
-    functions onto sets of vectors and those in the Euclidean distance are differentiable to any order, and the KL
-    projections up to the third order. At a kink the derivative is finite and that of one side. At a radius of 0, for
-    example, the derivative of the projection onto a ball is 0 in the point. The results are NaN if no point satisfies
-    the constraints. A function given in place of a name is used unchanged.
+    KL projections are differentiable up to the third order, and all others to any order. At a kink the derivative is
+    finite and that of one side. For example, the projection onto a ball of radius 0 has the derivative 0 in the point.
+    The results are NaN if no point satisfies the constraints. A function given in place of a name is used unchanged.
 
     Args:
         projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a
             ``functools.partial`` of it.
         params: ``params(theta, data)``, the argument that jaxopt calls ``hyperparams`` (a radius, a pair of bounds,
             …); None for the function's own default.
-        tol: for the polyhedron, the violation of a constraint from which on the constraint counts, relative to the
-            point and the right-hand sides, for rows of length 1; None for 4·eps. For transport and Birkhoff, the error
-            of the sums at which the iteration ends, relative to the largest sum; None for 16·eps. The box section
-            ignores it.
+        tol: for the polyhedron, the largest violation of a constraint that still counts as satisfied, for rows scaled
+            to length 1 and relative to the point and the right-hand sides; None for 4·eps. For transport and Birkhoff,
+            the error of the sums at which the iteration ends, relative to the largest sum; None for 16·eps. The box
+            section ignores it.
 
     Returns:
         ``projection(w, theta, data)``.

@@ -34,7 +34,8 @@ def polyhedron(x, hyperparams, tol=None):
         hyperparams: ``(A, b, G, h)`` of shapes ``[m, n]``, ``[m]``, ``[k, n]`` and ``[k]``. m or k may be 0, and None
             stands for absent constraints. The rows may be linearly dependent and of different lengths. An entry of h
             may be ∞.
-        tol: the violation of a row of length 1, relative to x and h, from which on the row counts; None for 4·eps.
+        tol: the largest violation of a row that still counts as satisfied, for rows scaled to length 1 and relative to
+            x and h; None for 4·eps.
     """
     equal, b = _constraints(x, *hyperparams[:2])
     unequal, h = _constraints(x, *hyperparams[2:])
@@ -49,7 +50,7 @@ def polyhedron(x, hyperparams, tol=None):
 
 
 def _constraints(x, matrix, right):
-    """Return the rows, scaled to length 1, and the right-hand sides that belong to them. A row of zeros stays."""
+    """Return the rows, scaled to length 1, and the right-hand sides, scaled alike. A row of zeros is not scaled."""
     if matrix is None:
         return jnp.zeros((0, x.size), x.dtype), jnp.zeros(0, x.dtype)
     matrix, right = jnp.asarray(matrix, jnp.result_type(matrix, x)), jnp.asarray(right)
@@ -77,9 +78,9 @@ def _active_rows(x, equal, b, unequal, h, tol):
     """Return which rows of Gy ≤ h hold with equality at the nearest point to x, as a mask ``[k]``.
 
     The rows of the mask are linearly independent of each other and of the rows of A. The method begins with the nearest
-    point on Ay = b. It adds the most violated row to the active ones, and moves along the part d of the row that is
+    point on Ay = b. It adds the most violated row to the active ones, and moves along the part of the row that is
     orthogonal to them, until the row is satisfied. It drops an active row whose multiplier becomes zero on the way. The
-    distance to x grows in each step, so that no set of active rows comes twice.
+    distance to x grows in each step, so no set of active rows occurs twice.
     """
     if unequal.shape[0] == 0:
         return jnp.zeros(0, bool)

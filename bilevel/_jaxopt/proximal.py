@@ -1,7 +1,7 @@
 """Proximal operators whose value and derivatives are finite everywhere, in place of those of jaxopt.
 
-At a kink, which is the edge of the region where the result is zero, the derivative is that of zero. Without a penalty
-the operator is the identity, and so is its derivative.
+Their kinks are at the edge of the region where the result is zero. There the derivative is zero. Without a penalty the
+operator is the identity, and so is its derivative.
 """
 
 import jax

@@ -2,7 +2,7 @@
 
 Both projections are functions of the similarity matrix S plus two potentials: T = max(S + α1ᵀ + 1βᵀ, 0) in the
 Euclidean distance, and T = exp(S + α1ᵀ + 1βᵀ) in the KL divergence. An iteration finds the potentials and is not
-differentiated. One or two Newton steps follow, which JAX differentiates, and which leave the errors of rounding.
+differentiated. One or two Newton steps follow. They leave only rounding errors, and JAX differentiates them.
 
 Source: Blondel, Seguy, Rolet (2018), Smooth and sparse optimal transport, equation 7.
 """
@@ -17,7 +17,7 @@ from bilevel._jaxopt.loops import while_loop
 INTERIOR_STEPS = 60
 FACE_STEPS = 30
 KL_STEPS = 300
-"""Limits of the iterations. They take some 15, 3 and 20 steps for normal similarities of size 10."""
+"""Limits of the iterations, which take some 15, 3 and 20 steps for normal similarities with standard deviation 10."""
 
 
 def transport(similarity, marginals, tol=None):
@@ -106,7 +106,7 @@ def _with_checked_sums(plan, a, b):
 
 
 def _solve_for_potentials(weights, rows, columns):
-    """Return the least (α, β) of which the matrix weights∘(α1ᵀ + 1βᵀ) has these row and column sums.
+    """Return the (α, β) of least norm for which the matrix weights∘(α1ᵀ + 1βᵀ) has these row and column sums.
 
     The matrix of this system is singular, because T does not change if a constant moves from α to β. It is singular
     along more directions if the weights fall into blocks.
@@ -182,9 +182,10 @@ def _step_inside(value, change):
 
 
 def _positive_entries(centred, a, b, allowed, tol):
-    """Return the positive entries of T, and the sum of potentials that lift ``centred`` onto T there.
+    """Return the mask of the positive entries of T, and the matrix α1ᵀ + 1βᵀ with T = ``centred`` + α1ᵀ + 1βᵀ there.
 
-    These are semismooth Newton steps: each solves for the potentials that the positive entries of the last one need.
+    Each semismooth Newton step solves for the potentials with which the entries that are positive now would have the
+    given row and column sums.
     """
     eps = jnp.finfo(centred.dtype).eps
     size = jnp.maximum(jnp.max(a), jnp.max(b))
@@ -282,14 +283,15 @@ def _kl_logarithm(similarity, a, b, allowed, tol):
         count, taken, stage, logarithm = state
         weights, gradient = plan(logarithm), excess(logarithm)
         curvature = -(weights / jnp.where(b > 0, b, 1)[None]) @ weights.T
-        # The diagonal is minus the sum of the row. As a difference of w and its square it would lose all digits.
+        # A diagonal entry is minus the sum of the other entries of its row. Computed as a difference of nearly equal
+        # numbers, it would lose all digits.
         curvature = jnp.where(jnp.eye(a.size, dtype=bool), 0, curvature)
         curvature = curvature - jnp.diag(curvature.sum(1))
         damping = size * jnp.clip(1e-3 * jnp.max(jnp.abs(gradient)) / size, 4 * eps, 1e-3)
         change = -jnp.linalg.solve(curvature + damping * jnp.eye(a.size, dtype=a.dtype), gradient)
         slope_at = lambda length: change @ excess(raise_rows(logarithm, length * change))  # noqa: E731
         logarithm = raise_rows(logarithm, _step_length(slope_at, change @ gradient) * change)
-        # This reaches rows that have underflowed to zero, where the curvature is zero too.
+        # The scaling also corrects rows that have underflowed to zero. Newton's method cannot: their curvature is zero.
         logarithm = scale_rows_and_columns(logarithm)
         is_last = (taken >= 9) | (jnp.max(jnp.abs(excess(logarithm))) <= 1e-2 * size)
         is_next = (stage > 0) & is_last

@@ -25,8 +25,8 @@ class Root:
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: a number above 0, or ``f(theta, data)``.
 
     Raises:
-        ValueError: for a strong convexity that is a number and not positive and finite, and, in use, for a residual
-            that is not a tree like w.
+        ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
+            evaluation, if ``residual`` returns a tree with another structure or other shapes than w.
         TypeError: for a residual that does not take three arguments.
 
     Example:
@@ -61,8 +61,8 @@ class FixedPoint:
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a mapping with Lipschitz constant c < 1.
 
     Raises:
-        ValueError: for a strong convexity that is a number and not positive and finite, and, in use, for a mapping
-            whose result is not a tree like w.
+        ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
+            evaluation, if ``mapping`` returns a tree with another structure than w.
         TypeError: for a mapping that does not take three arguments.
 
     Example:
@@ -83,6 +83,7 @@ class FixedPoint:
         check_strong_convexity("FixedPoint", self.strong_convexity)
         if not isinstance(self.mapping, LikeW):
             check_signature("FixedPoint", "mapping", self.mapping, "w", "theta", "data")
+            # The shapes may differ from those of w if they broadcast in the subtraction w − mapping.
             object.__setattr__(self, "mapping", LikeW(self.mapping, "mapping", same_shapes=False))
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""The call of any linear solver, a user's function too, which may return x alone."""
+"""The call of a linear solver, which may be a user's function that returns x alone."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,8 @@ from bilevel import tree
 from bilevel.linear import diagnosis
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree
 
-# jaxopt's linear solvers take other arguments, and some of them no pytrees.
+# The functions of jaxopt.linear_solve, each with the class here that replaces it. They take other arguments than a
+# linear solver here, and some of them take no pytrees.
 _OF_JAXOPT = {
     "solve_bicgstab": "BiCGStab",
     "solve_cg": "CG",
@@ -27,10 +28,11 @@ _OF_JAXOPT = {
 def run_linear(
     linear: LinearSolver, matvec: MatVec, b: PyTree, init: PyTree | None = None
 ) -> tuple[PyTree, LinearInfo]:
-    """Return ``linear(matvec, b, init)``, with a report where the solver returned x alone.
+    """Run a linear solver, and make the report if the solver returns x alone.
 
-    The report then holds the true residual, computed with one more product, and is judged as that of a solver without
-    ``tol``. A pair of x and None, as from `jax.scipy.sparse.linalg`, counts as x alone.
+    That report holds the true residual, computed with one more product, and the status of a solver without ``tol``. A
+    pair of x and None, as from `jax.scipy.sparse.linalg`, counts as x alone. A solver without a third argument gets no
+    ``init``.
 
     Raises:
         ValueError: for a solver that returns neither x nor a pair of x and a :class:`LinearInfo`, and for a function of
@@ -58,7 +60,7 @@ def run_linear(
 
 
 def _takes_init(linear: LinearSolver, matvec: MatVec, b: PyTree) -> bool:
-    """Return whether a solver has a third argument for a start."""
+    """Return whether a solver has a third positional argument, for ``init``."""
     try:
         inspect.signature(linear).bind(matvec, b, None)
     except (TypeError, ValueError):

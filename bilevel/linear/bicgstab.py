@@ -11,6 +11,19 @@ from bilevel.types import MatVec
 
 
 class _State(NamedTuple):
+    """The state of the recursion; x, r, p, v, ρ, α and ω are those of the source.
+
+    Attributes:
+        shadow: the residual at the last start, with which later residuals are multiplied.
+        best: the iterate with the smallest recursive residual so far.
+        least: the norm of that residual.
+        iterations: iterations taken.
+        norm: the largest ‖Ap‖ / ‖p‖ so far.
+        fresh: whether the next iteration is the first one after a start.
+        broke: whether the recursion has broken down.
+        going: whether there is another iteration.
+    """
+
     x: jax.Array
     r: jax.Array
     shadow: jax.Array
@@ -40,8 +53,9 @@ def bicgstab(
     """Solve Ax = b for a vector b, and return the iterate with the smallest recursive residual.
 
     The residual is not monotone and may grow by orders of magnitude before it falls. The recursion stops at
-    ‖r‖ ≤ tol·‖b‖ and at the limit of rounding. Where a denominator is zero up to rounding, the recursion starts anew
-    from its residual. It has broken down if the first step of such a start has a denominator of zero too.
+    ‖r‖ ≤ tol·‖b‖ and at the limit of rounding. If a denominator is zero up to rounding, the recursion restarts from the
+    current residual. It has broken down if the first iteration after a start has such a denominator too and does not
+    lower the residual.
 
     Source: van der Vorst (1992).
     """
@@ -70,7 +84,7 @@ def bicgstab(
         t = matvec(other)
         t_length = tree.norm(t)
         norm = jnp.maximum(norm, t_length / positive(tree.norm(other)))
-        # ⟨t, s⟩ / ‖t‖² without ‖t‖², which would over- or underflow for an A far from 1.
+        # ω = ⟨t, s⟩ / ‖t‖², in two divisions: ‖t‖² would over- or underflow for a very large or a very small ‖A‖.
         cosine = tree.vdot(t / positive(t_length), s)
         omega = cosine / positive(t_length)
         x = state.x + alpha * direction + omega * other

@@ -33,9 +33,9 @@ def cgls(
 ) -> Recursion:
     """Solve AᵀAx = Aᵀb for a vector b by conjugate gradients that never form AᵀA and keep r = b − Ax.
 
-    The recursion stops at ‖r‖ ≤ tol·‖b‖, at the limit of rounding, and at a direction p that A maps to zero up to
-    rounding. Such a direction, and Aᵀr = 0 up to rounding with r ≠ 0, disprove that A is regular. The directions are
-    divided by the slope ‖Aᵀr‖, so that no number is of the order of ‖A‖² and A may have any scale.
+    The recursion stops at ‖r‖ ≤ tol·‖b‖, at the limit of rounding, at a direction p with Ap = 0 up to rounding, and at
+    an r ≠ 0 with Aᵀr = 0 up to rounding. The last two show that A is singular. The directions are divided by the slope
+    ‖Aᵀr‖, so that no number is of the order of ‖A‖² and A may have any scale.
 
     Source: Hestenes and Stiefel (1952), section 10; Björck, Elfving, Strakoš (1998) for the rounding errors.
     """

@@ -18,7 +18,7 @@ class LinearChoice(NamedTuple):
 
 
 DENSE_LIMIT = 500
-"""Largest number of unknowns n for which a dense factorisation is chosen. It takes n products and stores n² numbers."""
+"""Largest number n of unknowns with a dense factorisation, which takes n products with A and stores n² numbers."""
 
 
 def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice:

@@ -18,9 +18,9 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 class LU:
     """An LU factorisation, for any regular operator of up to some thousand unknowns.
 
-    The operator is written out as a matrix, which takes n products and n² numbers of memory for n unknowns. The answer
-    is judged by its backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and by an estimate of the reciprocal condition number,
-    ``LinearInfo.rcond``, which takes three solves with the factors. The status is SINGULAR for an rcond below eps,
+    The operator is written out as a matrix, which takes n products and n² numbers of memory for n unknowns. The status
+    follows from the backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and from an estimate of the reciprocal condition number,
+    ``LinearInfo.rcond``, which takes four solves with the factors. It is SINGULAR for an rcond below eps,
     ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps.
 
     Args:
@@ -53,8 +53,9 @@ class LU:
 class Cholesky:
     """A Cholesky factorisation of a symmetric positive definite operator.
 
-    The factorisation takes half the arithmetic of that of :class:`LU`, and is judged like it. It fails, with status
-    NEGATIVE_CURVATURE, if the operator is not positive definite. So success proves definiteness up to rounding.
+    The factorisation takes half as many operations as that of :class:`LU`, and the status is computed in the same way.
+    If the operator is not positive definite, the factorisation fails with the status NEGATIVE_CURVATURE. So success
+    proves definiteness up to rounding.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
@@ -103,7 +104,8 @@ def _factorise(
     rcond = jax.lax.stop_gradient(1 / positive(norm * _norm_of_inverse(solve, solve_transposed, flat)))
     rcond = jnp.where((norm > 0) & jnp.isfinite(rcond), rcond, jnp.zeros_like(rcond))
     info = diagnosis.report(operator, b_scaled, x, tol=None, breakdown=breakdown)
-    # ‖x‖ / ‖b‖ ≥ 1 / ‖A‖ up to rounding, so that no product of two numbers far from 1 is needed.
+    # Numerator and denominator of the backward error are divided by ‖b‖. Up to rounding and the choice of norms,
+    # ‖A‖‖x‖ / ‖b‖ lies between 1 and the condition number, so that it neither under- nor overflows.
     growth = tree.norm(solution) / positive(tree.norm(flat))
     backward = info.relative_residual / (1 + norm * growth)
     eps = tree.eps(b)
@@ -115,7 +117,7 @@ def _factorise(
 
 
 def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -> jax.Array:
-    """Estimate ‖A⁻¹‖₁ from below by three solves with a factorisation.
+    """Estimate ‖A⁻¹‖₁ from below by three solves with A and one with Aᵀ.
 
     Source: Hager (1984); Higham (1988), algorithm 4.1 with one iteration and its alternating vector.
     """

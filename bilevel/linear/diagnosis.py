@@ -13,13 +13,13 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SolveDiagnostics:
-    """The findings about a solve of Ax = b that its computed solution x allows.
+    """The facts about a solve of Ax = b that follow from the computed solution x alone.
 
     Attributes:
         relative_residual: the true ‖b − Ax‖ / ‖b‖, or ‖b − Ax‖ where b = 0; infinite where x is not finite.
         status: NONFINITE where A or b is not finite, the solver's ``breakdown`` where x alone is not, and CONVERGED
             otherwise.
-        not_definite: whether x disproves that A is positive definite.
+        not_definite: whether ⟨x, Ax⟩ ≤ 0 up to rounding for this x ≠ 0, so that A is not positive definite.
         growth: ‖x‖ / ‖b‖, or ‖x‖ where b = 0.
     """
 
@@ -69,7 +69,7 @@ def rounding_of_curvature(length: jax.Array, product_length: jax.Array) -> jax.A
 
 
 def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
-    """Return whether x has grown past what its residual allows, so that it may have no correct digit.
+    """Return whether ‖x‖ is so large that x may have no correct digit, although its residual is small.
 
     Args:
         residual: ‖b − Ax‖ / ‖b‖.
@@ -85,8 +85,9 @@ def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
 def judge(residual: jax.Array, tol: float | None, failure: Status | jax.Array = Status.MAX_STEPS) -> jax.Array:
     """Return the status of a residual.
 
-    With ``tol`` that is CONVERGED at or below it, else ``failure``. Without ``tol`` it is BUDGET_USED for a relative
-    residual below 1, else MAX_STEPS: x = 0 has the residual 1, so the answer is no better than none.
+    With ``tol``, it is CONVERGED for a relative residual of at most ``tol``, else ``failure``. Without ``tol``, it is
+    BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so that x is no better than
+    zero.
     """
     if tol is None:
         return jnp.where(residual < 1, jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))
@@ -111,14 +112,14 @@ def report(
         matvec: A.
         b: the right-hand side.
         x: the computed solution.
-        tol: the tolerance for the relative residual; None for the status BUDGET_USED.
+        tol: the tolerance for the relative residual, or None; see :func:`judge`.
         iterations: the iterations taken, where they are known.
-        norm: a lower bound of ‖A‖ from the solver's products. If given, an x without ``tol`` that has grown past what
-            its residual allows has the status BREAKDOWN.
+        norm: a lower bound of ‖A‖ from the solver's products. If it is given and ``tol`` is None, an x for which
+            :func:`outgrown` is True has the status BREAKDOWN.
         failure: the status of a residual above ``tol``.
         breakdown: the status of an x that is not finite although A and b are.
-        needs_definite: whether the algorithm requires a positive definite A. For an x that disproves definiteness the
-            status is then NEGATIVE_CURVATURE.
+        needs_definite: whether the algorithm requires a positive definite A. If ⟨x, Ax⟩ ≤ 0 up to rounding, the status
+            is then NEGATIVE_CURVATURE.
     """
     b, x = jax.lax.stop_gradient((b, x))
     if needs_definite:
@@ -144,10 +145,11 @@ def report_recursion(
     seen: Recursion,
     needs_definite: bool = False,
 ) -> LinearInfo:
-    """Return the :class:`LinearInfo` of an x by a recursion that says how it ended.
+    """Return the :class:`LinearInfo` of a computed x, from x and from the record of the recursion that computed it.
 
-    A residual above ``tol``, or above √eps without it, has the status SINGULAR where the recursion met a null vector
-    and BREAKDOWN where it broke down. A recursion that stopped by itself above ``tol`` has the status STAGNATION.
+    If the relative residual is above √eps and above ``tol``, the status is at least SINGULAR after a null vector and at
+    least BREAKDOWN after a breakdown. If the recursion ended before ``max_steps`` and the residual is above ``tol``,
+    the status is at least STAGNATION.
     """
     seen = jax.lax.stop_gradient(seen)
     early = jnp.where(seen.iterations < max_steps, jnp.int32(Status.STAGNATION), jnp.int32(Status.MAX_STEPS))

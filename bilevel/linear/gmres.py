@@ -11,7 +11,11 @@ from bilevel.types import MatVec
 
 
 class _Cycle(NamedTuple):
-    """The Arnoldi basis of a cycle, and the triangular factor of its Hessenberg matrix by Givens rotations."""
+    """The Arnoldi basis of a cycle, and the QR factorisation of its Hessenberg matrix by Givens rotations.
+
+    ``rotated`` is the right-hand side of the least-squares problem after the rotations, and ``used`` the number of
+    columns of the Hessenberg matrix.
+    """
 
     basis: jax.Array
     triangle: jax.Array
@@ -48,8 +52,8 @@ def gmres(
 
     The Hessenberg matrix is reduced by Givens rotations as it grows. Its least-squares problem then has the condition
     number of A, not its square, and the residual is known after each product. The recursion stops at
-    ‖b − Ax‖ ≤ tol·‖b‖ and at the limit of rounding. It also stops where A maps the next direction into the span of the
-    earlier products, which disproves that A is regular, and after a cycle that does not lower the residual.
+    ‖b − Ax‖ ≤ tol·‖b‖ and at the limit of rounding. It also stops if the next product lies in the span of the earlier
+    products, because A is then singular, and after a cycle that does not lower the residual.
 
     Source: Saad and Schultz (1986); Saad (2003), sections 6.5 and 9.3.2.
     """

@@ -1,4 +1,8 @@
-"""Iterative linear solvers: jaxopt's, and conjugate gradients that also report curvatures."""
+"""The iterative linear solvers with a Krylov space: CG, NormalCG, GMRES and BiCGStab.
+
+Each class holds the options. The recursions are in ``watched_cg``, ``cgls``, ``gmres`` and ``bicgstab``. Only the
+default engine of CG is jaxopt's.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,16 +40,18 @@ class CG:
     """Conjugate gradients, for a symmetric positive definite operator.
 
     Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``. Its report is computed from the result x
-    alone: the true residual, and NEGATIVE_CURVATURE where ⟨x, Ax⟩ ≤ 0 or where the recursion broke down. A search
-    direction of negative curvature goes unnoticed if x does not show it. ``"watched"`` is a loop of this library. It
-    also reports the iterations taken, the least curvature among the search directions, NEGATIVE_CURVATURE if a
-    direction has it, SINGULAR if A maps a direction to zero, and STAGNATION if the recursive residual met ``tol`` and
-    the true one does not. It computes two more vector norms in each iteration.
+    alone: the true residual, and the status NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0 or if the recursion divided by zero. A
+    search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. ``"watched"`` is a loop of this library. It also
+    reports the iterations taken and the least curvature among the search directions. Its status is NEGATIVE_CURVATURE
+    if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a direction to zero and the relative residual stays above
+    √eps and ``tol``. It is STAGNATION if the recursion ended before ``max_steps`` and the true residual is above
+    ``tol``. The loop computes two more vector norms in each iteration.
 
     Args:
         max_steps: iterations, each one product with A. The error after k of them is of order
             ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
+            ‖b − Ax‖ ≥ ‖b‖.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
         preconditioner: a function r ↦ M⁻¹r, symmetric positive definite; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
@@ -87,24 +93,23 @@ class CG:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class NormalCG:
-    """Conjugate gradients on AᵀAx = Aᵀb, for any regular operator: jaxopt's ``solve_normal_cg``.
+    """Conjugate gradients on AᵀAx = Aᵀb, for any regular operator, in the form CGLS, which never forms AᵀA.
 
-    It is robust and slow, because AᵀA has the square of A's condition number. Each iteration is a product with A and
-    one with Aᵀ.
+    The method is robust and slow, because AᵀA has the square of A's condition number. Each iteration is a product with
+    A and one with Aᵀ.
 
     Args:
         max_steps: iterations. The error after k of them is of order ((κ − 1)/(κ + 1))^k, with the condition number κ
             of A.
-        tol: the status is CONVERGED if the true ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. The
-            recursion only knows Aᵀ(b − Ax), so it does not stop at ``tol``. It runs until that vector has the size of
-            rounding errors, or for ``max_steps``.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
+            ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
 
     Raises:
         ValueError: for a budget below one or a negative tolerance or ridge.
 
-    Source: Hestenes and Stiefel (1952), section 10.
+    Source: Hestenes and Stiefel (1952), section 10; Björck, Elfving, Strakoš (1998).
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,14 +136,17 @@ class NormalCG:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class GMRES:
-    """Generalised minimal residuals, for any regular operator: jaxopt's ``solve_gmres``.
+    """Generalised minimal residuals with restarts, for any regular operator.
 
     Args:
-        max_steps: products in all, rounded up to whole cycles of ``restart`` products.
-        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
+        max_steps: iterations, each one product. Each cycle takes one product more, for its true residual.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, also within a cycle; None takes up to ``max_steps``, with status BUDGET_USED,
+            or MAX_STEPS if ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
-        preconditioner: a function r ↦ M⁻¹r, applied from the left; None for the identity.
-        restart: the number of Krylov vectors kept in memory, each as large as b; at most the number of entries of b.
+        preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
+            the identity.
+        restart: iterations in a cycle, at most the number of entries of b. The memory is ``restart`` + 1 vectors as
+            large as b.
 
     Raises:
         ValueError: for a budget or restart below one or a negative tolerance or ridge.
@@ -173,13 +181,15 @@ class GMRES:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class BiCGStab:
-    """Stabilised biconjugate gradients, for any regular operator: jaxopt's ``solve_bicgstab``.
+    """Stabilised biconjugate gradients, for any regular operator.
 
-    Memory does not grow with the iterations. The recursion may break down where that of GMRES does not.
+    Memory does not grow with the iterations. The recursion may break down, with status BREAKDOWN, where that of GMRES
+    does not. The iterate with the smallest recursive residual is returned.
 
     Args:
         max_steps: iterations, each two products.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
+            ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r; None for the identity.
 
@@ -245,7 +255,7 @@ def _solve_general(
     operator = square(type(solver).__name__, matvec, solver.ridge, b, init)
     size, b_scaled, init_scaled = normalise(b, init)
     flat, unravel = ravel_pytree(tree.widened(b_scaled))
-    if not flat.size:  # there is no Krylov space of no dimensions
+    if not flat.size:  # without unknowns there is nothing to iterate
         return denormalise(size, diagnosis.report(operator, b_scaled, b_scaled, solver.tol))
     start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
 
@@ -277,13 +287,14 @@ def _solve_general(
 
 
 COUNTS = ("iterations", "null", "broke")
+"""Fields of :class:`Recursion` that are not floating point."""
 
 
 def _without_zero_products(matvec: MatVec) -> MatVec:
     """Return ``matvec`` with the product of a zero vector replaced by zeros.
 
-    JAX's CG computes that product when it starts at zero. Only CG gets this ``matvec``: others transpose theirs, and
-    JAX cannot transpose a ``cond`` that depends on v.
+    JAX's CG multiplies its start by A even if the start is zero. Only CG gets this ``matvec``: JAX transposes that of
+    the other solvers, and it cannot transpose a ``cond`` that depends on v.
     """
 
     def product(v: PyTree) -> PyTree:

@@ -24,7 +24,8 @@ class Nystrom:
     Args:
         rank: r, at most the number of unknowns.
         ridge: ρ > 0; the residual reported is that of (A + ρI)x = b.
-        tol: the status is CONVERGED if ‖b − (A + ρI)x‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED.
+        tol: the status is CONVERGED if ‖b − (A + ρI)x‖ ≤ tol·‖b‖, else MAX_STEPS. With None it is BUDGET_USED, or
+            MAX_STEPS if that residual is at least ‖b‖.
         seed: the seed of the random Ω.
 
     Raises:
@@ -56,7 +57,7 @@ class Nystrom:
         size, b_scaled, _ = normalise(b)
         flat, unravel = ravel_pytree(tree.widened(b_scaled))
         wide = in_accumulation_dtype(square("Nystrom", matvec, 0.0, b), b)
-        # There is no random basis of a space without dimensions.
+        # Without unknowns there is no random basis.
         x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b)) if flat.size else flat
         x = tree.like(unravel(x), b)
         operator = square("Nystrom", matvec, self.ridge, b)
@@ -67,7 +68,7 @@ class Nystrom:
         normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
         sketch, _ = jnp.linalg.qr(normal)
         columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
-        # W may be singular, as A may be. Eigenvalues of the size of rounding errors are left out.
+        # W is singular if A is, so eigenvalues of the size of rounding errors are left out.
         core = sketch.T @ columns
         values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
         # A sum of b.size terms is rounded in b's dtype, and each product is rounded in the leaves' dtype.

@@ -24,8 +24,8 @@ class Neumann:
         max_steps: K, the number of terms. The first term takes no product, each later one takes one. Without
             ``init``, the error is (I − αA)^K times the exact solution.
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
-        tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. All terms are
-            summed in either case.
+        tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
+            ‖b − Ax‖ ≥ ‖b‖, the series diverges, and the status is BREAKDOWN. All terms are summed in every case.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What all linear solvers share: option checks, the ridge, the scale of b, the dtype and the report of a recursion."""
+"""Parts that all linear solvers share: option checks, the ridge, the scale of b, the dtype, the record of a loop."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 
 def check_not_negative(name: str, **options: float | None) -> None:
-    """Raise ValueError for an option below zero; None stands for an option that is not set."""
+    """Raise ValueError for an option that is below zero or NaN. None stands for an option that is not set."""
     for option, value in options.items():
         if value is not None and not value >= 0:
             raise ValueError(f"{name} needs {option} of at least 0, got {value}")
@@ -19,13 +19,14 @@ def check_not_negative(name: str, **options: float | None) -> None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recursion:
-    """The solution of an iterative algorithm, and what its loop saw.
+    """The solution of an iterative algorithm, and the observations of its loop.
 
     Attributes:
         x: the solution.
         iterations: iterations taken, an int32 scalar.
         norm: the largest ‖Ap‖ / ‖p‖ over all products, a lower bound of ‖A‖.
-        null: whether a vector was met that disproves that A is regular.
+        null: whether the loop met a vector that shows that A is singular: a direction p whose product Ap is zero up to
+            rounding or lies in the span of earlier products, or a residual r ≠ 0 with Aᵀr = 0.
         broke: whether the algorithm broke down, although A may be regular.
     """
 
@@ -37,13 +38,13 @@ class Recursion:
 
 
 def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | None = None) -> MatVec:
-    """Return the operator A + ridge·I, which raises ValueError where A is not square."""
+    """Return the operator v ↦ Av + ridge·v, which raises ValueError when it is called if A is not square."""
     shapes = jax.tree.map(jnp.shape, b)
     start = shapes if init is None else jax.tree.map(jnp.shape, init)
     if start != shapes:
         raise ValueError(
-            f"{name} needs a square operator, so init has the shapes of b, {shapes}, got {start}: for a least-squares "
-            "problem pass v ↦ Aᵀ(Av) and Aᵀb"
+            f"{name} needs a square operator, so init must have the shapes of b: b has {shapes}, init has {start}. For "
+            "a least-squares problem, pass v ↦ Aᵀ(Av) and Aᵀb"
         )
 
     def checked(v: PyTree) -> PyTree:
@@ -59,16 +60,17 @@ def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | No
 
 
 NORM_OF_B = 2.0**15
-"""Norm to which right-hand sides are scaled. A recursion of CG has the squares ‖r‖² ≥ (eps·‖b‖)² and ‖A‖‖r‖². With this
-‖b‖, both are float32 numbers for ‖A‖ from 1e-24 to 1e24. A power of two changes no bit of the recursion. The products
-in float16 overflow above 6e4, so right-hand sides with such leaves are scaled to norm 1."""
+"""Norm to which right-hand sides are scaled. CG computes ‖r‖², which is at least (eps·‖b‖)², and ⟨p, Ap⟩, which is of
+the order of ‖A‖‖r‖². With this ‖b‖, both are float32 numbers for ‖A‖ from 1e-24 to 1e24. Because 2¹⁵ is a power of two,
+the recursion rounds exactly as with ‖b‖ = 1. Products in float16 overflow above 6e4, so right-hand sides with such
+leaves are scaled to norm 1."""
 
 
 def normalise(b: PyTree, init: PyTree | None = None) -> tuple[jax.Array, PyTree, PyTree | None]:
-    """Return c, b / c and init / c with ‖b / c‖ = ``NORM_OF_B``.
+    """Return the number c for which ‖b / c‖ = ``NORM_OF_B``, and b / c and init / c.
 
-    A cotangent of size 1e-20 or 1e20 is then solved as well as one of size 1. Where ‖b‖ is zero or not finite, 1 takes
-    its place.
+    A cotangent of norm 1e-20 or 1e20 is then solved as accurately as one of norm 1. A ‖b‖ of zero, or one that is not
+    finite, is replaced by 1. :func:`denormalise` takes c as ``size``.
     """
     narrow = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(b))
     size, target = tree.norm(b), 1.0 if narrow else NORM_OF_B
@@ -79,9 +81,9 @@ def normalise(b: PyTree, init: PyTree | None = None) -> tuple[jax.Array, PyTree,
 
 
 def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
-    """Return the solution for b and its report, from the report on the solution for b / size.
+    """Undo :func:`normalise`: multiply the solution in ``info`` by ``size``, and return it with the updated ``info``.
 
-    The status becomes NONFINITE where the solution for b overflows.
+    The status becomes NONFINITE if the multiplied solution overflows.
     """
     solution = tree.scale(size, info.solution)
     overflow = jnp.isfinite(tree.norm(info.solution)) & ~jnp.isfinite(jax.lax.stop_gradient(tree.norm(solution)))
@@ -90,19 +92,24 @@ def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
 
 
 def positive(number: jax.Array) -> jax.Array:
-    """Return the number, or 1 where it is zero, to divide by."""
+    """Return ``number`` with 1 in place of 0, as a divisor that is never zero."""
     return jnp.where(number == 0, jnp.ones_like(number), number)
 
 
 def limit_of_rounding(eps: float, b_norm: jax.Array, norm: jax.Array, x: PyTree) -> jax.Array:
-    """Return eps·(‖b‖ + ‖A‖‖x‖), the residual that rounding alone leaves: no recursion can lower it for certain."""
+    """Return eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
+
+    A recursion cannot be relied on to reach a smaller residual.
+    """
     return eps * (b_norm + norm * tree.norm(x))
 
 
 def in_accumulation_dtype(matvec: MatVec, like: PyTree) -> MatVec:
-    """Return a map on trees like ``like`` as a map on trees in the accumulation dtype (that of :func:`tree.widened`).
+    """Wrap ``matvec``, which maps trees with the dtypes of ``like``, for trees in the accumulation dtype.
 
-    A recursion in bfloat16 loses too many digits. The products themselves are computed in the dtypes of ``like``.
+    The accumulation dtype is that of :func:`tree.widened`.
+
+    A recursion in bfloat16 loses too many digits. The products themselves are still computed in the dtypes of ``like``.
     """
     # Inside shard_map, the basis vectors of a dense solver vary over no mesh axis, but matvec may need varying ones.
     return lambda v: tree.widened(matvec(tree.like(tree.match_varying_axes(v, like)[0], like)))
@@ -111,8 +118,9 @@ def in_accumulation_dtype(matvec: MatVec, like: PyTree) -> MatVec:
 def recursive_tol(tol: float | None, b: PyTree) -> float:
     """Return the relative residual at which a recursion stops.
 
-    The recursion goes a little below ``tol``, so that the true residual meets ``tol`` in spite of rounding errors. It
-    stops at eps in any case: smaller residuals gain nothing, and their squares would underflow and give 0/0.
+    It is 0.9·tol, or 0.5·tol for a ``tol`` of at most 80·eps, so that the true residual meets ``tol`` in spite of
+    rounding errors. It is never below eps: smaller residuals gain nothing, and their squares would underflow and give
+    0/0.
     """
     tol, eps = tol or 0.0, tree.eps(b)
     return max((0.9 if tol > 80 * eps else 0.5) * tol, eps)

@@ -28,7 +28,7 @@ class CGState:
         least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² recorded; infinite if there is none.
         largest_stretch: the largest ‖Ap‖ / ‖p‖, a lower bound of ‖A‖.
         negative: whether a direction had ⟨p, Ap⟩ < 0 by more than rounding, or ⟨p, Ap⟩ = 0 with Ap ≠ 0.
-        null: whether a direction had Ap = 0 up to rounding. Without ``truncate`` the recursion stops there.
+        null: whether a direction had Ap = 0 up to rounding. The recursion stops there.
         going: whether another direction is to be followed.
     """
 
@@ -66,7 +66,7 @@ def conjugate_gradients(
         truncate: if True, stop at a direction whose ⟨p, Ap⟩ is not above rounding noise and return the x before it; if
             it is the very first direction p, return init + p. From zero, with b the negative gradient, x is then a
             descent direction (Steihaug's rule). If False, the recursion goes on through negative curvature, as jaxopt's
-            does, and breaks off only where A maps p to zero or ⟨p, Ap⟩ = 0.
+            does, and stops only at a direction with Ap = 0 up to rounding or with ⟨p, Ap⟩ = 0.
 
     Source: Hestenes and Stiefel (1952); Steihaug (1983) for the truncation.
     """

@@ -1,7 +1,7 @@
 """The derivatives of an estimated hypergradient: that of its value is the estimate, and any other is refused.
 
-The methods that use this module take the inner solution as a constant. JAX would differentiate their formulas with that
-constant and return wrong numbers, often zero.
+The methods that use this module take the inner solution as a constant. If JAX differentiated their formulas, it would
+also take it as a constant, and return wrong numbers, often zero.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree,
             value. It is computed only where JAX differentiates the value in them.
         name: the method, for the message of a refusal.
         theta: the outer variables. The derivative of the value in θ is the gradient.
-        movers: whatever else the results depend on, such as the data.
+        movers: the other arrays on which the results depend, such as the data.
 
     Raises:
         ValueError: where JAX uses a refused derivative. In forward mode JAX uses the derivatives of all results, unless
@@ -143,8 +143,8 @@ def _refuse_to_evaluate(*_: Any, name: str) -> Any:
     _refuse(name, "; for the value alone use reverse mode (jax.grad), or forward mode inside jax.jit")
 
 
-# JAX traces the rules of all results together, of those that are not used as well. This primitive postpones the refusal
-# until a tangent is evaluated or a cotangent other than zero arrives.
+# JAX traces the derivative rules of all results together, even of results that are not used. This primitive postpones
+# the refusal until a tangent is evaluated or a cotangent other than zero arrives.
 _refused_p = Primitive("refused_derivative")
 _refused_p.def_impl(_refuse_to_evaluate)
 _refused_p.def_abstract_eval(lambda tangent, name: tangent)

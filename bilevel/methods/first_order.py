@@ -54,8 +54,8 @@ class FirstOrder:
         scaling = condition.scaling(at, data_at)
         if scaling is None and not hasattr(condition, "mapping"):
             raise ValueError(
-                f"FirstOrder leaves out second derivatives, and A of {type(condition).__name__} is nothing else: use "
-                "it with Proximal, FixedPoint, Projected or ProximalGradient, or use Implicit, OneStep or Unrolled"
+                f"FirstOrder needs a proximal term or a mapping, and {type(condition).__name__} has neither: use it "
+                "with Proximal, FixedPoint, Projected or ProximalGradient, or use Implicit, OneStep or Unrolled"
             )
 
         def divide(v):

@@ -111,8 +111,8 @@ class ForwardUnrolled:
     the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. If
     ``init`` is a function of θ, its derivative is included.
 
-    JAX can differentiate the result again. If the solver has a ``tol``, reverse mode (``jax.grad``) knows only the
-    derivative of the value in θ, and JAX refuses all others. Forward mode knows all.
+    JAX can differentiate the result again. If the solver has a ``tol``, reverse mode (``jax.grad``) can compute only
+    the derivative of the value in θ, and JAX refuses all others. Forward mode can compute all of them.
 
     Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
 
@@ -157,8 +157,8 @@ class ForwardUnrolled:
 def _unsolved_start(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> PyTree:
     """Return ``init``, for Anderson with each entry whose residual is exactly zero moved by eps^⅓·(1 + |entry|).
 
-    Anderson's mix of past steps is not differentiable where an entry never moves: the mix ignores the entry, and its
-    derivative need not converge. An entry that moves a little takes part in the mix.
+    Anderson's mix of past steps is not differentiable where an entry never moves: the mix ignores the entry, whose
+    derivative then need not converge. An entry that moves a little takes part in the mix.
     """
     if not isinstance(solver, solvers.Anderson):
         return init

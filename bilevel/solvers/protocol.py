@@ -166,8 +166,8 @@ def check_gradient(name: str, condition: Condition) -> GradientCondition:
     else:
         remedy = "a fitting Jaxopt solver"
     raise ValueError(
-        f"{name} follows the gradient of an objective, and {type(condition).__name__} is not one: use a "
-        f"condition that is (Stationary, Proximal), or {remedy} or a function (condition, init, theta, data) -> w"
+        f"{name} needs a condition that is the gradient of an objective, and {type(condition).__name__} is not: use "
+        f"Stationary or Proximal, or solve it by {remedy} or a function (condition, init, theta, data) -> w"
     )
 
 
@@ -175,7 +175,7 @@ def check_mapping(name: str, condition: Condition) -> None:
     """Raise ValueError for a condition without a mapping."""
     if not hasattr(condition, "mapping"):
         raise ValueError(
-            f"{name} repeats a mapping, and {type(condition).__name__} has none: use a condition that has one "
-            "(FixedPoint, Projected, ProximalGradient), or GradientDescent, Optax or HessianFree for Stationary "
+            f"{name} repeats a mapping, and {type(condition).__name__} has no mapping: use FixedPoint, "
+            "Projected or ProximalGradient, or GradientDescent, Optax or HessianFree for Stationary "
             "and Proximal, or a function (condition, init, theta, data) -> w"
         )

@@ -41,8 +41,8 @@ EXACT_SECOND = {
     "tt": 2 * np.cos(2 * T) * S**2,
     "ts": 2 * np.sin(2 * T) * S + 1,
 }
-# Each method with the relative error of its gradient in this problem. OneStep has a factor 0.4 and FirstOrder a factor
-# 1/λ in the derivative of w; the penalty's relative error is about 1/ρ, and that of a sample σ².
+# The methods. In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The gradient of
+# ValuePenalty has a relative error of about 1/ρ, and that of EvolutionStrategies of about σ².
 EXACT_METHODS = {
     "implicit": bl.Implicit(bl.CG(1)),
     "unrolled": bl.Unrolled(),
@@ -65,7 +65,7 @@ REFUSED = r"the derivative of a result of .* is not known, except that of its va
 
 
 def estimate(name, variable):
-    """Return the gradient that a method computes, by its formula. The derivative of w has a factor."""
+    """Return the gradient that a method computes: it multiplies the exact derivative of w by FACTORS[name]."""
     direct = {"t": S, "s": T}[variable]
     return direct + FACTORS.get(name, 1.0) * (EXACT[variable] - direct)
 
@@ -170,8 +170,8 @@ def test_a_captured_array_is_differentiated_or_refused(name):
 
 
 @pytest.mark.parametrize("name", ["one step", "last steps"])
-def test_an_estimate_whose_solution_does_not_depend_on_theta(name):
-    # The derivative in θ is that of outer alone, and JAX knows no tangent of the residual.
+def test_an_estimate_has_a_derivative_in_theta_if_the_solution_does_not_depend_on_theta(name):
+    # The derivative in θ is that of outer alone, and the tangent of the residual in θ is structurally zero.
     condition = bl.Proximal(lambda w, theta, data: 0.0 * w, 1.0, center=lambda theta, data: data)
     problem = bl.Problem(condition, lambda w, theta, data: w * theta**2)
     function = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 3), METHODS[name])
@@ -209,7 +209,7 @@ def test_the_value_of_an_estimate_is_differentiated_under_shard_map():
     assert float(jax.jit(jax.grad(total))(T, jnp.array([S, 2 * S]))) == pytest.approx(expected, rel=1e-12)
 
 
-def test_complex_data_of_an_estimate_are_refused_or_constant():
+def test_an_estimate_is_differentiated_in_theta_and_in_complex_data():
     problem = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * jnp.abs(data) ** 2 * w**2 - theta * w), lambda w, theta, data: w
     )
@@ -248,7 +248,7 @@ def test_a_layer_is_differentiated_twice_in_reverse_mode(linear):
     assert float(jax.grad(jax.grad(value))(0.3)) == pytest.approx(float(jax.grad(jax.grad(exact))(0.3)), rel=1e-9)
 
 
-def test_a_tangent_system_with_a_tangent_in_some_leaves_only():
+def test_a_layer_is_differentiated_twice_if_only_some_leaves_of_the_residual_depend_on_theta():
     root = bl.Root(lambda w, theta, data: (w[0] * jnp.exp(theta) + w[1], w[0] - 1.0))
     exact = lambda condition, init, theta, data: (jnp.ones(()), -jnp.exp(theta))  # noqa: E731
     layer = bl.implicit_layer(root, exact, bl.LU())
@@ -284,7 +284,7 @@ class TestIntegers:
         with pytest.raises(TypeError, match=r"needs a floating-point leaf in theta, got .*int64"):
             bl.minimize(problem, jnp.array([1]), 0.0, 2.0, SOLVER, self.method, optax.sgd(1.0), steps=1)
 
-    def test_beside_a_float_an_integer_is_a_constant(self):
+    def test_an_integer_leaf_is_a_constant_if_another_leaf_is_floating_point(self):
         condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta["x"] * theta["n"]) ** 2)
         problem = bl.Problem(condition, lambda w, theta, data: w)
         out = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), self.method)(
@@ -348,7 +348,7 @@ class TestLayerFailures:
         assert float(jax.grad(sufficient)(1.0)) == pytest.approx(exact, rel=1e-5)
 
     @pytest.mark.slow("compiles a layer for each policy")
-    def test_the_failure_is_a_warning_or_nothing_on_request_and_under_a_trace(self):
+    def test_a_failure_is_a_warning_or_ignored_on_request_and_ignored_under_a_trace(self):
         total, _ = self.slope_of(bl.CG(), on_failure="warn")
         with pytest.warns(RuntimeWarning, match="linear solve in the derivative"):
             jax.grad(total)(1.0)
@@ -394,7 +394,7 @@ class TestLayerFailures:
     ids=["one entry is solved", "both are", "none is"],
 )
 @pytest.mark.parametrize("method", [bl.Unrolled(), bl.ForwardUnrolled()], ids=["unrolled", "forward"])
-def test_unrolling_anderson_from_a_start_that_is_partly_solved(method, start):
+def test_unrolling_anderson_is_exact_from_a_start_that_is_partly_or_fully_solved(method, start):
     # The solution of w = cos(w) + θ has dw/dθ = 1/(1 + sin(w)). At θ = (0, π/2) it is w = (0.739…, π/2).
     condition = bl.FixedPoint(lambda w, theta, data: jnp.cos(w) + theta)
     problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w))

@@ -3,8 +3,8 @@
 The judges share no code with the projections. T is the nearest matrix to S with its row and column sums if and only
 if no other such matrix V has ⟨S − T, V⟩ > ⟨S − T, T⟩, and SciPy finds the best V by linear programming. The same holds
 in the KL divergence with S − log T in place of S − T. y is the nearest point to x of a polyhedron if and only if x − y
-is a combination of the active rows, without negative factors for inequalities. SciPy finds it by non-negative least
-squares.
+is a combination of the active rows, without negative factors for inequalities. SciPy finds the factors by non-negative
+least squares.
 """
 
 import functools
@@ -182,7 +182,7 @@ def test_polyhedra_with_rows_of_every_length_are_projected_to_rounding(m, k):
     violation = np.array([judged(*case)[0] for case in zip(rounded[0], y32, *rounded[1], strict=True)])
     assert (violation <= 1e-5).all()
     difference = np.abs(y32 - y).max(1) / np.abs(x).max(1)
-    # Nearly parallel rows magnify the rounding of the constraints, in a few of the draws by more than a hundred.
+    # Nearly parallel rows magnify the rounding of the constraints, in a few of the draws by a factor above 100.
     assert np.median(difference) < 1e-6 and difference.max() < 1e-3
 
 
@@ -209,7 +209,8 @@ def differences(function, point, direction, step=1e-6):
 @pytest.mark.slow("differentiates drawn projections")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_derivatives_of_matrices_equal_central_differences(name):
-    # The sums are generic, so that no entry of T is at a kink. Birkhoff matrices at σ > 3 are mostly permutations.
+    # The sums are generic, so that no entry of T is at a kink. Above σ = 3, Birkhoff matrices are
+    # mostly permutation matrices, whose derivative is zero.
     similarity, rows, columns = drawn_matrices(name, (5, 5), np.geomspace(0.1, 3.0, 20))
     rng = np.random.default_rng(1)
     direction = rng.normal(size=(5, 5)), *(v - v.mean() for v in rng.normal(size=(2, 5)))

@@ -37,16 +37,16 @@ class TestIndefinite:
     """CG divides by a direction's curvature whatever its sign. Its solution may be right although A is indefinite."""
 
     @pytest.mark.parametrize("steps", [2, 3, 20])
-    def test_curvature_met_on_the_way_is_reported_although_the_solution_does_not_show_it(self, steps):
+    def test_the_watched_engine_reports_negative_curvature_that_the_solution_does_not_show(self, steps):
         matvec, b = system([2.0, -1.0, 0.5])  # ⟨x, Ax⟩ = ½ − 1 + 2 > 0 at the solution
         x, info = bl.CG(steps, engine="watched")(matvec, b)
         assert status_of(info) == "NEGATIVE_CURVATURE"
         assert float(jnp.vdot(x, matvec(x))) > 0 or steps == 2
 
-    def test_the_default_engine_reports_what_its_answer_shows(self):
+    def test_the_default_engine_reports_negative_curvature_along_its_solution_only(self):
         for diagonal in ([1.0, -1.0], [-1.0, -1.0], [1.0, -0.5]):  # ⟨x, Ax⟩ = ⟨x, b⟩ is not above zero
             assert status_of(bl.CG(4)(*system(diagonal))[1]) == "NEGATIVE_CURVATURE"
-        # Here ⟨x, Ax⟩ is above zero, and a negative direction on the way goes unnoticed, as documented.
+        # Here ⟨x, Ax⟩ is above zero, and the default engine does not see the search direction of negative curvature.
         assert status_of(bl.CG(4)(*system([2.0, -1.0, 0.5]))[1]) == "BUDGET_USED"
 
     @pytest.mark.parametrize("diagonal", [[1.0, -1.0], [1.0, -3.0], [-1.0, -1.0]])
@@ -216,7 +216,7 @@ class TestNotFinite:
         [("data", "inner solve"), ("loss", "inner solve"), ("outer", "outer function"), ("gradient", "gradient")],
     )
     @pytest.mark.parametrize("method", [bl.Implicit(bl.CG(2)), bl.Unrolled(), bl.ForwardUnrolled()])
-    def test_the_first_stage_is_named(self, stage, named, method):
+    def test_the_error_names_the_first_stage_that_is_not_finite(self, stage, named, method):
         function = bl.value_and_hypergradient(poisoned(stage), bl.GradientDescent(0.5, 40), method)
         data = jnp.nan if stage == "data" else 0.0
         with pytest.raises(bl.HypergradientError, match=f"^{named}, NONFINITE: [^;]*$") as caught:

@@ -21,7 +21,7 @@ def gradient_of(case, linear=None, on_failure="raise"):
 
 
 def assert_trees_close(actual, expected, rtol):
-    """Allow an error of rtol times the largest entry: small entries carry the rounding of large ones."""
+    """Assert that two trees agree to rtol times the largest entry, whose rounding errors small entries share."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -72,7 +72,7 @@ def test_the_gradient_is_differentiable(name, transform):
     assert_trees_close(jax.jit(transform(gradient))(case.theta), expected, case.tolerance * case.kappa)
 
 
-@pytest.mark.slow("compiles a layer inside a layer, and differentiates it twice")
+@pytest.mark.slow("differentiates a layer in each mode, and twice")
 @pytest.mark.parametrize("name", ["affine root", "imaml"])
 def test_the_layer_composes_with_transformations(name):
     case = CASES[name]()
@@ -196,7 +196,7 @@ def test_dtypes_are_kept(dtype):
     assert float(out.gradient) == pytest.approx(8.0, rel=10 * float(jnp.finfo(dtype).eps))
 
 
-def test_theta_caught_by_a_closure_is_differentiated():
+def test_theta_captured_by_a_closure_is_differentiated():
     def value(theta, transform):
         condition = bl.Stationary(lambda w, unused, data: 0.5 * (w - theta**3) ** 2)
         layer = bl.implicit_layer(condition, bl.GradientDescent(1.0, 2), bl.CG(2))
@@ -287,7 +287,7 @@ RATE, STEPS = 0.1, 6
 
 @pytest.mark.parametrize("last", [None, 1, 2, STEPS])
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_unrolled_is_the_exact_formula_of_its_truncation(last, checkpoint):
+def test_truncated_unrolling_agrees_with_its_closed_form(last, checkpoint):
     theta, contraction = jnp.array([0.5, -2.0]), 1 - RATE * EIGENVALUES
     method = bl.Unrolled(last=last, checkpoint=checkpoint)
     hypergradient = bl.value_and_hypergradient(descent_problem(), bl.GradientDescent(RATE, STEPS), method)
@@ -308,7 +308,7 @@ def test_unrolled_differentiates_a_start_that_depends_on_theta():
 
 
 @pytest.mark.parametrize("last", [0, STEPS + 1])
-def test_unrolled_refuses_more_steps_than_the_solver_takes_or_none(last):
+def test_unrolled_refuses_to_differentiate_zero_steps_or_more_than_the_solver_takes(last):
     with pytest.raises(ValueError, match=rf"last={last}.* between 1 and the solver's {STEPS}"):
         bl.value_and_hypergradient(descent_problem(), bl.GradientDescent(RATE, STEPS), bl.Unrolled(last=last))(
             jnp.ones(2), jnp.zeros(2), None
@@ -323,7 +323,7 @@ def test_unrolled_refuses_a_loop_of_unknown_length(solver):
 
 @pytest.mark.slow("compiles second derivatives", fast="<lambda>0")
 @pytest.mark.parametrize("second", [lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))])
-def test_a_second_derivative_of_one_leaf_among_several(second):
+def test_the_second_derivative_of_one_leaf_of_w_among_several_has_a_closed_form(second):
     matrix = jnp.array([[3.0, 1.0], [-1.0, 2.0]])
 
     def residual(w, theta, data):

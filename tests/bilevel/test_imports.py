@@ -66,7 +66,7 @@ def test_the_table_allows_what_is_used_and_no_more():
     assert between_rooms(ARROWS, "bilevel") == ALLOWED
 
 
-def test_the_table_points_down():
+def test_the_table_lists_each_room_after_those_that_it_may_import_from():
     rooms = list(ALLOWED)
     assert all(rooms.index(other) < rooms.index(name) for name, others in ALLOWED.items() for other in others)
 

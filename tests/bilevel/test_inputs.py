@@ -37,7 +37,7 @@ DESCENT = bl.GradientDescent(0.3, 200)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """A callable pytree of two arguments, so that a library that calls it in place of a start gets a wrong number."""
+    """A pytree that can be called with two arguments. If it is taken for a start function, the start is wrong."""
 
     slope: jax.Array
     offset: jax.Array
@@ -177,7 +177,7 @@ def test_a_start_is_a_function_a_method_a_partial_or_any_callable_by_name():
                  functools.partial(lambda factor, theta, data: factor * theta, 3.0)):  # fmt: skip
         assert float(function(2.0, init, 3.0).gradient) == pytest.approx(2.0)
         assert float(function(2.0, data=3.0, start=init).gradient) == pytest.approx(2.0)
-    # As `init`, the pytree would be a start; by name it is the function 3θ + 0.
+    # Given as `init`, this pytree is a point. Given as `start`, it is called, as the function 3θ + 0.
     by_name = function(2.0, data=3.0, start=Affine(jnp.asarray(3.0), jnp.asarray(0.0)))
     assert float(by_name.gradient) == pytest.approx(2.0)
 
@@ -245,14 +245,14 @@ def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
     for number in range(1000):
         call(jnp.asarray(float(number)))
     assert len(traces) == once
-    assert resident_kilobytes() - memory < 4096  # a compilation a call took more than a thousand times as much
+    assert resident_kilobytes() - memory < 4096  # compiling in each call would take more than a thousand times as much
 
 
 # --- Dtypes --------------------------------------------------------------------------------------------------------
 
 
 def two_by_two(dtype):
-    """Return conditions with the solution M⁻¹θ (or a projection of it) whose functions compute in θ's dtype."""
+    """Return a dict of (condition, init) with the solution M⁻¹θ: init has ``dtype``, the functions that of θ."""
 
     def wide_objective(w, theta, data):
         return quadratic(w.astype(theta.dtype), theta, data)
@@ -518,7 +518,7 @@ def test_a_linear_solver_may_return_x_alone(linear):
     assert float(out.linear.relative_residual) < 1e-5 and int(out.linear.status) == bl.Status.BUDGET_USED
 
 
-def test_the_residual_of_a_bare_x_is_the_true_one():
+def test_the_report_on_a_solver_that_returns_x_alone_has_the_true_residual():
     function = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(lambda matvec, b: 0.5 * b), "ignore")
     out = function(jnp.asarray(THETA), jnp.zeros(2), None)
     residual = SOLUTION - MATRIX @ (0.5 * SOLUTION)
@@ -545,7 +545,7 @@ def test_an_objective_may_be_a_constant():
     np.testing.assert_allclose(out.gradient, [2.0, 2.0])
 
 
-# --- Errors in words -----------------------------------------------------------------------------------------------
+# --- Error messages ------------------------------------------------------------------------------------------------
 
 WRONG_DECLARATIONS = {
     "Stationary": lambda: bl.Stationary(lambda w, theta: 0.0),
@@ -593,7 +593,7 @@ ENTRIES = {"H": FUNCTION, "layer": LAYER, "minimize": minimize, "check": check, 
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_an_argument_that_is_no_array_is_refused_in_words(entry):
+def test_an_argument_that_is_not_an_array_is_refused_with_a_remedy(entry):
     call, theta, init = ENTRIES[entry], jnp.asarray(THETA), jnp.zeros(2)
     with pytest.raises(TypeError, match=r"needs a start: give init, .* or start="):
         call(theta, None, None)
@@ -612,7 +612,7 @@ def test_an_argument_that_is_no_array_is_refused_in_words(entry):
         call(theta, None, None, start=lambda theta, data: [object()])
 
 
-def test_solvers_of_jaxopt_that_do_not_fit_are_refused_in_words():
+def test_solvers_of_jaxopt_that_do_not_fit_are_refused_with_a_remedy():
     jaxopt = pytest.importorskip("jaxopt")
     with pytest.raises(TypeError, match=r'LBFGS\(…\), an instance: use Jaxopt\("LBFGS", …\)'):
         bl.Jaxopt(jaxopt.LBFGS(quadratic))  # type: ignore[arg-type]
@@ -630,7 +630,7 @@ def test_solvers_of_jaxopt_that_do_not_fit_are_refused_in_words():
 
 @pytest.mark.parametrize("residual", [lambda w, theta, data: (w, 3.0), lambda w, theta, data: jnp.append(w, w)],
                          ids=["aux", "more equations"])  # fmt: skip
-def test_a_residual_that_is_not_a_tree_like_w_is_refused_in_words(residual):
+def test_a_residual_that_is_not_a_tree_like_w_is_refused_with_a_remedy(residual):
     problem = bl.Problem(bl.Root(residual), squared)
     with pytest.raises(ValueError, match=r"the residual is not a tree like w: got .* expected .* one entry for each"):
         bl.value_and_hypergradient(problem, newton, bl.Implicit(bl.LU()))(1.0, jnp.zeros(2), None)

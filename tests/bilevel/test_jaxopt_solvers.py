@@ -219,7 +219,7 @@ def test_a_problem_that_a_solver_of_jaxopt_cannot_solve_is_refused_with_an_alter
         ),
     ],
 )
-def test_the_argument_names_of_the_users_functions_are_free(name, inner, options):
+def test_a_users_function_may_name_its_arguments_freely(name, inner, options):
     out = bl.solve(bl.Jaxopt(name, tol=1e-9, maxiter=200, **options), inner, 0.0, jnp.array(1.5), None)
     assert float(out.w) == pytest.approx(3.0, abs=1e-8)
 

@@ -1,4 +1,4 @@
-"""Each linear solve gets the status that its answer deserves, at every scale, conditioning and precision.
+"""The status of each linear solve fits the error of its answer, at every scale, conditioning and precision.
 
 Reference answers come from NumPy and SciPy in float64.
 """
@@ -85,7 +85,7 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
         exact, scale = np.linalg.solve(matrix64, b64), of_b / of_matrix
         entries = np.abs(exact) * scale
         if entries.min() < 1e6 * float(limits.tiny) or entries.max() > 0.1 * float(limits.max):
-            continue  # the exact answer is no number of this dtype
+            continue  # the exact answer is out of the range of this dtype
         count += 1
         x, info = solve(matrix, b)
         error = np.linalg.norm(np.asarray(x, float) / scale - exact) / np.linalg.norm(exact)
@@ -93,7 +93,7 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
         residual, true_kappa = float(info.relative_residual), np.linalg.cond(matrix64)
         if bl.Status(int(info.status)).ok:
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
-                wrong.append(f"{case} is ok with an error of {error:.2g} and a residual of {residual:.2g}")
+                wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
         elif dtype == F64 or kappa < 1e5:
             # BiCGStab's residual rises before it falls, which costs float32 its digits: judge it by SciPy in float32.
             precision = np.float32 if name == "BiCGStab" and dtype == F32 else np.float64
@@ -101,7 +101,7 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
                 warnings.simplefilter("ignore")
                 other = by_the_same_algorithm(name, matrix64.astype(precision), b64.astype(precision), steps)
             if np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact):
-                wrong.append(f"{case} is refused, and the same algorithm is right to 1e-6")
+                wrong.append(f"{case} has a failed status, and NumPy or SciPy is right to 1e-6")
     return wrong, count
 
 
@@ -237,7 +237,7 @@ def test_an_operator_that_is_not_square_is_refused(solver):
 
 
 def test_a_start_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"needs a square operator, so init has the shapes of b, \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"init must have the shapes of b: b has \(3,\), init has \(2,\)"):
         bl.NormalCG(4)(lambda v: jnp.ones((3, 2)) @ v, jnp.ones(3), jnp.zeros(2))
 
 
@@ -255,7 +255,7 @@ def test_products_that_cancel_are_not_taken_for_an_asymmetry(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("cg_steps", [3, 5, 10, 20])
 def test_newton_steps_do_not_diverge_along_a_null_direction(cg_steps, dtype):
-    # One number added to all intercepts changes no probability. The objective is convex and not strictly so.
+    # Adding one number to all intercepts changes no probability, so the objective is convex but not strictly convex.
     solver, condition = bl.HessianFree(30, cg_steps=cg_steps), bl.Stationary(l2_multiclass_logreg_with_intercept)
     solve = jax.jit(lambda theta, init, data: bl.solve(solver, condition, init, theta, data))
     for seed in range(10):

@@ -184,7 +184,8 @@ def test_the_inverse_as_a_preconditioner_solves_in_one_step(name):
 @pytest.mark.slow("compiles each solver with a large budget", fast="CG")
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_a_large_budget_on_an_easy_system_keeps_the_solution(name):
-    # Long after convergence CG computes with denormals: ⟨p, Ap⟩ of a direction p may be 0 before the residual is.
+    # If CG did not stop at the limit of rounding, it would compute with denormal numbers, and ⟨p, Ap⟩ of a direction p
+    # could become 0 before the residual does.
     matrix = SYMMETRIC * 1e-3
     x, info = dataclasses.replace(ITERATIVE[name], max_steps=500)(operator(matrix), tree([1.0, -2.0, 0.5], jnp.float32))
     np.testing.assert_allclose(flat(x), np.linalg.solve(matrix, [1.0, -2.0, 0.5]), rtol=tolerance(matrix, 1.2e-7))
@@ -203,7 +204,7 @@ def test_a_large_budget_on_an_easy_system_keeps_the_solution(name):
         lambda: bl.Nystrom(0),
     ],
 )
-def test_invalid_options_are_refused_with_the_number(make):
+def test_invalid_options_are_refused_and_the_message_names_the_number(make):
     with pytest.raises(ValueError, match=r"needs .* of at least .*, got -?\d"):
         make()
 

@@ -121,7 +121,7 @@ def test_one_neumann_term_by_differences_is_darts():
 
 
 @pytest.mark.parametrize("penalty", [1.0, 10.0, 1e4])
-def test_the_value_penalty_is_the_formula_of_its_penalty(penalty):
+def test_the_gradient_of_the_value_penalty_has_a_closed_form(penalty):
     # The minimum is w* = D⁻¹θ, and that of objective + outer/ρ is w_ρ = (D + I/ρ)⁻¹θ. The objective's derivative in θ
     # is −w, so the gradient is ρ(w* − w_ρ). For a large ρ it tends to D⁻²θ.
     solver = bl.GradientDescent(0.4, 2000, tol=1e-14)

@@ -1,4 +1,4 @@
-"""Each fault of the mutation runs still has one place and leaves code that compiles, and each guard's test exists."""
+"""Each planted fault matches exactly one place and leaves code that compiles, and each guard's test exists."""
 
 import pytest
 
@@ -28,11 +28,11 @@ def test_the_fault_still_applies(library, fault):
 
 
 @pytest.mark.parametrize("name", sorted({guard.test for guard in GUARDS}))
-def test_the_test_of_a_guard_is_there(tests, name):
+def test_the_test_of_a_guard_exists(tests, name):
     assert (ROOT / id_of(ROOT, tests, name).partition("::")[0]).is_file()
 
 
-def test_names_tell_faults_apart():
+def test_the_names_of_faults_are_unique():
     names = [fault.name for fault in FAULTS]
     assert len(set(names)) == len(names)
     assert len(MUTATIONS) >= 16

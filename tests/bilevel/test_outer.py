@@ -69,7 +69,7 @@ def test_a_stochastic_single_loop_converges_to_the_minimum_for_the_mean():
     np.testing.assert_allclose(out.theta / EIGENVALUES, TARGET, atol=0.06)
 
 
-def test_two_steps_of_the_single_loop_are_their_formula():
+def test_two_steps_of_the_single_loop_agree_with_their_closed_form():
     rate, g0 = 0.2, -TARGET
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 2)
     theta = -1.0 * (rate * g0)  # at θ = 0, w is 0, and the gradient is the adjoint, rate·g0
@@ -115,7 +115,7 @@ def test_one_trace_for_all_steps(start):
 
 
 @pytest.mark.slow("compiles several outer loops")
-def test_theta_stays_where_a_gradient_is_not_finite():
+def test_theta_does_not_change_in_a_step_whose_gradient_is_not_finite():
     data = iter([TARGET, np.full(2, np.nan), np.full(2, np.nan)])
     first = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 1, optax.adam(0.1), iter([TARGET]))
     out = run(bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), 3, optax.adam(0.1), data, on_failure="ignore")

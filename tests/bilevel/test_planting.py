@@ -1,4 +1,4 @@
-"""A planted fault finds its place by syntax, whatever the file and the formatting. A lost place is an error."""
+"""A fault finds its place by syntax, in any file and formatting. A missing or ambiguous place is an error."""
 
 import doctest
 
@@ -101,12 +101,12 @@ def test_a_part_of_the_module_tells_equal_names_apart(library):
     [
         ("outter", "f(y)", "y", "no function, method or class is called outter; similar: outer$"),
         ("nowhere:outer", "f(y)", "y", r"called nowhere:outer; similar: library\.code:outer$"),
-        ("outer", "g(y)", "y", r"g\(y\) matches 0 times in outer \(code\.py\), not once; .* no other place$"),
-        ("unrelated", "z", "z + 1", r"matches 0 times in unrelated .* it matches once in library\.code:outer\.inner"),
-        ("outer", "f(_A)", "_A", r"matches 2 times in outer \(code\.py\), not once; in lines 12, 12$"),
+        ("outer", "g(y)", "y", r"g\(y\) must match exactly once in outer \(code\.py\), .* 0 times; .* no other place$"),
+        ("unrelated", "z", "z + 1", r"in unrelated .* matches 0 times; it matches once in library\.code:outer\.inner"),
+        ("outer", "f(_A)", "_A", r"in outer \(code\.py\), but it matches 2 times: in lines 12, 12$"),
         ("outer", "f(y)", "_B", "the replacement uses _B, and the pattern does not"),
         ("outer", "f(y)", "a", r"the replacement uses a, unknown in library\.code"),
-        ("outer", "f(y)", "pass", "an expression replaces an expression"),
+        ("outer", "f(y)", "pass", "the pattern is an expression and the replacement a statement"),
         ("outer", "f(", "y", "not Python"),
         ("outer", "f(y); f(x)", "y", "not one expression or statement"),
     ],

@@ -1,7 +1,7 @@
-"""Projections without a formula are differentiated in θ, which moves the set or the point that is projected.
+"""Projections without a closed form are differentiated in θ, on which the set or the projected point depends.
 
-The projections with a formula are tested in test_conditions.py. For projections onto matrices, the reference is a
-central difference of jaxopt's own projection. This shares no code with ours, and its LBFGS runs to 1e-13.
+The projections with a closed form are tested in test_conditions.py. For projections onto matrices, the reference is a
+central difference of jaxopt's own projection, which shares no code with ours. Its LBFGS runs to errors of 1e-13.
 """
 
 import functools
@@ -98,8 +98,8 @@ KNOWN_FAILURES = {
         for name, (error, reason) in KNOWN_FAILURES.items()
     ],
 )
-def test_projections_with_the_options_that_jaxopt_gives_them(name):
-    # `jaxopt_projection` uses a function as it is. It replaces only a name by a projection of ours.
+def test_projections_of_jaxopt_with_its_default_options_are_differentiated(name):
+    # `jaxopt_projection` uses a given function unchanged. A name it replaces by a projection of this library.
     theta, hypergradient, value = on_matrices(name, without_our_projection(name))
     assert_close(hypergradient(theta).gradient, central_differences(value, theta), rtol=1e-6, atol=1e-7)
 
@@ -233,7 +233,7 @@ def test_a_function_with_a_custom_vjp_may_capture_theta():
 
 
 @pytest.mark.xfail(raises=jax.errors.TracerBoolConversionError, strict=True, reason="its check reads a traced number")
-def test_the_polyhedron_with_the_check_of_jaxopt():
+def test_the_polyhedron_of_jaxopt_can_be_traced_with_its_feasibility_check():
     on_vectors(bl.jaxopt_projection(jaxopt.projection.projection_polyhedron, polyhedron), POLYHEDRON, steps=1)
 
 

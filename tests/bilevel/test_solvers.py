@@ -44,7 +44,7 @@ def test_adam_of_optax_works_under_strict_promotion():
     assert int(out.status) == bl.Status.CONVERGED and out.w.dtype == jnp.float64
 
 
-def test_a_tol_stops_early_and_an_exhausted_budget_is_max_steps():
+def test_tol_stops_early_and_a_budget_spent_above_tol_is_max_steps():
     case = ridge()
     arguments = (case.condition, case.init, case.theta, case.data)
     out = bl.GradientDescent(0.3, max_steps=1000, tol=1e-8)(*arguments)
@@ -60,7 +60,7 @@ def test_divergence_is_nonfinite():
     assert int(out.status) == bl.Status.NONFINITE
 
 
-def test_a_function_is_a_solver_and_gets_its_residual():
+def test_a_plain_function_is_a_solver_and_the_library_computes_the_residual():
     out = bl.solve(
         lambda c, init, theta, data: theta / EIGENVALUES, diagonal_quadratic(), jnp.zeros(2), jnp.ones(2), None
     )
@@ -114,7 +114,9 @@ def test_float32_stays_float32():
 
 @pytest.mark.parametrize("solver", [bl.GradientDescent(0.1, 3), bl.Optax(optax.sgd(0.1), 3)], ids=["gd", "optax"])
 def test_descent_on_a_root_is_refused_with_alternatives(solver):
-    with pytest.raises(ValueError, match=r"Root is not one: use .*Stationary"):
+    with pytest.raises(
+        ValueError, match=r"needs a condition that is the gradient of an objective, and Root is not: use .*Stationary"
+    ):
         solver(ROOT, jnp.zeros(2), jnp.zeros(2), None)
 
 
@@ -130,13 +132,16 @@ def test_descent_on_a_root_is_refused_with_alternatives(solver):
         lambda: bl.Optax(optax.sgd(0.1), -1),
     ],
 )
-def test_invalid_options_are_refused_with_the_number(make):
+def test_invalid_options_are_refused_and_the_message_names_the_number(make):
     with pytest.raises(ValueError, match=r"needs .* got"):
         make()
 
 
 def rotated_fixed_point(angle=np.pi / 2):
-    """Return the condition w = Rw + θ and the rotation R. The plain iteration keeps its distance to the solution."""
+    """Return the condition w = Rw + θ and the rotation R.
+
+    Under the plain iteration w ← Rw + θ, the distance to the solution stays constant.
+    """
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return bl.FixedPoint(lambda w, theta, data: rotation @ w + theta), rotation
 
@@ -161,7 +166,7 @@ def test_anderson_takes_less_than_half_the_steps_of_the_plain_iteration():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_anderson_mixes_in_single_precision_and_keeps_narrow_and_mixed_leaves(dtype):
+def test_anderson_mixes_in_float32_and_returns_each_leaf_in_its_own_dtype(dtype):
     mapping = bl.FixedPoint(lambda w, theta, data: jax.tree.map(lambda leaf, t: 0.5 * jnp.cos(leaf) + t, w, theta))
     theta = {"slim": jnp.array([0.2, -0.4], dtype), "wide": jnp.array(0.3, jnp.float32), "none": jnp.zeros(0, dtype)}
     out = bl.Anderson(12)(mapping, jax.tree.map(jnp.zeros_like, theta), theta, None)
@@ -204,9 +209,9 @@ def test_hessian_free_takes_the_same_steps_at_every_scale_of_the_objective(scale
     np.testing.assert_allclose(one + one**3, theta, rtol=1e-5)
 
 
-def test_hessian_free_leaves_a_saddle_and_follows_a_curved_valley():
+def test_hessian_free_leaves_a_region_of_negative_curvature_and_follows_a_curved_valley():
     rosenbrock = bl.Stationary(lambda w, theta, data: (theta - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2)
-    # At (0, 1) the Hessian has the negative eigenvalue 2 − 400: Newton's direction would ascend.
+    # At (0, 1) the Hessian is diag(2 − 400, 200). A Newton step would ascend along w[0].
     out = bl.HessianFree(60, cg_steps=2, tol=1e-8)(rosenbrock, jnp.array([0.0, 1.0]), jnp.array(1.0), None)
     assert int(out.status) == bl.Status.CONVERGED
     np.testing.assert_allclose(out.w, [1.0, 1.0], rtol=1e-6)
@@ -223,8 +228,8 @@ BOX = bl.Projected(
     ("solver", "inner", "remedy"),
     [
         (bl.GradientDescent(0.1, 3), MAP, "use .*FixedPointIteration, Anderson"),
-        (bl.HessianFree(3), ROOT, r"Root is not one: use .*\(Stationary, Proximal\)"),
-        (bl.Anderson(3), ROOT, r"Root has none: use .*\(FixedPoint, Projected"),
+        (bl.HessianFree(3), ROOT, r"gradient of an objective, and Root is not: use Stationary or Proximal"),
+        (bl.Anderson(3), ROOT, r"repeats a mapping, and Root has no mapping: use FixedPoint, Projected"),
         (bl.FixedPointIteration(3), diagonal_quadratic(), "GradientDescent, Optax or HessianFree"),
         (bl.Jaxopt("LBFGS"), BOX, "LBFGS does not solve Projected: use ProjectedGradient, MirrorDescent"),
         (bl.Jaxopt("Moon"), BOX, "no solver 'Moon'; it has .*LBFGS"),

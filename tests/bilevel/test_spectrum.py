@@ -61,7 +61,7 @@ class TestRitzValues:
         assert high > 0.999 * exact[-1]
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_an_invariant_subspace_reached_early(self, dtype):
+    def test_no_value_leaves_the_spectrum_after_the_krylov_space_is_exhausted(self, dtype):
         """Three distinct eigenvalues exhaust the Krylov space in three steps. No value leaves the spectrum."""
         matrix = symmetric(np.repeat([-1.0, 2.0, 7.0], 7)).astype(dtype)
         values = ritz_of(matrix, dtype, steps=15)
@@ -71,14 +71,14 @@ class TestRitzValues:
         assert np.all((values >= -1.0 - slack) & (values <= 7.0 + slack))
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_a_start_within_one_eigenspace_sees_that_eigenvalue_alone(self, dtype):
+    def test_a_start_within_one_eigenspace_gives_that_eigenvalue_alone(self, dtype):
         diagonal = np.array([3.0, 3.0, -5.0, 8.0])
         start = jnp.asarray([1.0, -2.0, 0.0, 0.0], dtype)
         np.testing.assert_allclose(ritz_of(np.diag(diagonal), dtype, start=start), [3.0] * 4, rtol=1e-6)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("eigenvalue", "n"), [(0.0, 1), (0.0, 9), (-4.0, 1), (2.5, 9)])
-    def test_a_multiple_of_the_identity(self, eigenvalue, n, dtype):
+    def test_a_multiple_of_the_identity_has_one_eigenvalue(self, eigenvalue, n, dtype):
         values = ritz_of(eigenvalue * np.eye(n), dtype)
         np.testing.assert_allclose(values, np.full(n, eigenvalue), rtol=10 * np.finfo(dtype).eps, atol=0)
 
@@ -96,12 +96,12 @@ class TestRitzValues:
         values = jax.jit(lambda: spectrum.ritz_values(lambda u: eigenvalues * u, eigenvalues, steps=6))()
         assert values[0] < 1.02 and values[-1] > 1.48
 
-    def test_orthogonality_lasts_where_the_plain_recursion_repeats_the_largest_eigenvalue(self):
+    def test_the_largest_eigenvalue_is_found_once_where_the_plain_recursion_repeats_it(self):
         matrix = symmetric([*np.linspace(0.0, 1.0, 59), 1e4])
         values = ritz_of(matrix, steps=40)
         assert np.sum(values > 100) == 1
 
-    def test_trees_jit_vmap_and_a_start(self):
+    def test_a_map_on_a_tree_with_a_start_under_jit_and_vmap_gives_all_eigenvalues(self):
         matrix = symmetric(np.arange(6.0))
 
         def values_of(matrix, like, start):
@@ -125,18 +125,18 @@ class TestRitzValues:
         assert values.dtype == jnp.float32
         np.testing.assert_allclose(values[jnp.array([0, -1])], [1.0, 8.0], rtol=0.05)  # bfloat16: eps = 1/128
 
-    def test_a_product_that_is_not_finite_shows(self):
+    def test_a_product_that_is_not_finite_gives_nan(self):
         assert np.isnan(ritz_of(np.full((3, 3), np.nan))).all()
 
     @pytest.mark.parametrize(("like", "steps"), [(np.zeros(3), 0), (np.zeros(0), 5)])
-    def test_arguments_without_an_answer_are_refused(self, like, steps):
+    def test_zero_steps_and_an_empty_vector_are_refused(self, like, steps):
         with pytest.raises(ValueError, match="steps ≥ 1 and a vector of at least 1 entry"):
             spectrum.ritz_values(lambda u: u, jnp.asarray(like), steps=steps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestSpectrumOfAGeneralMap:
-    def test_a_matrix_bounds_both_ends(self, dtype):
+    def test_the_spectrum_of_a_matrix_bounds_its_singular_values_and_its_curvature(self, dtype):
         matrix = np.random.default_rng(0).normal(size=(7, 7)).astype(dtype)
         singular = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
         found = spectrum.Spectrum(*map(float, spectrum.dense_spectrum(jnp.asarray(matrix))))
@@ -157,13 +157,13 @@ class TestSpectrumOfAGeneralMap:
         assert 0.95 * singular[0] <= found.norm <= singular[0] + rounding(matrix, dtype)
         assert found.smallest >= singular[-1] and found.lowest >= lowest
 
-    def test_the_operator_norm_of_a_map_between_two_spaces(self, dtype):
+    def test_the_norm_of_a_map_between_two_spaces_is_that_of_its_matrix(self, dtype):
         matrix = np.random.default_rng(0).normal(size=(5, 9)).astype(dtype)
         operator = jnp.asarray(matrix)
         found = spectrum.operator_norm(lambda u: {"image": operator @ u}, jnp.zeros(9, dtype))
         np.testing.assert_allclose(found, np.linalg.norm(matrix, 2), rtol=100 * np.finfo(dtype).eps)
 
-    def test_the_matrix_of_a_map_on_a_tree(self, dtype):
+    def test_a_map_on_a_tree_is_written_out_as_its_matrix(self, dtype):
         matrix = np.random.default_rng(0).normal(size=(3, 3)).astype(dtype)
 
         def linear(tree):

@@ -123,7 +123,7 @@ RULES = [
         lambda c: c.method in ("FiniteDifference", "ValuePenalty") and c.kind not in DESCENT,
     ),
     (
-        "leaves out second derivatives, and A of .* is nothing else",
+        "needs a proximal term or a mapping, and .* has neither",
         "refused",
         lambda c: c.method == "FirstOrder" and c.kind in ("Stationary", "Root", "KKT"),
     ),
@@ -138,7 +138,7 @@ RULES = [
         lambda c: c.method == "OneStep" and c.solver in ("Optax", "HessianFree", "Jaxopt", "function"),
     ),
     (
-        "follows the gradient of an objective",
+        "needs a condition that is the gradient of an objective",
         "refused",
         lambda c: c.solver in ("GradientDescent", "momentum", "Optax", "HessianFree") and c.kind not in DESCENT,
     ),

@@ -108,7 +108,7 @@ def test_the_worst_coordinate_and_both_numbers_are_named():
 
 
 def quartic():
-    """Return the case w³ = θ, for which the implicit function theorem gives another gradient at another w."""
+    """Return the case w³ = θ. The formula of the implicit function theorem depends on w, so an inexact w shows."""
     condition = bl.Stationary(lambda w, theta, data: jnp.sum(0.25 * w**4 - theta * w))
     return problems.Case(
         condition, lambda w, theta, data: jnp.sum(w), jnp.array([2.0, 3.0]), jnp.ones(2), None, lambda t, d: t, 1.0
