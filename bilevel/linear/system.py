@@ -91,7 +91,7 @@ def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
     return solution, replace(info, solution=solution, status=status)
 
 
-def positive(number: jax.Array) -> jax.Array:
+def safe_divisor(number: jax.Array) -> jax.Array:
     """Return ``number`` with 1 in place of 0, as a divisor that is never zero."""
     return jnp.where(number == 0, jnp.ones_like(number), number)
 
