@@ -347,7 +347,8 @@ def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny
 
 def test_residuals_in_the_progress_are_medians_over_finite_values():
     numbers = jnp.array([1.0, jnp.nan, 3.0, 5.0])
-    status = jnp.array([0, 7, 0, 3], jnp.int32)
+    names = ("CONVERGED", "NONFINITE", "CONVERGED", "MAX_STEPS")
+    status = jnp.array([bl.Status[name] for name in names], jnp.int32)
     report = MetaGradient(jnp.float32(0.5), {}, jnp.float32(0.25), jnp.float32(3), numbers, 2 * numbers, status)
     progress = training._progress(PRESET, TrainState({}, (), PRESET.keys.train, jnp.int32(4)), report, 1.5)
     assert (progress.inner_residual, progress.linear_residual, progress.tasks) == (3.0, 6.0, 3)
