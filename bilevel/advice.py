@@ -57,7 +57,7 @@ def advise(
 
 def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> Iterator[str]:
     matvec = jax.linearize(lambda w: condition.residual(w, theta, data), out.inner.w)[1]
-    values = None
+    values, smallest, largest = None, 0.0, 0.0
     if condition.symmetric:
         values = np.asarray(spectrum.ritz_values(matvec, out.inner.w, LANCZOS_STEPS))
         # A small negative value may be rounding.

@@ -1,7 +1,7 @@
 """The import of jaxopt, without its deprecation warning.
 
-jaxopt's linear solvers take a matrix-vector product and a right-hand side, and return the solution alone. They do not
-say whether they converged. :mod:`bilevel.linear` computes the true residual afterwards.
+jaxopt's conjugate gradients take a matrix-vector product and a right-hand side, and return the solution alone. They do
+not say whether they converged. :mod:`bilevel.linear` computes the true residual afterwards.
 """
 
 import warnings
@@ -10,23 +10,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import jaxopt
     from jaxopt import projection, prox
-    from jaxopt.linear_solve import (
-        solve_bicgstab,
-        solve_cg,
-        solve_cholesky,
-        solve_gmres,
-        solve_lu,
-        solve_normal_cg,
-    )
+    from jaxopt.linear_solve import solve_cg
 
 __all__ = [
     "jaxopt",
     "projection",
     "prox",
-    "solve_bicgstab",
     "solve_cg",
-    "solve_cholesky",
-    "solve_gmres",
-    "solve_lu",
-    "solve_normal_cg",
 ]

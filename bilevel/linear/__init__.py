@@ -1,9 +1,10 @@
 """Linear solvers of the adjoint system: one protocol, and a status computed from the true residual.
 
-A solver is a frozen value, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. Most of the
-algorithms are jaxopt's, which return x and nothing else. In float32 the recursive residual of such an algorithm can be
-wrong by orders of magnitude. So every solve ends with one more product Ax, which gives the true residual and the sign
-of ⟨x, Ax⟩.
+A solver is a frozen value, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. Every solve ends
+with one more product Ax, which gives the true residual and the sign of ⟨x, Ax⟩, because the recursive residual of an
+iterative solver can be wrong by orders of magnitude in float32. The recursions of this library also say how they ended,
+which tells a spent budget from a breakdown, a singular operator and the limit of rounding. The default engine of ``CG``
+is jaxopt's, which returns x and nothing else.
 """
 
 from bilevel.linear.choose import DENSE_LIMIT, LinearChoice, choose_linear

@@ -1,4 +1,4 @@
-"""Iterative linear solvers: jaxopt's, and conjugate gradients that also report curvatures."""
+"""Iterative linear solvers: their options, and the call of their recursions on a system of pytrees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +40,8 @@ class CG:
     direction of negative curvature goes unnoticed if x does not show it. ``"watched"`` is a loop of this library. It
     also reports the iterations taken, the least curvature among the search directions, NEGATIVE_CURVATURE if a
     direction has it, SINGULAR if A maps a direction to zero, and STAGNATION if the recursive residual met ``tol`` and
-    the true one does not. It computes two more vector norms in each iteration.
+    the true one does not. It computes three more vector norms in each iteration, and stops where rounding limits the
+    residual.
 
     Args:
         max_steps: iterations, each one product with A. The error after k of them is of order
@@ -87,18 +88,17 @@ class CG:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class NormalCG:
-    """Conjugate gradients on AᵀAx = Aᵀb, for any regular operator: jaxopt's ``solve_normal_cg``.
+    """Conjugate gradients on AᵀAx = Aᵀb (CGLS), for any regular operator.
 
     It is robust and slow, because AᵀA has the square of A's condition number. Each iteration is a product with A and
-    one with Aᵀ.
+    one with Aᵀ. On a singular system with a solution it finds the one of least norm.
 
     Args:
         max_steps: iterations. The error after k of them is of order ((κ − 1)/(κ + 1))^k, with the condition number κ
             of A.
-        tol: the status is CONVERGED if the true ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. The
-            recursion only knows Aᵀ(b − Ax), so it does not stop at ``tol``. It runs until that vector has the size of
-            rounding errors, or for ``max_steps``.
-        ridge: solve (A + ridge·I)x = b instead.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
+        ridge: solve (A + ridge·I)x = b instead. The ridge of jaxopt's ``solve_normal_cg`` means another system,
+            (AᵀA + ridge·I)x = Aᵀb.
         preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
 
     Raises:
@@ -131,13 +131,17 @@ class NormalCG:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class GMRES:
-    """Generalised minimal residuals, for any regular operator: jaxopt's ``solve_gmres``.
+    """Generalised minimal residuals, for any regular operator.
+
+    The least-squares problem of each cycle is solved by Givens rotations, which also tell the residual after each
+    product. It is then as well-conditioned as A.
 
     Args:
-        max_steps: products in all, rounded up to whole cycles of ``restart`` products.
-        tol: stop after a cycle with ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
+        max_steps: products in all, besides one at the end of each cycle of ``restart`` products.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED.
         ridge: solve (A + ridge·I)x = b instead.
-        preconditioner: a function r ↦ M⁻¹r, applied from the left; None for the identity.
+        preconditioner: a function r ↦ M⁻¹r, applied from the right, so that the residual stays that of Ax = b; None for
+            the identity.
         restart: the number of Krylov vectors kept in memory, each as large as b; at most the number of entries of b.
 
     Raises:
@@ -173,9 +177,11 @@ class GMRES:
 @renamed_field("maxiter", "max_steps")
 @dataclass(frozen=True)
 class BiCGStab:
-    """Stabilised biconjugate gradients, for any regular operator: jaxopt's ``solve_bicgstab``.
+    """Stabilised biconjugate gradients, for any regular operator.
 
-    Memory does not grow with the iterations. The recursion may break down where that of GMRES does not.
+    Memory does not grow with the iterations. The recursion may break down where that of GMRES does not; the status is
+    then BREAKDOWN. Its residual can rise by orders of magnitude before it falls, which costs as many digits: in float32
+    prefer GMRES. The iterate with the smallest recursive residual is returned.
 
     Args:
         max_steps: iterations, each two products.
@@ -230,7 +236,9 @@ def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | Non
         )
     x = tree.like(x, b)
     breakdown = Status.NEGATIVE_CURVATURE
-    info = diagnosis.report(operator, b_scaled, x, solver.tol, breakdown=breakdown, needs_definite=True)
+    info = diagnosis.report(
+        operator, b_scaled, x, solver.tol, init=init_scaled, breakdown=breakdown, needs_definite=True
+    )
     return denormalise(size, info)
 
 
@@ -270,7 +278,7 @@ def _solve_general(
         broke=numbers.broke > 0,
     )
     x = tree.like(unravel(x), b)
-    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen)
+    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen, init_scaled)
     return denormalise(size, info)
 
 
@@ -308,7 +316,9 @@ def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -
     )
     x = tree.like(state.x, b)
     seen = Recursion(x, state.iterations, state.largest_stretch, state.null, jnp.zeros_like(state.null))
-    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen, needs_definite=True)
+    info = diagnosis.report_recursion(
+        operator, b_scaled, x, solver.tol, solver.max_steps, seen, init_scaled, needs_definite=True
+    )
     negative = jnp.where(state.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
     info = replace(info, status=jnp.maximum(info.status, negative), least_curvature=state.least_curvature)
     return denormalise(size, info)
