@@ -74,8 +74,15 @@ GUARDS = (
         "no tol: a residual of 1 or more",
         "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
         "diagnosis:judge",
-        "residual < 1",
+        "residual < jnp.maximum(start, 1)",
         "jnp.bool_(True)",
+    ),
+    _guard(
+        "no tol: a start that is worse than zero",
+        "TestNoBetterThanZero.test_a_start_that_is_worse_than_zero_is_a_spent_budget_if_the_solve_improves_it",
+        "diagnosis:judge",
+        "jnp.maximum(start, 1)",
+        "1",
     ),
     _guard(
         "no tol: an answer that outgrew its residual",

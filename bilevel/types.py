@@ -93,8 +93,8 @@ _MESSAGES = {
         "smaller tol, which the solver compares with its own measure."
     ),
     Status.MAX_STEPS: (
-        "the true residual does not meet tol, or, without tol, the answer is no better than zero: allow more steps, "
-        "precondition, or loosen tol; where more steps do not help, the precision is the limit, so use float64."
+        "the true residual does not meet tol: allow more steps, precondition, or loosen tol; where more steps do not "
+        "help, the precision is the limit, so use float64. Without tol, the answer is no better than zero."
     ),
     Status.BREAKDOWN: (
         "the iteration broke down or diverged, although the operator may be regular: use LU or GMRES, a smaller step "

@@ -10,23 +10,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import jaxopt
     from jaxopt import projection, prox
-    from jaxopt.linear_solve import (
-        solve_bicgstab,
-        solve_cg,
-        solve_cholesky,
-        solve_gmres,
-        solve_lu,
-        solve_normal_cg,
-    )
+    from jaxopt.linear_solve import solve_cg
 
 __all__ = [
     "jaxopt",
     "projection",
     "prox",
-    "solve_bicgstab",
     "solve_cg",
-    "solve_cholesky",
-    "solve_gmres",
-    "solve_lu",
-    "solve_normal_cg",
 ]

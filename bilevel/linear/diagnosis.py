@@ -82,15 +82,28 @@ def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
     return (stretch > eps**-0.5) & ((residual > 0.1) | (eps * stretch > 0.1))
 
 
-def judge(residual: jax.Array, tol: float | None, failure: Status | jax.Array = Status.MAX_STEPS) -> jax.Array:
+def start_residual(matvec: MatVec, b: PyTree, init: PyTree | None) -> jax.Array:
+    """Return the relative residual of a start, at the cost of one product; 1 without a start, which is a start at 0."""
+    if init is None:
+        return jnp.ones_like(tree.norm(b))
+    return jax.lax.stop_gradient(relative_residual(b, tree.subtract(b, matvec(init))))
+
+
+def judge(
+    residual: jax.Array,
+    tol: float | None,
+    failure: Status | jax.Array = Status.MAX_STEPS,
+    start: jax.Array | float = 1.0,
+) -> jax.Array:
     """Return the status of a residual.
 
     With ``tol``, it is CONVERGED for a relative residual of at most ``tol``, else ``failure``. Without ``tol``, it is
     BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so that x is no better than
-    zero.
+    zero. If the solve began at a ``start`` with a residual above 1, as near the end of an outer loop with warm starts,
+    a residual below that of the start is BUDGET_USED too.
     """
     if tol is None:
-        return jnp.where(residual < 1, jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))
+        return jnp.where(residual < jnp.maximum(start, 1), jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))
     return jnp.where(residual <= tol, jnp.int32(Status.CONVERGED), jnp.asarray(failure, jnp.int32))
 
 
@@ -102,6 +115,7 @@ def report(
     *,
     iterations: int | jax.Array | None = None,
     norm: jax.Array | None = None,
+    init: PyTree | None = None,
     failure: Status | jax.Array = Status.MAX_STEPS,
     breakdown: Status = Status.BREAKDOWN,
     needs_definite: bool = False,
@@ -116,16 +130,18 @@ def report(
         iterations: the iterations taken, where they are known.
         norm: a lower bound of ‖A‖ from the solver's products. If it is given and ``tol`` is None, an x for which
             :func:`outgrown` is True has the status BREAKDOWN.
+        init: where the solver started; None for zero. Without ``tol``, it costs one product.
         failure: the status of a residual above ``tol``.
         breakdown: the status of an x that is not finite although A and b are.
         needs_definite: whether the algorithm requires a positive definite A. If ⟨x, Ax⟩ ≤ 0 up to rounding, the status
             is then NEGATIVE_CURVATURE.
     """
-    b, x = jax.lax.stop_gradient((b, x))
+    b, x, init = jax.lax.stop_gradient((b, x, init))
     if needs_definite:
         matvec = _in_a_branch(matvec, (tree.norm(b) == 0) & (tree.norm(x) == 0))
     found = diagnose(matvec, b, x, breakdown)
-    status = judge(found.relative_residual, tol, failure)
+    start = 1.0 if tol is not None else start_residual(matvec, b, init)
+    status = judge(found.relative_residual, tol, failure, start)
     if norm is not None and tol is None:
         grown = outgrown(found.relative_residual, norm * found.growth, tree.eps(b))
         status = jnp.where(grown, jnp.int32(Status.BREAKDOWN), status)
@@ -143,6 +159,7 @@ def report_recursion(
     tol: float | None,
     max_steps: int,
     seen: Recursion,
+    init: PyTree | None = None,
     needs_definite: bool = False,
 ) -> LinearInfo:
     """Return the :class:`LinearInfo` of a computed x, from x and from the record of the recursion that computed it.
@@ -155,7 +172,7 @@ def report_recursion(
     early = jnp.where(seen.iterations < max_steps, jnp.int32(Status.STAGNATION), jnp.int32(Status.MAX_STEPS))
     breakdown = Status.NEGATIVE_CURVATURE if needs_definite else Status.BREAKDOWN
     info = report(
-        matvec, b, x, tol, iterations=seen.iterations, norm=seen.norm, failure=early, breakdown=breakdown,
+        matvec, b, x, tol, iterations=seen.iterations, norm=seen.norm, init=init, failure=early, breakdown=breakdown,
         needs_definite=needs_definite,
     )  # fmt: skip
     cause = jnp.where(seen.broke, jnp.int32(Status.BREAKDOWN), jnp.int32(0))

@@ -103,7 +103,8 @@ class NormalCG:
             of A.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
             ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
-        ridge: solve (A + ridge·I)x = b instead.
+        ridge: solve (A + ridge·I)x = b instead. The ridge of jaxopt's ``solve_normal_cg`` means another system,
+            (AᵀA + ridge·I)x = Aᵀb.
         preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
 
     Raises:
@@ -184,7 +185,8 @@ class BiCGStab:
     """Stabilised biconjugate gradients, for any regular operator.
 
     Memory does not grow with the iterations. The recursion may break down, with status BREAKDOWN, where that of GMRES
-    does not. The iterate with the smallest recursive residual is returned.
+    does not. The residual can rise by orders of magnitude before it falls, which costs as many digits: in float32,
+    prefer GMRES. The iterate with the smallest recursive residual is returned.
 
     Args:
         max_steps: iterations, each two products.
@@ -240,7 +242,9 @@ def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | Non
         )
     x = tree.like(x, b)
     breakdown = Status.NEGATIVE_CURVATURE
-    info = diagnosis.report(operator, b_scaled, x, solver.tol, breakdown=breakdown, needs_definite=True)
+    info = diagnosis.report(
+        operator, b_scaled, x, solver.tol, init=init_scaled, breakdown=breakdown, needs_definite=True
+    )
     return denormalise(size, info)
 
 
@@ -282,7 +286,7 @@ def _solve_general(
         broke=numbers.broke > 0,
     )
     x = tree.like(unravel(x), b)
-    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen)
+    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen, init_scaled)
     return denormalise(size, info)
 
 
@@ -321,7 +325,9 @@ def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -
     )
     x = tree.like(state.x, b)
     seen = Recursion(x, state.iterations, state.largest_stretch, state.null, jnp.zeros_like(state.null))
-    info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen, needs_definite=True)
+    info = diagnosis.report_recursion(
+        operator, b_scaled, x, solver.tol, solver.max_steps, seen, init_scaled, needs_definite=True
+    )
     negative = jnp.where(state.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
     info = replace(info, status=jnp.maximum(info.status, negative), least_curvature=state.least_curvature)
     return denormalise(size, info)

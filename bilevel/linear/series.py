@@ -68,8 +68,8 @@ class Neumann:
         norm = jnp.zeros_like(size)
         state = (tree.scale(self.step_size, b_scaled), norm) if init is None else advance(0, (init_scaled, norm))
         x, norm = jax.lax.fori_loop(1, self.max_steps, advance, tree.match_varying_axes(*state))
-        info = diagnosis.report(operator, b_scaled, x, self.tol, iterations=self.max_steps, norm=norm)
-        # A convergent series has a residual below 1, whatever its number of terms.
-        diverged = ~(info.relative_residual < 1) & (info.status != Status.NONFINITE)
+        info = diagnosis.report(operator, b_scaled, x, self.tol, iterations=self.max_steps, norm=norm, init=init_scaled)
+        # Each term of a convergent series lowers the residual, whatever the number of terms.
+        diverged = info.status == Status.MAX_STEPS if self.tol is None else info.relative_residual >= 1
         info = replace(info, status=jnp.where(diverged, jnp.int32(Status.BREAKDOWN), info.status))
         return denormalise(size, info)

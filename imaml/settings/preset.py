@@ -216,7 +216,7 @@ class Preset:
         """Return the settings as nested dictionaries of JSON values.
 
         Raises:
-            InputError: if a setting cannot be stored, such as a lambda; see :func:`imaml.settings.types.plain`.
+            InputError: if a setting cannot be stored, such as a lambda; see ``imaml.settings.types.plain``.
         """
         return json.loads(json.dumps(self._saved_fields(), default=plain))
 

@@ -154,6 +154,12 @@ class TestNoBetterThanZero:
         _, info = bl.CG(5)(lambda v: matrix @ v, jnp.asarray(np.random.default_rng(1).normal(size=30)))
         assert 0.1 < float(info.relative_residual) < 1 and status_of(info) == "BUDGET_USED"
 
+    @pytest.mark.parametrize("solver", [bl.CG(1), bl.Neumann(1, 0.2), bl.GMRES(1)])
+    def test_a_start_that_is_worse_than_zero_is_a_spent_budget_if_the_solve_improves_it(self, solver):
+        matrix, b = jnp.diag(jnp.array([1.0, 2.0, 4.0])), 1e-3 * jnp.ones(3)
+        _, info = solver(lambda v: matrix @ v, b, jnp.array([3.0, -1.0, 1.0]))
+        assert float(info.relative_residual) > 1 and status_of(info) == "BUDGET_USED"
+
     def test_an_answer_that_outgrew_its_residual_is_a_breakdown(self):
         from bilevel.linear import diagnosis
 
