@@ -34,7 +34,7 @@ def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree,
             a surrounding ``jit`` removes them.
     """
     value = jax.lax.stop_gradient(found.value)
-    floats, join = tree.partition_inexact(found)
+    floats, join = tree.partition_inexact(replace(found, aux=tree.arrays(found.aux)))
     found = join(constant(name, floats, (theta, movers)))
     return replace(found, value=value_with_derivative(name, value, found.gradient, source, theta, movers))
 
@@ -48,12 +48,13 @@ def constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
 
 @partial(constant.defjvp, symbolic_zeros=True)
 def _refuse_all(name: str, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-    total = sum(jnp.sum(tangent.real.astype(jnp.float32)) for tangent in _moving(tangents))
+    out, moving = constant(name, *primals), _moving(tangents)
+    total = sum((jnp.sum(tangent.real.astype(jnp.float32)) for tangent in moving), jnp.zeros((), jnp.float32))
 
     def refused(leaf: jax.Array) -> Any:
-        return _refused_p.bind(jnp.zeros_like(leaf) + total.astype(leaf.dtype), name=name)  # type: ignore[union-attr]
+        tangent = jnp.zeros_like(leaf) + total.astype(leaf.dtype)
+        return _refused_p.bind(tangent, name=name) if moving else tangent
 
-    out = constant(name, *primals)
     return out, jax.tree.map(refused, out)
 
 

@@ -209,7 +209,19 @@ def test_the_value_of_an_estimate_is_differentiated_under_shard_map():
     assert float(jax.jit(jax.grad(total))(T, jnp.array([S, 2 * S]))) == pytest.approx(expected, rel=1e-12)
 
 
-def test_an_estimate_is_differentiated_in_theta_and_in_complex_data():
+def test_leaves_without_a_tangent_pass_through_an_estimate():
+    condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta["x"] * data["n"]) ** 2)
+    problem = bl.Problem(condition, lambda w, theta, data: (w, {"count": 3, "w": w}), has_aux=True)
+    function = bl.value_and_hypergradient(problem, bl.GradientDescent(1.0, 1), bl.OneStep())
+    data = {"n": 2, "key": jax.random.key(0)}
+    slope = jax.grad(lambda theta: function(theta, 0.0, data).value, allow_int=True)({"x": 2.0, "m": 3})
+    assert float(slope["x"]) == 2.0 and slope["m"].dtype == jax.dtypes.float0
+    assert int(function({"x": 2.0}, 0.0, data).aux["count"]) == 3
+    of_integers = jax.grad(lambda n: function({"x": 2.0}, 0.0, data | {"n": n}).value, allow_int=True)(jnp.array(2))
+    assert of_integers.dtype == jax.dtypes.float0
+
+
+def test_complex_data_of_an_estimate_are_differentiated():
     problem = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * jnp.abs(data) ** 2 * w**2 - theta * w), lambda w, theta, data: w
     )
