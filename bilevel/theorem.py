@@ -28,19 +28,27 @@ def solve_implicitly(
 ) -> Solution:
     """Return the solver's Solution. Its w has the derivatives of the implicit function theorem, to any order."""
 
-    def find(_: object, init: PyTree) -> tuple[PyTree, tuple[jax.Array, jax.Array, jax.Array]]:
-        solution = solvers.solve(solver, condition, init, theta, data)
+    # custom_root gets lists of leaves: it would put types in place of arrays into a tree, which a class may refuse.
+    leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(init))
+    join = partial(jax.tree.unflatten, structure)
+
+    def residual(leaves: list[jax.Array]) -> list[jax.Array]:
+        return jax.tree.leaves(condition.residual(join(leaves), theta, data))
+
+    def find(_: object, leaves: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+        solution = solvers.solve(solver, condition, join(leaves), theta, data)
         report = solution.residual_norm, _as_float(solution.steps), _as_float(solution.status)
-        return tree.match_varying_axes(solution.w, report)  # type: ignore[return-value]
+        return tree.match_varying_axes(jax.tree.leaves(solution.w), report)  # type: ignore[return-value]
 
-    def tangent_solve(jacobian: MatVec, tangent: PyTree) -> PyTree:
+    def tangent_solve(jacobian: MatVec, tangent: list[jax.Array]) -> list[jax.Array]:
+        def matvec(v: PyTree) -> PyTree:
+            return join(jacobian(jax.tree.leaves(v)))
+
         scaling = condition.scaling(theta, data)
-        return solve_scaled(linear, jacobian, tangent, scaling, is_gradient(condition))[0]
+        return jax.tree.leaves(solve_scaled(linear, matvec, join(tangent), scaling, is_gradient(condition))[0])
 
-    w, (residual_norm, steps, status) = jax.lax.custom_root(
-        lambda w: condition.residual(w, theta, data), jax.lax.stop_gradient(init), find, tangent_solve, has_aux=True
-    )
-    return Solution(w, residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
+    w, (residual_norm, steps, status) = jax.lax.custom_root(residual, leaves, find, tangent_solve, has_aux=True)
+    return Solution(join(w), residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
 
 
 def adjoint_matvec(
