@@ -69,7 +69,7 @@ GUARDS = (
         "jnp.int32(Status.STAGNATION)",
         "jnp.int32(Status.MAX_STEPS)",
     ),
-    # Answers that are no better than none.
+    # Answers that are no better than zero.
     _guard(
         "no tol: a residual of 1 or more",
         "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",

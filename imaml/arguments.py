@@ -33,8 +33,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command, such as ``["train", "--strength", "0.5"]``.
 
     The result has one attribute for each argument of the command, and the name of the command as ``command``. For
-    ``train`` and ``verify``, ``chosen`` is the :class:`imaml.Preset` with all overridden settings. If a setting is given
-    by a deprecated path, a message is printed to stderr.
+    ``train`` and ``verify``, ``chosen`` is the :class:`imaml.Preset` with all overridden settings. For a setting with a
+    deprecated path, a message is printed to stderr.
 
     Args:
         words: the words of the command line after ``imaml``.
@@ -172,7 +172,10 @@ def _parsers():
     data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
     data.add_argument("dataset", metavar="NAME", help="omniglot")
     data.add_argument(
-        "--dir", metavar="DIR", type=Path, help="the folder for the files; default: the folder in which 'imaml train' looks for them"
+        "--dir",
+        metavar="DIR",
+        type=Path,
+        help="the folder for the files; default: the folder that 'imaml train' reads",
     )
     data.add_argument("--url", metavar="URL", help="address of a folder on a mirror that has the files")
     for name in WITH_PROGRESS:

@@ -213,8 +213,8 @@ def _without_gradients(preset, progress):
     remedy = "raise linear.max_steps or strength" if preset.algorithm == "imaml" else _likely_causes(preset)
     return (
         f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: the median "
-        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and one above 1 is larger "
-        f"than that of the zero vector; {remedy}"
+        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and a residual above 1 is "
+        f"larger than that of the zero vector; {remedy}"
     )
 
 

@@ -40,7 +40,7 @@ from imaml.settings.preset import Preset
 SOLVED = 1e-8
 """Relative residual at which a linear solve counts as exact, far below the tolerance ``DIFFERENCED`` of gradients."""
 DIFFERENCED = 1e-4
-"""Tolerance for |slope − difference quotient| relative to the gradient's norm, to which the quotient's error is added."""
+"""Tolerance for |slope − difference quotient| relative to the gradient's norm; the quotient's error is added to it."""
 STATIONARY = 1e-9
 """Norm of the inner gradient at which the inner problem counts as solved.
 

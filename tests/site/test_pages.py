@@ -101,7 +101,8 @@ def test_every_public_name_has_a_docstring(package):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
             text = inspect.getdoc(value) or ""
-            assert len(text) > 20 and not text.startswith(f"{name}("), name  # the default docstring of a dataclass is its signature
+            # The default docstring of a dataclass is its signature.
+            assert len(text) > 20 and not text.startswith(f"{name}("), name
         else:
             assert name in constants, f"{name} needs a string below its assignment"
 

@@ -150,7 +150,7 @@ def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, mon
 
 @pytest.fixture
 def glyphs(monkeypatch, tiny_pixels):
-    """A function that replaces the installed glyphs by the tiny images, with the bits of each pixel XORed with a number."""
+    """A function that replaces the installed glyphs by the tiny images, each pixel XORed with a number."""
 
     def install(change=0):
         tiny = replace(dataset(tiny_pixels ^ change), name="glyphs")

@@ -56,7 +56,7 @@ def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
 
 
 def faulty(change):
-    """Return a replacement of ``solve_scaled``: each leaf v of the solution for right-hand side b is ``change(v, b)``."""
+    """Return a ``solve_scaled`` that replaces each leaf v of the solution for right-hand side b by ``change(v, b)``."""
     from bilevel.methods import implicit
 
     real = implicit.solve_scaled
