@@ -1,8 +1,7 @@
 """Features that an Equinox network computes, learned through a ridge regression on them.
 
-The network maps x to twelve features, and the prediction is their product with the coefficients w. The inner problem
-fits w to 60 points by ridge regression. The outer variables are the parameters of the network. The outer value is the
-error of the prediction on 60 other points.
+The network maps x to twelve features. The inner problem fits their coefficients w to 60 points by ridge regression. The
+outer variables are the parameters of the network. The outer value is the error of the prediction on 60 other points.
 """
 
 import sys
