@@ -273,7 +273,7 @@ def failures(total):
         "a case was not certified": total["certified"] == total["cases"],
         "a bound was violated": total["violations"] == total["violations after correction"] == 0,
         "the median of bound/true is above 20": total["bound/true"]["0.5"] <= 20,
-        "fewer than 98 % of the estimates that passed their test are within a factor of 2": share is not None
+        "fewer than 98 % of the estimates with first_order True are within a factor of 2": share is not None
         and share >= 0.98,
     }
     return [sentence for sentence, holds in checks.items() if not holds]

@@ -69,7 +69,7 @@ GUARDS = (
         "jnp.int32(Status.STAGNATION)",
         "jnp.int32(Status.MAX_STEPS)",
     ),
-    # Answers that are no better than none.
+    # Answers that are no better than zero.
     _guard(
         "no tol: a residual of 1 or more",
         "test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual",
@@ -293,21 +293,21 @@ GUARDS = (
     # One bad task in a batch.
     _guard(
         "one bad task in a batch: left out",
-        "test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
+        "test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others",
         "imaml:_add_terms",
         "jnp.where(counts, _NEW, 0)",
         "_NEW",
     ),
     _guard(
         "one bad task in a batch: counted",
-        "test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit",
+        "test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others",
         "imaml:meta_gradient",
         "_OUT.status != bl.Status.NONFINITE",
         "jnp.bool_(True)",
     ),
     _guard(
         "one bad task in a batch: an adjoint solve with a residual above 1",
-        "test_an_adjoint_worse_than_none_is_left_out",
+        "test_a_task_whose_linear_residual_is_above_1_is_left_out",
         "imaml:meta_gradient",
         "_FINITE & (_RESIDUAL <= 1)",
         "_FINITE",

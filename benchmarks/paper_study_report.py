@@ -21,9 +21,9 @@ SEED_1, LONG = "seed-1", "long"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 LITERAL = "literal"
 HEADER = (
-    "what differs", "test accuracy, %", "with seed 1, %", "training, first and last stretch, %",
-    "H, lowest and highest Ritz value", "inner residual left", "linear residual", "negative curvature", "left out",
-    "gradient off by",
+    "what differs", "test accuracy, %", "with seed 1, %", "training, first and last 25 meta-steps, %",
+    "H, lowest and highest Ritz value", "inner residual, final / initial", "linear residual", "negative curvature",
+    "left out", "gradient off by",
 )  # fmt: skip
 COURSE_HEADER = ("meta-steps", "training accuracy, %", "inner residual", "linear residual", "negative curvature")
 MILESTONES = (100, 400, 1000, 2000, 3000, 4000)

@@ -227,7 +227,7 @@ def probe(learner: TunedLearner, theta: dict, tasks: TunedTask, certified: bool)
         certificate = bl.certify(PROBLEM, theta, outs[0], each[0], linear=bl.CG(CERTIFYING_STEPS))
         found |= {
             "gradient": float(certificate.norm),
-            # Certificate.estimate is this distance raised to Certificate.rounding, which may be infinite.
+            # Certificate.estimate is at least Certificate.rounding, which may be infinite. This distance is not.
             "correction": float(tree.norm(tree.subtract(outs[0].gradient, certificate.gradient))),
             "first_order": bool(certificate.first_order),
         }

@@ -17,8 +17,8 @@ class Variant:
         strength: λ of the proximal term that is added to the mean support loss.
         inner: the inner solver.
         linear: the solver of the adjoint system. The study counts the tasks in which CG meets a direction of negative
-            curvature. Only the engine ``"watched"`` checks every direction; the default engine reports negative
-            curvature only if its answer x has ⟨x, Ax⟩ < 0.
+            curvature. Only the engine ``"watched"`` checks every direction. The default engine checks its answer x
+            alone, by the sign of ⟨x, Ax⟩.
         epsilon: Adam's ε.
         learning_rate: Adam's learning rate.
         tasks: number of tasks in a meta-step.

@@ -1,7 +1,7 @@
-"""Features of an Equinox network, learned through a ridge regression of its last layer.
+"""Features that an Equinox network computes, learned through a ridge regression on them.
 
-The inner problem fits the last layer to 60 points by ridge regression. The outer variables are the parameters of the
-earlier layers. The outer value is the error of the regression on 60 other points.
+The network maps x to twelve features. The inner problem fits their coefficients w to 60 points by ridge regression. The
+outer variables are the parameters of the network. The outer value is the error of the prediction on 60 other points.
 """
 
 import sys
@@ -20,7 +20,7 @@ def truth(x):
 
 
 def load():
-    """Return noisy values of a function with a jump: 60 points to fit the last layer, 60 to validate it."""
+    """Return noisy values of a function with a jump: 60 points to fit the coefficients, 60 to validate them."""
     x = jax.random.uniform(jax.random.key(0), (120, 1), minval=-1.0)
     y = truth(x[:, 0]) + 0.1 * jax.random.normal(jax.random.key(1), (120,))
     return {"fit": (x[:60], y[:60]), "validate": (x[60:], y[60:])}
@@ -47,7 +47,7 @@ def main(picture="equinox_features.png"):
     grid = jnp.linspace(-1, 1, 400)[:, None]
     before = bl.solve(solver, problem.condition, jnp.zeros(12), theta, data).w
     plt.plot(grid, truth(grid[:, 0]), color="0.6", label="truth")
-    plt.plot(*data["fit"], ".", label="points for the fit of the last layer")
+    plt.plot(*data["fit"], ".", label="points for the fit of the coefficients")
     plt.plot(grid, predict(before, theta, grid), ":", label="random features")
     plt.plot(grid, predict(minimum.w, minimum.theta, grid), label="learned features")
     plt.legend()

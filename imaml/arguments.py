@@ -33,8 +33,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command, such as ``["train", "--strength", "0.5"]``.
 
     The result has one attribute for each argument of the command, and the name of the command as ``command``. For
-    ``train`` and ``verify``, ``chosen`` is the :class:`imaml.Preset` with all overridden settings. A deprecated path of
-    a setting prints a message to stderr.
+    ``train`` and ``verify``, ``chosen`` is the :class:`imaml.Preset` with all overridden settings. For a setting with a
+    deprecated path, a message is printed to stderr.
 
     Args:
         words: the words of the command line after ``imaml``.
@@ -97,7 +97,7 @@ def _parsers():
         "--devices",
         metavar="N",
         type=_devices,
-        help="devices of each process, or 'all' (default: as many as divide the tasks)",
+        help="number of devices of each process, or 'all' (default: the largest number that divides the tasks)",
     )
     train.add_argument(
         "--coordinator",
@@ -121,7 +121,7 @@ def _parsers():
     evaluate.add_argument(
         "--record",
         metavar="NAME",
-        help="evaluate the parameters that come with the package, of a run in 'imaml reproduce table2'",
+        help="evaluate trained parameters that come with the package, by the name of their record",
     )
     evaluate.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
     evaluate.add_argument(
@@ -172,7 +172,10 @@ def _parsers():
     data = commands.add_parser("data", help="fetch and check a dataset's official files", allow_abbrev=False)
     data.add_argument("dataset", metavar="NAME", help="omniglot")
     data.add_argument(
-        "--dir", metavar="DIR", type=Path, help="the folder to put them in; default: the one that train reads"
+        "--dir",
+        metavar="DIR",
+        type=Path,
+        help="the folder for the files; default: the folder that 'imaml train' reads",
     )
     data.add_argument("--url", metavar="URL", help="address of a folder on a mirror that has the files")
     for name in WITH_PROGRESS:
@@ -184,7 +187,7 @@ def _devices(text):
     if text == "all":
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes a number from 1 or 'all', got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or 'all', got {text!r}")
     return int(text)
 
 

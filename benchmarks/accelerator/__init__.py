@@ -1,1 +1,1 @@
-"""Training of the paper's cells on an accelerator, in stretches of minutes that add up."""
+"""Training of the paper's cells on an accelerator, in calls of some minutes that resume each other's runs."""

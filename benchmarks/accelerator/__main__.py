@@ -3,8 +3,8 @@
     python -m benchmarks.accelerator --minutes 9 --out DIR --data OMNIGLOT
     python -m benchmarks.accelerator --minutes 1 --out DIR --cells glyphs-5way-1shot-gd:12:4 -- --network.filters 4
 
-Every stretch resumes the runs in DIR and ends within its minutes, so that several short stretches train what one long
-one would, to the same bits. docs/scaling.md says what a bare machine needs.
+Each call of the command resumes the runs in DIR and ends within the given minutes. On a CPU, several short calls give
+the same bits as one long call. docs/scaling.md says what a bare machine needs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ RESERVE = 15.0
 
 
 def main(words: list[str] | None = None) -> int:
-    """Compare, train and report; return 0, or 2 for arguments or data that cannot be used."""
+    """Compare, train and report; return 0, 2 for arguments or data that cannot be used, or 130 after Ctrl-C."""
     begun = time.monotonic()
     words = sys.argv[1:] if words is None else words
     words, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -43,7 +43,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"accelerator: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -54,7 +54,7 @@ def _parser():
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Options after -- are options of 'imaml train' for all runs, such as --network.filters 32.",
     )
-    parser.add_argument("--minutes", type=float, required=True, help="minutes after which the command has ended")
+    parser.add_argument("--minutes", type=float, required=True, help="time limit of the command, in minutes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of all runs")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of Omniglot's archives")
     parser.add_argument(

@@ -23,9 +23,9 @@ from imaml.settings.preset import Preset
 from imaml.storage.files import write_whole
 
 GROUP = 8
-"""The most tasks of a group that is computed together."""
+"""Greatest number of tasks in a group that is computed together."""
 LARGEST_DISTANCE = 0.05
-"""A way is chosen only if its meta-gradient is this close to float64's, relative to the norm.
+"""Greatest distance of a way's meta-gradient from float64's, relative to the norm, at which the way can be chosen.
 
 The meta-gradient of a few tasks differs far more from its expectation over tasks.
 """
@@ -52,7 +52,7 @@ class Way:
         return dataclasses.replace(preset, network=network, outer=outer)
 
     def at_once(self, tasks: int) -> int:
-        """Return the tasks that are computed together, of a meta-step with ``tasks`` tasks."""
+        """Return the number of tasks that are computed together, for meta-steps of ``tasks`` tasks."""
         return {"one": 1, "groups": min(GROUP, tasks), "all": tasks}[self.together]
 
     def options(self, tasks: int) -> list[str]:
@@ -118,7 +118,7 @@ def best(measured: Iterable[Measurement]) -> Way:
 
 
 def saved(path: Path, preset: Preset, source: Any) -> Way:
-    """Return the best way on this machine, from the file ``path`` if it was written on such a machine.
+    """Return the best way on this machine, from the file ``path`` if it has the same device, versions and settings.
 
     Otherwise compare the ways, print the table and write the file.
     """
@@ -164,7 +164,7 @@ def _timed(way, future, theta, tasks, exact, seconds):
             begun = time.perf_counter()
             jax.block_until_ready(program(theta, tasks))
             times.append(time.perf_counter() - begun)
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # too little memory, or no such product here
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # out of memory, or an unsupported product
         return Measurement(way, float("inf"), float("inf"), 0.0, str(error).split("\n")[0][:100])
     return Measurement(way, statistics.median(times) / len(tasks.query_y), _distance(gradient, exact), compilation)
 

@@ -27,7 +27,7 @@ VERSION = 1  # part of the name of the cache entry: increase it with every chang
 SEED = 20190910
 SAMPLES = 20
 SIDE = 28
-TRAIN_CLASSES = 1463  # with the fonts of current matplotlib releases; `load` announces this number before rendering
+TRAIN_CLASSES = 1463  # with the fonts of current matplotlib; `load` passes this many blank classes to `meanwhile`
 
 TEST_SCRIPTS = ("GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "LAO", "OLD ITALIC", "COPTIC", "LISU")
 TRAIN_SCRIPTS = ("LATIN", "ARABIC", "CANADIAN SYLLABICS")

@@ -1,8 +1,8 @@
 """The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
 Images are indexed by ``[class, sample]``. The training and test parts hold different classes. The split is part of the
-dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. If the dataset of that name has
-another fingerprint at evaluation, it is refused. A run is therefore not tested on a class that it was trained on.
+dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of the run refuses a
+dataset with another fingerprint. A run is therefore not tested on a class that it was trained on.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class ImageDataset:
             raise InputError(f"{self.name}: {len(shared)} classes, including {min(shared)}, are in both train and test")
 
     def dictionary(self) -> dict[str, np.ndarray]:
-        """Return the pixels and labels of both parts as named arrays, from which :meth:`from_dictionary` restores."""
+        """Return the pixels and labels of both parts as named arrays, the inverse of :meth:`from_dictionary`."""
         parts = {"train": self.train, "test": self.test}
         pixels = {f"{part}_pixels": classes.pixels for part, classes in parts.items()}
         return pixels | {f"{part}_labels": np.array(classes.labels) for part, classes in parts.items()}

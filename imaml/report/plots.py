@@ -145,6 +145,7 @@ def _evaluations(directory):
     """Return the evaluations in ``result.json``, with the field names of this version. Without that file, return []."""
     path = directory / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    if former := result.get("evaluation"):  # Earlier versions wrote one, always with the query batch's statistics.
+    if former := result.get("evaluation"):
+        # Earlier versions wrote a single evaluation, always with the query batch's statistics.
         return [{"value": former["accuracy"], "interval": former["interval"], "normalisation": "query batch"}]
     return result.get("evaluations", [])

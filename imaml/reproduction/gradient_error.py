@@ -133,7 +133,7 @@ def gradient_errors(
 
 
 def _return_init(condition, init, theta, data):
-    """Return ``init``: the inner solver where φ has been computed before."""
+    """Return ``init``. This is the inner solver if φ has already been computed."""
     return init
 
 

@@ -127,7 +127,9 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
     log = read_log(directory)
     steps = config["outer"]["steps"]
     if [entry.step for entry in log] != list(range(1, steps + 1)):
-        raise InputError(f"the log in {directory} has {len(log)} intact lines for {steps} meta-steps, not one for each")
+        raise InputError(
+            f"the log in {directory} must have one line for each of {steps} meta-steps, but has {len(log)} intact lines"
+        )
     seconds, stretches = time_of(log)
     return Record(
         preset=result["preset"],
@@ -204,7 +206,9 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
 
     begun = preset(name).using(config.get("algorithm", "imaml"))
     if types is not None and (found := differences(begun.types(), types)):
-        raise InputError(f"a record needs the parts of the preset {name}, but the run has others ({'; '.join(found)})")
+        raise InputError(
+            f"a record needs parts of the types in the preset {name}, but the run has other types ({'; '.join(found)})"
+        )
     wanted = settings(restore(name, config))
     words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]
     here = settings(begun)

@@ -60,7 +60,7 @@ def evaluate(name: str, tasks: int = 600, data: str | Path | None = None, direct
     Args:
         name: one of :func:`names`.
         tasks: number of tasks, at least 2.
-        data: the folder of the dataset's archives, for a dataset that is not embedded.
+        data: the folder of the dataset's files, for a dataset that is read from files.
         directory: the folder of the records.
 
     Raises:
@@ -73,8 +73,8 @@ def evaluate(name: str, tasks: int = 600, data: str | Path | None = None, direct
     dataset = datasets.load(preset.dataset, data)
     if dataset.fingerprint() != record.split:
         raise InputError(
-            f"{name} was trained on other data than this {preset.dataset}: the held-out classes here may be training "
-            "classes there"
+            f"{name} was trained on other data than the present {preset.dataset} data, whose held-out classes may "
+            "include training classes of the run"
         )
     return evaluate_classes(theta, preset, dataset.test, tasks)
 

@@ -203,7 +203,7 @@ def _pack(leaf):
 
 
 def _unpack(array, like):
-    """Return the leaf that :func:`_pack` made ``array`` of, with the dtype or key type of ``like``."""
+    """Convert an array of :func:`_pack` back to a leaf with the dtype or key type of ``like``."""
     if _is_key(like):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     return jnp.asarray(array.view(like.dtype))

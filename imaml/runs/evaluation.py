@@ -1,7 +1,8 @@
 """Evaluation as in the paper: the mean accuracy or error over many held-out tasks, with a 95 % interval of the mean.
 
 Batch normalisation takes mean and variance either of the query batch, as published, or of the support set alone. With
-the query batch, the prediction for a query image depends on the other query images. Every evaluation names its choice.
+the query batch, the prediction for a query image depends on the other query images. Every :class:`Evaluation` states
+which of the two was used.
 """
 
 import warnings
@@ -26,7 +27,7 @@ from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
 
 _OTHER_GLYPHS = (
-    "Glyphs differ between versions of matplotlib. A run keeps a copy of its glyphs since version 0.2; for an earlier "
+    "Glyphs differ between versions of matplotlib. Since version 0.2, a run keeps a copy of its glyphs; for an earlier "
     "run, install the matplotlib that it was trained with"
 )
 
@@ -53,7 +54,7 @@ def evaluate(
             does not define, such as a network class of your own. Otherwise the default is the run's settings. The
             parts must have the types that the run was trained with; with θ, any types are accepted.
         tasks: number of tasks, at least 2.
-        data: the folder of the dataset's archives, for a dataset that is not embedded.
+        data: the folder of the dataset's files, for a dataset that is read from files.
         best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
         on_event: called with a message if the last checkpoint is damaged and an older one is used, or if outputs of the
             network are not finite.
@@ -82,8 +83,8 @@ def evaluate(
         dataset = run_data.load(directory, preset.dataset, data, on_warning=on_event)
     if fingerprint not in (None, dataset.fingerprint()):
         raise InputError(
-            f"{run} was trained on other data than this {preset.dataset}: the held-out classes here may be training "
-            f"classes there. {_OTHER_GLYPHS if preset.dataset == run_data.KEPT else ''}".rstrip()
+            f"{run} was trained on other data than the present {preset.dataset} data, whose held-out classes may "
+            f"include training classes of the run. {_OTHER_GLYPHS if preset.dataset == run_data.KEPT else ''}".rstrip()
         )
     return evaluate_classes(theta, preset, dataset.test, tasks, on_event)
 
@@ -165,8 +166,8 @@ def evaluate_classes(
     scores = np.asarray(jax.jit(spread)(on_all((theta, classes.source), mesh), keys))
     if broken := int((~np.isfinite(scores)).any(1).sum()):
         on_event(
-            f"the outputs of {broken} of {tasks} tasks are not finite, so the mean is not a number: the parameters or "
-            "the data contain such numbers, or the inner steps diverge"
+            f"the outputs of {broken} of {tasks} tasks are not finite, so the mean is NaN: the parameters or the data "
+            "contain numbers that are not finite, or the inner steps diverge"
         )
     means, intervals = scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
     found = zip(normalisations(preset), means, intervals, strict=True)

@@ -101,12 +101,12 @@ class RunFolder:
     def finish(self, evaluations: list[dict[str, Any]]) -> None:
         """Write ``result.json``: the description of the run together with its evaluations.
 
-        A result of the same run with more tasks is not replaced; ``on_warning`` is told.
+        A result of the same run with more tasks is not replaced. ``on_warning`` is then called.
         """
         path = self._directory / RESULT
         tasks, kept = evaluations[0]["tasks"], self._evaluated_tasks(path)
         if kept > tasks:
-            self._on_warning(f"{path} keeps its evaluation on {kept} tasks, because this one has only {tasks}")
+            self._on_warning(f"{path} keeps its evaluation on {kept} tasks, because the new one has only {tasks}")
             return
         record = json.dumps(self._description | {"evaluations": evaluations}, indent=2) + "\n"
         write_whole(path, lambda stream: stream.write(record.encode()))
@@ -133,7 +133,7 @@ class RunFolder:
         if other_settings := differences(self._completed(saved["config"]), wanted["config"]):
             raise InputError(
                 f"{self._directory} holds a run with other settings ({'; '.join(other_settings)}): "
-                "use another --out, or delete it"
+                "use another --out, or delete the folder"
             )
         if other_types := self._other_types(saved):
             raise InputError(
@@ -141,7 +141,7 @@ class RunFolder:
                 "use another --out, or train with the types of that run"
             )
         if saved["data"] != wanted["data"]:
-            raise InputError(f"{self._directory} holds a run on other data: use another --out, or delete it")
+            raise InputError(f"{self._directory} holds a run on other data: use another --out, or delete the folder")
         if other_versions := differences(saved["versions"], wanted["versions"]):
             self._on_warning(f"resuming with other versions, so last bits may differ ({'; '.join(other_versions)})")
         return found.restore(initial)

@@ -64,7 +64,7 @@ def train(
         preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with parts of
             the same types.
         directory: the run's folder, created if it does not exist.
-        data: the folder of the dataset's archives, for a dataset that is not embedded.
+        data: the folder of the dataset's files, for a dataset that is read from files.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
@@ -213,8 +213,8 @@ def _without_gradients(preset, progress):
     remedy = "raise linear.max_steps or strength" if preset.algorithm == "imaml" else _likely_causes(preset)
     return (
         f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: the median "
-        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and a residual above 1 is no "
-        f"better than no solution; {remedy}"
+        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and a residual above 1 is "
+        f"larger than that of the zero vector; {remedy}"
     )
 
 

@@ -38,9 +38,9 @@ from imaml.runs.results import TRUNCATED, Verification
 from imaml.settings.preset import Preset
 
 SOLVED = 1e-8
-"""Relative residual at which a linear solve counts as exact: far below ``DIFFERENCED``, to which gradients agree."""
+"""Relative residual at which a linear solve counts as exact, far below the tolerance ``DIFFERENCED`` of gradients."""
 DIFFERENCED = 1e-4
-"""Tolerance for |slope − difference quotient| relative to the gradient's norm, besides the quotient's own error."""
+"""Tolerance for |slope − difference quotient| relative to the gradient's norm; the quotient's error is added to it."""
 STATIONARY = 1e-9
 """Norm of the inner gradient at which the inner problem counts as solved.
 
@@ -63,7 +63,7 @@ def verify(
 
     Args:
         preset: the settings; they are used at their real size.
-        data: the folder of the dataset's archives, for a dataset that is not embedded.
+        data: the folder of the dataset's files, for a dataset that is read from files.
         steps: numbers of steps of unrolled MAML, increasing.
         directions: number of directions in θ along which gradients are compared with differences and with unrolled
             MAML, at least 1. The first is the implicit gradient; the others are random.

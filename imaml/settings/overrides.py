@@ -46,8 +46,9 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
 def settings(chosen: Preset) -> dict[str, Any]:
     """Return the settings that can be overridden, as a dictionary from dotted path to present value.
 
-    Not included are the fields in ``FIXED``, fields that are None, nested values that are neither numbers, switches nor
-    listed in ``CHOICES``, and settings that the preset's algorithm does not use, such as ``strength`` for MAML.
+    These are left out: the fields in ``FIXED``; fields that are None; nested values that are neither numbers nor
+    switches, unless ``CHOICES`` lists them; and settings that the preset's algorithm does not use, such as ``strength``
+    for MAML.
     """
     found: dict[str, Any] = {}
     for name, value in _fields(chosen).items():

@@ -46,9 +46,9 @@ _BASELINE_DEPARTURES = {
     "reptile": (
         _SAME_OUTER_LOOP,
         "The inner loop is gradient descent on all support and query examples of a training task, with a step size of "
-        "our choice, where the publication uses Adam on batches of them. Training accuracy and loss in the log are "
+        "our choice; the publication uses Adam on batches of these examples. Training accuracy and loss in the log are "
         "therefore measured on examples that the parameters were adapted to.",
-        "The outer loop is Adam on the mean of θ − φ, where the publication moves θ by a fixed multiple of the mean.",
+        "The outer loop is Adam on the mean of θ − φ; the publication moves θ by a fixed multiple of the mean.",
     ),
 }
 

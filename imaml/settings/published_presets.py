@@ -66,7 +66,7 @@ _HESSIAN_FREE_STEPS = (
     "An inner solve takes 3 Hessian-free steps, a number that the paper does not give. Each has the paper's 5 CG steps "
     "for its direction, and a backtracking line search."
 )
-_STRENGTH = "λ is 0.1 for the mean support loss, where the paper gives λ = 2 for its loss."
+_STRENGTH = "λ is 0.1 for the mean support loss; the paper gives λ = 2 for its loss."
 
 
 def _inner_rate(rate, steps):
@@ -122,10 +122,10 @@ _GLYPHS_HF = _hessian_free(_GLYPHS, (_FONT_GLYPHS, _LARGE_KERNELS, _STRENGTH, _C
 # --- Omniglot ------------------------------------------------------------------------------------------------------
 
 _MORE_IMAGES = (
-    "λ is 0.5 for the mean support loss, where the paper gives λ = 2 for its loss. The λ and the inner step size of "
+    "λ is 0.5 for the mean support loss; the paper gives λ = 2 for its loss. The λ and the inner step size of "
     "the 5-way 1-shot preset, 0.1 and 0.01, leave a relative residual above 1 in the adjoint system of every task at "
-    "the initial parameters, so training by gradient descent does not begin. The learning rate was not tuned for this "
-    "number of ways and shots."
+    "the initial parameters. No task then has a usable gradient, and training by gradient descent does not begin. The "
+    "learning rate was not tuned for this number of ways and shots."
 )
 
 
@@ -178,10 +178,10 @@ _REFERENCE = dataclasses.replace(
         "This preset follows the authors' code and not the paper's equations. An inner solve takes 16 gradient steps "
         "on the support loss without the proximal term, and one step on the proximal term alone. The meta-gradient "
         "solves (2I + H/12)g = v by 5 CG steps from zero.",
-        "Test characters are disjoint from training characters, where the training and evaluation scripts of that code "
-        "shuffle the characters by different seeds. Evaluation uses the same inner loop as training, where the script "
-        "sets λ = 0.",
-        "Tasks are sampled anew in each meta-step, where that code draws them from a list that is made beforehand.",
+        "Test characters are disjoint from training characters; the training and evaluation scripts of that code "
+        "shuffle the characters by different seeds, so that theirs overlap. Evaluation uses the same inner loop as "
+        "training; the evaluation script of that code sets λ = 0.",
+        "Tasks are sampled anew in each meta-step; that code draws them from a list that is made beforehand.",
         "Convolutions have no biases, because batch normalisation cancels a bias in outputs and gradients.",
     ),
     baselines=None,

@@ -15,7 +15,7 @@ ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 def omniglot_directory() -> Path:
     """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR`` if it has both, else ``../shared/omniglot``.
 
-    The test is skipped if neither folder has both.
+    The test is skipped if neither folder has both archives.
     """
     candidates = [Path(__file__).resolve().parents[2].parent / "shared" / "omniglot"]
     if named := os.environ.get("OMNIGLOT_DIR"):

@@ -31,7 +31,7 @@ TIMEOUT = 400.0
 
 @pytest.fixture(scope="session")
 def glyph_cache(tmp_path_factory, tiny_pixels):
-    """A cache folder with twelve glyph classes of six images per split. Drawing the real glyphs takes half a minute."""
+    """A cache folder with twelve glyph classes of six images per split. Rendering the real glyphs takes seconds."""
     folder = tmp_path_factory.mktemp("glyph-cache")
 
     def build():

@@ -101,7 +101,8 @@ def test_every_public_name_has_a_docstring(package):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
             text = inspect.getdoc(value) or ""
-            assert len(text) > 20 and not text.startswith(f"{name}("), name  # not the default of a dataclass
+            # The default docstring of a dataclass is its signature.
+            assert len(text) > 20 and not text.startswith(f"{name}("), name
         else:
             assert name in constants, f"{name} needs a string below its assignment"
 
@@ -119,7 +120,7 @@ def test_the_list_of_error_messages_is_complete():
 
     bilevel, imaml = (refusals.page(package) for package in ("bilevel", "imaml"))
     assert "Unrolled(last=…) needs between 1 and the solver's … steps" in bilevel
-    assert "outer.steps must be at least 1, got …" in imaml  # the helper `_check` raises it
+    assert "outer.steps must be at least 1, got …" in imaml  # the helper `check` raises it
     raises = sum(len(re.findall(r"raise (ValueError|TypeError)\(", p.read_text())) for p in sources("bilevel"))
     assert bilevel.count("\n") - 2 == raises
 

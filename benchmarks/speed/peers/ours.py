@@ -42,7 +42,10 @@ def learner_of(item: FewShot) -> Learner:
 
 
 def _spread(learner, theta, tasks, count):
-    """Return the meta-gradient spread over all devices, as in `imaml train`; no program if there is one device only."""
+    """Return the meta-gradient spread over all devices, as in `imaml train`.
+
+    There is no program for one device, nor if the number of devices does not divide ``count``.
+    """
     if jax.device_count() == 1 or count % jax.device_count():
         return {}
     gradient = meta_gradient(learner, axis=AXIS)

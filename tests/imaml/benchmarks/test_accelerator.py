@@ -1,4 +1,4 @@
-"""The accelerator command: it keeps the fastest accurate way, and several stretches equal one uninterrupted run."""
+"""The accelerator command keeps the fastest way that is accurate enough, and several calls equal one long call."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def measured(products, seconds, distance):
     return Measurement(Way("all", "patches", products), seconds, distance, 1.0)
 
 
-def test_the_fastest_way_near_float64_is_kept():
+def test_the_fastest_way_within_the_largest_distance_from_float64_is_kept():
     precise = measured("float32", 3.0, 1e-6)
     rounded = measured("tensorfloat32", 2.0, 0.9 * LARGEST_DISTANCE)
     coarse = measured("bfloat16", 1.0, 1.1 * LARGEST_DISTANCE)
@@ -35,7 +35,7 @@ def test_the_fastest_way_near_float64_is_kept():
     assert best([precise, coarse]) == precise.way
 
 
-def test_without_a_way_near_float64_the_fastest_in_float32_is_kept():
+def test_without_a_way_within_that_distance_the_fastest_in_float32_is_kept():
     slow, fast = measured("float32", 3.0, 0.2), measured("float32", 2.0, float("inf"))
     assert best([slow, measured("bfloat16", 1.0, 0.1), fast]) is fast.way
 
@@ -59,8 +59,8 @@ def last(out):
     return found
 
 
-@pytest.mark.slow("compiles eight ways, and trains the same small run twice")
-def test_stretches_give_the_numbers_of_an_uninterrupted_run(tmp_path):
+@pytest.mark.slow("compiles the meta-gradient in eight ways, and trains the same small run twice")
+def test_several_calls_give_the_numbers_of_an_uninterrupted_run(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert begin(whole).wait() == 0
     content = json.loads((whole / "comparison.json").read_text())
@@ -68,10 +68,10 @@ def test_stretches_give_the_numbers_of_an_uninterrupted_run(tmp_path):
     assert (whole / "records" / f"{PRESET}.json").exists()
 
     parts.mkdir()
-    shutil.copy(whole / "comparison.json", parts)  # As both stretches of a machine do, they share the comparison.
+    shutil.copy(whole / "comparison.json", parts)  # Both calls of a command on one machine read the same comparison.
     first = begin(parts)
     while not (log := parts / PRESET / "metrics.jsonl").exists() or log.read_text().count("\n") < 5:
-        assert first.poll() is None, "the first stretch ended before it could be interrupted"
+        assert first.poll() is None, "the first call ended before it could be interrupted"
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     assert first.wait() == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Tests of the report on the paper study: it has the records' numbers, and docs/reproducing.md has its tables."""
+"""The report on the paper study shows the numbers of the records, and docs/reproducing.md contains its tables."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def test_a_row_shows_the_numbers_of_its_records():
     assert report.row(RECORD)[2] == "—"
 
 
-def test_a_course_shows_means_over_the_steps_before_a_milestone():
+def test_the_table_of_a_long_run_shows_means_over_the_steps_before_a_milestone():
     line = report.course(RECORD).splitlines()
     assert line[2:] == ["| 100 | 35 | 2.50 | 0.40 | 25% |"]
 

@@ -1,4 +1,4 @@
-"""The speed benchmark: ratios of times, processes of contenders on small problems, exact gradients, refusals."""
+"""The speed benchmark: ratios of times, the processes of contenders, exact gradients, and refused arguments."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def small(name):
     return dataclasses.replace(workloads.ITEMS[name], **SMALL, **STEPS)
 
 
-def test_a_ratio_is_taken_within_its_round():
+def test_a_ratio_compares_two_times_of_the_same_round():
     # The second round is slower for both contenders, which does not affect its ratio.
     assert harness.ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == {"median": 3.0, "least": 2.0, "largest": 4.0}
 
@@ -68,7 +68,7 @@ def test_the_gradient_from_a_contenders_process_equals_the_exact_one(tmp_path):
     np.testing.assert_allclose(found, item.exact(), rtol=0, atol=1e-4 * np.abs(item.exact()).max())
 
 
-def test_a_peer_without_its_python_is_refused(monkeypatch):
+def test_a_peer_whose_python_is_missing_is_refused(monkeypatch):
     monkeypatch.setenv("SPEED_PEERS_PYTHON", "/nowhere/python")
     theirs = harness.Contender("theirs", "jaxopt_root", "hypergradient")
     with pytest.raises(harness.Missing, match=r"jaxopt_root: there is no /nowhere/python"):
@@ -104,7 +104,7 @@ def test_pytorch_computes_the_same_gradient_of_the_same_operator(tmp_path):
     assert suites._relative(found["theirs"], found["ours"]) < suites.TOLERANCE
 
 
-@pytest.mark.slow("compiles the first timed item at its real size")
+@pytest.mark.slow("compiles the item W1 at its real size")
 def test_a_meta_gradient_of_w1_needs_at_most_6_4_mib():
     from benchmarks.speed.peers import ours
 

@@ -54,7 +54,7 @@ def scripts(classes):
 
 
 def neighbour_accuracy(classes: ImageClasses, ways: int, shots: int) -> float:
-    """Return the accuracy of the nearest support image in Euclidean pixel distance over EPISODES episodes."""
+    """Return the accuracy of labelling each query image as its nearest support image, by Euclidean pixel distance."""
     random = np.random.default_rng(0)
     pixels = classes.pixels.reshape(len(classes), classes.samples, -1).astype(np.float32) / 255
     hits = 0.0

@@ -69,7 +69,7 @@ def test_a_second_load_takes_less_than_a_second_and_gives_the_same_data(real, om
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_official_pixels_equal_those_that_pillow_resizes_and_inverted(real, part: str, omniglot_directory: Path):
+def test_official_pixels_equal_the_inverse_of_those_that_pillow_resizes(real, part: str, omniglot_directory: Path):
     classes = getattr(real, part)
     members = {}
     for folder in (BACKGROUND, EVALUATION):

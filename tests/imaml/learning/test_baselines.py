@@ -72,7 +72,7 @@ def closed_form(algorithm, task):
 def test_the_meta_gradient_is_its_closed_form(algorithm, tasks):
     out = jax.jit(meta_gradient(linear_learner(algorithm)))(THETA, tasks)
     exact = [closed_form(algorithm, jax.tree.map(lambda array, i=i: array[i], tasks)) for i in range(4)]
-    # Rounding errors of four steps with matrices of norm below 10 and sums of 16 terms.
+    # The tolerances allow for rounding in four steps with matrices of norm below 10 and sums of 16 terms.
     np.testing.assert_allclose(out.value, np.mean([value for value, _ in exact]), rtol=1e-11)
     np.testing.assert_allclose(out.gradient["w"], np.mean([gradient for _, gradient in exact], 0), atol=1e-11)
     assert int(out.tasks) == 4 and not np.asarray(out.linear_residual).any()
@@ -114,9 +114,10 @@ def softmax_task():
 
 
 def softmax_slope(parameters, x, y):
-    """Return the gradient of softmax regression's mean cross-entropy, the inputs with a 1, and the probabilities.
+    """Return the gradient of softmax regression's mean cross-entropy, the extended inputs, and the probabilities.
 
-    The gradient has the shape ``[features + 1, ways]``. Its last row is the bias's.
+    The inputs are extended by a column of ones. The gradient has the shape ``[features + 1, ways]``, and its last row
+    belongs to the bias.
     """
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     logits = x @ parameters
@@ -169,7 +170,7 @@ def test_the_reference_learner_computes_the_meta_gradient_of_the_authors_code(so
     assert np.abs(truncated - exact).max() > 1e-10
 
 
-def test_the_reference_preset_has_that_learner_and_the_initialisation_of_the_code():
+def test_the_reference_preset_has_the_learner_and_the_initialisation_of_the_authors_code():
     chosen = imaml.preset("omniglot-5way-1shot-reference-code")
     expected = reference_learner(
         chosen.learner.apply, cross_entropy, bl.GradientDescent(0.1, 16), bl.CG(5, ridge=1.0), 2.0

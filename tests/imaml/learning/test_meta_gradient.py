@@ -1,7 +1,7 @@
 """Tests of the meta-gradient in float64 against a dense linear system and unrolled MAML, and for batches of tasks.
 
-The dense system is that of the published network. As its number of steps grows, the gradient of unrolled MAML converges
-to the implicit one. The closed form of linear regression is tested in test_meta_gradient_closed_form.py.
+The dense system is that of the published network. As the number of inner steps grows, the gradient of unrolled MAML
+converges to the implicit one. The closed form of linear regression is tested in test_meta_gradient_closed_form.py.
 """
 
 from dataclasses import replace
@@ -74,8 +74,8 @@ def query_by_hand(phi, theta, task):
 def dense(glyph_task):
     """Return the adjoint system (I + H/λ)g = v, the residual, the query loss and the accuracy after the inner steps.
 
-    H is the Hessian of the support loss, λ the preset's strength, and v the gradient of the query loss. All come from
-    the two losses above.
+    H is the Hessian of the support loss, λ the preset's strength, and v the gradient of the query loss. All are
+    computed from ``support_by_hand`` and ``query_by_hand``.
     """
     theta, task = glyph_task
     start, unravel = ravel_pytree(theta)
@@ -149,7 +149,7 @@ def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyp
     np.testing.assert_allclose(flat(out.gradient), flat(expected.gradient), rtol=0, atol=atol)
 
 
-def test_the_residuals_loss_and_accuracy_of_the_preset_are_the_dense_ones(preset_result, dense):
+def test_the_residuals_loss_and_accuracy_of_the_preset_equal_those_of_the_dense_computation(preset_result, dense):
     out = preset_result
     np.testing.assert_allclose(out.inner_residual, [np.linalg.norm(dense.residual)], rtol=1e-9)
     np.testing.assert_allclose((out.value, out.accuracy), (dense.value, dense.accuracy), rtol=1e-10)
@@ -230,7 +230,7 @@ def test_the_result_for_a_batch_is_the_mean_of_its_tasks(batch_gradient, clean, 
 
 
 @pytest.mark.parametrize("where", ["support_x", "query_x"])
-def test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit(
+def test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others(
     where, batch_gradient, clean, softmax_theta, softmax_tasks
 ):
     bad = 3
@@ -246,8 +246,8 @@ def test_a_task_of_nan_is_left_out_and_the_others_keep_every_bit(
         np.testing.assert_array_equal(flat(getattr(out, name)), flat(getattr(without, name)))
 
 
-def test_an_adjoint_worse_than_none_is_left_out():
-    """A task is left out if its linear residual is above 1, that is worse than the residual of the zero vector.
+def test_a_task_whose_linear_residual_is_above_1_is_left_out():
+    """A task is left out if its linear residual is above 1, which is the residual of the zero vector.
 
     The adjoint system of the second task is A = diag(2, −1) with v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one CG step is
     far too long.
@@ -267,7 +267,7 @@ def test_an_adjoint_worse_than_none_is_left_out():
     good = meta_gradient(learner)(theta, jax.tree.map(lambda array: array[::2], tasks))
     assert float(out.linear_residual[1]) > 100 and float(out.linear_residual[0]) < 1e-10
     # ⟨x, Ax⟩ is positive here, so the solver finds no negative curvature, and only the residual shows the failure.
-    assert bl.Status(int(out.status[1])) is bl.Status.BUDGET_USED
+    assert bl.Status(int(out.status[1])) is bl.Status.MAX_STEPS
     assert int(out.tasks) == 2
     np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])
     # The second task's loss is finite and counts. Each loss is ½‖φ‖², and one step of size 1e-6 leaves φ close to θ.
@@ -298,7 +298,7 @@ def lines(count, value=2.0):
     return Task(x, y, x, y)
 
 
-def test_outside_of_jit_a_batch_without_finite_numbers_gives_a_warning_and_no_value():
+def test_outside_of_jit_a_batch_without_finite_numbers_gives_a_warning_and_the_value_nan():
     theta = {"slope": jnp.ones(()), "offset": jnp.zeros(())}
     for at_once in (1, 2):
         with pytest.warns(UserWarning, match="no task of the batch has finite numbers: the value is NaN"):
@@ -313,7 +313,7 @@ def test_zero_tasks_are_refused(wrap):
 
 
 @pytest.mark.parametrize("slope, offset", [(2.0, 0.5), (2, 0.5), (2, np.float64(0.5)), (np.float64(2), np.array(0.5))])
-def test_a_python_number_in_theta_is_a_float(slope, offset):
+def test_a_python_number_in_theta_counts_as_a_float(slope, offset):
     theta = {"slope": slope, "offset": offset}
     arrays = {"slope": jnp.array(2.0), "offset": jnp.array(0.5)}
     out, expected = (meta_gradient(LINE)(t, lines(2)) for t in (theta, arrays))

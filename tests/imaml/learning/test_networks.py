@@ -120,7 +120,7 @@ def test_batch_normalise_takes_moments_over_all_axes_but_the_channels(x64):
     random = np.random.default_rng(0)
     x, scale, offset = random.normal(3, 2, (4, 5, 3, 2)), np.array([0.5, 2.0]), np.array([-1.0, 7.0])
     expected = scale * (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) + offset
-    # Rounding errors of sums over 60 numbers below 10.
+    # The tolerance allows for rounding in sums over 60 numbers below 10.
     np.testing.assert_allclose(batch_normalise(*map(jnp.asarray, (x, scale, offset))), expected, atol=60 * 10 * EPS)
 
 
@@ -130,11 +130,11 @@ def test_the_error_of_batch_normalise_is_a_few_roundings_of_the_mean():
     wide = x.astype(np.float64)
     expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
     out = batch_normalise(jnp.asarray(x), jnp.ones(2), jnp.zeros(2))
-    # Rounding errors of the mean, the differences and the last sum, for numbers of size 1000.
+    # The tolerance allows for rounding in the mean, the differences and the last sum, for numbers of size 1000.
     np.testing.assert_allclose(out, expected, rtol=0, atol=4 * 1000 * np.finfo(np.float32).eps)
 
 
-def test_rows_that_do_not_count_are_normalised_by_the_statistics_of_the_others(x64):
+def test_rows_after_the_counted_ones_are_normalised_by_the_statistics_of_the_counted_ones(x64):
     random = np.random.default_rng(0)
     x, scale, offset = random.normal(3, 2, (7, 5, 3, 2)), np.array([0.5, 2.0]), np.array([-1.0, 7.0])
     counted = x[:4]

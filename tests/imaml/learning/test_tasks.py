@@ -29,7 +29,7 @@ CORNERS = [
 
 
 def marked_pixels():
-    """Return images with one white corner and a centre of 6 · class + sample + 1, which no rotation moves."""
+    """Return images with one white corner, and a centre of grey level 6 · class + sample + 1 that no rotation moves."""
     pixels = np.zeros((CLASSES, SAMPLES, 28, 28, 1), np.uint8)
     pixels[:, :, 13:15, 13:15, 0] = np.arange(1, CLASSES * SAMPLES + 1).reshape(CLASSES, SAMPLES, 1, 1)
     pixels[:, :, 0, 0] = 255
@@ -116,7 +116,7 @@ def test_without_rotation_no_image_is_rotated(drawn):
 def test_all_images_of_a_class_are_rotated_alike_and_all_four_angles_occur(rotated):
     support, query = quarter_turns(rotated.support_x), quarter_turns(rotated.query_x)
     np.testing.assert_array_equal(support, np.repeat(query, EPISODE.shots, axis=1))
-    # Of 120 classes, each angle gets a quarter, within five standard deviations of the binomial count.
+    # Each angle is expected for a quarter of 120 classes. The tolerance is five standard deviations of the count.
     counts = np.bincount(query.ravel(), minlength=4)
     assert np.abs(counts - 30).max() < 5 * np.sqrt(120 * 3 / 16)
     assert any(len(set(task)) > 1 for task in query)  # the classes of a task are rotated independently

@@ -228,8 +228,8 @@ def test_only_process_0_writes_files_and_prints(interrupted_run):
             "the 4 tasks of a meta-step (--outer.tasks) cannot be divided equally among 3 devices (1 in each of 3 pr",
         ),
         ("--devices 3", "the 4 tasks of a meta-step (--outer.tasks) cannot be divided equally among 3 devices"),
-        ("--devices some", "takes a number from 1 or 'all', got 'some'"),
-        ("--devices 0", "takes a number from 1 or 'all', got '0'"),
+        ("--devices some", "must be a whole number of at least 1, or 'all', got 'some'"),
+        ("--devices 0", "must be a whole number of at least 1, or 'all', got '0'"),
         ("--process 2", "there is no option --process: did you mean --process"),
     ],
 )

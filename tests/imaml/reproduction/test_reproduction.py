@@ -97,7 +97,7 @@ def test_a_run_with_a_part_of_another_type_has_no_record(run):
     path.write_text(json.dumps(result | {"types": OMNIGLOT.types()}))
     assert records.of_run(run).command.startswith(f"imaml train {OMNIGLOT.name}")
     path.write_text(json.dumps(result | {"types": OMNIGLOT.types() | {"episode": "mine.Episode"}}))
-    with pytest.raises(InputError, match=r"the run has others \(episode: imaml.Episode → mine.Episode\)"):
+    with pytest.raises(InputError, match=r"the run has other types \(episode: imaml.Episode → mine.Episode\)"):
         records.of_run(run)
 
 
@@ -112,7 +112,7 @@ def test_an_unfinished_or_damaged_run_is_not_recorded(run, tmp_path):
         records.of_run(tmp_path)
     log = run / runlog.FILE
     log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(InputError, match="has 2 intact lines for 3 meta-steps, not one for each"):
+    with pytest.raises(InputError, match="one line for each of 3 meta-steps, but has 2 intact lines"):
         records.of_run(run)
     (run / "result.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
@@ -229,13 +229,13 @@ def needed():
 
 
 @pytest.mark.slow("compiles a network with several numbers of inner steps")
-def test_implicit_memory_is_flat_to_the_byte(needed):
+def test_the_memory_of_implicit_maml_is_the_same_for_every_number_of_steps(needed):
     few, middle, many = needed.temporary["iMAML, 5 CG steps"]
     assert few == middle == many > 0
 
 
 @pytest.mark.slow("compiles a network with several numbers of inner steps")
-def test_unrolled_memory_is_linear_in_steps(needed):
+def test_the_memory_of_unrolled_maml_is_linear_in_the_number_of_steps(needed):
     few, middle, many = needed.temporary["MAML, unrolled"]
     assert (many - few) / (1000 - 16) > 4 * 40 * 8  # Each step stores at least the hidden layer's outputs.
     assert middle == pytest.approx((few + many) / 2, rel=0.01)
@@ -309,7 +309,7 @@ def blank_omniglot(monkeypatch, fingerprint):
 
 
 @pytest.mark.slow("compiles an evaluation of a convolutional network")
-def test_recorded_parameters_are_evaluated_as_the_run_is(trained_run, tmp_path, monkeypatch):
+def test_recorded_parameters_have_the_evaluation_of_the_run(trained_run, tmp_path, monkeypatch):
     run, state = trained_run
     commands.record(run, tmp_path)
     assert trained.names(tmp_path) == ("run",)
@@ -334,7 +334,7 @@ def test_parameters_are_refused_with_other_data_or_another_network(trained_run, 
     with pytest.raises(InputError, match=r"the arrays in .*run\.safetensors do not fit the network"):
         trained.load(tmp_path / "run.safetensors", OMNIGLOT)
     blank_omniglot(monkeypatch, "cd" * 32)
-    with pytest.raises(InputError, match="run was trained on other data than this omniglot"):
+    with pytest.raises(InputError, match="run was trained on other data than the present omniglot data"):
         trained.evaluate("run", 4, directory=tmp_path)
     with pytest.raises(InputError, match="no record with trained parameters 'rum': did you mean run"):
         trained.evaluate("rum", 4, directory=tmp_path)

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_the_format_with_numbered_arrays_is_read(saved):
         {"x.npy": jnp.ones(2), "x": jnp.zeros(2)},  # numpy.load drops this ending
     ],
 )
-def test_names_that_cannot_be_used_lose_no_array(tree, tmp_path):
+def test_leaves_whose_paths_cannot_be_names_are_saved_and_restored(tree, tmp_path):
     checkpoints.save(tmp_path, 1, tree, {})
     assert_same_bits(checkpoints.newest(tmp_path).restore(tree), tree)
 
@@ -212,7 +212,7 @@ def test_a_changed_number_in_a_valid_archive_is_refused(saved):
         checkpoints.newest(saved)
 
 
-def test_the_checkpoint_before_damaged_ones_is_returned_and_they_are_reported(tmp_path):
+def test_the_checkpoint_before_damaged_ones_is_returned_and_the_damaged_ones_are_reported(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3)
     for step in (2, 3):

@@ -112,7 +112,7 @@ def test_parameters_without_a_preset_are_refused(uninterrupted):
 
 
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf])
-def test_outputs_that_are_not_finite_give_no_accuracy(number, uninterrupted):
+def test_outputs_that_are_not_finite_give_the_accuracy_nan(number, uninterrupted):
     theta = jax.tree.map(lambda leaf: leaf.at[..., 0].set(number), uninterrupted.run.theta)
     with pytest.warns(UserWarning, match=f"the outputs of 4 of {EVALUATION_TASKS} tasks are not finite"):
         found = imaml.evaluate(theta, PRESET, tasks=EVALUATION_TASKS)

@@ -69,7 +69,7 @@ def test_a_preset_that_differs_only_in_the_type_of_a_part_is_another_run(uninter
 
 
 def without_types(directory, target, name=PRESET.name):
-    """Copy the newest checkpoint to another folder, as a version wrote it that did not save types."""
+    """Copy the newest checkpoint to another folder, in the form of earlier versions, which did not save types."""
     found = checkpoints.newest(directory)
     facts = {key: found.description[key] for key in ("config", "data", "versions")} | {"preset": name}
     checkpoints.save(target, found.step, found.restore(initial_state(PRESET)), facts)
@@ -82,7 +82,7 @@ def test_a_run_saved_without_types_is_resumed_and_evaluated(uninterrupted, tmp_p
 
 
 @pytest.mark.parametrize("other", [replace(PRESET, name="mine"), PRESET])
-def test_a_run_with_a_part_of_an_unknown_type_says_which_and_what_to_pass(other, tmp_path, uninterrupted):
+def test_the_message_about_a_part_of_an_unknown_type_names_it_and_says_what_to_pass(other, tmp_path, uninterrupted):
     found = checkpoints.newest(uninterrupted.run.directory)
     facts = found.description | {"preset": other.name, "config": other.config()}
     checkpoints.save(tmp_path, found.step, found.restore(initial_state(PRESET)), facts)
@@ -94,7 +94,7 @@ def test_a_run_with_a_part_of_an_unknown_type_says_which_and_what_to_pass(other,
     assert imaml.evaluate(tmp_path, other, EVALUATION_TASKS).value == uninterrupted.run.evaluation.value
 
 
-def test_an_unknown_name_in_a_run_saved_without_types_says_what_to_pass(uninterrupted, tmp_path):
+def test_the_message_about_an_unknown_preset_of_a_run_saved_without_types_says_what_to_pass(uninterrupted, tmp_path):
     without_types(uninterrupted.run.directory, tmp_path, "mine")
     with pytest.raises(InputError, match=r"there is no preset 'mine'.*imaml\.evaluate\(run, preset\)"):
         imaml.evaluate(tmp_path)
@@ -150,7 +150,7 @@ def test_data_that_differ_by_one_bit_are_refused(uninterrupted, tiny_pixels, mon
 
 @pytest.fixture
 def glyphs(monkeypatch, tiny_pixels):
-    """A function that replaces the installed glyphs by the tiny images, each pixel XOR a number."""
+    """A function that replaces the installed glyphs by the tiny images, each pixel XORed with a number."""
 
     def install(change=0):
         tiny = replace(dataset(tiny_pixels ^ change), name="glyphs")
@@ -170,7 +170,7 @@ def test_a_run_keeps_its_glyphs_and_does_not_depend_on_the_installed_ones(glyphs
         assert imaml.evaluate(what, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
 
 
-def test_other_glyphs_are_refused_if_a_run_has_no_intact_copy_and_a_copy_is_written_again(glyphs, tmp_path):
+def test_a_damaged_copy_of_the_glyphs_is_written_again_and_without_a_copy_other_glyphs_are_refused(glyphs, tmp_path):
     stop_halfway(tmp_path)
     copy = tmp_path / "glyphs.npz"
     intact = copy.read_bytes()
@@ -179,7 +179,7 @@ def test_other_glyphs_are_refused_if_a_run_has_no_intact_copy_and_a_copy_is_writ
     assert copy.read_bytes() == intact and warnings[0].startswith(f"{copy} is damaged (")
     copy.unlink()
     glyphs(1)
-    with pytest.raises(InputError, match=r"on other data than this glyphs.*install the matplotlib that it was trained"):
+    with pytest.raises(InputError, match=r"on other data than the present glyphs data.*install the matplotlib"):
         imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS)
     with pytest.raises(InputError, match="holds a run on other data"):
         train(tmp_path)
@@ -287,7 +287,7 @@ def test_a_smaller_evaluation_does_not_replace_a_result(uninterrupted, tmp_path)
     again = train(tmp_path, evaluation_tasks=2, on_warning=warnings.append)
     assert again.evaluation.tasks == 2 and contents(tmp_path) == before
     result = tmp_path / "result.json"
-    assert warnings == [f"{result} keeps its evaluation on 4 tasks, because this one has only 2"]
+    assert warnings == [f"{result} keeps its evaluation on 4 tasks, because the new one has only 2"]
     larger = train(tmp_path, evaluation_tasks=6).evaluation
     assert json.loads(result.read_text())["evaluations"] == larger.records()
 

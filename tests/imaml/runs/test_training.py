@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("traces")
 DIVERGING = replace(PRESET, inner=bl.GradientDescent(1e30, max_steps=3))
 
 
-def test_a_run_ends_evaluated_against_chance(uninterrupted):
+def test_a_run_ends_with_an_evaluation_that_names_the_chance_level(uninterrupted):
     run = uninterrupted.run
     assert (run.step, run.finished, run.stopped_by) == (STEPS, True, None)
     found = run.evaluation  # The network has no batch normalisation.
@@ -187,7 +187,7 @@ def test_a_signal_while_compiling_ahead_acts_after_the_trace(tmp_path, tiny_pixe
 
     def load(name, data, meanwhile):
         meanwhile(ImageClasses.blank(*tiny_pixels.shape))
-        return pytest.fail("went on")
+        return pytest.fail("the signal did not stop the run")
 
     monkeypatch.setattr(compilation.StepCompiler, "begin", begin)
     monkeypatch.setattr(datasets, "load", load)

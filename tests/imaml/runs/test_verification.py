@@ -56,7 +56,7 @@ def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
 
 
 def faulty(change):
-    """Return a linear solver that replaces each leaf v of the solution for right-hand side b by ``change(v, b)``."""
+    """Return a ``solve_scaled`` that replaces each leaf v of the solution for right-hand side b by ``change(v, b)``."""
     from bilevel.methods import implicit
 
     real = implicit.solve_scaled
@@ -76,9 +76,9 @@ def test_a_wrong_adjoint_solution_fails_both_checks_of_the_system(setting, monke
 
 
 @pytest.mark.slow("forms the adjoint system of a network")
-def test_a_solve_that_is_worse_than_none_is_named_as_such(setting):
+def test_a_cg_solve_with_a_residual_above_1_fails_its_check_with_a_remedy(setting):
     learner, theta, task = setting
-    # With a small strength, I + H/λ is ill-conditioned and indefinite, and one CG step is far from its solution.
+    # With a small strength, I + H/λ is ill-conditioned and indefinite, and two CG steps end far from its solution.
     learner = replace(learner, strength=1e-3, method=bl.Implicit(bl.CG(2)))
     _, row = verification.check_system(learner, theta, task)
     assert not row.ok and "worse than that of zero" in row.found and "increase linear.max_steps" in row.remedy

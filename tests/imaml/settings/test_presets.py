@@ -37,7 +37,7 @@ SETTINGS = SHARED_SETTINGS | IMAGE_SETTINGS | DESCENT_SETTINGS | {"rotations.tra
 IMAGE_PRESETS = [name for name in NAMES if not name.startswith("sinusoid")]
 
 
-def test_the_default_preset_comes_first_and_uses_the_embedded_dataset():
+def test_the_default_preset_comes_first_and_needs_no_data_files():
     assert DEFAULT == "glyphs-5way-1shot-gd"
     assert imaml.preset(DEFAULT).dataset == "glyphs"
 
@@ -90,7 +90,7 @@ def test_the_streams_of_a_run_share_no_key_and_depend_only_on_the_seed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_settings_have_these_paths(name):
+def test_each_preset_has_the_listed_settings(name):
     expected = SHARED_SETTINGS | (IMAGE_SETTINGS if name in IMAGE_PRESETS else {"network.hidden"})
     expected |= NEWTON_SETTINGS if name.endswith("-hf") else DESCENT_SETTINGS
     if "glyphs" in name or "omniglot" in name:
@@ -170,7 +170,7 @@ class Layers:
     sizes: tuple = (MLP(3),)
 
 
-def test_types_tell_subclasses_apart_that_have_the_same_config():
+def test_types_distinguish_subclasses_that_have_the_same_config():
     chosen = imaml.preset("sinusoid-5shot-gd")
     fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
     others = {"episode": dataclasses.replace(chosen, episode=Flipped(5, 100)), "preset": OtherPreset(**fields)}

@@ -52,7 +52,7 @@ def test_a_written_file_follows_the_description_and_is_read_bit_for_bit(tmp_path
 
 
 @pytest.mark.parametrize("name, array", [("x", np.zeros(2, complex)), ("__metadata__", np.zeros(2))])
-def test_what_the_format_cannot_hold_is_refused(name, array, tmp_path):
+def test_an_array_that_the_format_cannot_hold_is_refused(name, array, tmp_path):
     with pytest.raises(ValueError, match="safetensors cannot hold the array"):
         safetensors.write(tmp_path / "file", {name: array})
 
