@@ -45,7 +45,7 @@ class CG:
     reports the iterations taken and the least curvature among the search directions. Its status is NEGATIVE_CURVATURE
     if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a direction to zero and the relative residual stays above
     √eps and ``tol``. It is STAGNATION if the recursion ended before ``max_steps`` and the true residual is above
-    ``tol``. The loop computes two more vector norms in each iteration.
+    ``tol``. The loop computes three more vector norms in each iteration.
 
     Args:
         max_steps: iterations, each one product with A. The error after k of them is of order
