@@ -39,8 +39,8 @@ class Recursion:
 
 def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | None = None) -> MatVec:
     """Return the operator v ↦ Av + ridge·v, which raises ValueError when it is called if A is not square."""
-    shapes = jax.tree.map(jnp.shape, b)
-    start = shapes if init is None else jax.tree.map(jnp.shape, init)
+    shapes = _shapes(b)
+    start = shapes if init is None else _shapes(init)
     if start != shapes:
         raise ValueError(
             f"{name} needs a square operator, so init must have the shapes of b: b has {shapes}, init has {start}. For "
@@ -49,14 +49,20 @@ def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | No
 
     def checked(v: PyTree) -> PyTree:
         product = matvec(v)
-        if jax.tree.map(jnp.shape, product) != shapes:
+        if _shapes(product) != shapes:
             raise ValueError(
                 f"{name} needs a square operator, but matvec maps vectors of the shapes of b, {shapes}, to "
-                f"{jax.tree.map(jnp.shape, product)}: for a least-squares problem pass v ↦ Aᵀ(Av) and Aᵀb"
+                f"{_shapes(product)}: for a least-squares problem pass v ↦ Aᵀ(Av) and Aᵀb"
             )
         return tree.add(product, tree.scale(ridge, v)) if ridge else product
 
     return checked
+
+
+def _shapes(a: PyTree) -> object:
+    """Return the shapes of the leaves, or the only shape. A class that checks its fields refuses a tree of shapes."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(a)]
+    return shapes[0] if len(shapes) == 1 else shapes
 
 
 NORM_OF_B = 2.0**15
