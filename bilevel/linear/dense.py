@@ -101,6 +101,9 @@ def _factorise(
     operator = square(name, matvec, ridge, b)
     size, b_scaled, _ = normalise(b)
     flat, unravel = ravel_pytree(tree.widened(b_scaled))  # LAPACK factorises nothing narrower than float32
+    if not flat.size:  # there is no matrix to factorise
+        info = diagnosis.report(operator, b_scaled, b_scaled, tol=0.0)
+        return denormalise(size, replace(info, rcond=jnp.ones((), flat.dtype)))
     wide = in_accumulation_dtype(operator, b)
     matrix = spectrum.matrix(lambda v: ravel_pytree(wide(unravel(v)))[0], flat)
     solve, solve_transposed = factorise(matrix)
@@ -119,7 +122,7 @@ def _factorise(
     status = jnp.where(rcond < eps**0.5, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.CONVERGED))
     status = jnp.where(backward <= eps**0.5, status, jnp.int32(Status.BREAKDOWN))
     status = jnp.where((rcond < eps) & jnp.isfinite(tree.norm(solution)), jnp.int32(Status.SINGULAR), status)
-    status = jnp.where(info.status >= breakdown, info.status, status)
+    status = jnp.where(info.status >= int(breakdown), info.status, status)
     return denormalise(size, replace(info, status=status, rcond=rcond))
 
 
@@ -129,8 +132,6 @@ def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -
     Source: Hager (1984); Higham (1988), algorithm 4.1 with one iteration and its alternating vector.
     """
     n = like.size
-    if n == 0:
-        return jnp.zeros((), like.dtype)
     alternating = jnp.asarray((-1.0) ** np.arange(n) * np.linspace(1, 2, n), like.dtype)
     first = solve(jnp.full_like(like, 1 / n))
     slope = jnp.abs(solve_transposed(jnp.sign(first)))

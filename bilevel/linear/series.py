@@ -70,6 +70,6 @@ class Neumann:
         x, norm = jax.lax.fori_loop(1, self.max_steps, advance, tree.match_varying_axes(*state))
         info = diagnosis.report(operator, b_scaled, x, self.tol, iterations=self.max_steps, norm=norm, init=init_scaled)
         # Each term of a convergent series lowers the residual, whatever the number of terms.
-        diverged = info.status == Status.MAX_STEPS if self.tol is None else info.relative_residual >= 1
+        diverged = info.status == int(Status.MAX_STEPS) if self.tol is None else info.relative_residual >= 1
         info = replace(info, status=jnp.where(diverged, jnp.int32(Status.BREAKDOWN), info.status))
         return denormalise(size, info)

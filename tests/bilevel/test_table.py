@@ -227,8 +227,8 @@ class SwitchedLinear:
         def branch(solver):
             def solve(b):
                 x, info = solver(matvec, b, init)
-                # Some solvers count their iterations and others do not. All branches of a switch return one structure.
-                return x, replace(info, iterations=None, least_curvature=None)
+                # Solvers differ in what they report. All branches of a switch return one structure.
+                return x, replace(info, iterations=None, least_curvature=None, rcond=None)
 
             return solve
 
