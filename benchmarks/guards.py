@@ -185,6 +185,13 @@ GUARDS = (
         "False",
     ),
     _guard(
+        "true declaration of symmetry: products that cancel",
+        "test_products_that_cancel_are_not_taken_for_an_asymmetry",
+        "probe_symmetry",
+        "jnp.maximum(_ROUNDING, 10 * noise)",
+        "_ROUNDING",
+    ),
+    _guard(
         "false declaration of symmetry: the layer multiplies by the transpose",
         "TestNotSymmetric.test_the_layer_uses_the_transpose_whatever_is_declared",
         "solve_implicitly",

@@ -66,20 +66,21 @@ def gmres(
         k = cycle.used
         direction = precondition(cycle.basis[k])
         w = matvec(direction)
-        length = tree.norm(w)
-        norm = jnp.maximum(cycle.norm, length / safe_divisor(tree.norm(direction)))
+        length = tree.norm(direction)
+        norm = jnp.maximum(cycle.norm, tree.norm(w) / safe_divisor(length))
+        rounding = 10 * eps * norm * length  # a shorter product is noise, and so is its direction
         column = jnp.zeros_like(cycle.rotated)
         for _ in range(2):  # the second pass removes the rounding errors of the first along the basis
             part = _dot(cycle.basis, w)
             w, column = w - _dot(part, cycle.basis), column + part
         rest = tree.norm(w)
-        ended = rest <= 10 * eps * length  # the Krylov space is invariant
+        ended = rest <= rounding  # the Krylov space is invariant
         rest = jnp.where(ended, jnp.zeros_like(rest), rest)
         column = jax.lax.fori_loop(
             jnp.int32(0), k, lambda i, c: _rotate(c, i, cycle.rotations[i]), column.at[k + 1].set(rest)
         )
         pivot = tree.norm(jax.lax.dynamic_slice(column, (k,), (2,)))
-        null = pivot <= 10 * eps * length
+        null = pivot <= rounding
         rotation = jax.lax.dynamic_slice(column, (k,), (2,)) / safe_divisor(pivot)
         rotated = jnp.where(null, cycle.rotated, _rotate(cycle.rotated, k, rotation))
         triangle = jnp.where(null, cycle.triangle, cycle.triangle.at[:, k].set(_rotate(column, k, rotation)[:-1]))

@@ -41,11 +41,12 @@ class CG:
 
     Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``. Its report is computed from the result x
     alone: the true residual, and the status NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0 or if the recursion divided by zero. A
-    search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. ``"watched"`` is a loop of this library. It also
-    reports the iterations taken and the least curvature among the search directions. Its status is NEGATIVE_CURVATURE
-    if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a direction to zero and the relative residual stays above
-    √eps and ``tol``. It is STAGNATION if the recursion ended before ``max_steps`` and the true residual is above
-    ``tol``. The loop computes three more vector norms in each iteration.
+    search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. On a singular system that is also
+    ill-conditioned, a budget that is too large may move x along the null space. ``"watched"`` is a loop of this
+    library. It also reports the iterations taken and the least curvature among the search directions. Its status is
+    NEGATIVE_CURVATURE if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a direction to zero and the relative
+    residual stays above √eps and ``tol``. It is STAGNATION if the recursion ended before ``max_steps`` and the true
+    residual is above ``tol``. The loop computes three more vector norms in each iteration.
 
     Args:
         max_steps: iterations, each one product with A. The error after k of them is of order
@@ -235,7 +236,8 @@ def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | Non
     if init is None:
         wide = _without_zero_products(wide)
     start = None if init is None else tree.widened(init_scaled)
-    tol, preconditioner = recursive_tol(solver.tol, b), _preconditioner(solver, b)
+    # On a singular system the recursive residual stays near eps, while x moves along the null space.
+    tol, preconditioner = max(recursive_tol(solver.tol, b), 4 * tree.eps(b)), _preconditioner(solver, b)
     with jax.numpy_dtype_promotion("standard"):
         x = library.solve_cg(
             wide, tree.widened(b_scaled), init=start, tol=tol, maxiter=solver.max_steps, M=preconditioner
