@@ -35,20 +35,24 @@ def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree,
     """
     value = jax.lax.stop_gradient(found.value)
     floats, join = tree.partition_inexact(replace(found, aux=tree.arrays(found.aux)))
-    found = join(constant(name, floats, (theta, movers)))
-    return replace(found, value=value_with_derivative(name, value, found.gradient, source, theta, movers))
+    found = join(_constant(name, floats, (theta, movers)))
+    return replace(found, value=_value_with_derivative(name, value, found.gradient, source, theta, movers))
+
+
+def constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
+    """Return ``x``, a tree of floating-point arrays, and refuse its derivative in whatever varies x or ``movers``."""
+    return _constant(name, x, movers)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
-    """Return ``x``, a tree of floating-point arrays, and refuse its derivative in whatever varies x or ``movers``."""
+def _constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
     del name, movers
     return x
 
 
-@partial(constant.defjvp, symbolic_zeros=True)
+@partial(_constant.defjvp, symbolic_zeros=True)
 def _refuse_all(name: str, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-    out, moving = constant(name, *primals), _moving(tangents)
+    out, moving = _constant(name, *primals), _moving(tangents)
     total = sum((jnp.sum(tangent.real.astype(jnp.float32)) for tangent in moving), jnp.zeros((), jnp.float32))
 
     def refused(leaf: jax.Array) -> Any:
@@ -59,7 +63,7 @@ def _refuse_all(name: str, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def value_with_derivative(
+def _value_with_derivative(
     name: str, value: jax.Array, gradient: PyTree, source: jax.Array, theta: PyTree, movers: PyTree
 ) -> jax.Array:
     """Return ``value`` with the derivative ``gradient`` in θ, and that of ``source`` in anything else.
@@ -70,14 +74,14 @@ def value_with_derivative(
     return value
 
 
-@partial(value_with_derivative.defjvp, symbolic_zeros=True)
+@partial(_value_with_derivative.defjvp, symbolic_zeros=True)
 def _differentiate(name: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     value, gradient, source, theta, movers = primals
     _, _, of_source, of_theta, _ = tangents
     slope = jnp.zeros_like(value)
     if _moving(of_source):
-        slope = slope + of_source * constant(name, jnp.ones_like(value), (source, theta, movers))
-    return value_with_derivative(name, *primals), slope + _inner_product(gradient, of_theta, value)
+        slope = slope + of_source * _constant(name, jnp.ones_like(value), (source, theta, movers))
+    return _value_with_derivative(name, *primals), slope + _inner_product(gradient, of_theta, value)
 
 
 @jax.custom_jvp

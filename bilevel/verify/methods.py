@@ -116,6 +116,7 @@ def compare_methods(
         TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from bilevel import CG, GradientDescent, Implicit, Stationary, Unrolled
         >>> condition = Stationary(lambda w, theta, data: 0.5 * jnp.sum(data * w**2) - w @ theta)
         >>> problem = Problem(condition, lambda w, theta, data: jnp.sum(w**2))
