@@ -7,7 +7,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from bilevel import tree
 from bilevel.advice import advise
@@ -158,13 +157,13 @@ def implicit_layer(
         theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
         if is_function(init):
             init = jax.lax.stop_gradient(tree.arrays(init(*tree.arrays((theta, data))), "init"))
-        elif any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(init)):
+        elif tree.is_traced(init):
             init = without_tangent(tree.arrays(init, "init"))
-        watched = on_failure != "ignore" and is_concrete((theta, init, data))
-        if not watched:
-            return compiled(theta, tree.traceable(init, "init"), data, watched=False).w
+        init = tree.traceable(init, "init")
+        if on_failure == "ignore" or not is_concrete((theta, init, data)):
+            return compiled(theta, init, data, watched=False).w
         theta, data = watch.after_derivative((theta, data))
-        solution = compiled(theta, tree.traceable(init, "init"), data, watched=True)
+        solution = compiled(theta, init, data, watched=True)
         check_solution(solution, on_failure)
         return watch.after_derivative(solution.w)
 

@@ -23,7 +23,7 @@ from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, St
 def check_solution(solution: Solution, on_failure: Policy) -> None:
     """Raise an error or warn about a failed inner solve of a layer. A status that is traced is not checked."""
     number, residual_norm = jax.lax.stop_gradient((solution.status, solution.residual_norm))
-    if on_failure == "ignore" or isinstance(number, Tracer):
+    if isinstance(number, Tracer):
         return
     status = Status(int(number))
     if not status.ok:
@@ -37,15 +37,12 @@ def is_concrete(variables: PyTree) -> bool:
     return not any(isinstance(jax.lax.stop_gradient(leaf), Tracer) for leaf in tracers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearWatch:
     """The record of the failed linear solves of a layer."""
 
     on_failure: Policy
-    failures: list[tuple[int, float]] = field(default_factory=list, compare=False)
-
-    def __hash__(self) -> int:
-        return id(self)
+    failures: list[tuple[int, float]] = field(default_factory=list)
 
     def over(self, linear: LinearSolver) -> LinearSolver:
         """Return the linear solver, with a callback that records each failure while the program runs."""
@@ -65,7 +62,7 @@ class LinearWatch:
 
     def after_derivative(self, x: PyTree) -> PyTree:
         """Return ``x``. When JAX computes its tangent or cotangent, the failures recorded so far are reported."""
-        return _watched(self, x) if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)) else x
+        return _watched(self, x) if tree.is_traced(x) else x
 
     def check(self) -> None:
         """Raise an error or warn about the recorded failures, and forget them."""

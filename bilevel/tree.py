@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel.types import PyTree
 
@@ -83,6 +84,24 @@ def _array(leaf: object, name: str) -> jax.Array:
             "functions of the problem, or make it a static field (metadata of a registered dataclass, "
             "equinox.field(static=True)), or split the tree (equinox.partition, flax.nnx.split) and pass its arrays"
         ) from error
+
+
+def is_traced(a: PyTree) -> bool:
+    """Return whether any leaf is a tracer."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(a))
+
+
+def shapes(a: PyTree) -> list[tuple[int, ...]]:
+    """Return the shapes of the leaves."""
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(a)]
+
+
+def shapes_for_message(a: PyTree) -> PyTree:
+    """Return the tree with shapes as leaves, or a list of shapes for a class that refuses such leaves."""
+    try:
+        return jax.tree.map(jnp.shape, a)
+    except Exception:  # a dataclass may check its fields and raise any error
+        return shapes(a)
 
 
 def numbers_as_floats(theta: PyTree) -> PyTree:

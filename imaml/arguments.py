@@ -80,10 +80,8 @@ def _parsers():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a preset, or resume a run", epilog=EPILOG, allow_abbrev=False)
-    train.add_argument(
-        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
-    )
-    train.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+    _add_preset(train)
+    _add_data(train)
     train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -123,7 +121,7 @@ def _parsers():
         metavar="NAME",
         help="evaluate trained parameters that come with the package, by the name of their record",
     )
-    evaluate.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+    _add_data(evaluate)
     evaluate.add_argument(
         "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
     )
@@ -136,10 +134,8 @@ def _parsers():
     verify = commands.add_parser(
         "verify", help="check a preset's meta-gradient at its real size", epilog=VERIFY_EPILOG, allow_abbrev=False
     )
-    verify.add_argument(
-        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
-    )
-    verify.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+    _add_preset(verify)
+    _add_data(verify)
 
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
     presets.add_argument("preset", nargs="?", metavar="NAME")
@@ -181,6 +177,16 @@ def _parsers():
     for name in WITH_PROGRESS:
         commands.choices[name].add_argument("--quiet", action="store_true", help="print the result, but no progress")
     return parser, commands.choices
+
+
+def _add_preset(command):
+    command.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+
+
+def _add_data(command):
+    command.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
 
 
 def _devices(text):

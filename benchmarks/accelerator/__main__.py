@@ -8,21 +8,18 @@ the same bits as one long call. docs/scaling.md says what a bare machine needs.
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
 
 import jax
 
-import imaml
 from benchmarks.accelerator import comparison
 from benchmarks.accelerator.training import Cell, report, train
 from imaml import datasets
+from imaml.arguments import parse
 from imaml.errors import InputError
 from imaml.runs.interruption import exit_on_sigterm
-from imaml.settings.overrides import override
-from imaml.settings.preset import Preset
 
 CELLS = [f"omniglot-{ways}way-{shots}shot-{solver}" for solver in ("gd", "hf") for ways in (5, 20) for shots in (1, 5)]
 """The cells of table 2 that implicit MAML has."""
@@ -76,7 +73,7 @@ def _run(options, extra, begun):
         memory = device.memory_stats() or {}
         limit = f", {memory['bytes_limit'] / 2**30:.0f} GiB" if "bytes_limit" in memory else ""
         print(f"{device.platform}: {device.device_kind}{limit}", flush=True)
-    presets = {cell.preset: _preset(cell, extra) for cell in cells}
+    presets = {cell.preset: parse(["train", cell.preset, *cell.options(), *extra]).chosen for cell in cells}
     first = presets[cells[0].preset]
     dataset = datasets.load(first.dataset, options.data)
     way = comparison.saved(out / "comparison.json", first, dataset.train.source)
@@ -90,15 +87,6 @@ def _run(options, extra, begun):
         train(cells, commands, out, begun + 60 * options.minutes - RESERVE, jobs)
     finally:
         print(report(cells, out), flush=True)
-
-
-def _preset(cell: Cell, extra: list[str]) -> Preset:
-    preset = imaml.preset(cell.preset)
-    outer = {name: value for name in ("steps", "tasks") if (value := getattr(cell, name)) is not None}
-    preset = dataclasses.replace(preset, outer=dataclasses.replace(preset.outer, **outer))
-    for path, value in zip(extra[::2], extra[1::2], strict=True):
-        preset = override(preset, path.removeprefix("--"), value)
-    return preset
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bilevel.verify.precision import as_double, double_precision
 from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.networks import PRODUCTS
 from imaml.runs.meta_step import initial_state
@@ -170,8 +170,8 @@ def _timed(way, future, theta, tasks, exact, seconds):
 
 
 def _in_float64(preset, theta, tasks):
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, (theta, tasks))
+    with double_precision():
+        double = as_double((theta, tasks))
         gradient = jax.jit(meta_gradient(preset.learner, at_once=preset.outer.tasks))(*double).gradient
         return jax.tree.map(np.asarray, gradient)
 

@@ -48,9 +48,9 @@ def run_solver(solver, options, condition, init, theta, data):
         condition = _InOneDtype(condition, init, dtype)
         init = jax.tree.map(lambda leaf: leaf.astype(dtype), init)
     call = prepare(condition, init, theta, data)
-    # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
     if clash := sorted(set(call.given) & set(options)):
         raise ValueError(f"the condition gives jaxopt's {name} its {', '.join(clash)}: leave it out of the options")
+    # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
     options = {option: value for option, value in options.items() if option != "implicit_diff"}
     given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
     # Without implicit_diff, jaxopt would by default run a scan over all maxiter steps, which cannot stop early.
@@ -104,7 +104,7 @@ class _InOneDtype:
 
 
 def _check_concrete(name, values):
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
+    if tree.is_traced(values):
         raise ValueError(
             f"jaxopt's {name} runs SciPy, which JAX cannot trace, but a hypergradient traces its solver: compute w "
             "beforehand by bl.solve(bl.Jaxopt(...), condition, init, theta, data).w, then pass this w as init and "

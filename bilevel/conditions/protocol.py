@@ -8,6 +8,7 @@ from typing import Protocol, TypeGuard
 import jax
 import jax.numpy as jnp
 
+from bilevel import tree
 from bilevel.types import PyTree
 
 Residual = Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -80,9 +81,7 @@ def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyT
     Raises:
         ValueError: if ``value`` is not a tree like w, or, with ``same_shapes``, has other shapes.
     """
-    got, expected = (
-        (jax.tree.structure(part), [jnp.shape(leaf) for leaf in jax.tree.leaves(part)]) for part in (value, w)
-    )
+    got, expected = ((jax.tree.structure(part), tree.shapes(part)) for part in (value, w))
     if got[0] != expected[0] or (same_shapes and got != expected):
         raise ValueError(
             f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "

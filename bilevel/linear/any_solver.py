@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.linear import diagnosis
@@ -49,7 +48,7 @@ def run_linear(
             return found[0], found[1]
         if found[1] is None:
             found = found[0]
-    got, expected = ((jax.tree.structure(x), [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]) for x in (found, b))
+    got, expected = ((jax.tree.structure(x), tree.shapes(x)) for x in (found, b))
     if got != expected:
         raise ValueError(
             f"a linear solver returns x, a pytree like b of {expected[0]} and shapes {expected[1]}, or a pair of x and "

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor
+from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor, start_of
 from bilevel.types import MatVec
 
 
@@ -48,7 +48,7 @@ def bicgstab(
     max_steps: int,
     tol: float,
     eps: float,
-    preconditioner: MatVec | None = None,
+    preconditioner: MatVec,
 ) -> Recursion:
     """Solve Ax = b for a vector b, and return the iterate with the smallest recursive residual.
 
@@ -61,9 +61,6 @@ def bicgstab(
     """
     size = tree.norm(b)
 
-    def precondition(v):
-        return v if preconditioner is None else preconditioner(v)
-
     def above(x, length, norm):
         return length > jnp.maximum(tol * size, limit_of_rounding(eps, size, norm, x))
 
@@ -73,14 +70,14 @@ def bicgstab(
         beta = rho / safe_divisor(state.rho) * (state.alpha / safe_divisor(state.omega))
         beta = jnp.where(state.fresh, jnp.zeros_like(beta), beta)
         p = state.r + beta * (state.p - state.omega * state.v)
-        direction = precondition(p)
+        direction = preconditioner(p)
         v = matvec(direction)
         denominator, length = tree.vdot(shadow, v), tree.norm(v)
         norm = jnp.maximum(state.norm, length / safe_divisor(tree.norm(direction)))
         null = jnp.abs(denominator) <= eps * tree.norm(shadow) * length
         alpha = jnp.where(null, jnp.zeros_like(rho), rho / safe_divisor(denominator))
         s = state.r - alpha * v
-        other = precondition(s)
+        other = preconditioner(s)
         t = matvec(other)
         t_length = tree.norm(t)
         norm = jnp.maximum(norm, t_length / safe_divisor(tree.norm(other)))
@@ -102,8 +99,7 @@ def bicgstab(
             iterations, norm, again, broke, unmet & ~broke & (iterations < max_steps) & jnp.isfinite(left),
         )  # fmt: skip
 
-    x = jnp.zeros_like(b) if init is None else init
-    r = b if init is None else b - matvec(init)
+    x, r = start_of(matvec, b, init)
     least, zero, one = tree.norm(r), jnp.zeros_like(size), jnp.ones_like(size)
     start = _State(
         x, r, r, jnp.zeros_like(r), jnp.zeros_like(r), one, one, one, x, least,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor
+from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor, start_of
 from bilevel.types import MatVec
 
 
@@ -29,7 +29,7 @@ def cgls(
     max_steps: int,
     tol: float,
     eps: float,
-    preconditioner: MatVec | None = None,
+    preconditioner: MatVec,
 ) -> Recursion:
     """Solve AᵀAx = Aᵀb for a vector b by conjugate gradients that never form AᵀA and keep r = b − Ax.
 
@@ -47,7 +47,7 @@ def cgls(
         (s,) = transpose(r)
         slope = tree.norm(s)
         s = s / safe_divisor(slope)
-        z = s if preconditioner is None else preconditioner(s)
+        z = preconditioner(s)
         return slope, z, tree.vdot(s, z)
 
     def unfinished(x, r, slope, norm, iterations):
@@ -72,8 +72,7 @@ def cgls(
         going, flat = unfinished(x, r, slope, norm, iterations)
         return _State(x, r, p, rho, slope, iterations, norm, state.null | null | flat, going & ~null)
 
-    x = jnp.zeros_like(b) if init is None else init
-    r = b if init is None else b - matvec(init)
+    x, r = start_of(matvec, b, init)
     slope, z, rho = gradient(r)
     norm, iterations = slope / safe_divisor(tree.norm(r)), jnp.int32(0)
     going, flat = unfinished(x, r, slope, norm, iterations)

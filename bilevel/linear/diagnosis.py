@@ -55,8 +55,7 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.BR
 
 def relative_residual(b: PyTree, residual: PyTree) -> jax.Array:
     """Return ‖residual‖ / ‖b‖, and ‖residual‖ where b = 0."""
-    size = tree.norm(b)
-    return tree.norm(residual) / jnp.where(size > 0, size, jnp.ones_like(size))
+    return tree.norm(residual) / safe_divisor(tree.norm(b))
 
 
 def rounding_of_curvature(length: jax.Array, product_length: jax.Array) -> jax.Array:

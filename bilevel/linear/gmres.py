@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor
+from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor, start_of
 from bilevel.types import MatVec
 
 
@@ -45,7 +45,7 @@ def gmres(
     max_steps: int,
     tol: float,
     eps: float,
-    preconditioner: MatVec | None = None,
+    preconditioner: MatVec,
     restart: int = 20,
 ) -> Recursion:
     """Solve Ax = b for a vector b, by the smallest residual over a Krylov space of AM⁻¹.
@@ -59,12 +59,9 @@ def gmres(
     """
     size, most = tree.norm(b), min(restart, max_steps, b.size)
 
-    def precondition(v):
-        return v if preconditioner is None else preconditioner(v)
-
     def extend(target, cycle: _Cycle) -> _Cycle:
         k = cycle.used
-        direction = precondition(cycle.basis[k])
+        direction = preconditioner(cycle.basis[k])
         w = matvec(direction)
         length = tree.norm(direction)
         norm = jnp.maximum(cycle.norm, tree.norm(w) / safe_divisor(length))
@@ -108,7 +105,7 @@ def gmres(
             jnp.arange(most, dtype=jnp.int32) < cycle.used, cycle.rotated[:-1], jnp.zeros_like(cycle.rotated[:-1])
         )
         weights = jax.scipy.linalg.solve_triangular(cycle.triangle, right)
-        x = state.x + precondition(_dot(weights, cycle.basis[:-1]))
+        x = state.x + preconditioner(_dot(weights, cycle.basis[:-1]))
         r = b - matvec(x)
         after = tree.norm(r)
         improved = after < before
@@ -117,8 +114,7 @@ def gmres(
         going = improved & ~cycle.null & above & (cycle.iterations < max_steps)
         return _State(x, r, cycle.iterations, cycle.norm, cycle.null, above & ~improved, going)
 
-    x = jnp.zeros_like(b) if init is None else init
-    r = b if init is None else b - matvec(init)
+    x, r = start_of(matvec, b, init)
     no, zero = jnp.zeros((), bool), jnp.zeros_like(size)
     start = _State(x, r, jnp.int32(0), zero, no, no, tree.norm(r) > max(tol, eps) * size)
     state = jax.lax.while_loop(lambda state: state.going, advance, tree.match_varying_axes(start)[0])

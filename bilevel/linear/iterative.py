@@ -270,7 +270,7 @@ def _solve_general(
         return lambda v: ravel_pytree(wide(unravel(v)))[0]
 
     def solve(matvec: MatVec, b_flat: jax.Array, start: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        preconditioner = None if solver.preconditioner is None else flattened(solver.preconditioner)
+        preconditioner = flattened(solver.preconditioner) if solver.preconditioner else lambda r: r
         tol, eps = recursive_tol(solver.tol, b), tree.eps(b)
         seen = algorithm(matvec, b_flat, start, solver.max_steps, tol, eps, preconditioner)
         # custom_linear_solve refuses integers among its auxiliary outputs.

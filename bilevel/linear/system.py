@@ -39,30 +39,30 @@ class Recursion:
 
 def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | None = None) -> MatVec:
     """Return the operator v ↦ Av + ridge·v, which raises ValueError when it is called if A is not square."""
-    shapes = _shapes(b)
-    start = shapes if init is None else _shapes(init)
-    if start != shapes:
+    if init is not None and tree.shapes(init) != tree.shapes(b):
         raise ValueError(
-            f"{name} needs a square operator, so init must have the shapes of b: b has {shapes}, init has {start}. For "
-            "a least-squares problem, pass v ↦ Aᵀ(Av) and Aᵀb"
+            f"{name} needs a square operator, so init must have the shapes of b: b has {tree.shapes_for_message(b)}, "
+            f"init has {tree.shapes_for_message(init)}. For a least-squares problem, pass v ↦ Aᵀ(Av) and Aᵀb"
         )
 
     def checked(v: PyTree) -> PyTree:
         product = matvec(v)
-        if _shapes(product) != shapes:
+        if tree.shapes(product) != tree.shapes(b):
             raise ValueError(
-                f"{name} needs a square operator, but matvec maps vectors of the shapes of b, {shapes}, to "
-                f"{_shapes(product)}: for a least-squares problem pass v ↦ Aᵀ(Av) and Aᵀb"
+                f"{name} needs a square operator, but matvec maps vectors of the shapes of b, "
+                f"{tree.shapes_for_message(b)}, to {tree.shapes_for_message(product)}: for a least-squares problem "
+                "pass v ↦ Aᵀ(Av) and Aᵀb"
             )
         return tree.add(product, tree.scale(ridge, v)) if ridge else product
 
     return checked
 
 
-def _shapes(a: PyTree) -> object:
-    """Return the shapes of the leaves, or the only shape. A class that checks its fields refuses a tree of shapes."""
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(a)]
-    return shapes[0] if len(shapes) == 1 else shapes
+def start_of(matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, PyTree]:
+    """Return the first x of a recursion, and b − Ax. Without ``init``, x is zero, which takes no product."""
+    if init is None:
+        return jax.tree.map(jnp.zeros_like, b), b
+    return init, tree.subtract(b, matvec(init))
 
 
 NORM_OF_B = 2.0**15

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.linear.diagnosis import rounding_of_curvature
-from bilevel.linear.system import limit_of_rounding, safe_divisor
+from bilevel.linear.system import limit_of_rounding, safe_divisor, start_of
 from bilevel.types import MatVec, PyTree
 
 
@@ -112,8 +112,7 @@ def conjugate_gradients(
             state.negative | negative, state.null | null, follow & unfinished(x, squared, stretch, iterations),
         )  # fmt: skip
 
-    x = jax.tree.map(jnp.zeros_like, b) if init is None else init
-    r = b if init is None else tree.subtract(b, matvec(init))
+    x, r = start_of(matvec, b, init)
     z, rz, squared = precondition(r)
     no_steps, zero, no = jnp.int32(0), jnp.zeros_like(rz), jnp.bool_(False)
     going = unfinished(x, squared, zero, no_steps)

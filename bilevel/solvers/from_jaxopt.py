@@ -71,7 +71,7 @@ class Jaxopt:
 
     @property
     def traceable(self) -> bool:
-        """Whether JAX can trace the solver: those that run SciPy cannot be traced."""
+        """Whether JAX can trace the solver. JAX cannot trace a solver that runs SciPy."""
         names = [self.solver] if isinstance(self.solver, str) else [base.__name__ for base in self.solver.__mro__]
         return not any(name.startswith("Scipy") for name in names)
 

@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from bilevel import tree
 from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
@@ -122,7 +121,7 @@ _compiled_run = jax.jit(_run, static_argnames=("solver", "condition"))
 
 def _is_compilable(solver: InnerSolver, condition: Condition, arguments: PyTree) -> bool:
     """Return whether to compile the call of a solver: it can be traced, and is not traced already."""
-    if not getattr(solver, "traceable", False) or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+    if not getattr(solver, "traceable", False) or tree.is_traced(arguments):
         return False
     try:
         hash((solver, condition))
@@ -133,22 +132,13 @@ def _is_compilable(solver: InnerSolver, condition: Condition, arguments: PyTree)
 
 def _like_start(w: PyTree, init: PyTree) -> PyTree:
     """Return w in the dtypes of ``init``, or raise ValueError if w is another tree or has other shapes."""
-    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(variables)] for variables in (w, init)]
-    if jax.tree.structure(w) != jax.tree.structure(init) or shapes[0] != shapes[1]:
-        got, expected = (_shapes(variables) for variables in (w, init))
+    if jax.tree.structure(w) != jax.tree.structure(init) or tree.shapes(w) != tree.shapes(init):
+        got, expected = (tree.shapes_for_message(variables) for variables in (w, init))
         raise ValueError(
             f"an inner solver returns w, a pytree like init of shapes {expected}, or a bl.Solution that holds one; "
             f"got shapes {got}: return w alone, and give init the shapes of the solution"
         )
     return tree.like(tree.arrays(w), tree.arrays(init))
-
-
-def _shapes(variables: PyTree) -> PyTree:
-    """Return the tree with shapes as leaves, or a list of shapes for a class that refuses such leaves."""
-    try:
-        return jax.tree.map(jnp.shape, variables)
-    except Exception:  # a dataclass may check its fields and raise any error
-        return [jnp.shape(leaf) for leaf in jax.tree.leaves(variables)]
 
 
 def check_budget(name: str, max_steps: int, tol: float | None) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from imaml import datasets
 from imaml.errors import InputError, check_choice
 from imaml.reproduction import records
-from imaml.runs.evaluation import evaluate_classes
+from imaml.runs.checkpoints import named_leaves
+from imaml.runs.evaluation import check_same_data, evaluate_classes
 from imaml.runs.results import Evaluation
 from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
@@ -27,7 +28,7 @@ def save(path: Path, theta: Any) -> None:
         path: the file to create or to replace.
         theta: a pytree of arrays.
     """
-    safetensors.write(path, {name: np.asarray(leaf) for name, leaf in _named(theta)}, {"format": "imaml"})
+    safetensors.write(path, {name: np.asarray(leaf) for name, leaf in named_leaves(theta)}, {"format": "imaml"})
 
 
 def load(path: Path, preset: Preset) -> Any:
@@ -43,7 +44,7 @@ def load(path: Path, preset: Preset) -> Any:
     except DamagedFile as error:
         raise InputError(f"{path} is damaged: {error}") from error
     like = jax.eval_shape(preset.functions.init, jax.random.key(0))
-    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like)}
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(like)}
     if {name: (array.shape, array.dtype) for name, array in found.items()} != wanted:
         raise InputError(f"the arrays in {path} do not fit the network of {preset.name}")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(found[name]) for name in wanted])
@@ -71,14 +72,5 @@ def evaluate(name: str, tasks: int = 600, data: str | Path | None = None, direct
     preset = restore(record.preset, record.config)
     theta = load(directory / f"{name}{SUFFIX}", preset)
     dataset = datasets.load(preset.dataset, data)
-    if dataset.fingerprint() != record.split:
-        raise InputError(
-            f"{name} was trained on other data than the present {preset.dataset} data, whose held-out classes may "
-            "include training classes of the run"
-        )
+    check_same_data(name, preset.dataset, dataset.fingerprint(), record.split)
     return evaluate_classes(theta, preset, dataset.test, tasks)
-
-
-def _named(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]

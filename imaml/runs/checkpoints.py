@@ -187,11 +187,13 @@ def _names(leaves, version):
 
 def _leaves(state):
     """Return path, dtype and shape of each leaf, in types that JSON restores unchanged."""
-    named = jax.tree_util.tree_leaves_with_path(state)
-    return [
-        [jax.tree_util.keystr(path, simple=True, separator="/"), str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in named
-    ]
+    return [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(state)]
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of a pytree, each with its path as a name, such as ``"theta/block0/kernel"``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _pack(leaf):

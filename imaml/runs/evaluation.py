@@ -81,12 +81,25 @@ def evaluate(
         dataset = datasets.load(preset.dataset, data)
     else:
         dataset = run_data.load(directory, preset.dataset, data, on_warning=on_event)
-    if fingerprint not in (None, dataset.fingerprint()):
-        raise InputError(
-            f"{run} was trained on other data than the present {preset.dataset} data, whose held-out classes may "
-            f"include training classes of the run. {_OTHER_GLYPHS if preset.dataset == run_data.KEPT else ''}".rstrip()
-        )
+    if fingerprint is not None:
+        check_same_data(run, preset.dataset, dataset.fingerprint(), fingerprint)
     return evaluate_classes(theta, preset, dataset.test, tasks, on_event)
+
+
+def check_same_data(run: object, dataset_name: str, present: str, trained_on: str) -> None:
+    """Raise InputError if a run was trained on other data than the present ones.
+
+    Args:
+        run: the run's folder or name, for the message.
+        dataset_name: the name of the dataset.
+        present: the fingerprint of the present data.
+        trained_on: the fingerprint of the data that the run was trained on.
+    """
+    if present != trained_on:
+        raise InputError(
+            f"{run} was trained on other data than the present {dataset_name} data, whose held-out classes may "
+            f"include training classes of the run. {_OTHER_GLYPHS if dataset_name == run_data.KEPT else ''}".rstrip()
+        )
 
 
 def trained(

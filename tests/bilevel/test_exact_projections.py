@@ -244,7 +244,7 @@ def test_derivatives_of_polyhedra_equal_central_differences():
     case = (x, constraints, *directions)
     tangent = jax.jit(jax.vmap(jax.jacfwd(along), (None, 0, 0, 0, 0)))(0.0, *case)
     ahead, here, behind = (batched(step, *case) for step in (1e-6, 0.0, -1e-6))
-    # Where the two one-sided differences disagree, the point is at a kink.
+    # At a kink, the two one-sided differences disagree.
     size = np.abs(ahead - behind).max(1) + 1e-9
     is_smooth = np.abs(ahead - 2 * here + behind).max(1) < 1e-4 * size
     assert is_smooth.sum() > 60
