@@ -86,6 +86,11 @@ def _array(leaf: object, name: str) -> jax.Array:
         ) from error
 
 
+def safe_divisor(number: jax.Array) -> jax.Array:
+    """Return ``number`` with 1 in place of 0, as a divisor that is never zero."""
+    return jnp.where(number == 0, jnp.ones_like(number), number)
+
+
 def is_traced(a: PyTree) -> bool:
     """Return whether any leaf is a tracer."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(a))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevel import tree
 from bilevel._jaxopt.feasibility import nan_if_violated
 from bilevel._jaxopt.loops import while_loop
 
@@ -116,7 +117,7 @@ def box_section(x, hyperparams, tol=None):
     """
     del tol
     low, high, weights, c = hyperparams
-    size = _nonzero(jnp.max(jnp.abs(lax.stop_gradient(weights))))
+    size = tree.safe_divisor(jnp.max(jnp.abs(lax.stop_gradient(weights))))
     weights, c = weights / size, c / size
     low, high = (jnp.broadcast_to(bound, x.shape) for bound in (low, high))
     fixed_x, fixed_low, fixed_high, w, fixed_c = map(lax.stop_gradient, (x, low, high, weights, c))
@@ -144,7 +145,7 @@ def box_section(x, hyperparams, tol=None):
     bound = jnp.where(w == 0, jnp.clip(x, low, high), bound)
     fixed_sum = jnp.sum(jnp.where(free, 0, weights * jnp.where(free, 0, bound)))
     inside = jnp.where(free, weights, 0)
-    tau = (c - fixed_sum - inside @ x) / _nonzero(inside @ inside)
+    tau = (c - fixed_sum - inside @ x) / tree.safe_divisor(inside @ inside)
     point = jnp.where(free, x + tau * weights, bound)
     violation = jnp.stack([jnp.abs(weights @ point - c), jnp.max(jnp.where(low > high, jnp.inf, 0))])
     return nan_if_violated(point, violation, jnp.maximum(jnp.abs(c), jnp.max(jnp.abs(weights * x))))
@@ -154,20 +155,20 @@ def norm(x):
     """Return ‖x‖₂ of a tree. No square over- or underflows, and the derivative at 0 is 0."""
     size, scaled = _scaled(x)
     squares = _dot(scaled, scaled)
-    return size * jnp.where(squares == 0, 0, jnp.sqrt(_nonzero(squares)))
+    return size * jnp.where(squares == 0, 0, jnp.sqrt(tree.safe_divisor(squares)))
 
 
 def unit(x):
     """Return x / ‖x‖₂ of a tree, and 0 for x = 0."""
     _, scaled = _scaled(x)
-    length = jnp.sqrt(_nonzero(_dot(scaled, scaled)))
+    length = jnp.sqrt(tree.safe_divisor(_dot(scaled, scaled)))
     return jax.tree.map(lambda leaf: leaf / length.astype(leaf.dtype), scaled)
 
 
 def _scaled(x):
     """Return the largest absolute value of an entry (1 if all are 0), as a constant, and x divided by it."""
     sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(lax.stop_gradient(x))]
-    size = _nonzero(jnp.max(jnp.stack(sizes)))
+    size = tree.safe_divisor(jnp.max(jnp.stack(sizes)))
     return size, jax.tree.map(lambda leaf: leaf / size.astype(leaf.dtype), x)
 
 
@@ -181,7 +182,7 @@ def _is_row(a):
 
 
 def _along_row(x, a, excess):
-    factor = excess / _nonzero(_dot(a, a))
+    factor = excess / tree.safe_divisor(_dot(a, a))
     return jax.tree.map(lambda leaf, row: leaf - factor.astype(leaf.dtype) * row, x, a)
 
 
@@ -190,11 +191,6 @@ def _dot(a, b):
     exact = functools.partial(jnp.vdot, precision=lax.Precision.HIGHEST)
     parts = jax.tree.map(lambda u, v: exact(u, v, preferred_element_type=jnp.result_type(u, v, jnp.float32)), a, b)
     return functools.reduce(operator.add, jax.tree.leaves(parts))
-
-
-def _nonzero(number):
-    """Return ``number`` with 1 in place of 0, as the divisor of a quotient that is masked where the number is 0."""
-    return jnp.where(number == 0, 1, number)
 
 
 def for_each_leaf(x, bound):

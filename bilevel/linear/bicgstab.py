@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor, start_of
+from bilevel.linear.system import Recursion, limit_of_rounding, start_of
 from bilevel.types import MatVec
 
 
@@ -67,23 +67,23 @@ def bicgstab(
     def advance(state: _State) -> _State:
         shadow = state.shadow
         rho = tree.vdot(shadow, state.r)
-        beta = rho / safe_divisor(state.rho) * (state.alpha / safe_divisor(state.omega))
+        beta = rho / tree.safe_divisor(state.rho) * (state.alpha / tree.safe_divisor(state.omega))
         beta = jnp.where(state.fresh, jnp.zeros_like(beta), beta)
         p = state.r + beta * (state.p - state.omega * state.v)
         direction = preconditioner(p)
         v = matvec(direction)
         denominator, length = tree.vdot(shadow, v), tree.norm(v)
-        norm = jnp.maximum(state.norm, length / safe_divisor(tree.norm(direction)))
+        norm = jnp.maximum(state.norm, length / tree.safe_divisor(tree.norm(direction)))
         null = jnp.abs(denominator) <= eps * tree.norm(shadow) * length
-        alpha = jnp.where(null, jnp.zeros_like(rho), rho / safe_divisor(denominator))
+        alpha = jnp.where(null, jnp.zeros_like(rho), rho / tree.safe_divisor(denominator))
         s = state.r - alpha * v
         other = preconditioner(s)
         t = matvec(other)
         t_length = tree.norm(t)
-        norm = jnp.maximum(norm, t_length / safe_divisor(tree.norm(other)))
+        norm = jnp.maximum(norm, t_length / tree.safe_divisor(tree.norm(other)))
         # ω = ⟨t, s⟩ / ‖t‖², in two divisions: ‖t‖² would over- or underflow for a very large or a very small ‖A‖.
-        cosine = tree.vdot(t / safe_divisor(t_length), s)
-        omega = cosine / safe_divisor(t_length)
+        cosine = tree.vdot(t / tree.safe_divisor(t_length), s)
+        omega = cosine / tree.safe_divisor(t_length)
         x = state.x + alpha * direction + omega * other
         r = s - omega * t
         left = tree.norm(r)

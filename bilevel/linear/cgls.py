@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor, start_of
+from bilevel.linear.system import Recursion, limit_of_rounding, start_of
 from bilevel.types import MatVec
 
 
@@ -46,7 +46,7 @@ def cgls(
         """Return the slope ‖s‖ of s = Aᵀr, z = M⁻¹s / ‖s‖, and ⟨s, z⟩ / ‖s‖."""
         (s,) = transpose(r)
         slope = tree.norm(s)
-        s = s / safe_divisor(slope)
+        s = s / tree.safe_divisor(slope)
         z = preconditioner(s)
         return slope, z, tree.vdot(s, z)
 
@@ -60,13 +60,13 @@ def cgls(
     def advance(state: _State) -> _State:
         product = matvec(state.p)
         length, product_length = tree.norm(state.p), tree.norm(product)
-        norm = jnp.maximum(state.norm, product_length / safe_divisor(length))
+        norm = jnp.maximum(state.norm, product_length / tree.safe_divisor(length))
         null = product_length <= 4 * eps * norm * length
-        alpha = state.rho * (state.slope / safe_divisor(product_length)) / safe_divisor(product_length)
+        alpha = state.rho * (state.slope / tree.safe_divisor(product_length)) / tree.safe_divisor(product_length)
         alpha = jnp.where(null, jnp.zeros_like(alpha), alpha)
         x, r = state.x + alpha * state.p, state.r - alpha * product
         slope, z, rho = gradient(r)
-        norm = jnp.maximum(norm, slope / safe_divisor(tree.norm(r)))
+        norm = jnp.maximum(norm, slope / tree.safe_divisor(tree.norm(r)))
         p = z + rho / state.rho * (slope / state.slope) * state.p
         iterations = state.iterations + 1
         going, flat = unfinished(x, r, slope, norm, iterations)
@@ -74,7 +74,7 @@ def cgls(
 
     x, r = start_of(matvec, b, init)
     slope, z, rho = gradient(r)
-    norm, iterations = slope / safe_divisor(tree.norm(r)), jnp.int32(0)
+    norm, iterations = slope / tree.safe_divisor(tree.norm(r)), jnp.int32(0)
     going, flat = unfinished(x, r, slope, norm, iterations)
     start = tree.match_varying_axes(_State(x, r, z, rho, slope, iterations, norm, flat, going))[0]
     state = jax.lax.while_loop(lambda state: state.going, advance, start)

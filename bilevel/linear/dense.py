@@ -15,7 +15,6 @@ from bilevel.linear.system import (
     denormalise,
     in_accumulation_dtype,
     normalise,
-    safe_divisor,
     square,
 )
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
@@ -111,12 +110,12 @@ def _factorise(
     x = tree.like(unravel(solution), b)
     matrix, solution = jax.lax.stop_gradient((matrix, solution))
     norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=0), initial=0)
-    rcond = jax.lax.stop_gradient(1 / safe_divisor(norm * _norm_of_inverse(solve, solve_transposed, flat)))
+    rcond = jax.lax.stop_gradient(1 / tree.safe_divisor(norm * _norm_of_inverse(solve, solve_transposed, flat)))
     rcond = jnp.where((norm > 0) & jnp.isfinite(rcond), rcond, jnp.zeros_like(rcond))
     info = diagnosis.report(operator, b_scaled, x, tol=None, breakdown=breakdown)
     # Numerator and denominator of the backward error are divided by ‖b‖. Up to rounding and the choice of norms,
     # ‖A‖‖x‖ / ‖b‖ lies between 1 and the condition number, so that it neither under- nor overflows.
-    growth = tree.norm(solution) / safe_divisor(tree.norm(flat))
+    growth = tree.norm(solution) / tree.safe_divisor(tree.norm(flat))
     backward = info.relative_residual / (1 + norm * growth)
     eps = tree.eps(b)
     status = jnp.where(rcond < eps**0.5, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.CONVERGED))

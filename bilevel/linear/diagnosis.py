@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, safe_divisor
+from bilevel.linear.system import Recursion
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 
@@ -50,12 +50,14 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.BR
     # ⟨x, Ax⟩ may overflow where x and Ax do not, so x is taken with norm 1.
     direction = tree.scale(1 / jnp.where((length > 0) & finite, length, jnp.ones_like(length)), x)
     no_curvature = tree.vdot(direction, product) <= rounding_of_curvature(tree.norm(direction), tree.norm(product))
-    return SolveDiagnostics(residual, status, finite & no_curvature & (length > 0), length / safe_divisor(tree.norm(b)))
+    return SolveDiagnostics(
+        residual, status, finite & no_curvature & (length > 0), length / tree.safe_divisor(tree.norm(b))
+    )
 
 
 def relative_residual(b: PyTree, residual: PyTree) -> jax.Array:
     """Return ‖residual‖ / ‖b‖, and ‖residual‖ where b = 0."""
-    return tree.norm(residual) / safe_divisor(tree.norm(b))
+    return tree.norm(residual) / tree.safe_divisor(tree.norm(b))
 
 
 def rounding_of_curvature(length: jax.Array, product_length: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.linear.system import Recursion, limit_of_rounding, safe_divisor, start_of
+from bilevel.linear.system import Recursion, limit_of_rounding, start_of
 from bilevel.types import MatVec
 
 
@@ -64,7 +64,7 @@ def gmres(
         direction = preconditioner(cycle.basis[k])
         w = matvec(direction)
         length = tree.norm(direction)
-        norm = jnp.maximum(cycle.norm, tree.norm(w) / safe_divisor(length))
+        norm = jnp.maximum(cycle.norm, tree.norm(w) / tree.safe_divisor(length))
         rounding = 10 * eps * norm * length  # a shorter product is noise, and so is its direction
         column = jnp.zeros_like(cycle.rotated)
         for _ in range(2):  # the second pass removes the rounding errors of the first along the basis
@@ -78,21 +78,21 @@ def gmres(
         )
         pivot = tree.norm(jax.lax.dynamic_slice(column, (k,), (2,)))
         null = pivot <= rounding
-        rotation = jax.lax.dynamic_slice(column, (k,), (2,)) / safe_divisor(pivot)
+        rotation = jax.lax.dynamic_slice(column, (k,), (2,)) / tree.safe_divisor(pivot)
         rotated = jnp.where(null, cycle.rotated, _rotate(cycle.rotated, k, rotation))
         triangle = jnp.where(null, cycle.triangle, cycle.triangle.at[:, k].set(_rotate(column, k, rotation)[:-1]))
         used, iterations = jnp.where(null, k, k + 1), cycle.iterations + 1
         left = jnp.where(null, jnp.zeros_like(target), jnp.abs(rotated[k + 1]))
         going = ~null & ~ended & (used < most) & (iterations < max_steps) & (left > target)
         return _Cycle(
-            cycle.basis.at[k + 1].set(w / safe_divisor(rest)), triangle, cycle.rotations.at[k].set(rotation), rotated,
-            used, iterations, norm, null, going,
+            cycle.basis.at[k + 1].set(w / tree.safe_divisor(rest)), triangle, cycle.rotations.at[k].set(rotation),
+            rotated, used, iterations, norm, null, going,
         )  # fmt: skip
 
     def advance(state: _State) -> _State:
         before = tree.norm(state.r)
         target = jnp.maximum(tol * size, limit_of_rounding(eps, size, state.norm, state.x))
-        basis = jnp.zeros((most + 1, b.size), b.dtype).at[0].set(state.r / safe_divisor(before))
+        basis = jnp.zeros((most + 1, b.size), b.dtype).at[0].set(state.r / tree.safe_divisor(before))
         rotated = jnp.zeros(most + 1, b.dtype).at[0].set(before)
         no_rotations, no = jnp.zeros((most, 2), b.dtype), jnp.zeros_like(state.null)
         cycle = _Cycle(

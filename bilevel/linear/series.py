@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.linear import diagnosis
-from bilevel.linear.system import check_not_negative, denormalise, normalise, safe_divisor, square
+from bilevel.linear.system import check_not_negative, denormalise, normalise, square
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 
@@ -62,7 +62,7 @@ class Neumann:
         def advance(_, state):
             x, norm = state
             product = operator(x)
-            norm = jnp.maximum(norm, jax.lax.stop_gradient(tree.norm(product) / safe_divisor(tree.norm(x))))
+            norm = jnp.maximum(norm, jax.lax.stop_gradient(tree.norm(product) / tree.safe_divisor(tree.norm(x))))
             return tree.add(x, tree.scale(self.step_size, tree.subtract(b_scaled, product))), norm
 
         norm = jnp.zeros_like(size)

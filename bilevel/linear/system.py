@@ -97,11 +97,6 @@ def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
     return solution, replace(info, solution=solution, status=status)
 
 
-def safe_divisor(number: jax.Array) -> jax.Array:
-    """Return ``number`` with 1 in place of 0, as a divisor that is never zero."""
-    return jnp.where(number == 0, jnp.ones_like(number), number)
-
-
 def limit_of_rounding(eps: float, b_norm: jax.Array, norm: jax.Array, x: PyTree) -> jax.Array:
     """Return eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
 

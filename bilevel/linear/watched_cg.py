@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.linear.diagnosis import rounding_of_curvature
-from bilevel.linear.system import limit_of_rounding, safe_divisor, start_of
+from bilevel.linear.system import limit_of_rounding, start_of
 from bilevel.types import MatVec, PyTree
 
 
@@ -92,7 +92,7 @@ def conjugate_gradients(
         length, product_length = (tree.norm(jax.lax.stop_gradient(vector)) for vector in (state.p, product))
         reported_curvature = jax.lax.stop_gradient(curvature)
         rounding = rounding_of_curvature(length, product_length)
-        stretch = jnp.maximum(state.largest_stretch, product_length / safe_divisor(length))
+        stretch = jnp.maximum(state.largest_stretch, product_length / tree.safe_divisor(length))
         meaningful = state.squared > eps**2 * target
         zero_curvature = jnp.abs(reported_curvature) <= rounding
         null = meaningful & zero_curvature & (product_length <= jnp.sqrt(eps) * stretch * length)

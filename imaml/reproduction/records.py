@@ -14,7 +14,7 @@ from typing import Any
 
 from imaml.errors import InputError
 from imaml.reproduction.paper import Cell
-from imaml.runs.folder import RESULT
+from imaml.runs.folder import RESULT, differences
 from imaml.runs.log import Progress, read_log
 from imaml.storage.files import write_whole
 
@@ -200,7 +200,6 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
         InputError: if there is no such preset, if a part has another type than in that preset, or if this version
             cannot express the settings.
     """
-    from imaml.runs.folder import differences
     from imaml.settings.overrides import settings
     from imaml.settings.published_presets import preset, restore
 
