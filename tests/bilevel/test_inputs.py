@@ -82,6 +82,7 @@ def test_a_callable_pytree_is_a_start_of_the_checks_and_of_minimize():
         np.testing.assert_allclose(found.theta, [1.2, 2.6], rtol=1e-12)
 
 
+@pytest.mark.slow("imports Flax")
 def test_modules_of_equinox_and_flax_are_starts():
     eqx, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
 
@@ -305,7 +306,15 @@ SOLVERS = {
 }
 
 
-@pytest.mark.slow("compiles each solver in each pair of dtypes", fast="float32-float64-FixedPoint")
+@pytest.mark.parametrize("name", ["Root", "FixedPoint"])
+def test_a_residual_has_the_dtype_of_w(name):
+    condition, init = two_by_two(jnp.dtype("bfloat16"))[name]
+    residual = condition.residual(init, jnp.asarray(THETA, jnp.float32), None)
+    assert residual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(residual.astype(float), -THETA * (0.3 if name == "FixedPoint" else 1.0), rtol=1e-2)
+
+
+@pytest.mark.slow("compiles each solver in each pair of dtypes")
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize(("narrow", "wide"), [("float32", "float64"), ("bfloat16", "float32")])
 def test_w_may_be_narrower_than_theta(narrow, wide, name):
@@ -394,7 +403,7 @@ def checked_problem(name):
     return bl.Problem(checked_conditions()[name], lambda w, theta, data: squared(w.value, theta, data))
 
 
-@pytest.mark.slow("compiles each solver", fast="FixedPoint")
+@pytest.mark.slow("compiles each solver")
 @pytest.mark.parametrize("name", CHECKED_SOLVERS)
 def test_a_class_that_checks_its_fields_gets_arrays_only(name):
     problem, theta, init = checked_problem(name), Checked(jnp.asarray(THETA)), Checked(jnp.zeros(2))
@@ -472,7 +481,16 @@ MODES = {
 }
 
 
-@pytest.mark.slow("compiles everything again in each mode", fast="debug_nans")
+def test_minimize_of_unrolled_steps_works_under_debug_nans():
+    optax = pytest.importorskip("optax")
+    arguments = jnp.asarray(THETA), jnp.zeros(2), None, bl.GradientDescent(0.3, 60), bl.Unrolled(), optax.sgd(1.0), 2
+    with jax.debug_nans(True):
+        history = bl.minimize(PROBLEM, *arguments).history
+    np.testing.assert_allclose(history.gradient_norm[0], np.linalg.norm(GRADIENT), rtol=1e-6)
+    assert bool(jnp.isnan(history.linear_residual).all())
+
+
+@pytest.mark.slow("compiles everything again in each mode")
 @pytest.mark.parametrize("mode", MODES)
 def test_each_entry_point_works_in_the_strict_modes_of_jax(mode):
     with MODES[mode]():
