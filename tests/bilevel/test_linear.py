@@ -78,6 +78,17 @@ def test_keeps_the_dtype_and_accepts_scalars(name, dtype):
     assert bl.Status(int(info.status)).ok
 
 
+def test_one_unknown_is_divided_and_not_factorised():
+    def solve(a, b):
+        return bl.LU()(lambda v: a * v, b)
+
+    program = str(jax.make_jaxpr(jax.vmap(solve))(jnp.ones(256), jnp.ones(256)))
+    assert "custom_linear_solve" not in program and " lu" not in program
+    x, info = jax.vmap(solve)(jnp.array([2.0, 0.0, jnp.inf]), jnp.ones(3))
+    assert float(x[0]) == 0.5
+    assert [bl.Status(int(status)).name for status in info.status] == ["CONVERGED", "SINGULAR", "NONFINITE"]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact(name):
     x, info = ALL[name](operator(SYMMETRIC), tree(np.zeros(3)))
