@@ -141,7 +141,11 @@ def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -
 
 def _lu(matrix: jax.Array) -> tuple[MatVec, MatVec]:
     if matrix.size == 1:  # under vmap, LAPACK would factorise the matrices of a batch one after another
-        return (lambda v: v / matrix[0],) * 2
+
+        def divide(v: jax.Array) -> jax.Array:
+            return v / matrix[0]
+
+        return divide, divide
     factors = jax.scipy.linalg.lu_factor(matrix)
     return (
         lambda v: jax.scipy.linalg.lu_solve(factors, v),

@@ -83,10 +83,8 @@ def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
     return (stretch > eps**-0.5) & ((residual > 0.1) | (eps * stretch > 0.1))
 
 
-def start_residual(matvec: MatVec, b: PyTree, init: PyTree | None) -> jax.Array:
-    """Return the relative residual of a start, at the cost of one product; 1 without a start, which is a start at 0."""
-    if init is None:
-        return jnp.ones_like(tree.norm(b))
+def start_residual(matvec: MatVec, b: PyTree, init: PyTree) -> jax.Array:
+    """Return the relative residual of a start, at the cost of one product."""
     return jax.lax.stop_gradient(relative_residual(b, tree.subtract(b, matvec(init))))
 
 
@@ -131,7 +129,8 @@ def report(
         iterations: the iterations taken, where they are known.
         norm: a lower bound of ‖A‖ from the solver's products. If it is given and ``tol`` is None, an x for which
             :func:`outgrown` is True has the status BREAKDOWN.
-        init: where the solver started; None for zero. Without ``tol``, it costs one product.
+        init: where the solver started; None for zero. Without ``tol``, it costs one product, with ``needs_definite``
+            only if the residual of x is 1 or more.
         failure: the status of a residual above ``tol``.
         breakdown: the status of an x that is not finite although A and b are.
         needs_definite: whether the algorithm requires a positive definite A. If ⟨x, Ax⟩ ≤ 0 up to rounding, the status
@@ -141,7 +140,12 @@ def report(
     if needs_definite:
         matvec = _in_a_branch(matvec, (tree.norm(b) == 0) & (tree.norm(x) == 0))
     found = diagnose(matvec, b, x, breakdown)
-    start = 1.0 if tol is not None else start_residual(matvec, b, init)
+    start = jnp.ones_like(found.relative_residual)
+    if tol is None and init is not None and needs_definite:
+        no_better_than_zero = found.relative_residual >= 1
+        start = jax.lax.cond(no_better_than_zero, lambda: start_residual(matvec, b, init), lambda: start)
+    elif tol is None and init is not None:  # not in a branch, for the reason that `_in_a_branch` gives
+        start = start_residual(matvec, b, init)
     status = judge(found.relative_residual, tol, failure, start)
     if norm is not None and tol is None:
         grown = outgrown(found.relative_residual, norm * found.growth, tree.eps(b))
