@@ -56,6 +56,7 @@ from bilevel.conditions import (
     identity_center,
     theta_itself,
 )
+from bilevel.decorators import custom_fixed_point, custom_root
 from bilevel.failures import HypergradientError, check_status
 from bilevel.hypergradients import implicit_layer, value_and_hypergradient
 from bilevel.linear import (
@@ -155,6 +156,8 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     # Call
     "value_and_hypergradient",
     "implicit_layer",
+    "custom_root",
+    "custom_fixed_point",
     "minimize",
     "Minimum",
     "History",

@@ -103,7 +103,12 @@ def value_and_hypergradient(
 
 
 def implicit_layer(
-    condition: Condition, solver: InnerSolver, linear: LinearSolver | None = None, on_failure: Policy = "raise"
+    condition: Condition,
+    solver: InnerSolver,
+    linear: LinearSolver | None = None,
+    on_failure: Policy = "raise",
+    *,
+    with_solution: bool = False,
 ) -> Callable[..., PyTree]:
     """Return the inner solution as a differentiable function of θ and data.
 
@@ -118,6 +123,8 @@ def implicit_layer(
             and ``scan`` nothing is raised: call the layer once with concrete values, or use
             :func:`value_and_hypergradient`, which returns the statuses. Nor is anything raised for the linear solve of
             a derivative in captured arrays alone.
+        with_solution: whether the layer returns ``(w, solution)``, where ``solution`` is the :class:`Solution` of the
+            inner solve, with its status. It has no derivative.
 
     Returns:
         ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
@@ -161,11 +168,14 @@ def implicit_layer(
             init = without_tangent(tree.arrays(init, "init"))
         init = tree.traceable(init, "init")
         if on_failure == "ignore" or not is_concrete((theta, init, data)):
-            return compiled(theta, init, data, watched=False).w
-        theta, data = watch.after_derivative((theta, data))
-        solution = compiled(theta, init, data, watched=True)
-        check_solution(solution, on_failure)
-        return watch.after_derivative(solution.w)
+            solution = compiled(theta, init, data, watched=False)
+            w = solution.w
+        else:
+            theta, data = watch.after_derivative((theta, data))
+            solution = compiled(theta, init, data, watched=True)
+            check_solution(solution, on_failure)
+            w = watch.after_derivative(solution.w)
+        return (w, jax.lax.stop_gradient(solution)) if with_solution else w
 
     return layer
 
@@ -187,7 +197,8 @@ def _warn(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTr
     del tangents
     warnings.warn(
         "the init of an implicit_layer is being differentiated, and the solution's derivative in init is zero: the "
-        "arguments are (theta, init, data), and two of them may have been swapped; if not, pass "
+        "arguments are (theta, init, data), those of a solver function with the decorator custom_root or "
+        "custom_fixed_point are (init, theta, ...), and two of them may have been swapped; if not, pass "
         "jax.lax.stop_gradient(init)",
         UserWarning,
         stacklevel=2,

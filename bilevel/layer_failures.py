@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from bilevel import tree
 from bilevel.failures import HypergradientError, Policy
+from bilevel.linear import run_linear
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
 
@@ -48,7 +49,7 @@ class LinearWatch:
         """Return the linear solver, with a callback that records each failure while the program runs."""
 
         def solve(matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
-            x, info = linear(matvec, b, init)
+            x, info = run_linear(linear, matvec, b, init)
             limit = max(1e-5, tree.eps(b) ** 0.5)
             jax.debug.callback(partial(self._record, limit), info.status, info.relative_residual)
             return x, info

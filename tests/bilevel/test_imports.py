@@ -31,7 +31,7 @@ ALLOWED = {
     "methods": {"theorem", "solvers", "linear", "problem", "conditions", "start", "tree", "types"},
     "advice": {"solvers", "linear", "spectrum", "conditions", "tree", "types"},
     "failures": {"types"},
-    "layer_failures": {"failures", "tree", "types"},
+    "layer_failures": {"failures", "linear", "tree", "types"},
     "hypergradients": {
         "advice",
         "layer_failures",
@@ -46,6 +46,7 @@ ALLOWED = {
         "tree",
         "types",
     },
+    "decorators": {"hypergradients", "failures", "solvers", "conditions", "tree", "types"},
     "outer": {"advice", "failures", "methods", "problem", "solvers", "start", "tree", "types"},
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
