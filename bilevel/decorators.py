@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -81,7 +82,7 @@ def custom_root(
         0.0833
     """
 
-    def declare(function: Callable[..., PyTree]) -> Condition:
+    def declare(function: Callable[..., PyTree]) -> Root:
         return Root(function, symmetric=symmetric)
 
     return _decorator(declare, "custom_root", residual, has_aux, linear, on_failure, tol, callback)
@@ -124,14 +125,14 @@ def custom_fixed_point(
         2.0
     """
 
-    def declare(function: Callable[..., PyTree]) -> Condition:
+    def declare(function: Callable[..., PyTree]) -> FixedPoint:
         return FixedPoint(function, symmetric=symmetric)
 
     return _decorator(declare, "custom_fixed_point", mapping, has_aux, linear, on_failure, tol, callback)
 
 
 def _decorator(
-    declare: Callable[[Callable[..., PyTree]], Condition],
+    declare: Callable[[Callable[..., PyTree]], Any],
     name: str,
     function: Callable[..., PyTree],
     has_aux: bool,
@@ -261,7 +262,7 @@ def _partition(arguments: PyTree) -> tuple[list[Any], _Constants]:
 def _is_array(leaf: Any) -> bool:
     """Return whether a leaf becomes an array. A Python integer or boolean may be a count or a flag, so it stays."""
     if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.dtype.kind in "biufc" or jax.dtypes.issubdtype(leaf.dtype, np.inexact)  # bfloat16 has the kind V
+        return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, np.inexact)  # bfloat16 has the kind V
     return isinstance(leaf, jax.Array | float)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevel import solvers, tree
-from bilevel.conditions.protocol import Condition, is_gradient
+from bilevel.conditions.protocol import Condition, adjoint_residual, is_gradient
 from bilevel.linear import run_linear
 from bilevel.solvers import InnerSolver
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
@@ -33,7 +33,7 @@ def solve_implicitly(
     join = partial(jax.tree.unflatten, structure)
 
     def residual(leaves: list[jax.Array]) -> list[jax.Array]:
-        return jax.tree.leaves(condition.residual(join(leaves), theta, data))
+        return jax.tree.leaves(adjoint_residual(condition)(join(leaves), theta, data))
 
     def find(_: object, leaves: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
         solution = solvers.solve(solver, condition, join(leaves), theta, data)
@@ -60,8 +60,8 @@ def adjoint_matvec(
     mode.
     """
     if is_gradient(condition):
-        return jax.linearize(lambda w: condition.residual(w, theta, data), w)
-    residual, pull_back = jax.vjp(lambda w: condition.residual(w, theta, data), w)
+        return jax.linearize(lambda w: adjoint_residual(condition)(w, theta, data), w)
+    residual, pull_back = jax.vjp(lambda w: adjoint_residual(condition)(w, theta, data), w)
     return residual, lambda u: pull_back(u)[0]
 
 

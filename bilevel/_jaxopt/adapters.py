@@ -93,7 +93,7 @@ class _InOneDtype:
 
     def __getattr__(self, name):
         found = getattr(self._condition, name)
-        if name not in ("potential", "objective", "residual", "mapping", "projection", "prox"):
+        if name not in ("potential", "objective", "residual", "residuals", "mapping", "projection", "prox"):
             return found
 
         def in_one_dtype(w, *arguments):
@@ -166,6 +166,20 @@ def _from_function(function, argument="fun", **defaults):
     def prepare(condition, init, theta, data):
         given = {argument: getattr(condition, function)}
         return _Call(given, (theta, data), init, defaults=defaults)
+
+    return prepare
+
+
+def _from_residuals(argument, **defaults):
+    """Return the adapter of a solver of least squares, which takes and returns vectors."""
+
+    def prepare(condition, init, theta, data):
+        start, unravel = ravel_pytree(init)
+
+        def residuals(x, theta, data):
+            return ravel_pytree(condition.residuals(unravel(x), theta, data))[0]
+
+        return _Call({argument: residuals}, (theta, data), start, unravel, defaults)
 
     return prepare
 
@@ -332,22 +346,20 @@ def _two_sided_program(condition, init, theta, data):
     return _Call({}, arguments, None, unpack)
 
 
+_OF_OBJECTIVES = dict.fromkeys(
+    ("GradientDescent", "LBFGS", "BFGS", "NonlinearCG", "ArmijoSGD", "PolyakSGD", "OptaxSolver", "ScipyMinimize"),
+    _from_function("potential"),
+)
+_OF_RESIDUALS = {
+    "LevenbergMarquardt": _from_residuals("residual_fun"),
+    "GaussNewton": _from_residuals("residual_fun"),
+    "ScipyLeastSquares": _from_residuals("fun", method="trf"),
+}
 # The adapters of the solvers that fit a condition, by method names. The first of these methods that a condition has
 # decides which solvers fit it.
 _ADAPTERS = {
-    "potential": dict.fromkeys(
-        (
-            "GradientDescent",
-            "LBFGS",
-            "BFGS",
-            "NonlinearCG",
-            "ArmijoSGD",
-            "PolyakSGD",
-            "OptaxSolver",
-            "ScipyMinimize",
-        ),
-        _from_function("potential"),
-    ),
+    "residuals": _OF_RESIDUALS | _OF_OBJECTIVES,
+    "potential": _OF_OBJECTIVES,
     "prox": {"ProximalGradient": _proximal_gradient, "BlockCoordinateDescent": _block_coordinate_descent},
     "projection": {
         "ProjectedGradient": _projected_gradient,

@@ -8,6 +8,7 @@ solver that needs more structure is refused before it runs.
 from bilevel.conditions.constrained import Projected, ProximalGradient
 from bilevel.conditions.general import FixedPoint, Root
 from bilevel.conditions.kkt import KKT
+from bilevel.conditions.least_squares import LeastSquares
 from bilevel.conditions.protocol import Condition, Residual, StrongConvexity
 from bilevel.conditions.stationary import Proximal, Stationary, identity_center, theta_itself
 
@@ -15,6 +16,7 @@ __all__ = [
     "KKT",
     "Condition",
     "FixedPoint",
+    "LeastSquares",
     "Projected",
     "Proximal",
     "ProximalGradient",

@@ -85,7 +85,8 @@ def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyT
     if got[0] != expected[0] or (same_shapes and got != expected):
         raise ValueError(
             f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "
-            f"{expected[1]}: return one entry for each entry of w, without further outputs"
+            f"{expected[1]}: return one entry for each entry of w, without further outputs (for other numbers of "
+            "residuals use LeastSquares)"
         )
     return jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), value, w)
 
@@ -113,6 +114,14 @@ def check_signature(owner: str, name: str, function: Callable | None, *arguments
 def is_gradient(condition: Condition) -> TypeGuard[GradientCondition]:
     """Return whether the residual is the gradient of an objective."""
     return hasattr(condition, "potential")
+
+
+def adjoint_residual(condition: Condition) -> Residual:
+    """Return the function whose derivative in w is the operator of the adjoint system. Its values are the residual.
+
+    It is the residual itself unless the condition has another, as :class:`LeastSquares` may.
+    """
+    return getattr(condition, "adjoint_residual", condition.residual)
 
 
 def no_scaling(self: object, theta: PyTree, data: PyTree) -> None:

@@ -9,17 +9,20 @@ compute the same numbers.
 from bilevel.solvers.descent import GradientDescent, Optax
 from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
+from bilevel.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from bilevel.solvers.newton import HessianFree
 from bilevel.solvers.protocol import InnerSolver, IterativeSolver, report, solve, with_residual
 
 __all__ = [
     "Anderson",
     "FixedPointIteration",
+    "GaussNewton",
     "GradientDescent",
     "HessianFree",
     "InnerSolver",
     "IterativeSolver",
     "Jaxopt",
+    "LevenbergMarquardt",
     "Optax",
     "report",
     "solve",

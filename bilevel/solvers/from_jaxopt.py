@@ -19,6 +19,8 @@ class Jaxopt:
     ===================================================  ================================================
     Stationary, Proximal                                 GradientDescent, LBFGS, BFGS, NonlinearCG, ArmijoSGD,
                                                          PolyakSGD, OptaxSolver, ScipyMinimize
+    LeastSquares                                         LevenbergMarquardt, GaussNewton, ScipyLeastSquares, and
+                                                         the solvers of Stationary
     Root                                                 Broyden, LevenbergMarquardt, GaussNewton, Bisection,
                                                          ScipyRootFinding, ScipyLeastSquares
     FixedPoint                                           FixedPointIteration, AndersonAcceleration

@@ -1,6 +1,5 @@
 """Newton's method without a Hessian matrix: HessianFree."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +10,7 @@ from bilevel._deprecation import renamed_field
 from bilevel.conditions.protocol import Condition
 from bilevel.linear.system import in_accumulation_dtype, normalise
 from bilevel.linear.watched_cg import conjugate_gradients
+from bilevel.solvers.line_search import line_search
 from bilevel.solvers.protocol import check_budget, check_gradient, report
 from bilevel.types import MatVec, PyTree, Solution
 
@@ -78,7 +78,7 @@ class HessianFree:
         def advance(carry):
             w, gradient, steps = carry
             direction = _truncated_newton(jax.linearize(residual, w)[1], gradient, self.cg_steps)
-            w = _line_search(potential, w, gradient, direction, self.halvings)
+            w = line_search(potential, w, gradient, direction, self.halvings)
             return w, residual(w), steps + 1
 
         w, gradient, steps = jax.lax.while_loop(unfinished, advance, (init, residual(init), jnp.int32(0)))
@@ -92,32 +92,3 @@ def _truncated_newton(matvec: MatVec, gradient: PyTree, cg_steps: int) -> PyTree
     minus = tree.widened(tree.scale(-1, unit))
     state = conjugate_gradients(in_accumulation_dtype(matvec, gradient), minus, None, cg_steps, eps, truncate=True)
     return tree.scale(size, tree.like(state.x, gradient))
-
-
-def _line_search(
-    potential: Callable[[PyTree], jax.Array], w: PyTree, gradient: PyTree, direction: PyTree, halvings: int
-) -> PyTree:
-    """Return the first of w + d, w + d/2, … that meets Armijo's rule with 10⁻⁴.
-
-    If none does, return the last one, or w if the objective is lower there.
-    """
-    # An objective of float64 data has a float64 value, although w and its gradient are float32.
-    here, predicted = tree.widened((potential(w), tree.vdot(gradient, direction)))
-
-    def value(size):
-        return potential(moved(size)).astype(here.dtype)
-
-    # Near the minimum the values differ by rounding errors alone, so an increase of that size is accepted.
-    slack = 4 * jnp.finfo(here.dtype).eps * jnp.abs(here)
-
-    def moved(size):
-        return tree.add(w, tree.scale(size, direction))
-
-    def too_far(carry):
-        size, tries = carry
-        return (tries < halvings) & ~(value(size) <= here + 1e-4 * size * predicted + slack)
-
-    _, *start = tree.match_varying_axes(w, jnp.ones((), predicted.dtype), jnp.int32(0))
-    size, tries = jax.lax.while_loop(too_far, lambda carry: (0.5 * carry[0], carry[1] + 1), tuple(start))
-    accepted = (tries < halvings) | (value(size) <= here)
-    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), moved(size), w)
