@@ -7,9 +7,11 @@ from bilevel.conditions.protocol import (
     LikeW,
     Residual,
     StrongConvexity,
+    aux_of,
     check_signature,
     check_strong_convexity,
     no_scaling,
+    without_aux,
 )
 from bilevel.types import PyTree
 
@@ -23,6 +25,8 @@ class Root:
         symmetric: whether A is known to be symmetric everywhere, so that CG can be used.
         positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0.
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: a number above 0, or ``f(theta, data)``.
+        has_aux: whether ``residual`` returns ``(value, aux)``, where aux is any pytree. Derivatives leave it out, and
+            ``condition.aux(w, theta, data)`` returns it.
 
     Raises:
         ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
@@ -40,6 +44,7 @@ class Root:
     symmetric: bool = False
     positive_definite: bool = False
     strong_convexity: StrongConvexity = None
+    has_aux: bool = False
 
     scaling = no_scaling
 
@@ -47,7 +52,13 @@ class Root:
         check_strong_convexity("Root", self.strong_convexity)
         if not isinstance(self.residual, LikeW):
             check_signature("Root", "residual", self.residual, "w", "theta", "data")
-            object.__setattr__(self, "residual", LikeW(self.residual, "residual"))
+            object.__setattr__(
+                self, "residual", LikeW(without_aux(self.residual, "residual", self.has_aux), "residual")
+            )
+
+    def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        """Return the second output of ``residual``; None without ``has_aux``."""
+        return aux_of(self.residual, w, theta, data)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class FixedPoint:
         symmetric: whether ∂mapping/∂w is known to be symmetric everywhere, so that CG can be used.
         positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0, as it does for a contraction in ‖·‖₂.
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a mapping with Lipschitz constant c < 1.
+        has_aux: whether ``mapping`` returns ``(value, aux)``, where aux is any pytree. Derivatives leave it out, and
+            ``condition.aux(w, theta, data)`` returns it.
 
     Raises:
         ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
@@ -76,6 +89,7 @@ class FixedPoint:
     symmetric: bool = False
     positive_definite: bool = False
     strong_convexity: StrongConvexity = None
+    has_aux: bool = False
 
     scaling = no_scaling
 
@@ -84,7 +98,13 @@ class FixedPoint:
         if not isinstance(self.mapping, LikeW):
             check_signature("FixedPoint", "mapping", self.mapping, "w", "theta", "data")
             # The shapes may differ from those of w if they broadcast in the subtraction w − mapping.
-            object.__setattr__(self, "mapping", LikeW(self.mapping, "mapping", same_shapes=False))
+            object.__setattr__(
+                self, "mapping", LikeW(without_aux(self.mapping, "mapping", self.has_aux), "mapping", same_shapes=False)
+            )
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return tree.subtract(w, self.mapping(w, theta, data))
+
+    def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        """Return the second output of ``mapping``; None without ``has_aux``."""
+        return aux_of(self.mapping, w, theta, data)

@@ -9,9 +9,11 @@ from bilevel import tree
 from bilevel.conditions.protocol import (
     Residual,
     StrongConvexity,
+    aux_of,
     check_signature,
     check_strong_convexity,
     no_scaling,
+    without_aux,
 )
 from bilevel.types import PyTree
 
@@ -32,9 +34,12 @@ class LeastSquares:
         positive_definite: whether the matrix of the adjoint system is known to be positive definite.
         strong_convexity: μ, a lower bound of the Hessian's smallest eigenvalue, where one is known: a number above 0,
             or ``f(theta, data)``.
+        has_aux: whether ``residuals`` returns ``(value, aux)``, where aux is any pytree. Derivatives leave it out, and
+            ``condition.aux(w, theta, data)`` returns it.
 
     Raises:
-        ValueError: for another operator, and for a strong convexity that is a number and not positive and finite.
+        ValueError: for another operator, for a strong convexity that is a number and not positive and finite, and, in
+            use, for residuals with ``has_aux`` that do not return a pair.
         TypeError: for residuals that are not a function of three arguments.
 
     Source: Nocedal and Wright (2006), section 10.1.
@@ -51,6 +56,7 @@ class LeastSquares:
     operator: Literal["exact", "gauss_newton"] = "exact"
     positive_definite: bool = False
     strong_convexity: StrongConvexity = None
+    has_aux: bool = False
 
     symmetric = True
     scaling = no_scaling
@@ -60,6 +66,7 @@ class LeastSquares:
             raise ValueError(f'LeastSquares needs the operator "exact" or "gauss_newton", got {self.operator!r}')
         check_strong_convexity("LeastSquares", self.strong_convexity)
         check_signature("LeastSquares", "residuals", self.residuals, "w", "theta", "data")
+        object.__setattr__(self, "residuals", without_aux(self.residuals, "residuals", self.has_aux))
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return ½‖r‖², whose gradient in w is the residual."""
@@ -70,6 +77,10 @@ class LeastSquares:
         """Return Jᵀr, a pytree like w."""
         r, pull_back = jax.vjp(lambda w: tree.arrays(self.residuals(w, theta, data)), w)
         return pull_back(r)[0]
+
+    def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        """Return the second output of ``residuals``; None without ``has_aux``."""
+        return aux_of(self.residuals, w, theta, data)
 
     def adjoint_residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """Return Jᵀr. Its derivative in w is a product with the matrix that ``operator`` names."""

@@ -75,6 +75,44 @@ class LikeW:
         return like_w(self.function(w, theta, data), w, self.name, self.same_shapes)
 
 
+@dataclass(frozen=True)
+class WithoutAux:
+    """A user's function of (w, θ, data) that returns ``(value, aux)``, as a function that returns the value.
+
+    Args:
+        function: the user's function.
+        name: its name for messages.
+    """
+
+    function: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    name: str
+
+    def __call__(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return self._both(w, theta, data)[0]
+
+    def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        return self._both(w, theta, data)[1]
+
+    def _both(self, w: PyTree, theta: PyTree, data: PyTree) -> tuple[PyTree, PyTree]:
+        found = self.function(w, theta, data)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(
+                f"the {self.name} with has_aux=True returns a pair (value, aux), got {type(found).__name__}"
+            )
+        return found
+
+
+def without_aux(function: Residual, name: str, has_aux: bool) -> Residual:
+    """Return a condition's function without its aux. A function that was treated before stays as it is."""
+    return WithoutAux(function, name) if has_aux and not isinstance(function, WithoutAux | LikeW) else function
+
+
+def aux_of(function: Residual, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+    """Return the aux of a condition's function; None if it has none."""
+    function = function.function if isinstance(function, LikeW) else function
+    return function.aux(w, theta, data) if isinstance(function, WithoutAux) else None
+
+
 def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyTree:
     """Return ``value`` in the dtypes of w.
 
@@ -85,8 +123,8 @@ def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyT
     if got[0] != expected[0] or (same_shapes and got != expected):
         raise ValueError(
             f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "
-            f"{expected[1]}: return one entry for each entry of w, without further outputs (for other numbers of "
-            "residuals use LeastSquares)"
+            f"{expected[1]}: return one entry for each entry of w, without further outputs; with an aux "
+            "output, say has_aux=True; for other numbers of residuals, use LeastSquares"
         )
     return jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), value, w)
 

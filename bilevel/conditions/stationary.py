@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.conditions.protocol import StrongConvexity, check_signature, check_strong_convexity, no_scaling
+from bilevel.conditions.protocol import (
+    StrongConvexity,
+    aux_of,
+    check_signature,
+    check_strong_convexity,
+    no_scaling,
+    without_aux,
+)
 from bilevel.types import Objective, PyTree
 
 
@@ -20,9 +27,12 @@ class Stationary:
         positive_definite: whether the Hessian of the objective in w is known to be positive definite.
         strong_convexity: μ, a lower bound of that Hessian's smallest eigenvalue, where one is known: a number above
             0, or ``f(theta, data)``.
+        has_aux: whether ``objective`` returns ``(value, aux)``, where aux is any pytree. Derivatives leave it out, and
+            ``condition.aux(w, theta, data)`` returns it.
 
     Raises:
-        ValueError: for a strong convexity that is a number and not positive and finite.
+        ValueError: for a strong convexity that is a number and not positive and finite, and, in use, for an objective
+            with ``has_aux`` that does not return a pair.
         TypeError: for an objective that does not take three arguments.
 
     Example:
@@ -35,6 +45,7 @@ class Stationary:
     objective: Objective
     positive_definite: bool = False
     strong_convexity: StrongConvexity = None
+    has_aux: bool = False
 
     symmetric = True
     scaling = no_scaling
@@ -42,6 +53,7 @@ class Stationary:
     def __post_init__(self) -> None:
         check_strong_convexity("Stationary", self.strong_convexity)
         check_signature("Stationary", "objective", self.objective, "w", "theta", "data")
+        object.__setattr__(self, "objective", without_aux(self.objective, "objective", self.has_aux))
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
@@ -49,6 +61,10 @@ class Stationary:
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         return jax.grad(self.objective)(w, theta, data)
+
+    def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        """Return the second output of ``objective``; None without ``has_aux``."""
+        return aux_of(self.objective, w, theta, data)
 
 
 def identity_center(theta: PyTree, data: PyTree) -> PyTree:

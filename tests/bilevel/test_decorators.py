@@ -4,6 +4,7 @@ The numbers come from closed forms, from differences in float64, and from jaxopt
 """
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -198,6 +199,7 @@ def test_an_aux_has_no_derivative_and_keeps_its_types():
     assert jax.jit(plain)(None, 3.0) == (9.0, 3.0)
 
 
+@pytest.mark.slow("compiles jaxopt's LBFGS")
 def test_a_method_of_jaxopt_as_solver():
     jaxopt = pytest.importorskip("jaxopt")
 
@@ -325,3 +327,39 @@ def test_the_linear_solvers_of_jaxopt_are_refused_by_name():
     solver = bl.custom_root(lambda w, theta: w - theta, linear=jaxopt.linear_solve.solve_cg)(lambda init, theta: theta)
     with pytest.raises(ValueError, match=r"jaxopt's solve_cg .* use bl\.CG\(\)"):
         jax.grad(solver, 1)(None, 1.0)
+
+
+def test_the_layer_returns_its_solution_without_a_derivative():
+    condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta**2) ** 2)
+    layer = bl.implicit_layer(condition, bl.GradientDescent(0.5, max_steps=3), bl.LU(), with_solution=True)
+    w, solution = layer(2.0, 0.0, None)
+    assert float(w) == float(solution.w) == 3.5 and float(solution.residual_norm) == 0.5 and int(solution.steps) == 3
+    (dw, dsolution) = jax.jvp(lambda theta: layer(theta, 0.0, None), (2.0,), (1.0,))[1]
+    assert float(dw) == 4.0 and float(dsolution.w) == float(dsolution.residual_norm) == 0.0
+    statuses = jax.vmap(lambda theta: layer(theta, 0.0, None)[1].status)(jnp.array([2.0, jnp.nan]))
+    assert statuses.tolist() == [bl.Status.BUDGET_USED, bl.Status.NONFINITE]
+
+
+def pair(function):
+    return lambda w, theta, data: (function(w, theta, data), {"norm": jnp.sum(w**2), "data": data})
+
+
+@pytest.mark.parametrize(
+    ("declare", "function", "exact"),
+    [
+        (bl.Stationary, lambda w, theta, data: jnp.sum((w - theta**2) ** 2), lambda theta: 2 * theta),
+        (bl.LeastSquares, lambda w, theta, data: (w - theta**2, 3 * (w - theta**2)), lambda theta: 2 * theta),
+        (bl.Root, lambda w, theta, data: w - theta**2, lambda theta: 2 * theta),
+        (bl.FixedPoint, lambda w, theta, data: 0.5 * w + theta**2, lambda theta: 4 * theta),
+    ],
+)
+def test_a_condition_leaves_an_aux_out_of_derivatives(declare, function, exact):
+    condition = declare(pair(function), has_aux=True)
+    layer = bl.implicit_layer(condition, lambda c, init, theta, data: exact(theta) * theta / 2, bl.LU())
+    assert float(jax.grad(layer)(3.0, 0.0, None)) == pytest.approx(float(exact(3.0)), rel=1e-12)
+    aux = condition.aux(jnp.full(2, 2.0), 0.0, 7)
+    assert float(aux["norm"]) == 8.0 and aux["data"] == 7
+    assert replace(condition, positive_definite=True).aux(jnp.ones(2), 0.0, 7)["data"] == 7
+    assert declare(function).aux(jnp.ones(2), 0.0, 7) is None
+    with pytest.raises(ValueError, match=r"has_aux=True returns a pair \(value, aux\)"):
+        declare(lambda w, theta, data: w, has_aux=True).residual(jnp.ones(2), 0.0, 7)
