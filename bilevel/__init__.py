@@ -2,13 +2,13 @@
 
 A newcomer needs about 30 names:
 
-- declare: ``Problem``, and one of ``Stationary``, ``Proximal``, ``Root``, ``FixedPoint``, ``Projected``,
-  ``ProximalGradient``, ``KKT``
-- solve the inner problem: ``GradientDescent``, ``HessianFree``, ``FixedPointIteration``, ``Anderson``, ``Optax``,
-  ``Jaxopt``
+- declare: ``Problem``, and one of ``Stationary``, ``Proximal``, ``LeastSquares``, ``Root``, ``FixedPoint``,
+  ``Projected``, ``ProximalGradient``, ``KKT``
+- solve the inner problem: ``GradientDescent``, ``HessianFree``, ``LevenbergMarquardt``, ``FixedPointIteration``,
+  ``Anderson``, ``Optax``, ``Jaxopt``
 - differentiate: ``Unrolled``, or ``Implicit`` with a linear solver (``CG``, ``GMRES``, ``LU``; ``choose_linear`` picks
   one)
-- call: ``value_and_hypergradient``, ``implicit_layer``, ``minimize``
+- call: ``value_and_hypergradient``, ``implicit_layer``, ``custom_root``, ``minimize``
 - trust: ``Status``, ``HypergradientError``, ``check_condition``, ``check_hypergradient``, ``certify``
 
 The other names are documented by group in the API pages.

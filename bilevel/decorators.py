@@ -154,6 +154,7 @@ def _decorator(
         def unpacked(w: PyTree, theta: list[jax.Array], data: None) -> PyTree:
             del data
             args, kwargs = constants.join(theta)
+            _check_arguments(name, function, args, kwargs)
             return function(w, *args, **kwargs)
 
         return implicit_layer(declare(unpacked), _keep(tol), linear, on_failure)
@@ -162,12 +163,11 @@ def _decorator(
     attach_once = functools.lru_cache(maxsize=32)(attach)
 
     def decorate(solver: SolverFunction) -> SolverFunction:
-        run = _on_host(name, solver) if callback else solver
+        run, signature = _on_host(name, solver) if callback else solver, _signature(solver)
 
         @functools.wraps(solver)
         def solve(*args: Any, **kwargs: Any) -> Any:
-            init, args, kwargs = _bind(solver, args, kwargs)
-            _check_arguments(name, function, args, kwargs)
+            init, args, kwargs = _bind(signature, args, kwargs)
             theta, constants = _partition((args, kwargs))
             constant_args, constant_kwargs = constants.join(_without_derivative(theta))
             found = run(_start(init), *constant_args, **constant_kwargs)
@@ -194,25 +194,34 @@ def _keep(tol: float | None) -> InnerSolver:
     return solver
 
 
-def _bind(solver: SolverFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
-    """Return init and the other arguments, as the solver's signature orders them, with its defaults."""
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
-        signature = inspect.signature(solver)
+        return inspect.signature(function)
     except (TypeError, ValueError):  # a builtin may have no signature
-        return args[0], args[1:], kwargs
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args[0], bound.args[1:], bound.kwargs
+        return None
+
+
+def _bind(
+    signature: inspect.Signature | None, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, tuple, dict[str, Any]]:
+    """Return init and the other arguments, as the solver's signature orders them, with its defaults."""
+    if signature is not None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        args, kwargs = bound.args, bound.kwargs
+    if not args:
+        raise TypeError(
+            "a solver function takes init as its first positional argument, got none: write solver(init, …)"
+        )
+    return args[0], args[1:], kwargs
 
 
 def _check_arguments(name: str, function: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise TypeError for a residual or a mapping that does not take the solver's arguments."""
+    signature = _signature(function)
     try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin may have no signature
-        return
-    try:
-        signature.bind(None, *args, **kwargs)
+        if signature is not None:
+            signature.bind(None, *args, **kwargs)
     except TypeError as error:
         raise TypeError(
             f"{name} calls its function of {signature} with w and the arguments of the solver after init, here "

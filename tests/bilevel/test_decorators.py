@@ -150,6 +150,17 @@ def test_constants_are_carried_along():
     np.testing.assert_allclose(gradient, 1 / 12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_random_key_and_integer_arrays_are_arguments(transform):
+    @bl.custom_root(lambda w, theta, key, counts: w - theta * jax.random.normal(key) * counts.astype(float))
+    def solver(init, theta, key, counts):
+        return theta * jax.random.normal(key) * counts.astype(float)
+
+    key, counts = jax.random.key(3), np.array([1, 2])
+    gradient = transform(jax.grad(lambda theta, key: solver(None, theta, key, counts).sum()))(2.0, key)
+    np.testing.assert_allclose(gradient, 3 * jax.random.normal(key), rtol=1e-12)
+
+
 def test_constants_that_are_equal_but_differ_in_type_are_not_mixed_up():
     @bl.custom_root(lambda w, theta, kind: w - theta * {int: 2.0, bool: 3.0}[type(kind)])
     def solver(init, theta, kind):
@@ -197,6 +208,11 @@ def test_an_aux_has_no_derivative_and_keeps_its_types():
     assert jax.grad(lambda theta: solver(None, theta).state["trace"][0])(3.0) == 0.0
     plain = bl.custom_root(lambda w, theta: w - theta**2, has_aux=True)(lambda init, theta: (theta**2, theta))
     assert jax.jit(plain)(None, 3.0) == (9.0, 3.0)
+
+    def aux_of_a_closure(theta):
+        return bl.custom_root(lambda w: w - theta, has_aux=True)(lambda init: (theta, theta))(None)[1]
+
+    assert jax.grad(aux_of_a_closure)(3.0) == 0.0
 
 
 @pytest.mark.slow("compiles jaxopt's LBFGS")
@@ -320,6 +336,8 @@ def test_wrong_uses_are_refused(decorator):
         decorator(system, on_failure="shout")
     with pytest.raises(TypeError, match=r"1 by position and \['extra'\] by name .*same arguments"):
         decorator(lambda w, theta: w)(lambda init, theta, **more: theta)(None, 1.0, extra=2.0)
+    with pytest.raises(TypeError, match="takes init as its first positional argument"):
+        decorator(lambda w, theta: w)(lambda *, theta: theta)(theta=1.0)
 
 
 def test_the_linear_solvers_of_jaxopt_are_refused_by_name():
