@@ -16,7 +16,7 @@ import scipy.optimize
 
 import bilevel as bl
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 MATRIX = np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.5, 0.0, 1.5]])
 WEIGHTS = np.array([1.0, -1.0, 2.0])
@@ -98,6 +98,7 @@ def test_vmap_over_some_of_the_arguments():
     np.testing.assert_allclose(actual, [(WEIGHTS @ exact_jacobian(point))[:3] for point in points], rtol=1e-10)
 
 
+@pytest.mark.slow("compiles jaxopt's decorator next to ours")
 def test_the_derivatives_of_jaxopt():
     jaxopt = pytest.importorskip("jaxopt")
 
@@ -132,7 +133,7 @@ def test_a_fixed_point_of_a_tree(mode):
         return jnp.concatenate([w["a"][None], w["b"]])
 
     w = solution(0.5)
-    np.testing.assert_allclose(mode(solution)(0.5), jnp.tanh(w) / (1 - 0.5 / jnp.cosh(w) ** 2), rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(mode(solution))(0.5), jnp.tanh(w) / (1 - 0.5 / jnp.cosh(w) ** 2), rtol=1e-8)
 
 
 def test_constants_are_carried_along():
