@@ -21,7 +21,7 @@ from bilevel.conditions.protocol import Condition
 from bilevel.failures import Policy
 from bilevel.hypergradients import implicit_layer, without_tangent
 from bilevel.solvers import InnerSolver, report
-from bilevel.types import LinearSolver, PyTree, Solution
+from bilevel.types import LinearSolver, MatVec, PyTree, Solution
 
 SolverFunction = Callable[..., Any]
 """``solver(init, *args, **kwargs)``, which returns w, or ``(w, aux)`` with ``has_aux``."""
@@ -30,7 +30,7 @@ SolverFunction = Callable[..., Any]
 def custom_root(
     residual: Callable[..., PyTree],
     has_aux: bool = False,
-    linear: LinearSolver | None = None,
+    linear: LinearSolver | Callable[[MatVec, PyTree], PyTree] | None = None,
     on_failure: Policy = "raise",
     *,
     tol: float | None = None,
@@ -91,7 +91,7 @@ def custom_root(
 def custom_fixed_point(
     mapping: Callable[..., PyTree],
     has_aux: bool = False,
-    linear: LinearSolver | None = None,
+    linear: LinearSolver | Callable[[MatVec, PyTree], PyTree] | None = None,
     on_failure: Policy = "raise",
     *,
     tol: float | None = None,
@@ -136,7 +136,7 @@ def _decorator(
     name: str,
     function: Callable[..., PyTree],
     has_aux: bool,
-    linear: LinearSolver | None,
+    linear: Any,
     on_failure: Policy,
     tol: float | None,
     callback: bool,
