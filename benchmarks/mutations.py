@@ -2,8 +2,8 @@
 
     python -m benchmarks.mutations [NAME …]
 
-The kit, `mutation_suite.py`, must pass on the unchanged copy and fail on every fault. The exit status is 1 if a fault
-survives. `planting.py` says how a fault is written.
+The tests in `mutation_suite.py` use the kit. They must pass on the unchanged copy and fail on every fault. The exit
+status is 1 if they fail on the unchanged copy, or if a fault survives. `planting.py` says how a fault is written.
 """
 
 import os
