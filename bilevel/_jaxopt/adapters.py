@@ -107,7 +107,7 @@ class _InOneDtype:
 def _check_concrete(name, values):
     if tree.is_traced(values):
         raise ValueError(
-            f"jaxopt's {name} runs SciPy, which JAX cannot trace, as a hypergradient and jit do. Solve first, by "
+            f"jaxopt's {name} runs SciPy, but a hypergradient or jit would have to trace it. Solve first, by "
             "w = bl.solve(bl.Jaxopt(...), condition, init, theta, data).w, and pass init=w with a solver that returns "
             "its start: `lambda condition, init, theta, data: init`. Or use a solver that is written in JAX"
         )
