@@ -3,7 +3,8 @@
     python -m benchmarks.guards [NAME …]
 
 A guard is code that prevents or reports a wrong number: a status, a recomputed residual, a sum in a wider dtype. Each
-guard has a test that must fail without it. The exit status is 1 if a test passes although its guard was removed.
+guard has a test that must fail without it. The exit status is 1 if a test passes although its guard was removed, or if
+a test fails on the unchanged copy.
 `planting.py` says how a guard's removal is written.
 """
 
