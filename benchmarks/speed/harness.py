@@ -29,7 +29,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """One program to time. Contenders with the same module, cores and changes share a process.
+    """One program to time. Contenders with the same module, cores, changes and environment share a process.
 
     Args:
         label: name in records and tables.
@@ -56,7 +56,7 @@ class Contender:
     @property
     def process(self) -> tuple:
         """Key of the process that runs this contender."""
-        return self.module, self.cores, self.changes
+        return self.module, self.cores, self.changes, self.environment
 
 
 class Process:
