@@ -56,8 +56,9 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(
-                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write it "
-                "as a float (0.0), keep a count or a mask in data, and a complex variable as two real ones"
+                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write an "
+                "integer as a float (0.0), move a count or a mask to data, and split a complex variable into two real "
+                "ones"
             )
     return start
 

@@ -138,7 +138,8 @@ def check_hypergradient(
 
     Raises:
         ValueError: for an unknown reference, for an empty ``against``, or for directions of another shape.
-        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
+        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
+            array.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:

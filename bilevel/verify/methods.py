@@ -113,7 +113,8 @@ def compare_methods(
 
     Raises:
         ValueError: for no methods, or fewer than one run.
-        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
+        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
+            array.
 
     Example:
         >>> import jax.numpy as jnp

@@ -270,7 +270,7 @@ def test_an_indefinite_inner_problem_is_negative_curvature():
 
 def test_cg_on_a_condition_that_is_not_symmetric_is_refused_with_alternatives():
     case = affine_root()
-    with pytest.raises(ValueError, match=r"CG needs a symmetric operator, and that of Root is not: use .*LU"):
+    with pytest.raises(ValueError, match=r"CG needs a symmetric operator, and Root is not declared symmetric: .*LU"):
         gradient_of(case, bl.CG(5))(case.theta, case.init, case.data)
     with pytest.raises(ValueError, match=r"use .*LU"):
         bl.implicit_layer(case.condition, newton, bl.CG(5))

@@ -619,7 +619,7 @@ def test_an_argument_that_is_not_an_array_is_refused_with_a_remedy(entry):
         call(theta, init, None, start=lambda theta, data: init)
     with pytest.raises(TypeError, match=r"start is a function of \(theta, data\), got .*: give a point as init"):
         call(theta, None, None, start=init)
-    words = "is not an array or a number, got {}: capture .* static field .*equinox.partition"
+    words = "is not an array or a number, got {}: let .* static field .*equinox.partition"
     with pytest.raises(TypeError, match=r"data\['f'\] " + words.format(r"\w+")):
         call(theta, init, {"f": jnp.sin})
     with pytest.raises(TypeError, match=r"theta\[1\] " + words.format("str")):
