@@ -112,9 +112,10 @@ class ForwardUnrolled:
     the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. If
     ``init`` is a function of θ, its derivative is included.
 
-    JAX can differentiate the result again, in forward mode to any order. If the solver has a ``tol``, or offers no
-    single steps (:class:`HessianFree`, :class:`Jaxopt`, a function), its loop may have an unknown length. Reverse mode
-    (``jax.grad``) then computes only the derivative of the value in θ, and JAX refuses all other derivatives.
+    JAX can differentiate the result again. If the solver has a ``tol``, or offers no single steps
+    (:class:`HessianFree`, :class:`Jaxopt`, a function), its loop may have an unknown length. Reverse mode
+    (``jax.grad``) is then certain to work only for the derivative of the value in θ. Forward mode can compute all
+    derivatives.
 
     Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
 

@@ -14,8 +14,8 @@ STRENGTH = 0.5
 def problem_in(first, second):
     """Return a problem whose θ is ``first`` of the two variables (t, s), and whose data are ``second``.
 
-    The inner objective is ½(1 − λ)w² − sin(t)·s·w, with a term ½λw² for the centre 0. The solution is w = sin(t)·s.
-    The outer function is w² + t·s.
+    The inner objective is ½(1 − λ)w² − sin(t)·s·w, and ``Proximal`` adds ½λw², because its centre is 0. The solution is
+    w = sin(t)·s. The outer function is w² + t·s.
     """
 
     def ordered(theta, data):

@@ -1,10 +1,10 @@
 """Projections of any scale in both precisions are judged by SciPy, and derivatives at kinks are finite.
 
-The judges share no code with the projections. T is the nearest matrix to S with its row and column sums if and only
-if no other such matrix V has ⟨S − T, V⟩ > ⟨S − T, T⟩, and SciPy finds the best V by linear programming. The same holds
-in the KL divergence with S − log T in place of S − T. y is the nearest point to x of a polyhedron if and only if x − y
-is a combination of the active rows, without negative factors for inequalities. SciPy finds the factors by non-negative
-least squares.
+The judges share no code with the projections. Among the matrices V ≥ 0 with given row and column sums, T is the nearest
+to S if and only if none of them has ⟨S − T, V⟩ > ⟨S − T, T⟩. SciPy finds the best V by linear programming. The same
+holds in the KL divergence with S − log T in place of S − T. A point y of a polyhedron is the nearest to x if and only
+if x − y is a combination of the active rows, without negative factors for inequalities. SciPy finds the factors by
+non-negative least squares.
 """
 
 import functools
@@ -150,7 +150,7 @@ def polyhedra(m, k, rng):
         np.exp(3 * rng.normal(size=(DRAWS, rows, 1))) * rng.normal(size=(DRAWS, rows, 6)) for rows in (m, k)
     )
     b, h = (np.einsum("dij,dj->di", rows, inside) for rows in (equal, unequal))
-    # A third of the inequalities is active at the point inside. Many of these sets are thin cones.
+    # About 30 % of the inequalities are active at the point `inside`. Many of these sets are thin cones.
     slack = rng.exponential(size=h.shape) * (rng.random(h.shape) < 0.7)
     return x, (equal, b, unequal, h + slack * SCALES[:, None] * np.linalg.norm(unequal, axis=2))
 

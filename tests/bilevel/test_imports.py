@@ -1,4 +1,4 @@
-"""Each folder and top module of bilevel imports only from lower ones, and no modules import each other in a circle.
+"""Each room of bilevel imports only from lower rooms, and no modules import each other in a circle.
 
 A folder of ``bilevel/`` or a top module is called a room here. ALLOWED lists the rooms, the lowest first.
 """

@@ -108,7 +108,7 @@ def test_modules_of_equinox_and_flax_are_starts():
 
 
 def count_programs(method, starts, by_name):
-    """Return the hypergradients from each start, and how often the objective was traced."""
+    """Return the hypergradient from each start, and how often the objective had been traced after it."""
     traces = []
 
     def objective(w, theta, data):
@@ -253,7 +253,10 @@ def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
 
 
 def two_by_two(dtype):
-    """Return a dict of (condition, init) with the solution M⁻¹θ: init has ``dtype``, the functions that of θ."""
+    """Return a dict of (condition, init) with the solution M⁻¹θ.
+
+    ``init`` has the dtype ``dtype``, and the functions compute in the dtype of θ.
+    """
 
     def wide_objective(w, theta, data):
         return quadratic(w.astype(theta.dtype), theta, data)
@@ -366,7 +369,7 @@ class Checked:
 
 
 def checked(function):
-    """Return a condition's function for a w and a result of the class `Checked`."""
+    """Wrap a function of arrays, so that it takes w and θ of the class `Checked` and returns a `Checked`."""
     return lambda w, theta, data: Checked(function(w.value, theta.value, data))
 
 
