@@ -1,7 +1,7 @@
 """Find out which remedy of a failed solve would work, and say so in the error message.
 
 Every function here is called only after a failure, and with concrete values. So it may take products, factorise, and
-run a solver again. A message names a step size, a tolerance, a ridge or a solver only if it was computed or tried at
+run a solver again. The numbers that it names, such as a step size, a tolerance or a ridge, were computed or tried at
 this solution.
 """
 
@@ -81,7 +81,7 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
         )
         return
     if status == Status.MAX_STEPS and isinstance(linear, CG) and smallest > 0:
-        # After k steps the error of CG, in the norm of A, is at most 2((√κ − 1)/(√κ + 1))^k times the first one.
+        # After k steps the error of CG, in the norm of A, is at most 2((√κ − 1)/(√κ + 1))^k times that of the start.
         kappa, goal = largest / smallest, linear.tol or tree.eps(out.inner.w) ** 0.5
         steps = int(np.ceil(0.5 * kappa**0.5 * np.log(2 * kappa**0.5 / goal)))
         yield (

@@ -27,8 +27,8 @@ Start = PyTree | StartFunction
 def is_function(init: Start) -> bool:
     """Return whether a start is to be called.
 
-    A ``functools.partial`` is, and so is any callable that is not a pytree, such as a function or a method. A pytree
-    that can be called, such as an Equinox module, is a point.
+    That is True for a ``functools.partial``, and for any callable that is not a pytree, such as a function or a method.
+    A pytree that can be called, such as an Equinox module, is a point.
     """
     return callable(init) and (isinstance(init, functools.partial) or jax.tree_util.all_leaves([init]))
 

@@ -20,7 +20,7 @@ class LinearChoice(NamedTuple):
 DENSE_LIMIT = 500
 """Largest number n of unknowns for which :func:`choose_linear` takes a dense factorisation.
 
-It takes n products with A and stores n² numbers.
+Such a factorisation takes n products with A and stores n² numbers.
 """
 
 

@@ -168,5 +168,6 @@ def check_mapping(name: str, condition: Condition) -> None:
         raise ValueError(
             f"{name} repeats a mapping, and {type(condition).__name__} has no mapping: use FixedPoint, "
             "Projected or ProximalGradient as the condition. Or use another solver: GradientDescent, Optax or "
-            "HessianFree for Stationary and Proximal, a function (condition, init, theta, data) -> w for others"
+            "HessianFree for Stationary and Proximal, or a function (condition, init, theta, data) -> w for any "
+            "condition"
         )

@@ -404,7 +404,7 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
     # One of these combinations is enough, because the method refuses whatever the solvers are.
     refusing = all(refuses_a_second_derivative(c) for c in here[:1] if method in FIRST_DERIVATIVE)
     twice = "hessian" in transforms and method not in FIRST_DERIVATIVE
-    # jaxopt's rule for the derivative of the simplex mixes dtypes, outside of the library's own promotion context.
+    # Standard promotion, so that the derivative rules of the projection onto the simplex may mix dtypes.
     with jax.numpy_dtype_promotion("standard" if condition == "Projected" else "strict"):
         evaluated = list(results(condition, method, solvers, linears, twice))
     for solver, linear, (found, status) in evaluated:
@@ -412,7 +412,7 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
         for transform in transforms:
             combination = Combination(condition, solver, method, linear, transform)
             seen.add(combination)
-            key = "grad" if transform == "jit" else transform  # every result is of a compiled program
+            key = "grad" if transform == "jit" else transform  # every result comes from a compiled program
             outcome = planned_outcome(combination)
             if outcome == "reported":
                 assert method == "layer" or int(status) == bl.Status.MAX_STEPS, combination
