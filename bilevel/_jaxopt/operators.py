@@ -64,7 +64,7 @@ def jaxopt_prox(
     """Return a proximal operator of `jaxopt.prox` in the form that :class:`ProximalGradient` takes.
 
     The derivatives of an operator given by name are finite. At a kink, where an entry or a group of entries becomes 0,
-    the derivative is 0. Without a penalty the operator is the identity, and so is its derivative.
+    the derivative is 0. Without a penalty the operator is the identity, with the identity as derivative.
 
     Args:
         prox: the function, or its name (``"prox_lasso"``), for which this call imports jaxopt.

@@ -40,8 +40,9 @@ def outer_variables(theta: PyTree) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
-                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: a derivative in a "
-                "complex variable has two conventions; write it as its real and imaginary part"
+                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: there are two "
+                "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
+                "part"
             )
     return theta
 

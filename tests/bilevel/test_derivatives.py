@@ -41,8 +41,8 @@ EXACT_SECOND = {
     "tt": 2 * np.cos(2 * T) * S**2,
     "ts": 2 * np.sin(2 * T) * S + 1,
 }
-# The methods. In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The gradient of
-# ValuePenalty has a relative error of about 1/ρ, and that of EvolutionStrategies of about σ².
+# The methods. In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The relative error
+# of the gradient is about 1/ρ for ValuePenalty, and about σ² for EvolutionStrategies.
 EXACT_METHODS = {
     "implicit": bl.Implicit(bl.CG(1)),
     "unrolled": bl.Unrolled(),
@@ -227,7 +227,8 @@ def test_complex_data_of_an_estimate_are_differentiated():
     )
     function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.2, 200), bl.FiniteDifference(bl.CG(1)))
     assert float(jax.grad(lambda theta: function(theta, 0.0, 1j + 1).value)(1.0)) == pytest.approx(0.5)
-    # w = θ/|z|², so the derivative in the real part of z is −2·Re z/|z|⁴. JAX's gradient is its conjugate.
+    # w = θ/|z|² has the derivatives −2·Re z/|z|⁴ in Re z and −2·Im z/|z|⁴ in Im z. JAX's gradient is the first of them
+    # minus i times the second.
     slope = jax.grad(lambda data: function(1.0, 0.0, data).value)(1j + 1)
     assert complex(slope) == pytest.approx(-0.5 + 0.5j, rel=1e-6)
 
@@ -307,7 +308,10 @@ class TestIntegers:
 
 
 def ill_conditioned(unknowns=100, kappa=1e4):
-    """Return ½wᵀAw − θ·bᵀw, with eigenvalues of A from 1 to κ, its solution as a solver, and the exact Σw at θ = 1."""
+    """Return the minimum of ½wᵀAw − θ·bᵀw as a condition, its exact solution as a solver, and Σw at θ = 1.
+
+    The eigenvalues of A are from 1 to κ.
+    """
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(unknowns, unknowns)))[0]
     matrix = basis @ np.diag(np.logspace(0, np.log10(kappa), unknowns)) @ basis.T

@@ -37,7 +37,7 @@ ON_MATRICES = TRANSPORT | BIRKHOFF
 
 
 def drawn_matrices(name, shape, scales=SCALES):
-    """Return similarities ``[draws, m, n]`` of increasing scale, with their row sums and column sums."""
+    """Return similarities ``[draws, m, n]`` of increasing scale, and the row and column sums of their projections."""
     rng = np.random.default_rng(len(name))
     similarity = scales[:, None, None] * rng.normal(size=(scales.size, *shape))
     if name in BIRKHOFF:
@@ -52,7 +52,7 @@ def project_matrices(name, similarity, rows, columns):
 
 
 def advantage(name, similarity, plan):
-    """Return how much larger ⟨S − T, V⟩ can be than ⟨S − T, T⟩ for a V with the sums of T, relative to S."""
+    """Return how much larger ⟨S − T, V⟩ can be than ⟨S − T, T⟩ for a V with the sums of T, relative to S − T."""
     score = similarity - (np.log(np.maximum(plan, 1e-300)) if name.startswith("kl") else plan)
     if name in BIRKHOFF:
         best = score[scipy.optimize.linear_sum_assignment(score, maximize=True)].sum()
@@ -255,7 +255,7 @@ def test_derivatives_of_polyhedra_equal_central_differences():
 ZERO, POINT = np.zeros(3), np.array([3.0, 0.0, 4.0])
 UNIT = POINT / 5
 KINKS = {
-    # name, point, parameters: the value, and its Jacobians in the point and in the parameters
+    # The name of the function, a point, the parameters, the value, and its Jacobians in the point and the parameters.
     "a ball of any radius at its centre": ("projection_l2_ball", ZERO, 1.0, ZERO, np.eye(3), ZERO),
     "a ball of radius 0": ("projection_l2_ball", POINT, 0.0, ZERO, np.zeros((3, 3)), UNIT),
     "a ball of radius 0 at its centre": ("projection_l2_ball", ZERO, 0.0, ZERO, np.zeros((3, 3)), ZERO),

@@ -57,7 +57,7 @@ ALLOWED = {
 @pytest.mark.parametrize("name", BELOW)
 def test_a_module_imports_from_its_own_room_and_those_below(name):
     allowed = ALLOWED[room(name)] | {room(name)}
-    # The test kit imports the package itself when it suggests a solver and a method for a case.
+    # `bilevel.testing` imports the package itself when it suggests a solver and a method for a case.
     public = {"bilevel"} if room(name) in ("verify", "testing") else set()
     assert {target for target in BELOW[name] - public if target == "bilevel" or room(target) not in allowed} == set()
 

@@ -450,7 +450,7 @@ def test_the_checks_and_minimize_keep_a_class_that_checks_its_fields():
 
 
 def run_all_entries():
-    """Call each entry point, and compare it with the closed form."""
+    """Call each entry point, and compare its result with the closed form."""
     optax = pytest.importorskip("optax")
     theta, init = jnp.asarray(THETA), jnp.zeros(2)
     for method in (bl.Implicit(bl.CG(4)), bl.Implicit(bl.Nystrom(2, 1e-8)), bl.Implicit(bl.GMRES(4)), bl.Unrolled()):

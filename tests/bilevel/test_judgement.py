@@ -322,7 +322,7 @@ class TestRemedies:
 
 
 class Eager(jaxopt.GradientDescent):
-    """Gradient descent that is content with a hundredth of the gradient."""
+    """Gradient descent with a hundredth of the gradient's norm as its error measure, so that it stops too early."""
 
     def update(self, params, state, *arguments, **options):
         step = super().update(params, state, *arguments, **options)

@@ -1,4 +1,4 @@
-"""The closed forms of the test kit agree with difference quotients and with a dense solve."""
+"""The closed forms of `bilevel.testing` agree with difference quotients and with a dense solve."""
 
 import functools
 
