@@ -45,7 +45,7 @@ class Status(enum.IntEnum):
     STOPPED = 4
     """The solver stopped by a measure of its own before its budget ended, and the true residual is above tol."""
     MAX_STEPS = 5
-    """The budget ended with a true residual above tol, or, without tol, with an answer no better than zero."""
+    """The budget ended with a true residual above tol, or, without tol, with an answer no better than zero or init."""
     BREAKDOWN = 6
     """The iteration broke down or diverged, although the operator may be regular."""
     NONSYMMETRIC = 7
