@@ -23,8 +23,8 @@ class HypergradientError(RuntimeError):
     """Error raised for a failed status.
 
     Attributes:
-        result: the :class:`Hypergradient` with the failed status, complete. From :func:`implicit_layer` it is the
-            :class:`Solution` of a failed inner solve, and None for a failed linear solve.
+        result: the complete :class:`Hypergradient`, with the failed status. In an error of :func:`implicit_layer`, it
+            is the :class:`Solution` of a failed inner solve, or None after a failed linear solve.
     """
 
     def __init__(self, message: str, result: Any):
@@ -58,7 +58,7 @@ def check_status(
 
     Raises:
         HypergradientError: on a failed status, with ``on_failure="raise"``.
-        ValueError: for any other ``on_failure``.
+        ValueError: if ``on_failure`` is none of the three.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -28,7 +28,8 @@ def solve_implicitly(
 ) -> Solution:
     """Return the solver's Solution. Its w has the derivatives of the implicit function theorem, to any order."""
 
-    # custom_root gets lists of leaves: it would put types in place of arrays into a tree, which a class may refuse.
+    # custom_root gets lists of leaves. It would rebuild a tree with types in place of arrays, which a class of the user
+    # may refuse.
     leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(init))
     join = partial(jax.tree.unflatten, structure)
 
@@ -130,9 +131,10 @@ def _couple_leaves(v: PyTree) -> PyTree:
 def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree]:
     """Return multiplication by a number 1 that depends on every array that ``matvec`` captures.
 
-    ``custom_linear_solve`` solves for the tangent ∂b − (∂A)x, in which some leaves may have no ∂A. After a
-    multiplication of b by this number, every leaf of b has a tangent if A has one. After a multiplication of x, so has
-    every cotangent. The number is 1 plus sums over no entries, so an array that is not finite does not change it.
+    ``custom_linear_solve`` solves for the tangent ∂b − (∂A)x, in which some leaves may have no ∂A. If b is multiplied
+    by this number, every leaf of b has a tangent if A has one. If x is multiplied by it, the same holds for the
+    cotangent of x, which is the right-hand side of the transposed solve. The number is 1 plus sums over no entries, so
+    an array that is not finite does not change it.
     """
     _, captured = jax.closure_convert(matvec, b)
     zeros = [jnp.real(jnp.sum(array[..., None][..., :0])) for array in captured]
@@ -144,17 +146,21 @@ def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree
 
 
 def _as_float(number: jax.Array) -> jax.Array:
-    """Return a count or status as float32, because JAX's solve primitives refuse integers as auxiliary outputs."""
+    """Return a count or status as float32, because JAX's solve primitives refuse integers as auxiliary outputs.
+
+    A floating-point number is returned unchanged.
+    """
     number = jnp.asarray(number)
     return number if tree.is_floating(number) else number.astype(jnp.float32)
 
 
 def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
-    """Raise ValueError for a linear solver that needs a symmetric operator where the condition has none."""
+    """Raise ValueError if the linear solver needs a symmetric operator and the condition is not declared symmetric."""
     if getattr(linear, "needs_symmetry", False) and not condition.symmetric:
         raise ValueError(
-            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: "
-            "use NormalCG, GMRES, BiCGStab or LU, or declare the condition symmetric where it is"
+            f"{type(linear).__name__} needs a symmetric operator, and {type(condition).__name__} is not declared "
+            "symmetric: use NormalCG, GMRES, BiCGStab or LU, or pass symmetric=True to a Root or FixedPoint whose "
+            "Jacobian is symmetric"
         )
 
 

@@ -193,7 +193,7 @@ def with_others(a: PyTree, like: PyTree) -> PyTree:
 
 
 def partition_inexact(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """Return the floating-point leaves of a tree, and a function that puts such leaves back among the others."""
+    """Return the floating-point leaves of a tree, and a function that puts new leaves in their place."""
     leaves, structure = jax.tree.flatten(a)
     floating = [is_floating(leaf) for leaf in leaves]
 

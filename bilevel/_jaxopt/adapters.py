@@ -119,7 +119,7 @@ class _Call(NamedTuple):
     given: dict
     """The functions that the constructor takes, by keyword."""
     arguments: tuple
-    """Positional arguments of ``run`` after the start. Keywords would fail: a user's function may rename θ and data."""
+    """Arguments of ``run`` after the start. They are positional, because a user's function may rename θ and data."""
     start: PyTree
     """The first argument of ``run``."""
     unpack: Callable[[PyTree], PyTree] = lambda w: w
@@ -173,7 +173,8 @@ def _from_function(function, argument="fun", **defaults):
 
 def _bisection(condition, init, theta, data):
     if jnp.shape(init) != ():
-        raise ValueError(f"jaxopt's Bisection finds a scalar w, got {jax.tree.map(jnp.shape, init)}: use Broyden")
+        got = jax.tree.map(jnp.shape, init)
+        raise ValueError(f"jaxopt's Bisection finds a scalar w, got a w of shape {got}: use Broyden")
     # jaxopt's check of the bracket fails under a trace. If there is no sign change, the residual of w stays large.
     return _from_function("residual", "optimality_fun", check_bracket=False)(condition, init, theta, data)
 

@@ -40,8 +40,9 @@ def outer_variables(theta: PyTree) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
-                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: a derivative in a "
-                "complex variable has two conventions; write it as its real and imaginary part"
+                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: there are two "
+                "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
+                "part"
             )
     return theta
 
@@ -56,8 +57,9 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(
-                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write it "
-                "as a float (0.0), keep a count or a mask in data, and a complex variable as two real ones"
+                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write an "
+                "integer as a float (0.0), move a count or a mask to data, and split a complex variable into two real "
+                "ones"
             )
     return start
 

@@ -22,12 +22,13 @@ class Unrolled:
     Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
     included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
 
-    JAX can differentiate the result again, to any order. With ``last`` or ``first_order`` it can differentiate only the
-    value: in θ this gives the gradient, in data the derivative of the last steps. With ``first_order`` the derivative
-    in data is refused. The derivative of any other result is refused.
+    By default, JAX can differentiate the result again, to any order. If ``last`` leaves steps out, JAX can
+    differentiate only the value: its derivative in θ is the gradient, and its derivative in data goes through the last
+    steps. With ``first_order``, JAX can differentiate only the value, and only in θ. Any other derivative raises an
+    error.
 
-    With :class:`Anderson`, an entry of the start whose residual is zero is first moved by eps^⅓, because the derivative
-    of Anderson's steps need not converge for an entry that never moves.
+    With :class:`Anderson`, an entry x of the start whose residual is zero is first moved by eps^⅓·(1 + |x|), because
+    the derivative of Anderson's steps need not converge for an entry that never moves.
 
     Args:
         last: differentiate the last ``last`` steps only; None for all.
@@ -111,8 +112,10 @@ class ForwardUnrolled:
     the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. If
     ``init`` is a function of θ, its derivative is included.
 
-    JAX can differentiate the result again. If the solver has a ``tol``, reverse mode (``jax.grad``) can compute only
-    the derivative of the value in θ, and JAX refuses all others. Forward mode can compute all of them.
+    JAX can differentiate the result again. If the solver has a ``tol``, or offers no single steps
+    (:class:`HessianFree`, :class:`Jaxopt`, a function), its loop may have an unknown length. Reverse mode
+    (``jax.grad``) is then certain to work only for the derivative of the value in θ. Forward mode can compute all
+    derivatives.
 
     Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
 
@@ -155,7 +158,7 @@ class ForwardUnrolled:
 
 
 def _unsolved_start(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-    """Return ``init``, for Anderson with each entry whose residual is exactly zero moved by eps^⅓·(1 + |entry|).
+    """Return ``init``. For Anderson, move each entry whose residual is exactly zero by eps^⅓·(1 + |entry|).
 
     Anderson's mix of past steps is not differentiable where an entry never moves: the mix ignores the entry, whose
     derivative then need not converge. An entry that moves a little takes part in the mix.

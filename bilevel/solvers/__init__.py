@@ -2,8 +2,8 @@
 
 A solver is a frozen value, called as ``solver(condition, init, theta, data) -> Solution``. Any function with these
 arguments that returns w, or a Solution, is a solver too. An iterative solver also offers its single step (``start`` and
-``update``). A method that differentiates through the iterations builds its own loop from that step, so both loops
-compute the same numbers.
+``update``). A method that differentiates through the iterations builds a loop of its own from that step. It computes
+the same numbers as the solver's loop.
 """
 
 from bilevel.solvers.descent import GradientDescent, Optax

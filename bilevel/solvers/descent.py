@@ -26,7 +26,7 @@ class GradientDescent:
         step_size: a positive number. On a convex objective, the iteration without momentum converges for values below
             2 / (largest eigenvalue of ∂F/∂w).
         max_steps: the budget, in gradients.
-        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
+        tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
         momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
 
     Raises:
@@ -81,7 +81,7 @@ class Optax:
     Args:
         transformation: an ``optax.GradientTransformation``; it is given F, the inner gradient, and w.
         max_steps: the budget, in gradients.
-        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED. With a tol the number of
+        tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED. With a tol the number of
             iterations is known only at run time, so :class:`Unrolled` cannot differentiate them.
 
     Raises:

@@ -67,8 +67,8 @@ def report(
 def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> Solution:
     """Return the solution with its report made anew from a residual that the caller has computed.
 
-    The compiler then removes the solver's own last evaluation of the residual, which saves one gradient. A solution by
-    any solver but an iterative one without ``tol`` is returned unchanged.
+    The compiler then removes the solver's own last evaluation of the residual, which saves one gradient. This is done
+    only for an iterative solver without ``tol``. The solution of any other solver is returned unchanged.
     """
     if isinstance(solver, IterativeSolver) and solver.tol is None:
         return report(residual, solution.w, solution.steps)
@@ -100,7 +100,8 @@ def solve(
 
     Raises:
         ValueError: for a solver that returns another tree or other shapes than ``init`` has.
-        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
+        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
+            array.
     """
     theta, data = tree.arrays(theta, "theta"), tree.arrays(data, "data")
     init = evaluate(choose_start(init, start), theta, data)
@@ -166,6 +167,7 @@ def check_mapping(name: str, condition: Condition) -> None:
     if not hasattr(condition, "mapping"):
         raise ValueError(
             f"{name} repeats a mapping, and {type(condition).__name__} has no mapping: use FixedPoint, "
-            "Projected or ProximalGradient, or GradientDescent, Optax or HessianFree for Stationary "
-            "and Proximal, or a function (condition, init, theta, data) -> w"
+            "Projected or ProximalGradient as the condition. Or use another solver: GradientDescent, Optax or "
+            "HessianFree for Stationary and Proximal, or a function (condition, init, theta, data) -> w for any "
+            "condition"
         )
