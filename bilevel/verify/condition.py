@@ -241,7 +241,7 @@ def _check_symmetry(local, jacobian, condition, tol):
         size = float(jnp.linalg.norm(u) * jnp.maximum(jnp.linalg.norm(forward), jnp.linalg.norm(back)))
         worst = max(worst, abs(float(u @ forward - u @ back)) / size if size > 0 else 0.0)
     symmetric = worst <= tol
-    measured = f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)} of ‖u‖‖Av‖"
+    measured = f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)}·‖u‖·max(‖Av‖, ‖Aᵀv‖)"
     if condition.symmetric and not symmetric:
         found = f"declared symmetric and is not: {_asymmetric_entries(local, jacobian) or measured}"
     else:
