@@ -1,37 +1,26 @@
 """The outer loop as users call it: :func:`minimize`, and :func:`initial_state` for a loop that is resumed."""
 
 import itertools
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel import tree
-from bilevel.advice import advise
-from bilevel.failures import HypergradientError, Policy, check_policy, check_status
+from bilevel.failures import Policy, check_policy
 from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.outer.progress import Bar
-from bilevel.outer.records import Ended, History, Minimum, OuterState, StepRecord
-from bilevel.outer.step import CAPACITY, Setup, compiled_loop, outer_step, state_before, strongly_typed
+from bilevel.outer.records import Minimum, OuterState, StepRecord
+from bilevel.outer.run import Run, Traced, owned, run_under_trace
+from bilevel.outer.step import Setup, state_before, strongly_typed
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.start import Start, StartFunction, choose_start, is_function, trace
-from bilevel.types import Hypergradient, PyTree, Status
+from bilevel.types import Hypergradient, PyTree
 
 if TYPE_CHECKING:
     import optax
-
-BATCHES = 16
-"""The largest number of batches of an iterator that are kept until the statuses of their steps are known."""
-SHORT, LONG = 0.1, 0.5
-"""A run of the compiled loop that took less than ``SHORT`` seconds is followed by a longer one, and one that took more
-than ``LONG`` by a shorter one. So interrupts and the bar are served in time."""
 
 
 def minimize(
@@ -139,7 +128,7 @@ def minimize(
     peeked = list(itertools.islice(batches, 1))
     if not peeked:
         raise ValueError("minimize needs data for at least one step, got an iterator that is empty")
-    first = _owned(peeked[0])
+    first = owned(peeked[0])
     program, cold_start = None, None
     if not warm_start and is_function(init):
         program, cold_start = trace(init, theta, first)
@@ -152,28 +141,26 @@ def minimize(
         state = _fitting(setup, theta, tree.arrays(state, "state"))
     batches = itertools.islice(itertools.chain([first], batches), steps)
     if tree.is_traced((state, cold_start, first)):
-        return _under_trace(setup, state, cold_start, batches, callback, stop)
-    loop, bar = _Loop(setup, state, cold_start, on_failure == "raise", constant), Bar(steps if progress else 0)
-    length, seen, until = 1, loop.number, loop.number + steps
-    ended: Ended | None = None
+        return run_under_trace(setup, state, cold_start, batches, callback, stop)
+    run = Run(setup, state, cold_start, on_failure == "raise", constant, callback is not None)
+    bar, last, seen, ended = Bar(steps, progress), run.number + steps, run.number, None
+    watched = callback is not None or stop is not None
     while ended is None:
-        watched = callback is not None or stop is not None
-        count = min(length, until - loop.number, every - loop.number % every if watched else length)
-        began = time.perf_counter()
-        exhausted = loop.run(batches, count) < count
-        seconds = time.perf_counter() - began
-        length = 2 * length if seconds < SHORT else max(1, length // 2) if seconds > LONG else length
-        length = min(length, CAPACITY if constant else BATCHES)
-        ended = "steps" if loop.number == until else "data" if exhausted else None
-        if loop.number > seen and (ended or loop.number % every == 0):
-            seen = loop.number
-            if callback is not None:
-                callback(seen - 1, loop.last.theta, loop.last.out)
-            if stop is not None and stop(loop.record()):
+        try:
+            run.advance(batches, min(last - run.number, every - run.number % every if watched else steps))
+        except Traced as traced:
+            batches = itertools.chain(traced.batches, batches)
+            return run_under_trace(setup, state, cold_start, batches, callback, stop)
+        ended = "steps" if run.number == last else "data" if run.exhausted else None
+        if run.number > seen and (ended or run.number % every == 0):
+            seen = run.number
+            if callback is not None and run.last is not None:
+                callback(seen - 1, *run.last)
+            if stop is not None and stop(run.record()):
                 ended = "stop"
-        bar.show(steps - (until - loop.number), loop.record(), ended is not None)
-    loop.warn(on_failure)
-    return Minimum(loop.state.theta, loop.last.out.inner.w, loop.history(), loop.state, ended)
+        bar.show(steps - (last - run.number), run.record(), ended is not None)
+    run.warn(on_failure)
+    return Minimum(run.state.theta, run.state.w, run.history(), run.state, ended)
 
 
 def initial_state(
@@ -201,100 +188,6 @@ def initial_state(
     return state_before(setup, theta, starting_point(init, theta, data))
 
 
-class _Loop:
-    """A running outer loop: its state on the device, and what the host knows of its steps."""
-
-    def __init__(self, setup: Setup, state: OuterState, start: PyTree, halt: bool, constant: bool):
-        self._setup, self._start, self._halt, self._constant = setup, start, halt, constant
-        self._advance = compiled_loop(setup, CAPACITY if constant else 1)
-        self.state = jax.tree.map(jnp.copy, state)  # the compiled loop takes over the buffers of its state
-        self.number = self._first = int(state.step)
-        self._rows: list[np.ndarray] = []
-        self.last: Any = None
-
-    def run(self, batches: Iterator[PyTree], count: int) -> int:
-        """Take up to ``count`` steps, wait for them, and return their number. A failed step raises if it shall."""
-        kept, rows, failed = [], [], False
-        for batch in itertools.islice(batches, 1 if self._constant else count):
-            batch = _owned(batch)
-            live = np.int32(count if self._constant else 1)
-            self.state, failed, row, self.last = self._advance(self.state, failed, self._start, batch, live, self._halt)
-            kept.append(batch)
-            rows.append(row)
-        if not rows:
-            return 0
-        found = np.concatenate(jax.device_get(rows))
-        found = found[found[:, -1] >= 0]  # the status is negative in rows that were not reached
-        if self._halt and not Status(int(found[-1, -1])).ok:
-            raise self._failure(kept[0 if self._constant else len(found) - 1])
-        self._rows.append(found)
-        self.number += len(found)
-        return len(found)
-
-    def _failure(self, batch: PyTree) -> HypergradientError:
-        """Return the error of the step that failed: the state is the one before it, and the batch is its own."""
-        state = jax.tree.map(jnp.copy, self.state)
-        out = self._advance(state, False, self._start, batch, np.int32(1), self._halt)[3].out
-        setup, theta = self._setup, self.state.theta
-        linear = getattr(setup.method, "linear", None)
-        hint = partial(advise, setup.problem.condition, theta, tree.arrays(batch), solver=setup.solver, linear=linear)
-        try:
-            check_status(out, "raise", hint)
-            cause = Status(int(out.status)).message
-        except HypergradientError as error:
-            cause = str(error)
-        message = f"outer step {int(self.state.step)}, at {_shown(theta)}: {cause}"
-        return HypergradientError(message, out, self.state)
-
-    def record(self) -> StepRecord:
-        """Return the record of the last step."""
-        value, gradient_norm, inner, linear, status = map(float, self._rows[-1][-1])
-        linear = np.nan if self.last.out.linear is None else linear
-        return StepRecord(self.number - 1, value, gradient_norm, inner, linear, Status(int(status)))
-
-    def history(self) -> History:
-        """Return the records of all steps."""
-        columns = np.concatenate(self._rows).T
-        if self.last.out.linear is None:
-            columns[3] = np.nan
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(self.last.record)]
-        with jax.debug_nans(False):
-            return History(*(jnp.asarray(column.astype(dtype)) for column, dtype in zip(columns, dtypes, strict=True)))
-
-    def warn(self, on_failure: Policy) -> None:
-        """Warn about failed steps, if ``on_failure`` is "warn" and there are any."""
-        statuses = np.concatenate(self._rows)[:, -1]
-        failed = np.flatnonzero(statuses > Status.ILL_CONDITIONED)
-        if on_failure == "warn" and failed.size:
-            status = Status(int(statuses[failed[0]]))
-            warnings.warn(
-                f"{failed.size} of {statuses.size} outer steps failed, the first of them step "
-                f"{self._first + failed[0]}, {status.name}: {status.message}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-
-def _under_trace(
-    setup: Setup, state: OuterState, start: PyTree, batches: Iterator[PyTree], callback: Any, stop: Any
-) -> Minimum:
-    """Take the steps inside of a transformation, such as ``jit`` or ``vmap``, where no status can be inspected."""
-    if stop is not None:
-        raise ValueError("minimize cannot evaluate stop inside of a JAX transformation: call it with concrete values")
-    step, records, out = jax.jit(partial(outer_step, setup)), [], None
-    for number, batch in enumerate(batches):
-        after, record, out = step(state, start, batch, False)
-        if callback is not None:
-            callback(number, state.theta, out)
-        state = after
-        records.append(record)
-    history = jax.tree.map(lambda *entries: jnp.stack(entries), *records)
-    if out.linear is None:
-        with jax.debug_nans(False):
-            history = replace(history, linear_residual=jnp.full_like(history.linear_residual, jnp.nan))
-    return Minimum(state.theta, out.inner.w, history, state, "steps")
-
-
 def _checked(theta: PyTree) -> PyTree:
     theta = strongly_typed(outer_variables(theta))
     if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
@@ -314,15 +207,6 @@ def _batches(data: PyTree | Iterator[PyTree]) -> tuple[bool, Iterator[PyTree]]:
     return True, itertools.repeat(tree.arrays(data, "data"))
 
 
-def _owned(batch: PyTree) -> PyTree:
-    """Return a batch with copies of its NumPy arrays.
-
-    JAX may read a NumPy array after the call, and the iterator may write its next batch into the same memory.
-    """
-    batch = tree.traceable(batch, "data")
-    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
-
-
 def _fitting(setup: Setup, theta: PyTree, state: OuterState) -> OuterState:
     """Return a state that was handed over, or raise ValueError if this loop cannot have made it."""
     expected, state = state_before(setup, theta, state.w), strongly_typed(state)
@@ -334,11 +218,3 @@ def _fitting(setup: Setup, theta: PyTree, state: OuterState) -> OuterState:
             f"got {jax.tree.structure(state)} with {kinds[1]}"
         )
     return state
-
-
-def _shown(theta: PyTree) -> str:
-    """Return θ for a message, large arrays and trees abbreviated."""
-    leaves = jax.tree_util.tree_leaves_with_path(theta)
-    abbreviated = partial(np.array2string, precision=6, threshold=8, edgeitems=2)
-    text = [f"theta{jax.tree_util.keystr(path)} = {abbreviated(np.asarray(leaf))}" for path, leaf in leaves[:4]]
-    return ", ".join(text) + (", …" if len(leaves) > 4 else "")

@@ -11,11 +11,11 @@ SECONDS = 0.1
 
 
 class Bar:
-    """A progress bar of ``steps`` steps. On a stream that is no terminal nothing is printed."""
+    """A progress bar of ``steps`` steps. Nothing is printed if standard error is no terminal."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, visible: bool):
         self._steps, self._shown, self._started = steps, float("-inf"), time.monotonic()
-        self._visible = sys.stderr.isatty()
+        self._visible = visible and sys.stderr.isatty()
 
     def show(self, done: int, record: StepRecord, ended: bool) -> None:
         """Redraw the bar if enough time has passed since the last update, or if the loop has ended."""

@@ -97,7 +97,7 @@ class Minimum:
 
     Attributes:
         theta: θ after the last step.
-        w: the inner solution of the last step, which belongs to the θ before that step.
+        w: the inner solution of the last step whose numbers were finite. It belongs to the θ before that step.
         history: the record of each step of this call.
         state: what :func:`minimize` needs to go on, as its argument ``state``.
         ended: why the loop ended: ``"steps"`` for the number of steps, ``"data"`` for the end of the iterator, and

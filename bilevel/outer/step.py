@@ -19,9 +19,6 @@ from bilevel.types import Hypergradient, PyTree, Status
 if TYPE_CHECKING:
     import optax
 
-CAPACITY = 1024
-"""The largest number of steps on constant data in one run of the compiled loop."""
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -129,36 +126,51 @@ def _with_hypergradient(solve: Callable[[PyTree], Hypergradient]) -> Callable[[P
     return lambda theta: value(theta)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Last:
-    """The last step of a run of the compiled loop: θ before it, its record, and its hypergradient."""
+class CompiledLoop:
+    """The compiled loop of a setup.
 
-    theta: PyTree
-    record: History
-    out: Hypergradient
+    Attributes:
+        step: :func:`outer_step`, jitted, without the setup.
+        advance: ``advance(state, failed, start, data, steps, halt) -> (state, failed, rows, last)``. It takes up to
+            ``steps`` steps on the same data, none if ``failed``, and stops at a failed step if ``halt``. The number of
+            steps is traced, so that every number runs the same program and gives the same bits. The buffers of the
+            state are donated. ``rows`` has the fields of :class:`History` for each step, ``[capacity, 5]``; the status
+            is -1 in rows that were not reached. ``last`` is θ before the last step and the step's hypergradient, or
+            None without ``observe``: each output of a compiled function costs the host a microsecond or two.
+    """
+
+    def __init__(self, setup: Setup, capacity: int, observe: bool):
+        self.step = jax.jit(partial(outer_step, setup))
+        self.advance = jax.jit(partial(_advance, self.step, capacity, observe), donate_argnums=0)
+
+
+_cached_loop = lru_cache(maxsize=64)(CompiledLoop)
+
+
+def compiled_loop(setup: Setup, capacity: int, observe: bool) -> CompiledLoop:
+    """Return the compiled loop of a setup, the same one for equal setups."""
+    try:
+        return _cached_loop(setup, capacity, observe)
+    except TypeError:  # a part cannot be hashed, for example because one of its fields is an array
+        return CompiledLoop(setup, capacity, observe)
 
 
 def _advance(
-    setup: Setup,
+    step: Callable[..., tuple[OuterState, History, Hypergradient]],
     capacity: int,
+    observe: bool,
     state: OuterState,
     failed: jax.Array,
     start: PyTree,
     data: PyTree,
     steps: jax.Array,
     halt: jax.Array,
-) -> tuple[OuterState, jax.Array, jax.Array, Last]:
-    """Take up to ``steps`` steps on the same data, none if ``failed``, and stop at a failed step if ``halt``.
-
-    The number of steps is traced, so that every number runs the same program and gives the same bits.
-
-    Returns:
-        the state, whether a step has failed, one row of numbers for each step (``[capacity, 5]``, the fields of
-        :class:`History`; the status is -1 in rows that were not reached), and the last step.
-    """
-    # jit caches the trace: the step is traced once for its shapes and for the loop.
-    step = jax.jit(lambda state: strongly_typed(_step(setup, state, start, data, halt)))
+) -> tuple[OuterState, jax.Array, jax.Array, tuple[PyTree, Hypergradient] | None]:
+    def recorded(state: OuterState) -> Any:
+        after, record, out = step(state, start, data, halt)
+        failed = halt & (out.status > int(Status.ILL_CONDITIONED))
+        row = jnp.stack(jax.tree.leaves(tree.widened(record)))
+        return strongly_typed((after, failed, row, (state.theta, out) if observe else None))
 
     def unfinished(carry: Any) -> jax.Array:
         _, failed, _, taken, _ = carry
@@ -166,34 +178,11 @@ def _advance(
 
     def advance(carry: Any) -> Any:
         state, _, rows, taken, _ = carry
-        after, last, row = step(state)
-        failed = halt & (last.record.status > int(Status.ILL_CONDITIONED))
+        after, failed, row, last = recorded(state)
         return after, failed, rows.at[taken].set(row), taken + 1, last
 
-    _, last, row = jax.eval_shape(step, state)
+    *_, row, last = jax.eval_shape(recorded, state)  # jit has cached the trace of the step
     nothing = jax.tree.map(lambda leaf: jax.lax.full_like(leaf, 0), last)
     rows = jnp.full((capacity, row.size), -1, row.dtype)
     state, failed, rows, _, last = jax.lax.while_loop(unfinished, advance, (state, failed, rows, jnp.int32(0), nothing))
     return state, failed, rows, last
-
-
-def _step(
-    setup: Setup, state: OuterState, start: PyTree, data: PyTree, halt: jax.Array
-) -> tuple[OuterState, Last, jax.Array]:
-    after, record, out = outer_step(setup, state, start, data, halt)
-    return after, Last(state.theta, record, out), jnp.stack(jax.tree.leaves(tree.widened(record)))
-
-
-def _compiled(setup: Setup, capacity: int) -> Callable[..., Any]:
-    return jax.jit(partial(_advance, setup, capacity), donate_argnums=0)
-
-
-_compiled_once = lru_cache(maxsize=64)(_compiled)
-
-
-def compiled_loop(setup: Setup, capacity: int) -> Callable[..., tuple[OuterState, jax.Array, jax.Array, Last]]:
-    """Return the compiled loop for a setup, the same for equal ones. Its first argument, the state, is donated."""
-    try:
-        return _compiled_once(setup, capacity)
-    except TypeError:  # a part cannot be hashed, for example because one of its fields is an array
-        return _compiled(setup, capacity)
