@@ -12,7 +12,7 @@ from bilevel.failures import Policy, check_policy
 from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.outer.progress import Bar
 from bilevel.outer.records import Minimum, OuterState, StepRecord
-from bilevel.outer.run import Run, Traced, owned, run_under_trace
+from bilevel.outer.run import Run, owned, run_under_trace
 from bilevel.outer.step import Setup, state_before, strongly_typed
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
@@ -140,17 +140,13 @@ def minimize(
     else:
         state = _fitting(setup, theta, tree.arrays(state, "state"))
     batches = itertools.islice(itertools.chain([first], batches), steps)
-    if tree.is_traced((state, cold_start, first)):
+    run = Run(setup, state, cold_start, first, on_failure == "raise", constant, callback is not None)
+    if run.is_traced:
         return run_under_trace(setup, state, cold_start, batches, callback, stop)
-    run = Run(setup, state, cold_start, on_failure == "raise", constant, callback is not None)
     bar, last, seen, ended = Bar(steps, progress), run.number + steps, run.number, None
     watched = callback is not None or stop is not None
     while ended is None:
-        try:
-            run.advance(batches, min(last - run.number, every - run.number % every if watched else steps))
-        except Traced as traced:
-            batches = itertools.chain(traced.batches, batches)
-            return run_under_trace(setup, state, cold_start, batches, callback, stop)
+        run.advance(batches, min(last - run.number, every - run.number % every if watched else steps))
         ended = "steps" if run.number == last else "data" if run.exhausted else None
         if run.number > seen and (ended or run.number % every == 0):
             seen = run.number

@@ -10,7 +10,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from bilevel import tree
 from bilevel.advice import advise
@@ -28,18 +27,6 @@ SHORT, LONG = 0.1, 0.5
 than ``LONG`` by a shorter one. So interrupts and the bar are served in time."""
 
 
-class Traced(Exception):
-    """Raised by :meth:`Run.advance` if the step depends on a tracer, so that the host cannot look at its status.
-
-    Attributes:
-        batches: the batches that the step has taken.
-    """
-
-    def __init__(self, batches: list[PyTree]):
-        super().__init__()
-        self.batches = batches
-
-
 class Run:
     """A running outer loop: its state on the device, and what the host knows of its steps.
 
@@ -47,18 +34,26 @@ class Run:
         state: the state after ``number`` steps.
         number: the number of steps taken since the first call.
         exhausted: whether the iterator of batches has ended.
+        is_traced: whether the steps depend on tracers. Then the host cannot look at them: see :func:`run_under_trace`.
         last: θ before the last step, and its hypergradient; None unless ``observe``.
     """
 
-    def __init__(self, setup: Setup, state: OuterState, start: PyTree, halt: bool, constant: bool, observe: bool):
+    def __init__(
+        self, setup: Setup, state: OuterState, start: PyTree, batch: PyTree, halt: bool, constant: bool, observe: bool
+    ):
         self._setup, self._start, self._constant = setup, start, constant
         self._raises, self._halt = halt, jnp.asarray(halt)
         self._one, self._sound = jnp.int32(1), jnp.asarray(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
-        self._length, self._rows, self._shapes = 1, [], None
-        self.state = jax.tree.map(jnp.copy, state)  # the compiled loop takes over the buffers of its state
-        self.number = self._first = int(state.step)
-        self.exhausted, self.last, self._solves_adjoint = False, None, False
+        # jit keeps this trace for the compiled loop.
+        traced, shapes = jax.make_jaxpr(self._compiled.step, return_shape=True)(state, start, batch, self._halt)
+        self.is_traced = tree.is_traced((state, start, batch, traced.consts))
+        self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(shapes[1])]
+        self._solves_adjoint = shapes[2].linear is not None
+        self._length, self._rows = 1, []
+        self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)  # the compiled loop takes its buffers
+        self.number = self._first = 0 if self.is_traced else int(state.step)
+        self.exhausted, self.last = False, None
 
     def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
         """Take some steps and wait for them.
@@ -67,7 +62,6 @@ class Run:
 
         Raises:
             HypergradientError: for a failed step, if it shall raise.
-            Traced: if the step depends on a tracer.
         """
         began, count = time.perf_counter(), min(self._length, at_most)
         kept, rows, failed = [], [], self._sound
@@ -79,8 +73,6 @@ class Run:
             )
             kept.append(batch)
             rows.append(row)
-            if isinstance(row, Tracer):
-                raise Traced(kept)
         self.exhausted = not self._constant and len(rows) < count
         if rows:
             self._look(np.concatenate(jax.device_get(rows)), kept)
@@ -91,9 +83,6 @@ class Run:
         rows = rows[rows[:, -1] >= 0]  # the status is negative in rows that were not reached
         if self._raises and not Status(int(rows[-1, -1])).ok:
             raise self._failure(batches[0 if self._constant else len(rows) - 1])
-        if self._shapes is None:  # jit has cached the trace, so this traces nothing
-            shapes = jax.eval_shape(self._compiled.step, self.state, self._start, batches[0], self._halt)
-            self._shapes, self._solves_adjoint = shapes[1], shapes[2].linear is not None
         self._rows.append(rows)
         self.number += len(rows)
 
@@ -129,9 +118,10 @@ class Run:
         columns = np.concatenate(self._rows).T
         if not self._solves_adjoint:
             columns[3] = np.nan
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(self._shapes)]
         with jax.debug_nans(False):
-            return History(*(jnp.asarray(column.astype(dtype)) for column, dtype in zip(columns, dtypes, strict=True)))
+            return History(
+                *(jnp.asarray(column.astype(dtype)) for column, dtype in zip(columns, self._dtypes, strict=True))
+            )
 
     def warn(self, on_failure: Policy) -> None:
         """Warn about failed steps, if ``on_failure`` is "warn" and there are any."""
