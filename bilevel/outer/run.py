@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +46,19 @@ class Run:
         self._raises, self._halt = halt, jnp.asarray(halt)
         self._one, self._sound = jnp.int32(1), jnp.asarray(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
-        # jit keeps this trace for the compiled loop.
-        traced, shapes = jax.make_jaxpr(self._compiled.step, return_shape=True)(state, start, batch, self._halt)
+        # jit keeps the trace of the step for the compiled loop.
+        traced = jax.make_jaxpr(self._record)(state, start, batch, self._halt)
         self.is_traced = tree.is_traced((state, start, batch, traced.consts))
-        self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(shapes[1])]
-        self._solves_adjoint = shapes[2].linear is not None
+        self._dtypes = [leaf.dtype for leaf in traced.out_avals]
         self._length, self._rows = 1, []
         self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)  # the compiled loop takes its buffers
         self.number = self._first = 0 if self.is_traced else int(state.step)
         self.exhausted, self.last = False, None
+
+    def _record(self, *arguments: Any) -> History:
+        _, record, out = self._compiled.step(*arguments)
+        self._solves_adjoint = out.linear is not None
+        return record
 
     def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
         """Take some steps and wait for them.

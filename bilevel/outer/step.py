@@ -166,11 +166,17 @@ def _advance(
     steps: jax.Array,
     halt: jax.Array,
 ) -> tuple[OuterState, jax.Array, jax.Array, tuple[PyTree, Hypergradient] | None]:
+    structures = []
+
     def recorded(state: OuterState) -> Any:
         after, record, out = step(state, start, data, halt)
         failed = halt & (out.status > int(Status.ILL_CONDITIONED))
         row = jnp.stack(jax.tree.leaves(tree.widened(record)))
-        return strongly_typed((after, failed, row, (state.theta, out) if observe else None))
+        # The last step is carried as leaves: eval_shape would put types in place of arrays into a tree, which a class
+        # may refuse.
+        last, structure = jax.tree.flatten((state.theta, out) if observe else None)
+        structures.append(structure)
+        return strongly_typed((after, failed, row, last))
 
     def unfinished(carry: Any) -> jax.Array:
         _, failed, _, taken, _ = carry
@@ -181,8 +187,8 @@ def _advance(
         after, failed, row, last = recorded(state)
         return after, failed, rows.at[taken].set(row), taken + 1, last
 
-    *_, row, last = jax.eval_shape(recorded, state)  # jit has cached the trace of the step
-    nothing = jax.tree.map(lambda leaf: jax.lax.full_like(leaf, 0), last)
+    row, last = jax.eval_shape(lambda state: recorded(state)[2:], state)  # jit keeps the trace of the step
+    nothing = [jax.lax.full_like(leaf, 0) for leaf in last]
     rows = jnp.full((capacity, row.size), -1, row.dtype)
     state, failed, rows, _, last = jax.lax.while_loop(unfinished, advance, (state, failed, rows, jnp.int32(0), nothing))
-    return state, failed, rows, last
+    return state, failed, rows, jax.tree.unflatten(structures[0], last)
