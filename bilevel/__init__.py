@@ -81,7 +81,7 @@ from bilevel.methods import (
     Unrolled,
     ValuePenalty,
 )
-from bilevel.outer import History, Minimum, minimize
+from bilevel.outer import History, Minimum, OuterState, StepRecord, initial_state, minimize
 from bilevel.problem import Problem
 from bilevel.solvers import (
     Anderson,
@@ -156,8 +156,11 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "value_and_hypergradient",
     "implicit_layer",
     "minimize",
+    "initial_state",
     "Minimum",
     "History",
+    "StepRecord",
+    "OuterState",
     # Read the results
     "Hypergradient",
     "Solution",

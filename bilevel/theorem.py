@@ -36,9 +36,9 @@ def solve_implicitly(
     def residual(leaves: list[jax.Array]) -> list[jax.Array]:
         return jax.tree.leaves(condition.residual(join(leaves), theta, data))
 
-    def find(_: object, leaves: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    def find(_: object, leaves: list[jax.Array]) -> tuple[list[jax.Array], tuple[PyTree, ...]]:
         solution = solvers.solve(solver, condition, join(leaves), theta, data)
-        report = solution.residual_norm, _as_float(solution.steps), _as_float(solution.status)
+        report = solution.residual_norm, _as_float(solution.steps), _as_float(solution.status), solution.memory
         return tree.match_varying_axes(jax.tree.leaves(solution.w), report)  # type: ignore[return-value]
 
     def tangent_solve(jacobian: MatVec, tangent: list[jax.Array]) -> list[jax.Array]:
@@ -48,8 +48,8 @@ def solve_implicitly(
         scaling = condition.scaling(theta, data)
         return jax.tree.leaves(solve_scaled(linear, matvec, join(tangent), scaling, is_gradient(condition))[0])
 
-    w, (residual_norm, steps, status) = jax.lax.custom_root(residual, leaves, find, tangent_solve, has_aux=True)
-    return Solution(join(w), residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
+    w, (residual_norm, steps, status, memory) = jax.lax.custom_root(residual, leaves, find, tangent_solve, has_aux=True)
+    return Solution(join(w), residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32), memory)
 
 
 def adjoint_matvec(

@@ -123,12 +123,15 @@ class Solution:
         residual_norm: ‖F(w, θ, data)‖₂, the absolute norm of the condition's residual F at ``w``; a scalar.
         steps: iterations taken, an int32 scalar; 0 for a solver that does not report them.
         status: a :class:`Status` as an int32 scalar.
+        memory: from a solver that was resumed, the memory from which the next run goes on, such as the moments of
+            :class:`Optax`; otherwise None.
     """
 
     w: PyTree
     residual_norm: jax.Array
     steps: jax.Array
     status: jax.Array
+    memory: PyTree = None
 
 
 @jax.tree_util.register_dataclass
@@ -176,6 +179,8 @@ class Hypergradient:
         aux: the second output of an outer function with ``has_aux=True``; otherwise None.
         inner: the inner :class:`Solution`.
         linear: the :class:`LinearInfo` of the adjoint system; None for a method that solves no system.
+        warm_start: what the method can start from next time, as its argument ``linear_init``, where that is not the
+            adjoint ``linear.solution``; otherwise None.
     """
 
     value: jax.Array
@@ -183,6 +188,7 @@ class Hypergradient:
     aux: PyTree
     inner: Solution
     linear: LinearInfo | None
+    warm_start: PyTree = None
 
     @property
     def status(self) -> jax.Array:

@@ -15,7 +15,13 @@ from bilevel.types import Hypergradient, PyTree, Solution
 
 
 class Method(Protocol):
-    """A way to differentiate the inner solution."""
+    """A way to differentiate the inner solution.
+
+    :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
+    ``warm_start`` of its result, or the adjoint ``linear.solution`` if that is None. In the first step it passes the
+    result of the method's ``first_warm_start(w, memory)``, with the start w and the memory of the inner solver, or
+    zeros like w for a method without that function.
+    """
 
     def __call__(
         self,
@@ -26,6 +32,12 @@ class Method(Protocol):
         data: PyTree,
         linear_init: PyTree | None = None,
     ) -> Hypergradient: ...
+
+
+def first_warm_start(method: Method, w: PyTree, memory: PyTree) -> PyTree:
+    """Return what a method gets as ``linear_init`` in the first step of an outer loop."""
+    function = getattr(method, "first_warm_start", None)
+    return jax.tree.map(jnp.zeros_like, w) if function is None else function(w, memory)
 
 
 def outer_variables(theta: PyTree) -> PyTree:

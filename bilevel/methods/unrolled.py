@@ -63,12 +63,13 @@ class Unrolled:
 
         def outer(theta):
             start = _unsolved_start(iterative, problem.condition, starting_point(init, theta, data), theta, data)
-            w = self._inner(problem.condition, iterative, theta, start, data)
+            w, memory = self._inner(problem.condition, iterative, theta, start, data)
             value, aux = outer_with_aux(problem)(w, theta, data)
-            return value, (aux, w)
+            return value, (aux, w, memory)
 
-        (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
+        (value, (aux, w, memory)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
         inner = solvers.report(problem.condition.residual(w, theta, data), w, iterative.max_steps)
+        inner = solvers.with_memory(inner, iterative, memory)
         found = Hypergradient(value, tree.with_zeros(gradient, theta), aux, inner, None)
         if not self.first_order and self.last in (None, iterative.max_steps):
             return found
@@ -90,7 +91,7 @@ class Unrolled:
 
     def _inner(
         self, condition: Condition, solver: IterativeSolver, theta: PyTree, init: PyTree, data: PyTree
-    ) -> PyTree:
+    ) -> tuple[PyTree, PyTree]:
         def advance(_, state):
             residual = condition.residual(state[0], theta, data)
             return solver.update(state, jax.lax.stop_gradient(residual) if self.first_order else residual)
@@ -101,7 +102,7 @@ class Unrolled:
             state = jax.lax.stop_gradient(state)
         if self.checkpoint:
             advance = jax.checkpoint(advance)
-        return jax.lax.fori_loop(0, last, advance, state)[0]
+        return jax.lax.fori_loop(0, last, advance, state)
 
 
 @dataclass(frozen=True)

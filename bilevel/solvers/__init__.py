@@ -9,8 +9,17 @@ the same numbers as the solver's loop.
 from bilevel.solvers.descent import GradientDescent, Optax
 from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
+from bilevel.solvers.iteration import with_memory
 from bilevel.solvers.newton import HessianFree
-from bilevel.solvers.protocol import InnerSolver, IterativeSolver, report, solve, with_residual
+from bilevel.solvers.protocol import (
+    InnerSolver,
+    IterativeSolver,
+    new_memory,
+    report,
+    resumed,
+    solve,
+    with_residual,
+)
 
 __all__ = [
     "Anderson",
@@ -21,7 +30,10 @@ __all__ = [
     "IterativeSolver",
     "Jaxopt",
     "Optax",
+    "new_memory",
     "report",
+    "resumed",
     "solve",
+    "with_memory",
     "with_residual",
 ]
