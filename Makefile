@@ -1,9 +1,9 @@
-# The main job, the tests and the site, on a machine that has Python 3.11 or later and make.
+# Train, test, lint and build the site on a machine that has Python 3.11 or later and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# One file is one worker's work, so that tests share what their file has compiled.
+# All tests of a file run in one worker, so that they share compiled functions.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: train test test-all lint docs extras clean
@@ -15,7 +15,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed-testing
 	$(PYTEST) $(ARGS)
 
-# Every test. Some need the type checkers, the build backend, Flax and Equinox, which the extra dev holds.
+# Every test. Some need the type checkers, the build backend, Flax and Equinox, which the extra dev installs.
 test-all: $(VENV)/installed-dev
 	$(PYTEST) --all $(ARGS)
 
@@ -29,7 +29,7 @@ docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 	@echo "the site: docs/_build/html/index.html"
 
-# Each extra, installed alone into an environment that is removed afterwards, does its job.
+# Install each extra alone into a new environment, test it there, and remove the environment.
 extras:
 	$(PYTHON) benchmarks/extras.py $(ARGS)
 

@@ -20,7 +20,7 @@ SLOW_PAGES = {
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/testing.md": "checks several methods against every reference",
 }
-"""Pages whose doctests are slow, by their path relative to this folder, with the reason: a page cannot have a mark."""
+"""The reason for each page whose doctests are slow, by the path relative to this folder. A page cannot have a mark."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

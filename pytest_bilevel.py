@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 PROPERTY = "hypergradient"
-"""The name of a test's checks among its report's ``user_properties``, which pytest-xdist sends to the main process."""
+"""Name of a test's checks in the ``user_properties`` of its report. pytest-xdist sends these to the main process."""
 _FIXTURE: pytest.StashKey = pytest.StashKey()
 
 
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     ]
     terminalreporter.section("hypergradients checked")
     if not rows:
-        terminalreporter.write_line("none: no test used the fixture")
+        terminalreporter.write_line("none: no test called an assertion of the fixture")
     for line in _table(sorted(rows, key=lambda row: row[0])):
         terminalreporter.write_line(line)
 

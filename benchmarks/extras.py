@@ -1,12 +1,12 @@
-"""Install each extra alone into a clean environment, and run what the extra is for.
+"""Install each extra alone into a clean environment, and check there that the extra serves its purpose.
 
     python benchmarks/extras.py                    # the base installation and every extra but benchmarks
     python benchmarks/extras.py docs flax          # these two extras
     python benchmarks/extras.py benchmarks         # installs several gigabytes: PyTorch and the libraries to compare
 
-This finds a dependency that an extra lacks in pyproject.toml. A developer's environment does not show such a lack if
-another extra has installed the dependency. The script needs a package index; pip's cache makes later runs faster. Each
-environment is removed after its check.
+The script fails if pyproject.toml does not list a dependency that an extra needs. A developer's environment hides this
+mistake if another extra has installed the dependency. The script needs a package index; pip's cache makes later runs
+faster. Each environment is removed after its check.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Environment:
     """A clean environment in which this checkout is installed with one extra.
 
     Attributes:
-        python: its interpreter.
+        python: the interpreter of the environment.
         folder: an empty folder to work in. It is outside the checkout, so that imports find what was installed.
     """
 

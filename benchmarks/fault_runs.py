@@ -36,7 +36,7 @@ def copy_into(folder: Path, *parts: str) -> Path:
 
 
 def run(copy: Path, sources: Sources, planned: Sequence[tuple[Fault, list[str]]], unchanged: list[str]) -> int:
-    """Plant each fault in the copy, run its tests, and print one line for each.
+    """Plant one fault after another in the copy, run the tests of the fault, and print one line for each fault.
 
     Args:
         copy: a folder with the library and the tests.
@@ -87,7 +87,7 @@ def _pytest(copy: Path, arguments: list[str]) -> tuple[float, str]:
         [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments],
         cwd=copy, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if done.returncode not in (0, 1):  # neither passed nor failed: nothing was tested
+    if done.returncode not in (0, 1):  # pytest itself failed, or found no test
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return time.perf_counter() - start, done.stdout if done.returncode else ""
 

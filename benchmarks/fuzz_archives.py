@@ -3,8 +3,8 @@
     python benchmarks/fuzz_archives.py --archives 1000 --omniglot DIR
 
 A refusal must be an InputError of one line. While an archive is read, an audit hook watches every file that is opened
-for writing, created, renamed or removed. Files may be written in the cache only, and the cache must not hold an
-incomplete file. Most archives are small and take milliseconds. With ``--omniglot``, a tenth are copies of the official
+for writing, created, renamed or removed. Files may be written only in the cache folder, and no file there may be
+incomplete. Most archives are small and take milliseconds. With ``--omniglot``, a tenth are copies of the official
 archives.
 """
 
@@ -84,7 +84,8 @@ class Tally:
 def flips(content: bytes, source: random.Random) -> bytes:
     """Return the archive's bytes with one to three faults.
 
-    A fault begins anywhere, in or after the directory of members, or in the last 60 bytes.
+    A fault begins at a random position in one of three ranges: the whole archive, the part from the directory of
+    members to the end, or the last 60 bytes.
     """
     for _ in range(source.randint(1, 3)):
         directory = max(content.rfind(b"PK\x01\x02", 0, len(content) // 2), content.find(b"PK\x01\x02"), 0)

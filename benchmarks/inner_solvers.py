@@ -5,8 +5,8 @@
 The tasks are of training classes. For each inner solver, the command prints the mean query loss and accuracy, the
 medians of the inner residual and of CG's relative residual, and the mean cosine between a task's meta-gradient and a
 nearly exact one. The nearly exact one is computed with 800 stable inner steps and 60 CG iterations. At the end, the
-command prints the largest Ritz value of H, the Hessian of the support loss, as a median over tasks. It prints this
-value at θ, where descent starts, and at the parameters φ that the run's own inner solver reaches.
+command prints the largest Ritz value of H, the Hessian of the support loss, as a median over tasks. It prints one value
+for θ, where descent starts, and one for the parameters φ that the run's own inner solver reaches.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Kill a process that writes checkpoints at random moments, and check that no finished checkpoint is lost.
+"""At random moments, kill a process that writes checkpoints, and check that no finished checkpoint is lost.
 
     python benchmarks/kill_nine.py --kills 200
 
@@ -7,8 +7,8 @@ SIGKILL at a random moment, mostly during a further save. The folder must then h
 checkpoint must be at least as new as the last one that the child reported, and must have all bits of its step. The next
 child resumes in the same folder.
 
-A kill does not simulate a loss of power, which the flushing of files guards against. tests/imaml/storage/test_files.py
-tests the order of flushes.
+A kill does not simulate a loss of power, against which files are flushed. tests/imaml/storage/test_files.py tests the
+order of flushes.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def killed(directory: Path, saves: int, fraction: float) -> int:
     Args:
         directory: the folder of the checkpoints.
         saves: number of finished saves to wait for.
-        fraction: time from the last of them to the kill, as a fraction of the mean time of a save, or of 10 ms if
-            ``saves`` is 0.
+        fraction: time from the last finished save to the kill, as a fraction of the mean time of a save. If ``saves``
+            is 0, it is a fraction of 10 ms.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -91,7 +91,7 @@ class Tally:
     Attributes:
         kills: children killed.
         saves: saves that the children finished.
-        amid_a_save: kills that left a temporary file, that is, during a save.
+        amid_a_save: kills during a save. Such a kill leaves a temporary file.
         lost: kills after which a finished checkpoint was missing, old or damaged.
     """
 

@@ -1,6 +1,6 @@
-"""The test kit applied to the library itself: a small, fixed suite that uses public functions only.
+"""Tests of the library by its own test kit, `bilevel.testing`: a small, fixed suite that uses public functions only.
 
-`mutations.py` runs this suite on copies of `bilevel` with one fault each.
+`mutations.py` runs this suite on a copy of `bilevel`, with one planted fault after another.
 """
 
 from functools import partial
@@ -111,8 +111,8 @@ def test_methods_and_solvers_agree_with_the_closed_form(hypergradient, name):
     hypergradient.assert_case(case, solver, method)
 
 
-# 100·κ times the order of each error, with κ = 10: eps^⅔ (FiniteDifference), 1/penalty (ValuePenalty), ridge (Nystrom)
-# and scale² (EvolutionStrategies).
+# Each tolerance is 100·κ, with κ = 10, times the order of the method's error: eps^⅔ for FiniteDifference, 1/penalty for
+# ValuePenalty, ridge for Nystrom, and scale² for EvolutionStrategies.
 ESTIMATORS = {
     "FiniteDifference": (bl.FiniteDifference(bl.CG(8)), 4e-8),
     "ValuePenalty": (bl.ValuePenalty(1e5), 1e-2),

@@ -1,9 +1,10 @@
-"""Check that the test kit finds wrong hypergradients: plant faults in a copy of `bilevel`, and run the kit on each.
+"""Check that the test kit, `bilevel.testing`, finds wrong hypergradients in copies of `bilevel` with a planted fault.
 
     python -m benchmarks.mutations [NAME …]
 
-The kit, `mutation_suite.py`, must pass on the unchanged copy and fail on every fault. The exit status is 1 if a fault
-survives. `planting.py` says how a fault is written.
+The tests in `mutation_suite.py` use the test kit. They must pass on the unchanged copy and fail on every fault. The
+exit status is 1 if they fail on the unchanged copy, or if they pass on a copy with a fault. `planting.py` says how a
+fault is written.
 """
 
 import os

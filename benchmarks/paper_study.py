@@ -5,15 +5,16 @@
 The task is Omniglot, 5-way 1-shot, with the network of 64 filters. The base variant follows the paper's text and tables
 literally: proximal strength λ = 2 on the *mean* support loss, 16 steps of gradient descent at rate 0.1 (from the
 authors' code, because the paper gives no rate), 5 steps of conjugate gradients, as many query images as shots, Adam at
-0.001. Each other variant changes one factor, except the last one, which makes all changes of the preset
-``omniglot-5way-1shot-gd``. The variants are in :mod:`benchmarks.paper_study_variants`.
+0.001. Each other variant changes one factor, with two exceptions. ``strong-proximity`` also lowers the inner rate,
+because descent at 0.1 diverges. ``preset`` makes all changes of the preset ``omniglot-5way-1shot-gd``. The variants are
+in :mod:`benchmarks.paper_study_variants`.
 
 Each variant writes one record to ``benchmarks/results/paper_study`` when it ends. A variant with a record is not run
 again, so the study can be run in several calls. With ``--minutes M``, a call starts no variant after M minutes.
 
-A record contains, for every ``EVERY`` meta-steps:
+After every ``EVERY`` meta-steps, a record gets:
 
-- a point of the curve, a summary over the training tasks of these steps: query accuracy on *training* classes, loss,
+- a point of the curve, which summarises the training tasks of these steps: query accuracy on *training* classes, loss,
   residuals, and the share of each status;
 - a probe of four fixed training tasks: the extreme Ritz values of H, the Hessian of the support loss at the adapted
   parameters φ, and the inner residual at φ relative to that at θ. H has eigenvalues at or beyond its Ritz values. With
@@ -106,7 +107,8 @@ def run(variant: Variant, dataset: datasets.ImageDataset, steps: int, seed: int,
         "probes": probes,
         "split": dataset.fingerprint(),
         "seed": seed,
-        "training_seconds": round(seconds, 1),  # Includes the step's compilation for the first variant of its shape.
+        # The compilation of the step is included, unless an earlier variant has the same program.
+        "training_seconds": round(seconds, 1),
         "seconds": round(time.monotonic() - began, 1),
         "versions": versions(),
         "machine": f"{platform.machine()}, {jax.local_device_count()} {jax.default_backend()} devices",

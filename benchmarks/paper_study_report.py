@@ -4,7 +4,7 @@
 
 The records are those that :mod:`benchmarks.paper_study` wrote to ``benchmarks/results/paper_study``. The folder
 ``seed-1`` in it has the same variants with another seed, and the folder ``long`` has three variants that were trained
-ten times as long. Neither JAX nor the data are needed.
+ten times as long. Omniglot is not needed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def row(record: dict, again: dict | None = None) -> tuple[str, ...]:
     """Return the cells of a variant's line in :func:`table`, as formatted text.
 
     Ritz values, inner residual and the certificate's correction are those of the last probe. The linear residual is the
-    median over the curve; negative curvature and tasks left out are means over the curve.
+    median over the curve. Negative curvature and tasks left out are means over the curve.
 
     Args:
         record: the record of the variant.
@@ -122,10 +122,11 @@ def _markdown(header, lines):
 
 
 def draw(records: list[dict], path: Path) -> Path:
-    """Draw the training accuracy of each variant over meta-steps together with the literal setting's; return ``path``.
+    """Draw the training accuracy over meta-steps, one panel for each variant, and return ``path``.
 
-    A curve is colored if the variant's test accuracy differs from the literal setting's by more than the sum of both
-    intervals: blue if it is higher, orange if it is lower.
+    Each panel also has the curve of the literal setting, in grey. The curve of a variant is blue if its test accuracy
+    is higher than that of the literal setting by more than the sum of both intervals, orange if it is lower by more
+    than this sum, and dark otherwise.
     """
     literal = next(record for record in records if record["name"] == LITERAL)
     others = [record for record in records if record is not literal]

@@ -1,4 +1,4 @@
-"""The variants of :mod:`benchmarks.paper_study`: the paper's setting, and settings with one factor changed."""
+"""The variants of :mod:`benchmarks.paper_study`: the paper's setting, and settings that differ from it."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Variant:
         learning_rate: Adam's learning rate.
         tasks: number of tasks in a meta-step.
         queries: number of query images of each class in training; the test uses one.
-        kernel_gain: factor of the initial kernels, which are Glorot's.
+        kernel_gain: factor by which Glorot's initial kernels are multiplied.
     """
 
     factor: str

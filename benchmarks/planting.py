@@ -5,8 +5,8 @@ code that replaces what the pattern matches:
 
     Fault("adjoint term's sign", "Implicit.__call__", "tree.subtract(_H, _BV)", "tree.add(_H, _BV)")
 
-Snippets are compared as syntax trees, so that a fault survives a function's move to another file, a reformatting, and
-an edit of comments. Placeholders let it survive renamed local variables too:
+Snippets are compared as syntax trees. A fault therefore still matches if its function moves to another file, if the
+code is reformatted, or if comments change. With placeholders it still matches if local variables are renamed:
 
 - ``_A``, ``_LEFT``, … (names that begin with an underscore and a capital letter) match any expression. If a name occurs
   twice in a pattern, both expressions must be equal. The replacement may use the placeholders of the pattern.
@@ -215,7 +215,7 @@ def _kind(snippet):
 
 
 def _matches_in(pattern, tree) -> list[tuple[ast.expr | ast.stmt, dict[str, ast.expr]]]:
-    """Return the expressions or statements in a tree that match, each with what the placeholders stand for."""
+    """Return the matching expressions or statements of a tree, each with the expressions of the placeholders."""
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.expr | ast.stmt))
     return [(node, bound) for node in nodes if (bound := match(pattern, node)) is not None]
 

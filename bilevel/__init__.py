@@ -83,7 +83,7 @@ from bilevel.methods import (
     Unrolled,
     ValuePenalty,
 )
-from bilevel.outer import History, Minimum, minimize
+from bilevel.outer import History, Minimum, OuterState, StepRecord, initial_state, minimize
 from bilevel.problem import Problem
 from bilevel.solvers import (
     Anderson,
@@ -165,8 +165,11 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "custom_root",
     "custom_fixed_point",
     "minimize",
+    "initial_state",
     "Minimum",
     "History",
+    "StepRecord",
+    "OuterState",
     # Read the results
     "Hypergradient",
     "Solution",

@@ -1,7 +1,8 @@
 """Find out which remedy of a failed solve would work, and say so in the error message.
 
-Every function here is called after a failure only, with concrete values. So it may take products, factorise, and run a
-solver again: a step size, a tolerance, a ridge or a solver is named because it was computed or tried at this solution.
+Every function here is called only after a failure, and with concrete values. So it may take products, factorise, and
+run a solver again. The numbers that it names, such as a step size, a tolerance or a ridge, were computed or tried at
+this solution.
 """
 
 from collections.abc import Iterator
@@ -80,10 +81,13 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
         )
         return
     if status == Status.MAX_STEPS and isinstance(linear, CG) and smallest > 0:
-        # The error of CG falls by 2((√κ − 1)/(√κ + 1))^k in the norm of A.
+        # After k steps the error of CG, in the norm of A, is at most 2((√κ − 1)/(√κ + 1))^k times that of the start.
         kappa, goal = largest / smallest, linear.tol or tree.eps(out.inner.w) ** 0.5
         steps = int(np.ceil(0.5 * kappa**0.5 * np.log(2 * kappa**0.5 / goal)))
-        yield f"The condition number is at least {kappa:.3g}: CG takes up to {steps} steps to a residual of {goal:.1g}."
+        yield (
+            f"The condition number is at least {kappa:.3g}. If it is no larger, CG needs at most {steps} steps to a "
+            f"relative residual of {goal:.1g}."
+        )
     if isinstance(linear, CG | NormalCG | GMRES | BiCGStab):
         yield from _dense(matvec, out.inner.w)
 
@@ -134,7 +138,10 @@ def _step_size(condition, theta, data, w, solver: GradientDescent) -> Iterator[s
 
 
 def _largest_curvature(condition, theta, data, w) -> float:
-    """Estimate the largest eigenvalue at w of the Hessian of the objective, or of its condition's, without ``prox``."""
+    """Estimate the largest eigenvalue of the Hessian at w of the condition's potential, or else of its objective.
+
+    The objective of a :class:`ProximalGradient` is taken without the prox. Return 0 if there is neither.
+    """
     objective = condition.potential if is_gradient(condition) else getattr(condition, "objective", None)
     if objective is None:
         return 0.0
@@ -143,7 +150,7 @@ def _largest_curvature(condition, theta, data, w) -> float:
 
 
 def _options_of_jaxopt(condition, theta, data, out, solver: Jaxopt) -> Iterator[str]:
-    """Run a solver of jaxopt again from its last w with other options, and yield a sentence on the first that work."""
+    """Run a solver of jaxopt again from its last w with other options, and describe the first options that work."""
     tol, options = solver.tol, dict(solver.options)
     if tol is None:
         return

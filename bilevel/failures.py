@@ -23,17 +23,19 @@ class HypergradientError(RuntimeError):
     """Error raised for a failed status.
 
     Attributes:
-        result: the :class:`Hypergradient` with the failed status, complete. From :func:`implicit_layer` it is the
-            :class:`Solution` of a failed inner solve, and None for a failed linear solve.
+        result: the complete :class:`Hypergradient`, with the failed status. In an error of :func:`implicit_layer`, it
+            is the :class:`Solution` of a failed inner solve, or None after a failed linear solve.
+        state: from :func:`minimize`, the :class:`OuterState` before the failed step; otherwise None.
     """
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any, state: Any = None):
         super().__init__(message)
         self.result = result
+        self.state = state
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default, pickle would call the constructor with the message alone.
-        return type(self), (str(self), self.result)
+        return type(self), (str(self), self.result, self.state)
 
 
 def check_policy(on_failure: Policy) -> None:
@@ -58,7 +60,7 @@ def check_status(
 
     Raises:
         HypergradientError: on a failed status, with ``on_failure="raise"``.
-        ValueError: for any other ``on_failure``.
+        ValueError: if ``on_failure`` is none of the three.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -46,7 +46,7 @@ def value_and_hypergradient(
         calls. A function, a method or a ``functools.partial`` is also accepted as ``init``. ``linear_init`` is where
         the adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result
         as None. JAX's derivative of ``out.value`` is the method's estimate. A derivative that the method does not know,
-        such as that of the gradient of an approximate method, is refused.
+        such as the derivative of an approximate method's gradient, is refused.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
@@ -121,8 +121,8 @@ def implicit_layer(
             ``"raise"``, ``"warn"`` or ``"ignore"``. A linear solve without a ``tol`` has failed too if its relative
             residual is above the square root of the machine epsilon, or above 1e-5 in float64. Under ``jit``, ``vmap``
             and ``scan`` nothing is raised: call the layer once with concrete values, or use
-            :func:`value_and_hypergradient`, which returns the statuses. Nor is anything raised for the linear solve of
-            a derivative in captured arrays alone.
+            :func:`value_and_hypergradient`, which returns the statuses. In reverse mode, a failed linear solve is not
+            reported either if the derivative is taken in captured arrays alone.
         with_solution: whether the layer returns ``(w, solution)``, where ``solution`` is the :class:`Solution` of the
             inner solve, with its status. It has no derivative.
 

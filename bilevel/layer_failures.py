@@ -1,8 +1,8 @@
 """Failed solves of a layer: errors and warnings, outside of ``jit``.
 
 A layer returns w alone. JAX runs the linear solve of its derivative later, in a program that returns no status. A
-callback in that program records the status, and :meth:`LinearWatch.after_derivative` reports a failure when JAX has
-computed the derivative.
+callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports it when JAX has computed
+the derivative.
 """
 
 import warnings
@@ -33,7 +33,10 @@ def check_solution(solution: Solution, on_failure: Policy) -> None:
 
 
 def is_concrete(variables: PyTree) -> bool:
-    """Return whether all leaves have values: arrays, and tracers of a derivative outside of ``jit`` and ``vmap``."""
+    """Return whether every leaf has a value.
+
+    Arrays have one, and so have the tracers of a derivative that is taken outside of ``jit`` and ``vmap``.
+    """
     tracers = (leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, Tracer))
     return not any(isinstance(jax.lax.stop_gradient(leaf), Tracer) for leaf in tracers)
 

@@ -27,7 +27,7 @@ class Spectrum(NamedTuple):
     Attributes:
         norm: a bound of ‖A‖₂. From a matrix the Frobenius norm, an upper bound; from a probe a lower bound.
         smallest: a bound of the smallest singular value. From a matrix a lower bound; from a probe an upper bound.
-        lowest: an upper bound of min ⟨u, Au⟩ / ‖u‖². From a matrix both are equal up to rounding.
+        lowest: an upper bound of min ⟨u, Au⟩ / ‖u‖². From a matrix it equals this minimum up to rounding.
     """
 
     norm: jax.Array
@@ -91,7 +91,7 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
 
     The recursion costs one product a step and holds a basis of ``steps`` vectors. It can be jitted and vmapped. If the
     Krylov space has fewer dimensions than steps, the remaining entries repeat the Rayleigh quotient ⟨s, As⟩ / ⟨s, s⟩.
-    This lies between the others, so the smallest and the largest value stay right.
+    This quotient lies between the other values, so the smallest and the largest value stay right.
 
     Args:
         matvec: u ↦ Au, a symmetric map from pytrees like ``like`` to themselves.
@@ -118,13 +118,16 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
     """
     flat, unravel = ravel_pytree(like)
     if steps < 1 or flat.size == 0:
-        raise ValueError(f"ritz_values needs steps ≥ 1 and a vector of at least 1 entry, got {steps} and {flat.size}")
+        raise ValueError(
+            f"ritz_values needs steps ≥ 1 and a vector of at least 1 entry, got steps={steps} and {flat.size} entries"
+        )
     steps = min(steps, flat.size)
     # bfloat16 loses orthogonality after a few steps, and eigvalsh refuses it. So only the products are in bfloat16.
     dtype = tree.widened(flat).dtype
     first = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype) if start is None else ravel_pytree(start)[0]
     first = first.astype(dtype)
-    # A remainder shorter than this is rounding noise: the error of a sum over n entries grows like √n.
+    # A remainder shorter than this fraction of the product is rounding noise: the error of a sum over n entries grows
+    # like √n.
     cutoff = 10 * flat.size**0.5 * float(jnp.finfo(dtype).eps)
 
     def advance(k, state):

@@ -1,9 +1,10 @@
 """The start of the inner solver: a point, or a function of θ and data that computes one.
 
-A point is any pytree of arrays, even one that can be called, such as an Equinox module. ``jit`` finds a compiled
-program by its static arguments, and a lambda that is written in a call is a new object each time. So a start function
-is traced first, and the static argument is its :class:`Program`. Programs are compared by their operations, so a lambda
-is not compiled again in each call. The arrays that the function captured are arguments of the compiled program.
+A point is any pytree of arrays, even one that can be called, such as an Equinox module. ``jit`` compiles again for
+each new static argument, and a lambda that is written in a call is a new object each time. So a start function is
+traced first, and the static argument is the resulting :class:`Program`. Two programs of the same operations are equal,
+so ``jit`` does not compile again for such a lambda. The arrays that the lambda captured are passed as arguments that
+are not static.
 """
 
 import functools
@@ -24,15 +25,19 @@ Start = PyTree | StartFunction
 
 
 def is_function(init: Start) -> bool:
-    """Return whether a start is to be called: a function, a method or a ``functools.partial``, but no other pytree."""
+    """Return whether a start is to be called.
+
+    That is True for a ``functools.partial``, and for any callable that is not a pytree, such as a function or a method.
+    A pytree that can be called, such as an Equinox module, is a point.
+    """
     return callable(init) and (isinstance(init, functools.partial) or jax.tree_util.all_leaves([init]))
 
 
 def choose_start(init: Start, start: StartFunction | None) -> Start:
-    """Return ``init``, or the function ``start`` where that is given.
+    """Return ``init``, or the function ``start`` if it is given.
 
     Raises:
-        TypeError: for both or neither of them, or a ``start`` that cannot be called.
+        TypeError: if both or neither of them are given, or if ``start`` cannot be called.
     """
     if start is None:
         if init is None:
@@ -44,7 +49,7 @@ def choose_start(init: Start, start: StartFunction | None) -> Start:
     if init is not None:
         raise TypeError(
             "got both init and start: give init for a point and start for a function of (theta, data), not both; "
-            "where only start is given, pass the data by name (data=...)"
+            "to give start alone, pass None as init, or pass the data by name (data=...)"
         )
     if not callable(start):
         raise TypeError(f"start is a function of (theta, data), got {type(start).__name__}: give a point as init")

@@ -28,16 +28,17 @@ def solve_implicitly(
 ) -> Solution:
     """Return the solver's Solution. Its w has the derivatives of the implicit function theorem, to any order."""
 
-    # custom_root gets lists of leaves: it would put types in place of arrays into a tree, which a class may refuse.
+    # custom_root gets lists of leaves. It would rebuild a tree with types in place of arrays, which a class of the user
+    # may refuse.
     leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(init))
     join = partial(jax.tree.unflatten, structure)
 
     def residual(leaves: list[jax.Array]) -> list[jax.Array]:
         return jax.tree.leaves(adjoint_residual(condition)(join(leaves), theta, data))
 
-    def find(_: object, leaves: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    def find(_: object, leaves: list[jax.Array]) -> tuple[list[jax.Array], tuple[PyTree, ...]]:
         solution = solvers.solve(solver, condition, join(leaves), theta, data)
-        report = solution.residual_norm, _as_float(solution.steps), _as_float(solution.status)
+        report = solution.residual_norm, _as_float(solution.steps), _as_float(solution.status), solution.memory
         return tree.match_varying_axes(jax.tree.leaves(solution.w), report)  # type: ignore[return-value]
 
     def tangent_solve(jacobian: MatVec, tangent: list[jax.Array]) -> list[jax.Array]:
@@ -47,8 +48,8 @@ def solve_implicitly(
         scaling = condition.scaling(theta, data)
         return jax.tree.leaves(solve_scaled(linear, matvec, join(tangent), scaling, is_gradient(condition))[0])
 
-    w, (residual_norm, steps, status) = jax.lax.custom_root(residual, leaves, find, tangent_solve, has_aux=True)
-    return Solution(join(w), residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32))
+    w, (residual_norm, steps, status, memory) = jax.lax.custom_root(residual, leaves, find, tangent_solve, has_aux=True)
+    return Solution(join(w), residual_norm, steps.astype(jnp.int32), status.astype(jnp.int32), memory)
 
 
 def adjoint_matvec(
@@ -130,9 +131,10 @@ def _couple_leaves(v: PyTree) -> PyTree:
 def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree]:
     """Return multiplication by a number 1 that depends on every array that ``matvec`` captures.
 
-    ``custom_linear_solve`` solves for the tangent ∂b − (∂A)x, in which some leaves may have no ∂A. After a
-    multiplication of b by this number, every leaf of b has a tangent if A has one. After a multiplication of x, so has
-    every cotangent. The number is 1 plus sums over no entries, so an array that is not finite does not change it.
+    ``custom_linear_solve`` solves for the tangent ∂b − (∂A)x, in which some leaves may have no ∂A. If b is multiplied
+    by this number, every leaf of b has a tangent if A has one. If x is multiplied by it, the same holds for the
+    cotangent of x, which is the right-hand side of the transposed solve. The number is 1 plus sums over no entries, so
+    an array that is not finite does not change it.
     """
     _, captured = jax.closure_convert(matvec, b)
     zeros = [jnp.real(jnp.sum(array[..., None][..., :0])) for array in captured]
@@ -144,17 +146,21 @@ def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree
 
 
 def _as_float(number: jax.Array) -> jax.Array:
-    """Return a count or status as float32, because JAX's solve primitives refuse integers as auxiliary outputs."""
+    """Return a count or status as float32, because JAX's solve primitives refuse integers as auxiliary outputs.
+
+    A floating-point number is returned unchanged.
+    """
     number = jnp.asarray(number)
     return number if tree.is_floating(number) else number.astype(jnp.float32)
 
 
 def check_symmetry(linear: LinearSolver, condition: Condition) -> None:
-    """Raise ValueError for a linear solver that needs a symmetric operator where the condition has none."""
+    """Raise ValueError if the linear solver needs a symmetric operator and the condition is not declared symmetric."""
     if getattr(linear, "needs_symmetry", False) and not condition.symmetric:
         raise ValueError(
-            f"{type(linear).__name__} needs a symmetric operator, and that of {type(condition).__name__} is not: "
-            "use NormalCG, GMRES, BiCGStab or LU, or declare the condition symmetric where it is"
+            f"{type(linear).__name__} needs a symmetric operator, and {type(condition).__name__} is not declared "
+            "symmetric: use NormalCG, GMRES, BiCGStab or LU, or pass symmetric=True to a Root or FixedPoint whose "
+            "Jacobian is symmetric"
         )
 
 

@@ -62,7 +62,9 @@ def arrays(a: PyTree, name: str = "") -> PyTree:
 
 
 def traceable(a: PyTree, name: str) -> PyTree:
-    """Return a tree that ``jax.jit`` takes, in less time than :func:`arrays`: numbers and NumPy arrays may stay.
+    """Return a tree that can be passed to ``jax.jit``.
+
+    This takes less time than :func:`arrays`, because Python numbers and NumPy arrays are not converted.
 
     Raises:
         TypeError: as :func:`arrays`.
@@ -80,8 +82,8 @@ def _array(leaf: object, name: str) -> jax.Array:
         return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{name} is not an array or a number, got {type(leaf).__name__}: capture a function or a string in the "
-            "functions of the problem, or make it a static field (metadata of a registered dataclass, "
+            f"{name} is not an array or a number, got {type(leaf).__name__}: let the problem's functions use it as a "
+            "variable of a closure, or make it a static field (metadata of a registered dataclass, "
             "equinox.field(static=True)), or split the tree (equinox.partition, flax.nnx.split) and pass its arrays"
         ) from error
 
@@ -113,7 +115,7 @@ def numbers_as_floats(theta: PyTree) -> PyTree:
     """Return θ with Python integers as Python floats, if no leaf of θ is floating point.
 
     A Python number has no dtype of its own, so ``theta=1`` means ``theta=1.0``. Beside a floating-point leaf, a Python
-    integer is a constant. So are booleans, and arrays and NumPy scalars of an integer dtype, in any θ.
+    integer is a constant. Booleans, and arrays and NumPy scalars of an integer dtype, are always constants.
     """
     if any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(theta)):
         return theta
@@ -191,7 +193,7 @@ def with_others(a: PyTree, like: PyTree) -> PyTree:
 
 
 def partition_inexact(a: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """Return the floating-point leaves of a tree, and a function that puts such leaves back among the others."""
+    """Return the floating-point leaves of a tree, and a function that puts new leaves in their place."""
     leaves, structure = jax.tree.flatten(a)
     floating = [is_floating(leaf) for leaf in leaves]
 

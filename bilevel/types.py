@@ -18,7 +18,7 @@ PyTree = Any
 Objective = Callable[[PyTree, PyTree, PyTree], jax.Array]
 """``objective(w, theta, data) -> scalar``."""
 MatVec = Callable[[PyTree], PyTree]
-"""A linear map on pytrees, to the same structure unless stated otherwise."""
+"""A linear map from pytrees to pytrees of the same structure, unless stated otherwise."""
 
 
 class Status(enum.IntEnum):
@@ -41,11 +41,11 @@ class Status(enum.IntEnum):
     ILL_CONDITIONED = 2
     """The backward error of a factorisation is that of rounding, but more than half of the digits of x may be lost."""
     STAGNATION = 3
-    """The solver reached the limit of rounding, or its recursive residual met tol, but the true residual does not."""
+    """The solver reached the limit of rounding, or its recursive residual met tol; the true residual is above tol."""
     STOPPED = 4
     """The solver stopped by a measure of its own before its budget ended, and the true residual is above tol."""
     MAX_STEPS = 5
-    """The budget ended with a true residual above tol, or, without tol, with an answer no better than zero."""
+    """The budget ended with a true residual above tol, or, without tol, with an answer no better than zero or init."""
     BREAKDOWN = 6
     """The iteration broke down or diverged, although the operator may be regular."""
     NONSYMMETRIC = 7
@@ -89,12 +89,12 @@ _MESSAGES = {
         "or a larger tol."
     ),
     Status.STOPPED: (
-        "the solver stopped by an error measure of its own, which met its tol, but the true residual does not: set a "
-        "smaller tol, which the solver compares with its own measure."
+        "the solver stopped by an error measure of its own, which met tol, but the true residual is above tol: set a "
+        "smaller tol."
     ),
     Status.MAX_STEPS: (
         "the true residual does not meet tol: allow more steps, precondition, or loosen tol; where more steps do not "
-        "help, the precision is the limit, so use float64. Without tol, the answer is no better than zero."
+        "help, the precision is the limit, so use float64. If no tol was set, the answer is no better than zero."
     ),
     Status.BREAKDOWN: (
         "the iteration broke down or diverged, although the operator may be regular: use LU or GMRES, a smaller step "
@@ -123,12 +123,15 @@ class Solution:
         residual_norm: ‖F(w, θ, data)‖₂, the absolute norm of the condition's residual F at ``w``; a scalar.
         steps: iterations taken, an int32 scalar; 0 for a solver that does not report them.
         status: a :class:`Status` as an int32 scalar.
+        memory: from a solver that was resumed, the memory from which the next run goes on, such as the moments of
+            :class:`Optax`; otherwise None.
     """
 
     w: PyTree
     residual_norm: jax.Array
     steps: jax.Array
     status: jax.Array
+    memory: PyTree = None
 
 
 @jax.tree_util.register_dataclass
@@ -176,6 +179,8 @@ class Hypergradient:
         aux: the second output of an outer function with ``has_aux=True``; otherwise None.
         inner: the inner :class:`Solution`.
         linear: the :class:`LinearInfo` of the adjoint system; None for a method that solves no system.
+        warm_start: what the method can start from next time, as its argument ``linear_init``, where that is not the
+            adjoint ``linear.solution``; otherwise None.
     """
 
     value: jax.Array
@@ -183,6 +188,7 @@ class Hypergradient:
     aux: PyTree
     inner: Solution
     linear: LinearInfo | None
+    warm_start: PyTree = None
 
     @property
     def status(self) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Features that an Equinox network computes, learned through a ridge regression on them.
+"""An Equinox network that learns features through a ridge regression on these features.
 
 The network maps x to twelve features. The inner problem fits their coefficients w to 60 points by ridge regression. The
 outer variables are the parameters of the network. The outer value is the error of the prediction on 60 other points.

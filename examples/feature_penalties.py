@@ -1,6 +1,6 @@
 """A ridge penalty for each of thirty features of a logistic regression, learned on validation data.
 
-A grid over thirty outer variables is not feasible. The hypergradient costs one linear system for all thirty. Half of
+A grid over thirty outer variables is not feasible. The hypergradient in all thirty costs one linear solve. Half of
 the features of scikit-learn's breast-cancer data are replaced by noise. The noise should get the larger penalties.
 """
 
@@ -17,7 +17,7 @@ import bilevel as bl
 
 
 def load():
-    """Return 80 patients to fit and 300 to validate. The features with odd numbers are noise."""
+    """Return 80 patients to fit and 300 to validate. The features with odd indices are noise."""
     rng = np.random.default_rng(0)
     x, y = load_breast_cancer(return_X_y=True)
     order = rng.permutation(len(y))

@@ -1,7 +1,7 @@
 """Hyper-cleaning: a weight for each training digit, learned so that digits with wrong labels lose their influence.
 
 About half of the labels of 300 digits are wrong. The inner problem trains a classifier on the weighted digits. The
-outer value is its loss on a validation set without wrong labels. θ holds the logits of the weights.
+outer value is the classifier's loss on a validation set without wrong labels. θ holds the logits of the weights.
 """
 
 import sys

@@ -22,9 +22,9 @@ from imaml.errors import InputError
 from imaml.runs.interruption import exit_on_sigterm
 
 CELLS = [f"omniglot-{ways}way-{shots}shot-{solver}" for solver in ("gd", "hf") for ways in (5, 20) for shots in (1, 5)]
-"""The cells of table 2 that implicit MAML has."""
+"""The presets of implicit MAML for the cells of the paper's table 2."""
 RESERVE = 15.0
-"""Seconds before the end at which training is stopped, for the last checkpoints."""
+"""Seconds before the time limit at which training is stopped, so that the last checkpoints can be saved."""
 
 
 def main(words: list[str] | None = None) -> int:

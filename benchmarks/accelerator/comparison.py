@@ -25,9 +25,9 @@ from imaml.storage.files import write_whole
 GROUP = 8
 """Greatest number of tasks in a group that is computed together."""
 LARGEST_DISTANCE = 0.05
-"""Greatest distance of a way's meta-gradient from float64's, relative to the norm, at which the way can be chosen.
+"""Greatest relative distance between a way's meta-gradient and the one in float64 at which the way counts as accurate.
 
-The meta-gradient of a few tasks differs far more from its expectation over tasks.
+This error is small: the meta-gradient of a few tasks differs far more from its expectation over tasks.
 """
 
 
@@ -88,12 +88,13 @@ class Measurement:
 def compare(preset: Preset, source: Any, seconds: float = 1.0) -> list[Measurement]:
     """Measure ways to compute the meta-gradient of one batch of tasks at the preset's initial θ.
 
-    First all groupings and convolutions are compared in float32, then the other precisions with the fastest of them.
+    First all pairs of a grouping and a convolution are compared in float32. Then the fastest pair is measured in the
+    other precisions.
 
     Args:
         preset: the settings. ``preset.outer.tasks`` is the number of tasks.
         source: the training classes' pixels, uint8 ``[classes, samples, height, width, channels]``.
-        seconds: time for the calls of each way, after its compilation and one call.
+        seconds: least total time of the timed calls of each way. Compilation and the first call are not timed.
     """
     keys = jax.random.split(preset.keys.train, preset.outer.tasks)
     batch = jax.jit(lambda source, keys: preset.training_episode.batch(source, keys, preset.turns(training=True)))

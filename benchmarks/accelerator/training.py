@@ -47,8 +47,8 @@ class Cell:
 def train(cells: list[Cell], commands: dict[str, list[str]], out: Path, deadline: float, jobs: int) -> None:
     """Train cells in their order, ``jobs`` at a time, until all are finished or the deadline has come.
 
-    A cell's folder is ``out / preset``. A run that is there is resumed with the command that began it, so the way in
-    which it is computed never changes. The record of a finished run is written to ``out / "records"``.
+    A cell's folder is ``out / preset``. A run that exists there is resumed with the command that began it, so its
+    meta-gradients are always computed in the same way. The record of a finished run is written to ``out / "records"``.
 
     Args:
         cells: the runs.

@@ -1,1 +1,1 @@
-"""Speed of this library and of others; see docs/speed.md. `python -m benchmarks.speed --help` lists the suites."""
+"""Speed of this and of other libraries; see docs/speed.md. `python -m benchmarks.speed --help` lists the suites."""

@@ -3,7 +3,7 @@
     python -m benchmarks.speed agree             compare our gradient with PyTorch's of the same operator, in float64
     python -m benchmarks.speed few-shot          time W1 and W2 on one core, against the PyTorch libraries
     python -m benchmarks.speed gpu               time W1 and W2 on a GPU, against the authors' computation in PyTorch
-    python -m benchmarks.speed linear            time hypergradients of ridge and logistic regression, against others
+    python -m benchmarks.speed linear            time hypergradients of two linear models, against other libraries
     python -m benchmarks.speed floor             time the meta-gradient and each of its parts
     python -m benchmarks.speed tasks             time the meta-gradient for 1 to 64 tasks
     python -m benchmarks.speed devices           time the meta-gradient on two devices and on one core
@@ -55,8 +55,8 @@ KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "10
 def agree(options) -> bool:
     """Compare our meta-gradient with that of the same linear operator in PyTorch, in float64.
 
-    The differences of the other programs are only printed, because the authors' operator and unrolled MAML give other
-    gradients.
+    Only this comparison can fail. The differences of the other programs are printed: the authors' operator and unrolled
+    MAML give other gradients.
     """
     item = dataclasses.replace(ITEMS["W1"], tasks=2)
     differences = {}
@@ -112,7 +112,7 @@ def linear(options) -> bool:
 
 
 def floor(options) -> bool:
-    """Time the meta-gradient and each of its parts alone, and print the share of the parts' sum."""
+    """Time the meta-gradient and each of its parts alone, and print the sum of the parts relative to the whole."""
     item = ITEMS["W1"]
     names = ("meta-gradient", "20 gradients", "20 outer gradients", "linearise, 1", "linearise, 21")
     record = alternate(item, [Contender(name, "ours", name, ours=True) for name in names], 3 * options.rounds)
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument(
-        "items", nargs="*", metavar="ITEM", help="items of few-shot (W1, W2) or of linear (ridge, logistic)"
+        "items", nargs="*", metavar="ITEM", help="items of few-shot and gpu (W1, W2) or of linear (ridge, logistic)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     options = parser.parse_args(arguments)

@@ -29,14 +29,15 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """One program to time. Contenders with the same module, cores and changes share a process.
+    """One program to time. Contenders with the same module, cores, changes and environment share a process.
 
     Args:
         label: name in records and tables.
         module: name of the module in :mod:`benchmarks.speed.peers`.
         program: name of the program in that module.
         cores: the CPU cores that the process is pinned to.
-        ours: whether the process runs this library, in this Python; otherwise it runs ``PEERS``.
+        ours: whether the process runs this library, in this Python. Otherwise it runs the Python that the variable
+            ``SPEED_PEERS_PYTHON`` names, or ``PEERS``.
         changes: fields of the workload that are changed for this contender, with their new values.
         calls: number of calls in a timed run. Short programs need several: the first call of a run finds CPU caches
             that other processes have filled, and takes longer.
@@ -55,11 +56,11 @@ class Contender:
     @property
     def process(self) -> tuple:
         """Key of the process that runs this contender."""
-        return self.module, self.cores, self.changes
+        return self.module, self.cores, self.changes, self.environment
 
 
 class Process:
-    """A peer's process, which waits for requests; a context manager that ends it.
+    """The process of a contender, which answers requests. Used as a context manager, it ends the process at the end.
 
     Args:
         item: the workload, of :mod:`benchmarks.speed.workloads`.
@@ -67,7 +68,7 @@ class Process:
         dtype: ``"float32"`` or ``"float64"``.
 
     Raises:
-        Missing: if there is no Python for the peer, or if the process ends at once.
+        Missing: if there is no Python for the contender's library, or if the process ends at once.
     """
 
     def __init__(self, item, contender: Contender, dtype: str = "float32"):
@@ -151,7 +152,7 @@ def alternate(item, contenders: list[Contender], rounds: int) -> dict:
         seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
         cpu: dict[str, list[float]] = {contender.label: [] for contender in contenders}
         for number in range(rounds):
-            # Alternate the order, so that no contender always runs after the same other one.
+            # Alternate the order, so that a contender does not always run after the same one.
             for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 answer = processes[contender.process].ask(program=contender.program, repeats=contender.calls)
                 seconds[contender.label].append(answer["seconds"])

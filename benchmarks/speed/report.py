@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
 REPEATS = 20
-"""Repetitions in ``20 gradients`` and ``20 outer gradients``; also the products that ``linearise, 21`` computes beyond
-those of ``linearise, 1``."""
+"""Number of repetitions in ``20 gradients`` and ``20 outer gradients``. Also the number of products that
+``linearise, 21`` computes in addition to the one of ``linearise, 1``."""
 
 
 def save(name: str, record: dict) -> None:
@@ -48,9 +48,9 @@ def rows(record: dict) -> list[str]:
 def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
     """Return milliseconds per task of the meta-gradient and of its parts, from the least time of all rounds.
 
-    A meta-gradient consists of one inner gradient for each step, one outer gradient, one linearisation at φ, and one
-    product for each CG iteration and one for the true residual. The linearisation at the adapted parameters φ also
-    computes the inner gradient there.
+    The parts are one inner gradient for each step, one outer gradient, one linearisation at the adapted parameters φ,
+    one product for each CG iteration, and one product for the true residual. The linearisation also computes the inner
+    gradient at φ.
 
     Args:
         item: the few-shot workload.
@@ -71,7 +71,7 @@ def floor(item, seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def table() -> str:
-    """Return a Markdown table for each record of a workload, of the devices or of the numbers of tasks."""
+    """Return Markdown tables of the records of W1, W2, ridge, logistic, devices and tasks, as far as they exist."""
     names = [name for name in ("W1", "W2", "ridge", "logistic", "devices", "tasks") if _path(name).exists()]
     return "\n\n".join(f"### {name}\n\n" + "\n".join(rows(load(f"speed-{name}"))) for name in names)
 

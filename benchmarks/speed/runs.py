@@ -1,4 +1,4 @@
-"""Times of `imaml train`: until the first meta-step, and the share of the meta-steps in a run's time."""
+"""Two measurements of `imaml train`: the time to the first meta-step, and the share of meta-steps in a run's time."""
 
 import os
 import statistics
@@ -73,7 +73,7 @@ def host_share(rounds: int) -> dict[str, object]:
     def alone():
         state, started = begun, time.perf_counter()
         for _ in range(STEPS):
-            # Wait for each step: sums over devices of several dispatched steps can block each other.
+            # Wait for each step: if several steps are dispatched, their sums over devices can block each other.
             state, _ = jax.block_until_ready(step(state, pixels))
         return time.perf_counter() - started
 

@@ -120,8 +120,8 @@ class Linear:
     def step_size(self) -> float:
         """Step size 1/L of the inner gradient descent.
 
-        L estimates the largest curvature. It is the loss's largest curvature for Gaussian features (by the law of
-        Marchenko and Pastur), plus a tenth of it, plus 1.5 times ``penalty``.
+        L estimates the largest curvature of the inner objective. It is 1.1 times the largest curvature of the loss for
+        Gaussian features (by the law of Marchenko and Pastur), plus 1.5 times ``penalty``.
         """
         largest = (1 + np.sqrt(self.features / self.samples)) ** 2 * (0.25 if self.loss == "logistic" else 1.0)
         return 1 / (1.1 * largest + 1.5 * self.penalty)
@@ -160,4 +160,7 @@ ITEMS: dict[str, FewShot | Linear] = {
     "ridge": Linear("ridge", "ridge"),
     "logistic": Linear("logistic", "logistic", penalty=4.0),
 }
-"""Workloads by their names on the command line. W2 has two tasks only: time per task hardly depends on the number."""
+"""Workloads by their names on the command line.
+
+W2 has only two tasks, because the time per task hardly depends on the number of tasks.
+"""

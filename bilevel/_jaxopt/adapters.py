@@ -72,7 +72,8 @@ def option_defaults(solver):
 
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
 _OF_DEFAULT_DTYPE = ("AndersonAcceleration", "LevenbergMarquardt")
-# Solvers that get a program of the default dtype, or that look into the objective.
+# Solvers whose condition is not wrapped in `_InOneDtype`. Those of quadratic programs get matrices that `_program` has
+# already cast, and BlockCoordinateDescent needs the objective's own class.
 _OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDescent")
 
 
@@ -84,8 +85,8 @@ def _common_dtype(init):
 class _InOneDtype:
     """A condition whose functions take and return one dtype. The user's functions still get w in its own dtypes.
 
-    An objective of float64 data, for example, has a float64 value, and jaxopt's step size of a float32 w would become
-    float64 in the loop.
+    Without this class, an objective with float64 data would return a float64 value for a float32 w. jaxopt's step size
+    would then change from float32 to float64 inside its loop, which JAX refuses.
     """
 
     def __init__(self, condition, init, dtype):
@@ -106,9 +107,9 @@ class _InOneDtype:
 def _check_concrete(name, values):
     if tree.is_traced(values):
         raise ValueError(
-            f"jaxopt's {name} runs SciPy, which JAX cannot trace, but a hypergradient traces its solver: compute w "
-            "beforehand by bl.solve(bl.Jaxopt(...), condition, init, theta, data).w, then pass this w as init and "
-            "lambda condition, init, theta, data: init as the solver; or use a solver that is written in JAX"
+            f"jaxopt's {name} runs SciPy, but a hypergradient or jit would have to trace it. Solve first, by "
+            "w = bl.solve(bl.Jaxopt(...), condition, init, theta, data).w, and pass init=w with a solver that returns "
+            "its start: `lambda condition, init, theta, data: init`. Or use a solver that is written in JAX"
         )
 
 
@@ -118,7 +119,7 @@ class _Call(NamedTuple):
     given: dict
     """The functions that the constructor takes, by keyword."""
     arguments: tuple
-    """Positional arguments of ``run`` after the start. Keywords would fail: a user's function may rename θ and data."""
+    """Arguments of ``run`` after the start. They are positional, because a user's function may rename θ and data."""
     start: PyTree
     """The first argument of ``run``."""
     unpack: Callable[[PyTree], PyTree] = lambda w: w
@@ -186,7 +187,8 @@ def _from_residuals(argument, **defaults):
 
 def _bisection(condition, init, theta, data):
     if jnp.shape(init) != ():
-        raise ValueError(f"jaxopt's Bisection finds a scalar w, got {jax.tree.map(jnp.shape, init)}: use Broyden")
+        got = jax.tree.map(jnp.shape, init)
+        raise ValueError(f"jaxopt's Bisection finds a scalar w, got a w of shape {got}: use Broyden")
     # jaxopt's check of the bracket fails under a trace. If there is no sign change, the residual of w stays large.
     return _from_function("residual", "optimality_fun", check_bracket=False)(condition, init, theta, data)
 
@@ -210,15 +212,17 @@ def _block_coordinate_descent(condition, init, theta, data):
         moved = condition.prox(block[None], *outer, scaling)  # a w of one block
         if jnp.shape(moved) != (1, *jnp.shape(block)):
             raise ValueError(
-                "jaxopt's BlockCoordinateDescent applies prox to one entry of w without its index, so prox must be the "
-                f"same for each entry, got {jnp.shape(moved)[1:]} for a block {jnp.shape(block)}: use ProximalGradient"
+                "jaxopt's BlockCoordinateDescent applies prox to one block of w without its index, so prox must be the "
+                f"same for each block, but it returns the shape {jnp.shape(moved)[1:]} for a block of shape "
+                f"{jnp.shape(block)}: use ProximalGradient"
             )
         return moved[0]
 
     if not _acts_on_blocks(prox, condition.prox, init, theta, data):
         raise ValueError(
             "jaxopt's BlockCoordinateDescent applies prox to each entry of a vector w and to each row of a matrix w, "
-            "and the prox of this condition does not: write it for each row (jax.vmap(prox)), or use ProximalGradient"
+            "and the prox of this condition does not: write it for one row, and map it over the rows "
+            "(jax.vmap(prox, in_axes=(0, None, None, None))), or use ProximalGradient"
         )
     arguments = (theta, data), theta, data
     return _Call({"fun": condition.objective, "block_prox": prox}, arguments, init)
@@ -309,7 +313,7 @@ def _program(condition, init, theta, data):
 
 
 def _like(init, *parts):
-    """Return the raveled x, ν and μ in the structure and dtypes of ``init``."""
+    """Return the flat vectors x, ν and μ as trees with the structure and dtypes of ``init``."""
 
     def unravel(like, part):
         flat, back = ravel_pytree(like)
@@ -351,12 +355,11 @@ _OF_OBJECTIVES = dict.fromkeys(
     _from_function("potential"),
 )
 _OF_RESIDUALS = {
-    "LevenbergMarquardt": _from_residuals("residual_fun"),
-    "GaussNewton": _from_residuals("residual_fun"),
+    **dict.fromkeys(("LevenbergMarquardt", "GaussNewton"), _from_residuals("residual_fun")),
     "ScipyLeastSquares": _from_residuals("fun", method="trf"),
 }
-# The adapters of the solvers that fit a condition, by method names. The first of these methods that a condition has
-# decides which solvers fit it.
+# For each kind of condition, its solvers with their adapters. A key is an attribute of conditions. The first one that a
+# condition has, in this order, decides its kind.
 _ADAPTERS = {
     "residuals": _OF_RESIDUALS | _OF_OBJECTIVES,
     "potential": _OF_OBJECTIVES,

@@ -42,7 +42,7 @@ def linf_ball(x, max_value=1.0):
 
 
 def simplex(x, value=1.0):
-    """Return the nearest p to x, ``[n]``, with p ≥ 0 and the sum ``value`` ≥ 0."""
+    """Return the p nearest to x, ``[n]``, with p ≥ 0 and entries that sum to ``value``, which is at least 0."""
     value = 1.0 if value is None else value
     # Only differences of entries matter. Subtracting the largest entry keeps their digits if all of them are large.
     largest = lax.stop_gradient(jnp.max(x))
@@ -77,7 +77,8 @@ def l1_ball(x, max_value=1.0):
 def l2_sphere(x, value=1.0):
     """Return the nearest y to x, a tree, with ‖y‖₂ = value.
 
-    All points of the sphere are equally near to 0. There y has equal entries, and its derivative in x is 0.
+    All points of the sphere are equally near to x = 0. For this x the result y has equal entries, and the derivative of
+    y in x is 0.
     """
     size = sum(leaf.size for leaf in jax.tree.leaves(x))
     is_zero = norm(x) == 0

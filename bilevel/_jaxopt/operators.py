@@ -16,20 +16,21 @@ def jaxopt_projection(
 ) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
     """Return a projection of `jaxopt.projection` in the form that :class:`Projected` takes.
 
-    A name gives an implementation of this library, exact to rounding for inputs of any scale, in place of jaxopt's. The
-    KL projections are differentiable up to the third order, and all others to any order. At a kink the derivative is
-    finite and that of one side. For example, the projection onto a ball of radius 0 has the derivative 0 in the point.
-    The results are NaN if no point satisfies the constraints. A function given in place of a name is used unchanged.
+    For a name, this library has an implementation of its own where jaxopt's is inexact or has a derivative that is not
+    finite. The result is exact to rounding for inputs of any scale. The KL projections are differentiable up to the
+    third order, and all others to any order. At a kink the derivative is finite and that of one side. For example, the
+    projection onto a ball of radius 0 has the derivative 0 in the point. The result is NaN if no point satisfies the
+    constraints. A function given in place of a name is used unchanged.
 
     Args:
         projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a
             ``functools.partial`` of it.
         params: ``params(theta, data)``, the argument that jaxopt calls ``hyperparams`` (a radius, a pair of bounds,
             …); None for the function's own default.
-        tol: for the polyhedron, the largest violation of a constraint that still counts as satisfied, for rows scaled
-            to length 1 and relative to the point and the right-hand sides; None for 4·eps. For transport and Birkhoff,
-            the error of the sums at which the iteration ends, relative to the largest sum; None for 16·eps. The box
-            section ignores it.
+        tol: for the polyhedron, the largest violation with which a constraint still counts as satisfied. Its row is
+            scaled to length 1, and the violation is relative to the point and the right-hand side. None means 4·eps.
+            For transport and Birkhoff, the error of the row and column sums at which the iteration ends, relative to
+            the largest sum. None means 16·eps. The box section ignores ``tol``.
 
     Returns:
         ``projection(w, theta, data)``.
@@ -62,8 +63,8 @@ def jaxopt_prox(
 ) -> Callable[[PyTree, PyTree, PyTree, float], PyTree]:
     """Return a proximal operator of `jaxopt.prox` in the form that :class:`ProximalGradient` takes.
 
-    The derivatives of an operator given by name are finite. At a kink, such as a group of entries at 0, the derivative
-    is that of the result 0. Without a penalty the operator is the identity, and so is its derivative.
+    The derivatives of an operator given by name are finite. At a kink, where an entry or a group of entries becomes 0,
+    the derivative is 0. Without a penalty the operator is the identity, with the identity as derivative.
 
     Args:
         prox: the function, or its name (``"prox_lasso"``), for which this call imports jaxopt.

@@ -34,8 +34,8 @@ def polyhedron(x, hyperparams, tol=None):
         hyperparams: ``(A, b, G, h)`` of shapes ``[m, n]``, ``[m]``, ``[k, n]`` and ``[k]``. m or k may be 0, and None
             stands for absent constraints. The rows may be linearly dependent and of different lengths. An entry of h
             may be ∞.
-        tol: the largest violation of a row that still counts as satisfied, for rows scaled to length 1 and relative to
-            x and h; None for 4·eps.
+        tol: the largest violation with which a row still counts as satisfied. The row is scaled to length 1, and the
+            violation is relative to x and h. None means 4·eps.
     """
     equal, b = _constraints(x, *hyperparams[:2])
     unequal, h = _constraints(x, *hyperparams[2:])

@@ -1,7 +1,7 @@
 """Proximal operators whose value and derivatives are finite everywhere, in place of those of jaxopt.
 
-Their kinks are at the edge of the region where the result is zero. There the derivative is zero. Without a penalty the
-operator is the identity, and so is its derivative.
+Their kinks are at the edge of the region where the result is zero. At a kink the derivative is zero. Without a penalty
+the operator is the identity, and its derivative is the identity too.
 """
 
 import jax

@@ -144,8 +144,8 @@ class Certificate:
 _SENTENCES = {
     Finding.NONFINITE: "The inner solution, the adjoint vector or a constant holds a NaN or an infinity.",
     Finding.CURVATURE: (
-        "The declared curvature (strong convexity or definiteness) is disproved: the inner solution has a direction of "
-        "less curvature."
+        "The declared curvature is disproved: the strong convexity is not positive, or A at the inner solution has a "
+        "direction of less curvature than the declared strong convexity or definiteness allows."
     ),
     Finding.UNPROVED: (
         "β₀ρη > ½, so the Newton–Kantorovich theorem proves no solution nearby: solve the inner problem further."
@@ -221,7 +221,10 @@ def certify(
         raise ValueError(f"certify needs a finite strong_convexity above 0, got {mu}; pass None if none is known")
     if getattr(linear, "needs_symmetry", False) and not problem.condition.symmetric:
         name = type(problem.condition).__name__
-        raise ValueError(f"{type(linear).__name__} needs a symmetric operator, but the operator of {name} is not")
+        raise ValueError(
+            f"{type(linear).__name__} needs a symmetric operator, and {name} is not declared symmetric: leave linear "
+            "out, or use NormalCG, GMRES, BiCGStab or LU"
+        )
     declared = dict((lipschitz or Lipschitz()).items()) | ({} if mu is None else {"strong_convexity": mu})
     functions = tuple((name, value) for name, value in declared.items() if callable(value))
     numbers = {name: value for name, value in declared.items() if not callable(value)}

@@ -132,7 +132,7 @@ class Step(NamedTuple):
     unsolved_v: PyTree
     """The residual of the linear solve for ε_v."""
     product: PyTree
-    """Aw. F − Aw is taken for the part of F that does not depend on w in the allowance for rounding."""
+    """Aw. The allowance for rounding takes F − Aw as the part of F that does not depend on w."""
 
     def target(self) -> tuple[PyTree, PyTree]:
         """Return the point after the step, (w − ε₁, v − ε_v)."""
@@ -177,7 +177,7 @@ class Bounds(NamedTuple):
     gradient: jax.Array
     """Bound of ‖(h − Bᵀv) − G*‖."""
     rounding: jax.Array
-    """The value of ``gradient`` if r₁ and r₂ held nothing but rounding errors."""
+    """The bound that ``gradient`` would be if r₁ and r₂ were nothing but rounding errors."""
     residual_rounding: jax.Array
     """Allowance for rounding in r₁."""
     defect_rounding: jax.Array
@@ -310,8 +310,9 @@ def _mixed_norm(system, w):
 def _from_structure(problem, system, w):
     """Derive constants from the problem's structure.
 
-    The constants of θ's derivatives are zero if outer or the residual does not use θ. ``mixed`` is also zero for a
-    ``Proximal`` whose objective and λ do not use θ. If its centre is θ itself, the largest ‖B‖ is the largest λ.
+    If outer does not use θ, ``outer_theta`` is zero. If the residual does not use θ, ``mixed`` and ``mixed_norm`` are
+    zero. For a ``Proximal`` whose objective and λ do not use θ, ``mixed`` is zero, and if its centre is θ itself,
+    ``mixed_norm`` is the largest λ.
     """
     theta, data, condition = system.theta, system.data, problem.condition
     known = {}
@@ -331,7 +332,7 @@ def _from_structure(problem, system, w):
 
 
 def _uses_second(function, first, second):
-    """Return True if the function's jaxpr reads its second argument; the value of the function may not depend on it."""
+    """Return True if the function's jaxpr reads its second argument, even if the value is independent of it."""
     jaxpr = jax.make_jaxpr(function)(first, second).jaxpr
     inputs = jaxpr.invars[len(jax.tree.leaves(first)) :]
     read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | {id(o) for o in jaxpr.outvars}

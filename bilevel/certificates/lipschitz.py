@@ -43,8 +43,8 @@ class Lipschitz:
             needed if ``adjoint`` and a strong convexity are given.
         adjoint: ρ_v, the constant of w ↦ Aᵀv for the adjoint vector ``ball.v``. None takes ρ‖v‖ if ρ is declared.
         mixed: β, the constant of w ↦ B = ∂F/∂θ in the operator norm.
-        mixed_norm: the largest ‖B‖ on the ball. None takes ‖B‖ at the centre plus β times the radius. If A is not
-            factorised, that ‖B‖ is probed too.
+        mixed_norm: the largest ‖B‖ on the ball. None takes ‖B‖ at the centre plus β times the radius if A is
+            factorised, and otherwise a probe of ‖B‖ at the centre.
 
     Raises:
         ValueError: for a number that is negative, infinite or NaN.
@@ -80,7 +80,7 @@ class Lipschitz:
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """Lipschitz constants, in w, of a linear model's loss, the mean over m rows xᵢ of φ(xᵢw).
+    """Lipschitz constants, in w, of the derivatives of a linear model's loss, the mean over m rows xᵢ of φ(xᵢw).
 
     Args:
         curvature: the largest ‖∇²φ‖, in the Euclidean operator norm.

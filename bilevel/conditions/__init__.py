@@ -2,7 +2,7 @@
 
 Everything else follows from the residual. The inner solver drives it to zero, and the implicit function theorem
 differentiates it: dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition also declares its structure, such as symmetry. A
-solver that needs more structure is refused before it runs.
+solver that needs a structure which the condition does not declare raises an error before it runs.
 """
 
 from bilevel.conditions.constrained import Projected, ProximalGradient

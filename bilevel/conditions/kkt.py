@@ -25,8 +25,8 @@ class KKT:
         inequality: ``inequality(x, theta, data)``, any pytree; where it is None, the third entry of w is None too.
 
     Raises:
-        ValueError: in ``residual``, for a w that is not such a triple, and for a constraint that is not a tree like its
-            multipliers.
+        ValueError: in ``residual``, for a w that is not a triple (x, ν, μ), and for a constraint that is not a tree
+            like its multipliers.
         TypeError: for a function that does not take three arguments.
 
     Source: Amos and Kolter (2017), OptNet, equation 6.

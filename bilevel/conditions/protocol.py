@@ -144,8 +144,8 @@ def check_signature(owner: str, name: str, function: Callable | None, *arguments
         signature.bind(*arguments)
     except TypeError as error:
         raise TypeError(
-            f"{expected}, got a function of {signature}: give it these {len(arguments)} positional arguments, used or "
-            "not"
+            f"{expected}, got a function of {signature}: let it take these {len(arguments)} positional arguments, even "
+            "if it does not use all of them"
         ) from error
 
 

@@ -98,8 +98,9 @@ class Proximal:
             structure is not that of w.
         TypeError: for a function that does not take these arguments.
 
-    Source: Rajeswaran, Finn, Kakade, Levine (2019), equation 3; for a λ per parameter the scaling is
-    symmetric, (I + Λ^-½ H Λ^-½).
+    For one λ per parameter, the scaled operator is I + Λ^-½ H Λ^-½ with the diagonal matrix Λ, which is symmetric too.
+
+    Source: Rajeswaran, Finn, Kakade, Levine (2019), equation 3.
     """
 
     objective: Objective
@@ -117,7 +118,7 @@ class Proximal:
         check_signature("Proximal", "strength", self.strength if callable(self.strength) else None, "theta", "data")
         if not callable(self.strength) and not 0 < self.strength < float("inf"):
             raise ValueError(
-                f"Proximal needs a strength λ above 0, got {self.strength}; for none at all use Stationary(objective)"
+                f"Proximal needs a strength λ above 0, got {self.strength}; without a proximal term, use Stationary"
             )
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
@@ -132,7 +133,7 @@ class Proximal:
         return tree.add(jax.grad(self.objective)(w, theta, data), pull)
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
-        # If a learned λ is not positive, the system stays unscaled, because λ^-½ does not exist.
+        # An entry of a learned λ that is not positive leaves its unknowns unscaled, because λ^-½ does not exist.
         return jax.tree.map(
             lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
             tree.arrays(self._strength(theta, data)),
@@ -144,8 +145,8 @@ class Proximal:
         expected, got = jax.tree.structure(w), jax.tree.structure(center)
         if got != expected:
             raise ValueError(
-                f"Proximal needs a centre with the tree structure of w, {expected}, got {got}: pass "
-                "center(theta, data), which is theta by default"
+                f"Proximal needs a centre with the tree structure of w, {expected}, got {got}: pass center, a function "
+                "of (theta, data) that returns such a tree; by default the centre is theta"
             )
         return tree.subtract(w, tree.like(tree.arrays(center), w))
 

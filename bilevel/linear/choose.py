@@ -18,7 +18,10 @@ class LinearChoice(NamedTuple):
 
 
 DENSE_LIMIT = 500
-"""Largest number n of unknowns with a dense factorisation, which takes n products with A and stores n² numbers."""
+"""Largest number n of unknowns for which :func:`choose_linear` takes a dense factorisation.
+
+Such a factorisation takes n products with A and stores n² numbers.
+"""
 
 
 def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice:
@@ -26,7 +29,8 @@ def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice
 
     Args:
         condition: the choice depends on its ``symmetric`` and ``positive_definite``.
-        w: a pytree like the inner variables, or of their shapes. If given, the choice also depends on their number.
+        w: a pytree like the inner variables, or of their shapes. If it is given, the choice also depends on the number
+            of its entries.
 
     Returns:
         ``(solver, reason)``; the reason is one sentence.
@@ -47,5 +51,5 @@ def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice
     if condition.symmetric:
         why = "conjugate gradients need one product an iteration and four vectors."
         return LinearChoice(CG(max_steps=100, tol=1e-6), f"{name} is symmetric: {why}")
-    why = "GMRES has the smallest residual of all methods that use as many products."
+    why = "until it restarts, GMRES has the smallest residual of all Krylov methods with as many products."
     return LinearChoice(GMRES(max_steps=100, tol=1e-6), f"{name} is not symmetric: {why}")

@@ -52,7 +52,7 @@ class CG:
         max_steps: iterations, each one product with A. The error after k of them is of order
             ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ ≥ ‖b‖.
+            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
         preconditioner: a function r ↦ M⁻¹r, symmetric positive definite; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
@@ -103,7 +103,8 @@ class NormalCG:
         max_steps: iterations. The error after k of them is of order ((κ − 1)/(κ + 1))^k, with the condition number κ
             of A.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
+            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion ends
+            at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead. The ridge of jaxopt's ``solve_normal_cg`` means another system,
             (AᵀA + ridge·I)x = Aᵀb.
         preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
@@ -143,7 +144,8 @@ class GMRES:
     Args:
         max_steps: iterations, each one product. Each cycle takes one product more, for its true residual.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, also within a cycle; None takes up to ``max_steps``, with status BUDGET_USED,
-            or MAX_STEPS if ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
+            or MAX_STEPS if ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``,
+            the recursion ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
             the identity.
@@ -192,7 +194,8 @@ class BiCGStab:
     Args:
         max_steps: iterations, each two products.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ ≥ ‖b‖. In both cases the recursion ends at the limit of rounding.
+            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion ends
+            at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r; None for the identity.
 
@@ -299,8 +302,8 @@ COUNTS = ("iterations", "null", "broke")
 def _without_zero_products(matvec: MatVec) -> MatVec:
     """Return ``matvec`` with the product of a zero vector replaced by zeros.
 
-    JAX's CG multiplies its start by A even if the start is zero. Only CG gets this ``matvec``: JAX transposes that of
-    the other solvers, and it cannot transpose a ``cond`` that depends on v.
+    JAX's CG multiplies its start by A even if the start is zero. Only CG gets this ``matvec``. The ``matvec`` of the
+    other solvers is transposed by JAX, which cannot transpose a ``cond`` that depends on v.
     """
 
     def product(v: PyTree) -> PyTree:

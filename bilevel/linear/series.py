@@ -25,7 +25,8 @@ class Neumann:
             ``init``, the error is (I − αA)^K times the exact solution.
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
         tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
-            ‖b − Ax‖ ≥ ‖b‖, the series diverges, and the status is BREAKDOWN. All terms are summed in every case.
+            ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. Without ``tol``,
+            this holds only if ‖b − Ax‖ is also at least the residual of ``init``. All terms are summed in every case.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:

@@ -1,7 +1,8 @@
-"""The derivatives of an estimated hypergradient: that of its value is the estimate, and any other is refused.
+"""JAX's derivatives of the results of a method that estimates the hypergradient.
 
-The methods that use this module take the inner solution as a constant. If JAX differentiated their formulas, it would
-also take it as a constant, and return wrong numbers, often zero.
+The derivative of the outer value is the estimate. The derivative of any other result raises an error. The methods that
+use this module take the inner solution as a constant. If JAX differentiated their formulas, it would take the solution
+as a constant too, and return wrong numbers, often zero.
 """
 
 from dataclasses import replace
@@ -19,12 +20,12 @@ from bilevel.types import Hypergradient, PyTree
 
 
 def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree, *movers: PyTree) -> Hypergradient:
-    """Return the Hypergradient with a derivative of its value. The derivatives of all other results are refused.
+    """Return the Hypergradient with a derivative of its value. JAX's derivative of any other result raises an error.
 
     Args:
         found: the result of a method that takes θ and the inner solution as constants.
-        source: a number whose derivative in the data, and in arrays that the user's functions capture, is that of the
-            value. It is computed only where JAX differentiates the value in them.
+        source: a number. The value gets the derivatives of this number in the data, and in arrays that the user's
+            functions capture. They are computed only where JAX asks for them.
         name: the method, for the message of a refusal.
         theta: the outer variables. The derivative of the value in θ is the gradient.
         movers: the other arrays on which the results depend, such as the data.
@@ -40,7 +41,10 @@ def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree,
 
 
 def constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
-    """Return ``x``, a tree of floating-point arrays, and refuse its derivative in whatever varies x or ``movers``."""
+    """Return ``x``, a tree of floating-point arrays, without a derivative.
+
+    If JAX uses the derivative in a variable on which x or ``movers`` depends, that raises ValueError.
+    """
     return _constant(name, x, movers)
 
 
@@ -66,9 +70,10 @@ def _refuse_all(name: str, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]
 def _value_with_derivative(
     name: str, value: jax.Array, gradient: PyTree, source: jax.Array, theta: PyTree, movers: PyTree
 ) -> jax.Array:
-    """Return ``value`` with the derivative ``gradient`` in θ, and that of ``source`` in anything else.
+    """Return ``value`` with the derivative ``gradient`` in θ, and the derivative of ``source`` in all other variables.
 
-    A second derivative is that of the gradient where both are in θ. Otherwise it is refused.
+    If the first derivative is in θ, the second one is the derivative of ``gradient``, which raises an error for the
+    gradient that :func:`estimated` passes. If the first derivative is that of ``source``, a second one raises an error.
     """
     del name, gradient, source, theta, movers
     return value
@@ -145,7 +150,7 @@ def _refuse(name: str, advice: str = "") -> Any:
 
 
 def _refuse_to_evaluate(*_: Any, name: str) -> Any:
-    _refuse(name, "; for the value alone use reverse mode (jax.grad), or forward mode inside jax.jit")
+    _refuse(name, "; for the derivative of the value alone use jax.grad, or forward mode inside jax.jit")
 
 
 # JAX traces the derivative rules of all results together, even of results that are not used. This primitive postpones

@@ -20,11 +20,11 @@ class EvolutionStrategies:
 
     The gradient of E outer(w(θ + σε)) over random ε is estimated from pairs θ ± σε. The ε are orthogonal and of length
     √d, where d is the number of entries of θ. With d pairs the estimate consists of central differences in a random
-    basis, with an error of O(σ²). With fewer pairs the estimate is random. Its mean has that error, and its variance
-    falls with the number of pairs.
+    basis, with an error of O(σ²). With fewer pairs the estimate is random. Its mean has the same error of O(σ²), and
+    its variance falls with the number of pairs.
 
-    JAX's derivative of the value in θ is this estimate. Its derivative in data, and that of any other result, is
-    refused. For these use :class:`Implicit`.
+    JAX's derivative of the value in θ is this estimate. The derivative of the value in data, and any derivative of
+    another result, raises an error. Use :class:`Implicit` for these derivatives.
 
     Args:
         pairs: the number of directions, each of which takes two inner solves; at most d are used.

@@ -24,8 +24,8 @@ class FiniteDifference:
     derivative and eps/ε from rounding, with the machine epsilon eps. The default ε = eps^⅓·(1 + ‖w‖) / ‖u‖ balances
     both. The relative error of a product is then about eps^⅔: 2e-5 in float32 and 4e-11 in float64.
 
-    JAX's derivative of the value in θ is this estimate. That in data takes the same A and an exact ∂F/∂data. The
-    derivative of any other result is refused. For second derivatives use :class:`Implicit`.
+    JAX's derivative of the value in θ is this estimate. The derivative of the value in data is computed with the same A
+    and an exact ∂F/∂data. The derivative of any other result is refused. For second derivatives use :class:`Implicit`.
 
     Args:
         linear: solves the adjoint system by products alone: :class:`CG` or :class:`Neumann`. ``Neumann(1, α)``
@@ -33,8 +33,8 @@ class FiniteDifference:
         step: ε·‖u‖ / (1 + ‖w‖); None for eps^⅓.
 
     Raises:
-        ValueError: for a step that is not positive or another linear solver, and, when called, for a condition that
-            is not the gradient of an objective.
+        ValueError: for a step that is not positive, for a linear solver other than CG and Neumann, and, when called,
+            for a condition that is not the gradient of an objective.
 
     Source: Liu, Simonyan, Yang (2019), DARTS, equation 8.
 

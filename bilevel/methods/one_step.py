@@ -49,7 +49,7 @@ class OneStep:
         if not isinstance(solver, solvers.GradientDescent | solvers.FixedPointIteration | solvers.Anderson):
             raise ValueError(
                 "OneStep differentiates a step without memory: use GradientDescent, FixedPointIteration or Anderson, "
-                f"whose first steps have none, or Implicit, which takes any solver; got {solver}"
+                f"whose first step uses no memory, or Implicit, which takes any solver; got {solver}"
             )
         at, data_at = jax.lax.stop_gradient((theta, data))
         inner = solve_constant(solver, problem.condition, init, at, data_at)

@@ -15,7 +15,13 @@ from bilevel.types import Hypergradient, PyTree, Solution
 
 
 class Method(Protocol):
-    """A way to differentiate the inner solution."""
+    """A way to differentiate the inner solution.
+
+    :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
+    ``warm_start`` of its result, or the adjoint ``linear.solution`` if that is None. In the first step it passes the
+    result of the method's ``first_warm_start(w, memory)``, with the start w and the memory of the inner solver, or
+    zeros like w for a method without that function.
+    """
 
     def __call__(
         self,
@@ -26,6 +32,12 @@ class Method(Protocol):
         data: PyTree,
         linear_init: PyTree | None = None,
     ) -> Hypergradient: ...
+
+
+def first_warm_start(method: Method, w: PyTree, memory: PyTree) -> PyTree:
+    """Return what a method gets as ``linear_init`` in the first step of an outer loop."""
+    function = getattr(method, "first_warm_start", None)
+    return jax.tree.map(jnp.zeros_like, w) if function is None else function(w, memory)
 
 
 def outer_variables(theta: PyTree) -> PyTree:
@@ -40,8 +52,9 @@ def outer_variables(theta: PyTree) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
-                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: a derivative in a "
-                "complex variable has two conventions; write it as its real and imaginary part"
+                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: there are two "
+                "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
+                "part"
             )
     return theta
 
@@ -56,8 +69,9 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):
         if not tree.is_floating(leaf):
             raise TypeError(
-                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write it "
-                "as a float (0.0), keep a count or a mask in data, and a complex variable as two real ones"
+                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write an "
+                "integer as a float (0.0), move a count or a mask to data, and split a complex variable into two real "
+                "ones"
             )
     return start
 

@@ -22,12 +22,13 @@ class Unrolled:
     Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
     included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
 
-    JAX can differentiate the result again, to any order. With ``last`` or ``first_order`` it can differentiate only the
-    value: in θ this gives the gradient, in data the derivative of the last steps. With ``first_order`` the derivative
-    in data is refused. The derivative of any other result is refused.
+    By default, JAX can differentiate the result again, to any order. If ``last`` leaves steps out, JAX can
+    differentiate only the value: its derivative in θ is the gradient, and its derivative in data goes through the last
+    steps. With ``first_order``, JAX can differentiate only the value, and only in θ. Any other derivative raises an
+    error.
 
-    With :class:`Anderson`, an entry of the start whose residual is zero is first moved by eps^⅓, because the derivative
-    of Anderson's steps need not converge for an entry that never moves.
+    With :class:`Anderson`, an entry x of the start whose residual is zero is first moved by eps^⅓·(1 + |x|), because
+    the derivative of Anderson's steps need not converge for an entry that never moves.
 
     Args:
         last: differentiate the last ``last`` steps only; None for all.
@@ -62,12 +63,13 @@ class Unrolled:
 
         def outer(theta):
             start = _unsolved_start(iterative, problem.condition, starting_point(init, theta, data), theta, data)
-            w = self._inner(problem.condition, iterative, theta, start, data)
+            w, memory = self._inner(problem.condition, iterative, theta, start, data)
             value, aux = outer_with_aux(problem)(w, theta, data)
-            return value, (aux, w)
+            return value, (aux, w, memory)
 
-        (value, (aux, w)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
+        (value, (aux, w, memory)), gradient = jax.value_and_grad(outer, has_aux=True, allow_int=True)(theta)
         inner = solvers.report(problem.condition.residual(w, theta, data), w, iterative.max_steps)
+        inner = solvers.with_memory(inner, iterative, memory)
         found = Hypergradient(value, tree.with_zeros(gradient, theta), aux, inner, None)
         if not self.first_order and self.last in (None, iterative.max_steps):
             return found
@@ -89,7 +91,7 @@ class Unrolled:
 
     def _inner(
         self, condition: Condition, solver: IterativeSolver, theta: PyTree, init: PyTree, data: PyTree
-    ) -> PyTree:
+    ) -> tuple[PyTree, PyTree]:
         def advance(_, state):
             residual = condition.residual(state[0], theta, data)
             return solver.update(state, jax.lax.stop_gradient(residual) if self.first_order else residual)
@@ -100,7 +102,7 @@ class Unrolled:
             state = jax.lax.stop_gradient(state)
         if self.checkpoint:
             advance = jax.checkpoint(advance)
-        return jax.lax.fori_loop(0, last, advance, state)[0]
+        return jax.lax.fori_loop(0, last, advance, state)
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ class ForwardUnrolled:
     the number of entries of θ. Memory does not grow with the steps, and the solver may stop by its ``tol``. If
     ``init`` is a function of θ, its derivative is included.
 
-    JAX can differentiate the result again. If the solver has a ``tol``, reverse mode (``jax.grad``) can compute only
-    the derivative of the value in θ, and JAX refuses all others. Forward mode can compute all of them.
+    JAX can differentiate the result again. If the solver has a ``tol``, or offers no single steps
+    (:class:`HessianFree`, :class:`Jaxopt`, a function), its loop may have an unknown length. Reverse mode
+    (``jax.grad``) is then certain to work only for the derivative of the value in θ. Forward mode can compute all
+    derivatives.
 
     Source: Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
 
@@ -155,7 +159,7 @@ class ForwardUnrolled:
 
 
 def _unsolved_start(solver: InnerSolver, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-    """Return ``init``, for Anderson with each entry whose residual is exactly zero moved by eps^⅓·(1 + |entry|).
+    """Return ``init``. For Anderson, move each entry whose residual is exactly zero by eps^⅓·(1 + |entry|).
 
     Anderson's mix of past steps is not differentiable where an entry never moves: the mix ignores the entry, whose
     derivative then need not converge. An entry that moves a little takes part in the mix.

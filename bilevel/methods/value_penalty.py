@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
+from bilevel import solvers, tree
 from bilevel.conditions import Stationary
 from bilevel.methods.estimates import estimated
 from bilevel.methods.protocol import Start, check_potential, outer_derivatives, outer_with_aux, solve_constant
@@ -21,6 +21,11 @@ class ValuePenalty:
     With the inner objective L, w* = argmin L and w_ρ = argmin (L + outer/ρ), the gradient is
     ∂_θ outer(w_ρ) + ρ·(∂_θ L(w_ρ) − ∂_θ L(w*)). Its error is O(1/ρ). Rounding errors and the errors of
     the inner solves are multiplied by ρ.
+
+    Without ``linear_init`` the penalised solve starts from w*. An outer loop needs a start of its own for this solve,
+    because ρ multiplies the distance by which w* lags behind a θ that moves. So ``linear_init`` is a pair, the start of
+    this solve and the memory of its solver, and ``out.warm_start`` is the pair for the next call. :func:`minimize`
+    passes it on, and one inner step for each outer step is then enough.
 
     JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
     For second derivatives use :class:`Implicit`.
@@ -49,6 +54,10 @@ class ValuePenalty:
         if not 0 < self.penalty < float("inf"):
             raise ValueError(f"ValuePenalty needs a penalty ρ above 0, got {self.penalty}; the error falls like 1/ρ")
 
+    def first_warm_start(self, w: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+        """Return the start of the penalised solve in the first step of an outer loop: that of the plain solve."""
+        return w, memory
+
     def __call__(
         self,
         problem: Problem,
@@ -58,7 +67,6 @@ class ValuePenalty:
         data: PyTree,
         linear_init: PyTree | None = None,
     ) -> Hypergradient:
-        del linear_init  # this method solves no linear system
         condition = check_potential("ValuePenalty", problem.condition)
 
         def penalised(w, theta, data):
@@ -69,14 +77,15 @@ class ValuePenalty:
 
         at, data_at = jax.lax.stop_gradient((theta, data))
         inner = solve_constant(solver, condition, init, at, data_at)
-        at_penalised = solve_constant(solver, Stationary(penalised), inner.w, at, data_at)
+        start, memory = (inner.w, None) if linear_init is None else linear_init
+        at_penalised = solve_constant(solvers.resumed(solver, memory), Stationary(penalised), start, at, data_at)
         value, aux, _, _ = outer_derivatives(problem, inner.w, at, data_at)
         with_outer = jax.grad(penalised, argnums=1, allow_int=True)(at_penalised.w, at, data_at)
         plain = jax.grad(condition.potential, argnums=1, allow_int=True)(inner.w, at, data_at)
         with_outer, plain = tree.with_zeros(with_outer, theta), tree.with_zeros(plain, theta)
         gradient = tree.scale(self.penalty, tree.subtract(with_outer, plain))
         inner = replace(inner, status=jnp.maximum(inner.status, at_penalised.status))
-        found = Hypergradient(value, gradient, aux, inner, None)
+        found = Hypergradient(value, gradient, aux, inner, None, (at_penalised.w, at_penalised.memory))
         difference = penalised(at_penalised.w, at, data) - condition.potential(inner.w, at, data)
         source = (self.penalty * difference).astype(value.dtype)
         return estimated(found, source, "ValuePenalty", theta, data, condition.residual(inner.w, at, data))

@@ -2,16 +2,25 @@
 
 A solver is a frozen value, called as ``solver(condition, init, theta, data) -> Solution``. Any function with these
 arguments that returns w, or a Solution, is a solver too. An iterative solver also offers its single step (``start`` and
-``update``). A method that differentiates through the iterations builds its own loop from that step, so both loops
-compute the same numbers.
+``update``). A method that differentiates through the iterations builds a loop of its own from that step. It computes
+the same numbers as the solver's loop.
 """
 
 from bilevel.solvers.descent import GradientDescent, Optax
 from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
+from bilevel.solvers.iteration import with_memory
 from bilevel.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from bilevel.solvers.newton import HessianFree
-from bilevel.solvers.protocol import InnerSolver, IterativeSolver, report, solve, with_residual
+from bilevel.solvers.protocol import (
+    InnerSolver,
+    IterativeSolver,
+    new_memory,
+    report,
+    resumed,
+    solve,
+    with_residual,
+)
 
 __all__ = [
     "Anderson",
@@ -24,7 +33,10 @@ __all__ = [
     "Jaxopt",
     "LevenbergMarquardt",
     "Optax",
+    "new_memory",
     "report",
+    "resumed",
     "solve",
+    "with_memory",
     "with_residual",
 ]

@@ -1,6 +1,6 @@
 """Inner solvers that follow the gradient: GradientDescent and Optax."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,8 +26,9 @@ class GradientDescent:
         step_size: a positive number. On a convex objective, the iteration without momentum converges for values below
             2 / (largest eigenvalue of ∂F/∂w).
         max_steps: the budget, in gradients.
-        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
+        tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
         momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
+        memory: the m from which a run goes on; None for zero. :func:`minimize` sets it.
 
     Raises:
         ValueError: for a step size that is not positive and finite, a momentum outside [0, 1), a negative budget or
@@ -46,6 +47,7 @@ class GradientDescent:
     max_steps: int
     tol: float | None = None
     momentum: float = 0.0
+    memory: PyTree = field(default=None, repr=False, kw_only=True)
 
     traceable = True
 
@@ -61,7 +63,13 @@ class GradientDescent:
         check_gradient("GradientDescent", condition)
 
     def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
-        return init, jax.tree.map(jnp.zeros_like, init) if self.momentum else None
+        if self.memory is None and self.momentum:
+            return init, jax.tree.map(jnp.zeros_like, init)
+        return init, self.memory
+
+    def resumed(self, memory: PyTree) -> "GradientDescent":
+        """Return this solver with a run's memory, from which it goes on."""
+        return replace(self, memory=memory)
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
         w, memory = state
@@ -81,8 +89,9 @@ class Optax:
     Args:
         transformation: an ``optax.GradientTransformation``; it is given F, the inner gradient, and w.
         max_steps: the budget, in gradients.
-        tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED. With a tol the number of
+        tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED. With a tol the number of
             iterations is known only at run time, so :class:`Unrolled` cannot differentiate them.
+        memory: the transformation's state from which a run goes on; None for a new one. :func:`minimize` sets it.
 
     Raises:
         ValueError: for a negative budget or tol, and, when called, for a condition that is not a gradient, or a
@@ -92,6 +101,7 @@ class Optax:
     transformation: "optax.GradientTransformation"
     max_steps: int
     tol: float | None = None
+    memory: PyTree = field(default=None, repr=False, kw_only=True)
 
     traceable = True
 
@@ -102,7 +112,11 @@ class Optax:
         check_gradient("Optax", condition)
 
     def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
-        return init, self.transformation.init(init)
+        return init, self.transformation.init(init) if self.memory is None else self.memory
+
+    def resumed(self, memory: PyTree) -> "Optax":
+        """Return this solver with a run's memory, from which it goes on."""
+        return replace(self, memory=memory)
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
         import optax  # optax is slow to import, so it is imported when needed

@@ -21,7 +21,7 @@ class FixedPointIteration:
 
     Args:
         max_steps: the budget, in evaluations of the mapping.
-        tol: stop at ‖w − mapping(w)‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
 
     Raises:
         ValueError: for a negative budget or tol, and, when called, for a condition that has no mapping.
@@ -67,9 +67,9 @@ class Anderson:
 
     Args:
         max_steps: the budget, in evaluations of the mapping.
-        tol: stop at ‖w − mapping(w)‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
-        history: how many past differences are combined, at most as many as w has entries. Each takes the memory of two
-            vectors like w.
+        tol: stop at ‖w − mapping(w)‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
+        history: how many past steps are combined, at most as many as w has entries. Each past step takes the memory of
+            two vectors like w.
 
     Raises:
         ValueError: for a negative budget or tol, a history below one, and, when called, for a condition that
@@ -127,7 +127,10 @@ class Anderson:
 
 
 def _least_squares(rows: jax.Array, target: jax.Array) -> jax.Array:
-    """Return argmin_c ‖target − c·rows‖, by the normal equations of rows of length 1 with a ridge of 10·eps."""
+    """Return argmin_c ‖target − c·rows‖.
+
+    The rows are scaled to length 1. Then the normal equations are solved with a ridge of 10·eps.
+    """
     squares = jnp.sum(rows**2, axis=1)
     scale = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares))), 0)
     unit = rows * scale[:, None].astype(rows.dtype)

@@ -24,10 +24,13 @@ class Jaxopt:
     Root                                                 Broyden, LevenbergMarquardt, GaussNewton, Bisection,
                                                          ScipyRootFinding, ScipyLeastSquares
     FixedPoint                                           FixedPointIteration, AndersonAcceleration
-    Projected                                            ProjectedGradient, MirrorDescent; onto a box LBFGSB,
-                                                         ScipyBoundedMinimize and, for a quadratic, BoxCDQP
-    ProximalGradient                                     ProximalGradient; BlockCoordinateDescent for a
-                                                         composite linear objective and one prox for all entries
+    Projected                                            ProjectedGradient, MirrorDescent
+    Projected onto a box                                 also LBFGSB and ScipyBoundedMinimize
+    Projected onto a box with a quadratic objective      also BoxCDQP
+    ProximalGradient                                     ProximalGradient
+    ProximalGradient with a CompositeLinearFunction of   also BlockCoordinateDescent
+    jaxopt and the same prox for each entry of a vector
+    w, or for each row of a matrix w
     KKT with a quadratic objective, affine constraints   OSQP, BoxOSQP, EqualityConstrainedQP
     ===================================================  ================================================
 
@@ -37,8 +40,9 @@ class Jaxopt:
 
     jaxopt compares ``tol`` with an error measure of its own to stop the solver. The status compares ``tol`` with the
     condition's true residual: it is CONVERGED at or below it, STOPPED above it if the solver stopped before its budget
-    ended, and MAX_STEPS otherwise. For some conditions the two measures differ by the condition's ``step_size``. The
-    error message of a STOPPED solve names a smaller ``tol`` with which the solver went on to the residual wanted.
+    ended, and MAX_STEPS otherwise. For some conditions the two measures differ by the condition's ``step_size``. After
+    a STOPPED solve, smaller values of ``tol`` are tried. If the solver goes on to the wanted residual with one of them,
+    the error message names it.
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
@@ -65,7 +69,7 @@ class Jaxopt:
     def __init__(self, solver: type | str, **options: object):
         if not isinstance(solver, type | str):
             raise TypeError(
-                f"Jaxopt makes the solver itself, of the condition's function, and got {type(solver).__name__}(…), an "
+                f"Jaxopt takes a class and makes the solver from the condition, got {type(solver).__name__}(…), an "
                 f'instance: use Jaxopt("{type(solver).__name__}", …) with its options, such as maxiter and tol'
             )
         object.__setattr__(self, "solver", solver)
@@ -95,6 +99,6 @@ class Jaxopt:
 
     @property
     def tol(self) -> float | None:
-        """The tolerance; None if the solver has none, or if it is 0 and the solver takes all its steps."""
+        """The tolerance; None if the solver has none, or if it is 0, with which the solver takes all its steps."""
         tol = dict(self.options).get("tol", self.accepted_options.get("tol"))
         return float(tol) if tol else None  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The loop that runs an iterative solver: a fixed number of steps, or steps until ‖F‖ ≤ tol."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,13 @@ def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: 
     def advance(_: jax.Array, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         return solver.update(state, residual(state[0]))
 
-    w, _ = jax.lax.fori_loop(0, solver.max_steps, advance, solver.start(init))
-    return report(residual(w), w, steps=solver.max_steps)
+    w, memory = jax.lax.fori_loop(0, solver.max_steps, advance, solver.start(init))
+    return with_memory(report(residual(w), w, steps=solver.max_steps), solver, memory)
+
+
+def with_memory(solution: Solution, solver: IterativeSolver, memory: PyTree) -> Solution:
+    """Return the solution of a resumed solver with the memory of its run. Any other solution has none."""
+    return solution if getattr(solver, "memory", None) is None else replace(solution, memory=memory)
 
 
 def _until_converged(
@@ -41,5 +47,5 @@ def _until_converged(
         return state, residual(state[0]), steps + 1
 
     start = solver.start(init), residual(init), jnp.int32(0)
-    (w, _), last_residual, steps = jax.lax.while_loop(unfinished, advance, start)
-    return report(last_residual, w, steps, tol)
+    (w, memory), last_residual, steps = jax.lax.while_loop(unfinished, advance, start)
+    return with_memory(report(last_residual, w, steps, tol), solver, memory)

@@ -21,14 +21,14 @@ class HessianFree:
     """Newton's method with directions from a few CG steps, and a backtracking line search.
 
     With the inner gradient F and Hessian H, a few CG steps on H d = −F give the direction d. CG stops at a search
-    direction of negative curvature and returns the iterate before it, or −F if it is the first. So d always is a
-    descent direction. The step is halved until the objective falls by at least 10⁻⁴ of the linear prediction (Armijo's
-    rule).
+    direction of negative curvature and returns the iterate before it, or −F if that search direction is the first one.
+    So d always is a descent direction. The step is halved until the objective falls by at least 10⁻⁴ of the linear
+    prediction (Armijo's rule).
 
     Args:
         max_steps: the budget, in Newton steps. Each takes a gradient, up to ``cg_steps`` products, and values of
             the objective in the line search.
-        cg_steps: products with the Hessian for a direction.
+        cg_steps: the largest number of products with the Hessian for one direction.
         tol: stop at ‖F‖ ≤ tol; None takes up to ``max_steps``, with status BUDGET_USED.
         halvings: how often a step is halved at most. If Armijo's rule then still fails, the last trial is taken if its
             objective is not above that of w; otherwise w stays.

@@ -37,6 +37,17 @@ class IterativeSolver(Protocol):
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution: ...
 
 
+@runtime_checkable
+class ResumableSolver(IterativeSolver, Protocol):
+    """An iterative solver whose next run may go on from the memory of the last one.
+
+    :func:`minimize` carries the memory from one outer step to the next. A run of a resumed solver returns the memory
+    in ``Solution.memory``.
+    """
+
+    def resumed(self, memory: PyTree) -> InnerSolver: ...
+
+
 def report(
     residual: PyTree,
     w: PyTree,
@@ -64,14 +75,24 @@ def report(
     return Solution(w, residual_norm, jnp.asarray(steps, jnp.int32), status)
 
 
+def new_memory(solver: InnerSolver, w: PyTree) -> PyTree:
+    """Return the memory of a solver before its first step, or None for a solver that cannot be resumed."""
+    return solver.start(w)[1] if isinstance(solver, ResumableSolver) else None
+
+
+def resumed(solver: InnerSolver, memory: PyTree) -> InnerSolver:
+    """Return the solver that goes on from ``memory``, which an earlier run left; the same solver for None."""
+    return solver.resumed(memory) if memory is not None and isinstance(solver, ResumableSolver) else solver
+
+
 def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> Solution:
     """Return the solution with its report made anew from a residual that the caller has computed.
 
-    The compiler then removes the solver's own last evaluation of the residual, which saves one gradient. A solution by
-    any solver but an iterative one without ``tol`` is returned unchanged.
+    The compiler then removes the solver's own last evaluation of the residual, which saves one gradient. This is done
+    only for an iterative solver without ``tol``. The solution of any other solver is returned unchanged.
     """
     if isinstance(solver, IterativeSolver) and solver.tol is None:
-        return report(residual, solution.w, solution.steps)
+        return replace(report(residual, solution.w, solution.steps), memory=solution.memory)
     return solution
 
 
@@ -100,7 +121,8 @@ def solve(
 
     Raises:
         ValueError: for a solver that returns another tree or other shapes than ``init`` has.
-        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
+        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
+            array.
     """
     theta, data = tree.arrays(theta, "theta"), tree.arrays(data, "data")
     init = evaluate(choose_start(init, start), theta, data)
@@ -166,6 +188,7 @@ def check_mapping(name: str, condition: Condition) -> None:
     if not hasattr(condition, "mapping"):
         raise ValueError(
             f"{name} repeats a mapping, and {type(condition).__name__} has no mapping: use FixedPoint, "
-            "Projected or ProximalGradient, or GradientDescent, Optax or HessianFree for Stationary "
-            "and Proximal, or a function (condition, init, theta, data) -> w"
+            "Projected or ProximalGradient as the condition. Or use another solver: GradientDescent, Optax or "
+            "HessianFree for Stationary and Proximal, or a function (condition, init, theta, data) -> w for any "
+            "condition"
         )

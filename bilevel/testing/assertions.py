@@ -145,7 +145,8 @@ def assert_case(
         case: drawn by a strategy, or made by a family.
         solver: the solver under test; None means ``case.solver``.
         method: the method under test; None means ``case.method``.
-        rtol: tolerance relative to the largest entry of each of the three; None means ``case.rtol``, 1000·eps·κ.
+        rtol: tolerance for each of the solution, the value and the hypergradient, relative to its largest entry; None
+            means ``case.rtol``, 1000·eps·κ.
         record: called with each :class:`Check` before it is asserted.
 
     Raises:
@@ -236,7 +237,10 @@ _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "th
 def run_method(
     problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree
 ) -> object:
-    """Run the method, compiled once for each method, solver, problem and shape unless one of these is unhashable."""
+    """Run the method, compiled once for each method, solver, problem and shape.
+
+    If the method, the solver or the problem cannot be hashed, it is compiled in each call.
+    """
     settings = problem, solver, method, init if is_function(init) else None
     try:
         compiled = _compiled(*settings)
@@ -280,7 +284,10 @@ def _gradient(out, theta: PyTree) -> PyTree:
     gradient = out.gradient if isinstance(out, Hypergradient) else out
     got, wanted = (jax.tree.structure(gradient), _shapes(gradient)), (jax.tree.structure(theta), _shapes(theta))
     if got != wanted:
-        raise AssertionError(f"the gradient is not a tree like theta: got {got}, expected {wanted}")
+        raise AssertionError(
+            f"the gradient is not a tree like theta: got {got[0]} of shapes {got[1]}, expected {wanted[0]} of shapes "
+            f"{wanted[1]}"
+        )
     return gradient
 
 
@@ -308,7 +315,7 @@ def _add_cause(check: Check, run: MethodRun, reference: Reference) -> Check:
         return bool(np.linalg.norm(run.derivatives - derivatives) <= MAX_UNEXPLAINED * error)
 
     cause = likely_cause(run, explains, [reference]) or (
-        "unknown; it is not a flipped sign, a dropped transpose or term, or an unfinished solve"
+        "unknown; none of the known mistakes that can be computed here, such as a flipped sign, explains it"
     )
     return replace(check, message=f"{check.message}\n  likely cause: {cause}")
 

@@ -1,7 +1,7 @@
 """Compare a method's numbers with expected ones, within a tolerance, and describe the worst entry.
 
 :func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. An assertion
-takes its tolerance from the caller. The check derives a tolerance from the dtype of θ and the reported residuals.
+takes its tolerance from the caller. ``check_hypergradient`` derives one from the dtype of θ and the reported residuals.
 """
 
 from collections.abc import Sequence

@@ -78,9 +78,9 @@ def check_condition(
     symmetry            |⟨u, Av⟩ − ⟨Au, v⟩| ≤ ``tol``·‖u‖·max(‖Av‖, ‖Aᵀv‖) for three random pairs u, v. The check
                         can fail only if A is declared symmetric
     curvature           A is not singular. Its symmetric part is positive definite if A is declared so, and has no
-                        negative eigenvalue if A is declared symmetric. With more than 1000 unknowns only these
-                        eigenvalues are estimated, by Lanczos's method, which can disprove definiteness but never
-                        prove it
+                        negative eigenvalue if A is declared symmetric. With more than 1000 unknowns only the
+                        eigenvalues of the symmetric part are estimated, by Lanczos's method, which can disprove
+                        definiteness but never prove it
     strong convexity    the smallest eigenvalue is at least the declared μ; without a declaration there is no row
     θ in the condition  ∂F/∂θ is nonzero at the point or at one of two random points: a θ that enters only the
                         initial point has a zero hypergradient. F or outer depends on every leaf of θ
@@ -159,7 +159,8 @@ def _check_structure(condition, theta, w, data):
     theta, w, data = (as_double(part) for part in (theta, w, data))
     structures = []
 
-    def flat_residual(w, theta, data):  # eval_shape would put shapes in place of arrays into a tree
+    # A flat list, because eval_shape would put shapes in place of arrays into a tree, which a user's class may refuse.
+    def flat_residual(w, theta, data):
         leaves, structure = jax.tree.flatten(condition.residual(w, theta, data))
         structures.append(structure)
         return leaves
@@ -172,7 +173,7 @@ def _check_structure(condition, theta, w, data):
     wanted = jax.tree.structure(w), [leaf.shape for leaf in jax.tree.leaves(w)]
     if got == wanted:
         return Check("structure", True, "the residual is a tree like w")
-    found = f"the residual is not a tree like w: got {got}, expected {wanted}"
+    found = f"the residual is not a tree like w: got {got[0]} of shapes {got[1]}, expected {wanted[0]} of {wanted[1]}"
     return Check("structure", False, found, "return one entry of F for each entry of w, in a tree like w.")
 
 
@@ -240,7 +241,7 @@ def _check_symmetry(local, jacobian, condition, tol):
         size = float(jnp.linalg.norm(u) * jnp.maximum(jnp.linalg.norm(forward), jnp.linalg.norm(back)))
         worst = max(worst, abs(float(u @ forward - u @ back)) / size if size > 0 else 0.0)
     symmetric = worst <= tol
-    measured = f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)} of ‖u‖‖Av‖"
+    measured = f"|⟨u, Av⟩ − ⟨Au, v⟩| = {figure(worst)}·‖u‖·max(‖Av‖, ‖Aᵀv‖)"
     if condition.symmetric and not symmetric:
         found = f"declared symmetric and is not: {_asymmetric_entries(local, jacobian) or measured}"
     else:
@@ -251,7 +252,7 @@ def _check_symmetry(local, jacobian, condition, tol):
 
 
 def _asymmetric_entries(local, jacobian):
-    """Describe the two entries of A that differ most from each other; None if A is not written out."""
+    """Describe the two entries Aᵢⱼ and Aⱼᵢ that differ most from each other; None if A is not written out."""
     indices = jacobian.largest_asymmetry()
     if indices is None:
         return None

@@ -138,7 +138,8 @@ def check_hypergradient(
 
     Raises:
         ValueError: for an unknown reference, for an empty ``against``, or for directions of another shape.
-        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
+        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
+            array.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:
@@ -215,7 +216,7 @@ def _derive_tolerance(run: MethodRun, found: Iterable[Reference | str], rtol: fl
 
 
 def _converged(status) -> bool:
-    """Return True if a ``tol`` was set and met, or a factorisation accepted; without ``tol`` it is ``BUDGET_USED``."""
+    """Return True if a ``tol`` was set and met, or a factorisation accepted, but not for a budget that was used up."""
     return int(np.max(status)) in (Status.CONVERGED, Status.ILL_CONDITIONED)
 
 
@@ -228,7 +229,10 @@ def _compare(name: str, found: Reference | str, derivatives: np.ndarray, toleran
     worst = deviation.worst
     note = ""
     if name == "finite_differences" and found.question == "the solver's output":
-        note = "Newton's method found no solution, so the solver's output, converged or not, was differenced"
+        note = (
+            "Newton's method failed, or there are too many unknowns for it, so the solver's output, converged or not, "
+            "was differenced"
+        )
     return Comparison(
         name=name,
         reference=found,

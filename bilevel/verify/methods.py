@@ -113,7 +113,8 @@ def compare_methods(
 
     Raises:
         ValueError: for no methods, or fewer than one run.
-        TypeError: for no start or two, and for a leaf of θ, init or data that is not an array.
+        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
+            array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _reference(problem, solver, theta, init, data) -> Reference | None:
 
 def _measure(problem, solver, theta, init, data, method, reference, runs):
     program = method_program(problem, solver, method, init)
-    # `lower` would put descriptions of arrays in place of arrays into a tree.
+    # `lower` would put descriptions of arrays in place of arrays into a tree, which a user's class may refuse.
     arguments, structure = jax.tree.flatten(method_arguments(theta, init, data))
     begin = time.perf_counter()
     compiled = jax.jit(lambda *leaves: program(*jax.tree.unflatten(structure, leaves))).lower(*arguments).compile()

@@ -13,7 +13,7 @@ from sphinx.pycode import ModuleAnalyzer
 DEFINING_MODULES = {
     "bilevel": ("bilevel.certificates.lipschitz", "bilevel.conditions.stationary", "bilevel.solvers.protocol")
 }
-"""For each package, the modules that define the constants that the package re-exports."""
+"""The modules that define a package's re-exported constants, by the name of the package."""
 
 
 def setup(app):

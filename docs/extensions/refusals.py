@@ -42,7 +42,7 @@ def page(package: str) -> str:
 
 
 def refusals(package: Path) -> Iterator[Refusal]:
-    """Yield the refusals of a package whose message is a string expression. Files directly in `testing` are skipped."""
+    """Yield each refusal of a package, if its message is a string expression. Skip files directly in `testing`."""
     for path in sorted(package.rglob("*.py")):
         if path.parent.name == "testing":  # the assertions there raise AssertionError
             continue

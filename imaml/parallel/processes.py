@@ -23,20 +23,21 @@ MEETING_SECONDS = 300
 HEARTBEAT_SECONDS = 60
 """Time without a heartbeat from one process after which JAX's runtime ends all processes."""
 VERDICT_SECONDS = 5.0
-"""Time for which a process, after an error that a lost process may have caused, waits for the monitor to end it."""
+"""Time for which a process waits before it raises an error, because the cause may be that another process was lost. In
+that case the monitor ends the process while it waits."""
 LOST = os.EX_TEMPFAIL
 """Exit status of a process that stops because another process was lost. A new attempt may succeed."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The number of processes in a run, the number of this one, and the address of process 0.
+    """How many processes a run has, the index of this one, and the address of process 0.
 
     Args:
         coordinator: ``HOST:PORT`` on which process 0 listens, the same in every process. An IPv6 address stands in
             brackets.
         count: number of processes, at least 1.
-        index: number of this process, from 0 to ``count`` − 1.
+        index: index of this process, from 0 to ``count`` − 1.
 
     Raises:
         InputError: if ``coordinator`` does not have this form, or if a number is out of range.
@@ -105,8 +106,9 @@ def leave(code: int, threads: bool) -> None:
 
     Args:
         code: the exit status.
-        threads: if True, a running non-daemon thread counts as a reason to wait too. Such threads are compilations, and
-            a timer of one minute that JAX leaves running if its start is interrupted.
+        threads: if True, exit at once also if a non-daemon thread is running, because a normal exit would wait for it.
+            Such threads are compilations, and a timer of one minute that JAX leaves running if its start is
+            interrupted.
     """
     waits = threads and any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate())
     if code and (waits or jax.distributed.is_initialized()):
@@ -114,7 +116,10 @@ def leave(code: int, threads: bool) -> None:
 
 
 def _meet(processes):
-    """Return the connections to the other processes and the address of JAX's coordinator, which process 0 chooses."""
+    """Return the connections of this process, and the address of JAX's coordinator, whose port process 0 chooses.
+
+    Process 0 is connected to all others, which are connected to process 0 only.
+    """
     host, port = processes.host, int(processes.coordinator.rpartition(":")[2])
     if processes.index == 0:
         lines, jax_port = accept_connections(port, processes.count, MEETING_SECONDS), free_port()
@@ -139,7 +144,8 @@ def _initialize(processes, address):
 def _end(processes, lost):
     print(
         f"\nimaml train: process {lost} of {processes.count} (counted from 0) ended before the run was complete. "
-        "Its output says why. This process stops too. Start the same commands again to resume from the last checkpoint",
+        "See its output for the reason, if it was not killed. This process stops too. Start the same commands again to "
+        "resume from the last checkpoint",
         file=sys.stderr,
     )
     _exit(LOST)

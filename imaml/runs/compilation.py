@@ -16,9 +16,9 @@ from imaml.settings.preset import Preset
 class StepCompiler:
     """Compiler of a preset's meta-step for the devices of ``mesh``.
 
-    XLA compiles without Python's global lock, so the main thread can draw or decode images meanwhile. At exit, Python
-    waits for the compiling thread, because ending a thread inside XLA is not safe. A command of ``imaml`` that failed
-    or was stopped exits without waiting.
+    XLA compiles without Python's global lock, so the main thread can draw or decode images meanwhile. The compiling
+    thread is not a daemon, so Python waits for it at a normal exit: the interpreter must not shut down while a thread
+    is inside XLA. A command of ``imaml`` that failed or was stopped does not wait. It ends the process by ``os._exit``.
 
     Args:
         preset: the settings of the run.

@@ -76,7 +76,7 @@ def quadratic_everywhere(name):
 @pytest.mark.slow("compiles a certificate for each problem", fast="contraction")
 @pytest.mark.parametrize("name", CASES)
 def test_the_error_after_correction_is_of_second_order_in_the_perturbation(name):
-    """w and the adjoint are perturbed by a size δ. The error of the gradient is then O(δ), after correction O(δ²).
+    """w and the adjoint are perturbed by a size δ. The gradient's error is then O(δ), and O(δ²) after the correction.
 
     The residual and ∂outer/∂w are affine in w, so the Newton step in w is exact. The remaining error
     is a product of the errors of w and of the adjoint.

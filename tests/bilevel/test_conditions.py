@@ -274,7 +274,7 @@ def quadratic_program(inequalities=2):
 
 
 def by_active_set(p):
-    """Return the solution x, ν and μ of the program ``p``, with its active inequality as an equality."""
+    """Return the solution x, ν and μ of the program ``p``. Its active inequality is taken as an equality."""
     rows = jnp.concatenate([p["A"], p["G"][:1]])
     x, multipliers = minimum_on_plane(0.5 * (p["Q"] + p["Q"].T), -p["c"], rows, jnp.concatenate([p["b"], p["h"][:1]]))
     return x, multipliers[:1], jnp.append(multipliers[1:], 0.0)

@@ -14,8 +14,8 @@ STRENGTH = 0.5
 def problem_in(first, second):
     """Return a problem whose θ is ``first`` of the two variables (t, s), and whose data are ``second``.
 
-    The inner objective is ½(1 − λ)w² − sin(t)·s·w, with a term ½λw² for the centre 0. The solution is w = sin(t)·s.
-    The outer function is w² + t·s.
+    The inner objective is ½(1 − λ)w² − sin(t)·s·w, and ``Proximal`` adds ½λw², because its centre is 0. The solution is
+    w = sin(t)·s. The outer function is w² + t·s.
     """
 
     def ordered(theta, data):
@@ -41,8 +41,8 @@ EXACT_SECOND = {
     "tt": 2 * np.cos(2 * T) * S**2,
     "ts": 2 * np.sin(2 * T) * S + 1,
 }
-# The methods. In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The gradient of
-# ValuePenalty has a relative error of about 1/ρ, and that of EvolutionStrategies of about σ².
+# The methods. In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The relative error
+# of the gradient is about 1/ρ for ValuePenalty, and about σ² for EvolutionStrategies.
 EXACT_METHODS = {
     "implicit": bl.Implicit(bl.CG(1)),
     "unrolled": bl.Unrolled(),
@@ -138,7 +138,7 @@ def test_other_results_of_an_estimate_have_no_derivative(name):
     for result in (lambda out: out.inner.w, lambda out: out.inner.residual_norm):
         with pytest.raises(ValueError, match=REFUSED):
             jax.grad(lambda theta, result=result: result(function(theta, S)))(T)
-    with pytest.raises(ValueError, match=r"for the value alone use reverse mode"):
+    with pytest.raises(ValueError, match=r"for the derivative of the value alone use jax.grad"):
         jax.jvp(lambda theta: function(theta, S).gradient["x"], (T,), (1.0,))
 
 
@@ -227,7 +227,8 @@ def test_complex_data_of_an_estimate_are_differentiated():
     )
     function = bl.value_and_hypergradient(problem, bl.GradientDescent(0.2, 200), bl.FiniteDifference(bl.CG(1)))
     assert float(jax.grad(lambda theta: function(theta, 0.0, 1j + 1).value)(1.0)) == pytest.approx(0.5)
-    # w = θ/|z|², so the derivative in the real part of z is −2·Re z/|z|⁴. JAX's gradient is its conjugate.
+    # w = θ/|z|² has the derivatives −2·Re z/|z|⁴ in Re z and −2·Im z/|z|⁴ in Im z. JAX's gradient is the first of them
+    # minus i times the second.
     slope = jax.grad(lambda data: function(1.0, 0.0, data).value)(1j + 1)
     assert complex(slope) == pytest.approx(-0.5 + 0.5j, rel=1e-6)
 
@@ -307,7 +308,10 @@ class TestIntegers:
 
 
 def ill_conditioned(unknowns=100, kappa=1e4):
-    """Return ½wᵀAw − θ·bᵀw, with eigenvalues of A from 1 to κ, its solution as a solver, and the exact Σw at θ = 1."""
+    """Return the minimum of ½wᵀAw − θ·bᵀw as a condition, its exact solution as a solver, and Σw at θ = 1.
+
+    The eigenvalues of A are from 1 to κ.
+    """
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(unknowns, unknowns)))[0]
     matrix = basis @ np.diag(np.logspace(0, np.log10(kappa), unknowns)) @ basis.T

@@ -1,10 +1,10 @@
 """Projections of any scale in both precisions are judged by SciPy, and derivatives at kinks are finite.
 
-The judges share no code with the projections. T is the nearest matrix to S with its row and column sums if and only
-if no other such matrix V has ⟨S − T, V⟩ > ⟨S − T, T⟩, and SciPy finds the best V by linear programming. The same holds
-in the KL divergence with S − log T in place of S − T. y is the nearest point to x of a polyhedron if and only if x − y
-is a combination of the active rows, without negative factors for inequalities. SciPy finds the factors by non-negative
-least squares.
+The judges share no code with the projections. Among the matrices V ≥ 0 with given row and column sums, T is the nearest
+to S if and only if none of them has ⟨S − T, V⟩ > ⟨S − T, T⟩. SciPy finds the best V by linear programming. The same
+holds in the KL divergence with S − log T in place of S − T. A point y of a polyhedron is the nearest to x if and only
+if x − y is a combination of the active rows, without negative factors for inequalities. SciPy finds the factors by
+non-negative least squares.
 """
 
 import functools
@@ -37,7 +37,7 @@ ON_MATRICES = TRANSPORT | BIRKHOFF
 
 
 def drawn_matrices(name, shape, scales=SCALES):
-    """Return similarities ``[draws, m, n]`` of increasing scale, with their row sums and column sums."""
+    """Return similarities ``[draws, m, n]`` of increasing scale, and the row and column sums of their projections."""
     rng = np.random.default_rng(len(name))
     similarity = scales[:, None, None] * rng.normal(size=(scales.size, *shape))
     if name in BIRKHOFF:
@@ -52,7 +52,7 @@ def project_matrices(name, similarity, rows, columns):
 
 
 def advantage(name, similarity, plan):
-    """Return how much larger ⟨S − T, V⟩ can be than ⟨S − T, T⟩ for a V with the sums of T, relative to S."""
+    """Return how much larger ⟨S − T, V⟩ can be than ⟨S − T, T⟩ for a V with the sums of T, relative to S − T."""
     score = similarity - (np.log(np.maximum(plan, 1e-300)) if name.startswith("kl") else plan)
     if name in BIRKHOFF:
         best = score[scipy.optimize.linear_sum_assignment(score, maximize=True)].sum()
@@ -150,7 +150,7 @@ def polyhedra(m, k, rng):
         np.exp(3 * rng.normal(size=(DRAWS, rows, 1))) * rng.normal(size=(DRAWS, rows, 6)) for rows in (m, k)
     )
     b, h = (np.einsum("dij,dj->di", rows, inside) for rows in (equal, unequal))
-    # A third of the inequalities is active at the point inside. Many of these sets are thin cones.
+    # About 30 % of the inequalities are active at the point `inside`. Many of these sets are thin cones.
     slack = rng.exponential(size=h.shape) * (rng.random(h.shape) < 0.7)
     return x, (equal, b, unequal, h + slack * SCALES[:, None] * np.linalg.norm(unequal, axis=2))
 
@@ -255,7 +255,7 @@ def test_derivatives_of_polyhedra_equal_central_differences():
 ZERO, POINT = np.zeros(3), np.array([3.0, 0.0, 4.0])
 UNIT = POINT / 5
 KINKS = {
-    # name, point, parameters: the value, and its Jacobians in the point and in the parameters
+    # The name of the function, a point, the parameters, the value, and its Jacobians in the point and the parameters.
     "a ball of any radius at its centre": ("projection_l2_ball", ZERO, 1.0, ZERO, np.eye(3), ZERO),
     "a ball of radius 0": ("projection_l2_ball", POINT, 0.0, ZERO, np.zeros((3, 3)), UNIT),
     "a ball of radius 0 at its centre": ("projection_l2_ball", ZERO, 0.0, ZERO, np.zeros((3, 3)), ZERO),

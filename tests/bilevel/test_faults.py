@@ -34,7 +34,7 @@ def rotated(eigenvalues, dtype, seed=0):
 
 
 class TestIndefinite:
-    """CG divides by a direction's curvature whatever its sign. Its solution may be right although A is indefinite."""
+    """CG divides by the curvature of a direction even if it is negative, so x may be right although A is indefinite."""
 
     @pytest.mark.parametrize("steps", [2, 3, 20])
     def test_the_watched_engine_reports_negative_curvature_that_the_solution_does_not_show(self, steps):
@@ -187,7 +187,7 @@ class TestNotSymmetric:
         problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w))
         function = bl.value_and_hypergradient(problem, solved_by(matrix), bl.Implicit(bl.LU()))
         out = function(jnp.ones(6, dtype), matrix[0], None)
-        # κ = 1e5 takes more than half of the digits of float32, and of float64 less than half.
+        # κ = 1e5 costs more than half of the digits in float32, and less than half of them in float64.
         assert status_of(out) == ("ILL_CONDITIONED" if dtype == jnp.float32 else "BUDGET_USED")
 
     def test_the_layer_uses_the_transpose_whatever_is_declared(self):
@@ -416,7 +416,7 @@ class TestDtypes:
         ids=["LU", "Cholesky", "Nystrom", "FiniteDifference", "EvolutionStrategies"],
     )
     def test_every_method_takes_narrow_dtypes(self, dtype, method):
-        # The solution is θ, the value ½‖θ‖² and the gradient θ. Finite differences then have only rounding errors.
+        # The solution is θ, the value is ½‖θ‖², and the gradient is θ, so finite differences have only rounding errors.
         condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
         problem = bl.Problem(condition, lambda w, theta, data: 0.5 * jnp.sum(w * w))
         theta = jnp.array([1.5, -0.625], dtype)

@@ -21,7 +21,7 @@ def gradient_of(case, linear=None, on_failure="raise"):
 
 
 def assert_trees_close(actual, expected, rtol):
-    """Assert that two trees agree to rtol times the largest entry, whose rounding errors small entries share."""
+    """Assert that two trees agree to rtol times the largest entry, because rounding errors are of its order."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -270,7 +270,7 @@ def test_an_indefinite_inner_problem_is_negative_curvature():
 
 def test_cg_on_a_condition_that_is_not_symmetric_is_refused_with_alternatives():
     case = affine_root()
-    with pytest.raises(ValueError, match=r"CG needs a symmetric operator, and that of Root is not: use .*LU"):
+    with pytest.raises(ValueError, match=r"CG needs a symmetric operator, and Root is not declared symmetric: .*LU"):
         gradient_of(case, bl.CG(5))(case.theta, case.init, case.data)
     with pytest.raises(ValueError, match=r"use .*LU"):
         bl.implicit_layer(case.condition, newton, bl.CG(5))

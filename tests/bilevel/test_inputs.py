@@ -108,7 +108,7 @@ def test_modules_of_equinox_and_flax_are_starts():
 
 
 def count_programs(method, starts, by_name):
-    """Return the hypergradients from each start, and how often the objective was traced."""
+    """Return the hypergradient from each start, and how often the objective had been traced after it."""
     traces = []
 
     def objective(w, theta, data):
@@ -253,7 +253,10 @@ def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
 
 
 def two_by_two(dtype):
-    """Return a dict of (condition, init) with the solution M⁻¹θ: init has ``dtype``, the functions that of θ."""
+    """Return a dict of (condition, init) with the solution M⁻¹θ.
+
+    ``init`` has the dtype ``dtype``, and the functions compute in the dtype of θ.
+    """
 
     def wide_objective(w, theta, data):
         return quadratic(w.astype(theta.dtype), theta, data)
@@ -366,7 +369,7 @@ class Checked:
 
 
 def checked(function):
-    """Return a condition's function for a w and a result of the class `Checked`."""
+    """Wrap a function of arrays, so that it takes w and θ of the class `Checked` and returns a `Checked`."""
     return lambda w, theta, data: Checked(function(w.value, theta.value, data))
 
 
@@ -447,7 +450,7 @@ def test_the_checks_and_minimize_keep_a_class_that_checks_its_fields():
 
 
 def run_all_entries():
-    """Call each entry point, and compare it with the closed form."""
+    """Call each entry point, and compare its result with the closed form."""
     optax = pytest.importorskip("optax")
     theta, init = jnp.asarray(THETA), jnp.zeros(2)
     for method in (bl.Implicit(bl.CG(4)), bl.Implicit(bl.Nystrom(2, 1e-8)), bl.Implicit(bl.GMRES(4)), bl.Unrolled()):
@@ -619,7 +622,7 @@ def test_an_argument_that_is_not_an_array_is_refused_with_a_remedy(entry):
         call(theta, init, None, start=lambda theta, data: init)
     with pytest.raises(TypeError, match=r"start is a function of \(theta, data\), got .*: give a point as init"):
         call(theta, None, None, start=init)
-    words = "is not an array or a number, got {}: capture .* static field .*equinox.partition"
+    words = "is not an array or a number, got {}: let .* static field .*equinox.partition"
     with pytest.raises(TypeError, match=r"data\['f'\] " + words.format(r"\w+")):
         call(theta, init, {"f": jnp.sin})
     with pytest.raises(TypeError, match=r"theta\[1\] " + words.format("str")):

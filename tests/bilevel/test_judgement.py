@@ -60,7 +60,7 @@ def textbook_cg(matrix, b, steps):
 
 
 def by_the_same_algorithm(name, matrix, b, steps):
-    """Return the answer of an algorithm in NumPy or SciPy, in the dtype of ``matrix``."""
+    """Return the answer of the same kind of algorithm in NumPy or SciPy, in the dtype of ``matrix``."""
     if name in ("LU", "Cholesky"):
         return np.linalg.solve(matrix, b)
     if name == "NormalCG":
@@ -73,7 +73,7 @@ def by_the_same_algorithm(name, matrix, b, steps):
 
 
 def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS):
-    """Return the entries of the table whose status is wrong, and the number of all entries."""
+    """Return messages about the solves whose status is wrong, and the number of all solves that were judged."""
     solver, limits = SOLVERS[name](steps), jnp.finfo(dtype)
     eps = float(limits.eps)
     solve = jax.jit(lambda matrix, b: solver(lambda v: matrix @ v, b))
@@ -95,7 +95,8 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
                 wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
         elif dtype == F64 or kappa < 1e5:
-            # BiCGStab's residual rises before it falls, which costs float32 its digits: judge it by SciPy in float32.
+            # BiCGStab's residual rises before it falls, which costs digits. So in float32 it is judged by SciPy's
+            # BiCGStab in float32.
             precision = np.float32 if name == "BiCGStab" and dtype == F32 else np.float64
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -321,7 +322,7 @@ class TestRemedies:
 
 
 class Eager(jaxopt.GradientDescent):
-    """Gradient descent that is content with a hundredth of the gradient."""
+    """Gradient descent with a hundredth of the gradient's norm as its error measure, so that it stops too early."""
 
     def update(self, params, state, *arguments, **options):
         step = super().update(params, state, *arguments, **options)

@@ -122,8 +122,8 @@ def test_one_neumann_term_by_differences_is_darts():
 
 @pytest.mark.parametrize("penalty", [1.0, 10.0, 1e4])
 def test_the_gradient_of_the_value_penalty_has_a_closed_form(penalty):
-    # The minimum is w* = D⁻¹θ, and that of objective + outer/ρ is w_ρ = (D + I/ρ)⁻¹θ. The objective's derivative in θ
-    # is −w, so the gradient is ρ(w* − w_ρ). For a large ρ it tends to D⁻²θ.
+    # The minimum of the objective is w* = D⁻¹θ. The minimum of objective + outer/ρ is w_ρ = (D + I/ρ)⁻¹θ. The
+    # objective's derivative in θ is −w, so the gradient is ρ(w* − w_ρ). For a large ρ it tends to D⁻²θ.
     solver = bl.GradientDescent(0.4, 2000, tol=1e-14)
     out = gradient(descent_problem(), solver, bl.ValuePenalty(penalty), THETA)
     expected = penalty * (THETA / EIGENVALUES - THETA / (EIGENVALUES + 1 / penalty))

@@ -1,6 +1,14 @@
-"""The outer loop converges, profits from warm starts, and never applies a gradient that is not finite."""
+"""The outer loop converges, compiles once, resumes to the bit, and never applies a gradient that is not finite."""
 
+import functools
+import io
 import itertools
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +22,16 @@ import bilevel as bl
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EIGENVALUES = np.array([1.0, 4.0])
 TARGET = np.array([1.0, -2.0])
+SGD = optax.sgd(1.0)
 
 
+@functools.cache
 def problem():
     """Return the problem ½‖w − data‖² with w = D⁻¹θ and D = diag(EIGENVALUES). Its minimum is at θ = D·data."""
     return bl.Problem(diagonal_quadratic(EIGENVALUES), lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
 
 
-def run(solver, method, steps=200, optimizer=None, data=TARGET, **options):
-    optimizer = optimizer or optax.sgd(1.0)
+def run(solver, method, steps=200, optimizer=SGD, data=TARGET, **options):
     return bl.minimize(problem(), jnp.zeros(2), jnp.zeros(2), data, solver, method, optimizer, steps, **options)
 
 
@@ -228,3 +237,385 @@ def test_invalid_arguments_are_refused():
         run(bl.GradientDescent(0.3, 4), bl.Unrolled(), 0)
     with pytest.raises(ValueError, match="got an iterator that is empty"):
         run(bl.GradientDescent(0.3, 4), bl.Unrolled(), 3, data=iter([]))
+    with pytest.raises(ValueError, match="every of at least 1, got 0"):
+        run(bl.GradientDescent(0.3, 4), bl.Unrolled(), 3, every=0)
+
+
+# --- Compilation ----------------------------------------------------------------------------------------------------
+
+
+class CountedProblem:
+    """The problem above, with a count of the traces of its objective."""
+
+    def __init__(self):
+        self.traces = 0
+        objective = diagonal_quadratic(EIGENVALUES).objective
+
+        def counted(w, theta, data):
+            self.traces += 1
+            return objective(w, theta, data)
+
+        self.problem = bl.Problem(bl.Stationary(counted), problem().outer)
+
+    def new_traces(self, call):
+        before = self.traces
+        call()
+        return self.traces - before
+
+
+def batches(number, copies=1):
+    return iter([TARGET + 0.1 * k for k in range(number)] * copies)
+
+
+def test_calls_with_the_same_objects_compile_once():
+    counted = CountedProblem()
+    arguments = bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1)), optax.adam(0.1)
+
+    def call(data, steps, **options):
+        return counted.new_traces(
+            lambda: bl.minimize(counted.problem, jnp.ones(2), jnp.zeros(2), data, *arguments, steps, **options)
+        )
+
+    assert call(TARGET, 3) > 0
+    assert [call(2 * TARGET, steps) for steps in (1, 2, 7, 1500)] == [0] * 4
+    assert call(TARGET, 9, stop=lambda record: False, every=4) == 0
+    assert call(batches(3), 3) > 0
+    assert [call(batches(number), 40) for number in (1, 5, 33)] == [0] * 3
+
+
+def test_a_start_function_that_is_written_in_the_call_compiles_once():
+    counted = CountedProblem()
+    arguments = TARGET, bl.GradientDescent(0.3, 2), bl.Unrolled(), optax.sgd(0.1), 2
+
+    def call(factor):
+        start = lambda theta, data: factor * theta  # noqa: E731  # a new function in each call
+        return counted.new_traces(
+            lambda: bl.minimize(counted.problem, jnp.ones(2), None, *arguments, warm_start=False, start=start)
+        )
+
+    half, third = jnp.full(2, 0.5), jnp.full(2, 1 / 3)
+    assert call(half) > 0 == call(third)
+
+
+@pytest.mark.slow("compiles an outer line search")
+def test_a_line_search_compiles_once():
+    counted = CountedProblem()
+    arguments = TARGET, bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(2)), optax.lbfgs()
+
+    def call(steps):
+        return counted.new_traces(lambda: bl.minimize(counted.problem, jnp.zeros(2), jnp.zeros(2), *arguments, steps))
+
+    assert call(1) > 0 == call(5)
+
+
+def test_a_problem_that_cannot_be_hashed_is_minimised():
+    condition = bl.Proximal(lambda w, theta, data: 0.5 * jnp.sum(w**2), jnp.array(1.0))
+    with pytest.raises(TypeError):
+        hash(condition)
+    declared = bl.Problem(condition, problem().outer)
+    out = bl.minimize(
+        declared,
+        jnp.zeros(2),
+        jnp.zeros(2),
+        TARGET,
+        bl.GradientDescent(0.5, 1),
+        bl.Implicit(bl.CG(1)),
+        optax.sgd(4.0),
+        2,
+    )
+    np.testing.assert_allclose(out.theta, 2 * TARGET, rtol=1e-12)  # w = θ/2, so one step of 1/(½)² is exact
+
+
+def test_the_history_holds_every_step_of_a_long_loop():
+    out = run(bl.GradientDescent(0.3, 1), bl.Implicit(bl.Neumann(1, 0.2)), 2500, optax.sgd(0.01))
+    again = run(bl.GradientDescent(0.3, 1), bl.Implicit(bl.Neumann(1, 0.2)), 700, optax.sgd(0.01))
+    assert out.history.value.shape == (2500,) and out.history.status.dtype == jnp.int32
+    np.testing.assert_array_equal(out.history.value[:700], again.history.value)
+    assert bool(jnp.all(jnp.diff(out.history.value[10:1000]) < 0))
+
+
+def test_an_iterator_may_use_one_buffer_for_all_batches():
+    def reused(number):
+        buffer = np.zeros(())
+        for k in range(number):
+            buffer[()] = k
+            yield buffer
+
+    declared = bl.Problem(
+        bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2),
+        lambda w, theta, data: (theta**2 + data + 0.0 * jnp.sqrt(8.5 - data), data),
+        has_aux=True,
+    )
+    arguments = bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1)), optax.sgd(0.0), 30
+    out = bl.minimize(declared, 0.0, 0.0, reused(8), *arguments)
+    np.testing.assert_array_equal(out.history.value, np.arange(8.0))
+    # The batch of the failed step is needed after the iterator has written later ones.
+    with pytest.raises(bl.HypergradientError, match=r"^outer step 9, ") as caught:
+        bl.minimize(declared, 0.0, 0.0, reused(30), *arguments)
+    assert float(caught.value.result.aux) == 9.0
+
+
+@pytest.mark.slow("compiles an outer loop under each transformation")
+def test_minimize_works_under_jit_and_vmap():
+    def found(theta, scale, data=TARGET):
+        declared = bl.Problem(
+            diagonal_quadratic(EIGENVALUES), lambda w, theta, data: 0.5 * scale * jnp.sum((w - data) ** 2)
+        )
+        arguments = bl.GradientDescent(0.3, 40), bl.Implicit(bl.CG(2)), optax.sgd(0.5), 3
+        out = bl.minimize(declared, theta, jnp.zeros(2), data, *arguments)
+        return out.theta, out.history.value
+
+    expected = [found(jnp.ones(2), scale) for scale in (1.0, 2.0)]
+    np.testing.assert_allclose(jax.jit(found)(jnp.ones(2), 1.0)[0], expected[0][0], rtol=1e-13)
+    batched = jax.vmap(lambda scale: found(jnp.ones(2), scale))(jnp.array([1.0, 2.0]))
+    for k in range(2):
+        np.testing.assert_allclose(batched[0][k], expected[k][0], rtol=1e-13)
+        np.testing.assert_allclose(batched[1][k], expected[k][1], rtol=1e-13)
+
+
+# --- Failures -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def doubling():
+    """Return a loop whose θ doubles in each step, from 1, and whose inner solve fails once θ has moved by 4."""
+    declared = bl.Problem(
+        bl.Stationary(lambda w, theta, data: 0.5 * (w - theta * data) ** 2), lambda w, theta, data: -0.5 * theta**2
+    )
+    # Two steps divide the distance from the last w by 4. It is 2ᵏ⁻¹ in step k, so step 4 is the first to miss the tol.
+    return declared, 1.0, 1.0, bl.GradientDescent(0.5, 2, tol=1.5), bl.Implicit(bl.CG(1)), optax.sgd(1.0)
+
+
+@pytest.mark.parametrize("data", ["pytree", "iterator"])
+def test_the_loop_stops_at_the_first_failed_step_and_names_it(data):
+    declared, theta, init, *arguments = doubling()
+    given = 1.0 if data == "pytree" else itertools.repeat(1.0)
+    with pytest.raises(
+        bl.HypergradientError, match=r"^outer step 4, at theta = 16\.: inner solve, MAX_STEPS"
+    ) as caught:
+        bl.minimize(declared, theta, init, given, *arguments, 1000)
+    state = caught.value.state
+    assert float(state.theta) == 16.0 and int(state.step) == 4
+    assert float(caught.value.result.inner.residual_norm) > 1.5 and float(caught.value.result.value) == -128.0
+    # The state is that of a loop which ended before that step.
+    found = bl.minimize(declared, theta, init, 1.0, *arguments, 4)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(found.state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value) and float(copy.state.theta) == 16.0
+
+
+def test_a_failed_step_counts_from_the_first_call():
+    declared, theta, init, *arguments = doubling()
+    state = bl.minimize(declared, theta, init, 1.0, *arguments, 3).state
+    with pytest.raises(bl.HypergradientError, match=r"^outer step 4, "):
+        bl.minimize(declared, theta, init, 1.0, *arguments, 3, state=state)
+
+
+def test_warnings_of_all_failed_steps_are_one():
+    declared, theta, init, *arguments = doubling()
+    with pytest.warns(
+        RuntimeWarning, match="^2 of 6 outer steps failed, the first of them step 4, MAX_STEPS"
+    ) as caught:
+        out = bl.minimize(declared, theta, init, 1.0, *arguments, 6, on_failure="warn")
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert float(out.theta) == 64.0  # a failed step whose numbers are finite is taken
+
+
+def test_a_large_theta_is_abbreviated_in_the_message():
+    declared = bl.Problem(
+        bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta["a"]) ** 2)), lambda w, theta, data: data * w[0]
+    )
+    arguments = jnp.zeros(100), jnp.nan, bl.GradientDescent(0.5, 1), bl.Implicit(bl.CG(1)), optax.sgd(1.0), 3
+    with pytest.raises(bl.HypergradientError, match=r"^outer step 0, at theta\['a'\] = \[0\. 0\. \.\.\. 0\. 0\.\]: "):
+        bl.minimize(declared, {"a": jnp.zeros(100)}, *arguments)
+
+
+# --- Callbacks, stopping, progress ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["pytree", "iterator"])
+def test_callback_and_stop_are_called_every_so_many_steps(data):
+    seen = []
+
+    def call(steps, state=None, stop=None):
+        given = TARGET if data == "pytree" else itertools.repeat(TARGET)
+        callback = lambda step, theta, out: seen.append(step)  # noqa: E731
+        options = {"every": 4, "callback": callback, "state": state, "stop": stop}
+        return run(bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1)), steps, data=given, **options)
+
+    state = call(6).state
+    assert call(7, state).ended == "steps"
+    assert seen == [3, 5, 7, 11, 12]
+    records = []
+    out = call(20, stop=lambda record: records.append(record) or record.step >= 9)
+    assert out.ended == "stop" and out.stopped and out.history.value.shape == (12,) and int(out.state.step) == 12
+    assert [record.step for record in records] == [3, 7, 11]
+    last = records[-1]
+    assert (last.value, last.gradient_norm, last.inner_residual, last.linear_residual) == tuple(
+        float(column[-1]) for column in jax.tree.leaves(out.history)[:4]
+    )
+    assert last.status is bl.Status.BUDGET_USED
+
+
+def test_the_end_of_an_iterator_ends_the_loop_with_a_last_callback():
+    seen = []
+    options = {"every": 4, "callback": lambda step, theta, out: seen.append(step)}
+    out = run(bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1)), 20, data=batches(6), **options)
+    assert seen == [3, 5] and out.ended == "data" and not out.stopped and int(out.state.step) == 6
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
+    def shown(stream, **options):
+        monkeypatch.setattr(sys, "stderr", stream)
+        run(bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1)), 5, **options)
+        return stream.getvalue()
+
+    text = shown(Terminal(), progress=True)
+    assert "━" in text and "step 5/5" in text and text.endswith("\n")
+    assert shown(io.StringIO(), progress=True) == shown(Terminal()) == ""
+
+
+# --- Resuming -------------------------------------------------------------------------------------------------------
+
+
+METHODS = {
+    "CG": bl.Implicit(bl.CG(2)),
+    "Neumann": bl.Implicit(bl.Neumann(1, 0.1)),
+    "Unrolled": bl.Unrolled(),
+    "ForwardUnrolled": bl.ForwardUnrolled(),
+    "OneStep": bl.OneStep(),
+    "FirstOrder": bl.FirstOrder(),
+    "FiniteDifference": bl.FiniteDifference(bl.CG(2)),
+    "ValuePenalty": bl.ValuePenalty(100.0),
+    "EvolutionStrategies": bl.EvolutionStrategies(1),
+}
+OPTIMIZERS = {"adam": optax.adam(0.1), "lbfgs": optax.lbfgs(), "momentum": optax.sgd(0.1, momentum=0.9)}
+SCHEDULED = bl.Optax(optax.adam(optax.exponential_decay(0.1, 10, 0.9)), 2)
+
+
+def saved_and_read(state, template):
+    """Return a state that went through a file of NumPy arrays."""
+    np.savez(file := io.BytesIO(), *jax.tree.leaves(state))
+    saved = np.load(io.BytesIO(file.getvalue()))
+    return jax.tree.unflatten(jax.tree.structure(template), [saved[name] for name in saved])
+
+
+def assert_same_bits(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow("compiles each method with each optimiser", fast="Neumann-adam-pytree")
+@pytest.mark.parametrize("data", ["pytree", "iterator"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_ten_steps_and_ten_more_are_twenty_to_the_bit(method, optimizer, data):
+    condition = diagonal_quadratic(EIGENVALUES)
+    solver = bl.GradientDescent(0.2, 2, momentum=0.5) if method == "OneStep" else SCHEDULED
+    if method == "FirstOrder":
+        condition = bl.Proximal(lambda w, theta, data: 0.5 * w @ (EIGENVALUES * w), 1.0)
+    declared = bl.Problem(condition, problem().outer)
+    arguments = solver, METHODS[method], OPTIMIZERS[optimizer]
+
+    def call(steps, first=0, **options):
+        given = TARGET if data == "pytree" else itertools.islice(batches(20), first, None)
+        return bl.minimize(
+            declared, jnp.ones(2), jnp.zeros(2), given, *arguments, steps, on_failure="ignore", **options
+        )
+
+    whole, half = call(20), call(10)
+    state = saved_and_read(half.state, bl.initial_state(declared, jnp.ones(2), jnp.zeros(2), TARGET, *arguments))
+    rest = call(10, 10, state=state)
+    assert_same_bits(rest.state, whole.state)
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), half.history, rest.history)
+    assert_same_bits(joined, jax.tree.map(np.asarray, whole.history))
+    assert not np.array_equal(whole.w, half.w)
+    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the first resumed call left it alone
+
+
+@pytest.mark.slow("starts Python twice")
+def test_a_saved_state_is_resumed_in_another_process(tmp_path):
+    script = textwrap.dedent("""
+        import sys, jax, jax.numpy as jnp, numpy as np, optax
+        import bilevel as bl
+        eigenvalues = jnp.array([1.0, 4.0])
+        condition = bl.Stationary(lambda w, theta, data: 0.5 * w @ (eigenvalues * w) - w @ theta)
+        problem = bl.Problem(condition, lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2))
+        solver = bl.Optax(optax.adam(optax.exponential_decay(0.1, 10, 0.9)), 2)
+        start = jnp.ones(2), jnp.zeros(2), jnp.array([1.0, -2.0])
+        arguments = problem, *start, solver, bl.Implicit(bl.CG(2)), optax.adam(0.1)
+
+        def save(name, found):
+            np.savez(name, *jax.tree.leaves(found.state))
+
+        if sys.argv[1] == "start":
+            save("whole.npz", bl.minimize(*arguments, 20))
+            save("half.npz", bl.minimize(*arguments, 10))
+        else:
+            saved = np.load("half.npz")
+            structure = jax.tree.structure(bl.initial_state(*arguments))
+            state = jax.tree.unflatten(structure, [saved[name] for name in saved])
+            save("rest.npz", bl.minimize(*arguments, 10, state=state))
+    """)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for part in ("start", "go on"):
+        subprocess.run([sys.executable, "-c", script, part], cwd=tmp_path, env=environment, check=True)
+    whole, rest = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "rest.npz")
+    assert whole.files == rest.files and int(rest[rest.files[-1]]) == 20
+    for name in whole.files:
+        np.testing.assert_array_equal(whole[name], rest[name])
+
+
+def test_a_state_of_another_loop_is_refused():
+    solver, method = bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1))
+    state = run(solver, method, 1, optax.adam(0.1)).state
+    for options in ({"optimizer": optax.sgd(0.1)}, {"solver": SCHEDULED}, {"method": bl.ValuePenalty(10.0)}):
+        arguments = {"solver": solver, "method": method, "optimizer": optax.adam(0.1)} | options
+        with pytest.raises(ValueError, match="the state does not fit"):
+            run(steps=1, state=state, **arguments)
+
+
+@pytest.mark.slow("compiles three outer loops")
+def test_the_schedule_and_the_moments_of_the_inner_solver_go_on():
+    # Each inner step moves w by −rate(k)·F, where k counts all inner steps. F = w − θ, and θ stays at 1.
+    rates = [0.5, 0.25, 0.125, 0.1, 0.05, 0.025]
+    schedule = optax.join_schedules([lambda _, rate=rate: rate for rate in rates], list(range(1, 6)))
+    declared = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w)
+
+    def distances(solver, warm_start=True):
+        arguments = solver, bl.Implicit(bl.CG(1)), optax.sgd(0.0), 3
+        return bl.minimize(declared, 1.0, 0.0, None, *arguments, warm_start=warm_start).history.inner_residual
+
+    expected = np.cumprod(1 - np.array(rates))
+    np.testing.assert_allclose(distances(bl.Optax(optax.sgd(schedule), 2)), expected[1::2], rtol=1e-12)
+    np.testing.assert_allclose(distances(bl.Optax(optax.sgd(schedule), 2), False), [expected[1]] * 3, rtol=1e-12)
+    whole = bl.solve(bl.GradientDescent(0.1, 6, momentum=0.8), declared.condition, 0.0, 1.0, None)
+    steps = distances(bl.GradientDescent(0.1, 2, momentum=0.8))
+    np.testing.assert_allclose(steps[-1], whole.residual_norm, rtol=1e-12)
+
+
+@pytest.mark.slow("compiles the loop for each penalty")
+def test_a_value_penalty_needs_one_inner_step_for_each_outer_step():
+    declared = bl.Problem(
+        diagonal_quadratic(EIGENVALUES),
+        lambda w, theta, data: 0.5 * jnp.sum((w - data) ** 2) + 0.5 * jnp.sum(theta**2),
+    )
+    exact = TARGET / EIGENVALUES / (1 / EIGENVALUES**2 + 1)  # where (θ/D − data)/D + θ = 0
+
+    def error(penalty, inner_steps):
+        arguments = bl.GradientDescent(0.2, inner_steps), bl.ValuePenalty(penalty), optax.sgd(0.1), 600
+        found = bl.minimize(declared, jnp.zeros(2), jnp.zeros(2), TARGET, *arguments)
+        return float(np.linalg.norm(found.theta - exact) / np.linalg.norm(exact))
+
+    errors = [error(penalty, 1) for penalty in (10.0, 100.0, 1000.0)]
+    assert errors[1] < 0.01 and error(100.0, 10) < 0.01
+    # The error is of the order of 1/penalty.
+    assert all(after < 0.15 * before for before, after in itertools.pairwise(errors))

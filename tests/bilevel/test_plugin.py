@@ -129,7 +129,7 @@ def test_without_the_fixture_jax_is_not_imported_and_nothing_is_printed(pytester
     result.assert_outcomes(passed=2)
     assert "hypergradients" not in result.stdout.str()
     reported = run("-p", "no:hypothesispytest", "--hypergradient-report")
-    reported.stdout.fnmatch_lines(["*hypergradients checked*", "none: no test used the fixture"])
+    reported.stdout.fnmatch_lines(["*hypergradients checked*", "none: no test called an assertion of the fixture"])
 
 
 def test_the_plugin_is_registered_under_its_own_name():

@@ -199,7 +199,7 @@ def test_hessian_free_is_newtons_method_if_cg_has_as_many_steps_as_unknowns():
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
 def test_hessian_free_takes_the_same_steps_at_every_scale_of_the_objective(scale):
-    # In float32 the square of a slope of size 1e-25 is zero, and that of 1e25 infinite.
+    # In float32 the square of a slope of size 1e-25 is zero, and the square of 1e25 is infinite.
     valley = bl.Stationary(lambda w, theta, data: data * (0.5 * jnp.sum((w - theta) ** 2) + 0.25 * jnp.sum(w**4)))
     theta = jnp.array([1.0, 2.0], jnp.float32)
     one, scaled = (

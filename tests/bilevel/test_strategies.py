@@ -1,4 +1,4 @@
-"""The closed forms of the test kit agree with difference quotients and with a dense solve."""
+"""The closed forms of `bilevel.testing` agree with difference quotients and with a dense solve."""
 
 import functools
 
@@ -73,7 +73,7 @@ def test_the_matrices_of_general_families_are_not_symmetric(family):
 
 @pytest.mark.parametrize("family", [families.box, families.simplex, families.lasso])
 def test_the_active_set_is_constant_within_the_margin(family):
-    """Points within the margin of w − η∇objective have its active set: the projection or prox is affine there."""
+    """Points within the margin of w − η∇objective have one active set, so the projection or prox is affine there."""
     for seed in range(20):
         case = family(seed=seed)
         assert case.margin > 0.01

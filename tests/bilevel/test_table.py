@@ -1,16 +1,17 @@
 """Every combination of condition, inner solver, method, linear solver and transformation, in float64.
 
-Each combination agrees with a closed form (conditions_solved.py), or falls under a rule of the table below, or is
-represented by others. Combinations under a rule are tested as well: a refused one raises an error with the rule's
-reason, one that fails reports a status, and one without a second derivative refuses it. The tests go through the whole
-product, so that no combination is forgotten.
+Each combination agrees with a closed form (conditions_solved.py), or falls under a rule of the table below, or is left
+out because other combinations represent it. Combinations under a rule are tested as well. A refused combination raises
+an error with the rule's reason. A combination that fails reports a failed status. A combination without a second
+derivative raises an error when JAX asks for it. The tests go through the whole product, so that no combination is
+forgotten.
 
 Compiling the whole product takes some 400 s. It is therefore complete for two conditions only, a symmetric and a
 general one, and for all refusals. For every other condition Implicit is tested with each inner solver and LU. Each
 other method is tested with one inner solver that a seed draws, and with each linear solver that it takes. Every
-possible pair from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
+possible pair of values from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
 
-Most pairs of a condition and a method are one compiled program, in which ``lax.switch`` chooses the solvers. One
+For most pairs of a condition and a method, one program is compiled, in which ``lax.switch`` chooses the solvers. One
 forward pass along all directions gives value, gradient, directional derivative and Hessian, all under vmap.
 """
 
@@ -227,7 +228,7 @@ class SwitchedLinear:
         def branch(solver):
             def solve(b):
                 x, info = solver(matvec, b, init)
-                # Solvers differ in what they report. All branches of a switch return one structure.
+                # Solvers differ in what they report, but all branches of a switch must return the same structure.
                 return x, replace(info, iterations=None, least_curvature=None, rcond=None)
 
             return solve
@@ -352,9 +353,9 @@ def tolerance(combination):
     """Return 100·eps·κ³, because a Hessian takes three solves in sequence, or the larger error of an approximation."""
     bound = 100 * float(np.finfo(np.float64).eps) * case_of(combination.condition).kappa ** 3
     if combination.solver in ("HessianFree", "Anderson", "Jaxopt"):
-        # The error of w is the residual over the smallest singular value of ∂residual/∂w, which is above 0.58. The
-        # factor 20 allows for the outer derivatives. If an iterate converges like ρᵏ, its second derivatives converge
-        # like k²·ρᵏ.
+        # The error of w is at most the residual divided by the smallest singular value of ∂residual/∂w, which is above
+        # 0.58. The factor 20 allows for the outer derivatives. The factor 1000 allows for second derivatives of the
+        # iterates: if an iterate converges like ρᵏ, they converge like k²·ρᵏ.
         bound = (1000 if combination.method == "ForwardUnrolled" else 20) * INNER_TOL
     if combination.linear == "Nystrom":
         bound = 2e-5  # the ridge of 1e-6 over the square of the smallest eigenvalue, twice in a Hessian
@@ -400,10 +401,10 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
     transforms = [name for name in TRANSFORMS if any(c.transform == name for c in here)]
     solvers, linears = (list(dict.fromkeys(getattr(c, name) for c in here)) for name in ("solver", "linear"))
     seen = set()
-    # One of these combinations is enough, because the refusal is the method's.
+    # One of these combinations is enough, because the method refuses whatever the solvers are.
     refusing = all(refuses_a_second_derivative(c) for c in here[:1] if method in FIRST_DERIVATIVE)
     twice = "hessian" in transforms and method not in FIRST_DERIVATIVE
-    # jaxopt's rule for the derivative of the simplex mixes dtypes, outside of the library's own promotion context.
+    # Standard promotion, so that the derivative rules of the projection onto the simplex may mix dtypes.
     with jax.numpy_dtype_promotion("standard" if condition == "Projected" else "strict"):
         evaluated = list(results(condition, method, solvers, linears, twice))
     for solver, linear, (found, status) in evaluated:
@@ -411,7 +412,7 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
         for transform in transforms:
             combination = Combination(condition, solver, method, linear, transform)
             seen.add(combination)
-            key = "grad" if transform == "jit" else transform  # every result is of a compiled program
+            key = "grad" if transform == "jit" else transform  # every result comes from a compiled program
             outcome = planned_outcome(combination)
             if outcome == "reported":
                 assert method == "layer" or int(status) == bl.Status.MAX_STEPS, combination

@@ -58,7 +58,7 @@ FAULTS = {
     "the term through w is multiplied by 0.5": faulty(lambda right, direct: direct + 0.5 * (right - direct)),
     "the whole gradient is multiplied by 3": faulty(lambda right, direct: 3 * right),
     "with ∂F/∂w in place of its transpose": untransposed,
-    "unknown; it is not": faulty(lambda right, direct: right**2 + 1),
+    "unknown; none of the known mistakes": faulty(lambda right, direct: right**2 + 1),
     "the gradient is not finite: θ, w, F": faulty(lambda right, direct: right * jnp.nan),
 }
 

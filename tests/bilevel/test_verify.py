@@ -1,4 +1,4 @@
-"""The checks of `bilevel.verify` pass right methods and valid points, and name the fault of others."""
+"""The checks of `bilevel.verify` pass right methods and valid points, and name the fault of wrong or invalid ones."""
 
 from dataclasses import replace
 

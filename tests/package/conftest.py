@@ -19,7 +19,7 @@ class Installation:
     """A virtual environment with the wheel's files and nothing else of this checkout.
 
     Attributes:
-        python: the interpreter. It imports the dependencies of the environment that runs the tests.
+        python: the interpreter. It finds the dependencies in the environment that runs the tests.
         site_packages: the folder that the wheel was unpacked to.
     """
 
@@ -28,7 +28,7 @@ class Installation:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables for a subprocess: ``python`` is this interpreter, PYTHONPATH and MYPYPATH are unset."""
+        """Environment variables for a subprocess: PATH finds this ``python``, and PYTHONPATH and MYPYPATH are unset."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
         return inherited | {"PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"}
 

@@ -1,4 +1,4 @@
-"""The project's files name one version, each extra has a job, and the wheel holds all modules and the types."""
+"""The project's files name one version, each extra has a check, and the wheel holds all modules and the types."""
 
 import re
 import tomllib

@@ -21,7 +21,7 @@ def packages(package):
 
 
 def clashes(package):
-    """Return the names of the modules of a package for which the package has another object of the same name."""
+    """Return the names that belong to a module in a package's folder, but to another object in the package."""
     modules = [found.name for found in pkgutil.iter_modules(package.__path__)]
     return [name for name in modules if not isinstance(getattr(package, name, package), ModuleType)]
 

@@ -111,7 +111,7 @@ def test_each_slow_page_exists():
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, bool]]:
-    """Yield the name of each test of a module, and whether its own mark or its class's makes all its cases slow."""
+    """Yield the name of each test of a module, and whether a mark of the test or of its class makes all cases slow."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             for inner in node.body:

@@ -36,7 +36,7 @@ TARGETS = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULT
 def test_a_block_declares_its_language(block):
     assert block.language in LANGUAGES or block.language.startswith("{"), "no test checks a block in this language"
     if block.language in ("", "text"):
-        assert not COMMANDS.search(block.text), "write commands in a block for sh, or for console with their output"
+        assert not COMMANDS.search(block.text), "write commands in an sh block, or with their output in a console block"
     # PyTorch is not a dependency of the tests.
     uses_pytorch = block.language == "python" and re.search(r"\b(torch|torchopt|higher)\.", block.text) is not None
     assert uses_pytorch == block.not_run, "mark exactly the blocks with PyTorch as not run"
@@ -78,7 +78,7 @@ def test_commands_exist_and_their_arguments_are_valid(block):
 
 
 def commands_of(block: Block):
-    """Yield each command of a block with the output below it. In a block for sh, every line is a command."""
+    """Yield each command of a block with the output below it. In an sh block, every line is a command or a comment."""
     if block.language == "sh":
         yield from ((line, "") for line in block.text.splitlines() if line.strip() and line[0] != "#")
         return

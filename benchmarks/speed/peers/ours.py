@@ -44,7 +44,7 @@ def learner_of(item: FewShot) -> Learner:
 def _spread(learner, theta, tasks, count):
     """Return the meta-gradient spread over all devices, as in `imaml train`.
 
-    There is no program for one device, nor if the number of devices does not divide ``count``.
+    The result is empty if there is only one device, or if the number of devices does not divide ``count``.
     """
     if jax.device_count() == 1 or count % jax.device_count():
         return {}
@@ -81,7 +81,7 @@ def _parts(learner, theta, tasks):
 
 
 def memory(item: FewShot) -> int:
-    """Return the bytes of temporary memory of the compiled meta-gradient, as reported by XLA, without running it."""
+    """Return the bytes of temporary memory that XLA reports for the compiled meta-gradient, without running it."""
     shapes = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in item.parameters("float32").items()
     }

@@ -41,7 +41,7 @@ def _affine(family, options, make_matrix, suggest_solver):
     rng, n, m = np.random.default_rng(options.seed), options.size, options.outer_size
     numbers = {
         "matrix": make_matrix(rng, n, options.condition),
-        # Its norm is at most 1/(3κ), so the smallest singular value of A(θ) stays above ½/κ.
+        # The norm of this matrix is at most 1/(3κ), so the smallest singular value of A(θ) stays above ½/κ.
         "tilt": make_matrix(rng, n, 1.0 + rng.uniform()) / (4 * options.condition),
         "slope": rng.normal(size=(n, m)),
         "direction": draw_direction(rng, m),

@@ -66,7 +66,7 @@ def _kkt_problem(w_layout, theta_layout, inequality):
 
 
 def _solve_kkt(data, theta):
-    """Solve the linear KKT system with the active inequality as another equality; the other multiplier is zero."""
+    """Solve the KKT system with the active inequality as an equality. The inactive one has the multiplier zero."""
     inequality = "inequality" in data
     rows = np.vstack([data["equality"], data["inequality"][:1]]) if inequality else data["equality"]
     levels = data["direction"] @ theta + data["level"]

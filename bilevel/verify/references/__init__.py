@@ -7,7 +7,7 @@ different questions:
   Newton's method fails (a singular system, or more than 400 unknowns), the solver runs at each shifted θ instead, and
   the result approximates the derivative of ``unrolled``.
 - :func:`dense` evaluates the implicit function theorem at a given w. A = ∂F/∂w and B = ∂F/∂θ are written out, and
-  numpy solves. At w* the result is dG/dθ. At another w it is what an exact implicit method returns
+  numpy solves the adjoint system. At w* the result is dG/dθ. At another w it is what an exact implicit method returns
   there.
 - :func:`unrolled` differentiates the solver's output by tangents through the iterations. If the iterations have
   converged, the result is dG/dθ.

@@ -38,12 +38,12 @@ def finite_differences(
     step: float | None = None,
     polish: bool | None = None,
 ) -> Reference:
-    """Return central differences of θ ↦ outer(w*(θ), θ), extrapolated.
+    """Return central differences of G(θ) = outer(w*(θ), θ), extrapolated.
 
     With D(h) = (G(θ + hd) − G(θ − hd)) / 2h the extrapolation (4D(h/2) − D(h)) / 3 has the error O(h⁴). It is computed
-    at five h, each half a decade below the last. The uncertainty of a value is its difference from that at the next
-    larger h, plus the rounding of G divided by h. The value with the smallest uncertainty is returned. If the left and
-    the right slope do not approach each other as h shrinks, there is a kink, and half of the jump is added to the
+    at five h, each half a decade below the last. The uncertainty of a value is its difference from the value at the
+    next larger h, plus the rounding of G divided by h. The value with the smallest uncertainty is returned. If the left
+    and the right slope do not approach each other as h shrinks, there is a kink, and half of the jump is added to the
     uncertainty.
 
     Args:

@@ -16,7 +16,11 @@ import tiny_run
 
 @pytest.fixture(scope="module")
 def traces(tiny_pixels):
-    """The presets whose meta-step was traced so far. Datasets and programs are replaced as in ``tiny_run.patched``."""
+    """The presets whose meta-step was traced so far.
+
+    While the fixture is in use, every dataset is the tiny one, and the meta-step and the evaluation are cached; see
+    ``tiny_run.patched``.
+    """
     with tiny_run.patched(tiny_pixels, tiny_run.shared_meta_step):
         yield tiny_run.shared_traces
 

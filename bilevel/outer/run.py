@@ -1,0 +1,185 @@
+"""A running outer loop: what the host does between two runs of the compiled loop."""
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import tree
+from bilevel.advice import advise
+from bilevel.failures import HypergradientError, Policy, check_status
+from bilevel.outer.records import History, Minimum, OuterState, StepRecord
+from bilevel.outer.step import CompiledLoop, Setup, compiled_loop
+from bilevel.types import Hypergradient, PyTree, Status
+
+CAPACITY = 1024
+"""The largest number of steps on constant data in one run of the compiled loop."""
+BATCHES = 16
+"""The largest number of batches of an iterator that are kept until the statuses of their steps are known."""
+SHORT, LONG = 0.1, 0.5
+"""A run of the compiled loop that took less than ``SHORT`` seconds is followed by a longer one, and one that took more
+than ``LONG`` by a shorter one. So interrupts and the bar are served in time."""
+
+
+class Run:
+    """A running outer loop: its state on the device, and what the host knows of its steps.
+
+    Attributes:
+        state: the state after ``number`` steps.
+        number: the number of steps taken since the first call.
+        exhausted: whether the iterator of batches has ended.
+        is_traced: whether the steps depend on tracers. Then the host cannot look at them: see :func:`run_under_trace`.
+        last: θ before the last step, and its hypergradient; None unless ``observe``.
+    """
+
+    def __init__(
+        self, setup: Setup, state: OuterState, start: PyTree, batch: PyTree, halt: bool, constant: bool, observe: bool
+    ):
+        self._setup, self._start, self._constant = setup, start, constant
+        self._raises, self._halt = halt, jnp.asarray(halt)
+        self._one, self._sound = jnp.int32(1), jnp.asarray(False)
+        self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
+        # jit keeps the trace of the step for the compiled loop.
+        traced = jax.make_jaxpr(self._record)(state, start, batch, self._halt)
+        self.is_traced = tree.is_traced((state, start, batch, traced.consts))
+        self._dtypes = [leaf.dtype for leaf in traced.out_avals]
+        self._length, self._rows = 1, []
+        self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)  # the compiled loop takes its buffers
+        self.number = self._first = 0 if self.is_traced else int(state.step)
+        self.exhausted, self.last = False, None
+
+    def _record(self, *arguments: Any) -> History:
+        _, record, out = self._compiled.step(*arguments)
+        self._solves_adjoint = out.linear is not None
+        return record
+
+    def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
+        """Take some steps and wait for them.
+
+        Constant data run through the compiled loop once. For an iterator each batch is dispatched without waiting.
+
+        Raises:
+            HypergradientError: for a failed step, if it shall raise.
+        """
+        began, count = time.perf_counter(), min(self._length, at_most)
+        kept, rows, failed = [], [], self._sound
+        steps = np.int32(count) if self._constant and count > 1 else self._one
+        for batch in itertools.islice(batches, 1 if self._constant else count):
+            batch = owned(batch)
+            self.state, failed, row, self.last = self._compiled.advance(
+                self.state, failed, self._start, batch, steps, self._halt
+            )
+            kept.append(batch)
+            rows.append(row)
+        self.exhausted = not self._constant and len(rows) < count
+        if rows:
+            self._look(np.concatenate(jax.device_get(rows)), kept)
+        self._adapt(time.perf_counter() - began)
+
+    def _look(self, rows: np.ndarray, batches: list[PyTree]) -> None:
+        """Keep the rows of the steps that were taken, ``[steps, 5]``."""
+        rows = rows[rows[:, -1] >= 0]  # the status is negative in rows that were not reached
+        if self._raises and not Status(int(rows[-1, -1])).ok:
+            raise self._failure(batches[0 if self._constant else len(rows) - 1])
+        self._rows.append(rows)
+        self.number += len(rows)
+
+    def _adapt(self, seconds: float) -> None:
+        length = self._length
+        length = 2 * length if seconds < SHORT else max(1, length // 2) if seconds > LONG else length
+        self._length = min(length, CAPACITY if self._constant else BATCHES)
+
+    def _failure(self, batch: PyTree) -> HypergradientError:
+        """Return the error of the step that failed: the state is the one before it, and the batch is its own."""
+        state = jax.tree.map(jnp.copy, self.state)
+        advance = compiled_loop(self._setup, 1, True).advance
+        _, out = advance(state, self._sound, self._start, batch, self._one, self._halt)[-1]
+        setup, theta = self._setup, self.state.theta
+        linear = getattr(setup.method, "linear", None)
+        hint = partial(advise, setup.problem.condition, theta, tree.arrays(batch), solver=setup.solver, linear=linear)
+        try:
+            check_status(out, "raise", hint)
+            cause = Status(int(out.status)).message
+        except HypergradientError as error:
+            cause = str(error)
+        message = f"outer step {int(self.state.step)}, at {_shown(theta)}: {cause}"
+        return HypergradientError(message, out, self.state)
+
+    def record(self) -> StepRecord:
+        """Return the record of the last step."""
+        value, gradient_norm, inner, linear, status = map(float, self._rows[-1][-1])
+        linear = linear if self._solves_adjoint else np.nan
+        return StepRecord(self.number - 1, value, gradient_norm, inner, linear, Status(int(status)))
+
+    def history(self) -> History:
+        """Return the records of all steps."""
+        columns = np.concatenate(self._rows).T
+        if not self._solves_adjoint:
+            columns[3] = np.nan
+        with jax.debug_nans(False):
+            return History(
+                *(jnp.asarray(column.astype(dtype)) for column, dtype in zip(columns, self._dtypes, strict=True))
+            )
+
+    def warn(self, on_failure: Policy) -> None:
+        """Warn about failed steps, if ``on_failure`` is "warn" and there are any."""
+        statuses = np.concatenate(self._rows)[:, -1]
+        failed = np.flatnonzero(statuses > Status.ILL_CONDITIONED)
+        if on_failure == "warn" and failed.size:
+            status = Status(int(statuses[failed[0]]))
+            warnings.warn(
+                f"{failed.size} of {statuses.size} outer steps failed, the first of them step "
+                f"{self._first + failed[0]}, {status.name}: {status.message}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def run_under_trace(
+    setup: Setup,
+    state: OuterState,
+    start: PyTree,
+    batches: Iterator[PyTree],
+    callback: Callable[[int, PyTree, Hypergradient], None] | None,
+    stop: Callable[[StepRecord], bool] | None,
+) -> Minimum:
+    """Take the steps inside of a transformation, such as ``jit`` or ``vmap``, where no status can be inspected."""
+    if stop is not None:
+        raise ValueError("minimize cannot evaluate stop inside of a JAX transformation: call it with concrete values")
+    # A loop that captured a tracer is not kept for later calls.
+    step, records, solves_adjoint = CompiledLoop(setup, 1, False).step, [], False
+    for number, batch in enumerate(batches):
+        after, record, out = step(state, start, batch, False)
+        if callback is not None:
+            callback(number, state.theta, out)
+        state, solves_adjoint = after, out.linear is not None
+        records.append(record)
+    history = jax.tree.map(lambda *entries: jnp.stack(entries), *records)
+    if not solves_adjoint:
+        with jax.debug_nans(False):
+            history = replace(history, linear_residual=jnp.full_like(history.linear_residual, jnp.nan))
+    return Minimum(state.theta, state.w, history, state, "steps")
+
+
+def owned(batch: PyTree) -> PyTree:
+    """Return a batch with copies of its NumPy arrays.
+
+    JAX may read a NumPy array after the call, and the iterator may write its next batch into the same memory.
+    """
+    batch = tree.traceable(batch, "data")
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
+
+
+def _shown(theta: PyTree) -> str:
+    """Return θ for a message, large arrays and trees abbreviated."""
+    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    abbreviated = partial(np.array2string, precision=6, threshold=8, edgeitems=2)
+    text = [f"theta{jax.tree_util.keystr(path)} = {abbreviated(np.asarray(leaf))}" for path, leaf in leaves[:4]]
+    return ", ".join(text) + (", …" if len(leaves) > 4 else "")

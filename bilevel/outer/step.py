@@ -1,0 +1,194 @@
+"""One outer step as a pure function, and the compiled loop over such steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.methods.protocol import Method, first_warm_start
+from bilevel.outer.records import History, OuterState
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver, new_memory, resumed
+from bilevel.start import Program
+from bilevel.types import Hypergradient, PyTree, Status
+
+if TYPE_CHECKING:
+    import optax
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a loop that are not arrays. Loops with equal parts share a compiled program.
+
+    Attributes:
+        program: without warm starts, the start function if there is one, else None.
+    """
+
+    problem: Problem
+    solver: InnerSolver
+    method: Method
+    optimizer: "optax.GradientTransformation"
+    warm_start: bool
+    program: Program | None = None
+
+
+def state_before(setup: Setup, theta: PyTree, w: PyTree) -> OuterState:
+    """Return the state before the first step, from θ and the start of the inner solver."""
+    memory = new_memory(setup.solver, w) if setup.warm_start else None
+    warm_start = first_warm_start(setup.method, w, memory)
+    return strongly_typed(OuterState(theta, w, setup.optimizer.init(theta), warm_start, memory, jnp.int32(0)))
+
+
+def strongly_typed(variables: PyTree) -> PyTree:
+    """Return the tree with arrays that are not weakly typed, as a compiled loop returns them."""
+    return jax.tree.map(_strongly_typed, variables)
+
+
+def _strongly_typed(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(leaf.dtype) if getattr(jax.typeof(leaf), "weak_type", False) else leaf
+
+
+def outer_step(
+    setup: Setup, state: OuterState, start: PyTree, data: PyTree, halt: jax.Array
+) -> tuple[OuterState, History, Hypergradient]:
+    """Take one outer step.
+
+    Args:
+        setup: the parts that are not arrays.
+        state: the state before the step.
+        start: without warm starts, the start of the inner solver, or the arrays that the start function captured.
+        data: a batch.
+        halt: whether a step with a failed status changes nothing and is not counted. A step whose gradient or value is
+            not finite changes nothing in any case.
+
+    Returns:
+        the state after the step, its record, and the hypergradient.
+    """
+    import optax  # optax is slow to import, so it is imported when needed
+
+    method, solver = setup.method, setup.solver
+
+    def solve(theta: PyTree, w: PyTree, warm_start: PyTree, memory: PyTree) -> Hypergradient:
+        if setup.warm_start:
+            return method(setup.problem, resumed(solver, memory), theta, w, data, warm_start)
+        return method(setup.problem, solver, theta, setup.program.bind(start) if setup.program else start, data, None)
+
+    out = solve(state.theta, state.w, state.warm_start, state.memory)
+    warm_start = out.warm_start
+    if warm_start is None:
+        warm_start = state.warm_start if out.linear is None else out.linear.solution
+    memory = state.memory if out.inner.memory is None else out.inner.memory
+    value_fn = _with_hypergradient(lambda theta: solve(theta, out.inner.w, warm_start, memory))
+    update = optax.with_extra_args_support(setup.optimizer).update
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
+        updates, optimizer = update(
+            out.gradient, state.optimizer, state.theta, value=out.value, grad=out.gradient, value_fn=value_fn
+        )
+        theta = tree.with_others(optax.apply_updates(state.theta, updates), state.theta)
+    size = tree.norm(out.gradient)
+    halted = halt & (out.status > int(Status.ILL_CONDITIONED))
+    sound = jnp.isfinite(size) & (out.status != int(Status.NONFINITE)) & ~halted
+    after = OuterState(theta, out.inner.w, optimizer, warm_start, memory, state.step)
+    after = jax.tree.map(partial(_new_if_sound, sound), after, state)
+    after = replace(after, step=jnp.where(halted, state.step, state.step + 1))
+    # A NaN from a compiled program would be an error under jax_debug_nans, so the host writes it into the history.
+    linear = jnp.zeros_like(size) if out.linear is None else out.linear.relative_residual
+    return after, History(out.value, size, out.inner.residual_norm, linear, out.status), out
+
+
+def _new_if_sound(sound: jax.Array, new: Any, old: jax.Array) -> jax.Array:
+    """Return ``new`` in the dtype of ``old`` where the step is sound, else ``old``.
+
+    Without the cast, an integer array in the optimiser's state, such as the momentum of an integer leaf of θ, could
+    become a float array.
+    """
+    new = jnp.asarray(new)
+    return jnp.where(sound, new if new.dtype == old.dtype else new.astype(old.dtype), old)
+
+
+def _with_hypergradient(solve: Callable[[PyTree], Hypergradient]) -> Callable[[PyTree], jax.Array]:
+    """Return the outer value as a function of θ whose derivative is the hypergradient of the chosen method."""
+
+    @jax.custom_vjp
+    def value(theta: PyTree) -> jax.Array:
+        return solve(theta).value
+
+    def forwards(theta: PyTree) -> tuple[jax.Array, PyTree]:
+        out = solve(theta)
+        return out.value, out.gradient
+
+    value.defvjp(forwards, lambda gradient, slope: (tree.scale(slope, gradient),))
+    return lambda theta: value(theta)
+
+
+class CompiledLoop:
+    """The compiled loop of a setup.
+
+    Attributes:
+        step: :func:`outer_step`, jitted, without the setup.
+        advance: ``advance(state, failed, start, data, steps, halt) -> (state, failed, rows, last)``. It takes up to
+            ``steps`` steps on the same data, none if ``failed``, and stops at a failed step if ``halt``. The number of
+            steps is traced, so that every number runs the same program and gives the same bits. The buffers of the
+            state are donated. ``rows`` has the fields of :class:`History` for each step, ``[capacity, 5]``; the status
+            is -1 in rows that were not reached. ``last`` is θ before the last step and the step's hypergradient, or
+            None without ``observe``: each output of a compiled function costs the host a microsecond or two.
+    """
+
+    def __init__(self, setup: Setup, capacity: int, observe: bool):
+        self.step = jax.jit(partial(outer_step, setup))
+        self.advance = jax.jit(partial(_advance, self.step, capacity, observe), donate_argnums=0)
+
+
+_cached_loop = lru_cache(maxsize=64)(CompiledLoop)
+
+
+def compiled_loop(setup: Setup, capacity: int, observe: bool) -> CompiledLoop:
+    """Return the compiled loop of a setup, the same one for equal setups."""
+    try:
+        return _cached_loop(setup, capacity, observe)
+    except TypeError:  # a part cannot be hashed, for example because one of its fields is an array
+        return CompiledLoop(setup, capacity, observe)
+
+
+def _advance(
+    step: Callable[..., tuple[OuterState, History, Hypergradient]],
+    capacity: int,
+    observe: bool,
+    state: OuterState,
+    failed: jax.Array,
+    start: PyTree,
+    data: PyTree,
+    steps: jax.Array,
+    halt: jax.Array,
+) -> tuple[OuterState, jax.Array, jax.Array, tuple[PyTree, Hypergradient] | None]:
+    structures = []
+
+    def recorded(state: OuterState) -> Any:
+        after, record, out = step(state, start, data, halt)
+        failed = halt & (out.status > int(Status.ILL_CONDITIONED))
+        row = jnp.stack(jax.tree.leaves(tree.widened(record)))
+        # The last step is carried as leaves: eval_shape would put types in place of arrays into a tree, which a class
+        # may refuse.
+        last, structure = jax.tree.flatten((state.theta, out) if observe else None)
+        structures.append(structure)
+        return strongly_typed((after, failed, row, last))
+
+    def unfinished(carry: Any) -> jax.Array:
+        _, failed, _, taken, _ = carry
+        return (taken < steps) & ~failed
+
+    def advance(carry: Any) -> Any:
+        state, _, rows, taken, _ = carry
+        after, failed, row, last = recorded(state)
+        return after, failed, rows.at[taken].set(row), taken + 1, last
+
+    row, last = jax.eval_shape(lambda state: recorded(state)[2:], state)  # jit keeps the trace of the step
+    nothing = [jax.lax.full_like(leaf, 0) for leaf in last]
+    rows = jnp.full((capacity, row.size), -1, row.dtype)
+    state, failed, rows, _, last = jax.lax.while_loop(unfinished, advance, (state, failed, rows, jnp.int32(0), nothing))
+    return state, failed, rows, jax.tree.unflatten(structures[0], last)
