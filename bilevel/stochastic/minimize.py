@@ -24,8 +24,8 @@ from bilevel.types import PyTree, Status
 
 FIRST_GROWTH = 1e12
 """A state whose norm is this many times larger after the first evaluation than the start, or than 1, has diverged."""
-LATER_GROWTH = 1e8
-"""A state whose norm is this many times larger than at the first evaluation, or than at the start, has diverged."""
+LATER_GROWTH = 1e4
+"""A state whose norm is this many times larger than at the first evaluation, than at the start, and than 1, has diverged."""
 RESIDUAL_GROWTH = 1e4
 """A residual over all samples that is this many times larger than at the first evaluation shows divergence."""
 RATES = ("inner_rate", "linear_rate", "outer_rate")
@@ -308,7 +308,7 @@ def _judge(record, sizes, records):
     size, norms = float(record["size"]), [float(norm) for norm in record["norms"]]
     if not all(map(math.isfinite, (size, *norms))):
         return Status.NONFINITE
-    if size > FIRST_GROWTH * max(1.0, sizes[0]) or (len(sizes) > 1 and size > LATER_GROWTH * max(sizes[:2])):
+    if size > FIRST_GROWTH * max(1.0, sizes[0]) or (len(sizes) > 1 and size > LATER_GROWTH * max(1.0, *sizes[:2])):
         return Status.BREAKDOWN
     if norms and records and norms[0] > RESIDUAL_GROWTH * max(float(records[0]["norms"][0]), 1e-6 * size):
         return Status.BREAKDOWN
