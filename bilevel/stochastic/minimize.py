@@ -16,6 +16,7 @@ from bilevel.conditions import Projected, ProximalGradient
 from bilevel.failures import HypergradientError, Policy, check_policy
 from bilevel.methods.protocol import outer_variables, starting_point
 from bilevel.problem import Problem
+from bilevel.stochastic.curvature import choose_rates
 from bilevel.stochastic.placement import Placement, place
 from bilevel.stochastic.protocol import Algorithm, Draws, Oracle, State
 from bilevel.stochastic.rates import check_rate, is_transformation
@@ -153,10 +154,10 @@ def minimize(
     inner, outer = tree.arrays(inner, "inner"), tree.arrays(outer, "outer")
     _check(problem, inner, outer, algorithm, steps, evaluate_every)
     placement = place(inner, outer, shares)
-    numbers, plan = _plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
-    theta = tree.numbers_as_floats(theta)
     theta = _strongly_typed(outer_variables(theta))
     w = _strongly_typed(starting_point(w, theta, None))
+    algorithm = choose_rates(algorithm, problem, *placement.put((theta, w)), inner, outer)
+    numbers, plan = _plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
     first = _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
     start = partial(_start, inner=inner, outer=outer, numbers=numbers, plan=plan)
     if state is None:
@@ -355,8 +356,6 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
         count_samples(samples, name)
     for name in RATES:
         check_rate(name, getattr(algorithm, name, None))
-        if getattr(algorithm, name, 0.0) is None:
-            raise ValueError(f"{name} is missing")
     condition = problem.condition
     if getattr(algorithm, "needs_objective", False) and not hasattr(condition, "potential"):
         raise ValueError(

@@ -56,6 +56,7 @@ class SABA:
     memory_limit: int | None = None
 
     draws = (1, 1)
+    exponents = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with tables of zeros."""
