@@ -74,9 +74,7 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
     return replace(algorithm, **{name: chosen[name] for name in missing})
 
 
-def estimate(
-    problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int
-) -> Curvature:
+def estimate(problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int) -> Curvature:
     """Return the curvatures at (w, θ), from at most 4096 inner and outer samples and from 8 inner batches.
 
     Raises:

@@ -10,6 +10,9 @@ from bilevel.stochastic.protocol import Draws, Oracle, State, register
 from bilevel.stochastic.rates import Power, Rate, at_step, descend
 from bilevel.stochastic.samples import Sampling
 
+PENALTY = Power(10.0, -1 / 7)
+"""The default of λ, which grows with the exponent of the paper."""
+
 
 @register("inner_rate", "outer_rate", "penalty")
 @dataclass(frozen=True)
@@ -21,12 +24,12 @@ class F2SA:
 
         y ← y − ρ ∇G(y),        z ← z − ρ(∇G(z) + ∇outer(z)/λ),
 
-    and then θ moves along ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)), with the same inner batch for y and z. The error of this
-    hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which tends to the solution of
-    Aᵀv = g.
+    and then θ moves along ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)), with the same inner batch for y and z. The error of
+    this hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which tends to the
+    solution of Aᵀv = g.
 
     Args:
-        inner_rate: ρ, a :data:`Rate`; None for one that is estimated, see :func:`choose_rates`. The paper lets it fall
+        inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`. The paper lets it fall
             with the exponent 4/7.
         outer_rate: γ, likewise, or an optax transformation. The paper lets it fall with the exponent 5/7.
         penalty: λ > 0, a :data:`Rate`. It grows as t^(1/7) in the paper; a number keeps it constant.
@@ -41,7 +44,7 @@ class F2SA:
 
     inner_rate: Rate | None = None
     outer_rate: Any = None
-    penalty: Rate = Power(10.0, -1 / 7)
+    penalty: Rate = PENALTY
     inner_steps: int = 1
     inner_batch: int = 64
     outer_batch: int = 64

@@ -1,7 +1,5 @@
-"""The driver of the stochastic algorithms: compiled chunks of steps, evaluations, and the reaction to divergence."""
+"""The driver of the stochastic algorithms."""
 
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,22 +11,18 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.conditions import Projected, ProximalGradient
-from bilevel.failures import HypergradientError, Policy, check_policy
+from bilevel.failures import Policy, check_policy
 from bilevel.methods.protocol import outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.stochastic.curvature import choose_rates
-from bilevel.stochastic.placement import Placement, place
-from bilevel.stochastic.protocol import Algorithm, Draws, Oracle, State
+from bilevel.stochastic.divergence import judge, react
+from bilevel.stochastic.loop import Record, advance, largest_entry, make_plan, start
+from bilevel.stochastic.placement import place
+from bilevel.stochastic.protocol import Algorithm, State
 from bilevel.stochastic.rates import check_rate, is_transformation
-from bilevel.stochastic.samples import Samples, check_sampling, count_samples, draw
+from bilevel.stochastic.samples import check_sampling, count_samples
 from bilevel.types import PyTree, Status
 
-FIRST_GROWTH = 1e12
-"""A state whose norm is this many times larger after the first evaluation than the start, or than 1, has diverged."""
-LATER_GROWTH = 1e4
-"""A state whose norm is this many times larger than at the first evaluation, than at the start, and than 1, has diverged."""
-RESIDUAL_GROWTH = 1e4
-"""A residual over all samples that is this many times larger than at the first evaluation shows divergence."""
 RATES = ("inner_rate", "linear_rate", "outer_rate")
 
 
@@ -103,8 +97,8 @@ def minimize(
 ) -> StochasticMinimum:
     """Minimise outer(w*(θ), θ) over θ by steps on batches of samples.
 
-    The steps run in compiled chunks of ``evaluate_every`` steps. A further call with the same functions, the same shapes
-    and an algorithm with other numbers compiles nothing.
+    The steps run in compiled chunks of ``evaluate_every`` steps. A further call with the same functions, the same
+    shapes and an algorithm with other numbers compiles nothing.
 
     Args:
         problem: ``problem.condition`` gets an inner batch as ``data``, ``problem.outer`` an outer batch. Both must be
@@ -119,16 +113,17 @@ def minimize(
             :class:`Algorithm` of your own.
         steps: the number of steps; 0 returns the first state.
         key: a random key, which decides the batches; ``jax.random.key(0)`` by default.
-        evaluate: ``evaluate(theta, w)`` returns a pytree of scalars for the history. It runs inside the compiled program.
+        evaluate: ``evaluate(theta, w)`` returns a pytree of scalars for the history. It runs inside the compiled
+            program.
         evaluate_every: steps between two evaluations. The last steps are followed by an evaluation in any case.
-        state: the state of an earlier run. The run goes on from it as if it had not stopped, to the bit. ``theta``, ``w``
-            and ``key`` are then not used. The leaves may be NumPy arrays.
+        state: the state of an earlier run. The run goes on from it as if it had not stopped, to the bit. ``theta``,
+            ``w`` and ``key`` are then not used. The leaves may be NumPy arrays.
         measure: whether each evaluation also computes the norms of the three directions over all samples.
         project: ``project(theta)`` returns the nearest point of a set in which θ must stay.
         on_failure: what to do about a run that diverged: ``"raise"``, ``"warn"`` or ``"ignore"``. The run stops in any
             case, and the result has the last sound state.
-        shares: the number of equal parts into which the samples are divided. Each step draws one batch of each part. The
-            default is the number of devices over which the samples are sharded.
+        shares: the number of equal parts into which the samples are divided. Each step draws one batch of each part.
+            The default is the number of devices over which the samples are sharded.
 
     Returns:
         a :class:`StochasticMinimum`.
@@ -156,85 +151,43 @@ def minimize(
     placement = place(inner, outer, shares)
     theta = _strongly_typed(outer_variables(theta))
     w = _strongly_typed(starting_point(w, theta, None))
-    algorithm = choose_rates(algorithm, problem, *placement.put((theta, w)), inner, outer)
-    numbers, plan = _plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
+    theta, w = placement.put(theta), placement.put(w)
+    algorithm = choose_rates(algorithm, problem, theta, w, inner, outer)
+    numbers, plan = make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
     first = _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
-    start = partial(_start, inner=inner, outer=outer, numbers=numbers, plan=plan)
+    begin = partial(start, inner=inner, outer=outer, numbers=numbers, plan=plan)
     if state is None:
-        state = start(placement.put(first))
+        current: State = begin(placement.put(first))
     else:
-        _check_state(state, jax.eval_shape(start, first))
-        tables = placement.put(state.tables, divided=True)
-        state = replace(placement.put(replace(state, tables=())), tables=tables)
-    records, sizes, failure = [], [float(_size(state))], None
-    end = int(state.step) + steps
-    while int(state.step) < end:
-        before = replace(state, tables=())
-        count = min(evaluate_every, end - int(state.step))
-        state, record = _advance(before, state.tables, inner, outer, numbers, count, plan=plan)
-        record = jax.device_get(record)
-        status = _judge(record, sizes, records)
-        records.append({**record, "status": np.int32(status)})
-        sizes.append(float(record["size"]))
+        _check_state(state, jax.eval_shape(begin, first))
+        current = replace(placement.put(replace(state, tables=())), tables=placement.copy(state.tables))
+    records: list[Any] = []
+    sizes, residuals = [float(largest_entry(replace(current, tables=())))], []
+    status = Status.BUDGET_USED
+    for done in range(0, steps, evaluate_every):
+        before, count = replace(current, tables=()), min(evaluate_every, steps - done)
+        current, record = advance(before, current.tables, inner, outer, numbers, count, plan=plan)
+        record, size = jax.device_get(record)
+        sizes.append(float(size))
+        residuals.extend(map(float, record.norms[:1]))
+        status = judge(sizes, residuals, record.norms)
+        records.append(record._replace(status=np.int32(status)))
         if not status.ok:
-            failure, state = (status, record), start(before)
+            current = begin(before)
             break
-    found = StochasticMinimum(state.theta, state.w, state.adjoint, _history(records, plan, state), state, algorithm)
-    if failure is not None:
-        _react(found, *failure, on_failure)
+    history = _history(records, plan, current)
+    found = StochasticMinimum(current.theta, current.w, current.adjoint, history, current, algorithm)
+    if not status.ok:
+        react(found, status, sizes[-1], on_failure)
     return found
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is constant in the compiled program. The algorithm is without its numbers, which are arguments."""
-
-    problem: Problem
-    structure: Any
-    constants: tuple[Any, ...]
-    placement: Placement
-    sizes: tuple[int, int]
-    evaluate: Any
-    evaluate_every: int
-    measure: bool
-    project: Any
-
-    def algorithm(self, numbers: list[Any]) -> Any:
-        """Return the algorithm with its numbers."""
-        rest = iter(numbers)
-        return jax.tree.unflatten(
-            self.structure, [next(rest) if constant is None else constant for constant in self.constants]
-        )
-
-    def oracle(self, algorithm: Any, inner: PyTree, outer: PyTree) -> Oracle:
-        """Return the oracle of one share."""
-        whole = isinstance(self.problem.condition, Projected | ProximalGradient)
-        inner_samples, outer_samples = (
-            Samples(data, size, min(batch, size), whole)
-            for data, size, batch in zip(
-                (inner, outer), self.sizes, (algorithm.inner_batch, algorithm.outer_batch), strict=True
-            )
-        )
-        return Oracle(self.problem, inner_samples, outer_samples, self.placement.axes, self.project)
-
-
-def _plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project):
-    leaves, structure = jax.tree.flatten(algorithm)
-    is_number = [not callable(leaf) for leaf in leaves]
-    numbers = [float(leaf) for leaf, number in zip(leaves, is_number, strict=True) if number]
-    constants = tuple(None if number else leaf for leaf, number in zip(leaves, is_number, strict=True))
-    sizes = tuple(count_samples(samples, "samples") // placement.shares for samples in (inner, outer))
-    return numbers, _Plan(
-        problem, structure, constants, placement, sizes, evaluate, evaluate_every, measure, project
-    )
 
 
 def _first_state(algorithm, theta, w, key):
     """Return the state before the algorithm's ``init``."""
-    rate = getattr(algorithm, "outer_rate", None)
+    rate: Any = getattr(algorithm, "outer_rate", None)
     return State(
         step=jnp.int32(0),
-        key=jax.random.bits(key, (2,), jnp.uint32),
+        key=_key_data(key),
         theta=theta,
         w=w,
         adjoint=jax.tree.map(jnp.zeros_like, w),
@@ -242,104 +195,23 @@ def _first_state(algorithm, theta, w, key):
     )
 
 
-@partial(jax.jit, static_argnames="plan")
-def _start(state, inner, outer, numbers, plan):
-    algorithm, placement = plan.algorithm(numbers), plan.placement
-
-    def init(state, inner, outer):
-        state = algorithm.init(plan.oracle(algorithm, inner, outer), state)
-        return replace(state, tables=()), state.tables
-
-    divided = placement.divide(inner), placement.divide(outer)
-    state, tables = placement.over_shares(init, "sdd", "sd")(state, *divided)
-    return replace(state, tables=tables)
-
-
-@partial(jax.jit, static_argnames="plan", donate_argnames="tables")
-def _advance(state, tables, inner, outer, numbers, count, *, plan):
-    """Take ``count`` steps, and evaluate. ``state`` is not donated: it is kept as the last sound one."""
-    placement = plan.placement
-
-    def run(state, tables, inner, outer, numbers, count):
-        algorithm = plan.algorithm(numbers)
-        oracle = plan.oracle(algorithm, inner, outer)
-        draws = _draws(state, oracle, algorithm, plan.evaluate_every)
-
-        def step(k, state):
-            moved = algorithm.step(oracle, state, jax.tree.map(lambda numbers: numbers[k], draws))
-            return replace(moved, step=state.step + 1)
-
-        state = jax.lax.fori_loop(0, count, step, replace(state, tables=tables))
-        norms = ()
-        if plan.measure:
-            norms = tuple(map(tree.norm, oracle.full(state.w, state.adjoint, state.theta)))
-        return replace(state, tables=()), state.tables, norms
-
-    over_shares = placement.over_shares(run, "sdddss", "sds")
-    state, tables, norms = over_shares(
-        state, tables, placement.divide(inner), placement.divide(outer), numbers, count
-    )
-    evaluated = None if plan.evaluate is None else plan.evaluate(state.theta, state.w)
-    record = {"step": state.step, "evaluations": evaluated, "norms": norms, "size": _size(state)}
-    return replace(state, tables=tables), record
-
-
-def _draws(state, oracle, algorithm, steps):
-    """Return the batches of the next steps, ``[steps, draws]``."""
-    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-    share = jax.lax.axis_index(oracle.axes) if oracle.axes else 0
-    step = state.step.astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)
-
-    def sampler(stream, samples, count):
-        numbers = step[:, None] * jnp.uint32(count) + jnp.arange(count, dtype=jnp.uint32)
-        own = jax.random.fold_in(jax.random.fold_in(key, stream), share)
-        return draw(samples, algorithm.sampling, own, numbers)
-
-    inner, outer = algorithm.draws
-    return Draws(sampler(0, oracle.inner_samples, inner), sampler(1, oracle.outer_samples, outer))
-
-
-def _size(state):
-    """Return the norm of the state without its tables; it is not finite if an entry is not."""
-    return tree.norm((state.theta, state.w, state.adjoint, state.memory))
-
-
-def _judge(record, sizes, records):
-    """Return the status of an evaluation, from the norms of the state at the start and at all evaluations."""
-    size, norms = float(record["size"]), [float(norm) for norm in record["norms"]]
-    if not all(map(math.isfinite, (size, *norms))):
-        return Status.NONFINITE
-    if size > FIRST_GROWTH * max(1.0, sizes[0]) or (len(sizes) > 1 and size > LATER_GROWTH * max(1.0, *sizes[:2])):
-        return Status.BREAKDOWN
-    if norms and records and norms[0] > RESIDUAL_GROWTH * max(float(records[0]["norms"][0]), 1e-6 * size):
-        return Status.BREAKDOWN
-    return Status.BUDGET_USED
-
-
-def _react(found, status, record, on_failure):
-    if on_failure == "ignore":
-        return
-    rates = ", ".join(f"{name}={getattr(found.algorithm, name)!r}" for name in RATES if hasattr(found.algorithm, name))
-    how = "is not finite" if status == Status.NONFINITE else f"has grown to the norm {float(record['size']):.1e}"
-    message = (
-        f"stochastic loop, {status.name}: after {int(record['step'])} steps the state {how}: use smaller rates than "
-        f"{rates}, or larger batches; the result has the state of step {int(found.state.step)}, the last sound one"
-    )
-    if on_failure == "raise":
-        raise HypergradientError(message, found)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+@jax.jit
+def _key_data(key):
+    """Return two words that depend on a key of any kind."""
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def _history(records, plan, state):
-    if not records:
+    if records:
+        # NumPy stacks on the host: jnp.stack would compile a program with one operand for each record.
+        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *records)
+    else:
         evaluations = None if plan.evaluate is None else jax.eval_shape(plan.evaluate, state.theta, state.w)
         empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), evaluations)
-        norms = [jnp.zeros(0)] * 3 if plan.measure else [None] * 3
-        return History(jnp.zeros(0, jnp.int32), empty, *norms, jnp.zeros(0, jnp.int32))
-    # NumPy stacks on the host: jnp.stack would compile a program with one operand for each record.
-    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *records)
-    norms = stacked["norms"] or (None, None, None)
-    return History(stacked["step"], stacked["evaluations"], *norms, stacked["status"])
+        none = jnp.zeros(0, jnp.int32)
+        stacked = Record(none, empty, (jnp.zeros(0),) * 3 if plan.measure else (), none)
+    residual, adjoint, gradient = stacked.norms or (None, None, None)
+    return History(stacked.step, stacked.evaluations, residual, adjoint, gradient, stacked.status)
 
 
 def _strongly_typed(variables):
@@ -364,8 +236,9 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
         )
     if isinstance(condition, Projected | ProximalGradient) and algorithm.inner_batch < count_samples(inner, "inner"):
         raise ValueError(
-            f"the residual of {type(condition).__name__} is not a mean over samples, because the projection or proximal "
-            "operator of a batch's step is not that of all samples: use inner_batch of all samples, or bl.minimize"
+            f"the residual of {type(condition).__name__} is not a mean over samples, because the projection or "
+            "proximal operator of a batch's step is not that of all samples: use inner_batch of all samples, or "
+            "bl.minimize"
         )
 
 

@@ -70,6 +70,4 @@ class SRBA:
 
         moves = jax.lax.cond(state.step % period == 0, lambda: oracle.full(*point), corrected)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
-        return replace(
-            move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=(point, moves)
-        )
+        return replace(move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=(point, moves))
