@@ -5,8 +5,8 @@ Each algorithm moves w, the adjoint and θ by steps on batches, without solving 
 
 from bilevel.stochastic.amigo import AmIGO
 from bilevel.stochastic.curvature import choose_rates
+from bilevel.stochastic.driver import History, StochasticMinimum, minimize
 from bilevel.stochastic.f2sa import F2SA
-from bilevel.stochastic.minimize import History, StochasticMinimum, minimize
 from bilevel.stochastic.protocol import (
     Algorithm,
     Directions,

@@ -193,9 +193,10 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
         [0, 1, 2, 3, 4]
     """
     first, second = jax.random.key_data(key)
+    place = jnp.asarray(place).astype(jnp.uint32)
     if count <= FEW:
         numbers = _mix(_mix(first + jnp.arange(count, dtype=jnp.uint32)) ^ second)
-        ranks = jnp.sum(numbers[:, None] > numbers, axis=1)
+        ranks = jnp.sum(numbers[:, None] > numbers, axis=1, dtype=jnp.uint32)
         return jnp.argmax(ranks == place).astype(jnp.int32)
     low = (count - 1).bit_length() // 2
     high = (count - 1).bit_length() - low
@@ -211,7 +212,7 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
             widths = widths[::-1]
         return number
 
-    start = encrypt(jnp.asarray(place).astype(jnp.uint32))
+    start = encrypt(place)
     return jax.lax.while_loop(lambda number: number >= count, encrypt, start).astype(jnp.int32)
 
 
