@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel import tree
 from bilevel.conditions import Projected, ProximalGradient
@@ -63,7 +64,8 @@ class Plan:
 
 def make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project):
     leaves, structure = jax.tree.flatten(algorithm)
-    is_number = [not callable(leaf) for leaf in leaves]
+    # An algorithm that is not registered as a pytree is one leaf: a constant.
+    is_number = [isinstance(leaf, float | int | np.generic | np.ndarray | jax.Array) for leaf in leaves]
     numbers = [float(leaf) for leaf, number in zip(leaves, is_number, strict=True) if number]
     constants = tuple(None if number else leaf for leaf, number in zip(leaves, is_number, strict=True))
     sizes = tuple(count_samples(samples, "samples") // placement.shares for samples in (inner, outer))

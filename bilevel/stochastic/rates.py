@@ -40,7 +40,10 @@ class Power:
 def at_step(rate: Rate | None, step: jax.Array) -> jax.Array | float:
     """Return the rate at a step."""
     assert rate is not None, "minimize chooses a rate that is left out"
-    return rate(step) if callable(rate) else rate
+    if not callable(rate):
+        return rate
+    with jax.numpy_dtype_promotion("standard"):  # a schedule may multiply floats by the integer step
+        return rate(step)
 
 
 def is_transformation(rate: Any) -> bool:

@@ -431,9 +431,11 @@ def test_theta_stays_in_its_set():
     assert found.theta.min() == 0.1 and DATA.solution[0].min() < 0.1
 
 
-@pytest.mark.parametrize("name", ["SABA", "MASOBA"])
-def test_an_optax_transformation_moves_theta(name):
-    algorithm = replace(ALGORITHMS[name], outer_rate=optax.adam(0.02), inner_batch=48, outer_batch=40)
+@pytest.mark.parametrize(
+    ("name", "transformation"), [("SABA", optax.adam(0.02)), ("MASOBA", optax.sgd(0.02, momentum=0.5))]
+)
+def test_an_optax_transformation_moves_theta(name, transformation):
+    algorithm = replace(ALGORITHMS[name], outer_rate=transformation, inner_batch=48, outer_batch=40)
     whole = run(algorithm, 3000)
     np.testing.assert_allclose(whole.theta, DATA.solution[0], atol=1e-3)
     resumed = run(algorithm, 1000, state=jax.tree.map(np.asarray, run(algorithm, 2000).state))
