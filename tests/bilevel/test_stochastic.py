@@ -174,6 +174,7 @@ def test_batches_of_all_samples_find_the_closed_form(algorithm):
 
 
 @each_algorithm
+@pytest.mark.slow("compiles each algorithm for one and for two devices", fast="SABA")
 def test_two_devices_equal_one_that_is_told_of_two_shares(algorithm):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("devices"))
@@ -453,6 +454,7 @@ def test_a_rate_may_be_a_function_of_the_step():
     np.testing.assert_allclose(run(falling, 30).theta, run(other, 30).theta, rtol=1e-12)
 
 
+@pytest.mark.slow("compiles the estimates for each algorithm", fast="SABA")
 @pytest.mark.parametrize("kind", [SOBA, SABA, SRBA, AmIGO, F2SA], ids=lambda kind: kind.__name__)
 def test_rates_that_are_left_out_are_chosen_and_told(kind):
     found = run(kind(inner_batch=48, outer_batch=40), 2000)
