@@ -1,7 +1,7 @@
 """F2SA: a fully first-order method, which penalises the inner problem in place of an adjoint."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -50,8 +50,8 @@ class F2SA:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    needs_objective = True
-    exponents = (4 / 7, 5 / 7)
+    needs_objective: ClassVar[bool] = True
+    exponents: ClassVar[tuple[float, float]] = (4 / 7, 5 / 7)
 
     @property
     def draws(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ class SABA:
     sampling: Sampling = "with_replacement"
     memory_limit: int | None = None
 
-    draws = (1, 1)
-    exponents = (0.0, 0.0)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with tables of zeros."""

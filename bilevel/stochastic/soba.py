@@ -1,7 +1,7 @@
 """SOBA and MA-SOBA: one fresh batch of each sum in a step."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ class SOBA:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    draws = (1, 1)
-    exponents = (0.5, 0.5)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state as it is."""
@@ -90,8 +90,8 @@ class MASOBA:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    draws = (1, 1)
-    exponents = (0.5, 0.5)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with an average of zero."""
