@@ -12,7 +12,7 @@ from bilevel import tree
 from bilevel.conditions import Projected, ProximalGradient
 from bilevel.problem import Problem
 from bilevel.stochastic.placement import Placement
-from bilevel.stochastic.protocol import Draws, Oracle
+from bilevel.stochastic.protocol import Draws, Oracle, State
 from bilevel.stochastic.samples import Samples, count_samples, draw
 from bilevel.types import PyTree
 
@@ -37,7 +37,7 @@ class Plan:
     structure: Any
     constants: tuple[Any, ...]
     placement: Placement
-    sizes: tuple[int, int]
+    sizes: tuple[int, ...]
     evaluate: Any
     evaluate_every: int
     measure: bool
@@ -62,7 +62,18 @@ class Plan:
         return Oracle(self.problem, inner_samples, outer_samples, self.placement.axes, self.project)
 
 
-def make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project):
+def make_plan(
+    problem: Problem,
+    algorithm: Any,
+    placement: Placement,
+    inner: PyTree,
+    outer: PyTree,
+    evaluate: Any,
+    evaluate_every: int,
+    measure: bool,
+    project: Any,
+) -> tuple[list[float], Plan]:
+    """Return the numbers of the algorithm, and the plan of the compiled program."""
     leaves, structure = jax.tree.flatten(algorithm)
     # An algorithm that is not registered as a pytree is one leaf: a constant.
     is_number = [isinstance(leaf, float | int | np.generic | np.ndarray | jax.Array) for leaf in leaves]
@@ -73,7 +84,8 @@ def make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_ev
 
 
 @partial(jax.jit, static_argnames="plan")
-def start(state, inner, outer, numbers, plan):
+def start(state: State, inner: PyTree, outer: PyTree, numbers: list[float], plan: Plan) -> State:
+    """Return the first state of a run: the given one with what the algorithm keeps."""
     algorithm, placement = plan.algorithm(numbers), plan.placement
 
     def init(state, inner, outer):
@@ -86,7 +98,9 @@ def start(state, inner, outer, numbers, plan):
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnames="tables")
-def advance(state, tables, inner, outer, numbers, count, *, plan):
+def advance(
+    state: State, tables: PyTree, inner: PyTree, outer: PyTree, numbers: list[float], count: int, *, plan: Plan
+) -> tuple[State, tuple[Record, jax.Array]]:
     """Take ``count`` steps, and evaluate. ``state`` is not donated: it is kept as the last sound one."""
     placement = plan.placement
 
@@ -128,7 +142,7 @@ def _draws(state, oracle, algorithm, steps):
 
 
 @jax.jit
-def largest_entry(state):
+def largest_entry(state: State) -> jax.Array:
     """Return the largest absolute entry of the state without its tables; it is not finite if an entry is not."""
     leaves = [leaf for leaf in jax.tree.leaves((state.theta, state.w, state.adjoint, state.memory)) if leaf.size]
     peaks = [jnp.max(jnp.abs(leaf)).astype(jnp.result_type(float)) for leaf in leaves if tree.is_floating(leaf)]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import tree
 from bilevel.stochastic.samples import count_samples
@@ -30,7 +30,7 @@ class Placement:
 
     shares: int
     axes: tuple[str, ...]
-    mesh: Mesh | AbstractMesh | None
+    mesh: Any
 
     def over_shares(self, function: Callable[..., Any], shared: str, returned: str) -> Callable[..., Any]:
         """Return a function that runs ``function`` on every share.
