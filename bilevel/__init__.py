@@ -8,7 +8,8 @@ A newcomer needs about 30 names:
   ``Anderson``, ``Optax``, ``Jaxopt``
 - differentiate: ``Unrolled``, or ``Implicit`` with a linear solver (``CG``, ``GMRES``, ``LU``; ``choose_linear`` picks
   one)
-- call: ``value_and_hypergradient``, ``implicit_layer``, ``custom_root``, ``minimize``
+- call: ``value_and_hypergradient``, ``implicit_layer``, ``custom_root``, ``minimize``; ``stochastic`` has loops on
+  batches of samples
 - trust: ``Status``, ``HypergradientError``, ``check_condition``, ``check_hypergradient``, ``certify``
 
 The other names are documented by group in the API pages.
@@ -31,6 +32,7 @@ Example:
     <Status.CONVERGED: 0>
 """
 
+from bilevel import stochastic
 from bilevel._jaxopt.operators import jaxopt_projection, jaxopt_prox
 from bilevel.certificates import (
     HALF_SQUARED,
@@ -170,6 +172,7 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "History",
     "StepRecord",
     "OuterState",
+    "stochastic",
     # Read the results
     "Hypergradient",
     "Solution",

@@ -48,6 +48,17 @@ ALLOWED = {
     },
     "decorators": {"hypergradients", "failures", "solvers", "conditions", "tree", "types"},
     "outer": {"advice", "failures", "methods", "problem", "solvers", "start", "tree", "types"},
+    "stochastic": {
+        "failures",
+        "methods",
+        "theorem",
+        "linear",
+        "problem",
+        "conditions",
+        "spectrum",
+        "tree",
+        "types",
+    },
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
     "verify": {"spectrum", "problem", "conditions", "start", "tree", "types"},

@@ -1,0 +1,116 @@
+"""SABA: variance reduction by tables of the terms of every batch."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.stochastic.memory import check_memory
+from bilevel.stochastic.protocol import Draws, InnerTerms, Oracle, OuterTerms, State, directions, register
+from bilevel.stochastic.rates import Rate
+from bilevel.stochastic.samples import Samples, Sampling
+from bilevel.stochastic.soba import move_inner
+from bilevel.types import PyTree
+
+
+@register("inner_rate", "linear_rate", "outer_rate")
+@dataclass(frozen=True)
+class SABA:
+    """Stochastic average bilevel algorithm: SOBA with a table of the last terms of each batch (SAGA).
+
+    For each of the five terms F, Aᵀv, Bᵀv, g and h, a table holds one row for each batch of the fixed partition. The
+    estimate from batch i is
+
+        new term of batch i − row i + mean of the rows,
+
+    after which the new term becomes row i. Near the solution the noise vanishes, so constant rates converge linearly on
+    a strongly convex problem. All rows are zero at the beginning.
+
+    A rate that SOBA tolerates can be too large for SABA, where the Hessians of the batches differ much.
+
+    Args:
+        inner_rate: as for :class:`SOBA`; a constant rate is usual.
+        linear_rate: likewise.
+        outer_rate: likewise.
+        inner_batch: samples in an inner batch. Larger batches have smaller tables.
+        outer_batch: samples in an outer batch.
+        sampling: as for :class:`SOBA`.
+        memory_limit: the largest size of the tables in bytes. By default half of what the device, or the machine for a
+            CPU, has left.
+
+    Raises:
+        ValueError: from ``init``, for tables above the memory limit.
+
+    Source: Dagréou, Ablin, Vaiter, Moreau (2022), section 3.2; Defazio, Bach, Lacoste-Julien (2014), SAGA.
+    """
+
+    inner_rate: Rate | None = None
+    linear_rate: Rate | None = None
+    outer_rate: Any = None
+    inner_batch: int = 64
+    outer_batch: int = 64
+    sampling: Sampling = "with_replacement"
+    memory_limit: int | None = None
+
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
+
+    def init(self, oracle: Oracle, state: State) -> State:
+        """Return the state with tables of zeros."""
+        inner, outer = InnerTerms(state.w, state.w, state.theta), (state.w, state.theta)
+        check_memory(oracle, inner, outer, self.memory_limit)
+        return replace(
+            state, tables=(Table.zeros(oracle.inner_samples, inner), Table.zeros(oracle.outer_samples, outer))
+        )
+
+    def step(self, oracle: Oracle, state: State, draws: Draws) -> State:
+        """Return the state after a step."""
+        inner_table, outer_table = state.tables
+        inner = oracle.inner(draws.inner[0], state.w, state.adjoint, state.theta)
+        outer = oracle.outer(draws.outer[0], state.w, state.theta)
+        inner, inner_table = inner_table.reduced(oracle.inner_samples, draws.inner[0], inner)
+        (in_w, in_theta), outer_table = outer_table.reduced(oracle.outer_samples, draws.outer[0], outer[1:])
+        moves = oracle.average(directions(inner, OuterTerms(outer.value, in_w, in_theta)))
+        theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
+        return replace(
+            move_inner(self, state, moves), theta=theta, optimizer=optimizer, tables=(inner_table, outer_table)
+        )
+
+
+class Table(NamedTuple):
+    """A table with one row for each batch, and the mean of its rows.
+
+    The last new row waits outside of the table until the next step. A step therefore writes before it reads, and XLA
+    updates the table in place. If it read a row and then replaced it, XLA would fuse the read with later operations,
+    and copy the whole table in every step.
+
+    Attributes:
+        rows: the terms of each batch, ``[batches, …]`` for each leaf.
+        mean: the mean of the rows, in which each batch counts with its share of the samples.
+        waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
+        place: the number of its batch.
+    """
+
+    rows: PyTree
+    mean: PyTree
+    waiting: PyTree
+    place: jax.Array
+
+    @classmethod
+    def zeros(cls, samples: Samples, like: PyTree) -> "Table":
+        """Return a table of zeros."""
+        rows = jax.tree.map(lambda leaf: jnp.zeros((samples.batches, *leaf.shape), leaf.dtype), like)
+        zeros = jax.tree.map(jnp.zeros_like, like)
+        return cls(rows, zeros, zeros, jnp.int32(0))
+
+    def reduced(self, samples: Samples, number: jax.Array, new: PyTree) -> tuple[Any, "Table"]:
+        """Return the estimate of the mean from the new terms of one batch, and the table with them."""
+        write = partial(jax.lax.dynamic_update_index_in_dim, index=self.place, axis=0)
+        rows = jax.tree.map(lambda rows, row: write(rows, row), self.rows, self.waiting)
+        old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)
+        change = tree.subtract(new, old)
+        mean = tree.add(self.mean, tree.scale(samples.weight(number), change))
+        return tree.add(change, self.mean), Table(rows, mean, new, number)
