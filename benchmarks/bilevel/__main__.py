@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.bilevel import report
 from benchmarks.bilevel.contenders import PLANS, contender, grid, oracles_of_a_step
 from benchmarks.bilevel.problems import PROBLEMS, Data, make
-from benchmarks.bilevel.race import Missing, Peer, race
+from benchmarks.bilevel.race import Missing, Peer, Worker, race
 from benchmarks.speed.harness import machine
 
 
@@ -32,15 +32,19 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
     reference = PROBLEMS[problem].reference(Data.load(arrays))
     tried: dict[str, list] = {}
     jobs = [(name, rates, False) for name in options.algorithms or plan.blocks for rates in grid(plan)]
-    for name, rates, ours in jobs + [("full batch", rates, True) for rates in plan.full_batch]:
-        one = contender(problem, name, rates, ours)
-        points = race(problem, arrays, [one], [1], options.seconds, peer)[one.label][0]
-        z, x = points["z"][-1], points["x"][-1]
-        sound = np.isfinite(z).all() and np.isfinite(x).all()
-        measures = reference.measure(z, x) if sound else dict.fromkeys(reference.metrics, float("inf"))
-        key = f"full batch {rates['optimizer']}" if ours else name
-        tried.setdefault(key, []).append(rates | measures)
-        print(problem, key, rates, measures, flush=True)
+    jobs += [("full batch", rates, True) for rates in plan.full_batch if not options.algorithms]
+    with Worker(False, peer) as theirs, Worker(True, peer) as ours:
+        for name, rates, is_ours in jobs:
+            one, worker = contender(problem, name, rates, is_ours), ours if is_ours else theirs
+            worker.begin(problem, arrays, one, seed=1)
+            worker.ask(seconds=options.seconds)
+            points = worker.end()
+            z, x = points["z"][-1], points["x"][-1]
+            sound = np.isfinite(z).all() and np.isfinite(x).all()
+            measures = reference.measure(z, x) if sound else dict.fromkeys(reference.metrics, float("inf"))
+            key = f"full batch {rates['optimizer']}" if is_ours else name
+            tried.setdefault(key, []).append(rates | measures)
+            print(problem, key, rates, measures, flush=True)
     chosen = {}
     for name, results in tried.items():
         best = min(results, key=lambda result: result[plan.metric])
@@ -76,7 +80,9 @@ def _measured(points, reference, one, sizes):
     kept = [number for number, finite in enumerate(sound) if finite]
     measures = [reference.measure(points["z"][number], points["x"][number]) for number in kept]
     steps = points["steps"][kept]
-    calls = points["oracles"][kept] if one.algorithm == "full batch" else steps * oracles_of_a_step(one.algorithm, *sizes)
+    calls = (
+        points["oracles"][kept] if one.algorithm == "full batch" else steps * oracles_of_a_step(one.algorithm, *sizes)
+    )
     columns = {name: [float(f"{measure[name]:.6g}") for measure in measures] for name in reference.metrics}
     return {
         "seconds": [round(float(t), 5) for t in points["seconds"][kept]],

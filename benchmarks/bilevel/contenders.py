@@ -40,7 +40,7 @@ FULL_BATCH = tuple(
     for optimizer, rates in (("adam", (0.03, 0.1, 0.3, 1.0)), ("lbfgs", (0.3, 1.0)))
     for rate in rates
 )
-QUADRATIC = Plan({"SOBA": 16, "SABA": 16, "SRBA": 16, "AmIGO": 2}, (0.003, 0.01, 0.03, 0.1), (0.1, 1.0, 10.0))
+QUADRATIC = Plan({"SOBA": 16, "SABA": 16, "SRBA": 16, "AmIGO": 2}, (0.03, 0.1, 0.2), (0.1, 0.3, 1.0))
 PLANS = {
     "quadratic": QUADRATIC,
     "quadratic-32768": QUADRATIC,
@@ -49,7 +49,7 @@ PLANS = {
         full_batch=FULL_BATCH,
     ),
     "cleaning": Plan(
-        {"SOBA": 32, "SABA": 4, "SRBA": 16, "AmIGO": 4}, (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2),
+        {"SOBA": 32, "SABA": 4, "SRBA": 16, "AmIGO": 4}, (0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2),
         metric="validation_loss",
     ),
 }  # fmt: skip

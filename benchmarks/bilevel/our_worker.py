@@ -38,7 +38,7 @@ class Stochastic:
         while callback():
             found = bl.stochastic.minimize(
                 self._problem, self._x, self._z, inner=self._inner, outer=self._outer, algorithm=self._algorithm,
-                steps=self._block, key=self._key, state=state,
+                steps=self._block, key=self._key, evaluate_every=self._block, state=state, on_failure="ignore",
             )  # fmt: skip
             self.outer_var, self.inner_var, state = found.theta, found.w, found.state
 
@@ -64,7 +64,7 @@ def algorithm(name: str, options: dict, data):
         extra = {"period": int(samples * options.get("period_frac", 0.5) / batch)}
     if name == "AmIGO":
         extra = {"inner_steps": 10, "linear_steps": 10}
-    return getattr(stochastic, name)(**rates, inner_batch=batch, outer_batch=batch, **extra)
+    return getattr(stochastic, name)(**rates, inner_batch=batch, outer_batch=batch, sampling="without_replacement", **extra)
 
 
 class FullBatch:

@@ -43,11 +43,17 @@ class Peer:
     def check(self) -> None:
         """Raise :class:`Missing` if the clone or the Python is not there."""
         for option, path, way in (
-            ("--peer", self.clone and self.clone / "solvers" / "soba.py", "git clone the repository, and name the clone"),
+            (
+                "--peer",
+                self.clone and self.clone / "solvers" / "soba.py",
+                "git clone the repository, and name the clone",
+            ),
             ("--peer-python", self.python, "make a virtual environment with `pip install benchopt jax`"),
         ):
             if path is None or not path.exists():
-                raise Missing(f"benchmark_bilevel needs {option}: there is no {path}; {way}. docs/stochastic-benchmark.md")
+                raise Missing(
+                    f"benchmark_bilevel needs {option}: there is no {path}; {way}. docs/stochastic-benchmark.md"
+                )
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,10 @@ class Worker:
             "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         if peer.cache is not None:
-            environment |= {"JAX_COMPILATION_CACHE_DIR": str(peer.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": str(peer.cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
         self._child = subprocess.Popen(
             [sys.executable if ours else str(peer.python), "-m", *module, core],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -116,6 +125,18 @@ class Worker:
         print(json.dumps(request), file=self._child.stdin, flush=True)
         return self.answer()
 
+    def begin(self, problem: str, arrays: Path, contender: Contender, seed: int) -> None:
+        """Compile a contender's programs, and wait for its first turn."""
+        settings = {"problem": problem, "arrays": str(arrays), "algorithm": contender.algorithm, "seed": seed}
+        self.ask(start=settings | {"options": contender.options, "block": contender.block})
+
+    def end(self) -> dict[str, np.ndarray]:
+        """End a run, and return its points: ``seconds``, ``steps``, ``oracles``, ``z`` and ``x``."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.ask(save=str(Path(folder) / "points.npz"))
+            with np.load(Path(folder) / "points.npz") as points:
+                return dict(points)
+
 
 def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[int], seconds: float, peer: Peer) -> dict:
     """Run every contender for some seconds of its own, in alternating turns, once for each seed.
@@ -129,15 +150,14 @@ def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[in
         peer: where the peer is.
 
     Returns:
-        by label, a list with one dictionary of arrays for each seed: ``seconds``, ``steps``, ``oracles``, ``z``, ``x``.
+        by label, a list of the points of each seed, as :meth:`Worker.end` returns them.
     """
     found: dict[str, list] = {contender.label: [] for contender in contenders}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with ExitStack() as stack:
         workers = [stack.enter_context(Worker(contender.ours, peer)) for contender in contenders]
         for seed in seeds:
             for contender, worker in zip(contenders, workers, strict=True):
-                settings = {"problem": problem, "arrays": str(arrays), "algorithm": contender.algorithm, "seed": seed}
-                worker.ask(start=settings | {"options": contender.options, "block": contender.block})
+                worker.begin(problem, arrays, contender, seed)
             until, turn, running = TURN, 0, set(range(len(contenders)))
             while running:
                 # Alternate the order, so that no contender always runs after the same other one.
@@ -147,8 +167,5 @@ def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[in
                         running.discard(number)
                 until, turn = until + TURN, turn + 1
             for contender, worker in zip(contenders, workers, strict=True):
-                path = Path(folder) / "points.npz"
-                worker.ask(save=str(path))
-                with np.load(path) as points:
-                    found[contender.label].append(dict(points))
+                found[contender.label].append(worker.end())
     return found

@@ -115,7 +115,11 @@ def plot(folder: Path, images: Path) -> list[Path]:
     files = []
     for name in recorded(folder):
         record = load(folder, name)
-        panels = [(record["metrics"][0], "seconds"), (record["metrics"][1], "seconds"), (record["metrics"][0], "oracles")]
+        panels = [
+            (record["metrics"][0], "seconds"),
+            (record["metrics"][1], "seconds"),
+            (record["metrics"][0], "oracles"),
+        ]
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
         colours: dict[str, str] = {}
         for axis, (metric, against) in zip(axes, panels, strict=True):

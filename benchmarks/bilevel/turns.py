@@ -3,6 +3,10 @@
 A solver has the form of benchmark_bilevel's: ``run(callback)`` calls ``callback()`` before every block of steps, and
 goes on while it returns True; ``inner_var`` and ``outer_var`` are the variables after the last block. The callback here
 waits for the block's arrays, stops the clock, keeps the point, and waits for the next request if the turn is over.
+
+The clock counts the processor time of the whole process. A process is pinned to one core and has one thread that
+computes, so this is the time that the solver would take on a core of its own. Other programs on the machine do not
+count, except through the caches and the memory that they share.
 """
 
 import json
@@ -46,7 +50,9 @@ class Recorder:
         """Write the kept points and the last one as arrays ``seconds``, ``steps``, ``oracles``, ``z`` and ``x``."""
         points = [*self.points, self._last] if self._last is not None else self.points
         names = ("seconds", "steps", "z", "x", "oracles")
-        np.savez(path, **{name: np.stack(column) for name, column in zip(names, zip(*points, strict=True), strict=True)})
+        np.savez(
+            path, **{name: np.stack(column) for name, column in zip(names, zip(*points, strict=True), strict=True)}
+        )
 
 
 class Turns:
@@ -63,14 +69,14 @@ class Turns:
         self._solver, self._block, self._receive, self._answer = solver, block, receive, answer
         self._recorder = Recorder()
         self._total, self._until, self._steps = 0.0, 0.0, -block  # The first call comes before the first block.
-        self._resumed = time.perf_counter()
+        self._resumed = time.process_time()
 
     def __call__(self) -> bool:
         import jax
 
         solver = self._solver
         jax.block_until_ready((solver.inner_var, solver.outer_var))
-        self._total += time.perf_counter() - self._resumed
+        self._total += time.process_time() - self._resumed
         self._steps += self._block
         z, x = np.array(solver.inner_var), np.array(solver.outer_var)
         self._recorder.add(self._total, self._steps, z, x, getattr(solver, "oracles", np.nan))
@@ -82,13 +88,13 @@ class Turns:
                 self._recorder.save(Path(request["save"]))
                 return False
             self._until = request["seconds"]
-        self._resumed = time.perf_counter()
+        self._resumed = time.process_time()
         return True
 
     def start(self) -> None:
         """Start the clock, which counts the solver's initialisation too."""
         self._until = self._receive()["seconds"]
-        self._resumed = time.perf_counter()
+        self._resumed = time.process_time()
 
 
 def serve(build: Callable[[dict], Solver], core: int) -> None:
