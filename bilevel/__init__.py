@@ -8,7 +8,7 @@ A newcomer needs about 30 names:
   ``Jaxopt``
 - differentiate: ``Unrolled``, or ``Implicit`` with a linear solver (``CG``, ``GMRES``, ``LU``; ``choose_linear`` picks
   one)
-- call: ``value_and_hypergradient``, ``implicit_layer``, ``minimize``
+- call: ``value_and_hypergradient``, ``implicit_layer``, ``minimize``; ``stochastic`` has loops on batches of samples
 - trust: ``Status``, ``HypergradientError``, ``check_condition``, ``check_hypergradient``, ``certify``
 
 The other names are documented by group in the API pages.
@@ -31,6 +31,7 @@ Example:
     <Status.CONVERGED: 0>
 """
 
+from bilevel import stochastic
 from bilevel._jaxopt.operators import jaxopt_projection, jaxopt_prox
 from bilevel.certificates import (
     HALF_SQUARED,
@@ -158,6 +159,7 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "minimize",
     "Minimum",
     "History",
+    "stochastic",
     # Read the results
     "Hypergradient",
     "Solution",

@@ -1,0 +1,49 @@
+"""Stochastic bilevel optimisation on samples: single loops, variance reduction, and first-order penalties.
+
+Each algorithm moves w, the adjoint and θ by steps on batches, without solving the inner problem in between.
+"""
+
+from bilevel.stochastic.amigo import AmIGO
+from bilevel.stochastic.f2sa import F2SA
+from bilevel.stochastic.minimize import History, StochasticMinimum, minimize
+from bilevel.stochastic.protocol import (
+    Algorithm,
+    Directions,
+    Draws,
+    InnerTerms,
+    Oracle,
+    OuterTerms,
+    State,
+    directions,
+    register,
+)
+from bilevel.stochastic.rates import Power, descend
+from bilevel.stochastic.saba import SABA
+from bilevel.stochastic.samples import Samples, shuffle
+from bilevel.stochastic.soba import MASOBA, SOBA
+from bilevel.stochastic.srba import SRBA
+
+__all__ = [
+    "MASOBA",
+    "SABA",
+    "SOBA",
+    "SRBA",
+    "F2SA",
+    "AmIGO",
+    "Algorithm",
+    "Directions",
+    "Draws",
+    "History",
+    "InnerTerms",
+    "Oracle",
+    "OuterTerms",
+    "Power",
+    "Samples",
+    "State",
+    "StochasticMinimum",
+    "descend",
+    "directions",
+    "minimize",
+    "register",
+    "shuffle",
+]

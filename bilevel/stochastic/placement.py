@@ -1,0 +1,121 @@
+"""Where the samples lie: on one device, or one share of them on each device of a mesh.
+
+A step is written once, for one share, and averages its directions over the shares. On one device with one share it runs
+as it is. On one device that is told of more shares it runs under ``jax.vmap``, and on a mesh under ``jax.shard_map``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bilevel.stochastic.samples import count_samples
+from bilevel.types import PyTree
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The division of the samples into shares.
+
+    Attributes:
+        shares: the number of shares.
+        axes: the names of the axes over which they lie; () for one share.
+        mesh: the mesh with these axes, or None for one device.
+    """
+
+    shares: int
+    axes: tuple[str, ...]
+    mesh: Mesh | None
+
+    def over_shares(self, function: Callable[..., Any], shared: str, returned: str) -> Callable[..., Any]:
+        """Return a function that runs ``function`` on every share.
+
+        Args:
+            function: takes and returns pytrees. A leaf that is divided has a leading axis of shares outside.
+            shared: one letter for each argument: "s" for one that all shares have, "d" for one that is divided.
+            returned: one letter for each result.
+        """
+        if self.mesh is None:
+            if self.shares == 1:
+                return _with_leading_axis(function, shared, returned)
+            axes = {"s": None, "d": 0}
+            return jax.vmap(
+                function, tuple(axes[letter] for letter in shared), tuple(axes[letter] for letter in returned),
+                axis_name=self.axes[0],
+            )  # fmt: skip
+        specs = {"s": PartitionSpec(), "d": PartitionSpec(self.axes)}
+        return jax.shard_map(
+            _with_leading_axis(function, shared, returned),
+            mesh=self.mesh,
+            in_specs=tuple(specs[letter] for letter in shared),
+            out_specs=tuple(specs[letter] for letter in returned),
+            axis_names=set(self.axes),
+        )
+
+    def divide(self, samples: PyTree) -> PyTree:
+        """Return samples ``[n, …]`` as ``[shares, n/shares, …]``."""
+        return jax.tree.map(lambda leaf: leaf.reshape(self.shares, -1, *leaf.shape[1:]), samples)
+
+    def put(self, values: PyTree, divided: bool = False) -> PyTree:
+        """Return arrays where the compiled program expects them, as copies that it may overwrite."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.array, values)
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.axes) if divided else PartitionSpec())
+        return jax.tree.map(lambda leaf: _put(leaf, sharding), values)
+
+
+def _put(leaf, sharding):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jnp.copy(leaf)
+    return jax.device_put(np.asarray(leaf), sharding)
+
+
+def _with_leading_axis(function, shared, returned):
+    def run(*arguments):
+        local = [
+            jax.tree.map(lambda leaf: leaf[0], argument) if letter == "d" else argument
+            for argument, letter in zip(arguments, shared, strict=True)
+        ]
+        results = function(*local)
+        return tuple(
+            jax.tree.map(lambda leaf: leaf[None], result) if letter == "d" else result
+            for result, letter in zip(results, returned, strict=True)
+        )
+
+    return run
+
+
+def place(inner: PyTree, outer: PyTree, shares: int | None) -> Placement:
+    """Return how the samples are divided.
+
+    Raises:
+        ValueError: if the samples cannot be divided into as many shares, or lie on different meshes.
+    """
+    found = {_mesh_axes(leaf) for leaf in jax.tree.leaves((inner, outer))}
+    if len(found) != 1:
+        raise ValueError(
+            f"all leaves of the inner and the outer samples must be sharded alike over their leading axis, got {found}: "
+            "put all of them with the same NamedSharding"
+        )
+    mesh, axes = found.pop()
+    devices = int(np.prod([mesh.shape[axis] for axis in axes])) if mesh is not None else 1
+    if mesh is not None and shares not in (None, devices):
+        raise ValueError(f"samples that are sharded over {devices} devices have {devices} shares, got shares={shares}")
+    shares = devices if shares is None else shares
+    for samples, name in ((inner, "inner"), (outer, "outer")):
+        size = count_samples(samples, name)
+        if shares < 1 or size % shares:
+            raise ValueError(f"{size} {name} samples cannot be divided into shares={shares} equal parts")
+    return Placement(shares, axes if mesh is not None else ("shares",) if shares > 1 else (), mesh)
+
+
+def _mesh_axes(leaf):
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
+        return None, ()
+    axes = sharding.spec[0]
+    return sharding.mesh, axes if isinstance(axes, tuple) else (axes,)

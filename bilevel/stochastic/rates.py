@@ -1,0 +1,66 @@
+"""Rates of a stochastic algorithm: a number, a function of the step, or an optax transformation for θ."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.types import PyTree
+
+if TYPE_CHECKING:
+    import optax
+
+Rate = float | Callable[[jax.Array], jax.Array | float]
+"""A number, or a function of the step t, an int32 scalar that begins with 0."""
+OuterRate = "Rate | optax.GradientTransformation"
+"""A :data:`Rate`, or an optax transformation of the hypergradient."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Power:
+    """The rate a/(t + 1)^p at step t.
+
+    Args:
+        rate: a, the rate at the first step.
+        exponent: p; 0 for a constant rate, below 0 for one that grows.
+
+    Example:
+        >>> round(float(Power(0.1, 0.5)(jnp.int32(3))), 6)
+        0.05
+    """
+
+    rate: float
+    exponent: float
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        # A NumPy step, from a saved state, has no dtype conversion to JAX's default float by itself.
+        count = jnp.asarray(step).astype(jnp.result_type(float)) + 1
+        return self.rate / count**self.exponent
+
+
+def at_step(rate: Any, step: jax.Array) -> jax.Array | float:
+    """Return the rate at a step."""
+    return rate(step) if callable(rate) else rate
+
+
+def is_transformation(rate: Any) -> bool:
+    """Return whether a rate is an optax transformation, without an import of optax."""
+    return hasattr(rate, "init") and hasattr(rate, "update")
+
+
+def descend(variables: PyTree, rate: jax.Array | float, direction: PyTree) -> PyTree:
+    """Return ``variables − rate · direction`` in the dtypes of ``variables``."""
+    return tree.subtract(variables, tree.scale(rate, direction))
+
+
+def check_rate(name: str, rate: Any) -> None:
+    """Raise ValueError for a rate that is neither None, a number of 0 or more, a function nor a transformation."""
+    if rate is None or callable(rate) or is_transformation(rate):
+        return
+    number = float(rate)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} must be a finite number of 0 or more, a function of the step, or None, got {rate}")

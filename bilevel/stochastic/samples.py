@@ -1,0 +1,223 @@
+"""Batches of samples, and the order in which they are drawn, both inside the compiled program.
+
+The samples are divided into batches once: batch i holds the samples from i·b to (i + 1)·b − 1. A batch is therefore one
+contiguous slice, which XLA reads without a copy, and a table with one row for each batch has a fixed meaning. If the
+samples are ordered, for example by class, :func:`shuffle` them once before.
+
+If the batch size b does not divide the number of samples n, the last batch is smaller. It is drawn less often, in
+proportion to its size. The mean of a batch is then an unbiased estimate of the mean over all samples, and no algorithm
+needs weights.
+
+The batch of a draw is a function of the key and the number of the draw. So a sampler has no state, a step costs the same
+for any number of samples, and a run that stops and goes on draws the same batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.types import PyTree
+
+Sampling = Literal["with_replacement", "without_replacement"]
+T = TypeVar("T")
+
+PASS = 4096
+"""Samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not with the samples."""
+ROUNDS = 8
+"""Rounds of the Feistel network. Four are enough for a large number of batches; few batches need more."""
+
+
+def shuffle(samples: PyTree, key: jax.Array) -> PyTree:
+    """Return the samples in a random order, the same for every leaf.
+
+    Call it once on samples that are ordered, for example by class, because a batch is a contiguous slice. It makes one
+    copy of the samples.
+
+    Args:
+        samples: a pytree of arrays with one leading axis of samples.
+        key: a random key.
+
+    Example:
+        >>> samples = {"x": jnp.arange(4), "y": 10 * jnp.arange(4)}
+        >>> mixed = shuffle(samples, jax.random.key(0))
+        >>> bool((10 * mixed["x"] == mixed["y"]).all()), sorted(mixed["x"].tolist())
+        (True, [0, 1, 2, 3])
+    """
+    samples = tree.arrays(samples, "samples")
+    return _take(samples, jax.random.permutation(key, count_samples(samples, "samples")))
+
+
+@jax.jit
+def _take(samples, order):
+    return jax.tree.map(lambda leaf: leaf[order], samples)
+
+
+def count_samples(samples: PyTree, name: str) -> int:
+    """Return the length of the leading axis.
+
+    Raises:
+        ValueError: if there is no leaf, no sample, or if the lengths differ.
+    """
+    shapes = tree.shapes(samples)
+    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
+        raise ValueError(
+            f"{name} needs arrays with one common leading axis of samples, got the shapes {shapes}: a constant that "
+            "all samples share belongs into the functions of the problem or into theta"
+        )
+    return shapes[0][0]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in batches.
+
+    Attributes:
+        data: a pytree of arrays ``[size, …]``.
+        size: the number of samples, n.
+        batch: the number of samples in a batch, b.
+        whole: whether a pass over all samples evaluates them at once, for a function that is not a mean over samples.
+    """
+
+    data: PyTree
+    size: int
+    batch: int
+    whole: bool = False
+
+    @property
+    def batches(self) -> int:
+        """The number of batches, n/b rounded up."""
+        return -(-self.size // self.batch)
+
+    @property
+    def rest(self) -> int:
+        """The number of samples in a smaller last batch; 0 if all batches have b samples."""
+        return self.size % self.batch
+
+    def weight(self, number: jax.Array) -> jax.Array:
+        """Return the share of a batch in all samples: its size divided by n."""
+        full, rest = self.batch / self.size, self.rest / self.size
+        if not self.rest:
+            return jnp.asarray(full)
+        return jnp.where(number == self.batches - 1, rest, full)
+
+    def on_batch(self, function: Callable[[PyTree], T], number: jax.Array) -> T:
+        """Return ``function(batch)`` for one batch."""
+        if not self.rest:
+            return function(self._slice(number * self.batch, self.batch))
+        # Shapes are static, so the smaller last batch is a branch of its own.
+        return jax.lax.cond(
+            number == self.batches - 1,
+            lambda: function(self._slice(self.size - self.rest, self.rest)),
+            lambda: function(self._slice(number * self.batch, self.batch)),
+        )
+
+    def mean(self, function: Callable[[PyTree], PyTree]) -> PyTree:
+        """Return the mean of ``function`` over all samples, for a function that is a mean over its batch."""
+        if self.whole or self.size <= PASS:
+            return function(self.data)
+        slices, rest = divmod(self.size, PASS)
+        first = tree.scale(PASS / self.size, function(self._slice(0, PASS)))
+
+        def add(number, total):
+            return tree.add(total, tree.scale(PASS / self.size, function(self._slice(number * PASS, PASS))))
+
+        total = jax.lax.fori_loop(1, slices, add, first)
+        if not rest:
+            return total
+        return tree.add(total, tree.scale(rest / self.size, function(self._slice(self.size - rest, rest))))
+
+    def _slice(self, start, length):
+        if length == self.size:
+            return self.data
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), self.data)
+
+
+def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Return the batches of some draws.
+
+    Args:
+        samples: the batches.
+        sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new random order of the batches in each
+            epoch.
+        key: the sampler's key.
+        numbers: the numbers of the draws, counted from the beginning of the run, int32 of any shape.
+
+    Returns:
+        The number of the batch for each draw, int32 of the shape of ``numbers``.
+    """
+    flat = numbers.ravel()
+    if samples.batches == 1:
+        return jnp.zeros_like(numbers)
+    one = _with_replacement if sampling == "with_replacement" else _without_replacement
+    return jax.vmap(partial(one, samples, key))(flat).reshape(numbers.shape)
+
+
+def _with_replacement(samples, key, number):
+    # The batch of a uniformly drawn sample: a smaller last batch is drawn in proportion to its size.
+    return jax.random.randint(jax.random.fold_in(key, number), (), 0, samples.size, jnp.int32) // samples.batch
+
+
+def _without_replacement(samples, key, number):
+    epoch, place = number // samples.batches, number % samples.batches
+    chosen = permuted(jax.random.fold_in(key, epoch), place, samples.batches)
+    if not samples.rest:
+        return chosen
+    # In an epoch every batch has one place. The place of the smaller last batch goes to a random full batch with the
+    # probability q, by which the last batch has rest/b times as many places as another one, in the mean.
+    share, others = samples.rest / samples.batch, samples.batches - 1
+    q = (1 - share) / (1 + share / others)
+    coin, full = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), number))
+    replaced = (chosen == others) & (jax.random.uniform(coin) < q)
+    return jnp.where(replaced, jax.random.randint(full, (), 0, others, jnp.int32), chosen)
+
+
+def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
+    """Return the entry at ``place`` of a random permutation of 0 … count − 1, without making the permutation.
+
+    A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put in again
+    until one is.
+
+    Source: Black, Rogaway (2002), Ciphers with arbitrary finite domains.
+
+    Example:
+        >>> sorted(int(permuted(jax.random.key(0), place, 5)) for place in range(5))
+        [0, 1, 2, 3, 4]
+    """
+    low = (count - 1).bit_length() // 2
+    high = max((count - 1).bit_length(), 1) - low
+    keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
+
+    def encrypt(number: jax.Array) -> jax.Array:
+        # Each round swaps the halves, whose widths differ by one bit if the number of bits is odd.
+        widths = (high, low)
+        for index in range(ROUNDS):
+            right = number & _mask(widths[1])
+            left = (number >> jnp.uint32(widths[1])) ^ (_mix(right ^ keys[index]) & _mask(widths[0]))
+            number = (right << jnp.uint32(widths[0])) | left
+            widths = widths[::-1]
+        return number
+
+    found = jax.lax.while_loop(lambda number: number >= count, encrypt, encrypt(place.astype(jnp.uint32)))
+    return found.astype(jnp.int32)
+
+
+def _mask(bits):
+    return jnp.uint32((1 << bits) - 1)
+
+
+def _mix(number):
+    """Mix the bits of a 32-bit number (the finaliser of MurmurHash3)."""
+    number = (number ^ (number >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    number = (number ^ (number >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return number ^ (number >> jnp.uint32(16))
+
+
+def check_sampling(sampling: Any) -> None:
+    """Raise ValueError for an unknown kind of sampling."""
+    if sampling not in ("with_replacement", "without_replacement"):
+        raise ValueError(f'sampling must be "with_replacement" or "without_replacement", got {sampling!r}')

@@ -1,0 +1,74 @@
+"""SRBA: variance reduction by recursive estimates of the directions."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.stochastic.protocol import Directions, Draws, Oracle, State, directions, register
+from bilevel.stochastic.rates import Rate
+from bilevel.stochastic.samples import Sampling
+from bilevel.stochastic.soba import move_inner
+
+
+@register("inner_rate", "linear_rate", "outer_rate")
+@dataclass(frozen=True)
+class SRBA:
+    """Stochastic recursive bilevel algorithm: directions over all samples, corrected by batches (SARAH).
+
+    Every q steps the three directions are computed over all samples. In the steps between, each is corrected by
+
+        D ← D + (direction of a batch at the new point) − (direction of the same batch at the previous point).
+
+    A step costs twice as much as one of :class:`SOBA`, and every q-th step a pass over all samples. It has no tables.
+    Constant rates converge linearly on a strongly convex problem.
+
+    Args:
+        inner_rate: as for :class:`SOBA`; a constant rate is usual.
+        linear_rate: likewise.
+        outer_rate: likewise.
+        period: q. By default half the number of inner and outer batches, so that the passes cost as many samples as
+            the steps between them.
+        inner_batch: as for :class:`SOBA`.
+        outer_batch: as for :class:`SOBA`.
+        sampling: as for :class:`SOBA`.
+
+    Source: Dagréou, Moreau, Vaiter, Ablin (2023), A near-optimal algorithm for bilevel empirical risk minimization,
+    algorithm 1; Nguyen, Liu, Scheinberg, Takáč (2017), SARAH.
+    """
+
+    inner_rate: Rate | None = None
+    linear_rate: Rate | None = None
+    outer_rate: Any = None
+    period: int | None = None
+    inner_batch: int = 64
+    outer_batch: int = 64
+    sampling: Sampling = "with_replacement"
+
+    draws = (1, 1)
+
+    def init(self, oracle: Oracle, state: State) -> State:
+        """Return the state with the first point and directions of zero, which the first step replaces."""
+        point = state.w, state.adjoint, state.theta
+        return replace(state, memory=(point, Directions(*jax.tree.map(jnp.zeros_like, point))))
+
+    def step(self, oracle: Oracle, state: State, draws: Draws) -> State:
+        """Return the state after a step."""
+        period = self.period or max(1, (oracle.inner_samples.batches + oracle.outer_samples.batches) // 2)
+        previous, estimate = state.memory
+        point = state.w, state.adjoint, state.theta
+
+        def on_batch(w, adjoint, theta):
+            terms = oracle.inner(draws.inner[0], w, adjoint, theta)
+            return directions(terms, oracle.outer(draws.outer[0], w, theta))
+
+        def corrected():
+            return tree.add(estimate, oracle.average(tree.subtract(on_batch(*point), on_batch(*previous))))
+
+        moves = jax.lax.cond(state.step % period == 0, lambda: oracle.full(*point), corrected)
+        theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
+        return replace(
+            move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=(point, moves)
+        )
