@@ -76,16 +76,22 @@ class SABA:
         )
 
 
-def _table(samples: Samples, like: PyTree) -> tuple[PyTree, PyTree]:
-    """Return the rows, ``[batches, …]`` for each leaf, and their mean."""
+def _table(samples: Samples, like: PyTree) -> tuple[PyTree, PyTree, tuple[jax.Array, PyTree]]:
+    """Return the rows, ``[batches, …]`` for each leaf, their mean, and the row that is written next with its number."""
     rows = jax.tree.map(lambda leaf: jnp.zeros((samples.batches, *leaf.shape), leaf.dtype), like)
-    return rows, jax.tree.map(jnp.zeros_like, like)
+    zeros = jax.tree.map(jnp.zeros_like, like)
+    return rows, zeros, (jnp.int32(0), zeros)
 
 
-def _reduced(samples: Samples, table: tuple[PyTree, PyTree], number: jax.Array, new: PyTree) -> tuple[Any, Any]:
-    """Return the estimate of the mean from the new terms of one batch, and the table with them."""
-    rows, mean = table
+def _reduced(samples: Samples, table: Any, number: jax.Array, new: PyTree) -> tuple[Any, Any]:
+    """Return the estimate of the mean from the new terms of one batch, and the table with them.
+
+    The new row is written at the beginning of the next step. Then a step writes to the table before it reads from it,
+    and XLA changes the table in place. Otherwise it would copy the whole table in every step.
+    """
+    rows, mean, (last, row) = table
+    rows = jax.tree.map(lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, last, 0), rows, row)
     old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)
     change = tree.subtract(new, old)
-    rows = jax.tree.map(lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, number, 0), rows, new)
-    return tree.add(change, mean), (rows, tree.add(mean, tree.scale(samples.weight(number), change)))
+    mean, estimate = tree.add(mean, tree.scale(samples.weight(number), change)), tree.add(change, mean)
+    return estimate, (rows, mean, (number, new))
