@@ -45,7 +45,7 @@ PLANS = {
     "quadratic": QUADRATIC,
     "quadratic-32768": QUADRATIC,
     "logistic": Plan(
-        {"SOBA": 4096, "SABA": 2048, "SRBA": 2048, "AmIGO": 256}, (0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0),
+        {"SOBA": 4096, "SABA": 2048, "SRBA": 2048, "AmIGO": 256}, (0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.01, 0.1, 1.0),
         full_batch=FULL_BATCH,
     ),
     "cleaning": Plan(
