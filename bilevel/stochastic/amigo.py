@@ -42,6 +42,8 @@ class AmIGO:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
+    exponents = (0.5, 0.5)
+
     @property
     def draws(self) -> tuple[int, int]:
         """A batch for each step of w and of the adjoint, and an inner and an outer one for θ."""

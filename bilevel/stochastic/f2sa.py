@@ -48,6 +48,7 @@ class F2SA:
     sampling: Sampling = "with_replacement"
 
     needs_objective = True
+    exponents = (4 / 7, 5 / 7)
 
     @property
     def draws(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from bilevel.conditions import Projected, ProximalGradient
 from bilevel.failures import HypergradientError, Policy, check_policy
 from bilevel.methods.protocol import outer_variables, starting_point
 from bilevel.problem import Problem
+from bilevel.stochastic.curvature import choose_rates
 from bilevel.stochastic.placement import Placement, place
 from bilevel.stochastic.protocol import Algorithm, Draws, Oracle, State
 from bilevel.stochastic.rates import check_rate, is_transformation
@@ -24,8 +25,8 @@ from bilevel.types import PyTree, Status
 
 FIRST_GROWTH = 1e12
 """A state whose norm is this many times larger after the first evaluation than the start, or than 1, has diverged."""
-LATER_GROWTH = 1e8
-"""A state whose norm is this many times larger than at the first evaluation, or than at the start, has diverged."""
+LATER_GROWTH = 1e4
+"""A state whose norm is this many times larger than at the first evaluation, than at the start, and than 1, has diverged."""
 RESIDUAL_GROWTH = 1e4
 """A residual over all samples that is this many times larger than at the first evaluation shows divergence."""
 RATES = ("inner_rate", "linear_rate", "outer_rate")
@@ -153,10 +154,10 @@ def minimize(
     inner, outer = tree.arrays(inner, "inner"), tree.arrays(outer, "outer")
     _check(problem, inner, outer, algorithm, steps, evaluate_every)
     placement = place(inner, outer, shares)
-    numbers, plan = _plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
-    theta = tree.numbers_as_floats(theta)
     theta = _strongly_typed(outer_variables(theta))
     w = _strongly_typed(starting_point(w, theta, None))
+    algorithm = choose_rates(algorithm, problem, *placement.put((theta, w)), inner, outer)
+    numbers, plan = _plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
     first = _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
     start = partial(_start, inner=inner, outer=outer, numbers=numbers, plan=plan)
     if state is None:
@@ -308,7 +309,7 @@ def _judge(record, sizes, records):
     size, norms = float(record["size"]), [float(norm) for norm in record["norms"]]
     if not all(map(math.isfinite, (size, *norms))):
         return Status.NONFINITE
-    if size > FIRST_GROWTH * max(1.0, sizes[0]) or (len(sizes) > 1 and size > LATER_GROWTH * max(sizes[:2])):
+    if size > FIRST_GROWTH * max(1.0, sizes[0]) or (len(sizes) > 1 and size > LATER_GROWTH * max(1.0, *sizes[:2])):
         return Status.BREAKDOWN
     if norms and records and norms[0] > RESIDUAL_GROWTH * max(float(records[0]["norms"][0]), 1e-6 * size):
         return Status.BREAKDOWN
@@ -355,8 +356,6 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
         count_samples(samples, name)
     for name in RATES:
         check_rate(name, getattr(algorithm, name, None))
-        if getattr(algorithm, name, 0.0) is None:
-            raise ValueError(f"{name} is missing")
     condition = problem.condition
     if getattr(algorithm, "needs_objective", False) and not hasattr(condition, "potential"):
         raise ValueError(

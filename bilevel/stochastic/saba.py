@@ -1,7 +1,8 @@
 """SABA: variance reduction by tables of the terms of every batch."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,20 +56,21 @@ class SABA:
     memory_limit: int | None = None
 
     draws = (1, 1)
+    exponents = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with tables of zeros."""
         inner, outer = InnerTerms(state.w, state.w, state.theta), (state.w, state.theta)
         check_memory(oracle, inner, outer, self.memory_limit)
-        return replace(state, tables=(_table(oracle.inner_samples, inner), _table(oracle.outer_samples, outer)))
+        return replace(state, tables=(Table.zeros(oracle.inner_samples, inner), Table.zeros(oracle.outer_samples, outer)))
 
     def step(self, oracle: Oracle, state: State, draws: Draws) -> State:
         """Return the state after a step."""
         inner_table, outer_table = state.tables
         inner = oracle.inner(draws.inner[0], state.w, state.adjoint, state.theta)
         outer = oracle.outer(draws.outer[0], state.w, state.theta)
-        inner, inner_table = _reduced(oracle.inner_samples, inner_table, draws.inner[0], inner)
-        (in_w, in_theta), outer_table = _reduced(oracle.outer_samples, outer_table, draws.outer[0], outer[1:])
+        inner, inner_table = inner_table.reduced(oracle.inner_samples, draws.inner[0], inner)
+        (in_w, in_theta), outer_table = outer_table.reduced(oracle.outer_samples, draws.outer[0], outer[1:])
         moves = oracle.average(directions(inner, OuterTerms(outer.value, in_w, in_theta)))
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
         return replace(
@@ -76,22 +78,37 @@ class SABA:
         )
 
 
-def _table(samples: Samples, like: PyTree) -> tuple[PyTree, PyTree, tuple[jax.Array, PyTree]]:
-    """Return the rows, ``[batches, …]`` for each leaf, their mean, and the row that is written next with its number."""
-    rows = jax.tree.map(lambda leaf: jnp.zeros((samples.batches, *leaf.shape), leaf.dtype), like)
-    zeros = jax.tree.map(jnp.zeros_like, like)
-    return rows, zeros, (jnp.int32(0), zeros)
+class Table(NamedTuple):
+    """A table with one row for each batch, and the mean of its rows.
 
+    The last new row waits outside of the table until the next step. A step therefore writes before it reads, and XLA
+    updates the table in place. If it read a row and then replaced it, XLA would fuse the read with later operations, and
+    copy the whole table in every step.
 
-def _reduced(samples: Samples, table: Any, number: jax.Array, new: PyTree) -> tuple[Any, Any]:
-    """Return the estimate of the mean from the new terms of one batch, and the table with them.
-
-    The new row is written at the beginning of the next step. Then a step writes to the table before it reads from it,
-    and XLA changes the table in place. Otherwise it would copy the whole table in every step.
+    Attributes:
+        rows: the terms of each batch, ``[batches, …]`` for each leaf.
+        mean: the mean of the rows, in which each batch counts with its share of the samples.
+        waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
+        place: the number of its batch.
     """
-    rows, mean, (last, row) = table
-    rows = jax.tree.map(lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, last, 0), rows, row)
-    old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)
-    change = tree.subtract(new, old)
-    mean, estimate = tree.add(mean, tree.scale(samples.weight(number), change)), tree.add(change, mean)
-    return estimate, (rows, mean, (number, new))
+
+    rows: PyTree
+    mean: PyTree
+    waiting: PyTree
+    place: jax.Array
+
+    @classmethod
+    def zeros(cls, samples: Samples, like: PyTree) -> "Table":
+        """Return a table of zeros."""
+        rows = jax.tree.map(lambda leaf: jnp.zeros((samples.batches, *leaf.shape), leaf.dtype), like)
+        zeros = jax.tree.map(jnp.zeros_like, like)
+        return cls(rows, zeros, zeros, jnp.int32(0))
+
+    def reduced(self, samples: Samples, number: jax.Array, new: PyTree) -> tuple[Any, "Table"]:
+        """Return the estimate of the mean from the new terms of one batch, and the table with them."""
+        write = partial(jax.lax.dynamic_update_index_in_dim, index=self.place, axis=0)
+        rows = jax.tree.map(lambda rows, row: write(rows, row), self.rows, self.waiting)
+        old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)
+        change = tree.subtract(new, old)
+        mean = tree.add(self.mean, tree.scale(samples.weight(number), change))
+        return tree.add(change, self.mean), Table(rows, mean, new, number)

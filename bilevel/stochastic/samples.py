@@ -152,7 +152,7 @@ def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Arra
     """
     flat = numbers.ravel()
     if samples.batches == 1:
-        return jnp.zeros_like(numbers)
+        return jnp.zeros(numbers.shape, jnp.int32)
     one = _with_replacement if sampling == "with_replacement" else _without_replacement
     return jax.vmap(partial(one, samples, key))(flat).reshape(numbers.shape)
 

@@ -42,6 +42,7 @@ class SOBA:
     sampling: Sampling = "with_replacement"
 
     draws = (1, 1)
+    exponents = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state as it is."""
@@ -86,6 +87,7 @@ class MASOBA:
     sampling: Sampling = "with_replacement"
 
     draws = (1, 1)
+    exponents = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with an average of zero."""

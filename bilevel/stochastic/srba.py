@@ -48,6 +48,7 @@ class SRBA:
     sampling: Sampling = "with_replacement"
 
     draws = (1, 1)
+    exponents = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with the first point and directions of zero, which the first step replaces."""

@@ -1,0 +1,136 @@
+"""Rates that the user left out, chosen from estimates of the curvature at the start."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.conditions.protocol import Condition
+from bilevel.linear import NormalCG
+from bilevel.problem import Problem
+from bilevel.spectrum import operator_norm, ritz_values
+from bilevel.stochastic.rates import Power
+from bilevel.stochastic.samples import PASS, Samples
+from bilevel.theorem import solve_linear
+from bilevel.types import PyTree
+
+BATCHES = 8
+"""Inner batches whose curvature is estimated; the largest one decides."""
+RESPONSE_STEPS = 20
+"""Steps of the linear solve for the response of w to θ."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Estimates at the start of a run.
+
+    Attributes:
+        batch: the largest norm ‖∂F/∂w‖₂ among some inner batches.
+        lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w over the samples. It is over-estimated where
+            ∂F/∂w is ill-conditioned, because it is a Ritz value.
+        outer: the largest eigenvalue, in absolute value, of the Hessian in θ of the outer function, with w replaced by
+            its linear response to θ.
+    """
+
+    batch: float
+    lowest: float
+    outer: float
+
+
+def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree) -> Any:
+    """Return the algorithm with a rate in place of each None.
+
+    With the curvatures L of a batch, μ and L_h of :class:`Curvature`:
+
+    - the inner rate is 1/(2L), or 1/(3L) for a variance-reduced algorithm, whose rates are constant
+    - the rate of the adjoint is that of w
+    - the outer rate is c/(2L_h), with c = ρ₀μ times the number of steps of w in one step of θ, kept in [0.01, 1].
+      θ is then slow enough for w and the adjoint to follow.
+
+    The rates of the other algorithms fall with the exponents of their papers, from these first values.
+
+    Raises:
+        ValueError: if an estimate is zero or not finite.
+    """
+    missing = [name for name in ("inner_rate", "linear_rate", "outer_rate") if getattr(algorithm, name, 0) is None]
+    if "linear_rate" in missing and algorithm.inner_rate is not None:
+        algorithm, missing = replace(algorithm, linear_rate=algorithm.inner_rate), [*missing]
+        missing.remove("linear_rate")
+    if not missing:
+        return algorithm
+    found = estimate(problem, theta, w, inner, outer, algorithm.inner_batch)
+    inner_exponent, outer_exponent = getattr(algorithm, "exponents", (0.5, 0.5))
+    rate = 1 / ((2 if inner_exponent else 3) * found.batch)
+    follow = min(max(getattr(algorithm, "inner_steps", 1) * rate * found.lowest, 0.01), 1.0)
+    outer_rate = follow / (2 * found.outer)
+    chosen = {
+        "inner_rate": _falling(rate, inner_exponent),
+        "linear_rate": _falling(rate, inner_exponent),
+        "outer_rate": _falling(outer_rate, outer_exponent),
+    }
+    return replace(algorithm, **{name: chosen[name] for name in missing})
+
+
+def estimate(
+    problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int
+) -> Curvature:
+    """Return the curvatures at (w, θ), from at most 4096 inner and outer samples and from 8 inner batches.
+
+    Raises:
+        ValueError: if an estimate is zero or not finite.
+    """
+    numbers = jax.device_get(_estimate(theta, w, inner, outer, problem, inner_batch))
+    found = Curvature(*(float(number) for number in numbers))
+    if not (0 < found.batch < float("inf") and 0 < found.outer < float("inf")):
+        raise ValueError(
+            f"the rates cannot be estimated, because the curvatures at the start are {found}: give inner_rate, "
+            "linear_rate and outer_rate, or another start"
+        )
+    return found
+
+
+@partial(jax.jit, static_argnames=("problem", "inner_batch"))
+def _estimate(theta, w, inner, outer, problem, inner_batch):
+    condition = problem.condition
+    sizes = [jax.tree.leaves(samples)[0].shape[0] for samples in (inner, outer)]
+    inner_part, outer_part = (_part(samples, size) for samples, size in zip((inner, outer), sizes, strict=True))
+    samples = Samples(inner, sizes[0], min(inner_batch, sizes[0]))
+    full = sizes[0] // samples.batch
+
+    def norm_on(number):
+        return samples.on_batch(lambda batch: operator_norm(_matvec(condition, w, theta, batch), w), number)
+
+    count = min(BATCHES, full)
+    norms = jax.lax.map(norm_on, jnp.arange(count, dtype=jnp.int32) * (full // count))
+    matvec = _matvec(condition, w, theta, inner_part)
+    transpose = jax.linear_transpose(matvec, w)
+    lowest = ritz_values(lambda u: tree.scale(0.5, tree.add(matvec(u), transpose(u)[0])), w)[0]
+    floats, join = tree.partition_inexact(theta)
+
+    def response(tangent):
+        moved = jax.jvp(lambda floats: condition.residual(w, join(floats), inner_part), (floats,), (tangent,))[1]
+        return solve_linear(NormalCG(RESPONSE_STEPS), matvec, tree.scale(-1.0, moved), symmetric=False)[0]
+
+    def reduced(tangent):
+        value = problem.outer(tree.add(w, response(tangent)), join(tree.add(floats, tangent)), outer_part)
+        return value[0] if problem.has_aux else value
+
+    zeros = jax.tree.map(jnp.zeros_like, floats)
+    ritz = ritz_values(lambda u: jax.jvp(jax.grad(reduced), (zeros,), (u,))[1], floats)
+    return jnp.max(norms), lowest, jnp.max(jnp.abs(ritz))
+
+
+def _matvec(condition: Condition, w: PyTree, theta: PyTree, data: PyTree):
+    return jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
+
+
+def _part(samples, size):
+    """Return at most 4096 samples, at equal distances."""
+    return samples if size <= PASS else jax.tree.map(lambda leaf: leaf[:: -(-size // PASS)], samples)
+
+
+def _falling(rate, exponent):
+    return Power(rate, exponent) if exponent else rate
