@@ -1,12 +1,12 @@
 """Compare our stochastic bilevel algorithms with those of benchopt/benchmark_bilevel, on one core.
 
-    python -m benchmarks.bilevel tune  --peer DIR --peer-python PATH    choose rates on a grid, by the peer's own solvers
-    python -m benchmarks.bilevel run   --peer DIR --peer-python PATH    run both sides in alternating turns
-    python -m benchmarks.bilevel table                                  print the records as Markdown tables
-    python -m benchmarks.bilevel plot                                   draw docs/images/stochastic-PROBLEM.png
+    python -m benchmarks.bilevel tune --peer DIR --peer-python PATH    choose rates on a grid, by the peer's own solvers
+    python -m benchmarks.bilevel run --peer DIR --peer-python PATH     run both sides in alternating turns
+    python -m benchmarks.bilevel table                                 print the records as Markdown tables
+    python -m benchmarks.bilevel plot                                  draw docs/images/stochastic-PROBLEM.png
 
-DIR is a clone of github.com/benchopt/benchmark_bilevel, and PATH a Python that has benchopt and JAX. Without them, `run`
-takes our side alone. docs/stochastic-benchmark.md describes the benchmark. No other program should run meanwhile.
+DIR is a clone of github.com/benchopt/benchmark_bilevel, and PATH a Python that has benchopt and JAX. Without them,
+`run` takes our side alone. docs/stochastic-benchmark.md describes the benchmark. No other program should run meanwhile.
 """
 
 import argparse
@@ -61,13 +61,12 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> dict:
     full = [contender(problem, "full batch", rates[name], True) for name in rates if name.startswith("full batch")]
     data = Data.load(arrays)
     reference, seeds = PROBLEMS[problem].reference(data), list(range(1, options.seeds + 1))
-    sizes = [len(next(iter(part.values()))) for part in (data.inner, data.outer)]
     record = {"problem": problem, "metric": plan.metric, "metrics": list(reference.metrics), "contenders": {}}
     record |= {"seconds": options.seconds, "seeds": seeds, "machine": machine()}
     for group in groups + ([full] if full else []):
         found = race(problem, arrays, group, seeds, options.seconds, peer)
         for one in group:
-            runs = [_measured(points, reference, one, sizes) for points in found[one.label]]
+            runs = [_measured(points, reference, one, data.sizes) for points in found[one.label]]
             settings = {"algorithm": one.algorithm, "options": one.options, "block": one.block, "ours": one.ours}
             record["contenders"][one.label] = settings | {"runs": runs}
             print(problem, one.label, {k: v[-1] for k, v in runs[0].items()}, flush=True)

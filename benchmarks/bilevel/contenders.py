@@ -73,8 +73,8 @@ def contender(problem: str, algorithm: str, rates: dict, ours: bool) -> Contende
 def oracles_of_a_step(algorithm: str, inner_samples: int, outer_samples: int) -> float:
     """Return the mean number of oracle calls of one step.
 
-    An oracle call is, for one sample, a gradient ∇₁G_i, a product ∇²₁₁G_i v, a product ∇²₂₁G_i v, or the gradient of F_j
-    in one of its two arguments.
+    An oracle call is, for one sample, a gradient ∇₁G_i, a product ∇²₁₁G_i v, a product ∇²₂₁G_i v, or the gradient of
+    F_j in one of its two arguments.
     """
     single = 5 * BATCH
     if algorithm == "SRBA":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bilevel.our_worker CORE
 
-The stochastic algorithms go through ``bl.stochastic.minimize``, one call for each block of steps. The full-batch methods
-take the same hypergradients as ``bl.minimize``, in one compiled scan for each block.
+The stochastic algorithms go through ``bl.stochastic.minimize``, one call for each block of steps. The full-batch
+methods take the same hypergradients as ``bl.minimize``, in one compiled scan for each block.
 """
 
 import os
@@ -59,19 +59,18 @@ def algorithm(name: str, options: dict, data):
     rates = {"inner_rate": inner, "linear_rate": inner, "outer_rate": outer}
     extra = {}
     if name == "SRBA":
-        samples = len(data.inner["label" if "label" in data.inner else "linear"])
-        samples += len(data.outer["label" if "label" in data.outer else "linear"])
-        extra = {"period": int(samples * options.get("period_frac", 0.5) / batch)}
+        extra = {"period": int(sum(data.sizes) * options["period_frac"] / batch)}
     if name == "AmIGO":
-        extra = {"inner_steps": 10, "linear_steps": 10}
-    return getattr(stochastic, name)(**rates, inner_batch=batch, outer_batch=batch, sampling="without_replacement", **extra)
+        extra = dict.fromkeys(("inner_steps", "linear_steps"), options["n_inner_steps"])
+    batches = {"inner_batch": batch, "outer_batch": batch, "sampling": "without_replacement"}
+    return getattr(stochastic, name)(**rates, **batches, **extra)
 
 
 class FullBatch:
     """Descent on x by optax with hypergradients of the whole sums.
 
-    One outer step takes a few Newton-CG steps on z and ten iterations of conjugate gradients on the adjoint system, both
-    from a warm start. ``options`` has the outer ``rate``, ``optimizer`` (``"adam"`` or ``"lbfgs"``) and the number
+    One outer step takes a few Newton-CG steps on z and ten iterations of conjugate gradients on the adjoint system,
+    both from a warm start. ``options`` has the outer ``rate``, ``optimizer`` (``"adam"`` or ``"lbfgs"``) and the number
     ``newton_steps``.
     """
 
@@ -113,7 +112,7 @@ class FullBatch:
             return jax.lax.scan(step, (z, x, adjoint, state), length=settings["block"])[0]
 
         self._block = lambda *carry: block(*carry, arrays)
-        inner, outer = (len(next(iter(part.values()))) for part in (data.inner, data.outer))
+        inner, outer = data.sizes
         products = options["newton_steps"] * DIRECTION_STEPS + ADJOINT_STEPS + 1
         self._cost = settings["block"] * (inner * (products + options["newton_steps"] + 2) + 2 * outer)
 
@@ -129,7 +128,7 @@ class FullBatch:
 
 
 def build(settings: dict):
-    """Return our solver for the settings ``problem``, ``arrays``, ``algorithm``, ``options``, ``block`` and ``seed``."""
+    """Return our solver for the settings, which are those of the peer's worker."""
     from benchmarks.bilevel.problems import PROBLEMS, Data
 
     problem, data = PROBLEMS[settings["problem"]], Data.load(Path(settings["arrays"]))

@@ -40,7 +40,7 @@ def build(settings: dict):
     solver = module.Solver.get_instance(**options)
     solver.set_objective(
         f_inner=f_inner, f_outer=f_outer, inner_var0=jnp.asarray(data.z), outer_var0=jnp.asarray(data.x),
-        n_inner_samples=len(next(iter(inner_arrays.values()))), n_outer_samples=len(next(iter(outer_arrays.values()))),
+        n_inner_samples=data.sizes[0], n_outer_samples=data.sizes[1],
     )  # fmt: skip
     return solver
 

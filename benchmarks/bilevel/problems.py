@@ -6,7 +6,6 @@ values are computed by NumPy without JAX. They share no code with either side.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,12 @@ class Data:
     z: np.ndarray
     x: np.ndarray
     test: Arrays
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of inner and of outer samples."""
+        inner, outer = (len(next(iter(part.values()))) for part in (self.inner, self.outer))
+        return inner, outer
 
     def save(self, folder: Path) -> None:
         """Write every array to a file ``GROUP-NAME.npy``, which another process can map into memory."""
@@ -432,6 +437,3 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
         PROBLEMS[name].data(seed).save(found)
         (found / "problem.json").write_text(json.dumps({"problem": name, "seed": seed}))
     return found
-
-
-Loss = Callable[..., jax.Array]

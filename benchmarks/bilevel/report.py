@@ -75,7 +75,7 @@ def comparisons(record: dict) -> dict[str, dict[str, float]]:
         larger of the two measures at the end.
     """
     metric, found = record["metric"], {}
-    for label, ours in record["contenders"].items():
+    for ours in record["contenders"].values():
         theirs = record["contenders"].get(f"{ours['algorithm']}, benchmark_bilevel")
         if not ours["ours"] or theirs is None:
             continue
@@ -128,7 +128,7 @@ def plot(folder: Path, images: Path) -> list[Path]:
                 colour = colours.setdefault(kind, f"C{len(colours)}")
                 for number, run in enumerate(contender["runs"]):
                     axis.plot(
-                        run[against], np.maximum(run[metric], FLOOR), color=colour, lw=1.6 if contender["ours"] else 1.2,
+                        run[against], np.maximum(run[metric], FLOOR), color=colour, lw=1.4,
                         ls="-" if contender["ours"] else "--", alpha=1.0 if number == 0 else 0.35,
                         label=label if number == 0 else None,
                     )  # fmt: skip

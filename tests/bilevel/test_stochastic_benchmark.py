@@ -1,4 +1,4 @@
-"""The benchmark of stochastic algorithms: exact values of its problems, turns and kept points, and a run in miniature."""
+"""The benchmark of stochastic algorithms: exact values of its problems, turns, kept points, and a run in miniature."""
 
 import json
 
