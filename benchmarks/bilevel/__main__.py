@@ -41,13 +41,13 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
             points = worker.end()
             z, x = points["z"][-1], points["x"][-1]
             sound = np.isfinite(z).all() and np.isfinite(x).all()
-            measures = reference.measure(z, x) if sound else dict.fromkeys(reference.metrics, float("inf"))
+            measures = reference.measure(z, x) if sound else dict.fromkeys(reference.metrics)  # None: it diverged
             key = f"full batch {rates['optimizer']}" if is_ours else name
             tried.setdefault(key, []).append(rates | measures)
             print(problem, key, rates, measures, flush=True)
     chosen = {}
     for name, results in tried.items():
-        best = min(results, key=lambda result: result[plan.metric])
+        best = min((r for r in results if r[plan.metric] is not None), key=lambda result: result[plan.metric])
         chosen[name] = {key: value for key, value in best.items() if key not in reference.metrics}
     return {"chosen": chosen, "tried": tried, "seconds": options.seconds, "machine": machine()}
 

