@@ -4,6 +4,7 @@
     python -m benchmarks.bilevel run --peer DIR --peer-python PATH     run both sides in alternating turns
     python -m benchmarks.bilevel table                                 print the records as Markdown tables
     python -m benchmarks.bilevel plot                                  draw docs/images/stochastic-PROBLEM.png
+    python -m benchmarks.bilevel docs                                  put the tables into docs/stochastic-benchmark.md
 
 DIR is a clone of github.com/benchopt/benchmark_bilevel, and PATH a Python that has benchopt and JAX. Without them,
 `run` takes our side alone. docs/stochastic-benchmark.md describes the benchmark. No other program should run meanwhile.
@@ -52,8 +53,11 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
     return {"chosen": chosen, "tried": tried, "seconds": options.seconds, "machine": machine()}
 
 
-def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> dict:
-    """Race each algorithm against the peer's of the same name, and our full-batch methods against each other."""
+def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
+    """Race each algorithm against the peer's of the same name, and our full-batch methods against each other.
+
+    The record is written after each race.
+    """
     plan, arrays = PLANS[problem], make(problem, folder)
     rates = report.load(options.rates, "rates")[problem]["chosen"]
     names = [name for name in rates if not name.startswith("full batch")]
@@ -70,7 +74,7 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> dict:
             settings = {"algorithm": one.algorithm, "options": one.options, "block": one.block, "ours": one.ours}
             record["contenders"][one.label] = settings | {"runs": runs}
             print(problem, one.label, {k: v[-1] for k, v in runs[0].items()}, flush=True)
-    return record
+        report.save(options.out, problem, record)
 
 
 def _measured(points, reference, one, sizes):
@@ -93,7 +97,7 @@ def _measured(points, reference, one, sizes):
 def main(arguments: list[str] | None = None) -> int:
     """Run a suite; return 2 if the peer is needed and missing, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bilevel", description=__doc__.split("\n\n")[0])
-    parser.add_argument("suite", nargs="?", choices=("tune", "run", "table", "plot"), default="run")
+    parser.add_argument("suite", nargs="?", choices=("tune", "run", "table", "plot", "docs"), default="run")
     parser.add_argument("--peer", type=Path, help="clone of github.com/benchopt/benchmark_bilevel")
     parser.add_argument("--peer-python", type=Path, help="a Python that has benchopt and JAX")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["quadratic", "logistic", "cleaning"])
@@ -125,9 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
                     known = report.load(options.out, "rates") if path.exists() else {}
                     report.save(options.out, "rates", known | {problem: tune(problem, folder, options, peer)})
                 else:
-                    report.save(options.out, problem, run(problem, folder, options, peer, peers))
+                    run(problem, folder, options, peer, peers)
     if options.suite in ("run", "table"):
         print(report.table(options.out))
+    if options.suite == "docs":
+        report.PAGE.write_text(report.fill(report.PAGE.read_text(), report.table(options.out)))
     if options.suite in ("run", "plot"):
         print(*report.plot(options.out, options.images), sep="\n")
     return 0

@@ -45,7 +45,8 @@ PLANS = {
     "quadratic": QUADRATIC,
     "quadratic-32768": QUADRATIC,
     "logistic": Plan(
-        {"SOBA": 16384, "SABA": 4096, "SRBA": 8192, "AmIGO": 1024}, (0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.01, 0.1, 1.0),
+        {"SOBA": 16384, "SABA": 4096, "SRBA": 8192, "AmIGO": 1024},
+        (0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.01, 0.1, 1.0),
         full_batch=FULL_BATCH,
     ),
     "cleaning": Plan(

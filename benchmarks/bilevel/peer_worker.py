@@ -16,7 +16,7 @@ def build(settings: dict):
     import jax.numpy as jnp
     from jax.lax import dynamic_slice_in_dim as slice_rows
 
-    from benchmarks.bilevel.problems import PROBLEMS, Cleaning, Data
+    from benchmarks.bilevel.problems import PROBLEMS, Data
 
     problem, data = PROBLEMS[settings["problem"]], Data.load(Path(settings["arrays"]))
     inner_arrays, outer_arrays = (
@@ -27,10 +27,7 @@ def build(settings: dict):
         return {name: slice_rows(array, start, batch_size) for name, array in arrays.items()}
 
     def f_inner(z, x, start=0, batch_size=1):
-        batch = rows(inner_arrays, start, batch_size)
-        if isinstance(problem, Cleaning):  # The peer's own objective slices the weights, which is faster than indexing.
-            return problem.weighted(z, slice_rows(x, start, batch_size), batch)
-        return problem.inner(z, x, batch)
+        return problem.inner(z, x, rows(inner_arrays, start, batch_size))
 
     def f_outer(z, x, start=0, batch_size=1):
         return problem.outer(z, x, rows(outer_arrays, start, batch_size))

@@ -11,6 +11,8 @@ from benchmarks.bilevel.contenders import PLANS
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
+PAGE = ROOT / "docs" / "stochastic-benchmark.md"
+BEGIN, END = "% begin of the tables\n", "\n% end of the tables"
 TIMES = (0.3, 1.0, 3.0, 8.0)
 NAMES = {
     "gap": "h(x) − h*", "gradient": "‖∇h(x)‖", "validation_loss": "validation loss", "test_error": "test error",
@@ -90,19 +92,53 @@ def comparisons(record: dict) -> dict[str, dict[str, float]]:
     return found
 
 
+def best(record: dict) -> list[str]:
+    """Return a Markdown table of the least measures of each side at the times of the tables, with who reached them."""
+    times = [time for time in TIMES if time <= record["seconds"]]
+    found = [
+        "| the best after | " + " | ".join(f"{time:g} s" for time in times) + " |",
+        "|" + "---|" * (len(times) + 1),
+    ]
+    for side, ours in (("bilevel", True), ("benchmark_bilevel", False)):
+        group = {k: v for k, v in record["contenders"].items() if v["ours"] is ours}
+        for metric in record["metrics"] if group else ():
+            cells = []
+            for time in times:
+                values = {label: median_at(c["runs"], metric, time) for label, c in group.items()}
+                value, label = min(((v, k) for k, v in values.items() if v == v), default=(float("nan"), "none"))
+                cells.append(f"{value:.1e} ({label.partition(',')[0]})")
+            found.append(f"| {side}, {NAMES[metric]} | " + " | ".join(cells) + " |")
+    return found
+
+
 def table(folder: Path) -> str:
     """Return the Markdown tables of all records in a folder."""
     parts = []
     for name in recorded(folder):
         record = load(folder, name)
         parts.append(f"### {name}")
-        parts += ["\n".join(rows(record, metric)) for metric in record["metrics"]]
+        length, seeds = f"{record['seconds']:g} s", len(record["seeds"])
+        parts.append(
+            f"Runs of {length}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {record['machine']['processor']}."
+        )
+        parts += ["\n".join(rows(record, metric)) for metric in record["metrics"]] + ["\n".join(best(record))]
         if compared := comparisons(record):
             lines = ["| algorithm | steps per second, ours / theirs | seconds to the same value, theirs / ours |"]
             lines.append("|---|---|---|")
             lines += [f"| {k} | {v['steps']:.2f} | {v['seconds']:.2f} |" for k, v in compared.items()]
             parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def in_page(page: str) -> str:
+    """Return the tables that a page has between its two marks."""
+    return page.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def fill(page: str, tables: str) -> str:
+    """Return the page with other tables between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
 
 
 def plot(folder: Path, images: Path) -> list[Path]:

@@ -167,6 +167,12 @@ def test_a_peer_that_is_not_there_is_refused_with_what_to_do(tmp_path):
         Peer().check()
 
 
+def test_the_page_has_the_tables_of_the_records():
+    page = report.PAGE.read_text()
+    assert report.recorded(report.RESULTS) and report.in_page(page) == report.table(report.RESULTS)
+    assert report.in_page(report.fill(page, "| other |")) == "| other |"
+
+
 def test_oracle_calls_of_a_step():
     assert contenders.oracles_of_a_step("SOBA", 1024, 1024) == 5 * 64
     # A period of 16 steps: one over all samples, and 15 with two evaluations of each batch.
