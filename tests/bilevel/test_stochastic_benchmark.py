@@ -13,6 +13,7 @@ from benchmarks.bilevel import contenders, report, turns
 from benchmarks.bilevel.problems import CLASSES, PROBLEMS, Data
 from benchmarks.bilevel.race import Missing, Peer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMOOTH = ("tiny-quadratic", "tiny-logistic")
 
 
@@ -45,6 +46,7 @@ def test_the_exact_gradient_equals_central_differences_of_the_exact_value(name):
     np.testing.assert_allclose(reference.value_and_gradient(x)[1], differences, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow("compiles an inner solve for each problem", fast="tiny-logistic")
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_exact_value_and_gradient_equal_those_of_the_losses(name):
     problem = PROBLEMS[name]
