@@ -118,9 +118,9 @@ def table(folder: Path) -> str:
         record = load(folder, name)
         parts.append(f"### {name}")
         length, seeds = f"{record['seconds']:g} s", len(record["seeds"])
-        parts.append(
-            f"Runs of {length}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {record['machine']['processor']}."
-        )
+        machine = record["machine"]
+        host = f"{machine['processor']}, {machine['cores']} cores at load {machine['load']:.0f}"
+        parts.append(f"Runs of {length}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {host}.")
         parts += ["\n".join(rows(record, metric)) for metric in record["metrics"]] + ["\n".join(best(record))]
         if compared := comparisons(record):
             lines = ["| algorithm | steps per second, ours / theirs | seconds to the same value, theirs / ours |"]
@@ -170,6 +170,9 @@ def plot(folder: Path, images: Path) -> list[Path]:
                     )  # fmt: skip
             axis.set_xscale("log")
             axis.set_yscale("log")
+            if against == "seconds":
+                axis.set_xlim(left=0.03)
+            axis.xaxis.set_minor_formatter("")
             axis.set_xlabel("seconds of the solver" if against == "seconds" else "oracle calls")
             axis.set_ylabel(NAMES[metric])
             axis.grid(alpha=0.25)
