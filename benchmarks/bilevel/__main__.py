@@ -1,0 +1,143 @@
+"""Compare our stochastic bilevel algorithms with those of benchopt/benchmark_bilevel, on one core.
+
+    python -m benchmarks.bilevel tune --peer DIR --peer-python PATH    choose rates on a grid, by the peer's own solvers
+    python -m benchmarks.bilevel run --peer DIR --peer-python PATH     run both sides in alternating turns
+    python -m benchmarks.bilevel table                                 print the records as Markdown tables
+    python -m benchmarks.bilevel plot                                  draw docs/images/stochastic-PROBLEM.png
+    python -m benchmarks.bilevel docs                                  put the tables into docs/stochastic-benchmark.md
+
+DIR is a clone of github.com/benchopt/benchmark_bilevel, and PATH a Python that has benchopt and JAX. Without them,
+`run` takes our side alone. docs/stochastic-benchmark.md describes the benchmark. No other program should run meanwhile.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bilevel import report
+from benchmarks.bilevel.contenders import PLANS, contender, grid, oracles_of_a_step
+from benchmarks.bilevel.problems import PROBLEMS, Data, make
+from benchmarks.bilevel.race import Missing, Peer, Worker, race
+from benchmarks.speed.harness import machine
+
+
+def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
+    """Return the rates with the least measure after ``options.seconds``, by algorithm, and what was tried.
+
+    The rates of the stochastic algorithms are chosen by the peer's solvers, and are then used on both sides.
+    """
+    plan, arrays = PLANS[problem], make(problem, folder)
+    reference = PROBLEMS[problem].reference(Data.load(arrays))
+    tried: dict[str, list] = {}
+    jobs = [(name, rates, False) for name in options.algorithms or plan.blocks for rates in grid(plan)]
+    jobs += [("full batch", rates, True) for rates in plan.full_batch if not options.algorithms]
+    with Worker(False, peer) as theirs, Worker(True, peer) as ours:
+        for name, rates, is_ours in jobs:
+            one, worker = contender(problem, name, rates, is_ours), ours if is_ours else theirs
+            worker.begin(problem, arrays, one, seed=1)
+            worker.ask(seconds=options.seconds)
+            points = worker.end()
+            z, x = points["z"][-1], points["x"][-1]
+            sound = np.isfinite(z).all() and np.isfinite(x).all()
+            measures = reference.measure(z, x) if sound else dict.fromkeys(reference.metrics)  # None: it diverged
+            key = f"full batch {rates['optimizer']}" if is_ours else name
+            tried.setdefault(key, []).append(rates | measures)
+            print(problem, key, rates, measures, flush=True)
+    chosen = {}
+    for name, results in tried.items():
+        best = min((r for r in results if r[plan.metric] is not None), key=lambda result: result[plan.metric])
+        chosen[name] = {key: value for key, value in best.items() if key not in reference.metrics}
+    return {"chosen": chosen, "tried": tried, "seconds": options.seconds, "machine": machine()}
+
+
+def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
+    """Race each algorithm against the peer's of the same name, and our full-batch methods against each other.
+
+    The record is written after each race.
+    """
+    plan, arrays = PLANS[problem], make(problem, folder)
+    rates = report.load(options.rates, "rates")[problem]["chosen"]
+    names = [name for name in rates if not name.startswith("full batch")]
+    groups = [[contender(problem, name, rates[name], ours) for ours in (True, False)[: 1 + peers]] for name in names]
+    full = [contender(problem, "full batch", rates[name], True) for name in rates if name.startswith("full batch")]
+    data = Data.load(arrays)
+    reference, seeds = PROBLEMS[problem].reference(data), list(range(1, options.seeds + 1))
+    record = {"problem": problem, "metric": plan.metric, "metrics": list(reference.metrics), "contenders": {}}
+    record |= {"seconds": options.seconds, "seeds": seeds, "machine": machine()}
+    for group in groups + ([full] if full else []):
+        found = race(problem, arrays, group, seeds, options.seconds, peer)
+        for one in group:
+            runs = [_measured(points, reference, one, data.sizes) for points in found[one.label]]
+            settings = {"algorithm": one.algorithm, "options": one.options, "block": one.block, "ours": one.ours}
+            record["contenders"][one.label] = settings | {"runs": runs}
+            print(problem, one.label, {k: v[-1] for k, v in runs[0].items()}, flush=True)
+        report.save(options.out, problem, record)
+
+
+def _measured(points, reference, one, sizes):
+    """Return a run's times, steps, oracle calls and measures as lists for a record, up to the last finite point."""
+    sound = [bool(np.isfinite(z).all() and np.isfinite(x).all()) for z, x in zip(points["z"], points["x"], strict=True)]
+    kept = [number for number, finite in enumerate(sound) if finite]
+    measures = [reference.measure(points["z"][number], points["x"][number]) for number in kept]
+    steps = points["steps"][kept]
+    calls = (
+        points["oracles"][kept] if one.algorithm == "full batch" else steps * oracles_of_a_step(one.algorithm, *sizes)
+    )
+    columns = {name: [float(f"{measure[name]:.6g}") for measure in measures] for name in reference.metrics}
+    return {
+        "seconds": [round(float(t), 5) for t in points["seconds"][kept]],
+        "steps": [int(s) for s in steps],
+        "oracles": [int(c) for c in calls],
+    } | columns
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a suite; return 2 if the peer is needed and missing, otherwise 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bilevel", description=__doc__.split("\n\n")[0])
+    parser.add_argument("suite", nargs="?", choices=("tune", "run", "table", "plot", "docs"), default="run")
+    parser.add_argument("--peer", type=Path, help="clone of github.com/benchopt/benchmark_bilevel")
+    parser.add_argument("--peer-python", type=Path, help="a Python that has benchopt and JAX")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["quadratic", "logistic", "cleaning"])
+    parser.add_argument("--algorithms", nargs="+", help="algorithms to tune (default: all)")
+    parser.add_argument("--seconds", type=float, help="length of a run (default: 8, and 3 for tune)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--core", type=int, default=0, help="the core of both sides (default: 0)")
+    parser.add_argument("--arrays", type=Path, help="folder to keep the problems' arrays (default: a temporary one)")
+    parser.add_argument("--rates", type=Path, default=report.RESULTS, help="folder of the chosen rates")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the records")
+    parser.add_argument("--images", type=Path, default=report.IMAGES, help="folder of the pictures")
+    options = parser.parse_args(arguments)
+    if options.suite in ("tune", "run"):
+        options.seconds = options.seconds or {"tune": 3.0, "run": 8.0}[options.suite]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = options.arrays or Path(temporary)
+            peer = Peer(options.peer, options.peer_python, options.core, Path(temporary) / "compiled")
+            try:
+                peer.check()
+                peers = True
+            except Missing as error:
+                print(error, file=sys.stderr)
+                if options.suite == "tune":
+                    return 2
+                peers = False
+            for problem in options.problems:
+                if options.suite == "tune":
+                    path = options.out / "bilevel-rates.json"
+                    known = report.load(options.out, "rates") if path.exists() else {}
+                    report.save(options.out, "rates", known | {problem: tune(problem, folder, options, peer)})
+                else:
+                    run(problem, folder, options, peer, peers)
+    if options.suite in ("run", "table"):
+        print(report.table(options.out))
+    if options.suite == "docs":
+        report.PAGE.write_text(report.fill(report.PAGE.read_text(), report.table(options.out)))
+    if options.suite in ("run", "plot"):
+        print(*report.plot(options.out, options.images), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

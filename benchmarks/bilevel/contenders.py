@@ -1,0 +1,86 @@
+"""The contenders of each problem: algorithms, blocks of steps, grids of rates, and oracle calls of a step."""
+
+import itertools
+from dataclasses import dataclass
+
+from benchmarks.bilevel.race import Contender
+
+BATCH = 64
+INNER_STEPS = 10
+"""Inner steps of AmIGO and F2SA, the peer's default."""
+PERIOD_FRACTION = 0.5
+"""SRBA's period in passes over both sums, the peer's default."""
+EXTRA = {"AmIGO": {"n_inner_steps": INNER_STEPS}, "SRBA": {"period_frac": PERIOD_FRACTION}}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared on one problem.
+
+    Args:
+        blocks: number of steps between two looks at the clock, by algorithm.
+        step_sizes: the grid's inner rates.
+        outer_ratios: the grid's ratios of the inner to the outer rate.
+        metric: the measure that chooses the rates, and that the tables show first.
+        full_batch: settings of our full-batch methods, as many as a stochastic algorithm has.
+        seconds: length of a run.
+    """
+
+    blocks: dict[str, int]
+    step_sizes: tuple[float, ...]
+    outer_ratios: tuple[float, ...]
+    metric: str = "gap"
+    full_batch: tuple[dict, ...] = ()
+    seconds: float = 8.0
+
+
+FULL_BATCH = tuple(
+    {"optimizer": optimizer, "rate": rate, "newton_steps": steps}
+    for steps in (1, 2)
+    for optimizer, rates in (("adam", (0.03, 0.1, 0.3, 1.0)), ("lbfgs", (0.3, 1.0)))
+    for rate in rates
+)
+QUADRATIC = Plan({"SOBA": 64, "SABA": 64, "SRBA": 32, "AmIGO": 8}, (0.03, 0.1, 0.2), (0.1, 0.3, 1.0))
+PLANS = {
+    "quadratic": QUADRATIC,
+    "quadratic-32768": QUADRATIC,
+    "logistic": Plan(
+        {"SOBA": 16384, "SABA": 4096, "SRBA": 8192, "AmIGO": 1024},
+        (0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.01, 0.1, 1.0),
+        full_batch=FULL_BATCH,
+    ),
+    "cleaning": Plan(
+        {"SOBA": 256, "SABA": 16, "SRBA": 128, "AmIGO": 32}, (0.03, 0.1, 0.3), (1e-5, 1e-4, 1e-3),
+        metric="validation_loss",
+    ),
+}  # fmt: skip
+
+
+def grid(plan: Plan) -> list[dict]:
+    """Return the rates that are tried for each stochastic algorithm."""
+    pairs = itertools.product(plan.step_sizes, plan.outer_ratios)
+    return [{"step_size": step, "outer_ratio": ratio} for step, ratio in pairs]
+
+
+def contender(problem: str, algorithm: str, rates: dict, ours: bool) -> Contender:
+    """Return a contender of one side; the label names the side and the algorithm."""
+    label = f"{algorithm}, {'bilevel' if ours else 'benchmark_bilevel'}"
+    if algorithm == "full batch":
+        return Contender(f"full batch {rates['optimizer']}, bilevel", algorithm, rates, 1, ours)
+    options = {"batch_size": BATCH} | EXTRA.get(algorithm, {}) | rates
+    return Contender(label, algorithm, options, PLANS[problem].blocks[algorithm], ours)
+
+
+def oracles_of_a_step(algorithm: str, inner_samples: int, outer_samples: int) -> float:
+    """Return the mean number of oracle calls of one step.
+
+    An oracle call is, for one sample, a gradient ∇₁G_i, a product ∇²₁₁G_i v, a product ∇²₂₁G_i v, or the gradient of
+    F_j in one of its two arguments.
+    """
+    single = 5 * BATCH
+    if algorithm == "SRBA":
+        period = int(PERIOD_FRACTION * (inner_samples + outer_samples) / BATCH)
+        return ((period - 1) * 2 * single + 3 * inner_samples + 2 * outer_samples) / period
+    if algorithm == "AmIGO":
+        return (2 * INNER_STEPS + 3) * BATCH
+    return single

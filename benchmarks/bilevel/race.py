@@ -1,0 +1,171 @@
+"""Race of several contenders on one problem: turns of equal seconds, one after another, on one core.
+
+Each contender has a process of its own. Only one process runs at a time, so all of them are pinned to the same core.
+The load of the machine changes from second to second; short turns let it affect all contenders alike.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+TURN = 0.2
+"""Seconds of a turn."""
+
+
+class Missing(Exception):
+    """Error for a peer that cannot be started; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where benchmark_bilevel and its Python are, and the core that both sides use.
+
+    Args:
+        clone: folder of a clone of github.com/benchopt/benchmark_bilevel, or None to run our side alone.
+        python: a Python that has benchopt and JAX.
+        core: number of the CPU core.
+        cache: folder for compiled programs, or None to compile for every run.
+    """
+
+    clone: Path | None = None
+    python: Path | None = None
+    core: int = 0
+    cache: Path | None = None
+
+    def check(self) -> None:
+        """Raise :class:`Missing` if the clone or the Python is not there."""
+        for option, path, way in (
+            (
+                "--peer",
+                self.clone and self.clone / "solvers" / "soba.py",
+                "git clone the repository, and name the clone",
+            ),
+            ("--peer-python", self.python, "make a virtual environment with `pip install benchopt jax`"),
+        ):
+            if path is None or not path.exists():
+                raise Missing(
+                    f"benchmark_bilevel needs {option}: there is no {path}; {way}. docs/stochastic-benchmark.md"
+                )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One algorithm with its settings, on one side.
+
+    Args:
+        label: name in records and tables.
+        algorithm: name of the peer's solver class, or of the algorithm in ``bl.stochastic``, or ``"full batch"``.
+        options: the settings, with the peer's names.
+        block: number of steps between two looks at the clock.
+        ours: whether this library runs it, and not the peer.
+    """
+
+    label: str
+    algorithm: str
+    options: dict = field(hash=False)
+    block: int
+    ours: bool
+
+
+class Worker:
+    """The process of one contender; a context manager that ends it."""
+
+    def __init__(self, ours: bool, peer: Peer):
+        if not ours:
+            peer.check()
+        core = str(peer.core)
+        module = ["benchmarks.bilevel.our_worker"] if ours else ["benchmarks.bilevel.peer_worker", str(peer.clone)]
+        environment = os.environ | {
+            "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+            "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        if peer.cache is not None:
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": str(peer.cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+        self._child = subprocess.Popen(
+            [sys.executable if ours else str(peer.python), "-m", *module, core],
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.versions = self.answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._child.stdin.close()
+        self._child.stdout.close()
+        try:
+            self._child.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def answer(self) -> dict:
+        """Return the next answer. Raise RuntimeError if the process has ended."""
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ended with status {self._child.wait()}; its error output is above")
+        return json.loads(line)
+
+    def ask(self, **request) -> dict:
+        """Send a request and return the answer."""
+        assert self._child.stdin is not None
+        print(json.dumps(request), file=self._child.stdin, flush=True)
+        return self.answer()
+
+    def begin(self, problem: str, arrays: Path, contender: Contender, seed: int) -> None:
+        """Compile a contender's programs, and wait for its first turn."""
+        settings = {"problem": problem, "arrays": str(arrays), "algorithm": contender.algorithm, "seed": seed}
+        self.ask(start=settings | {"options": contender.options, "block": contender.block})
+
+    def end(self) -> dict[str, np.ndarray]:
+        """End a run, and return its points: ``seconds``, ``steps``, ``oracles``, ``z`` and ``x``."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.ask(save=str(Path(folder) / "points.npz"))
+            with np.load(Path(folder) / "points.npz") as points:
+                return dict(points)
+
+
+def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[int], seconds: float, peer: Peer) -> dict:
+    """Run every contender for some seconds of its own, in alternating turns, once for each seed.
+
+    Args:
+        problem: name of the problem.
+        arrays: folder of its arrays.
+        contenders: the contenders, each with a label of its own.
+        seeds: seeds of the samplers.
+        seconds: length of a run.
+        peer: where the peer is.
+
+    Returns:
+        by label, a list of the points of each seed, as :meth:`Worker.end` returns them.
+    """
+    found: dict[str, list] = {contender.label: [] for contender in contenders}
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(contender.ours, peer)) for contender in contenders]
+        for seed in seeds:
+            for contender, worker in zip(contenders, workers, strict=True):
+                worker.begin(problem, arrays, contender, seed)
+            until, turn, running = TURN, 0, set(range(len(contenders)))
+            while running:
+                # Alternate the order, so that no contender always runs after the same other one.
+                for number in sorted(running, reverse=turn % 2 == 1):
+                    answer = workers[number].ask(seconds=min(until, seconds))
+                    if answer["seconds"] >= seconds or not answer["finite"]:
+                        running.discard(number)
+                until, turn = until + TURN, turn + 1
+            for contender, worker in zip(contenders, workers, strict=True):
+                found[contender.label].append(worker.end())
+    return found

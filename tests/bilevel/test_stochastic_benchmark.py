@@ -1,0 +1,201 @@
+"""The benchmark of stochastic algorithms: exact values of its problems, turns, kept points, and a run in miniature."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel as bl
+from benchmarks.bilevel import __main__ as suites
+from benchmarks.bilevel import contenders, report, turns
+from benchmarks.bilevel.problems import CLASSES, PROBLEMS, Data
+from benchmarks.bilevel.race import Missing, Peer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SMOOTH = ("tiny-quadratic", "tiny-logistic")
+
+
+def declared(problem):
+    """Return the problem in this library's form, with both sums as one pytree of data."""
+    return bl.Problem(
+        bl.Stationary(lambda z, x, data: problem.inner(z, x, data["inner"])),
+        lambda z, x, data: problem.outer(z, x, data["outer"]),
+    )
+
+
+def in_float64(data):
+    inner, outer = (
+        {name: jnp.asarray(a, jnp.float64 if a.dtype == np.float32 else a.dtype) for name, a in part.items()}
+        for part in (data.inner, data.outer)
+    )
+    return {"inner": inner, "outer": outer}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_exact_gradient_equals_central_differences_of_the_exact_value(name):
+    data = PROBLEMS[name].data(seed=1)
+    reference, x = PROBLEMS[name].reference(data), np.asarray(data.x, np.float64)
+    step = 1e-5
+    differences = [
+        (reference.value_and_gradient(x + e)[0] - reference.value_and_gradient(x - e)[0]) / (2 * step)
+        for e in step * np.eye(len(x))
+    ]
+    # Central differences have errors of step² (third derivatives are of order one) and of eps/step.
+    np.testing.assert_allclose(reference.value_and_gradient(x)[1], differences, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow("compiles an inner solve for each problem", fast="tiny-logistic")
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_exact_value_and_gradient_equal_those_of_the_losses(name):
+    problem = PROBLEMS[name]
+    data = problem.data(seed=1)
+    solver, method = bl.HessianFree(max_steps=30, cg_steps=30), bl.Implicit(bl.CG(max_steps=40, tol=1e-13))
+    z, x = (jnp.asarray(start, jnp.float64) for start in (data.z, data.x))
+    out = bl.value_and_hypergradient(declared(problem), solver, method, on_failure="ignore")(x, z, in_float64(data))
+    value, gradient = problem.reference(data).value_and_gradient(data.x)
+    assert float(out.value) == pytest.approx(value, rel=1e-12)
+    np.testing.assert_allclose(out.gradient, gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_the_gap_of_the_quadratic_is_the_difference_of_values_and_zero_at_the_minimiser():
+    data = PROBLEMS["tiny-quadratic"].data(seed=1)
+    reference = PROBLEMS["tiny-quadratic"].reference(data)
+    least = reference.value_and_gradient(reference.minimiser)[0]
+    gap = reference.value_and_gradient(data.x)[0] - least
+    assert reference.measure(data.z, data.x)["gap"] == pytest.approx(gap, rel=1e-10)
+    assert reference.measure(data.z, reference.minimiser) == {"gap": 0.0, "gradient": 0.0}
+    assert np.linalg.eigvalsh(reference.hessian)[0] > 0
+
+
+def test_the_least_value_of_the_logistic_problem_is_below_every_value_nearby():
+    data = PROBLEMS["tiny-logistic"].data(seed=1)
+    reference = PROBLEMS["tiny-logistic"].reference(data)
+    rng = np.random.default_rng(0)
+    assert np.isfinite(reference.least)
+    points = np.concatenate([rng.normal(0, 3, (200, 5)), reference.minimiser + rng.normal(0, 0.1, (50, 5))])
+    assert min(reference.measure(data.z, x)["gap"] for x in points) > -1e-13
+    assert reference.measure(data.z, reference.minimiser)["gradient"] < 1e-9
+
+
+def test_hyper_cleaning_has_standardised_images_half_of_them_with_redrawn_labels():
+    problem = PROBLEMS["tiny-cleaning"]
+    data = problem.data(seed=1)
+    varying = data.inner["image"].std(axis=0) > 0
+    np.testing.assert_allclose(data.inner["image"].mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(data.inner["image"].std(axis=0)[varying], 1, rtol=1e-4)
+    arrays, z = in_float64(data), jnp.full(28 * 28 * CLASSES, 0.01, jnp.float64)
+    # The weight of an image changes the loss of this image only, by sigmoid′(x_i) times its cross-entropy.
+    x = jnp.linspace(-2, 2, len(data.x), dtype=jnp.float64)
+    slope = jax.grad(problem.inner, argnums=1)(z, x, arrays["inner"])
+    expected = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x) * problem.losses(z, arrays["inner"]) / len(x)
+    np.testing.assert_allclose(slope, expected, rtol=1e-10)
+    measured = problem.reference(data).measure(np.asarray(z), np.asarray(x))
+    assert measured["validation_loss"] == pytest.approx(float(problem.outer(z, x, arrays["outer"])), rel=1e-12)
+    # A constant z predicts one class, and wrongly for most of the test images.
+    assert 0.7 < measured["test_error"] < 1
+
+
+def test_arrays_survive_a_folder(tmp_path):
+    data = PROBLEMS["tiny-cleaning"].data(seed=1)
+    data.save(tmp_path)
+    loaded = Data.load(tmp_path)
+    for group in ("inner", "outer", "test"):
+        for name, array in getattr(data, group).items():
+            np.testing.assert_array_equal(array, getattr(loaded, group)[name])
+    np.testing.assert_array_equal(data.x, loaded.x)
+
+
+def test_a_recorder_keeps_the_last_point_before_each_scheduled_time():
+    recorder = turns.Recorder()
+    times = np.arange(1, 2000) * 0.00173
+    for number, seconds in enumerate(times):
+        recorder.add(seconds, number, np.zeros(1), np.zeros(1), 0.0)
+    kept = np.array([point[0] for point in recorder.points])
+    due = turns.schedule()
+    due = due[(due > times[0]) & (due < times[-1])]
+    expected = sorted({max(t for t in times if t <= moment) for moment in due})
+    np.testing.assert_array_equal(kept, expected)
+
+
+class Counter:
+    """A solver that counts its blocks, in the peer's form."""
+
+    def __init__(self, broken_after=10**9):
+        self._broken_after = broken_after
+
+    def run(self, callback):
+        self.inner_var = self.outer_var = np.zeros(1)
+        while callback():
+            self.inner_var = self.outer_var = self.outer_var + 1
+            if self.outer_var[0] > self._broken_after:
+                self.outer_var = np.full(1, np.nan)
+
+
+def answered(solver, requests):
+    answers, pending = [], iter(requests)
+    run = turns.Turns(solver, 5, lambda: next(pending), answers.append)
+    run.start()
+    solver.run(run)
+    return answers
+
+
+def test_a_turn_ends_after_the_block_that_passes_its_time_and_the_next_one_goes_on(tmp_path):
+    answers = answered(Counter(), [{"seconds": 0.01}, {"seconds": 0.02}, {"save": str(tmp_path / "points.npz")}])
+    assert [answer["seconds"] >= until for answer, until in zip(answers, (0.01, 0.02), strict=True)] == [True, True]
+    assert answers[0]["steps"] < answers[1]["steps"]
+    with np.load(tmp_path / "points.npz") as points:
+        np.testing.assert_array_equal(points["steps"], 5 * points["x"][:, 0])
+        assert points["steps"][-1] == answers[1]["steps"] and points["seconds"][-1] == answers[1]["seconds"]
+
+
+def test_a_run_that_diverges_says_so_at_once(tmp_path):
+    answers = answered(Counter(broken_after=3), [{"seconds": 60.0}, {"save": str(tmp_path / "points.npz")}])
+    assert answers[-1]["finite"] is False and answers[-1]["steps"] == 4 * 5
+
+
+def test_measures_at_a_time_are_those_of_the_last_point_by_then():
+    run = {"seconds": [0.1, 0.9, 1.1], "gap": [3.0, 2.0, 1.0], "steps": [1, 2, 3]}
+    assert report.at(run, "gap", 1.0) == 2.0 and report.at(run, "gap", 8.0) == 1.0
+    assert np.isnan(report.at(run, "gap", 0.05))
+    assert report.seconds_until(run, "gap", 2.0) == 0.9 and report.seconds_until(run, "gap", 0.5) == float("inf")
+
+
+def test_a_peer_that_is_not_there_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(Missing, match=r"--peer: there is no .*soba.py; git clone"):
+        Peer(tmp_path, tmp_path).check()
+    with pytest.raises(Missing, match=r"--peer: there is no None"):
+        Peer().check()
+
+
+def test_the_page_has_the_tables_of_the_records():
+    page = report.PAGE.read_text()
+    assert report.recorded(report.RESULTS) and report.in_page(page) == report.table(report.RESULTS)
+    assert report.in_page(report.fill(page, "| other |")) == "| other |"
+
+
+def test_oracle_calls_of_a_step():
+    assert contenders.oracles_of_a_step("SOBA", 1024, 1024) == 5 * 64
+    # A period of 16 steps: one over all samples, and 15 with two evaluations of each batch.
+    assert contenders.oracles_of_a_step("SRBA", 1024, 1024) == (5 * 1024 + 15 * 10 * 64) / 16
+
+
+@pytest.mark.slow("starts a process for each contender")
+@pytest.mark.parametrize("name", ["tiny-quadratic", "tiny-logistic"])
+def test_our_side_runs_alone_in_miniature(name, tmp_path, monkeypatch, capsys):
+    rates = {"SOBA": {"step_size": 0.05, "outer_ratio": 1.0}}
+    full = {"optimizer": "adam", "rate": 0.1, "newton_steps": 2}
+    plan = contenders.Plan({"SOBA": 16}, (0.05,), (1.0,), full_batch=(full,))
+    monkeypatch.setitem(contenders.PLANS, name, plan)
+    report.save(tmp_path, "rates", {name: {"chosen": rates | {"full batch adam": full}}})
+    arguments = ["run", "--problems", name, "--seconds", "0.5", "--seeds", "1", "--core", "0"]
+    folders = {"--rates": tmp_path, "--out": tmp_path, "--images": tmp_path / "images", "--arrays": tmp_path / "arrays"}
+    assert suites.main([*arguments, *(str(word) for pair in folders.items() for word in pair)]) == 0
+    printed = capsys.readouterr()
+    assert "benchmark_bilevel needs --peer" in printed.err and f"### {name}" in printed.out
+    record = json.loads((tmp_path / f"bilevel-{name}.json").read_text())
+    for contender in record["contenders"].values():
+        (run,) = contender["runs"]
+        assert run["seconds"][-1] >= 0.5 and run["gap"][-1] < run["gap"][0]
+    assert (tmp_path / "images" / f"stochastic-{name}.png").stat().st_size > 0
