@@ -112,7 +112,7 @@ def main(picture="network_reweighting.png", width=1024, steps=300):
     right.bar_label(right.bar(list(rows), [row[1] for row in rows.values()]), fmt="%.0f")
     right.set(ylabel="temporary buffers and results of a step, MB")
     plt.savefig(picture, dpi=120)
-    return rows
+    return tuple(rows.values())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def fit(w, theta, batch):
     return jnp.mean(weights * losses(w, batch["x"], batch["y"])) + 2e-4 * jnp.sum(w**2)
 
 
-def main(picture="stochastic_hyper_cleaning.png", copies=20, steps=10_000):
+def main(picture="stochastic_hyper_cleaning.png", copies=20, steps=6_000):
     images, labels = load_digits(return_X_y=True)
     images = jnp.asarray(images.reshape(-1, 8, 8) / 16, jnp.float32)
     keys, order = jax.random.split(jax.random.key(0), 8), np.random.default_rng(0).permutation(len(labels))
