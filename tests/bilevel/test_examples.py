@@ -20,16 +20,34 @@ CHECKS = {
     "portfolio": lambda first, last, total: last < first and abs(total - 1) < 1e-5,
     "equinox_features": lambda first, last: last < 0.25 * first,
     "flax_sinusoids": lambda first, last: last < 0.75 * first,
+    "stochastic_hyper_cleaning": lambda noisy, learned, right, judged: (
+        learned > max(noisy + 0.015, right - 0.02) and judged > 0.9
+    ),
+    # Seconds and megabytes of a step, the validation loss, and the share of weights on the right side of one half.
+    "network_reweighting": lambda soba, f2sa, implicit: all(
+        10 * seconds < implicit[0] and 2 * size < implicit[1] and loss < 0.8 and judged > 0.9
+        for seconds, size, loss, judged in (soba, f2sa)
+    ),
+    "text_mixture": lambda equal, learned, documentation, code, numbers, shuffled: (
+        learned < equal - 0.03 and documentation > code > 0.1 > max(numbers, shuffled)
+    ),
 }
 NEEDS = {"equinox_features": "equinox", "flax_sinusoids": "flax"}
-SHORTER = {"flax_sinusoids": {"steps": 200}}
+SHORTER = {
+    "flax_sinusoids": {"steps": 200},
+    "stochastic_hyper_cleaning": {"copies": 5, "steps": 3000},
+    "network_reweighting": {"width": 128},
+    "text_mixture": {"windows": 2048, "steps": 600},
+}
 """Arguments for a shorter run than the one in the gallery. The check must still pass."""
+LONGER = {"stochastic_hyper_cleaning": 90, "network_reweighting": 120, "text_mixture": 110}
+"""The largest number of lines of the examples on batches of samples, which contain their data and their networks."""
 
 
 def test_every_example_is_checked_and_short():
     files = {path.stem: path for path in EXAMPLES.glob("*.py")}
     assert set(files) == set(CHECKS)
-    assert all(len(path.read_text().splitlines()) < 60 for path in files.values())
+    assert all(len(path.read_text().splitlines()) < LONGER.get(name, 60) for name, path in files.items())
 
 
 @pytest.mark.slow("runs an example to its end", fast="portfolio")
