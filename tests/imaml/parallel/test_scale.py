@@ -268,7 +268,7 @@ def connect_all(*callers, processes=3, seconds=10.0):
     """Connect processes to process 0 in threads.
 
     Args:
-        callers: for each process that connects, its number and the number of processes that it announces.
+        callers: for each process that connects, its index and the number of processes that it announces.
         processes: number of processes that process 0 expects.
         seconds: time limit of both sides.
 
