@@ -158,9 +158,9 @@ PRODUCTS = {
 }
 """Precisions of a product of float32 matrices, by name. Sums are in float32.
 
-Each factor is rounded to 23, 10 or 7 explicit bits of the mantissa: ``"float32"`` rounds nothing. A CPU multiplies
-matrices in float32 with each of them, and rounds only the operands of XLA's convolution. A float64 product is computed
-in float64, except with ``"bfloat16"``.
+Each factor is rounded to 23, 10 or 7 explicit bits of the mantissa: ``"float32"`` rounds nothing. A CPU rounds only in
+XLA's convolution with ``"bfloat16"``, whose operands and result are rounded. It computes all other products in float32.
+A float64 product is computed in float64, except with ``"bfloat16"``.
 """
 
 

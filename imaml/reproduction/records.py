@@ -36,7 +36,7 @@ class Record:
         evaluations: evaluations on held-out tasks; each has metric, value, interval, chance, tasks and normalisation.
         meta_steps: number of meta-steps.
         tasks_seen: number of training tasks drawn.
-        seconds: wall time of training, summed over all processes that trained the run; evaluation is not included.
+        seconds: wall time of training, as :func:`time_of` sums it over resumptions; evaluation is not included.
         stretches: number of processes that trained the run one after another, as :func:`time_of` counts them.
         hardware: the machine, in words.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
@@ -206,7 +206,8 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
     begun = preset(name).using(config.get("algorithm", "imaml"))
     if types is not None and (found := differences(begun.types(), types)):
         raise InputError(
-            f"a record needs parts of the types in the preset {name}, but the run has other types ({'; '.join(found)})"
+            f"a run can be recorded only if its parts have the types of the preset {name}, but the run has other types "
+            f"({'; '.join(found)})"
         )
     wanted = settings(restore(name, config))
     words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]

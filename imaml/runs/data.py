@@ -23,12 +23,14 @@ def load(
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> ImageDataset | SinusoidDataset:
-    """Return the dataset called ``name``: the copy in a run's folder if there is one, else :func:`.datasets.load`.
+    """Return the dataset called ``name``, for glyphs from the copy in a run's folder if there is one.
+
+    Otherwise the dataset comes from :func:`.datasets.load`.
 
     Args:
-        directory: the run's folder, which need not exist.
+        directory: the run's folder. It need not exist, or hold a copy.
         name: the name of the dataset.
-        data: the folder of the dataset's files; see :func:`.datasets.load`.
+        data: the folder of the dataset's files; see :func:`.datasets.load`. If it is given, the copy is not used.
         meanwhile: see :func:`.datasets.load`. It is not called if the copy is used.
         on_warning: called with a message if the copy is damaged. The glyphs are then rendered.
 

@@ -26,8 +26,8 @@ class RunFolder:
     Args:
         directory: the folder, created if it does not exist.
         description: JSON-serialisable facts about the run. :meth:`resume` requires an existing checkpoint to have the
-            same ``config``, ``types`` and ``data``, and reports ``versions`` that differ. Earlier versions saved no
-            ``types``; their checkpoints are accepted without them.
+            same ``config``, ``types`` and ``data``, and reports ``versions`` that differ. A checkpoint of an earlier
+            version, which did not save ``types``, is accepted without them.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
         seconds: least time between two checkpoints that :meth:`record` saves.
         on_warning: called with a message about a damaged checkpoint, about other versions, or about a kept result.

@@ -223,7 +223,7 @@ class Preset:
     def types(self) -> dict[str, str]:
         """Return the name of the type of this preset, at the key ``"preset"``, and of each of its parts by its path.
 
-        Two presets with equal configs and different types give different runs.
+        Two presets with equal configs and different types can give different runs.
         """
         return {"preset": type_name(type(self)), **dict(types_of(self._saved_fields()))}
 

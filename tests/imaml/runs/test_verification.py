@@ -81,7 +81,9 @@ def test_a_cg_solve_with_a_residual_above_1_fails_its_check_with_a_remedy(settin
     # With a small strength, I + H/λ is ill-conditioned and indefinite, and two CG steps end far from its solution.
     learner = replace(learner, strength=1e-3, method=bl.Implicit(bl.CG(2)))
     _, row = verification.check_system(learner, theta, task)
-    assert not row.ok and "worse than that of zero" in row.found and "increase linear.max_steps" in row.remedy
+    assert (
+        not row.ok and "worse than that of the zero vector" in row.found and "increase linear.max_steps" in row.remedy
+    )
 
 
 def test_a_wrong_sign_is_caught_by_differences_and_by_unrolling(setting, monkeypatch):
