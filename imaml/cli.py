@@ -1,6 +1,6 @@
 """The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
 
-An error in the arguments, or in the files that they name, is printed to stderr in one sentence, with exit code 2.
+An error in the arguments, or in the files that they name, is printed to stderr in one line, with exit code 2.
 :mod:`imaml.arguments` parses the arguments. This module runs the commands and prints. Each command imports the modules
 that it needs.
 """
@@ -21,7 +21,7 @@ USAGE_ERROR = 2
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    The exit code is 0 for success, 1 if ``imaml verify`` finds an error, 2 for arguments or files that cannot be used
+    The exit code is 0 for success, 1 if a check of ``imaml verify`` fails, 2 for arguments or files that cannot be used
     and for training that diverges, 75 if another process of the same run was lost, 130 after Ctrl-C and 143 after
     SIGTERM.
 

@@ -175,7 +175,7 @@ def _deletable(ink: np.ndarray, second: bool) -> np.ndarray:
 
 
 def _thin(ink: np.ndarray) -> np.ndarray:
-    """Thin the ink, bool ``[images, FINE, FINE]``, to skeletons of the same shape."""
+    """Return the skeletons of the ink. Argument and result are bool ``[images, FINE, FINE]``."""
     packed = np.packbits(ink, axis=0)
     active = np.arange(len(packed))
     while len(active):
@@ -277,7 +277,10 @@ def _distance_matrix(pictures: np.ndarray) -> np.ndarray:
 
 
 def _alike(views: tuple[np.ndarray, np.ndarray], held_out: np.ndarray) -> np.ndarray:
-    """Return the mask of pairs that look alike in either view, with a higher threshold across the split."""
+    """Return the mask of pairs that look alike in either view.
+
+    The threshold is higher for pairs of a training and a test character.
+    """
     least = np.where(held_out[:, None] == held_out, DISTINCT, DISTINCT_ACROSS)
     return np.minimum(*map(_distance_matrix, views)) < least
 

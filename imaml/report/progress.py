@@ -19,7 +19,8 @@ class Reporter:
     """Output of events, meta-steps and downloads on a stream.
 
     Args:
-        stream: where to write; ``sys.stdout`` by default. A terminal gets a progress bar, any other stream plain lines.
+        stream: where to write; ``sys.stdout`` by default. A terminal gets a progress bar. Any other stream gets
+            plain lines.
     """
 
     def __init__(self, stream: TextIO | None = None):

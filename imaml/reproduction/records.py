@@ -177,8 +177,8 @@ def time_of(log: list[Progress]) -> tuple[float, int]:
 
     Each process measures time from its own start. Where an entry's time is less than that of the entry before it,
     another process has resumed the run. The sum adds the last time of each process. If a process was killed, the steps
-    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if its first time is not
-    less than the last time of the process before it.
+    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if the first time
+    of the new process is not less than the last time of the process before it.
     """
     total, stretches = 0.0, 0
     for entry, following in zip(log, [*log[1:], None], strict=True):

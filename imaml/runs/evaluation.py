@@ -146,7 +146,7 @@ def _restore(directory, preset, best, on_event):
 
 
 def _check_types(directory, saved, preset):
-    """Raise InputError if ``preset`` is given and its parts have other types than the saved ones of a run."""
+    """Raise InputError if ``preset`` is given and its parts have other types than those saved with a run."""
     if preset is not None and (found := differences(saved, preset.types())):
         raise InputError(
             f"{directory} was trained with parts of other types than the given preset has ({'; '.join(found)}): pass "

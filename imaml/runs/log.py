@@ -28,7 +28,7 @@ class Progress:
             parameters φ. This is ‖∇loss + λ(φ − θ)‖, or ‖∇loss‖ if the algorithm has no λ.
         linear_residual: median over tasks, non-finite values excluded, of the true relative residual of the adjoint
             system; 0 if the algorithm solves no such system.
-        statuses: number of tasks by the name of their :class:`bilevel.Status`.
+        statuses: how many tasks ended with each :class:`bilevel.Status`, by the name of the status.
         seconds: wall time since this process began to train.
     """
 

@@ -5,7 +5,7 @@ solver stops at parameters φ before it has reached the inner solution. Two ques
 
 1. Is (I + H/λ)g = v the system that the preset's CG iterates on for the meta-gradient g? Here λ is the preset's
    ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The preset's g is
-   compared with that of a CG solve to a relative residual of 1e-9. The residuals of both are computed with a
+   compared with the g of a CG solve to a relative residual of 1e-9. The residuals of both are computed with a
    Hessian-vector product that this module derives from the support loss alone.
 2. Is the solution g of this system the derivative of the query loss at the inner solution? Here the inner problem is
    solved to an inner gradient of 1e-9. The implicit gradient g is compared with central differences, for which the

@@ -99,7 +99,7 @@ def test_every_gap_of_unrolled_maml_must_be_smaller_than_the_one_before():
 
 @pytest.mark.slow("verifies a preset with two networks")
 def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeypatch):
-    """The system is checked with the preset's network, the solution with its smooth variant, on the same θ and task.
+    """The preset's network is used for the system, and its smooth variant for the solution, with the same θ and task.
 
     The two checks are replaced by recorders: for a convolutional network they take too long to compile in a test.
     """
