@@ -21,8 +21,8 @@ EPILOG = (
 
 VERIFY_EPILOG = "The settings of the preset can be changed as in 'imaml train', for example --linear.max_steps 20."
 REPRODUCE_EPILOG = (
-    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b takes "
-    "minutes."
+    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
+    "takes minutes."
 )
 
 WITH_SETTINGS = ("train", "verify")
