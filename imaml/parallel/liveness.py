@@ -105,8 +105,8 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
             caller, announced = (int.from_bytes(_receive(line)) for _ in range(2))
             if announced != processes or caller not in missing:
                 raise InputError(
-                    f"process {caller} of {announced} has connected, but process 0 waits for "
-                    f"one of {missing} of {processes}"
+                    f"process {caller} of {announced} has connected, but process 0 of {processes} waits for one of the "
+                    f"processes {missing}"
                 )
             lines[caller] = line
         server.close()

@@ -3,10 +3,10 @@
 From the parameters θ, a preset adapts to a task by an inner solver with a small budget, for example 16 steps. The
 solver stops at parameters φ before it has reached the inner solution. Two questions are therefore answered separately.
 
-1. Is (I + H/λ)g = v the system that the preset's CG iterates on for the meta-gradient g? Here λ is the preset's
-   ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The preset's g is
-   compared with the g of a CG solve to a relative residual of 1e-9. The residuals of both are computed with a
-   Hessian-vector product that this module derives from the support loss alone.
+1. Does the preset's CG iterate on the system (I + H/λ)g = v, whose solution is the meta-gradient g? Here λ is the
+   preset's ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The
+   preset's g is compared with the g of a CG solve to a relative residual of 1e-9. The residuals of both are computed
+   with a Hessian-vector product that this module derives from the support loss alone.
 2. Is the solution g of this system the derivative of the query loss at the inner solution? Here the inner problem is
    solved to an inner gradient of 1e-9. The implicit gradient g is compared with central differences, for which the
    inner problem is solved again at each θ. It is also compared with unrolled MAML, whose gradient converges to g as the

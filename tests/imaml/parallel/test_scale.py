@@ -320,7 +320,9 @@ def test_processes_that_did_not_connect_are_named():
 def test_a_process_with_another_count_or_a_wrong_number_is_refused(caller):
     error, line = connect_all(caller)
     line[0].close()
-    expected = f"process {caller[0]} of {caller[1]} has connected, but process 0 waits for one of [1, 2] of 3"
+    expected = (
+        f"process {caller[0]} of {caller[1]} has connected, but process 0 of 3 waits for one of the processes [1, 2]"
+    )
     assert str(error) == expected
 
 
