@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Args:
         arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
-            failure ends the process without waiting for its threads. With either, a failure of a process that has
-            joined others ends it at once; see :func:`.leave`.
+            failure ends the process without waiting for its threads. If the process has joined others, a failure ends
+            it in any case; see :func:`.leave`.
     """
     owns_process = arguments is None  # with arguments, the threads may be the caller's
     try:

@@ -193,7 +193,8 @@ _REFERENCE = dataclasses.replace(
 _NEVER_TRAINED = (
     "This preset was never trained on the real images. These settings are guesses: an inner step size of 0.1 for "
     "gradient descent, initial kernels of 10 times Glorot's size, 4 tasks in a meta-step, 15 query images of each "
-    "class in training, and Adam with a learning rate that falls from 0.001 to 0 along half a cosine in 20,000 meta-steps."
+    "class in training, and Adam with a learning rate that falls from 0.001 to 0 along half a cosine in 20,000 "
+    "meta-steps."
 )
 
 _MINIIMAGENET = Preset(
