@@ -21,7 +21,8 @@ EPILOG = (
 
 VERIFY_EPILOG = "The settings of the preset can be changed as in 'imaml train', for example --linear.max_steps 20."
 REPRODUCE_EPILOG = (
-    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, figure2b minutes."
+    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
+    "takes minutes."
 )
 
 WITH_SETTINGS = ("train", "verify")
@@ -40,7 +41,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         words: the words of the command line after ``imaml``.
 
     Raises:
-        InputError: for words that cannot be used. The message names the nearest known option or setting.
+        InputError: for words that cannot be used. For an unknown option or setting, the message suggests a similar one
+            if there is one.
     """
     parser, commands = _parsers()
     overrides = []
@@ -56,7 +58,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that raises errors of argparse as InputError, and lists its options as ``options``."""
+    """Parser that raises errors of argparse as InputError, and keeps the names of its options in ``options``."""
 
     def __init__(self, *arguments, **keywords):
         self.options: list[str] = []
@@ -82,7 +84,12 @@ def _parsers():
     train = commands.add_parser("train", help="train a preset, or resume a run", epilog=EPILOG, allow_abbrev=False)
     _add_preset(train)
     _add_data(train)
-    train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; default: runs/PRESET")
+    train.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="the run's folder; default: runs/PRESET, or runs/PRESET-ALGORITHM with --algorithm",
+    )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
         "--keep-checkpoints",
@@ -109,7 +116,7 @@ def _parsers():
         help="number of processes that train together; start the same command in each",
     )
     train.add_argument(
-        "--process-id", metavar="I", type=int, help="number of this process, from 0; process 0 writes the files"
+        "--process-id", metavar="I", type=int, help="index of this process, from 0; process 0 writes the files"
     )
 
     evaluate = commands.add_parser(

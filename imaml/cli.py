@@ -1,8 +1,8 @@
 """The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
 
-An error in the arguments, or in the files that they name, is printed to stderr in one sentence, with exit code 2.
-:mod:`imaml.arguments` parses the arguments. This module runs the commands and prints. Its commands import the modules
-that do the work.
+An error in the arguments, or in the files that they name, is printed to stderr in one line, with exit code 2.
+:mod:`imaml.arguments` parses the arguments. This module runs the commands and prints. Each command imports the modules
+that it needs.
 """
 
 import io
@@ -21,15 +21,16 @@ USAGE_ERROR = 2
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    The exit code is 0 for success, 1 if ``imaml verify`` finds an error, 2 for arguments or files that cannot be used
+    The exit code is 0 for success, 1 if a check of ``imaml verify`` fails, 2 for arguments or files that cannot be used
     and for training that diverges, 75 if another process of the same run was lost, 130 after Ctrl-C and 143 after
     SIGTERM.
 
     Args:
         arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
-            failure ends the process without waiting for its threads.
+            failure ends the process without waiting for its threads. If the process has joined others, a failure ends
+            it in any case; see :func:`.leave`.
     """
-    owns_process = arguments is None  # with arguments, the process belongs to the caller and must not be ended
+    owns_process = arguments is None  # with arguments, the threads may be the caller's
     try:
         code = _run(arguments)
     except SystemExit as end:  # raised on SIGTERM, and by --help and --version with code 0
@@ -88,7 +89,7 @@ def start_jax() -> None:
 
 
 def _reporter(options, stream=None):
-    """Return the Reporter of a command's progress on ``stream``, which is stdout by default."""
+    """Return a Reporter that writes to ``stream``, by default stdout. With ``--quiet``, its output is discarded."""
     from imaml.report.progress import Reporter
 
     return Reporter(io.StringIO() if options.quiet else stream)

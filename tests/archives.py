@@ -25,7 +25,7 @@ Members = dict[str, bytes]
 
 
 def png(pixels: np.ndarray, mode: str = "1") -> bytes:
-    """Return a PNG in Pillow's ``mode`` of ``pixels``, an array ``[height, width]`` of zeros and 255s."""
+    """Return ``pixels``, an array ``[height, width]`` of zeros and 255s, as a PNG in Pillow's ``mode``."""
     stream = io.BytesIO()
     Image.fromarray(pixels).convert("L").convert(mode, dither=Image.Dither.NONE).save(stream, "PNG")
     return stream.getvalue()

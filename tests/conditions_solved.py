@@ -116,7 +116,7 @@ def projected() -> Case:
 
 
 def proximal_gradient() -> Case:
-    """Return the case of a quadratic with ℓ₁ penalties, two of which depend on θ. Its w has the signs +, − and 0."""
+    """Return the case of a quadratic with ℓ₁ penalties, two of which depend on θ. The solution has signs +, − and 0."""
 
     def penalties(theta):
         return 0.2 * jnp.exp(jnp.append(theta, 1.0))

@@ -34,7 +34,7 @@ def double_precision() -> Callable[[], contextlib.AbstractContextManager]:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Compile a module's programs without most optimisations. Programs that run briefly then compile twice as fast."""
+    """Compile a module's programs without most optimisations, in about half the time, because they run only briefly."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)  # the default

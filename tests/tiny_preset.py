@@ -31,7 +31,7 @@ class PermutedEpisode(Episode):
 
 
 def tiny_preset(steps):
-    """Return the preset ``glyphs-5way-1shot-gd`` with the smallest tasks, the tiny network and few meta-steps."""
+    """Return the preset ``glyphs-5way-1shot-gd`` with the smallest tasks, the tiny network and ``steps`` meta-steps."""
     return replace(
         imaml.preset("glyphs-5way-1shot-gd"),
         episode=Episode(ways=2, shots=1, queries=1),

@@ -70,7 +70,10 @@ class _Character:
 
 
 def _fonts() -> list:
-    """Return matplotlib's text fonts. Its cm fonts are not indexed by Unicode; its display fonts add no characters."""
+    """Return matplotlib's text fonts, without those that are of no use for the dataset.
+
+    The cm fonts are left out because they are not indexed by Unicode. The display fonts would add no characters.
+    """
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -101,7 +104,10 @@ def _is_variant(code: int) -> bool:
 
 
 def _characters(fonts: list) -> list[_Character]:
-    """Return the characters of at least MIN_FONTS fonts, in the order in which `_distinct` prefers them."""
+    """Return the characters that at least MIN_FONTS fonts have, without variants and characters of no known script.
+
+    Of two characters that look alike, `_distinct` keeps the one that comes first in this order.
+    """
     charmaps = [font.get_charmap() for font in fonts]
     order = ("LATIN", *TEST_SCRIPTS, *TRAIN_SCRIPTS[1:], *SIGNS.values())
     found = []
@@ -142,7 +148,7 @@ def _canvas(font, glyph, x: int, y: int) -> np.ndarray:
 
 
 def _shifts(images: np.ndarray, offsets: list[int]) -> list[np.ndarray]:
-    """For each offset, return the flattened images shifted by it. An offset of 1 is a column, and one of FINE a row.
+    """Return the flattened images, shifted by each offset. An offset of 1 is one column, and an offset of FINE one row.
 
     The results share memory. A shift across an edge reads from the next row or image, whose margin is empty too.
     """
@@ -169,7 +175,7 @@ def _deletable(ink: np.ndarray, second: bool) -> np.ndarray:
 
 
 def _thin(ink: np.ndarray) -> np.ndarray:
-    """Thin the ink, bool ``[images, FINE, FINE]``, to skeletons of the same shape."""
+    """Return the skeletons of the ink. Argument and result are bool ``[images, FINE, FINE]``."""
     packed = np.packbits(ink, axis=0)
     active = np.arange(len(packed))
     while len(active):
@@ -182,7 +188,7 @@ def _thin(ink: np.ndarray) -> np.ndarray:
 
 
 def _distances(skeleton: np.ndarray) -> np.ndarray:
-    """Return each pixel's distance to its skeleton in units of 1/PER_PIXEL fine pixels, uint8 in the given shape."""
+    """Return the distance of each pixel to the skeleton in its image, in units of 1/PER_PIXEL fine pixels, as uint8."""
     squared = np.where(skeleton, 0, (REACH + 1) ** 2).astype(np.uint8)
     for stride in (FINE, 1):  # the squared distance separates into columns and rows
         nearest = squared.reshape(-1).copy()
@@ -202,7 +208,10 @@ def _fields(fonts: list, characters: list[_Character]) -> np.ndarray:
 
 
 def _bilinear(fields: np.ndarray, face: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Interpolate ``fields[face]`` linearly at the fine pixels x, y; all are ``[images, SIDE, SIDE]``."""
+    """Interpolate ``fields[face]`` linearly at the fine pixels x, y.
+
+    ``face`` is ``[images]``. The arrays x, y and the result are ``[images, SIDE, SIDE]``.
+    """
     x, y = np.clip(x, 0, FINE - 1.001), np.clip(y, 0, FINE - 1.001)
     column, row = x.astype(np.int32), y.astype(np.int32)
     corner = face.astype(np.intp)[:, None, None] * (FINE * FINE) + (row * FINE + column)
@@ -246,7 +255,10 @@ def _starts(characters: list[_Character]) -> np.ndarray:
 
 
 def _views(fields: np.ndarray, characters: list[_Character]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean over the faces of each character and its first face, both blurred, ``[characters, pixels]``."""
+    """Return two blurred pictures of each character: the mean of its faces, and its first face.
+
+    Both results are ``[characters, pixels]``.
+    """
     begins = range(0, len(fields), PICTURES_AT_ONCE)
     pieces = [np.arange(begin, min(begin + PICTURES_AT_ONCE, len(fields))) for begin in begins]
     faces = np.concatenate([_upright(fields, piece, BLUR).reshape(len(piece), -1) for piece in pieces])
@@ -265,7 +277,10 @@ def _distance_matrix(pictures: np.ndarray) -> np.ndarray:
 
 
 def _alike(views: tuple[np.ndarray, np.ndarray], held_out: np.ndarray) -> np.ndarray:
-    """Return the mask of pairs that look alike in either view. The threshold is higher for pairs across the split."""
+    """Return the mask of pairs that look alike in either view.
+
+    The threshold is higher for pairs of a training and a test character.
+    """
     least = np.where(held_out[:, None] == held_out, DISTINCT, DISTINCT_ACROSS)
     return np.minimum(*map(_distance_matrix, views)) < least
 

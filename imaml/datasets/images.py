@@ -1,8 +1,9 @@
 """The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
 Images are indexed by ``[class, sample]``. The training and test parts hold different classes. The split is part of the
-dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of the run refuses a
-dataset with another fingerprint. A run is therefore not tested on a class that it was trained on.
+dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of a run's folder
+refuses the dataset if it has another fingerprint than in training. The saved parameters are therefore not tested on a
+class that they were trained on.
 """
 
 import hashlib

@@ -89,8 +89,8 @@ def _check_disjoint(directory, classes):
         if twice:
             where = [f"{part}.csv" for part, names in members.items() if twice[0] in names]
             raise InputError(
-                f"{directory}: {what} {twice[0]} is named more than once, in {' and '.join(where)}; each should be "
-                "in exactly one part"
+                f"{directory}: {what} {twice[0]} is named more than once, in {' and '.join(where)}; each class should "
+                "be in one CSV file, and each file should be named once"
             )
 
 
@@ -100,15 +100,15 @@ def _images(directory: Path, part: str, classes: dict[str, list[str]]) -> ImageC
     for label, size in sizes.items():
         if size != common_size:
             raise InputError(
-                f"{directory / part}.csv: class {label} has {size} images and others {common_size}; all classes "
-                "should have the same number"
+                f"{directory / part}.csv: class {label} has {size} images, but other classes have {common_size}; all "
+                "classes should have the same number"
             )
     paths = [directory / "images" / name for names in classes.values() for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
-            f"{missing[0]}: no such file, although {part}.csv names it; {len(missing)} of its {len(paths)} files are "
-            "missing"
+            f"{missing[0]}: no such file, although {part}.csv names it; {len(missing)} of the {len(paths)} files in "
+            f"{part}.csv are missing"
         )
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(_decode, paths)))

@@ -130,7 +130,7 @@ def download(
         directory: the folder for the archives. It is created if it does not exist.
         url: address of the folder with the archives. Give another one to use a mirror.
         on_event: called with a short description of each event.
-        on_progress: called with the number of bytes received and the archive's size, or None if the size is unknown.
+        on_progress: called with the number of bytes received and the archive's size, which is None if it is unknown.
 
     Raises:
         InputError: if an archive cannot be downloaded, if a downloaded archive is not Omniglot's, or if another process
@@ -185,7 +185,7 @@ def _split(pixels: np.ndarray, labels: list[str]) -> ImageDataset:
 
 def _read_archives(directory: Path) -> dict[Path, bytes]:
     paths = [directory / archive.file for archive in ARCHIVES]
-    wanted = f"name the one that holds {' and '.join(path.name for path in paths)} with --data or as load's argument"
+    wanted = f"name the one that holds {' and '.join(path.name for path in paths)}, by --data or as load's argument"
     if not os.path.isdir(directory):  # unlike Path.is_dir, never raises an error
         raise InputError(f"{directory}: no such folder; {wanted}")
     missing = [path.name for path in paths if not os.path.isfile(path)]
@@ -294,7 +294,7 @@ def _check_sizes(path: _Source, members: list[zipfile.ZipInfo]) -> None:
         if info.file_size > _MAX_DRAWING_BYTES:
             size = f"declares {info.file_size:,} bytes, but a drawing has at most {_MAX_DRAWING_BYTES:,}"
             raise InputError(f"{path}: member {_shown(info.filename)} {size}; do not use it, {_DOWNLOAD_AGAIN}")
-        # Other methods may use memory that the declared size does not bound, such as LZMA's dictionary.
+        # Other compression methods may use memory that the declared size does not bound, such as LZMA's dictionary.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(
                 f"{path}: member {_shown(info.filename)} is neither stored nor deflated; {_DOWNLOAD_AGAIN}"

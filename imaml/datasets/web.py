@@ -38,8 +38,8 @@ def fetch(
         path: the file to create or replace. No other process may write to its folder during the call.
         check: called with the complete contents; raises :class:`.InputError` if they are wrong.
         limit: greatest size in bytes. A larger file is refused without reading the rest.
-        on_progress: called after each chunk with the bytes on disk and the total size, or None if the server does not
-            send the size.
+        on_progress: called after each chunk with the number of bytes on disk and the total size. The size is None if
+            the server does not send it.
 
     Raises:
         Unreachable: if the server cannot be reached, answers with an error, ends the connection early, or sends nothing
@@ -98,7 +98,7 @@ def _fetch_rest(url, part, limit, on_progress):
 
 @contextmanager
 def _connected(url, received) -> Iterator[http.client.HTTPResponse | None]:
-    """Request the bytes after the ``received`` ones on disk. Yield the response, or None if there are no more bytes."""
+    """Request the bytes after the first ``received`` ones. Yield the response, or None if there are no more bytes."""
     # Refuse compression: a range of a compressed response could not be appended to the uncompressed part.
     headers = {"User-Agent": "imaml", "Accept-Encoding": "identity"} | (
         {"Range": f"bytes={received}-"} if received else {}

@@ -25,7 +25,7 @@ class Learner:
 
     Args:
         apply: the network, ``apply(parameters, x [batch, ...]) -> outputs [batch, ...]``.
-        solver: the inner solver, which starts from θ and computes φ from a support set.
+        solver: the inner solver, which starts from θ and computes φ from examples of a task.
         method: how `bilevel` differentiates φ with respect to θ. ``bl.Implicit(bl.CG(5))`` gives implicit MAML,
             ``bl.Unrolled()`` gives MAML.
         strength: λ of the proximal term ½ λ‖φ − θ‖². None leaves the term out, as in MAML.
@@ -49,7 +49,7 @@ class Learner:
         return task_problem(self.apply, self.loss, self.strength)
 
     def adapt(self, theta: dict, task: Task) -> bl.Solution:
-        """Solve the inner problem of one task. The query set is not used.
+        """Solve the inner problem on the support set of one task. The query set is not used, not even for Reptile.
 
         Args:
             theta: meta-parameters, a pytree of arrays. A Python number counts as a float.

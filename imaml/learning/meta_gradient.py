@@ -28,10 +28,10 @@ class MetaGradient:
     vector has a relative residual of 1, so a larger residual means that the linear solve did worse than returning zero.
 
     Attributes:
-        value: mean query loss over the tasks whose status is not NONFINITE; NaN if there is none.
+        value: mean query loss over the tasks whose status is not NONFINITE; NaN if there is no such task.
         gradient: mean hypergradient over the tasks that count, a pytree like θ; zero if no task counts.
         accuracy: fraction of query examples whose largest output is at their label, over the same tasks as ``value``.
-            NaN if there is none, and for regression, whose targets are not integers.
+            NaN if there is no such task, and for regression, whose targets are not integers.
         tasks: the number of tasks that count towards the gradient, an int32 scalar.
         inner_residual: norm of the inner objective's gradient at the adapted parameters of each task, ``[batch]``.
         linear_residual: true relative residual of each task's adjoint system, ``[batch]``; zero for a method that
@@ -55,15 +55,15 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
     With ``at_once=1``, the tasks are processed one after another in the memory that one task needs. Sums over tasks are
     accumulated in float32 or wider. A task is left out of the gradient if its numbers are not finite, or if the
     relative residual of its adjoint solve is above 1. The ``status`` and ``linear_residual`` of that task show the
-    reason. A task that is left out adds exactly zero to the sums.
+    reason. A task that is left out adds exactly zero to the sum of gradients.
 
     Args:
         learner: network, loss, λ, inner solver and method.
         axis: the name of the mesh axis over which ``shard_map`` distributes the tasks. The means are
             then over the tasks of all devices. None for one device.
         at_once: the number of tasks that are computed together by ``vmap``, which needs that many times the memory. If
-            the batch is not a multiple of it, the largest smaller divisor is used. Values above 1 speed up very small
-            networks, for which dispatching operations dominates. They slow down a convolutional network.
+            ``at_once`` does not divide the number of tasks, the largest smaller divisor is used. Values above 1 speed
+            up very small networks, for which dispatching operations dominates. They slow down a convolutional network.
 
     Returns:
         A pure function ``grad(theta, tasks) -> MetaGradient``. ``tasks`` is a :class:`imaml.Task` with a leading batch

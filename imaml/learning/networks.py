@@ -87,7 +87,7 @@ def conv4(
         filters: channels of each block.
         image_shape: height, width and channels of an image.
         kernel_gain: factor on Glorot's initial kernels. The normalisation cancels this factor in the outputs. A gain k
-            divides the gradient with respect to the kernels by k, and their curvature by k². With a large gain, a task
+            divides the gradient with respect to the kernels by k, and the curvature by k². With a large gain, a task
             adapts more by its linear layer, and the matrix of implicit MAML's adjoint system is better conditioned.
         activation: the activation at the end of each block, before pooling. If the activation and ``pool`` are
             smooth, the network is smooth.
@@ -158,9 +158,9 @@ PRODUCTS = {
 }
 """Precisions of a product of float32 matrices, by name. Sums are in float32.
 
-Each factor is rounded to 23, 10 or 7 explicit bits of the mantissa: ``"float32"`` rounds nothing. A CPU multiplies
-matrices in float32 with each of them, and rounds only the operands of XLA's convolution. A float64 product is computed
-in float64, except with ``"bfloat16"``.
+Each factor is rounded to 23, 10 or 7 explicit bits of the mantissa: ``"float32"`` rounds nothing. A CPU rounds only in
+XLA's convolution with ``"bfloat16"``, whose operands and result are rounded. It computes all other products in float32.
+A float64 product is computed in float64, except with ``"bfloat16"``.
 """
 
 

@@ -49,8 +49,8 @@ def task_problem(apply: Apply, loss: Loss, strength: float | None) -> bl.Problem
         strength: λ of the proximal term ½ λ‖φ − θ‖². None leaves the term out.
 
     Returns:
-        A problem whose ``data`` is a :class:`imaml.Task`. The ``aux`` of a solution is the query loss and the network's
-        outputs on the query set, ``[ways · queries, ...]``.
+        A problem whose ``data`` is a :class:`imaml.Task`. The ``aux`` of its outer function is the query loss and the
+        network's outputs on the query set, ``[ways · queries, ...]``.
 
     Source: Rajeswaran et al. (2019), equations 3 and 4.
     """

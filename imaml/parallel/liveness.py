@@ -1,11 +1,11 @@
 """Detection of processes that have ended, by a TCP connection from each process to process 0.
 
-If a process dies, the collective operations of the others fail without naming the lost process or never return. When a
-process ends for whatever reason, the kernel closes its TCP connections. The closed connection identifies the lost
-process at once. A process that is stopped (SIGSTOP), or whose host has lost power, keeps its connection open. The
-heartbeats of JAX's distributed runtime detect those cases.
+If a process dies, a collective operation of the other processes either fails without naming the lost process, or never
+returns. When a process ends for whatever reason, the kernel closes its TCP connections. The closed connection
+identifies the lost process at once. A process that is stopped (SIGSTOP), or whose host has lost power, keeps its
+connection open. The heartbeats of JAX's distributed runtime detect those cases.
 
-During a run, a message is an integer of four bytes: the number of a lost process, or a farewell before a planned end.
+During a run, a message has four bytes: the index of a lost process, or a farewell before a planned end.
 """
 
 import selectors
@@ -28,10 +28,10 @@ class LivenessMonitor:
     """A thread that watches the connections to other processes and reports the first that is lost.
 
     Args:
-        lines: connections by the number of the process at the other end. Process 0 has a connection to every other
+        lines: connections by the index of the process at the other end. Process 0 has a connection to every other
             process. Each other process has only the one to process 0.
-        on_loss: called at most once, from the watching thread, with the number of the first process that is lost: its
-            connection was closed without a farewell.
+        on_loss: called at most once, from the watching thread, with the index of the first process that is lost. A
+            process is lost if its connection closes without a farewell, or if process 0 reports it as lost.
     """
 
     def __init__(self, lines: dict[int, socket.socket], on_loss: Callable[[int], None]):
@@ -43,7 +43,7 @@ class LivenessMonitor:
 
         Args:
             well: if True, first send a farewell, after which the other processes expect the connection to close. If
-                False, they report this process as lost and stop.
+                False, send none, so that the monitors of the other processes report this process as lost.
         """
         self._leaving = True
         for line in self._lines.values():
@@ -82,11 +82,11 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
         seconds: time in which all of them must connect.
 
     Returns:
-        The connections by the number of the process at the other end.
+        The connections by the index of the process at the other end.
 
     Raises:
-        InputError: if the port is taken, if a process does not connect in time, if a process announces another number
-            of processes, or if the number of a process is out of range or already taken.
+        InputError: if the port is taken, if a process does not connect in time, if a process announces a different
+            number of processes, or if the index of a process is out of range or already taken.
     """
     lines: dict[int, socket.socket] = {}
     deadline = time.monotonic() + seconds
@@ -105,8 +105,8 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
             caller, announced = (int.from_bytes(_receive(line)) for _ in range(2))
             if announced != processes or caller not in missing:
                 raise InputError(
-                    f"process {caller} of {announced} has connected, but process 0 waits for "
-                    f"one of {missing} of {processes}"
+                    f"process {caller} of {announced} has connected, but process 0 of {processes} waits for one of the "
+                    f"processes {missing}"
                 )
             lines[caller] = line
         server.close()
@@ -120,7 +120,7 @@ def connect(host: str, port: int, process: int, processes: int, seconds: float) 
     Args:
         host: name or IP address of process 0's host.
         port: TCP port on which process 0 listens.
-        process: number of this process.
+        process: index of this process.
         processes: number of processes.
         seconds: time for which to retry, and the timeout of the connection.
 
@@ -161,7 +161,9 @@ def receive_number(lines: dict[int, socket.socket]) -> int:
     """
     message = _receive(lines[0])
     if not message:
-        raise InputError("process 0 ended before all processes had connected: its output says why")
+        raise InputError(
+            "process 0 ended before all processes had connected, or did not answer in time: see its output"
+        )
     return int.from_bytes(message)
 
 
@@ -192,7 +194,7 @@ def _send(line, message):
     try:
         line.sendall(message)
     except OSError:
-        return  # that process has ended too; the monitor reads the closed connection
+        return  # the receiver has ended; the monitor finds that its connection is closed
 
 
 def _shut_down(line):

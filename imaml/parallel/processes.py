@@ -1,7 +1,7 @@
 """Start and end of a training run that is shared by several processes, on one host or on many.
 
 Every process runs the same command and computes its share of each meta-step. No process can continue without the
-others. If a process ends before the run is complete, the others stop and print the number of that process.
+others. If a process ends before the run is complete, the others stop and print the index of that process.
 """
 
 import os
@@ -70,7 +70,7 @@ def joined(processes: Processes | None) -> Iterator[None]:
     """Connect this process to the others of a run, so that JAX sees the devices of all of them.
 
     Enter this context before JAX starts. If another process is lost during the ``with`` block, this process prints the
-    number of that process to stderr and exits at once with status :data:`LOST`. No clean-up code runs, because the main
+    index of that process to stderr and exits at once with status :data:`LOST`. No clean-up code runs, because the main
     thread may be blocked in a collective operation that never returns.
 
     Args:
@@ -90,7 +90,7 @@ def joined(processes: Processes | None) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, InputError | OSError | KeyboardInterrupt | SystemExit):
             # If another process was lost, a collective operation may fail here before the monitor reports the loss.
-            # Wait, so that the monitor prints the number of the lost process and ends this one.
+            # Wait, so that the monitor prints the index of the lost process and ends this one.
             time.sleep(VERDICT_SECONDS)
         monitor.close(well=False)
         raise

@@ -1,6 +1,6 @@
 """The learning curve of a run, drawn from the files in its folder.
 
-This module does not import JAX. It imports matplotlib only when a picture is drawn.
+Neither this module nor a module that it imports uses JAX. It imports matplotlib only when a picture is drawn.
 """
 
 import json
@@ -129,7 +129,7 @@ def _legend(axes):
 def _smoothed(axes, log, values, color, label):
     """Plot the values faintly, and their running mean over 2 % of the log's entries.
 
-    For an empty log, as after its deletion, only the label is added to the legend.
+    If the log is empty, for example because its file was deleted, only the label is added to the legend.
     """
     if not log:
         axes.plot([], [], color=color, label=label)

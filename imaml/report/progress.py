@@ -1,4 +1,4 @@
-"""Progress output: a progress bar on a terminal, and at most one line in ten seconds in a file or a pipe."""
+"""Progress output of meta-steps: a bar on a terminal, and a plain line about every ten seconds in a file or a pipe."""
 
 import shutil
 import sys
@@ -8,9 +8,9 @@ from typing import TextIO
 from imaml.runs.log import Progress
 
 BAR_SECONDS = 0.1
-"""Least time between two updates of the bar, in seconds."""
+"""Least time between two updates of the bar, in seconds. The last meta-step is shown in any case."""
 LINE_SECONDS = 10.0
-"""Least time between two plain lines, in seconds."""
+"""Least time between two plain lines about meta-steps, in seconds. The last meta-step is shown in any case."""
 MEMORY = 0.95
 """Weight of earlier steps in the displayed running means of loss and accuracy. A single step is mostly noise."""
 
@@ -19,7 +19,8 @@ class Reporter:
     """Output of events, meta-steps and downloads on a stream.
 
     Args:
-        stream: where to write; ``sys.stdout`` by default. A terminal gets a progress bar, any other stream plain lines.
+        stream: where to write; ``sys.stdout`` by default. A terminal gets a progress bar. Any other stream gets
+            plain lines.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -31,7 +32,7 @@ class Reporter:
         self._loss = self._accuracy = 0.0
 
     def event(self, message: str) -> None:
-        """Print a message about the work that begins now, such as ``"evaluating"``, on a new line."""
+        """Print a message, such as ``"evaluating"``, and an ellipsis on a new line."""
         self.finish()
         print(f"{message} …", file=self._stream, flush=True)
 

@@ -81,7 +81,8 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
         hardware: the machine that trained the run, in words; by default this machine.
 
     Raises:
-        InputError: if the folder holds no finished run, or if its log is incomplete.
+        InputError: if the folder holds no finished run or no intact checkpoint, if its log is incomplete, or if the
+            settings of the run cannot be recorded.
         OSError: if the record cannot be written.
     """
     made = records.of_run(run, note, hardware)
@@ -140,4 +141,7 @@ WORKS: dict[str, Callable[..., tuple[str, Callable[[Path], Path], Any]]] = {
     "figure2a": _figure_2a,
     "figure2b": _figure_2b,
 }
-"""Functions by the name of a table or figure. Each returns a text, a function that draws the picture, and JSON data."""
+"""Functions by the name of a table or figure.
+
+Each returns a text, a function that draws the picture, and the data of a figure for JSON, or None for a table.
+"""

@@ -1,7 +1,7 @@
 """Figure 2a: the error of the meta-gradients of implicit MAML and MAML on a problem with a closed-form meta-gradient.
 
-Each task is a linear regression from the meta-parameters θ. With n support samples, inputs X and targets y, the inner
-objective of the parameters φ is ½‖Xφ − y‖²/n + ½λ‖φ − θ‖². The outer objective is half the mean squared error on a
+Each task is a linear regression. With meta-parameters θ, n support samples, inputs X and targets y, the inner objective
+of the parameters φ is ½‖Xφ − y‖²/n + ½λ‖φ − θ‖². The outer objective is half the mean squared error on a
 query set. Gradient descent from θ stops after a given number of steps, and both methods use the φ that it reaches.
 Implicit MAML solves (I + H/λ)g = v for the meta-gradient g by a given number of CG steps, with H = XᵀX/n and the query
 loss's gradient v at φ. MAML differentiates the descent. NumPy computes the exact gradient from its closed form, without
@@ -104,8 +104,8 @@ def gradient_errors(
 ) -> GradientErrors:
     """Compute the errors of MAML and of implicit MAML for each number of inner steps.
 
-    The step size of gradient descent is 2 / (smallest + largest eigenvalue of H + λI over all tasks). It minimises the
-    contraction factor of the slowest direction.
+    The step size of gradient descent is 2 / (smallest + largest eigenvalue of H + λI over all tasks). With this step
+    size, the slowest direction converges as fast as possible.
 
     Args:
         steps: numbers of inner gradient steps.

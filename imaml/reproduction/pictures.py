@@ -1,4 +1,4 @@
-"""Pictures of table 2 and figures 2a and 2b. This module does not import JAX, and loads matplotlib only to draw.
+"""Pictures of table 2 and figures 2a and 2b, drawn without JAX. Matplotlib is imported only when a picture is drawn.
 
 The background is white and not transparent, so that the black labels are readable on a dark page too.
 """

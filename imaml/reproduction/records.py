@@ -36,7 +36,7 @@ class Record:
         evaluations: evaluations on held-out tasks; each has metric, value, interval, chance, tasks and normalisation.
         meta_steps: number of meta-steps.
         tasks_seen: number of training tasks drawn.
-        seconds: wall time of training, summed over all processes that trained the run; evaluation is not included.
+        seconds: wall time of training, as :func:`time_of` sums it over resumptions; evaluation is not included.
         stretches: number of processes that trained the run one after another, as :func:`time_of` counts them.
         hardware: the machine, in words.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
@@ -177,8 +177,8 @@ def time_of(log: list[Progress]) -> tuple[float, int]:
 
     Each process measures time from its own start. Where an entry's time is less than that of the entry before it,
     another process has resumed the run. The sum adds the last time of each process. If a process was killed, the steps
-    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if its first time is not
-    less than the last time of the process before it.
+    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if the first time
+    of the new process is not less than the last time of the process before it.
     """
     total, stretches = 0.0, 0
     for entry, following in zip(log, [*log[1:], None], strict=True):
@@ -206,7 +206,8 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
     begun = preset(name).using(config.get("algorithm", "imaml"))
     if types is not None and (found := differences(begun.types(), types)):
         raise InputError(
-            f"a record needs parts of the types in the preset {name}, but the run has other types ({'; '.join(found)})"
+            f"a run can be recorded only if its parts have the types of the preset {name}, but the run has other types "
+            f"({'; '.join(found)})"
         )
     wanted = settings(restore(name, config))
     words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]

@@ -47,7 +47,8 @@ def rows(records: Sequence[Record]) -> Iterator[Row]:
 def _ordered(records: Iterable[Record]) -> list[Record]:
     """Return the records that have a cell in table 2, in the cells' order.
 
-    Within a cell, records with the paper's equations come first, then longer runs before shorter ones.
+    Within a cell, records with the paper's equations come before those of the reference code. Among records of the same
+    kind, longer runs come first.
     """
     order = list(TABLE_2)
     placed = [record for record in records if record.cell in TABLE_2]

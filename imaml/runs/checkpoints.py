@@ -3,9 +3,8 @@
 :mod:`imaml.storage.arrays` stores a checksum in each file, and verifies it whenever the file is read. The arrays have
 the names of the parameters: ``numpy.load`` finds a kernel of the network as ``"theta/block0/kernel"``.
 
-A run's folder holds its last checkpoints and the best one. The best checkpoint is the one that :func:`save` was given
-the least ``loss`` for. Training passes the mean query loss on *training* classes, so held-out classes never select a
-checkpoint.
+A run's folder holds its last checkpoints and the best one, which is the one that was saved with the least ``loss``.
+Training saves the mean query loss on *training* classes, so held-out classes never select a checkpoint.
 """
 
 import json
@@ -84,7 +83,7 @@ def save(
         step: number of meta-steps done; the file's name contains it.
         state: a pytree of arrays: floats (bfloat16 included), integers, booleans or typed random keys.
         description: JSON-serialisable facts about the run.
-        loss: the number by which :func:`best` selects the checkpoint with the least.
+        loss: a number. :func:`best` returns the checkpoint with the least ``loss``.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
 
     Raises:
@@ -177,7 +176,7 @@ def _delete_old(directory, keep):
 def _names(leaves, version):
     """Return the names of the arrays in a file: the paths of the leaves, such as ``theta/block0/kernel``.
 
-    If two paths are equal, or if a path cannot be a name, all arrays are called ``leaf0``, ``leaf1`` and so on.
+    In format 2, or if two paths are equal or a path cannot be a name, the arrays are called ``leaf0``, ``leaf1``, ….
     """
     paths = [path for path, _, _ in leaves]
     usable = len(set(paths)) == len(paths) and not {"", DESCRIPTION, *arrays.RESERVED} & set(paths)

@@ -23,14 +23,16 @@ def load(
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> ImageDataset | SinusoidDataset:
-    """Return the dataset called ``name``: the copy in a run's folder if there is one, else :func:`.datasets.load`.
+    """Return the dataset called ``name``, for glyphs from the copy in a run's folder if there is one.
+
+    Otherwise the dataset comes from :func:`.datasets.load`.
 
     Args:
-        directory: the run's folder, which need not exist.
+        directory: the run's folder. It need not exist, or hold a copy.
         name: the name of the dataset.
-        data: the folder of the dataset's files; see :func:`.datasets.load`.
+        data: the folder of the dataset's files; see :func:`.datasets.load`. If it is given, the copy is not used.
         meanwhile: see :func:`.datasets.load`. It is not called if the copy is used.
-        on_warning: called with a message if the copy is damaged. The glyphs are then rendered.
+        on_warning: called with a message if the copy is damaged. It is then not used.
 
     Raises:
         InputError: as :func:`.datasets.load` does.
@@ -41,7 +43,7 @@ def load(
         except (FileNotFoundError, NotADirectoryError):
             pass
         except arrays.DamagedFile as error:
-            on_warning(f"{directory / FILE} is damaged ({error}); the glyphs are rendered again")
+            on_warning(f"{directory / FILE} is damaged ({error}); the glyphs of the installed matplotlib are used")
     return datasets.load(name, data, meanwhile)
 
 

@@ -1,8 +1,8 @@
 """Evaluation as in the paper: the mean accuracy or error over many held-out tasks, with a 95 % interval of the mean.
 
-Batch normalisation takes mean and variance either of the query batch, as published, or of the support set alone. With
-the query batch, the prediction for a query image depends on the other query images. Every :class:`Evaluation` states
-which of the two was used.
+Batch normalisation computes mean and variance either from the query batch, as published, or from the support set alone.
+With the query batch, the prediction for a query image depends on the other query images. Every :class:`Evaluation`
+states which of the two was used.
 """
 
 import warnings
@@ -62,7 +62,7 @@ def evaluate(
     Raises:
         InputError: for a folder without an intact checkpoint, for settings that cannot be restored or have other types,
             for data that cannot be used, for θ without a preset, or for fewer than 2 tasks. If ``run`` is a folder,
-            also for data that differ from those of its training.
+            also if the dataset has the same name as in training but other contents.
 
     Source: Rajeswaran et al. (2019), table 2.
     """
@@ -146,7 +146,7 @@ def _restore(directory, preset, best, on_event):
 
 
 def _check_types(directory, saved, preset):
-    """Raise InputError if ``preset`` is given and its parts have other types than the saved ones of a run."""
+    """Raise InputError if ``preset`` is given and its parts have other types than those saved with a run."""
     if preset is not None and (found := differences(saved, preset.types())):
         raise InputError(
             f"{directory} was trained with parts of other types than the given preset has ({'; '.join(found)}): pass "

@@ -26,8 +26,8 @@ class RunFolder:
     Args:
         directory: the folder, created if it does not exist.
         description: JSON-serialisable facts about the run. :meth:`resume` requires an existing checkpoint to have the
-            same ``config``, ``types`` and ``data``, and reports ``versions`` that differ. Earlier versions saved no
-            ``types``; their checkpoints are accepted without them.
+            same ``config``, ``types`` and ``data``, and reports ``versions`` that differ. A checkpoint of an earlier
+            version, which did not save ``types``, is accepted without them.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
         seconds: least time between two checkpoints that :meth:`record` saves.
         on_warning: called with a message about a damaged checkpoint, about other versions, or about a kept result.
@@ -64,8 +64,8 @@ class RunFolder:
     def resume(self, initial: Any) -> Any:
         """Return the state of the last intact checkpoint, or ``initial`` if there is no checkpoint.
 
-        Damaged checkpoints that are newer than the last intact one are renamed. The log is opened, and its lines of
-        steps after the returned state are dropped.
+        Damaged checkpoints that are newer than the last intact one are renamed. The log is opened, and its lines
+        after the step of the returned state are dropped.
 
         Args:
             initial: the state of a new run; its structure is the one that a checkpoint must have.
@@ -84,7 +84,7 @@ class RunFolder:
         return state
 
     def record(self, progress: Progress, state: Any) -> None:
-        """Log a meta-step. Save ``state``, its result, if ``seconds`` have passed since the last save."""
+        """Log a meta-step. Save ``state``, the state after it, if ``seconds`` have passed since the last save."""
         self._log.write(progress)
         if time.monotonic() - self._saved_at > self._seconds:
             self.save(progress.step, state)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class StopRequest:
-    """Record of the signal that requested a stop. It is true if there was one.
+    """Record of the signal that requested a stop. The truth value of the record is whether there was such a signal.
 
     Attributes:
         received: the signal, or None if there was none.

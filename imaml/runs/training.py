@@ -212,9 +212,9 @@ def _without_gradients(preset, progress):
     """Return the message for a run whose θ does not move, because the adjoint system of no task could be solved."""
     remedy = "raise linear.max_steps or strength" if preset.algorithm == "imaml" else _likely_causes(preset)
     return (
-        f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: the median "
-        f"relative residual of their adjoint systems is {progress.linear_residual:.1f}, and a residual above 1 is "
-        f"larger than that of the zero vector; {remedy}"
+        f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: in the last "
+        f"one, the median relative residual of the adjoint systems is {progress.linear_residual:.1f}, and a residual "
+        f"above 1 is larger than that of the zero vector; {remedy}"
     )
 
 

@@ -1,18 +1,18 @@
 """Verification of a preset's meta-gradient at its real size, in float64, against independent computations.
 
-From the parameters θ, a preset adapts to a task by an inner solver with a small budget, for example 16 steps. It does
-not reach the inner solution, but parameters φ near it. Two questions are therefore answered separately.
+From the parameters θ, a preset adapts to a task by an inner solver with a small budget, for example 16 steps. The
+solver stops at parameters φ before it has reached the inner solution. Two questions are therefore answered separately.
 
-1. Is (I + H/λ)g = v the system that the preset's CG iterates on for the meta-gradient g? Here λ is the preset's
-   ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The preset's g is
-   compared with that of a CG solve to a relative residual of 1e-9. The residuals of both are computed with a
-   Hessian-vector product that this module derives from the support loss alone.
+1. Does the preset's CG iterate on the system (I + H/λ)g = v, whose solution is the meta-gradient g? Here λ is the
+   preset's ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The
+   preset's g is compared with the g of a CG solve to a relative residual of 1e-9. The residuals of both are computed
+   with a Hessian-vector product that this module derives from the support loss alone.
 2. Is the solution g of this system the derivative of the query loss at the inner solution? Here the inner problem is
    solved to an inner gradient of 1e-9. The implicit gradient g is compared with central differences, for which the
    inner problem is solved again at each θ. It is also compared with unrolled MAML, whose gradient converges to g as the
-   number of steps grows. With ReLU the inner problem has no stationary point that descent reaches, because descent ends
-   between two kinks. This comparison therefore uses a smooth variant of the network, with the same sizes and the same
-   task: softplus(10x)/10 in place of ReLU, means in place of maxima.
+   number of steps grows. With ReLU, gradient descent steps across kinks of the objective and reaches no stationary
+   point. This comparison therefore uses a smooth variant of the network, with the same sizes and the same task:
+   softplus(10x)/10 in place of ReLU, means in place of maxima.
 """
 
 import itertools
@@ -46,7 +46,7 @@ STATIONARY = 1e-9
 
 Differences over steps of 1e-3 in θ then have an error of about 1e-6.
 """
-STAGES = 7  # messages of a verification
+STAGES = 7  # number of messages of a verification
 LONG = 1000
 """CG budget of a solve that counts as exact."""
 
@@ -113,8 +113,9 @@ def check_system(
         on_event: called with a message before each computation.
 
     Returns:
-        Two checks: a long CG solve reaches a relative residual of ``SOLVED``; and the residual that the learner reports
-        for its own CG solve is the true one and at most 1. The second also prints the truncated gradient's error.
+        Two checks. The first passes if a long CG solve reaches a relative residual of ``SOLVED``. The second passes if
+        the residual that the learner reports for its own CG solve is the true one and at most 1. The text of the second
+        also gives the relative error of the learner's gradient.
     """
     on_event("computing the meta-gradient at the preset's budget")
     batch = jax.tree.map(lambda array: array[None], task)
@@ -136,7 +137,7 @@ def check_system(
         return system, bl.Check(
             TRUNCATED,
             False,
-            f"relative residual {reported:.1%}, which is worse than that of zero",
+            f"relative residual {reported:.1%}, which is worse than that of the zero vector",
             "training leaves this task out, because CG has not come near the solution at the preset's budget: increase "
             "linear.max_steps or strength.",
         )
@@ -193,8 +194,8 @@ def check_solution(
         on_event: called with a message before each computation.
 
     Returns:
-        Three checks: the inner problem and the adjoint system are solved, the implicit gradient agrees with
-        differences, and unrolled MAML converges to it.
+        Three checks: the inner problem and the adjoint system are solved, the implicit gradient agrees with central
+        differences, and the gradient of unrolled MAML converges to the implicit gradient.
     """
     flat, unravel = ravel_pytree(theta)
     on_event(f"adapting the smooth variant by {steps[-1]} steps of gradient descent")

@@ -27,7 +27,7 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
     Args:
         chosen: the preset to start from.
         path: the dotted path of the setting, such as ``"strength"`` or ``"inner.max_steps"``.
-        text: the new value as typed. It is parsed as the type of the present value.
+        text: the new value as typed. The parsed value has the type of the present one.
 
     Raises:
         InputError: if the path is not one of :func:`settings` (the message lists those), if the text cannot be parsed,

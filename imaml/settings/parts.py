@@ -25,7 +25,7 @@ class Conv4:
         image_shape: height, width and channels.
         convolutions: ``"patches"`` or ``"xla"``, see :func:`imaml.learning.networks.convolution`.
         products: precision of matrix products and convolutions, a key of :data:`imaml.learning.networks.PRODUCTS`.
-            Only an accelerator distinguishes them.
+            On a CPU all of them are float32, except that XLA's convolution rounds with ``"bfloat16"``.
 
     Raises:
         InputError: if ``filters`` is below 1, if a gain is not above 0, if ``head_bias`` is negative, or if a word is

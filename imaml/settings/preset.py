@@ -221,9 +221,10 @@ class Preset:
         return json.loads(json.dumps(self._saved_fields(), default=plain))
 
     def types(self) -> dict[str, str]:
-        """Return the name of the type of this preset, at the key ``"preset"``, and of each of its parts by its path.
+        """Return the names of the types of this preset and of its parts.
 
-        Two presets with equal configs and different types give different runs.
+        The key of the preset is ``"preset"``, and the key of a part is its dotted path.
+        Two presets with equal configs and different types can give different runs.
         """
         return {"preset": type_name(type(self)), **dict(types_of(self._saved_fields()))}
 

@@ -122,10 +122,10 @@ _GLYPHS_HF = _hessian_free(_GLYPHS, (_FONT_GLYPHS, _LARGE_KERNELS, _STRENGTH, _C
 # --- Omniglot ------------------------------------------------------------------------------------------------------
 
 _MORE_IMAGES = (
-    "λ is 0.5 for the mean support loss; the paper gives λ = 2 for its loss. The λ and the inner step size of "
-    "the 5-way 1-shot preset, 0.1 and 0.01, leave a relative residual above 1 in the adjoint system of every task at "
-    "the initial parameters. No task then has a usable gradient, and training by gradient descent does not begin. The "
-    "learning rate was not tuned for this number of ways and shots."
+    "λ is 0.5 for the mean support loss; the paper gives λ = 2 for its loss. With the λ and the inner step size of the "
+    "5-way 1-shot preset, 0.1 and 0.01, CG ends with a relative residual above 1 for every task at the initial "
+    "parameters. No task then has a usable gradient, and training by gradient descent does not begin. The learning "
+    "rate was not tuned for this number of ways and shots."
 )
 
 
@@ -179,8 +179,8 @@ _REFERENCE = dataclasses.replace(
         "on the support loss without the proximal term, and one step on the proximal term alone. The meta-gradient "
         "solves (2I + H/12)g = v by 5 CG steps from zero.",
         "Test characters are disjoint from training characters; the training and evaluation scripts of that code "
-        "shuffle the characters by different seeds, so that theirs overlap. Evaluation uses the same inner loop as "
-        "training; the evaluation script of that code sets λ = 0.",
+        "shuffle the characters by different seeds, so that some test characters are also training characters. "
+        "Evaluation uses the same inner loop as training; the evaluation script of that code sets λ = 0.",
         "Tasks are sampled anew in each meta-step; that code draws them from a list that is made beforehand.",
         "Convolutions have no biases, because batch normalisation cancels a bias in outputs and gradients.",
     ),
@@ -191,9 +191,10 @@ _REFERENCE = dataclasses.replace(
 # --- Mini-ImageNet -------------------------------------------------------------------------------------------------
 
 _NEVER_TRAINED = (
-    "This preset was never trained on the real images. These settings are guesses: an inner step size of 0.1, initial "
-    "kernels of 10 times Glorot's size, 4 tasks in a meta-step, 15 query images of each class in training, and Adam "
-    "with a learning rate that falls from 0.001 to 0 along half a cosine in 20,000 meta-steps."
+    "This preset was never trained on the real images. These settings are guesses: an inner step size of 0.1 for "
+    "gradient descent, initial kernels of 10 times Glorot's size, 4 tasks in a meta-step, 15 query images of each "
+    "class in training, and Adam with a learning rate that falls from 0.001 to 0 along half a cosine in 20,000 "
+    "meta-steps."
 )
 
 _MINIIMAGENET = Preset(

@@ -1,8 +1,8 @@
 """Conversion of saved settings to this version, in which fields may have been added or renamed since.
 
 Checkpoints, the records of :mod:`imaml.reproduction` and ``result.json`` contain the result of
-:meth:`imaml.Preset.config`; checkpoints and ``result.json`` also that of :meth:`imaml.Preset.types`. These files are
-never rewritten: :func:`completed` translates their content after reading.
+:meth:`imaml.Preset.config`. Checkpoints and ``result.json`` also contain the result of :meth:`imaml.Preset.types`. No
+file is rewritten for a new version. :func:`completed` converts the settings after they are read.
 """
 
 import dataclasses

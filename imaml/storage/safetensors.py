@@ -39,7 +39,10 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     position = 0
     for name, array in arrays.items():
         if name == _METADATA or array.dtype not in _NAMES:
-            raise ValueError(f"safetensors cannot hold the array {name!r} of dtype {array.dtype}")
+            raise ValueError(
+                f"cannot write the array {name!r} of dtype {array.dtype}: the name {_METADATA} is reserved, and the "
+                f"dtypes that can be written are {', '.join(map(str, _NAMES))}"
+            )
         offsets = [position, position + array.nbytes]
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
         position = offsets[1]

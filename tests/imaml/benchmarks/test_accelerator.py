@@ -68,7 +68,7 @@ def test_several_calls_give_the_numbers_of_an_uninterrupted_run(tmp_path):
     assert (whole / "records" / f"{PRESET}.json").exists()
 
     parts.mkdir()
-    shutil.copy(whole / "comparison.json", parts)  # Both calls of a command on one machine read the same comparison.
+    shutil.copy(whole / "comparison.json", parts)  # A new measurement might keep another way, which rounds differently.
     first = begin(parts)
     while not (log := parts / PRESET / "metrics.jsonl").exists() or log.read_text().count("\n") < 5:
         assert first.poll() is None, "the first call ended before it could be interrupted"

@@ -174,7 +174,7 @@ def test_every_drawing_has_the_label_of_its_folder(tiny: Tiny):
 
 def test_resizing_equals_pillows_bit_for_bit():
     images = np.random.default_rng(0).integers(0, 256, (50, 105, 105)).astype(np.uint8)
-    images[::2] = np.where(images[::2] > 127, 255, 0)  # Lanczos overshoots below 0 and above 255 here, so it clips
+    images[::2] = np.where(images[::2] > 127, 255, 0)  # Lanczos overshoots 0 and 255 here, so clipping is tested
     expected = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.LANCZOS)) for image in images]
     assert np.array_equal(omniglot._shrink(images), np.stack(expected))
 

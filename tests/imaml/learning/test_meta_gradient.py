@@ -247,7 +247,7 @@ def test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others(
 
 
 def test_a_task_whose_linear_residual_is_above_1_is_left_out():
-    """A task is left out if its linear residual is above 1, which is the residual of the zero vector.
+    """A task is left out if its linear residual is above 1. The zero vector has a residual of 1.
 
     The adjoint system of the second task is A = diag(2, −1) with v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one CG step is
     far too long.

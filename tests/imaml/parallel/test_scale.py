@@ -268,7 +268,7 @@ def connect_all(*callers, processes=3, seconds=10.0):
     """Connect processes to process 0 in threads.
 
     Args:
-        callers: for each process that connects, its number and the number of processes that it announces.
+        callers: for each process that connects, its index and the number of processes that it announces.
         processes: number of processes that process 0 expects.
         seconds: time limit of both sides.
 
@@ -320,7 +320,9 @@ def test_processes_that_did_not_connect_are_named():
 def test_a_process_with_another_count_or_a_wrong_number_is_refused(caller):
     error, line = connect_all(caller)
     line[0].close()
-    expected = f"process {caller[0]} of {caller[1]} has connected, but process 0 waits for one of [1, 2] of 3"
+    expected = (
+        f"process {caller[0]} of {caller[1]} has connected, but process 0 of 3 waits for one of the processes [1, 2]"
+    )
     assert str(error) == expected
 
 

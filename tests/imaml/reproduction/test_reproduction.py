@@ -182,7 +182,7 @@ def errors():
 def test_implicit_maml_has_smaller_errors_than_maml_after_equal_steps(errors):
     maml = np.array(errors["MAML"])
     assert (np.array(errors["iMAML, 11 CG steps"]) < maml).all()
-    # After more steps, the error of 5 CG steps is larger than that of the inner solve.
+    # Compare the first two entries only. After more inner steps, 5 CG steps are the larger source of error.
     assert (np.array(errors["iMAML, 5 CG steps"])[:2] < maml[:2]).all()
 
 

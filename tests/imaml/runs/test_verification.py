@@ -81,7 +81,9 @@ def test_a_cg_solve_with_a_residual_above_1_fails_its_check_with_a_remedy(settin
     # With a small strength, I + H/λ is ill-conditioned and indefinite, and two CG steps end far from its solution.
     learner = replace(learner, strength=1e-3, method=bl.Implicit(bl.CG(2)))
     _, row = verification.check_system(learner, theta, task)
-    assert not row.ok and "worse than that of zero" in row.found and "increase linear.max_steps" in row.remedy
+    assert (
+        not row.ok and "worse than that of the zero vector" in row.found and "increase linear.max_steps" in row.remedy
+    )
 
 
 def test_a_wrong_sign_is_caught_by_differences_and_by_unrolling(setting, monkeypatch):
@@ -97,7 +99,7 @@ def test_every_gap_of_unrolled_maml_must_be_smaller_than_the_one_before():
 
 @pytest.mark.slow("verifies a preset with two networks")
 def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeypatch):
-    """The system is checked with the preset's network, the solution with its smooth variant, on the same θ and task.
+    """The preset's network is used for the system, and its smooth variant for the solution, with the same θ and task.
 
     The two checks are replaced by recorders: for a convolutional network they take too long to compile in a test.
     """

@@ -32,8 +32,8 @@ PRESET = tiny_preset(STEPS)
 def counted_meta_step(traced):
     """Return a replacement of ``compilation.meta_step`` that counts traces.
 
-    It returns the same function for the same preset and mesh, so that JAX can reuse a trace. The function appends its
-    preset to ``traced`` whenever JAX traces it.
+    The replacement returns the same function for the same preset and mesh, so that JAX can reuse a trace. That function
+    appends its preset to ``traced`` whenever JAX traces it.
     """
     original = compilation.meta_step
 
@@ -110,7 +110,7 @@ def assert_equal_states(one, other):
 
 
 def assert_same_run(directory, expected):
-    """Assert that a run ended as an expected one.
+    """Assert that a run ended like the expected one.
 
     Args:
         directory: folder of the run.
