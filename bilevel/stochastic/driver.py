@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -155,11 +154,11 @@ def minimize(
     algorithm = choose_rates(algorithm, problem, theta, w, inner, outer)
     numbers, plan = make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
     first = _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
-    begin = partial(start, inner=inner, outer=outer, numbers=numbers, plan=plan)
+    rest = {"inner": inner, "outer": outer, "numbers": numbers, "plan": plan}
     if state is None:
-        current: State = begin(placement.put(first))
+        current: State = start(placement.put(first), **rest)
     else:
-        _check_state(state, jax.eval_shape(begin, first))
+        _check_state(state, start.eval_shape(first, **rest))
         current = replace(placement.put(replace(state, tables=())), tables=placement.copy(state.tables))
     records: list[Any] = []
     sizes, residuals = [float(largest_entry(replace(current, tables=())))], []
@@ -173,7 +172,7 @@ def minimize(
         status = judge(sizes, residuals, record.norms)
         records.append(record._replace(status=np.int32(status)))
         if not status.ok:
-            current = begin(before)
+            current = start(before, **rest)
             break
     history = _history(records, plan, current)
     found = StochasticMinimum(current.theta, current.w, current.adjoint, history, current, algorithm)
