@@ -40,7 +40,7 @@ FULL_BATCH = tuple(
     for optimizer, rates in (("adam", (0.03, 0.1, 0.3, 1.0)), ("lbfgs", (0.3, 1.0)))
     for rate in rates
 )
-QUADRATIC = Plan({"SOBA": 64, "SABA": 64, "SRBA": 32, "AmIGO": 8}, (0.03, 0.1, 0.2), (0.1, 0.3, 1.0))
+QUADRATIC = Plan({"SOBA": 64, "SABA": 64, "SRBA": 32, "AmIGO": 8}, (0.1, 0.3, 1.0), (0.1, 0.3, 1.0))
 PLANS = {
     "quadratic": QUADRATIC,
     "quadratic-32768": QUADRATIC,
