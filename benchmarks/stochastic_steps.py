@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args(arguments)
     record: list[dict[str, Any]] = []
-    for name, kind, size in itertools.product(("SOBA", "SABA"), ("samples", "parameters"), options.sizes):
+    sizes: list[int] = list(options.sizes)
+    for name, kind, size in itertools.product(("SOBA", "SABA"), ("samples", "parameters"), sizes):
         by_samples = kind == "samples"
         count, features, batch = (size, FEATURES, BATCH) if by_samples else (FEW, size, SMALL_BATCH)
         # A step on many parameters takes longer, so fewer of them are needed.
