@@ -82,6 +82,7 @@ def minimize(
 
     With ``GradientDescent(ρ, 1)`` and ``Implicit(Neumann(1, ρ))`` for a step size ρ, and an iterator of samples as
     ``data``, this is a stochastic single loop: w, the adjoint and θ each take one step on each sample, in this order.
+    Noise that the inner samples share in this order biases θ; :func:`bilevel.stochastic.minimize` has no such bias.
 
     Args:
         problem: the condition and the outer function.

@@ -4,8 +4,9 @@ Each algorithm moves w, the adjoint and θ by steps on batches, without solving 
 """
 
 from bilevel.stochastic.amigo import AmIGO
+from bilevel.stochastic.curvature import choose_rates
+from bilevel.stochastic.driver import History, StochasticMinimum, minimize
 from bilevel.stochastic.f2sa import F2SA
-from bilevel.stochastic.minimize import History, StochasticMinimum, minimize
 from bilevel.stochastic.protocol import (
     Algorithm,
     Directions,
@@ -24,13 +25,13 @@ from bilevel.stochastic.soba import MASOBA, SOBA
 from bilevel.stochastic.srba import SRBA
 
 __all__ = [
+    "F2SA",
     "MASOBA",
     "SABA",
     "SOBA",
     "SRBA",
-    "F2SA",
-    "AmIGO",
     "Algorithm",
+    "AmIGO",
     "Directions",
     "Draws",
     "History",
@@ -41,6 +42,7 @@ __all__ = [
     "Samples",
     "State",
     "StochasticMinimum",
+    "choose_rates",
     "descend",
     "directions",
     "minimize",

@@ -1,7 +1,7 @@
 """AmIGO: several steps for w and for the adjoint from warm starts, then one for θ."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -42,7 +42,7 @@ class AmIGO:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    exponents = (0.5, 0.5)
+    exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     @property
     def draws(self) -> tuple[int, int]:

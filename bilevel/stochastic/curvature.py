@@ -32,7 +32,7 @@ class Curvature:
         lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w over the samples. It is over-estimated where
             ∂F/∂w is ill-conditioned, because it is a Ritz value.
         outer: the largest eigenvalue, in absolute value, of the Hessian in θ of the outer function, with w replaced by
-            its linear response to θ.
+            its linear response to θ, after one Newton step of w.
     """
 
     batch: float
@@ -74,9 +74,7 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
     return replace(algorithm, **{name: chosen[name] for name in missing})
 
 
-def estimate(
-    problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int
-) -> Curvature:
+def estimate(problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int) -> Curvature:
     """Return the curvatures at (w, θ), from at most 4096 inner and outer samples and from 8 inner batches.
 
     Raises:
@@ -108,11 +106,15 @@ def _estimate(theta, w, inner, outer, problem, inner_batch):
     matvec = _matvec(condition, w, theta, inner_part)
     transpose = jax.linear_transpose(matvec, w)
     lowest = ritz_values(lambda u: tree.scale(0.5, tree.add(matvec(u), transpose(u)[0])), w)[0]
+    # The response of w to θ is often zero at w = 0, so it is taken near the inner solution, after one Newton step.
+    residual = condition.residual(w, theta, inner_part)
+    w = tree.subtract(w, solve_linear(NormalCG(RESPONSE_STEPS), matvec, residual, symmetric=False)[0])
+    matvec_there = _matvec(condition, w, theta, inner_part)
     floats, join = tree.partition_inexact(theta)
 
     def response(tangent):
         moved = jax.jvp(lambda floats: condition.residual(w, join(floats), inner_part), (floats,), (tangent,))[1]
-        return solve_linear(NormalCG(RESPONSE_STEPS), matvec, tree.scale(-1.0, moved), symmetric=False)[0]
+        return solve_linear(NormalCG(RESPONSE_STEPS), matvec_there, tree.scale(-1.0, moved), symmetric=False)[0]
 
     def reduced(tangent):
         value = problem.outer(tree.add(w, response(tangent)), join(tree.add(floats, tangent)), outer_part)

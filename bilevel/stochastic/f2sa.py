@@ -1,7 +1,7 @@
 """F2SA: a fully first-order method, which penalises the inner problem in place of an adjoint."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -9,6 +9,9 @@ from bilevel import tree
 from bilevel.stochastic.protocol import Draws, Oracle, State, register
 from bilevel.stochastic.rates import Power, Rate, at_step, descend
 from bilevel.stochastic.samples import Sampling
+
+PENALTY = Power(10.0, -1 / 7)
+"""The default of λ, which grows with the exponent of the paper."""
 
 
 @register("inner_rate", "outer_rate", "penalty")
@@ -21,12 +24,12 @@ class F2SA:
 
         y ← y − ρ ∇G(y),        z ← z − ρ(∇G(z) + ∇outer(z)/λ),
 
-    and then θ moves along ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)), with the same inner batch for y and z. The error of this
-    hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which tends to the solution of
-    Aᵀv = g.
+    and then θ moves along ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)), with the same inner batch for y and z. The error of
+    this hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which tends to the
+    solution of Aᵀv = g.
 
     Args:
-        inner_rate: ρ, a :data:`Rate`; None for one that is estimated, see :func:`choose_rates`. The paper lets it fall
+        inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`. The paper lets it fall
             with the exponent 4/7.
         outer_rate: γ, likewise, or an optax transformation. The paper lets it fall with the exponent 5/7.
         penalty: λ > 0, a :data:`Rate`. It grows as t^(1/7) in the paper; a number keeps it constant.
@@ -41,14 +44,14 @@ class F2SA:
 
     inner_rate: Rate | None = None
     outer_rate: Any = None
-    penalty: Rate = Power(10.0, -1 / 7)
+    penalty: Rate = PENALTY
     inner_steps: int = 1
     inner_batch: int = 64
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    needs_objective = True
-    exponents = (4 / 7, 5 / 7)
+    needs_objective: ClassVar[bool] = True
+    exponents: ClassVar[tuple[float, float]] = (4 / 7, 5 / 7)
 
     @property
     def draws(self) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from bilevel import tree
 from bilevel.stochastic.samples import count_samples
 from bilevel.types import PyTree
 
@@ -29,7 +30,7 @@ class Placement:
 
     shares: int
     axes: tuple[str, ...]
-    mesh: Mesh | None
+    mesh: Any
 
     def over_shares(self, function: Callable[..., Any], shared: str, returned: str) -> Callable[..., Any]:
         """Return a function that runs ``function`` on every share.
@@ -60,18 +61,28 @@ class Placement:
         """Return samples ``[n, …]`` as ``[shares, n/shares, …]``."""
         return jax.tree.map(lambda leaf: leaf.reshape(self.shares, -1, *leaf.shape[1:]), samples)
 
-    def put(self, values: PyTree, divided: bool = False) -> PyTree:
-        """Return arrays where the compiled program expects them, as copies that it may overwrite."""
+    def put(self, values: PyTree) -> PyTree:
+        """Return arrays that every share has, where the compiled program expects them."""
         if self.mesh is None:
-            return jax.tree.map(jnp.array, values)
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.axes) if divided else PartitionSpec())
-        return jax.tree.map(lambda leaf: _put(leaf, sharding), values)
+            return tree.arrays(values)
+        return _on_mesh(values, NamedSharding(self.mesh, PartitionSpec()))
+
+    def copy(self, tables: PyTree) -> PyTree:
+        """Return a copy of divided arrays, which the compiled program may overwrite."""
+        if self.mesh is not None:
+            tables = _on_mesh(tables, NamedSharding(self.mesh, PartitionSpec(self.axes)))
+        return jax.tree.map(jnp.copy, tables)
 
 
-def _put(leaf, sharding):
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jnp.copy(leaf)
-    return jax.device_put(np.asarray(leaf), sharding)
+def _on_mesh(values, sharding):
+    """Return arrays with a sharding. Those that already span several processes keep theirs."""
+
+    def put(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf
+        return jax.device_put(np.asarray(leaf), sharding)
+
+    return jax.tree.map(put, values)
 
 
 def _with_leading_axis(function, shared, returned):
@@ -98,8 +109,8 @@ def place(inner: PyTree, outer: PyTree, shares: int | None) -> Placement:
     found = {_mesh_axes(leaf) for leaf in jax.tree.leaves((inner, outer))}
     if len(found) != 1:
         raise ValueError(
-            f"all leaves of the inner and the outer samples must be sharded alike over their leading axis, got {found}: "
-            "put all of them with the same NamedSharding"
+            f"all leaves of the inner and the outer samples must be sharded alike over their leading axis, got "
+            f"{found}: put all of them with the same NamedSharding"
         )
     mesh, axes = found.pop()
     devices = int(np.prod([mesh.shape[axis] for axis in axes])) if mesh is not None else 1

@@ -246,7 +246,7 @@ class Algorithm(Protocol):
         ...     lambda w, theta, y: 0.5 * jnp.mean((w - y) ** 2),
         ... )
         >>> ones = jnp.ones(4)
-        >>> found = bl.stochastic.minimize(problem, 0.0, 0.0, ones, 3 * ones, Alternating(0.2), steps=200)
+        >>> found = bl.stochastic.minimize(problem, 0.0, 0.0, ones, 3 * ones, Alternating(0.2), steps=500)
         >>> round(float(found.theta), 3)
         3.0
     """

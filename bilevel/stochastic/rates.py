@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,8 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.types import PyTree
 
-if TYPE_CHECKING:
-    import optax
-
 Rate = float | Callable[[jax.Array], jax.Array | float]
 """A number, or a function of the step t, an int32 scalar that begins with 0."""
-OuterRate = "Rate | optax.GradientTransformation"
-"""A :data:`Rate`, or an optax transformation of the hypergradient."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +37,13 @@ class Power:
         return self.rate / count**self.exponent
 
 
-def at_step(rate: Any, step: jax.Array) -> jax.Array | float:
+def at_step(rate: Rate | None, step: jax.Array) -> jax.Array | float:
     """Return the rate at a step."""
-    return rate(step) if callable(rate) else rate
+    assert rate is not None, "minimize chooses a rate that is left out"
+    if not callable(rate):
+        return rate
+    with jax.numpy_dtype_promotion("standard"):  # a schedule may multiply floats by the integer step
+        return rate(step)
 
 
 def is_transformation(rate: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +55,16 @@ class SABA:
     sampling: Sampling = "with_replacement"
     memory_limit: int | None = None
 
-    draws = (1, 1)
-    exponents = (0.0, 0.0)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with tables of zeros."""
         inner, outer = InnerTerms(state.w, state.w, state.theta), (state.w, state.theta)
         check_memory(oracle, inner, outer, self.memory_limit)
-        return replace(state, tables=(Table.zeros(oracle.inner_samples, inner), Table.zeros(oracle.outer_samples, outer)))
+        return replace(
+            state, tables=(Table.zeros(oracle.inner_samples, inner), Table.zeros(oracle.outer_samples, outer))
+        )
 
     def step(self, oracle: Oracle, state: State, draws: Draws) -> State:
         """Return the state after a step."""
@@ -82,8 +84,8 @@ class Table(NamedTuple):
     """A table with one row for each batch, and the mean of its rows.
 
     The last new row waits outside of the table until the next step. A step therefore writes before it reads, and XLA
-    updates the table in place. If it read a row and then replaced it, XLA would fuse the read with later operations, and
-    copy the whole table in every step.
+    updates the table in place. If it read a row and then replaced it, XLA would fuse the read with later operations,
+    and copy the whole table in every step.
 
     Attributes:
         rows: the terms of each batch, ``[batches, …]`` for each leaf.

@@ -8,8 +8,8 @@ If the batch size b does not divide the number of samples n, the last batch is s
 proportion to its size. The mean of a batch is then an unbiased estimate of the mean over all samples, and no algorithm
 needs weights.
 
-The batch of a draw is a function of the key and the number of the draw. So a sampler has no state, a step costs the same
-for any number of samples, and a run that stops and goes on draws the same batches.
+The batch of a draw is a function of the key and the number of the draw. So a sampler has no state, a step costs the
+same for any number of samples, and a run that stops and goes on draws the same batches.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,10 @@ T = TypeVar("T")
 
 PASS = 4096
 """Samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not with the samples."""
-ROUNDS = 8
-"""Rounds of the Feistel network. Four are enough for a large number of batches; few batches need more."""
+FEW = 16
+"""Up to so many batches, a random order is computed by ranks, because a Feistel network on few numbers is biased."""
+ROUNDS = 12
+"""Rounds of the Feistel network."""
 
 
 def shuffle(samples: PyTree, key: jax.Array) -> PyTree:
@@ -144,7 +146,7 @@ def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Arra
         samples: the batches.
         sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new random order of the batches in each
             epoch.
-        key: the sampler's key.
+        key: the sampler's key, of the kind threefry2x32.
         numbers: the numbers of the draws, counted from the beginning of the run, int32 of any shape.
 
     Returns:
@@ -158,8 +160,9 @@ def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Arra
 
 
 def _with_replacement(samples, key, number):
-    # The batch of a uniformly drawn sample: a smaller last batch is drawn in proportion to its size.
-    return jax.random.randint(jax.random.fold_in(key, number), (), 0, samples.size, jnp.int32) // samples.batch
+    # The batch of a uniformly drawn sample: a smaller last batch is drawn in proportion to its size. The remainder of a
+    # 32-bit number is uniform up to n/2³² of each probability.
+    return (_words(key, number)[0] % jnp.uint32(samples.size)).astype(jnp.int32) // samples.batch
 
 
 def _without_replacement(samples, key, number):
@@ -171,16 +174,17 @@ def _without_replacement(samples, key, number):
     # probability q, by which the last batch has rest/b times as many places as another one, in the mean.
     share, others = samples.rest / samples.batch, samples.batches - 1
     q = (1 - share) / (1 + share / others)
-    coin, full = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), number))
-    replaced = (chosen == others) & (jax.random.uniform(coin) < q)
-    return jnp.where(replaced, jax.random.randint(full, (), 0, others, jnp.int32), chosen)
+    # The highest number is not an epoch, so its key is free for the coins.
+    coin, full = _words(jax.random.fold_in(key, 2**32 - 1), number)
+    replaced = (chosen == others) & (coin < jnp.uint32(q * 2**32))
+    return jnp.where(replaced, (full % jnp.uint32(others)).astype(jnp.int32), chosen)
 
 
 def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
     """Return the entry at ``place`` of a random permutation of 0 … count − 1, without making the permutation.
 
     A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put in again
-    until one is.
+    until one is. For a small ``count``, the order of as many random numbers is the permutation.
 
     Source: Black, Rogaway (2002), Ciphers with arbitrary finite domains.
 
@@ -188,22 +192,33 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
         >>> sorted(int(permuted(jax.random.key(0), place, 5)) for place in range(5))
         [0, 1, 2, 3, 4]
     """
+    first, second = jax.random.key_data(key)
+    place = jnp.asarray(place).astype(jnp.uint32)
+    if count <= FEW:
+        numbers = _mix(_mix(first + jnp.arange(count, dtype=jnp.uint32)) ^ second)
+        ranks = jnp.sum(numbers[:, None] > numbers, axis=1, dtype=jnp.uint32)
+        return jnp.argmax(ranks == place).astype(jnp.int32)
     low = (count - 1).bit_length() // 2
-    high = max((count - 1).bit_length(), 1) - low
-    keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
+    high = (count - 1).bit_length() - low
+    keys = [_mix(first + jnp.uint32(index)) ^ second for index in range(ROUNDS)]
 
     def encrypt(number: jax.Array) -> jax.Array:
         # Each round swaps the halves, whose widths differ by one bit if the number of bits is odd.
         widths = (high, low)
-        for index in range(ROUNDS):
+        for round_key in keys:
             right = number & _mask(widths[1])
-            left = (number >> jnp.uint32(widths[1])) ^ (_mix(right ^ keys[index]) & _mask(widths[0]))
+            left = (number >> jnp.uint32(widths[1])) ^ (_mix(right ^ round_key) & _mask(widths[0]))
             number = (right << jnp.uint32(widths[0])) | left
             widths = widths[::-1]
         return number
 
-    found = jax.lax.while_loop(lambda number: number >= count, encrypt, encrypt(place.astype(jnp.uint32)))
-    return found.astype(jnp.int32)
+    start = encrypt(place)
+    return jax.lax.while_loop(lambda number: number >= count, encrypt, start).astype(jnp.int32)
+
+
+def _words(key, number):
+    """Return two random 32-bit numbers: the data of the key that belongs to a number."""
+    return jax.random.key_data(jax.random.fold_in(key, number))
 
 
 def _mask(bits):

@@ -1,15 +1,19 @@
 """SOBA and MA-SOBA: one fresh batch of each sum in a step."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from bilevel import tree
 from bilevel.stochastic.protocol import Directions, Draws, Oracle, State, directions, register
 from bilevel.stochastic.rates import Power, Rate, at_step, descend
 from bilevel.stochastic.samples import Sampling
-from bilevel import tree
+
+AVERAGING = Power(1.0, 0.5)
+"""The default of β, which falls like the rates of SOBA."""
+
 
 @register("inner_rate", "linear_rate", "outer_rate")
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class SOBA:
     The noise of a batch keeps w, v and θ at a distance from the solution that shrinks with the rates.
 
     Args:
-        inner_rate: ρ, a :data:`Rate`; None for one that is estimated, see :func:`choose_rates`.
+        inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`.
         linear_rate: ρ′, likewise.
         outer_rate: γ, likewise, or an optax transformation.
         inner_batch: samples in an inner batch.
@@ -41,8 +45,8 @@ class SOBA:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    draws = (1, 1)
-    exponents = (0.5, 0.5)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state as it is."""
@@ -81,13 +85,13 @@ class MASOBA:
     inner_rate: Rate | None = None
     linear_rate: Rate | None = None
     outer_rate: Any = None
-    averaging: Rate = Power(1.0, 0.5)
+    averaging: Rate = AVERAGING
     inner_batch: int = 64
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    draws = (1, 1)
-    exponents = (0.5, 0.5)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with an average of zero."""
@@ -98,9 +102,7 @@ class MASOBA:
         """Return the state after a step."""
         moves = batch_directions(oracle, state, draws)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, state.memory)
-        average = descend(
-            state.memory, at_step(self.averaging, state.step), tree.subtract(state.memory, moves.theta)
-        )
+        average = descend(state.memory, at_step(self.averaging, state.step), tree.subtract(state.memory, moves.theta))
         return replace(move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=average)
 
 

@@ -1,7 +1,7 @@
 """SRBA: variance reduction by recursive estimates of the directions."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ class SRBA:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
-    draws = (1, 1)
-    exponents = (0.0, 0.0)
+    draws: ClassVar[tuple[int, int]] = (1, 1)
+    exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with the first point and directions of zero, which the first step replaces."""
@@ -70,6 +70,4 @@ class SRBA:
 
         moves = jax.lax.cond(state.step % period == 0, lambda: oracle.full(*point), corrected)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
-        return replace(
-            move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=(point, moves)
-        )
+        return replace(move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=(point, moves))

@@ -47,6 +47,17 @@ ALLOWED = {
         "types",
     },
     "outer": {"advice", "failures", "methods", "problem", "solvers", "start", "tree", "types"},
+    "stochastic": {
+        "failures",
+        "methods",
+        "theorem",
+        "linear",
+        "problem",
+        "conditions",
+        "spectrum",
+        "tree",
+        "types",
+    },
     "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
     "verify": {"spectrum", "problem", "conditions", "start", "tree", "types"},

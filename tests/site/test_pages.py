@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from blocks import ROOT, blocks, pages
 
-PACKAGES = ("bilevel", "bilevel.testing", "imaml", "imaml.datasets")
+PACKAGES = ("bilevel", "bilevel.stochastic", "bilevel.testing", "imaml", "imaml.datasets")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEAVY = {"jaxopt", "optax", "matplotlib", "rich", "scipy", "sklearn", "hypothesis", "pytest", "PIL", "flax", "equinox"}
 """Packages that are slow to import and that only some functions need."""

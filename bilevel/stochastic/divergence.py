@@ -1,0 +1,62 @@
+"""How a run that diverged is recognised, and what is then done about it."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from bilevel.failures import HypergradientError, Policy
+from bilevel.types import Status
+
+FIRST_GROWTH = 1e12
+"""Limit of the largest entry of the state at the first evaluation, relative to the start or to 1."""
+LATER_GROWTH = 1e4
+"""Limit of the largest entry of the state at a later evaluation, relative to the first one, the start, or 1."""
+RESIDUAL_GROWTH = 1e4
+"""Limit of the residual over all samples at a later evaluation, relative to the first one."""
+
+
+def judge(sizes: Sequence[float], residuals: Sequence[float], norms: Sequence[float]) -> Status:
+    """Return the status of an evaluation: BUDGET_USED for a sound run, else BREAKDOWN or NONFINITE.
+
+    Args:
+        sizes: the largest entry of the state at the start and at each evaluation up to this one.
+        residuals: the norm of the residual over all samples at each evaluation, or nothing without ``measure``.
+        norms: the measured norms at this evaluation, or nothing.
+    """
+    size = sizes[-1]
+    if not all(map(math.isfinite, (size, *norms))):
+        return Status.NONFINITE
+    grew = size > FIRST_GROWTH * max(1.0, sizes[0])
+    if len(sizes) > 2:
+        grew = grew or size > LATER_GROWTH * max(1.0, *sizes[:2])
+    if len(residuals) > 1:
+        # At a converged first evaluation the residual is rounding noise, from which it may grow again.
+        grew = grew or residuals[-1] > RESIDUAL_GROWTH * max(residuals[0], 1e-6 * size)
+    return Status.BREAKDOWN if grew else Status.BUDGET_USED
+
+
+def react(found: Any, status: Status, size: float, on_failure: Policy) -> None:
+    """Raise or warn about a run that diverged.
+
+    Args:
+        found: the result, with the last sound state.
+        status: the status of the last evaluation.
+        size: the largest entry of the state at that evaluation.
+        on_failure: "raise", "warn" or "ignore".
+
+    Raises:
+        HypergradientError: with ``on_failure="raise"``.
+    """
+    names = [name for name in ("inner_rate", "linear_rate", "outer_rate") if hasattr(found.algorithm, name)]
+    rates = ", ".join(f"{name}={getattr(found.algorithm, name)!r}" for name in names)
+    state = "is not finite" if status == Status.NONFINITE else f"has grown to {size:.1e}, or its residual has grown"
+    message = (
+        f"stochastic loop, {status.name}: after {int(found.history.step[-1])} steps the state {state}: use smaller "
+        f"rates{' than ' if rates else ''}{rates}, or larger batches; the result has the state of step "
+        f"{int(found.state.step)}, the last sound one"
+    )
+    if on_failure == "raise":
+        raise HypergradientError(message, found)
+    if on_failure == "warn":
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,254 @@
+"""The driver of the stochastic algorithms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import tree
+from bilevel.conditions import Projected, ProximalGradient
+from bilevel.failures import Policy, check_policy
+from bilevel.methods.protocol import outer_variables, starting_point
+from bilevel.problem import Problem
+from bilevel.stochastic.curvature import choose_rates
+from bilevel.stochastic.divergence import judge, react
+from bilevel.stochastic.loop import Record, advance, largest_entry, make_plan, start
+from bilevel.stochastic.placement import place
+from bilevel.stochastic.protocol import Algorithm, State
+from bilevel.stochastic.rates import check_rate, is_transformation
+from bilevel.stochastic.samples import check_sampling, count_samples
+from bilevel.types import PyTree, Status
+
+RATES = ("inner_rate", "linear_rate", "outer_rate")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """The record of a stochastic run: one entry for each evaluation.
+
+    Attributes:
+        step: the number of steps before the evaluation, int32 ``[evaluations]``.
+        evaluations: what ``evaluate`` returned, each leaf ``[evaluations]``; None without ``evaluate``.
+        residual_norm: ‖F‖₂ over all samples; None without ``measure``.
+        adjoint_norm: ‖Aᵀv − g‖₂ over all samples; None without ``measure``.
+        gradient_norm: ‖h − Bᵀv‖₂ over all samples, the norm of the direction of θ; None without ``measure``.
+        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED, or for a run that diverged BREAKDOWN or
+            NONFINITE.
+    """
+
+    step: jax.Array
+    evaluations: PyTree
+    residual_norm: jax.Array | None
+    adjoint_norm: jax.Array | None
+    gradient_norm: jax.Array | None
+    status: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StochasticMinimum:
+    """The result of a stochastic run.
+
+    Attributes:
+        theta: θ after the last step.
+        w: the inner variables after the last step.
+        adjoint: v, which tends to the solution of the adjoint system Aᵀv = g.
+        history: the record of the evaluations.
+        state: from which ``minimize(…, state=…)`` goes on, a :class:`State`. After a divergence it is that of the last
+            evaluation at which the run was sound, and so are θ, w and v.
+        algorithm: the algorithm with the rates that were used.
+    """
+
+    theta: PyTree
+    w: PyTree
+    adjoint: PyTree
+    history: History
+    state: State
+    algorithm: Any
+
+    @property
+    def status(self) -> jax.Array:
+        """The worst :class:`Status` of the run, an int32 scalar; BUDGET_USED without an evaluation."""
+        return jnp.max(self.history.status, initial=int(Status.BUDGET_USED))
+
+
+def minimize(
+    problem: Problem,
+    theta: PyTree,
+    w: PyTree,
+    inner: PyTree,
+    outer: PyTree,
+    algorithm: Algorithm,
+    steps: int,
+    key: jax.Array | None = None,
+    evaluate: Callable[[PyTree, PyTree], PyTree] | None = None,
+    evaluate_every: int = 1_000,
+    state: State | None = None,
+    *,
+    measure: bool = False,
+    project: Callable[[PyTree], PyTree] | None = None,
+    on_failure: Policy = "raise",
+    shares: int | None = None,
+) -> StochasticMinimum:
+    """Minimise outer(w*(θ), θ) over θ by steps on batches of samples.
+
+    The steps run in compiled chunks of ``evaluate_every`` steps. A further call with the same functions, the same
+    shapes and an algorithm with other numbers compiles nothing.
+
+    Args:
+        problem: ``problem.condition`` gets an inner batch as ``data``, ``problem.outer`` an outer batch. Both must be
+            means over their batch.
+        theta: where θ starts. Leaves that are not floating point are constants.
+        w: where w starts. The adjoint starts with zero.
+        inner: the inner samples, a pytree of arrays with one leading axis of samples, on the device or sharded over
+            the leading axis. Samples that are ordered, for example by class, should be shuffled first: see
+            :func:`shuffle`.
+        outer: the outer samples, likewise.
+        algorithm: :class:`SOBA`, :class:`MASOBA`, :class:`SABA`, :class:`SRBA`, :class:`AmIGO`, :class:`F2SA`, or an
+            :class:`Algorithm` of your own.
+        steps: the number of steps; 0 returns the first state.
+        key: a random key, which decides the batches; ``jax.random.key(0)`` by default.
+        evaluate: ``evaluate(theta, w)`` returns a pytree of scalars for the history. It runs inside the compiled
+            program.
+        evaluate_every: steps between two evaluations. The last steps are followed by an evaluation in any case.
+        state: the state of an earlier run. The run goes on from it as if it had not stopped, to the bit. ``theta``,
+            ``w`` and ``key`` are then not used. The leaves may be NumPy arrays.
+        measure: whether each evaluation also computes the norms of the three directions over all samples.
+        project: ``project(theta)`` returns the nearest point of a set in which θ must stay.
+        on_failure: what to do about a run that diverged: ``"raise"``, ``"warn"`` or ``"ignore"``. The run stops in any
+            case, and the result has the last sound state.
+        shares: the number of equal parts into which the samples are divided. Each step draws one batch of each part.
+            The default is the number of devices over which the samples are sharded.
+
+    Returns:
+        a :class:`StochasticMinimum`.
+
+    Raises:
+        ValueError: for arguments that do not fit together; the message names them.
+        HypergradientError: for a run that diverged, with ``on_failure="raise"``. Its ``result`` is the
+            :class:`StochasticMinimum` with the last sound state.
+
+    Example:
+        >>> import bilevel as bl, jax.numpy as jnp
+        >>> problem = bl.Problem(
+        ...     bl.Stationary(lambda w, theta, x: 0.5 * jnp.mean((w - theta * x) ** 2)),
+        ...     lambda w, theta, y: 0.5 * jnp.mean((w - y) ** 2),
+        ... )
+        >>> x, y = jnp.array([0.5, 1.5, 0.8, 1.2]), jnp.array([2.0, 4.0, 3.0, 3.0])
+        >>> saba = bl.stochastic.SABA(0.2, 0.2, 0.1, inner_batch=2, outer_batch=2)
+        >>> found = bl.stochastic.minimize(problem, 0.0, 0.0, x, y, saba, steps=500)
+        >>> round(float(found.theta), 3)
+        3.0
+    """
+    check_policy(on_failure)
+    inner, outer = tree.arrays(inner, "inner"), tree.arrays(outer, "outer")
+    _check(problem, inner, outer, algorithm, steps, evaluate_every)
+    placement = place(inner, outer, shares)
+    theta = _strongly_typed(outer_variables(theta))
+    w = _strongly_typed(starting_point(w, theta, None))
+    theta, w = placement.put(theta), placement.put(w)
+    algorithm = choose_rates(algorithm, problem, theta, w, inner, outer)
+    numbers, plan = make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
+    first = _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
+    begin = partial(start, inner=inner, outer=outer, numbers=numbers, plan=plan)
+    if state is None:
+        current: State = begin(placement.put(first))
+    else:
+        _check_state(state, jax.eval_shape(begin, first))
+        current = replace(placement.put(replace(state, tables=())), tables=placement.copy(state.tables))
+    records: list[Any] = []
+    sizes, residuals = [float(largest_entry(replace(current, tables=())))], []
+    status = Status.BUDGET_USED
+    for done in range(0, steps, evaluate_every):
+        before, count = replace(current, tables=()), min(evaluate_every, steps - done)
+        current, record = advance(before, current.tables, inner, outer, numbers, count, plan=plan)
+        record, size = jax.device_get(record)
+        sizes.append(float(size))
+        residuals.extend(map(float, record.norms[:1]))
+        status = judge(sizes, residuals, record.norms)
+        records.append(record._replace(status=np.int32(status)))
+        if not status.ok:
+            current = begin(before)
+            break
+    history = _history(records, plan, current)
+    found = StochasticMinimum(current.theta, current.w, current.adjoint, history, current, algorithm)
+    if not status.ok:
+        react(found, status, sizes[-1], on_failure)
+    return found
+
+
+def _first_state(algorithm, theta, w, key):
+    """Return the state before the algorithm's ``init``."""
+    rate: Any = getattr(algorithm, "outer_rate", None)
+    return State(
+        step=jnp.int32(0),
+        key=_key_data(key),
+        theta=theta,
+        w=w,
+        adjoint=jax.tree.map(jnp.zeros_like, w),
+        optimizer=_strongly_typed(rate.init(theta)) if is_transformation(rate) else (),
+    )
+
+
+@jax.jit
+def _key_data(key):
+    """Return two words that depend on a key of any kind."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def _history(records, plan, state):
+    if records:
+        # NumPy stacks on the host: jnp.stack would compile a program with one operand for each record.
+        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *records)
+    else:
+        evaluations = None if plan.evaluate is None else jax.eval_shape(plan.evaluate, state.theta, state.w)
+        empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), evaluations)
+        none = jnp.zeros(0, jnp.int32)
+        stacked = Record(none, empty, (jnp.zeros(0),) * 3 if plan.measure else (), none)
+    residual, adjoint, gradient = stacked.norms or (None, None, None)
+    return History(stacked.step, stacked.evaluations, residual, adjoint, gradient, stacked.status)
+
+
+def _strongly_typed(variables):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.result_type(leaf)), variables)
+
+
+def _check(problem, inner, outer, algorithm, steps, evaluate_every):
+    if steps < 0 or evaluate_every < 1:
+        raise ValueError(f"minimize needs steps ≥ 0 and evaluate_every ≥ 1, got {steps} and {evaluate_every}")
+    check_sampling(algorithm.sampling)
+    for name, samples, batch in (("inner", inner, algorithm.inner_batch), ("outer", outer, algorithm.outer_batch)):
+        if batch < 1:
+            raise ValueError(f"{name}_batch must be at least 1, got {batch}")
+        count_samples(samples, name)
+    for name in RATES:
+        check_rate(name, getattr(algorithm, name, None))
+    condition = problem.condition
+    if getattr(algorithm, "needs_objective", False) and not hasattr(condition, "potential"):
+        raise ValueError(
+            f"{type(algorithm).__name__} needs an inner objective, and {type(condition).__name__} has none that alone "
+            "determines the inner solution: use SOBA, MASOBA, SABA, SRBA or AmIGO, which need the residual only"
+        )
+    if isinstance(condition, Projected | ProximalGradient) and algorithm.inner_batch < count_samples(inner, "inner"):
+        raise ValueError(
+            f"the residual of {type(condition).__name__} is not a mean over samples, because the projection or "
+            "proximal operator of a batch's step is not that of all samples: use inner_batch of all samples, or "
+            "bl.minimize"
+        )
+
+
+def _check_state(state, expected):
+    got, wanted = (
+        (jax.tree.structure(part), [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(part)])
+        for part in (state, expected)
+    )
+    if got != wanted:
+        raise ValueError(
+            f"the state does not belong to this problem and algorithm: got {got}, expected {wanted}: pass the same "
+            "theta, w, samples, shares and algorithm as in the run that it is from"
+        )

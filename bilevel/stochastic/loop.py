@@ -1,0 +1,149 @@
+"""The compiled loop: the first state of a run, and chunks of steps that end with an evaluation."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import tree
+from bilevel.conditions import Projected, ProximalGradient
+from bilevel.problem import Problem
+from bilevel.stochastic.placement import Placement
+from bilevel.stochastic.protocol import Draws, Oracle, State
+from bilevel.stochastic.samples import Samples, count_samples, draw
+from bilevel.types import PyTree
+
+
+class Record(NamedTuple):
+    """One evaluation: the step, what ``evaluate`` returned, and the norms of the directions; the host adds the status.
+
+    ``evaluations`` is None without ``evaluate``, and ``norms`` is () without ``measure``.
+    """
+
+    step: Any
+    evaluations: PyTree
+    norms: tuple[Any, ...]
+    status: Any = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is constant in the compiled program. The algorithm is without its numbers, which are arguments."""
+
+    problem: Problem
+    structure: Any
+    constants: tuple[Any, ...]
+    placement: Placement
+    sizes: tuple[int, ...]
+    evaluate: Any
+    evaluate_every: int
+    measure: bool
+    project: Any
+
+    def algorithm(self, numbers: list[Any]) -> Any:
+        """Return the algorithm with its numbers."""
+        rest = iter(numbers)
+        return jax.tree.unflatten(
+            self.structure, [next(rest) if constant is None else constant for constant in self.constants]
+        )
+
+    def oracle(self, algorithm: Any, inner: PyTree, outer: PyTree) -> Oracle:
+        """Return the oracle of one share."""
+        whole = isinstance(self.problem.condition, Projected | ProximalGradient)
+        inner_samples, outer_samples = (
+            Samples(data, size, min(batch, size), whole)
+            for data, size, batch in zip(
+                (inner, outer), self.sizes, (algorithm.inner_batch, algorithm.outer_batch), strict=True
+            )
+        )
+        return Oracle(self.problem, inner_samples, outer_samples, self.placement.axes, self.project)
+
+
+def make_plan(
+    problem: Problem,
+    algorithm: Any,
+    placement: Placement,
+    inner: PyTree,
+    outer: PyTree,
+    evaluate: Any,
+    evaluate_every: int,
+    measure: bool,
+    project: Any,
+) -> tuple[list[float], Plan]:
+    """Return the numbers of the algorithm, and the plan of the compiled program."""
+    leaves, structure = jax.tree.flatten(algorithm)
+    # An algorithm that is not registered as a pytree is one leaf: a constant.
+    is_number = [isinstance(leaf, float | int | np.generic | np.ndarray | jax.Array) for leaf in leaves]
+    numbers = [float(leaf) for leaf, number in zip(leaves, is_number, strict=True) if number]
+    constants = tuple(None if number else leaf for leaf, number in zip(leaves, is_number, strict=True))
+    sizes = tuple(count_samples(samples, "samples") // placement.shares for samples in (inner, outer))
+    return numbers, Plan(problem, structure, constants, placement, sizes, evaluate, evaluate_every, measure, project)
+
+
+@partial(jax.jit, static_argnames="plan")
+def start(state: State, inner: PyTree, outer: PyTree, numbers: list[float], plan: Plan) -> State:
+    """Return the first state of a run: the given one with what the algorithm keeps."""
+    algorithm, placement = plan.algorithm(numbers), plan.placement
+
+    def init(state, inner, outer):
+        state = algorithm.init(plan.oracle(algorithm, inner, outer), state)
+        return replace(state, tables=()), state.tables
+
+    divided = placement.divide(inner), placement.divide(outer)
+    state, tables = placement.over_shares(init, "sdd", "sd")(state, *divided)
+    return replace(state, tables=tables)
+
+
+@partial(jax.jit, static_argnames="plan", donate_argnames="tables")
+def advance(
+    state: State, tables: PyTree, inner: PyTree, outer: PyTree, numbers: list[float], count: int, *, plan: Plan
+) -> tuple[State, tuple[Record, jax.Array]]:
+    """Take ``count`` steps, and evaluate. ``state`` is not donated: it is kept as the last sound one."""
+    placement = plan.placement
+
+    def run(state, tables, inner, outer, numbers, count):
+        algorithm = plan.algorithm(numbers)
+        oracle = plan.oracle(algorithm, inner, outer)
+        draws = _draws(state, oracle, algorithm, plan.evaluate_every)
+
+        def step(k, state):
+            moved = algorithm.step(oracle, state, jax.tree.map(lambda numbers: numbers[k], draws))
+            return replace(moved, step=state.step + 1)
+
+        state = jax.lax.fori_loop(0, count, step, replace(state, tables=tables))
+        norms = ()
+        if plan.measure:
+            norms = tuple(map(tree.norm, oracle.full(state.w, state.adjoint, state.theta)))
+        return replace(state, tables=()), state.tables, norms
+
+    over_shares = placement.over_shares(run, "sdddss", "sds")
+    state, tables, norms = over_shares(state, tables, placement.divide(inner), placement.divide(outer), numbers, count)
+    evaluated = None if plan.evaluate is None else plan.evaluate(state.theta, state.w)
+    record = Record(state.step, evaluated, norms)
+    return replace(state, tables=tables), (record, largest_entry(state))
+
+
+def _draws(state, oracle, algorithm, steps):
+    """Return the batches of the next steps, ``[steps, draws]``."""
+    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    share = jax.lax.axis_index(oracle.axes) if oracle.axes else 0
+    step = state.step.astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)
+
+    def sampler(stream, samples, count):
+        numbers = step[:, None] * jnp.uint32(count) + jnp.arange(count, dtype=jnp.uint32)
+        own = jax.random.fold_in(key, 2 * share + stream)
+        return draw(samples, algorithm.sampling, own, numbers)
+
+    inner, outer = algorithm.draws
+    return Draws(sampler(0, oracle.inner_samples, inner), sampler(1, oracle.outer_samples, outer))
+
+
+@jax.jit
+def largest_entry(state: State) -> jax.Array:
+    """Return the largest absolute entry of the state without its tables; it is not finite if an entry is not."""
+    leaves = [leaf for leaf in jax.tree.leaves((state.theta, state.w, state.adjoint, state.memory)) if leaf.size]
+    peaks = [jnp.max(jnp.abs(leaf)).astype(jnp.result_type(float)) for leaf in leaves if tree.is_floating(leaf)]
+    return jnp.max(jnp.stack(peaks))
