@@ -2,7 +2,8 @@
 
 Half of the labels of 1,000 digits are redrawn at random, and θ holds one logit of a weight for each digit. A step of
 SOBA or F2SA uses 50 training and 50 validation digits. A step of `Implicit` uses all of them, in 20 steps of the inner
-solver and 10 steps of CG. F2SA takes no second derivative, so it also suits a network whose Hessian is indefinite.
+solver and 10 steps of CG. At the start the Hessian is indefinite, and the penalty on w helps the adjoint of SOBA to
+stay bounded there. F2SA needs neither an adjoint nor second derivatives.
 """
 
 import sys
@@ -55,7 +56,7 @@ def megabytes(compiled):
 
 
 def stochastic(algorithm, w, data, steps):
-    """Return seconds and validation losses after each 25 steps, seconds and megabytes of one step, and θ."""
+    """Return seconds and validation losses after each 25 steps, seconds of a step, megabytes of a loop, and θ."""
     (inner, outer), theta = data.values(), jnp.zeros(1000)
     problem, samples = bl.Problem(bl.Stationary(fit), validate), bl.stochastic.Samples
     run = lambda steps: bl.stochastic.minimize(  # noqa: E731
@@ -67,16 +68,17 @@ def stochastic(algorithm, w, data, steps):
     seconds = (time.perf_counter() - start) / steps
 
     @jax.jit
-    def step(state, inner, outer):
+    def loop(state, inner, outer, count):
         oracle = bl.stochastic.Oracle(problem, samples(inner, 1000, 50), samples(outer, 300, 50))
-        return algorithm.step(oracle, state, bl.stochastic.Draws(*(jnp.zeros(n, int) for n in algorithm.draws)))
+        draws = bl.stochastic.Draws(*(jnp.zeros(number, int) for number in algorithm.draws))
+        return jax.lax.fori_loop(0, count, lambda _, state: algorithm.step(oracle, state, draws), state)
 
-    size, history = megabytes(step.lower(state, inner, outer).compile()), found.history
+    size, history = megabytes(loop.lower(state, inner, outer, steps).compile()), found.history
     return np.asarray(history.step) * seconds, history.evaluations, seconds, size, found.theta
 
 
 def implicit(w, data, steps):
-    """Return the same for steps with an inner solve and an adjoint solve, whose results start the next ones."""
+    """Return the same for steps with an inner solve and an adjoint solve, which start from the last solutions."""
     condition = bl.Stationary(lambda w, theta, data: fit(w, theta, data["inner"]))
     problem = bl.Problem(condition, lambda w, theta, data: validate(w, theta, data["outer"]))
     solver, method = bl.GradientDescent(0.3, max_steps=20, momentum=0.9), bl.Implicit(bl.CG(max_steps=10))
@@ -110,7 +112,8 @@ def main(picture="network_reweighting.png", width=1024, steps=300):
     left.set(xlabel="seconds", ylabel="validation loss")
     left.legend()
     right.bar_label(right.bar(list(rows), [row[1] for row in rows.values()]), fmt="%.0f")
-    right.set(ylabel="temporary buffers and results of a step, MB")
+    right.margins(y=0.1)
+    right.set(ylabel="temporary buffers and results, MB")
     plt.savefig(picture, dpi=120)
     return tuple(rows.values())
 

