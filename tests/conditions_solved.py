@@ -1,4 +1,6 @@
-"""Problems with closed-form solutions for every condition: the rows of the table in test_table.py.
+"""Problems with closed-form solutions: the conditions in the table of test_table.py.
+
+LeastSquares has tests of its own, and is not among them.
 
 Except for KKT, a step of size one contracts by about a half, so that 60 solver steps or Neumann terms reach rounding.
 Every solution depends on θ nonlinearly, so its second derivative is not zero. The closed forms do not use `bilevel`.
@@ -29,7 +31,10 @@ def outer_with_multipliers(w, theta, data):
 
 
 def curved(theta):
-    """Return a nonlinear function of θ, the linear term or the centre of most problems."""
+    """Return SLOPES·sin(θ).
+
+    In most problems this is the coefficient of a term that is linear in w, or the proximal centre.
+    """
     return SLOPES @ jnp.sin(theta)
 
 

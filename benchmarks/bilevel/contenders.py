@@ -23,7 +23,7 @@ class Plan:
         outer_ratios: the grid's ratios of the inner to the outer rate.
         metric: the measure that chooses the rates, and that the tables show first.
         full_batch: settings of our full-batch methods, as many as a stochastic algorithm has.
-        seconds: length of a run.
+        seconds: processor time of a run.
     """
 
     blocks: dict[str, int]

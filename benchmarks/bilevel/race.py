@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 TURN = 0.2
-"""Seconds of a turn."""
+"""Seconds of processor time in a turn."""
 
 
 class Missing(Exception):
@@ -51,9 +51,8 @@ class Peer:
             ("--peer-python", self.python, "make a virtual environment with `pip install benchopt jax`"),
         ):
             if path is None or not path.exists():
-                raise Missing(
-                    f"benchmark_bilevel needs {option}: there is no {path}; {way}. docs/stochastic-benchmark.md"
-                )
+                found = "" if path is None else f", and {path} does not exist"
+                raise Missing(f"benchmark_bilevel needs {option}{found}: {way}; see docs/stochastic-benchmark.md")
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,10 @@ class Contender:
 
     Args:
         label: name in records and tables.
-        algorithm: name of the peer's solver class, or of the algorithm in ``bl.stochastic``, or ``"full batch"``.
-        options: the settings, with the peer's names.
+        algorithm: name of a class in ``bl.stochastic``, which in lower case is the peer's module in ``solvers/``; or
+            ``"full batch"``.
+        options: the settings. Those of a stochastic algorithm have the peer's names. Those of a full-batch method are
+            ``optimizer``, ``rate`` and ``newton_steps``.
         block: number of steps between two looks at the clock.
         ours: whether this library runs it, and not the peer.
     """
@@ -126,7 +127,7 @@ class Worker:
         return self.answer()
 
     def begin(self, problem: str, arrays: Path, contender: Contender, seed: int) -> None:
-        """Compile a contender's programs, and wait for its first turn."""
+        """Let the worker compile a contender's programs, and return when it is ready for its first turn."""
         settings = {"problem": problem, "arrays": str(arrays), "algorithm": contender.algorithm, "seed": seed}
         self.ask(start=settings | {"options": contender.options, "block": contender.block})
 
@@ -139,14 +140,14 @@ class Worker:
 
 
 def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[int], seconds: float, peer: Peer) -> dict:
-    """Run every contender for some seconds of its own, in alternating turns, once for each seed.
+    """Run every contender for ``seconds`` of its processor time, in alternating turns, once for each seed.
 
     Args:
         problem: name of the problem.
         arrays: folder of its arrays.
         contenders: the contenders, each with a label of its own.
         seeds: seeds of the samplers.
-        seconds: length of a run.
+        seconds: processor time of a run.
         peer: where the peer is.
 
     Returns:

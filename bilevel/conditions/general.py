@@ -97,7 +97,7 @@ class FixedPoint:
         check_strong_convexity("FixedPoint", self.strong_convexity)
         if not isinstance(self.mapping, LikeW):
             check_signature("FixedPoint", "mapping", self.mapping, "w", "theta", "data")
-            # The shapes may differ from those of w if they broadcast in the subtraction w − mapping.
+            # A mapping may return smaller shapes, such as that of a number, which are broadcast to those of w.
             object.__setattr__(
                 self, "mapping", LikeW(without_aux(self.mapping, "mapping", self.has_aux), "mapping", same_shapes=False)
             )

@@ -64,7 +64,7 @@ class LikeW:
     Args:
         function: the user's function.
         name: its name for messages.
-        same_shapes: whether its result must have the shapes of w too.
+        same_shapes: whether its result must have the shapes of w too, and not only shapes that broadcast to them.
     """
 
     function: Residual
@@ -114,19 +114,28 @@ def aux_of(function: Residual, w: PyTree, theta: PyTree, data: PyTree) -> PyTree
 
 
 def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyTree:
-    """Return ``value`` in the dtypes of w.
+    """Return ``value`` in the dtypes and shapes of w.
 
     Raises:
-        ValueError: if ``value`` is not a tree like w, or, with ``same_shapes``, has other shapes.
+        ValueError: if ``value`` is not a tree like w, or if its shapes are not those of w. Without ``same_shapes``,
+            they may be any that broadcast to those of w.
     """
     got, expected = ((jax.tree.structure(part), tree.shapes(part)) for part in (value, w))
-    if got[0] != expected[0] or (same_shapes and got != expected):
+    fits = got == expected or (not same_shapes and got[0] == expected[0] and all(map(_broadcasts, got[1], expected[1])))
+    if not fits:
         raise ValueError(
             f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "
             f"{expected[1]}: return one entry for each entry of w, without further outputs; with an aux "
             "output, say has_aux=True; for other numbers of residuals, use LeastSquares"
         )
-    return jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), value, w)
+    return jax.tree.map(lambda new, old: jnp.broadcast_to(jnp.asarray(new).astype(old.dtype), old.shape), value, w)
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
 
 
 def check_signature(owner: str, name: str, function: Callable | None, *arguments: str) -> None:

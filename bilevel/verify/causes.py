@@ -27,7 +27,7 @@ def likely_cause(run: MethodRun, explains: Callable[[np.ndarray], bool], referen
     Args:
         run: the run of a method whose derivatives are wrong.
         explains: returns True for derivatives that are close enough to the method's to explain them.
-        references: the references that the method differs from, along the same directions.
+        references: all references, along the same directions. The method differs from at least one of them.
     """
     if not np.isfinite(run.derivatives).all():
         return f"the gradient is not finite: {_first_not_finite(run)}"
@@ -93,7 +93,11 @@ def _cause_of_wrong_w(run: MethodRun, explains) -> str:
 
 
 def _is_unfinished_linear_solve(run: MethodRun, theorem: TheoremAtW, explains) -> bool:
-    """Return True if the reported adjoint vector explains the gradient and its reported residual is correct."""
+    """Return True if the gradient follows from the reported adjoint vector, and its reported residual is true.
+
+    The caller has already found that the exact adjoint vector does not explain the gradient. The remaining difference
+    is then that of the unfinished solve.
+    """
     return (
         theorem.reported is not None
         and explains(theorem.parts.total(theorem.reported))

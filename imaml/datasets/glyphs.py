@@ -104,7 +104,9 @@ def _is_variant(code: int) -> bool:
 
 
 def _characters(fonts: list) -> list[_Character]:
-    """Return the characters that at least MIN_FONTS fonts have, without variants and characters of no known script.
+    """Return the characters that at least MIN_FONTS fonts have.
+
+    Variants are left out, and so are characters that have neither a listed script nor a group in SIGNS.
 
     Of two characters that look alike, `_distinct` keeps the one that comes first in this order.
     """
@@ -390,11 +392,12 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
     """Return the dataset. The first call renders it in about 7 seconds; later calls read it from the cache.
 
     Both splits are uint8 ``[classes, 20, 28, 28, 1]`` with ink 255 and paper 0, and labels such as
-    ``"ARMENIAN/U+0531"``. The pixels depend only on this module's constants and on the fonts of the installed
-    matplotlib.
+    ``"ARMENIAN/U+0531"``. The pixels depend on this module, on the fonts of matplotlib and its FreeType, on the
+    random streams of NumPy, and on the Unicode tables of Python.
 
     Args:
-        meanwhile: called before rendering with blank classes in the shape of the training classes; not called if the
+        meanwhile: a function of one argument: blank classes in the shape of the training classes. It is called just
+            before the glyphs are rendered, and may start a thread that works while they are. It is not called if the
             dataset is in the cache.
 
     Raises:

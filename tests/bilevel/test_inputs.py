@@ -661,6 +661,14 @@ def test_a_residual_that_is_not_a_tree_like_w_is_refused_with_a_remedy(residual)
     assert not bl.check_condition(problem, 1.0, jnp.zeros(2), None)["structure"].ok
 
 
+def test_a_mapping_may_be_broadcast_to_w_but_not_w_to_the_mapping():
+    smaller = bl.FixedPoint(lambda w, theta, data: jnp.mean(theta))
+    np.testing.assert_allclose(smaller.residual(jnp.ones(2), jnp.asarray(THETA), None), 1 - np.mean(THETA) * np.ones(2))
+    larger = bl.FixedPoint(lambda w, theta, data: theta)
+    with pytest.raises(ValueError, match=r"the mapping is not a tree like w: got .*\(2,\).* expected .*\(\)"):
+        larger.residual(jnp.ones(()), jnp.asarray(THETA), None)
+
+
 def test_minimize_converts_numpy_data_once(monkeypatch):
     optax = pytest.importorskip("optax")
     data, converted, convert = np.ones(1000), [], jnp.asarray

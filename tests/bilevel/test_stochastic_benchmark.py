@@ -163,9 +163,9 @@ def test_measures_at_a_time_are_those_of_the_last_point_by_then():
 
 
 def test_a_peer_that_is_not_there_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(Missing, match=r"--peer: there is no .*soba.py; git clone"):
+    with pytest.raises(Missing, match=r"needs --peer, and .*soba.py does not exist: git clone"):
         Peer(tmp_path, tmp_path).check()
-    with pytest.raises(Missing, match=r"--peer: there is no None"):
+    with pytest.raises(Missing, match="needs --peer: git clone"):
         Peer().check()
 
 

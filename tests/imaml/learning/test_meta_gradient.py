@@ -1,7 +1,8 @@
 """Tests of the meta-gradient in float64 against a dense linear system and unrolled MAML, and for batches of tasks.
 
-The dense system is that of the published network. As the number of inner steps grows, the gradient of unrolled MAML
-converges to the implicit one. The closed form of linear regression is tested in test_meta_gradient_closed_form.py.
+The dense system is that of the published architecture with two filters. As the number of inner steps grows, the
+gradient of unrolled MAML converges to the implicit one. The closed form of linear regression is tested in
+test_meta_gradient_closed_form.py.
 """
 
 from dataclasses import replace
@@ -40,7 +41,7 @@ def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
-# --- The published network against a dense linear system -----------------------------------------------------------
+# --- The published architecture, with two filters, against a dense linear system -----------------------------------
 
 PRESET = replace(
     imaml.preset("glyphs-5way-1shot-gd"),
@@ -154,7 +155,7 @@ def test_the_residuals_loss_and_accuracy_of_the_preset_equal_those_of_the_dense_
     np.testing.assert_allclose(out.inner_residual, [np.linalg.norm(dense.residual)], rtol=1e-9)
     np.testing.assert_allclose((out.value, out.accuracy), (dense.value, dense.accuracy), rtol=1e-10)
     assert float(out.linear_residual[0]) <= PRESET.linear.tol
-    # The status is the one of the inner solver.
+    # The inner solver, which used up its budget, has the more severe status of the two solves.
     assert int(out.tasks) == 1 and bl.Status(int(out.status[0])) is bl.Status.BUDGET_USED
 
 
@@ -247,7 +248,7 @@ def test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others(
 
 
 def test_a_task_whose_linear_residual_is_above_1_is_left_out():
-    """A task is left out if its linear residual is above 1. The zero vector has a residual of 1.
+    """A task whose linear residual is above 1, that of the zero vector, is left out of the gradient alone.
 
     The adjoint system of the second task is A = diag(2, −1) with v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one CG step is
     far too long.
@@ -266,11 +267,12 @@ def test_a_task_whose_linear_residual_is_above_1_is_left_out():
     out = meta_gradient(learner)(theta, tasks)
     good = meta_gradient(learner)(theta, jax.tree.map(lambda array: array[::2], tasks))
     assert float(out.linear_residual[1]) > 100 and float(out.linear_residual[0]) < 1e-10
-    # ⟨x, Ax⟩ is positive here, so the solver finds no negative curvature, and only the residual shows the failure.
+    # A is indefinite, but ⟨v, Av⟩ > 0 at the solution v that CG returns. So only the residual shows the failure.
     assert bl.Status(int(out.status[1])) is bl.Status.MAX_STEPS
     assert int(out.tasks) == 2
     np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])
-    # The second task's loss is finite and counts. Each loss is ½‖φ‖², and one step of size 1e-6 leaves φ close to θ.
+    # The second task's loss is finite, so it counts in the mean. Each loss is ½‖φ‖², and one step of size 1e-6 leaves φ
+    # close to θ.
     np.testing.assert_allclose(float(out.value), 0.5 * (0.71**2 + 1), rtol=1e-5)
 
 
