@@ -16,6 +16,7 @@ import pytest
 SLOW_PAGES = {
     "docs/moving/higher.md": "unrolls long inner solves",
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
+    "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/testing.md": "checks several methods against every reference",
