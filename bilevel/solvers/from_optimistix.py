@@ -54,10 +54,11 @@ class Optimistix:
     Projected, ProximalGradient              FixedPointIteration
     =======================================  ==================================================================
 
-    w is raveled into one vector, in float32 at least. The solver stops by its own ``rtol`` and ``atol``. The status
-    compares ``tol`` with the condition's true residual: CONVERGED at or below it, STOPPED above it where Optimistix met
-    its own criterion, BREAKDOWN where Optimistix reports a failure other than the end of the budget, and MAX_STEPS
-    otherwise. Without ``tol``, it is BUDGET_USED, unless Optimistix reports such a failure.
+    w is raveled into one vector of JAX's default dtype. The functions of the condition get w in its own dtypes. The
+    solver stops by its own ``rtol`` and ``atol``. The status compares ``tol`` with the condition's true residual:
+    CONVERGED at or below it, STOPPED above it where Optimistix met its own criterion, BREAKDOWN where Optimistix
+    reports a failure other than the end of the budget, and MAX_STEPS otherwise. Without ``tol``, it is BUDGET_USED,
+    unless Optimistix reports such a failure.
 
     Args:
         solver: an instance of a solver of Optimistix, such as ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``.
@@ -107,9 +108,8 @@ class Optimistix:
         function, init = getattr(condition, method), tree.arrays(init)
         start, unravel = ravel_pytree(tree.widened(init))
         dtype = start.dtype
-        if isinstance(self.solver, optimistix.AbstractLeastSquaresSolver):
-            # These solvers make numbers of JAX's default dtype, so that their loop fails in any narrower one.
-            start = start.astype(jnp.promote_types(start.dtype, jnp.zeros(()).dtype))
+        # Several solvers make numbers of JAX's default dtype, so that their loop fails in a narrower one.
+        start = start.astype(float)
 
         def as_w(x: jax.Array) -> PyTree:
             return tree.like(unravel(x.astype(dtype)), init)

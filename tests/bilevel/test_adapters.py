@@ -15,6 +15,8 @@ import bilevel as bl
 lineax = pytest.importorskip("lineax")
 optimistix = pytest.importorskip("optimistix")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FINE = {"rtol": 1e-10, "atol": 1e-10}
 MATRIX = np.array([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
 TWISTED = MATRIX + np.array([[0.0, 0.4, 0.0], [-0.4, 0.0, 0.3], [0.0, -0.3, 0.0]])
@@ -90,10 +92,10 @@ def test_the_size_of_the_right_hand_side_does_not_matter(scale):
     assert status(info) == bl.Status.CONVERGED
 
 
-def test_a_right_hand_side_of_zero_has_the_solution_zero():
-    for solver in LINEAR.values():
-        x, info = bl.Lineax(solver)(matvec_of(MATRIX), right(scale=0.0))
-        assert not flat(x).any() and status(info).ok, solver
+@pytest.mark.parametrize("name", ["CG", "GMRES", "BiCGStab", "LU"])
+def test_a_right_hand_side_of_zero_has_the_solution_zero(name):
+    x, info = bl.Lineax(LINEAR[name])(matvec_of(MATRIX), right(scale=0.0))
+    assert not flat(x).any() and status(info).ok
 
 
 def test_half_precision_is_solved_in_single_precision():
@@ -124,6 +126,7 @@ def test_the_status_of_lineax(case):
     assert status(info).name == expected
 
 
+@pytest.mark.slow("compiles second derivatives")
 @pytest.mark.parametrize("name", ["CG", "GMRES", "LU"])
 def test_a_layer_solved_by_lineax_is_differentiated_and_batched(name):
     def matrix(theta):
@@ -170,7 +173,7 @@ OF_CONDITION = {
 
 @pytest.mark.parametrize("linear", ["CG", "GMRES", "LU"])
 @pytest.mark.parametrize("condition", OF_CONDITION)
-@pytest.mark.slow("compiles each condition with each linear solver", fast=("Stationary-CG", "Root-GMRES"))
+@pytest.mark.slow("compiles each condition with each linear solver", fast="Root-GMRES")
 def test_hypergradients_agree_with_the_closed_forms(condition, linear):
     case = CASES[condition]()
     init, theta, data = jax.tree.map(jnp.asarray, (case.init, case.theta, case.data))
