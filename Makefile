@@ -15,7 +15,8 @@ train: $(VENV)/installed
 test: $(VENV)/installed-testing
 	$(PYTEST) $(ARGS)
 
-# Every test. Some need the type checkers, the build backend, Flax and Equinox, which the extra dev installs.
+# Every test. Some need the type checkers, the build backend, Flax, Equinox, Lineax or Optimistix, which the extra dev
+# installs.
 test-all: $(VENV)/installed-dev
 	$(PYTEST) --all $(ARGS)
 

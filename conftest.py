@@ -9,6 +9,7 @@ line names it, as in ``pytest tests/test_file.py::test_name``, or if the option 
 """
 
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import PurePath
 
 import pytest
@@ -16,11 +17,19 @@ import pytest
 SLOW_PAGES = {
     "docs/moving/higher.md": "unrolls long inner solves",
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
+    "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/testing.md": "checks several methods against every reference",
 }
 """The reason for each page whose doctests are slow, by the path relative to this folder. A page cannot have a mark."""
+
+# Files whose doctests need an optional package, by the name of the package.
+OPTIONAL = {
+    "lineax": ["bilevel/linear/from_lineax.py"],
+    "optimistix": ["bilevel/solvers/from_optimistix.py", "docs/moving/optimistix.md"],
+}
+collect_ignore = [file for package, files in OPTIONAL.items() if find_spec(package) is None for file in files]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

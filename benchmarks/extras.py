@@ -35,6 +35,26 @@ assert abs(float(out.gradient) + 0.5) < 1e-4, out.gradient  # w = 1/2, d(2 w²)/
 assert imaml.preset("glyphs-5way-1shot-gd")
 """
 
+WITH_LINEAX = """
+import jax.numpy as jnp
+import lineax
+import bilevel as bl
+
+x, info = bl.Lineax(lineax.LU())(lambda v: 2 * v, jnp.ones(2))
+assert int(info.status) == bl.Status.CONVERGED and float(abs(x - 0.5).max()) < 1e-6, info
+"""
+
+WITH_OPTIMISTIX = """
+import jax.numpy as jnp
+import optimistix
+import bilevel as bl
+
+condition = bl.Root(lambda w, theta, data: w**2 - theta)
+solver = bl.Optimistix(optimistix.Newton(rtol=1e-4, atol=1e-4), tol=1e-4)
+found = bl.solve(solver, condition, 2.0, 9.0, None)
+assert int(found.status) == bl.Status.CONVERGED and abs(float(found.w) - 3) < 1e-4, found
+"""
+
 USERS_TEST = """
 import jax.numpy as jnp
 from hypothesis import given, settings
@@ -115,6 +135,16 @@ def equinox(env: Environment) -> None:
     env.run(ROOT / "examples" / "equinox_features.py", env.folder / "picture.png")
 
 
+def lineax(env: Environment) -> None:
+    """Solve a linear system with Lineax."""
+    env.run("-c", WITH_LINEAX)
+
+
+def optimistix(env: Environment) -> None:
+    """Solve an equation with Optimistix."""
+    env.run("-c", WITH_OPTIMISTIX)
+
+
 def docs(env: Environment) -> None:
     """Build the documentation, with warnings as errors."""
     env.run("-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html", ROOT / "docs", env.folder / "html")
@@ -134,7 +164,7 @@ def dev(env: Environment) -> None:
     assert "skipped" not in report, report
 
 
-JOBS = {job.__name__: job for job in (base, testing, flax, equinox, docs, dev, benchmarks)}
+JOBS = {job.__name__: job for job in (base, testing, flax, equinox, lineax, optimistix, docs, dev, benchmarks)}
 
 
 def check(extra: str) -> None:

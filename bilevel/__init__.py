@@ -5,7 +5,7 @@ A newcomer needs about 30 names:
 - declare: ``Problem``, and one of ``Stationary``, ``Proximal``, ``LeastSquares``, ``Root``, ``FixedPoint``,
   ``Projected``, ``ProximalGradient``, ``KKT``
 - solve the inner problem: ``GradientDescent``, ``HessianFree``, ``LevenbergMarquardt``, ``FixedPointIteration``,
-  ``Anderson``, ``Optax``, ``Jaxopt``
+  ``Anderson``, ``Optax``, ``Jaxopt``, ``Optimistix``
 - differentiate: ``Unrolled``, or ``Implicit`` with a linear solver (``CG``, ``GMRES``, ``LU``; ``choose_linear`` picks
   one)
 - call: ``value_and_hypergradient``, ``implicit_layer``, ``custom_root``, ``minimize``; ``stochastic`` has loops on
@@ -69,6 +69,7 @@ from bilevel.linear import (
     BiCGStab,
     Cholesky,
     LinearChoice,
+    Lineax,
     Neumann,
     NormalCG,
     Nystrom,
@@ -97,6 +98,7 @@ from bilevel.solvers import (
     Jaxopt,
     LevenbergMarquardt,
     Optax,
+    Optimistix,
     solve,
 )
 from bilevel.types import Hypergradient, LinearInfo, LinearSolver, Solution, Status
@@ -138,6 +140,7 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "FixedPointIteration",
     "Anderson",
     "Jaxopt",
+    "Optimistix",
     "solve",
     # Differentiate
     "Method",
@@ -159,6 +162,7 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "Cholesky",
     "Neumann",
     "Nystrom",
+    "Lineax",
     "choose_linear",
     "LinearChoice",
     # Call

@@ -9,6 +9,7 @@ product Ax, which gives the true residual and the sign of ⟨x, Ax⟩.
 from bilevel.linear.any_solver import run_linear
 from bilevel.linear.choose import DENSE_LIMIT, LinearChoice, choose_linear
 from bilevel.linear.dense import LU, Cholesky
+from bilevel.linear.from_lineax import Lineax
 from bilevel.linear.iterative import CG, GMRES, BiCGStab, NormalCG
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.series import Neumann
@@ -21,6 +22,7 @@ __all__ = [
     "BiCGStab",
     "Cholesky",
     "LinearChoice",
+    "Lineax",
     "Neumann",
     "NormalCG",
     "Nystrom",

@@ -72,14 +72,16 @@ the recursion rounds exactly as with ‖b‖ = 1. Products in float16 overflow a
 leaves are scaled to norm 1."""
 
 
-def normalise(b: PyTree, init: PyTree | None = None) -> tuple[jax.Array, PyTree, PyTree | None]:
-    """Return the number c for which ‖b / c‖ = ``NORM_OF_B``, and b / c and init / c.
+def normalise(
+    b: PyTree, init: PyTree | None = None, target: float = NORM_OF_B
+) -> tuple[jax.Array, PyTree, PyTree | None]:
+    """Return the number c for which ‖b / c‖ = ``target``, and b / c and init / c.
 
     A cotangent of norm 1e-20 or 1e20 is then solved as accurately as one of norm 1. A ‖b‖ of zero, or one that is not
     finite, is replaced by 1. :func:`denormalise` takes c as ``size``.
     """
     narrow = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(b))
-    size, target = tree.norm(b), 1.0 if narrow else NORM_OF_B
+    size, target = tree.norm(b), 1.0 if narrow else target
     size = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
     factor = jax.lax.stop_gradient(target / size)
     scaled_init = None if init is None else tree.scale(factor, init)

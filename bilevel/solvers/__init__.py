@@ -9,6 +9,7 @@ the same numbers as the solver's loop.
 from bilevel.solvers.descent import GradientDescent, Optax
 from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
+from bilevel.solvers.from_optimistix import Optimistix
 from bilevel.solvers.iteration import with_memory
 from bilevel.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from bilevel.solvers.newton import HessianFree
@@ -33,6 +34,7 @@ __all__ = [
     "Jaxopt",
     "LevenbergMarquardt",
     "Optax",
+    "Optimistix",
     "new_memory",
     "report",
     "resumed",

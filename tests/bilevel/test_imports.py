@@ -88,10 +88,12 @@ def test_modules_import_each_other_in_no_circle():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_only_one_module_imports_jaxopt_and_none_imports_imaml(name):
+def test_one_module_imports_each_solver_library_and_none_imports_imaml(name):
     packages = {dotted.split(".")[0] for dotted in imported_names(MODULES[name])}
     assert "imaml" not in packages
     assert "jaxopt" not in packages or name == "bilevel._jaxopt.library"
+    assert "lineax" not in packages or name == "bilevel.linear.from_lineax"
+    assert "optimistix" not in packages or name == "bilevel.solvers.from_optimistix"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "imaml").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

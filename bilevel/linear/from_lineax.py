@@ -1,0 +1,157 @@
+"""Linear solvers of Lineax: Lineax."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel import tree
+from bilevel.linear import diagnosis
+from bilevel.linear.system import check_not_negative, denormalise, in_accumulation_dtype, normalise, square
+from bilevel.types import LinearInfo, MatVec, PyTree, Status
+
+
+@dataclass(frozen=True)
+class Lineax:
+    """A solver of Lineax, for the adjoint system. Needs ``pip install '.[lineax]'``.
+
+    b is divided by its norm before the solve, so that ``atol`` of the solver is relative to ‖b‖, as its ``rtol`` is.
+    The unknowns are raveled into one vector, and products with A are all that the solver knows about A. CG and Cholesky
+    get the tag ``positive_semidefinite_tag``, so they need a symmetric condition.
+
+    ==============================================  =======================================================
+    solver                                          status
+    ==============================================  =======================================================
+    CG, GMRES, BiCGStab, LSMR, or Normal of these   with ``tol``, CONVERGED for a true relative residual of at
+                                                    most ``tol``. If it is larger: STOPPED where Lineax met its
+                                                    own tolerance, STAGNATION or BREAKDOWN where Lineax reports
+                                                    it, else MAX_STEPS. Without ``tol``, BUDGET_USED for a residual
+                                                    below 1, MAX_STEPS for one of 1 or more, and a
+                                                    STAGNATION or BREAKDOWN that Lineax reports
+    LU, QR, SVD, Cholesky, AutoLinearSolver         CONVERGED for a true relative residual of at most ``tol``, by
+                                                    default √eps, else BREAKDOWN. SINGULAR for a division by zero.
+                                                    :class:`LU` also reports the condition number
+    ==============================================  =======================================================
+
+    If ⟨x, Ax⟩ ≤ 0, CG and Cholesky have the status NEGATIVE_CURVATURE. ``LinearInfo.iterations`` is the number of steps
+    that Lineax counts, which are cycles for GMRES; it is None for a factorisation.
+
+    Args:
+        solver: an instance of a solver of Lineax, such as ``lineax.CG(rtol=1e-6, atol=0.0)``.
+        tol: the tolerance for the true relative residual ‖b − Ax‖ / ‖b‖. It does not change when the solver stops.
+        ridge: solve (A + ridge·I)x = b instead.
+
+    Raises:
+        ImportError: if Lineax is not installed.
+        TypeError: for a solver that is not an instance of a solver of Lineax.
+        ValueError: for a negative tol or ridge, and for the solvers of diagonal, triangular and tridiagonal matrices,
+            because products do not show that structure.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lineax
+        >>> matrix = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+        >>> x, info = Lineax(lineax.CG(rtol=1e-6, atol=0.0), tol=1e-5)(lambda v: matrix @ v, jnp.array([3.0, 3.0]))
+        >>> [round(float(entry), 4) for entry in x], Status(int(info.status)).name
+        ([1.0, 1.0], 'CONVERGED')
+    """
+
+    solver: Any
+    tol: float | None = None
+    ridge: float = 0.0
+
+    def __post_init__(self) -> None:
+        lineax = _import_lineax()
+        if not isinstance(self.solver, lineax.AbstractLinearSolver):
+            raise TypeError(
+                "Lineax takes an instance of a solver of lineax, such as lineax.CG(rtol=1e-6, atol=0.0), got "
+                f"{self.solver!r}"
+            )
+        if isinstance(self.solver, lineax.Diagonal | lineax.Triangular | lineax.Tridiagonal):
+            raise ValueError(
+                f"lineax.{type(self.solver).__name__} needs a matrix of known structure, but the operator is known by "
+                "its products only: use lineax.LU(), lineax.AutoLinearSolver(well_posed=None), lineax.CG or "
+                "lineax.GMRES"
+            )
+        check_not_negative("Lineax", tol=self.tol, ridge=self.ridge)
+
+    @property
+    def needs_symmetry(self) -> bool:
+        """Whether the solver needs a symmetric operator, as CG and Cholesky do."""
+        lineax = _import_lineax()
+        return isinstance(self.solver, lineax.CG | lineax.Cholesky)
+
+    def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
+        operator = square(f"lineax.{type(self.solver).__name__}", matvec, self.ridge, b, init)
+        size, b_scaled, init_scaled = normalise(b, init, target=1.0)
+        flat, unravel = ravel_pytree(tree.widened(b_scaled))
+        if not flat.size:  # without unknowns there is nothing to solve
+            return denormalise(size, diagnosis.report(operator, b_scaled, b_scaled, tol=0.0))
+        start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
+        wide = in_accumulation_dtype(operator, b)
+        x, steps, failure = _solve(
+            self.solver, lambda v: ravel_pytree(wide(unravel(v)))[0], flat, start, definite=self.needs_symmetry
+        )
+        x = tree.like(unravel(x), b)
+        is_direct = steps is None
+        tol = tree.eps(b) ** 0.5 if self.tol is None and is_direct else self.tol
+        info = diagnosis.report(
+            operator,
+            b_scaled,
+            x,
+            tol,
+            iterations=steps,
+            init=init_scaled,
+            failure=Status.BREAKDOWN if is_direct else failure,
+            breakdown=self._breakdown(is_direct),
+            needs_definite=self.needs_symmetry,
+        )
+        if tol is None:  # without tol, a breakdown that Lineax reports is the only sign of one
+            failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
+            info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
+        return denormalise(size, info)
+
+    def _breakdown(self, is_direct: bool) -> Status:
+        """Return the status of an x that is not finite although A and b are."""
+        if self.needs_symmetry:
+            return Status.NEGATIVE_CURVATURE
+        return Status.SINGULAR if is_direct else Status.BREAKDOWN
+
+
+def _solve(
+    solver: Any, matvec: MatVec, b: jax.Array, start: jax.Array | None, definite: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Return x, the steps taken (None for a factorisation), and the status of a residual above the tolerance."""
+    lineax = _import_lineax()
+    tags = lineax.positive_semidefinite_tag if definite else ()
+    operator = lineax.FunctionLinearOperator(matvec, jax.ShapeDtypeStruct(b.shape, b.dtype), tags)
+    # The report carries no derivative, and Lineax's own one would stop the program where its solve fails.
+    operator, b, start = jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, (operator, b, start)
+    )
+    options = {} if start is None else {"y0": start}
+    found = lineax.linear_solve(operator, b, solver, options=options, throw=False)
+    failure = jnp.int32(Status.MAX_STEPS)
+    for result, status in (
+        (lineax.RESULTS.successful, Status.STOPPED),
+        (lineax.RESULTS.stagnation, Status.STAGNATION),
+        (lineax.RESULTS.breakdown, Status.BREAKDOWN),
+    ):
+        failure = jnp.where(found.result == result, jnp.int32(status), failure)
+    steps, budget = (found.stats.get(name) for name in ("num_steps", "max_steps"))
+    if budget is not None:  # without rtol and atol, Lineax calls the end of its budget a success
+        spent = (failure == int(Status.STOPPED)) & (jnp.asarray(steps) >= budget)
+        failure = jnp.where(spent, jnp.int32(Status.MAX_STEPS), failure)
+    nonzero = jnp.any(b != 0)  # BiCGStab divides zero by zero for b = 0
+    failure = jnp.where(nonzero, failure, jnp.int32(Status.MAX_STEPS))
+    return jnp.where(nonzero, found.value, jnp.zeros_like(b)), steps, failure
+
+
+def _import_lineax() -> Any:
+    try:
+        import lineax
+    except ImportError as error:
+        raise ImportError("bl.Lineax needs the package lineax: pip install '.[lineax]'") from error
+    return lineax
