@@ -29,7 +29,10 @@ extensions = [
 exclude_patterns = ["extensions", "generated/*.md"]
 default_role = "code"
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!bilevel|imaml).*")]  # names of other projects
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!bilevel|imaml).*"),  # names of other projects
+    (r"py:class", r"bilevel\.stochastic\.\w+\.(T|Class)"),  # type variables
+]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
