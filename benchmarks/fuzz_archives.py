@@ -1,6 +1,6 @@
 """Damage archives of Omniglot's layout at random, and check that each is refused or gives the same data.
 
-    python benchmarks/fuzz_archives.py --archives 1000 --omniglot DIR
+    python -m benchmarks.fuzz_archives --archives 1000 --omniglot DIR
 
 A refusal must be an InputError of one line. While an archive is read, an audit hook watches every file that is opened
 for writing, created, renamed or removed. Files may be written only in the cache folder, and no file there may be

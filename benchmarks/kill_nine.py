@@ -1,6 +1,6 @@
 """At random moments, kill a process that writes checkpoints, and check that no finished checkpoint is lost.
 
-    python benchmarks/kill_nine.py --kills 200
+    python -m benchmarks.kill_nine --kills 200
 
 A child process saves checkpoints as fast as it can, and reports each finished save. After some saves it is killed by
 SIGKILL at a random moment, mostly during a further save. The folder must then hold no damaged checkpoint. Its newest

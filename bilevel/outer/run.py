@@ -39,6 +39,12 @@ class Run:
         last: θ before the last step, and its hypergradient; None unless ``observe``.
     """
 
+    state: OuterState
+    number: int
+    exhausted: bool
+    is_traced: bool
+    last: tuple[PyTree, Hypergradient] | None
+
     def __init__(
         self, setup: Setup, state: OuterState, start: PyTree, batch: PyTree, halt: bool, constant: bool, observe: bool
     ):

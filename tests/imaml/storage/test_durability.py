@@ -18,14 +18,14 @@ def run(*words, **settings):
 
 
 def test_no_checkpoint_is_lost_to_kills():
-    output = run(ROOT / "benchmarks" / "kill_nine.py", "--kills", 10)
+    output = run("-m", "benchmarks.kill_nine", "--kills", 10)
     assert output.startswith("10 kills, ") and output.endswith(": 0 checkpoints lost\n")
     interrupted, saves = (int(output.split(word)[0].split()[-1]) for word in (" of them amid", " finished saves"))
     assert interrupted > 0 and saves > 0  # otherwise no kill hit a save and the test has shown nothing
 
 
 def test_damaged_archives_are_refused_or_load_unchanged_and_only_the_cache_is_written():
-    output = run(ROOT / "benchmarks" / "fuzz_archives.py", "--archives", 100)
+    output = run("-m", "benchmarks.fuzz_archives", "--archives", 100)
     assert "0 failures, 0 writes outside of the cache" in output
     refused, unharmed = (int(output.split(word)[0].split()[-1]) for word in (" refused", " unharmed"))
     assert refused + unharmed == 100 and refused > 50
