@@ -139,6 +139,9 @@ class CompiledLoop:
             None without ``observe``: each output of a compiled function costs the host a microsecond or two.
     """
 
+    step: Callable[..., tuple[OuterState, History, Hypergradient]]
+    advance: Callable[..., tuple[OuterState, jax.Array, jax.Array, tuple[PyTree, Hypergradient] | None]]
+
     def __init__(self, setup: Setup, capacity: int, observe: bool):
         self.step = jax.jit(partial(outer_step, setup))
         self.advance = jax.jit(partial(_advance, self.step, capacity, observe), donate_argnums=0)
