@@ -106,7 +106,9 @@ class Run:
         """Return the error of the step that failed: the state is the one before it, and the batch is its own."""
         state = jax.tree.map(jnp.copy, self.state)
         advance = compiled_loop(self._setup, 1, True).advance
-        _, out = advance(state, self._sound, self._start, batch, self._one, self._halt)[-1]
+        observed = advance(state, self._sound, self._start, batch, self._one, self._halt)[-1]
+        assert observed is not None  # the loop was compiled to observe
+        _, out = observed
         setup, theta = self._setup, self.state.theta
         linear = getattr(setup.method, "linear", None)
         hint = partial(advise, setup.problem.condition, theta, tree.arrays(batch), solver=setup.solver, linear=linear)
