@@ -20,7 +20,8 @@ import numpy as np
 from benchmarks.bilevel import report
 from benchmarks.bilevel.contenders import PLANS, contender, grid, oracles_of_a_step
 from benchmarks.bilevel.problems import PROBLEMS, Data, make
-from benchmarks.bilevel.race import Missing, Peer, Worker, race
+from benchmarks.bilevel.race import Peer, Worker, race
+from benchmarks.children import Missing
 from benchmarks.speed.harness import machine
 
 

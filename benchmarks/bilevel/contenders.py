@@ -15,7 +15,7 @@ EXTRA = {"AmIGO": {"n_inner_steps": INNER_STEPS}, "SRBA": {"period_frac": PERIOD
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared on one problem.
+    """The algorithms, the grids of rates and the length of a run for one problem.
 
     Args:
         blocks: number of steps between two looks at the clock, by algorithm.

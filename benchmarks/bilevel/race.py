@@ -4,9 +4,6 @@ Each contender has a process of its own. Only one process runs at a time, so all
 The load of the machine changes from second to second; short turns let it affect all contenders alike.
 """
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -15,18 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.children import Child, Missing
+
 TURN = 0.2
 """Seconds of processor time in a turn."""
 
 
-class Missing(Exception):
-    """Error for a peer that cannot be started; the message says what to do."""
-
-
 @dataclass(frozen=True)
 class Peer:
-    """Where benchmark_bilevel and its Python are, and the core that both sides use.
+    """The clone of benchmark_bilevel, its Python, and the core that both sides use.
 
     Args:
         clone: folder of a clone of github.com/benchopt/benchmark_bilevel, or None to run our side alone.
@@ -76,15 +70,14 @@ class Contender:
     ours: bool
 
 
-class Worker:
+class Worker(Child):
     """The process of one contender; a context manager that ends it."""
 
     def __init__(self, ours: bool, peer: Peer):
         if not ours:
             peer.check()
-        core = str(peer.core)
         module = ["benchmarks.bilevel.our_worker"] if ours else ["benchmarks.bilevel.peer_worker", str(peer.clone)]
-        environment = os.environ | {
+        environment = {
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
             "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
@@ -93,38 +86,9 @@ class Worker:
                 "JAX_COMPILATION_CACHE_DIR": str(peer.cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
-        self._child = subprocess.Popen(
-            [sys.executable if ours else str(peer.python), "-m", *module, core],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
+        python = sys.executable if ours else str(peer.python)
+        super().__init__("a worker", [python, "-m", *module, str(peer.core)], environment)
         self.versions = self.answer()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        assert self._child.stdin is not None and self._child.stdout is not None
-        self._child.stdin.close()
-        self._child.stdout.close()
-        try:
-            self._child.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-
-    def answer(self) -> dict:
-        """Return the next answer. Raise RuntimeError if the process has ended."""
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with status {self._child.wait()}; its error output is above")
-        return json.loads(line)
-
-    def ask(self, **request) -> dict:
-        """Send a request and return the answer."""
-        assert self._child.stdin is not None
-        print(json.dumps(request), file=self._child.stdin, flush=True)
-        return self.answer()
 
     def begin(self, problem: str, arrays: Path, contender: Contender, seed: int) -> None:
         """Let the worker compile a contender's programs, and return when it is ready for its first turn."""

@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.children import Missing
 from benchmarks.speed import report, runs
-from benchmarks.speed.harness import Contender, Missing, Process, alternate, machine, ratio
+from benchmarks.speed.harness import Contender, Process, alternate, machine, ratio
 from benchmarks.speed.workloads import ITEMS
 
 OURS = Contender("bilevel and imaml", "ours", "meta-gradient", ours=True)

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,13 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.children import ROOT, Child, Missing
+
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 """The Python that has the other libraries installed; docs/speed.md says how to make it."""
-
-
-class Missing(Exception):
-    """Error for a peer that cannot be started on this machine; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Contender:
         return self.module, self.cores, self.changes, self.environment
 
 
-class Process:
+class Process(Child):
     """The process of a contender, which answers requests. Used as a context manager, it ends the process at the end.
 
     Args:
@@ -78,44 +74,9 @@ class Process:
         fields = dataclasses.asdict(item) | dict(contender.changes)
         words = [contender.module, json.dumps(fields), dtype, ",".join(map(str, contender.cores))]
         threads = str(len(contender.cores))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        environment |= dict(contender.environment)
-        self._name = contender.module
-        self._child = subprocess.Popen(
-            [python, "-m", "benchmarks.speed.serve", *words],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
-        self.versions = self._answer()["versions"]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        assert self._child.stdin is not None and self._child.stdout is not None
-        self._child.stdin.close()
-        self._child.stdout.close()
-        try:
-            self._child.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-
-    def _answer(self) -> dict:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise Missing(f"{self._name} ended with status {self._child.wait()}; its error output is above")
-        return json.loads(line)
-
-    def ask(self, **request) -> dict:
-        """Send a request and return the answer.
-
-        Raises:
-            Missing: if the process has ended.
-        """
-        assert self._child.stdin is not None
-        print(json.dumps(request), file=self._child.stdin, flush=True)
-        return self._answer()
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | dict(contender.environment)
+        super().__init__(contender.module, [python, "-m", "benchmarks.speed.serve", *words], environment)
+        self.versions = self.answer()["versions"]
 
     def gradient(self, program: str, folder: Path) -> dict[str, np.ndarray]:
         """Run a program once, and return its gradient by the names of the parameters.

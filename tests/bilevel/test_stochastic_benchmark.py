@@ -11,7 +11,8 @@ import bilevel as bl
 from benchmarks.bilevel import __main__ as suites
 from benchmarks.bilevel import contenders, report, turns
 from benchmarks.bilevel.problems import CLASSES, PROBLEMS, Data
-from benchmarks.bilevel.race import Missing, Peer
+from benchmarks.bilevel.race import Peer
+from benchmarks.children import Missing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMOOTH = ("tiny-quadratic", "tiny-logistic")

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.children import Missing
 from benchmarks.speed import __main__ as suites
 from benchmarks.speed import harness, report, workloads
 
@@ -71,7 +72,7 @@ def test_the_gradient_from_a_contenders_process_equals_the_exact_one(tmp_path):
 def test_a_peer_whose_python_is_missing_is_refused(monkeypatch):
     monkeypatch.setenv("SPEED_PEERS_PYTHON", "/nowhere/python")
     theirs = harness.Contender("theirs", "jaxopt_root", "hypergradient")
-    with pytest.raises(harness.Missing, match=r"jaxopt_root: there is no /nowhere/python"):
+    with pytest.raises(Missing, match=r"jaxopt_root: there is no /nowhere/python"):
         harness.Process(small("ridge"), theirs)
 
 
