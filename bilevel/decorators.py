@@ -82,9 +82,7 @@ def custom_root(
         0.0833
     """
 
-    def declare(function: Callable[..., PyTree]) -> Root:
-        return Root(function, symmetric=symmetric)
-
+    declare = functools.partial(Root, symmetric=symmetric)
     return _decorator(declare, "custom_root", residual, has_aux, linear, on_failure, tol, callback)
 
 
@@ -125,9 +123,7 @@ def custom_fixed_point(
         2.0
     """
 
-    def declare(function: Callable[..., PyTree]) -> FixedPoint:
-        return FixedPoint(function, symmetric=symmetric)
-
+    declare = functools.partial(FixedPoint, symmetric=symmetric)
     return _decorator(declare, "custom_fixed_point", mapping, has_aux, linear, on_failure, tol, callback)
 
 

@@ -81,9 +81,18 @@ def check_status(
         return
     hint = advise(out) if advise is not None and jnp.ndim(out.value) == 0 else ""
     message = "; ".join(failures) + hint
+    raise_or_warn(message, out, on_failure)
+
+
+def raise_or_warn(message: str, result: Any, on_failure: Policy) -> None:
+    """Raise :class:`HypergradientError`, warn, or do nothing.
+
+    The warning names the line that called the caller of the function that calls this one.
+    """
     if on_failure == "raise":
-        raise HypergradientError(message, out)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+        raise HypergradientError(message, result)
+    if on_failure == "warn":
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def succeeded(status: jax.Array) -> bool:

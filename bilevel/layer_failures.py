@@ -5,7 +5,6 @@ callback in that program records a failed status. :meth:`LinearWatch.after_deriv
 the derivative.
 """
 
-import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from bilevel import tree
-from bilevel.failures import HypergradientError, Policy
+from bilevel.failures import Policy, raise_or_warn
 from bilevel.linear import run_linear
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
@@ -29,7 +28,7 @@ def check_solution(solution: Solution, on_failure: Policy) -> None:
     status = Status(int(number))
     if not status.ok:
         message = f"inner solve of a layer, {status.name}, ‖F‖ = {float(residual_norm):.3g}: {status.message}"
-        _report(message, solution, on_failure)
+        raise_or_warn(message, solution, on_failure)
 
 
 def is_concrete(variables: PyTree) -> bool:
@@ -83,13 +82,7 @@ class LinearWatch:
                     "or set tol to a relative residual that you accept"
                 )
             message = f"linear solve in the derivative of a layer, {status.name}, relative residual {residual:.3g}: "
-            _report(message + remedy, None, self.on_failure)
-
-
-def _report(message: str, result: Any, on_failure: Policy) -> None:
-    if on_failure == "raise":
-        raise HypergradientError(message, result)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+            raise_or_warn(message + remedy, None, self.on_failure)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -9,6 +9,7 @@ import functools
 import operator
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,21 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
 def like(a: PyTree, template: PyTree) -> PyTree:
     """Return ``a`` in the dtypes of another tree."""
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), a, template)
+
+
+def strongly_typed(a: PyTree) -> PyTree:
+    """Return the tree with arrays that are not weakly typed, as a compiled loop returns them."""
+    return jax.tree.map(_strongly_typed, a)
+
+
+def _strongly_typed(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(leaf.dtype) if getattr(jax.typeof(leaf), "weak_type", False) else leaf
+
+
+def signature(a: PyTree) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
+    """Return the structure of a tree, and the shape and dtype of each leaf."""
+    return jax.tree.structure(a), [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(a)]
 
 
 def widened(a: PyTree) -> PyTree:

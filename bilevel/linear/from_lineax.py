@@ -79,7 +79,7 @@ class Lineax:
 
     @property
     def needs_symmetry(self) -> bool:
-        """Whether the solver needs a symmetric operator, as CG and Cholesky do."""
+        """True for CG and Cholesky, which need a symmetric operator."""
         lineax = _import_lineax()
         return isinstance(self.solver, lineax.CG | lineax.Cholesky)
 

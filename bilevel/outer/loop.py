@@ -13,7 +13,7 @@ from bilevel.methods.protocol import Method, outer_variables, starting_point
 from bilevel.outer.progress import Bar
 from bilevel.outer.records import Minimum, OuterState, StepRecord
 from bilevel.outer.run import Run, owned, run_under_trace
-from bilevel.outer.step import Setup, state_before, strongly_typed
+from bilevel.outer.step import Setup, state_before
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.start import Start, StartFunction, choose_start, is_function, trace
@@ -185,7 +185,7 @@ def initial_state(
 
 
 def _checked(theta: PyTree) -> PyTree:
-    theta = strongly_typed(outer_variables(theta))
+    theta = tree.strongly_typed(outer_variables(theta))
     if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
         raise TypeError(f"minimize needs a floating-point leaf in theta, got {jax.tree.map(jnp.result_type, theta)}")
     return theta
@@ -205,12 +205,11 @@ def _batches(data: PyTree | Iterator[PyTree]) -> tuple[bool, Iterator[PyTree]]:
 
 def _fitting(setup: Setup, theta: PyTree, state: OuterState) -> OuterState:
     """Return a state that was handed over, or raise ValueError if this loop cannot have made it."""
-    expected, state = state_before(setup, theta, state.w), strongly_typed(state)
-    kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (expected, state)]
-    if jax.tree.structure(expected) != jax.tree.structure(state) or kinds[0] != kinds[1]:
+    state = tree.strongly_typed(state)
+    expected, got = map(tree.signature, (state_before(setup, theta, state.w), state))
+    if expected != got:
         raise ValueError(
             "the state does not fit: minimize goes on only with a theta, solver, method, optimizer and warm_start like "
-            f"those of the call that returned it; expected {jax.tree.structure(expected)} with {kinds[0]}, "
-            f"got {jax.tree.structure(state)} with {kinds[1]}"
+            f"those of the call that returned it; expected {expected}, got {got}"
         )
     return state

@@ -40,17 +40,7 @@ def state_before(setup: Setup, theta: PyTree, w: PyTree) -> OuterState:
     """Return the state before the first step, from θ and the start of the inner solver."""
     memory = new_memory(setup.solver, w) if setup.warm_start else None
     warm_start = first_warm_start(setup.method, w, memory)
-    return strongly_typed(OuterState(theta, w, setup.optimizer.init(theta), warm_start, memory, jnp.int32(0)))
-
-
-def strongly_typed(variables: PyTree) -> PyTree:
-    """Return the tree with arrays that are not weakly typed, as a compiled loop returns them."""
-    return jax.tree.map(_strongly_typed, variables)
-
-
-def _strongly_typed(leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(leaf.dtype) if getattr(jax.typeof(leaf), "weak_type", False) else leaf
+    return tree.strongly_typed(OuterState(theta, w, setup.optimizer.init(theta), warm_start, memory, jnp.int32(0)))
 
 
 def outer_step(
@@ -179,7 +169,7 @@ def _advance(
         # may refuse.
         last, structure = jax.tree.flatten((state.theta, out) if observe else None)
         structures.append(structure)
-        return strongly_typed((after, failed, row, last))
+        return tree.strongly_typed((after, failed, row, last))
 
     def unfinished(carry: Any) -> jax.Array:
         _, failed, _, taken, _ = carry

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: 
         return condition.residual(w, theta, data)
 
     if solver.tol is not None:
-        return _until_converged(solver, solver.tol, residual, init)
+        (w, memory), last, steps = until_converged(
+            solver.update, lambda state: residual(state[0]), solver.start(init), solver.max_steps, solver.tol
+        )
+        return with_memory(report(last, w, steps, solver.tol), solver, memory)
 
     def advance(_: jax.Array, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         return solver.update(state, residual(state[0]))
@@ -34,18 +38,33 @@ def with_memory(solution: Solution, solver: IterativeSolver, memory: PyTree) -> 
     return solution if getattr(solver, "memory", None) is None else replace(solution, memory=memory)
 
 
-def _until_converged(
-    solver: IterativeSolver, tol: float, residual: Callable[[PyTree], PyTree], init: PyTree
-) -> Solution:
-    def unfinished(carry):
+def until_converged(
+    update: Callable[[PyTree, PyTree], PyTree],
+    residual: Callable[[PyTree], PyTree],
+    state: PyTree,
+    max_steps: int,
+    tol: float | None,
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """Update a state until ‖F‖ ≤ tol, at most ``max_steps`` times.
+
+    Args:
+        update: ``update(state, F)`` returns the next state.
+        residual: returns F for a state.
+        state: the first state.
+        max_steps: the budget.
+        tol: the limit of ‖F‖; None stops where F is zero only.
+
+    Returns:
+        the last state, its F, and the number of updates.
+    """
+
+    def unfinished(carry: Any) -> jax.Array:
         _, current_residual, steps = carry
-        return (steps < solver.max_steps) & (tree.norm(current_residual) > tol)
+        return (steps < max_steps) & (tree.norm(current_residual) > (tol or 0.0))
 
-    def advance(carry):
+    def advance(carry: Any) -> Any:
         state, current_residual, steps = carry
-        state = solver.update(state, current_residual)
-        return state, residual(state[0]), steps + 1
+        state = update(state, current_residual)
+        return state, residual(state), steps + 1
 
-    start = solver.start(init), residual(init), jnp.int32(0)
-    (w, memory), last_residual, steps = jax.lax.while_loop(unfinished, advance, start)
-    return with_memory(report(last_residual, w, steps, tol), solver, memory)
+    return jax.lax.while_loop(unfinished, advance, (state, residual(state), jnp.int32(0)))

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.conditions.protocol import Condition, Residual, is_gradient
+from bilevel.solvers.iteration import until_converged
 from bilevel.solvers.line_search import line_search
 from bilevel.solvers.protocol import check_budget, report
 from bilevel.types import PyTree, Solution
@@ -67,19 +68,15 @@ class GaussNewton:
             r = residuals(x)
             return 0.5 * jnp.vdot(r, r)
 
-        def unfinished(carry):
-            _, residual, steps = carry
-            return (steps < self.max_steps) & (tree.norm(residual) > (self.tol or 0.0))
-
-        def advance(carry):
-            x, _, steps = carry
+        def update(x, residual):
+            del residual
             r, jacobian = residuals(x), _jacobian(residuals, x)
             step = -jnp.linalg.lstsq(jacobian, r)[0]
-            x = line_search(potential, x, jacobian.T @ r, step, self.halvings)
-            return x, condition.residual(as_w(x), theta, data), steps + 1
+            return line_search(potential, x, jacobian.T @ r, step, self.halvings)
 
-        start = x, condition.residual(init, theta, data), jnp.int32(0)
-        x, residual, steps = jax.lax.while_loop(unfinished, advance, start)
+        x, residual, steps = until_converged(
+            update, lambda x: condition.residual(as_w(x), theta, data), x, self.max_steps, self.tol
+        )
         return report(residual, as_w(x), steps, self.tol)
 
 
@@ -129,15 +126,12 @@ class LevenbergMarquardt:
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         residuals, x, as_w = _on_vectors("LevenbergMarquardt", condition, init, theta, data)
 
-        def unfinished(carry):
-            *_, residual, steps = carry
-            return (steps < self.max_steps) & (tree.norm(residual) > (self.tol or 0.0))
-
-        def advance(carry):
-            x, r, damping, growth, _, steps = carry
+        def update(state, residual):
+            del residual
+            x, r, damping, growth = state
             jacobian = _jacobian(residuals, x)
             first = self.damping * jnp.max(jnp.sum(jacobian**2, axis=0))
-            damping = jnp.where(steps == 0, first, damping)
+            damping = jnp.where(damping < 0, first, damping)
             step = _damped_step(jacobian, r, damping)
             moved = residuals(x + step)
             decrease = 0.5 * jnp.vdot(r - moved, r + moved)
@@ -149,11 +143,16 @@ class LevenbergMarquardt:
             damping = damping * jnp.where(accepted, jnp.maximum(1 / 3, 1 - (2 * gain - 1) ** 3), growth)
             growth = jnp.where(accepted, 2.0, 2 * growth).astype(r.dtype)
             x, r = jnp.where(accepted, x + step, x), jnp.where(accepted, moved, r)
-            return x, r, damping, growth, condition.residual(as_w(x), theta, data), steps + 1
+            return x, r, damping, growth
 
-        one = jnp.ones((), x.dtype)
-        start = x, residuals(x), one, 2 * one, condition.residual(init, theta, data), jnp.int32(0)
-        x, *_, residual, steps = jax.lax.while_loop(unfinished, advance, start)
+        unset, growth = jnp.full((), -1, x.dtype), jnp.full((), 2, x.dtype)
+        (x, *_), residual, steps = until_converged(
+            update,
+            lambda state: condition.residual(as_w(state[0]), theta, data),
+            (x, residuals(x), unset, growth),
+            self.max_steps,
+            self.tol,
+        )
         return report(residual, as_w(x), steps, self.tol)
 
 

@@ -10,6 +10,7 @@ from bilevel._deprecation import renamed_field
 from bilevel.conditions.protocol import Condition
 from bilevel.linear.system import in_accumulation_dtype, normalise
 from bilevel.linear.watched_cg import conjugate_gradients
+from bilevel.solvers.iteration import until_converged
 from bilevel.solvers.line_search import line_search
 from bilevel.solvers.protocol import check_budget, check_gradient, report
 from bilevel.types import MatVec, PyTree, Solution
@@ -71,17 +72,11 @@ class HessianFree:
         def potential(w):
             return objective.potential(w, theta, data)
 
-        def unfinished(carry):
-            _, gradient, steps = carry
-            return (steps < self.max_steps) & (tree.norm(gradient) > (0.0 if self.tol is None else self.tol))
-
-        def advance(carry):
-            w, gradient, steps = carry
+        def update(w, gradient):
             direction = _truncated_newton(jax.linearize(residual, w)[1], gradient, self.cg_steps)
-            w = line_search(potential, w, gradient, direction, self.halvings)
-            return w, residual(w), steps + 1
+            return line_search(potential, w, gradient, direction, self.halvings)
 
-        w, gradient, steps = jax.lax.while_loop(unfinished, advance, (init, residual(init), jnp.int32(0)))
+        w, gradient, steps = until_converged(update, residual, init, self.max_steps, self.tol)
         return report(gradient, w, steps, self.tol)
 
 

@@ -12,7 +12,7 @@ from bilevel.conditions.protocol import Condition
 from bilevel.linear import NormalCG
 from bilevel.problem import Problem
 from bilevel.spectrum import operator_norm, ritz_values
-from bilevel.stochastic.rates import Power
+from bilevel.stochastic.rates import RATES, Power
 from bilevel.stochastic.samples import PASS, Samples
 from bilevel.theorem import solve_linear
 from bilevel.types import PyTree
@@ -55,10 +55,9 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
     Raises:
         ValueError: if an estimate is zero or not finite.
     """
-    missing = [name for name in ("inner_rate", "linear_rate", "outer_rate") if getattr(algorithm, name, 0) is None]
-    if "linear_rate" in missing and algorithm.inner_rate is not None:
-        algorithm, missing = replace(algorithm, linear_rate=algorithm.inner_rate), [*missing]
-        missing.remove("linear_rate")
+    if getattr(algorithm, "linear_rate", 0) is None and algorithm.inner_rate is not None:
+        algorithm = replace(algorithm, linear_rate=algorithm.inner_rate)
+    missing = [name for name in RATES if getattr(algorithm, name, 0) is None]
     if not missing:
         return algorithm
     found = estimate(problem, theta, w, inner, outer, algorithm.inner_batch)

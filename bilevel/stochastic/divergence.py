@@ -1,11 +1,11 @@
 """How a run that diverged is recognised, and what is then done about it."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from bilevel.failures import HypergradientError, Policy
+from bilevel.failures import Policy, raise_or_warn
+from bilevel.stochastic.rates import RATES
 from bilevel.types import Status
 
 FIRST_GROWTH = 1e12
@@ -48,7 +48,7 @@ def react(found: Any, status: Status, size: float, on_failure: Policy) -> None:
     Raises:
         HypergradientError: with ``on_failure="raise"``.
     """
-    names = [name for name in ("inner_rate", "linear_rate", "outer_rate") if hasattr(found.algorithm, name)]
+    names = [name for name in RATES if hasattr(found.algorithm, name)]
     rates = ", ".join(f"{name}={getattr(found.algorithm, name)!r}" for name in names)
     state = "is not finite" if status == Status.NONFINITE else f"has grown to {size:.1e}, or its residual has grown"
     message = (
@@ -56,7 +56,4 @@ def react(found: Any, status: Status, size: float, on_failure: Policy) -> None:
         f"rates{' than ' if rates else ''}{rates}, or larger batches; the result has the state of step "
         f"{int(found.state.step)}, the last sound one"
     )
-    if on_failure == "raise":
-        raise HypergradientError(message, found)
-    if on_failure == "warn":
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    raise_or_warn(message, found, on_failure)

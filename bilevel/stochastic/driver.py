@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
-from bilevel.conditions import Projected, ProximalGradient
 from bilevel.failures import Policy, check_policy
 from bilevel.methods.protocol import outer_variables, starting_point
 from bilevel.problem import Problem
@@ -17,12 +16,10 @@ from bilevel.stochastic.curvature import choose_rates
 from bilevel.stochastic.divergence import judge, react
 from bilevel.stochastic.loop import Record, advance, largest_entry, make_plan, start
 from bilevel.stochastic.placement import place
-from bilevel.stochastic.protocol import Algorithm, State
-from bilevel.stochastic.rates import check_rate, is_transformation
+from bilevel.stochastic.protocol import Algorithm, State, is_mean_over_samples
+from bilevel.stochastic.rates import RATES, check_rate, is_transformation
 from bilevel.stochastic.samples import check_sampling, count_samples
 from bilevel.types import PyTree, Status
-
-RATES = ("inner_rate", "linear_rate", "outer_rate")
 
 
 @jax.tree_util.register_dataclass
@@ -148,8 +145,8 @@ def minimize(
     inner, outer = tree.arrays(inner, "inner"), tree.arrays(outer, "outer")
     _check(problem, inner, outer, algorithm, steps, evaluate_every)
     placement = place(inner, outer, shares)
-    theta = _strongly_typed(outer_variables(theta))
-    w = _strongly_typed(starting_point(w, theta, None))
+    theta = tree.strongly_typed(outer_variables(theta))
+    w = tree.strongly_typed(starting_point(w, theta, None))
     theta, w = placement.put(theta), placement.put(w)
     algorithm = choose_rates(algorithm, problem, theta, w, inner, outer)
     numbers, plan = make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
@@ -190,7 +187,7 @@ def _first_state(algorithm, theta, w, key):
         theta=theta,
         w=w,
         adjoint=jax.tree.map(jnp.zeros_like, w),
-        optimizer=_strongly_typed(rate.init(theta)) if is_transformation(rate) else (),
+        optimizer=tree.strongly_typed(rate.init(theta)) if is_transformation(rate) else (),
     )
 
 
@@ -213,10 +210,6 @@ def _history(records, plan, state):
     return History(stacked.step, stacked.evaluations, residual, adjoint, gradient, stacked.status)
 
 
-def _strongly_typed(variables):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.result_type(leaf)), variables)
-
-
 def _check(problem, inner, outer, algorithm, steps, evaluate_every):
     if steps < 0 or evaluate_every < 1:
         raise ValueError(f"minimize needs steps ≥ 0 and evaluate_every ≥ 1, got {steps} and {evaluate_every}")
@@ -233,7 +226,7 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
             f"{type(algorithm).__name__} needs an inner objective, and {type(condition).__name__} has none that alone "
             "determines the inner solution: use SOBA, MASOBA, SABA, SRBA or AmIGO, which need the residual only"
         )
-    if isinstance(condition, Projected | ProximalGradient) and algorithm.inner_batch < count_samples(inner, "inner"):
+    if not is_mean_over_samples(condition) and algorithm.inner_batch < count_samples(inner, "inner"):
         raise ValueError(
             f"the residual of {type(condition).__name__} is not a mean over samples, because the projection or "
             "proximal operator of a batch's step is not that of all samples: use inner_batch of all samples, or "
@@ -242,10 +235,7 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
 
 
 def _check_state(state, expected):
-    got, wanted = (
-        (jax.tree.structure(part), [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(part)])
-        for part in (state, expected)
-    )
+    got, wanted = map(tree.signature, (state, expected))
     if got != wanted:
         raise ValueError(
             f"the state does not belong to this problem and algorithm: got {got}, expected {wanted}: pass the same "

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
-from bilevel.conditions import Projected, ProximalGradient
 from bilevel.problem import Problem
 from bilevel.stochastic.placement import Placement
-from bilevel.stochastic.protocol import Draws, Oracle, State
+from bilevel.stochastic.protocol import Draws, Oracle, State, is_mean_over_samples
 from bilevel.stochastic.samples import Samples, count_samples, draw
 from bilevel.types import PyTree
 
@@ -31,7 +30,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is constant in the compiled program. The algorithm is without its numbers, which are arguments."""
+    """The constants of the compiled program. The numbers of the algorithm are arguments instead."""
 
     problem: Problem
     structure: Any
@@ -52,7 +51,7 @@ class Plan:
 
     def oracle(self, algorithm: Any, inner: PyTree, outer: PyTree) -> Oracle:
         """Return the oracle of one share."""
-        whole = isinstance(self.problem.condition, Projected | ProximalGradient)
+        whole = not is_mean_over_samples(self.problem.condition)
         inner_samples, outer_samples = (
             Samples(data, size, min(batch, size), whole)
             for data, size, batch in zip(

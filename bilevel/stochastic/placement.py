@@ -1,4 +1,4 @@
-"""Where the samples lie: on one device, or one share of them on each device of a mesh.
+"""The placement of the samples: on one device, or one share of them on each device of a mesh.
 
 A step is written once, for one share, and averages its directions over the shares. On one device with one share it runs
 as it is. On one device that is told of more shares it runs under ``jax.vmap``, and on a mesh under ``jax.shard_map``.

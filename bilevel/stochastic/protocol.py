@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 
 from bilevel import tree
+from bilevel.conditions import Projected, ProximalGradient
+from bilevel.conditions.protocol import Condition
 from bilevel.problem import Problem
 from bilevel.stochastic.rates import at_step, descend, is_transformation
 from bilevel.stochastic.samples import Samples, Sampling
@@ -165,9 +167,11 @@ class Oracle:
     def move_theta(self, rate: Any, state: State, direction: PyTree) -> tuple[PyTree, PyTree]:
         """Return θ after a step along the direction, projected, and the state of the optimiser."""
         if is_transformation(rate):
+            import optax  # optax is slow to import, so it is imported when needed
+
             with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
                 updates, optimizer = rate.update(direction, state.optimizer, state.theta)
-            theta = jax.tree.map(_plus, state.theta, updates)
+            theta = optax.apply_updates(state.theta, updates)
         else:
             theta, optimizer = descend(state.theta, at_step(rate, state.step), direction), state.optimizer
         if self.project is not None:
@@ -193,8 +197,12 @@ class Oracle:
         return OuterTerms(value[0] if self.problem.has_aux else value, in_w, tree.with_zeros(in_theta, theta))
 
 
-def _plus(leaf, update):
-    return leaf + update.astype(leaf.dtype) if tree.is_floating(leaf) else leaf
+def is_mean_over_samples(condition: Condition) -> bool:
+    """Return whether the residual on a batch is a mean over its samples.
+
+    A projection or a proximal operator of a batch's step is not the mean of those of its samples.
+    """
+    return not isinstance(condition, Projected | ProximalGradient)
 
 
 def register(*numbers: str) -> Callable[[type[Class]], type[Class]]:

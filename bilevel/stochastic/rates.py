@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.types import PyTree
 
+RATES = ("inner_rate", "linear_rate", "outer_rate")
+"""The names of the rates. An algorithm has some of them."""
 Rate = float | Callable[[jax.Array], jax.Array | float]
 """A number, or a function of the step t, an int32 scalar that begins with 0."""
 

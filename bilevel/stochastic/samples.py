@@ -122,16 +122,17 @@ class Samples:
         """Return the mean of ``function`` over all samples, for a function that is a mean over its batch."""
         if self.whole or self.size <= PASS:
             return function(self.data)
-        slices, rest = divmod(self.size, PASS)
-        first = tree.scale(PASS / self.size, function(self._slice(0, PASS)))
+
+        def share(start, length):
+            """Return the contribution of some samples to the mean."""
+            return tree.scale(length / self.size, function(self._slice(start, length)))
 
         def add(number, total):
-            return tree.add(total, tree.scale(PASS / self.size, function(self._slice(number * PASS, PASS))))
+            return tree.add(total, share(number * PASS, PASS))
 
-        total = jax.lax.fori_loop(1, slices, add, first)
-        if not rest:
-            return total
-        return tree.add(total, tree.scale(rest / self.size, function(self._slice(self.size - rest, rest))))
+        slices, rest = divmod(self.size, PASS)
+        total = jax.lax.fori_loop(1, slices, add, share(0, PASS))
+        return tree.add(total, share(self.size - rest, rest)) if rest else total
 
     def _slice(self, start, length):
         if length == self.size:
