@@ -1,4 +1,4 @@
-"""Processes of benchmarks that answer requests: one JSON line on stdin, one on stdout."""
+"""Child processes of benchmarks. They read requests from stdin and write answers to stdout, one JSON line for each."""
 
 import json
 import os
@@ -15,12 +15,12 @@ class Missing(RuntimeError):
 
 
 class Child:
-    """A process that answers requests. Used as a context manager, it ends the process at the end.
+    """A process that answers requests. As a context manager, this object ends the process when the block ends.
 
     Args:
-        name: its name for messages.
+        name: name of the process in error messages.
         command: the program and its arguments, started in the root of the repository.
-        environment: variables of the process in addition to this process's.
+        environment: environment variables that are added to those of the calling process.
     """
 
     def __init__(self, name: str, command: Sequence[str | os.PathLike[str]], environment: Mapping[str, str]):

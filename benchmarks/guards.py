@@ -4,8 +4,7 @@
 
 A guard is code that prevents or reports a wrong number: a status, a recomputed residual, a sum in a wider dtype. Each
 guard has a test that must fail without it. The exit status is 1 if a test passes although its guard was removed, or if
-a test fails on the unchanged copy.
-`planting.py` says how a guard's removal is written.
+a test fails on the unchanged copy. `planting.py` says how a guard's removal is written.
 """
 
 import sys
@@ -386,6 +385,7 @@ GUARDS = (
         "_cached_loop(...)",
         "CompiledLoop(setup, capacity, observe)",
     ),
+    # The outer loop of minimize.
     _guard(
         "an outer step that failed changes nothing",
         "test_the_loop_stops_at_the_first_failed_step_and_names_it",

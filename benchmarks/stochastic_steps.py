@@ -1,19 +1,19 @@
-"""Time a step of `bl.stochastic.minimize`, beside a hand-written scan, and by numbers of samples and of parameters.
+"""Time a step of `bl.stochastic.minimize` and of a hand-written scan, for several numbers of samples and parameters.
 
     XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" \\
         taskset -c 0 python -m benchmarks.stochastic_steps [--rounds 7] [--out FILE]
 
 The problem is a logistic regression in float32 with one penalty for all parameters, and a validation loss. SOBA and
-SABA are timed beside the same arithmetic in a hand-written ``jax.lax.scan``, which reads contiguous batches in a random
-order that was drawn before:
+SABA are timed next to the same arithmetic in a hand-written ``jax.lax.scan``. The scan reads contiguous batches in a
+random order that was drawn before. The sizes are:
 
 - batches of 64 out of 10³ to 10⁶ samples of 22 features;
 - batches of 8 out of 64 samples of 10³ to 10⁶ features, which are the parameters.
 
-Both sides alternate in one run. The command prints the medians over rounds, and the median ratio in a round. Only calls
-after the compilation are timed. The status is 1 if a step of SOBA takes more than 1.3 times as long as in the
-hand-written scan, for any size. A step on 10⁶ samples takes longer than one on 10³ on both sides, because the samples
-no longer fit into the caches of the processor.
+Both sides alternate in one run. The command prints the median time of each side, and the median of the ratio of both
+times in a round. Only calls after the compilation are timed. The status is 1 if a step of SOBA takes more than 1.3
+times as long as in the hand-written scan, for any size. A step on 10⁶ samples takes longer than one on 10³ on both
+sides, because the samples no longer fit into the caches of the processor.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import bilevel as bl
 RATE = 0.01
 FEATURES, BATCH = 22, 64
 FEW, SMALL_BATCH = 64, 8
-"""Number of samples, and the size of a batch, for the runs by numbers of parameters."""
+"""Number of samples, and the size of a batch, in the runs whose number of parameters varies."""
 LIMIT = 1.3
 SIZES = (10**3, 10**4, 10**5, 10**6)
 
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, kind, size in itertools.product(("SOBA", "SABA"), ("samples", "parameters"), sizes):
         by_samples = kind == "samples"
         count, features, batch = (size, FEATURES, BATCH) if by_samples else (FEW, size, SMALL_BATCH)
-        # A step on many parameters takes longer, so fewer of them are needed.
+        # A step on many parameters takes longer, so fewer steps are enough.
         steps = options.steps if by_samples else max(20, min(options.steps, 300 * options.steps // size))
         found = compare(name, count, features, batch, steps, options.rounds)
         record.append({"algorithm": name, kind: size, **found})

@@ -1,9 +1,9 @@
 """Data reweighting for a network of 1.1 million weights: seconds and memory of stochastic and of implicit steps.
 
-Half of the labels of 1,000 digits are redrawn at random, and θ holds one logit of a weight for each digit. A step of
-SOBA or F2SA uses 50 training and 50 validation digits. A step of `Implicit` uses all of them, in 20 steps of the inner
-solver and 10 steps of CG. At the start the Hessian is indefinite, and the penalty on w helps the adjoint of SOBA to
-stay bounded there. F2SA needs neither an adjoint nor second derivatives.
+Half of the labels of 1,000 digits are redrawn at random. Each digit has a weight, and θ holds the logits of the
+weights. A step of SOBA or F2SA uses 50 training and 50 validation digits. A step of `Implicit` uses all digits, in 20
+steps of the inner solver and 10 steps of CG. At the start the Hessian is indefinite, and the penalty on w helps to keep
+the adjoint of SOBA bounded. F2SA needs neither an adjoint nor second derivatives.
 """
 
 import sys
@@ -78,7 +78,7 @@ def stochastic(algorithm, w, data, steps):
 
 
 def implicit(w, data, steps):
-    """Return the same for steps with an inner solve and an adjoint solve, which start from the last solutions."""
+    """Return the same for steps of `Implicit` whose solves start from the last solutions, with a loss for each step."""
     condition = bl.Stationary(lambda w, theta, data: fit(w, theta, data["inner"]))
     problem = bl.Problem(condition, lambda w, theta, data: validate(w, theta, data["outer"]))
     solver, method = bl.GradientDescent(0.3, max_steps=20, momentum=0.9), bl.Implicit(bl.CG(max_steps=10))

@@ -1,8 +1,8 @@
 """Hyper-cleaning on samples: a weight for each of 20,000 training images, half of whose labels are redrawn at random.
 
-The inner problem trains a linear classifier on the weighted images, and the outer value is its loss on 5,000 other
-images. SABA moves the classifier, the adjoint and the 20,000 outer variables at once, by steps on batches of 64 images.
-An inner sample carries its number, so that a batch finds its own weights.
+The inner problem trains a linear classifier on the weighted images. The outer value is the classifier's loss on 5,000
+other images. SABA moves the classifier, the adjoint and the 20,000 outer variables at once, by steps on batches of 64
+images. Each inner sample contains its index, with which the objective finds the weights of a batch in θ.
 """
 
 import sys

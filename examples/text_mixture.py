@@ -2,7 +2,8 @@
 
 The sources are the documentation and the code of the Python standard library, a table of numbers, and shuffled
 characters. The inner problem trains a causal convolution on the weighted sources. θ holds the logits of the four
-weights. The outer value is the loss on scikit-learn's descriptions of datasets. MASOBA moves all of them at once.
+weights. The outer value is the loss on scikit-learn's descriptions of datasets. MASOBA moves the model, the adjoint and
+θ at once.
 """
 
 import pydoc_data.topics
@@ -23,7 +24,7 @@ WINDOW, TAPS, CHARACTERS = 16, 5, 96
 
 
 def load(windows):
-    """Return windows of the sources with the number of their source, windows of the validation and the test text."""
+    """Return the names of the sources, windows with the index of their source, and validation and test windows."""
     data, library = Path(sklearn.datasets.__file__).parent, Path(sysconfig.get_path("stdlib"))
     join = lambda paths: "\n".join(path.read_text(encoding="utf-8") for path in paths)  # noqa: E731
     documentation, rng = "\n".join(pydoc_data.topics.topics.values()), np.random.default_rng(0)
@@ -64,7 +65,7 @@ def losses(w, text):
 
 
 def fit(w, theta, batch):
-    weights = len(theta) * jax.nn.softmax(theta)[batch["source"]]  # each source has as many windows
+    weights = len(theta) * jax.nn.softmax(theta)[batch["source"]]  # all sources have equally many windows
     penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
     return jnp.mean(weights * losses(w, batch["text"])) + 5e-5 * penalty
 

@@ -7,7 +7,8 @@
     python -m benchmarks.bilevel docs                                  put the tables into docs/stochastic-benchmark.md
 
 DIR is a clone of github.com/benchopt/benchmark_bilevel, and PATH a Python that has benchopt and JAX. Without them,
-`run` takes our side alone. docs/stochastic-benchmark.md describes the benchmark. No other program should run meanwhile.
+`run` runs our side alone, and `tune` ends with status 2. docs/stochastic-benchmark.md describes the benchmark. No other
+program should run on the machine during a measurement.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from benchmarks.speed.harness import machine
 
 
 def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
-    """Return the rates with the least measure after ``options.seconds``, by algorithm, and what was tried.
+    """Return, for each algorithm, the rates with the least measure after ``options.seconds``, and all rates tried.
 
-    The rates of the stochastic algorithms are chosen by the peer's solvers, and are then used on both sides.
+    The measure is the plan's ``metric``. The peer's solvers choose the rates of the stochastic algorithms, which both
+    sides then use. Our side chooses the rates of the full-batch methods.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
     reference = PROBLEMS[problem].reference(Data.load(arrays))
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--algorithms", nargs="+", help="algorithms to tune (default: all)")
     parser.add_argument("--seconds", type=float, help="length of a run (default: 8, and 3 for tune)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--core", type=int, default=0, help="the core of both sides (default: 0)")
+    parser.add_argument("--core", type=int, default=0, help="CPU core to which both sides are pinned (default: 0)")
     parser.add_argument("--arrays", type=Path, help="folder to keep the problems' arrays (default: a temporary one)")
     parser.add_argument("--rates", type=Path, default=report.RESULTS, help="folder of the chosen rates")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the records")

@@ -7,9 +7,9 @@ from benchmarks.bilevel.race import Contender
 
 BATCH = 64
 INNER_STEPS = 10
-"""Inner steps of AmIGO and F2SA, the peer's default."""
+"""Steps of w, and steps of the adjoint, in one step of AmIGO: the peer's default."""
 PERIOD_FRACTION = 0.5
-"""SRBA's period in passes over both sums, the peer's default."""
+"""SRBA's period, divided by the number of batches of both sums: the peer's default."""
 EXTRA = {"AmIGO": {"n_inner_steps": INNER_STEPS}, "SRBA": {"period_frac": PERIOD_FRACTION}}
 
 
@@ -22,7 +22,7 @@ class Plan:
         step_sizes: the grid's inner rates.
         outer_ratios: the grid's ratios of the inner to the outer rate.
         metric: the measure that chooses the rates, and that the tables show first.
-        full_batch: settings of our full-batch methods, as many as a stochastic algorithm has.
+        full_batch: the settings that are tried for our full-batch methods.
         seconds: processor time of a run.
     """
 

@@ -46,8 +46,8 @@ class Stochastic:
 def algorithm(name: str, options: dict, data):
     """Return the algorithm of ``bl.stochastic`` that equals the peer's with the same options.
 
-    The peer divides the inner rate by ``outer_ratio`` for the outer one. SOBA's rates fall as 1/√t and those of the
-    other methods are constant.
+    The peer's outer rate is the inner rate divided by ``outer_ratio``. The rates of SOBA and MASOBA fall as 1/√t. The
+    rates of the other algorithms are constant.
     """
     import bilevel as bl
 
@@ -67,11 +67,11 @@ def algorithm(name: str, options: dict, data):
 
 
 class FullBatch:
-    """Descent on x by optax with hypergradients of the whole sums.
+    """Descent on x by optax, with hypergradients over all samples.
 
     One outer step takes a few Newton-CG steps on z and ten iterations of conjugate gradients on the adjoint system,
-    both from a warm start. ``options`` has the outer ``rate``, ``optimizer`` (``"adam"`` or ``"lbfgs"``) and the number
-    ``newton_steps``.
+    both from a warm start. ``options`` has the outer ``rate``, the ``optimizer`` (``"adam"`` or ``"lbfgs"``) and the
+    number of Newton steps, ``newton_steps``.
     """
 
     def __init__(self, problem, data, settings: dict):
@@ -128,7 +128,7 @@ class FullBatch:
 
 
 def build(settings: dict):
-    """Return our solver for the settings, which are those of the peer's worker."""
+    """Return our solver for settings, which have the same keys as those of the peer's worker."""
     from benchmarks.bilevel.problems import PROBLEMS, Data
 
     problem, data = PROBLEMS[settings["problem"]], Data.load(Path(settings["arrays"]))

@@ -31,7 +31,7 @@ class Data:
         outer: samples of the outer objective.
         z: start of the inner variables.
         x: start of the outer variables.
-        test: samples that no algorithm sees, or no arrays.
+        test: samples that no algorithm sees; empty for a problem without a test set.
     """
 
     inner: Arrays
@@ -97,7 +97,7 @@ class Quadratic:
 
     G_i(z, x) = ½zᵀH_i z + xᵀC_i z + l_iᵀz and F_j(z, x) = ½zᵀH_j z + ½xᵀK_j x + xᵀC_j z + l_jᵀz + k_jᵀx. H_i is the
     outer product of a normal vector whose covariance has eigenvalues from 0.1 to 1. C_i is the outer product of two
-    normal vectors, and the mean of C_i has the singular values 0.1. The value function h is quadratic.
+    normal vectors, and all singular values of its expectation are 0.1. The value function h is quadratic.
     """
 
     inner_samples: int = 1024
@@ -182,7 +182,7 @@ class Logistic:
     """Logistic regression with one penalty exp(x_j) for each feature, and the validation loss as the outer objective.
 
     The sizes are those of ijcnn1. The samples are drawn by scikit-learn's ``make_classification``, because the data
-    cannot be downloaded everywhere. One tenth of the labels is positive, as in ijcnn1.
+    cannot be downloaded everywhere. About a tenth of the labels is positive, as in ijcnn1.
     """
 
     inner_samples: int = 49_990
@@ -258,7 +258,7 @@ class LogisticReference:
             gradient = rows.T @ slope / len(rows) + penalty * z
             hessian = (rows * (slope * (1 - slope))[:, None]).T @ rows / len(rows) + np.diag(penalty)
             step = np.linalg.solve(hessian, gradient)
-            # The last step is taken whole: there the objective differs by less than its rounding error.
+            # The objective cannot test a step that lowers it by less than its rounding error. Take this step whole.
             if (expected := gradient @ step) < 1e-14:
                 self._z = z - step
                 return self._z, hessian
@@ -270,7 +270,7 @@ class LogisticReference:
 
     def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Return h(x) and ∇h(x)."""
-        # The limits keep exp(x) finite; h is constant beyond them to the last digit.
+        # The limits keep exp(x) finite. Beyond them, h is constant up to rounding.
         penalty = np.exp(np.clip(np.asarray(x, np.float64), -100, 100))
         z, hessian = self._solve(penalty)
         margin = self._outer @ z
@@ -279,7 +279,7 @@ class LogisticReference:
 
     @property
     def least(self) -> float:
-        """The infimum of h, found by L-BFGS-B over the penalties in [0, ∞), where it may lie on the boundary."""
+        """The infimum of h over penalties in [0, ∞), found by L-BFGS-B. It may lie at a penalty of 0."""
         if self._least is None:
             from scipy.optimize import minimize
 
@@ -288,8 +288,8 @@ class LogisticReference:
                 value, gradient = self.value_and_gradient(np.log(np.maximum(penalty, 1e-14)))
                 return value, gradient / np.maximum(penalty, 1e-14)
 
-            # h is not convex and is flat in the logarithms of extreme penalties. Therefore each parametrisation
-            # continues the other, and the best of two starts counts.
+            # h is not convex, and it is flat in the logarithms of extreme penalties. Therefore L-BFGS-B runs in turn
+            # over the logarithms and over the penalties, and it does so from two starts, of which the best counts.
             found = []
             for x in (self._start, np.full_like(self._start, -5)):
                 options = {"maxiter": 500, "gtol": 1e-11, "ftol": 0.0, "maxcor": len(x)}
@@ -337,7 +337,7 @@ def _augment(rng, images, labels, count):
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Hyper-cleaning: softmax regression on images of which half the labels are redrawn, one weight for each image.
+    """Hyper-cleaning: softmax regression with a weight for each image, if half of the labels are redrawn at random.
 
     G(z, x) is the mean of sigmoid(x_i) times the cross-entropy of image i, plus 0.2‖z‖². F is the mean cross-entropy of
     validation images, whose labels are right. The images are scikit-learn's digits, enlarged and augmented. Training,
@@ -382,8 +382,8 @@ class Cleaning:
     def inner(z, x, batch: Batch):
         """Return the inner objective on a batch.
 
-        A batch is a contiguous slice of the samples on both sides. Its outer variables are therefore a slice too, whose
-        derivative is faster than the scatter of ``x[batch["index"]]``.
+        A batch is a contiguous slice of the samples on both sides, so the outer variables of a batch are a slice of x.
+        The derivative of a slice is faster than that of ``x[batch["index"]]``, which is a scatter.
         """
         own = jax.lax.dynamic_slice_in_dim(x, batch["index"][0], len(batch["index"]))
         return jnp.mean(jax.nn.sigmoid(own) * Cleaning.losses(z, batch)) + PENALTY * jnp.sum(z**2)

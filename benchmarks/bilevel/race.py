@@ -26,7 +26,7 @@ class Peer:
         clone: folder of a clone of github.com/benchopt/benchmark_bilevel, or None to run our side alone.
         python: a Python that has benchopt and JAX.
         core: number of the CPU core.
-        cache: folder for compiled programs, or None to compile for every run.
+        cache: folder of JAX's persistent compilation cache for both sides, or None for no such cache.
     """
 
     clone: Path | None = None
@@ -55,8 +55,8 @@ class Contender:
 
     Args:
         label: name in records and tables.
-        algorithm: name of a class in ``bl.stochastic``, which in lower case is the peer's module in ``solvers/``; or
-            ``"full batch"``.
+        algorithm: name of a class in ``bl.stochastic``, or ``"full batch"``. The peer's module in ``solvers/`` has the
+            name of the class in lower case.
         options: the settings. Those of a stochastic algorithm have the peer's names. Those of a full-batch method are
             ``optimizer``, ``rate`` and ``newton_steps``.
         block: number of steps between two looks at the clock.
@@ -71,7 +71,7 @@ class Contender:
 
 
 class Worker(Child):
-    """The process of one contender; a context manager that ends it."""
+    """A process that runs contenders of one side, one after another; a context manager that ends the process."""
 
     def __init__(self, ours: bool, peer: Peer):
         if not ours:
@@ -104,7 +104,9 @@ class Worker(Child):
 
 
 def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[int], seconds: float, peer: Peer) -> dict:
-    """Run every contender for ``seconds`` of its processor time, in alternating turns, once for each seed.
+    """Run every contender for ``seconds`` of processor time, in alternating turns, once for each seed.
+
+    A contender whose variables are no longer finite ends early.
 
     Args:
         problem: name of the problem.

@@ -18,7 +18,7 @@ NAMES = {
     "gap": "h(x) − h*", "gradient": "‖∇h(x)‖", "validation_loss": "validation loss", "test_error": "test error",
 }  # fmt: skip
 FLOOR = 1e-16
-"""Gaps below this are drawn here: they are rounding error of h."""
+"""Values below this one are drawn at this height, because such gaps are rounding errors of h."""
 
 
 def save(folder: Path, name: str, record: dict) -> None:
@@ -73,8 +73,9 @@ def comparisons(record: dict) -> dict[str, dict[str, float]]:
     """Compare each of our stochastic algorithms with the peer's of the same name and settings.
 
     Returns:
-        by algorithm, the ratio of steps per second; and the ratio of the peer's seconds to ours until both reach the
-        larger of the two measures at the end.
+        by algorithm: ``"steps"``, our steps per second divided by the peer's; and ``"seconds"``, the peer's time until
+        its measure is at most a level, divided by our time. The level is the larger of the last measures of both runs.
+        Both entries come from medians over seeds.
     """
     metric, found = record["metric"], {}
     for ours in record["contenders"].values():
@@ -93,7 +94,7 @@ def comparisons(record: dict) -> dict[str, dict[str, float]]:
 
 
 def best(record: dict) -> list[str]:
-    """Return a Markdown table of the least measures of each side at the times of the tables, with who reached them."""
+    """Return a Markdown table of the least measures of each side at the times of the tables, with the contenders."""
     times = [time for time in TIMES if time <= record["seconds"]]
     found = [
         "| the best after | " + " | ".join(f"{time:g} s" for time in times) + " |",

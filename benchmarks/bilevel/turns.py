@@ -30,7 +30,7 @@ def schedule(first: float = 0.01, last: float = 1000.0, each_decade: int = 12) -
 
 
 class Recorder:
-    """The points of one run at scheduled times: the last point that was reached by then."""
+    """The points of one run: for each scheduled time, the last point that was reached by then."""
 
     def __init__(self) -> None:
         self._due = iter(schedule())
