@@ -1,5 +1,6 @@
 """Child processes of benchmarks. They read requests from stdin and write answers to stdout, one JSON line for each."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -35,7 +36,8 @@ class Child:
 
     def __exit__(self, *_):
         assert self._child.stdin is not None and self._child.stdout is not None
-        self._child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # closing sends what the ended process did not take
+            self._child.stdin.close()
         self._child.stdout.close()
         try:
             self._child.wait(timeout=20)
@@ -62,5 +64,6 @@ class Child:
             Missing: if the process has ended.
         """
         assert self._child.stdin is not None
-        print(json.dumps(request), file=self._child.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which answer() tells
+            print(json.dumps(request), file=self._child.stdin, flush=True)
         return self.answer()

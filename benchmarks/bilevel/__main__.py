@@ -62,7 +62,10 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
     The record is written after each race.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
-    rates = report.load(options.rates, "rates")[problem]["chosen"]
+    recorded = report.load(options.rates, "rates")
+    if problem not in recorded:
+        raise Missing(f"no rates are recorded for {problem}: run tune --problems {problem} first")
+    rates = recorded[problem]["chosen"]
     names = [name for name in rates if not name.startswith("full batch")]
     groups = [[contender(problem, name, rates[name], ours) for ours in (True, False)[: 1 + peers]] for name in names]
     full = [contender(problem, "full batch", rates[name], True) for name in rates if name.startswith("full batch")]

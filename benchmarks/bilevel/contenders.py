@@ -15,7 +15,7 @@ EXTRA = {"AmIGO": {"n_inner_steps": INNER_STEPS}, "SRBA": {"period_frac": PERIOD
 
 @dataclass(frozen=True)
 class Plan:
-    """The algorithms, the grids of rates and the length of a run for one problem.
+    """The algorithms and the grids of rates for one problem.
 
     Args:
         blocks: number of steps between two looks at the clock, by algorithm.
@@ -23,7 +23,6 @@ class Plan:
         outer_ratios: the grid's ratios of the inner to the outer rate.
         metric: the measure that chooses the rates, and that the tables show first.
         full_batch: the settings that are tried for our full-batch methods.
-        seconds: processor time of a run.
     """
 
     blocks: dict[str, int]
@@ -31,7 +30,6 @@ class Plan:
     outer_ratios: tuple[float, ...]
     metric: str = "gap"
     full_batch: tuple[dict, ...] = ()
-    seconds: float = 8.0
 
 
 FULL_BATCH = tuple(

@@ -51,14 +51,15 @@ class SRBA:
     exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
-        """Return the state with the first point and directions of zero, which the first step replaces."""
+        """Return the state with the first point, directions of zero, and no step since a pass over all samples."""
         point = state.w, state.adjoint, state.theta
-        return replace(state, memory=(point, Directions(*jax.tree.map(jnp.zeros_like, point))))
+        zero = Directions(*jax.tree.map(jnp.zeros_like, point))
+        return replace(state, memory=(point, zero, jnp.int32(0)))
 
     def step(self, oracle: Oracle, state: State, draws: Draws) -> State:
         """Return the state after a step."""
         period = self.period or max(1, (oracle.inner_samples.batches + oracle.outer_samples.batches) // 2)
-        previous, estimate = state.memory
+        previous, estimate, age = state.memory
         point = state.w, state.adjoint, state.theta
 
         def on_batch(w, adjoint, theta):
@@ -68,6 +69,8 @@ class SRBA:
         def corrected():
             return tree.add(estimate, oracle.average(tree.subtract(on_batch(*point), on_batch(*previous))))
 
-        moves = jax.lax.cond(state.step % period == 0, lambda: oracle.full(*point), corrected)
+        # The age is not the step modulo the period, because a run begins anew at a later step after a divergence.
+        moves = jax.lax.cond(age == 0, lambda: oracle.full(*point), corrected)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
-        return replace(move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=(point, moves))
+        memory = point, moves, (age + 1) % period
+        return replace(move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=memory)

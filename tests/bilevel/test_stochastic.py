@@ -349,9 +349,8 @@ def test_the_tables_are_told_in_bytes_before_they_are_made():
 
 
 def test_a_table_is_updated_in_place(monkeypatch):
-    jax.config.update(
-        "jax_disable_most_optimizations", False
-    )  # the default; the copy would be one of the optimisations
+    # Avoiding the copy is one of the optimisations. False is the default.
+    jax.config.update("jax_disable_most_optimizations", False)
     calls = []
 
     def spy(*arguments, **options):
@@ -381,6 +380,15 @@ def test_a_divergence_is_told_and_the_last_sound_state_is_kept(algorithm):
     # The last sound state can be used again, with another rate.
     again = run(algorithm, 2000, state=found.state)
     assert bl.Status(int(again.status)).ok and np.linalg.norm(again.theta - DATA.solution[0]) < 0.5
+
+
+def test_srba_begins_with_a_pass_over_all_samples_after_a_divergence():
+    algorithm = SRBA(0.1, 0.1, 0.05, period=20, inner_batch=6, outer_batch=8)
+    kept = run(replace(algorithm, inner_rate=3.0), 5000, evaluate_every=7, on_failure="ignore").state
+    assert int(kept.step) % 20 != 0
+    hessian, cross, shift = (part.mean(0) for part in DATA.inner)
+    after = run(algorithm, 1, state=kept)
+    np.testing.assert_allclose(after.w, kept.w - 0.1 * (hessian @ kept.w - cross @ kept.theta - shift), rtol=1e-9)
 
 
 def test_the_policies():

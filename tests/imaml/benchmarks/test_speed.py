@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from benchmarks.children import Missing
+from benchmarks.children import Child, Missing
 from benchmarks.speed import __main__ as suites
 from benchmarks.speed import harness, report, workloads
 
@@ -67,6 +68,13 @@ def test_the_gradient_from_a_contenders_process_equals_the_exact_one(tmp_path):
         found = process.gradient("hypergradient", tmp_path)["theta"]
     # There are twelve unknowns, the condition number is below ten, and the system is solved to tol = 1e-6.
     np.testing.assert_allclose(found, item.exact(), rtol=0, atol=1e-4 * np.abs(item.exact()).max())
+
+
+def test_a_request_to_a_process_that_has_ended_is_refused_with_its_status():
+    with Child("the peer", [sys.executable, "-c", "import sys; sys.exit(3)"], {}) as child:
+        for _ in range(2):  # the second time, the pipe is closed
+            with pytest.raises(Missing, match="the peer ended with status 3"):
+                child.ask(step=1)
 
 
 def test_a_peer_whose_python_is_missing_is_refused(monkeypatch):
