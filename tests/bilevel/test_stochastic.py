@@ -155,7 +155,8 @@ def test_theta_tends_to_the_closed_form(algorithm):
     found = run(algorithm, 20_000, evaluate=lambda theta, w: theta)
     exact = isinstance(algorithm, SABA | SRBA)
     tail = found.history.evaluations[-10:].mean(0)
-    # The noise of the mean of ten evaluations is about a hundredth; without noise only rounding is left.
+    # The mean of ten evaluations has noise of about 0.01. The steps of SABA and SRBA lose their noise as they converge,
+    # so only rounding is left.
     np.testing.assert_allclose(tail, theta, atol=1e-12 if exact else 0.03)
     if exact:
         np.testing.assert_allclose(found.w, w, atol=1e-12)
@@ -349,9 +350,8 @@ def test_the_tables_are_told_in_bytes_before_they_are_made():
 
 
 def test_a_table_is_updated_in_place(monkeypatch):
-    jax.config.update(
-        "jax_disable_most_optimizations", False
-    )  # the default; the copy would be one of the optimisations
+    # XLA updates the table in place only with the optimisations that `quick_compilation` disables.
+    jax.config.update("jax_disable_most_optimizations", False)
     calls = []
 
     def spy(*arguments, **options):
