@@ -52,10 +52,12 @@ class ValuePenalty:
 
     def __post_init__(self) -> None:
         if not 0 < self.penalty < float("inf"):
-            raise ValueError(f"ValuePenalty needs a penalty ρ above 0, got {self.penalty}; the error falls like 1/ρ")
+            raise ValueError(
+                f"ValuePenalty needs a finite penalty ρ above 0, got {self.penalty}; the error falls like 1/ρ"
+            )
 
     def first_warm_start(self, w: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
-        """Return the start of the penalised solve in the first step of an outer loop: that of the plain solve."""
+        """Return the start and the memory of the first penalised solve of an outer loop: those of the plain solve."""
         return w, memory
 
     def __call__(

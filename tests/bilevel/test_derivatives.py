@@ -61,7 +61,7 @@ WITHOUT_DATA = ("samples", "first-order steps")
 METHODS = EXACT_METHODS | ESTIMATES
 FACTORS = {"one step": 0.4, "first order": 1 / STRENGTH, "last steps": 1 - 0.6**3, "first-order steps": 0.0}
 TOLERANCES = {"differences": 1e-8, "penalty": 5e-3, "samples": 1e-5}
-REFUSED = r"the derivative of a result of .* is not known, except that of its value: .* use Implicit"
+REFUSED = r" does not know this derivative of its result: use Implicit, or Unrolled\(\)"
 
 
 def estimate(name, variable):

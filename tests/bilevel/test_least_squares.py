@@ -217,5 +217,5 @@ def test_wrong_uses_are_refused():
         bl.LevenbergMarquardt(3, damping=0.0)
     with pytest.raises(ValueError, match="OSQP does not solve LeastSquares: use LevenbergMarquardt, GaussNewton"):
         bl.Jaxopt("OSQP")(FIT, START, 0.7, NOISY)
-    with pytest.raises(ValueError, match="for other numbers of residuals, use LeastSquares"):
+    with pytest.raises(ValueError, match="for more or fewer residuals than unknowns, use LeastSquares"):
         bl.GaussNewton(3)(bl.Root(lambda w, theta, data: jnp.ones(3)), jnp.zeros(2), None, None)

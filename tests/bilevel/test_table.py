@@ -156,7 +156,7 @@ RULES = [
         lambda c: c.linear == "Neumann" and c.kind == "KKT",
     ),
     (
-        "the derivative of a result of .* is not known, except that of its value",
+        "does not know this derivative of its result",
         "refused twice",
         lambda c: c.method in FIRST_DERIVATIVE and c.transform == "hessian",
     ),
