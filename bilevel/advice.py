@@ -65,8 +65,8 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
         smallest, largest = float(values[0] + 10 * np.finfo(values.dtype).eps * abs(values).max()), float(values[-1])
         if smallest < 0 and status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
             yield (
-                f"The operator's smallest eigenvalue is at most {smallest:.3g}: a λ larger by {-smallest:.3g}, or a "
-                "ridge of at least that, is needed."
+                f"The operator's smallest eigenvalue is at most {smallest:.3g}: increase λ by more than "
+                f"{-smallest:.3g}, or use a ridge above {-smallest:.3g}."
             )
             return
     if isinstance(linear, Neumann):

@@ -115,8 +115,9 @@ def implicit_layer(
     Args:
         condition: the condition that holds at the solution.
         solver: finds the solution.
-        linear: solves the tangent and adjoint systems. None means the choice of :func:`choose_linear` for the number of
-            unknowns; an iterative one then takes up to 1000 steps, until the relative residual is at most 1e-5.
+        linear: solves the tangent and adjoint systems. None means the solver that :func:`choose_linear` picks for the
+            number of unknowns. If this is CG or GMRES, it takes at most 1000 steps, and stops at a relative residual of
+            1e-5.
         on_failure: what to do about a failed inner or linear solve when the layer is called with concrete values:
             ``"raise"``, ``"warn"`` or ``"ignore"``. A linear solve without a ``tol`` has failed too if its relative
             residual is above the square root of the machine epsilon, or above 1e-5 in float64. Under ``jit``, ``vmap``

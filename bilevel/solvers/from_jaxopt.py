@@ -103,6 +103,6 @@ class Jaxopt:
 
     @property
     def tol(self) -> float | None:
-        """The tolerance; None if the solver has none. It is None for 0 too: the solver then takes all its steps."""
+        """The tolerance; None if the solver has none, or takes all its steps because the tolerance is 0."""
         tol = dict(self.options).get("tol", self.accepted_options.get("tol"))
         return float(tol) if tol else None  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ ITERATION = optimistix.FixedPointIteration(rtol=1e-13, atol=1e-13)
 
 
 def matvec_of(matrix):
-    """Return the product with a matrix, on pytrees like RIGHT."""
+    """Return the function that multiplies a matrix by a pytree like RIGHT."""
 
     def matvec(v):
         product = jnp.asarray(matrix, v["b"].dtype) @ jnp.append(v["a"], v["b"])
