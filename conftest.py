@@ -8,9 +8,11 @@ A mark makes a test slow and gives the reason. It may exempt some of the test's 
 line names it, as in ``pytest tests/test_file.py::test_name``, or if the option ``-m`` is given and selects it.
 """
 
+import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -30,6 +32,10 @@ OPTIONAL = {
     "optimistix": ["bilevel/solvers/from_optimistix.py", "docs/moving/optimistix.md"],
 }
 collect_ignore = [file for package, files in OPTIONAL.items() if find_spec(package) is None for file in files]
+
+
+MANY_MAPPINGS = 10_000
+"""Memory mappings of a process that are a reason to forget its compiled programs."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,6 +96,26 @@ def _is_named(item: pytest.Item, named: list[str]) -> bool:
     """Return True if one of the arguments ``named`` is the id of this test, its class or its function."""
     names = (PurePath(argument).as_posix().removeprefix("./") for argument in named)
     return any(item.nodeid == name or item.nodeid.startswith((f"{name}::", f"{name}[")) for name in names)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Forget the compiled programs after a file of tests, once they are many.
+
+    Each program takes some memory mappings, of which Linux allows a process 65,530 (vm.max_map_count). The programs of
+    all tests together take more, and the process is then killed in the middle of a test.
+    """
+    yield
+    if "jax" in sys.modules and _mappings() > MANY_MAPPINGS:
+        sys.modules["jax"].clear_caches()
+
+
+def _mappings() -> int:
+    """Return the number of memory mappings of this process, or 0 on a system that does not tell."""
+    try:
+        return len(Path("/proc/self/maps").read_bytes().splitlines())
+    except OSError:
+        return 0
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -65,8 +65,8 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
         smallest, largest = float(values[0] + 10 * np.finfo(values.dtype).eps * abs(values).max()), float(values[-1])
         if smallest < 0 and status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
             yield (
-                f"The operator's smallest eigenvalue is at most {smallest:.3g}: a λ larger by {-smallest:.3g}, or a "
-                "ridge of at least that, is needed."
+                f"The operator's smallest eigenvalue is at most {smallest:.3g}: increase λ by more than "
+                f"{-smallest:.3g}, or use a ridge above {-smallest:.3g}."
             )
             return
     if isinstance(linear, Neumann):
@@ -93,7 +93,7 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
 
 
 def _dense(matvec: MatVec, w: PyTree) -> Iterator[str]:
-    """Factorise A, and yield a sentence where that solves a system with it."""
+    """Factorise A, and yield a sentence if the factors solve a system with the matrix A."""
     size = sum(leaf.size for leaf in jax.tree.leaves(w))
     if size <= DENSE_LIMIT:
         _, info = LU()(matvec, jax.tree.map(jnp.ones_like, w))
@@ -138,9 +138,10 @@ def _step_size(condition, theta, data, w, solver: GradientDescent) -> Iterator[s
 
 
 def _largest_curvature(condition, theta, data, w) -> float:
-    """Estimate the largest eigenvalue of the Hessian at w of the condition's potential, or else of its objective.
+    """Estimate the largest eigenvalue, at w, of the Hessian of the condition's potential.
 
-    The objective of a :class:`ProximalGradient` is taken without the prox. Return 0 if there is neither.
+    For a condition without a potential, such as :class:`Projected` or :class:`ProximalGradient`, the Hessian is that of
+    its ``objective`` alone. Return 0 for a condition with neither.
     """
     objective = condition.potential if is_gradient(condition) else getattr(condition, "objective", None)
     if objective is None:
@@ -154,8 +155,8 @@ def _options_of_jaxopt(condition, theta, data, out, solver: Jaxopt) -> Iterator[
     tol, options = solver.tol, dict(solver.options)
     if tol is None:
         return
-    # The solver's own measure and ‖F‖ fall together, but a measure far below tol may be out of reach of the solver's
-    # line search.
+    # The solver's own measure and ‖F‖ fall together, so a tol of about tol·ratio should do. Much smaller values are not
+    # tried, because they may be out of reach of the solver's line search.
     ratio = tol / float(out.inner.residual_norm)
     smaller = [{"tol": float(f"{tol * 10.0**-k:.1g}")} for k in range(1, 5) if 10.0 ** (1 - k) > 0.5 * ratio]
     trials = smaller if int(out.inner.status) == Status.STOPPED else []

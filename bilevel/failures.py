@@ -24,7 +24,8 @@ class HypergradientError(RuntimeError):
 
     Attributes:
         result: the complete :class:`Hypergradient`, with the failed status. In an error of :func:`implicit_layer`, it
-            is the :class:`Solution` of a failed inner solve, or None after a failed linear solve.
+            is the :class:`Solution` of a failed inner solve, or None after a failed linear solve. In an error of
+            ``stochastic.minimize``, it is the :class:`StochasticMinimum` with the last sound state.
         state: from :func:`minimize`, the :class:`OuterState` before the failed step; otherwise None.
     """
 

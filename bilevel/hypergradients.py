@@ -115,8 +115,9 @@ def implicit_layer(
     Args:
         condition: the condition that holds at the solution.
         solver: finds the solution.
-        linear: solves the tangent and adjoint systems. None means the choice of :func:`choose_linear` for the number of
-            unknowns; an iterative one then takes up to 1000 steps, until the relative residual is at most 1e-5.
+        linear: solves the tangent and adjoint systems. None means the solver that :func:`choose_linear` picks for the
+            number of unknowns. If this is CG or GMRES, it takes at most 1000 steps, and stops at a relative residual of
+            1e-5.
         on_failure: what to do about a failed inner or linear solve when the layer is called with concrete values:
             ``"raise"``, ``"warn"`` or ``"ignore"``. A linear solve without a ``tol`` has failed too if its relative
             residual is above the square root of the machine epsilon, or above 1e-5 in float64. Under ``jit``, ``vmap``
@@ -124,7 +125,7 @@ def implicit_layer(
             :func:`value_and_hypergradient`, which returns the statuses. In reverse mode, a failed linear solve is not
             reported either if the derivative is taken in captured arrays alone.
         with_solution: whether the layer returns ``(w, solution)``, where ``solution`` is the :class:`Solution` of the
-            inner solve, with its status. It has no derivative.
+            inner solve, with its status. ``solution`` has no derivative.
 
     Returns:
         ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
@@ -197,8 +198,8 @@ def _warn(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTr
     del tangents
     warnings.warn(
         "the init of an implicit_layer is being differentiated, and the solution's derivative in init is zero: the "
-        "arguments are (theta, init, data), those of a solver function with the decorator custom_root or "
-        "custom_fixed_point are (init, theta, ...), and two of them may have been swapped; if not, pass "
+        "arguments are (theta, init, data) for a layer, and those of a solver function decorated by custom_root or "
+        "custom_fixed_point are (init, theta, ...); exchange theta and init if they are swapped, and otherwise pass "
         "jax.lax.stop_gradient(init)",
         UserWarning,
         stacklevel=2,

@@ -35,11 +35,11 @@ class Status(enum.IntEnum):
     """
 
     CONVERGED = 0
-    """The true residual meets the tolerance. For LU and Cholesky: the answer is as accurate as the precision allows."""
+    """The true residual meets the tolerance. LU and Cholesky: backward error at most √eps, rcond at least √eps."""
     BUDGET_USED = 1
     """No tolerance was set. The solver spent its budget, and the residual shows how accurate the result is."""
     ILL_CONDITIONED = 2
-    """The backward error of a factorisation is that of rounding, but more than half of the digits of x may be lost."""
+    """The backward error of a factorisation is at most √eps, but more than half of the digits of x may be lost."""
     STAGNATION = 3
     """The solver reached the limit of rounding, or its recursive residual met tol; the true residual is above tol."""
     STOPPED = 4
@@ -65,7 +65,7 @@ class Status(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """One sentence with the cause and the remedy."""
+        """The cause and, for a failure, the remedy."""
         return _MESSAGES[self]
 
     @staticmethod
@@ -81,16 +81,16 @@ _MESSAGES = {
         "the residual with it."
     ),
     Status.ILL_CONDITIONED: (
-        "the backward error is of the size of rounding, but the operator is ill-conditioned, so that few digits of the "
-        "answer may be right: read rcond; use float64, or rescale the problem."
+        "the backward error is small, but the operator is ill-conditioned, so that few digits of the answer may be "
+        "right: read rcond; use float64, or rescale the problem."
     ),
     Status.STAGNATION: (
         "rounding keeps the true residual above tol, and more steps will not lower it: use float64, a preconditioner, "
         "or a larger tol."
     ),
     Status.STOPPED: (
-        "the solver stopped by an error measure of its own, which met tol, but the true residual is above tol: set a "
-        "smaller tol."
+        "the solver stopped by an error measure of its own, but the true residual is above tol: set a smaller "
+        "tolerance for that measure, which is tol for Jaxopt, and rtol and atol for Optimistix and Lineax."
     ),
     Status.MAX_STEPS: (
         "the true residual does not meet tol: allow more steps, precondition, or loosen tol; where more steps do not "
@@ -142,8 +142,8 @@ class LinearInfo:
     Attributes:
         solution: x, a pytree like b.
         relative_residual: the true ‖b − Ax‖₂ / ‖b‖₂, computed with one more product after the solve; ‖b − Ax‖₂
-            where b = 0. For ``Proximal``, the scaled system (D A D)u = D b is solved, and this is its residual. It
-            equals that of Ax = b if the strength λ is one number.
+            where b = 0. For ``Proximal``, the scaled system (D A D)u = D b is solved, and this is the residual of that
+            system. It equals the residual of Ax = b if the strength λ is one number.
         iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not count them.
         status: a :class:`Status` as an int32 scalar.
         rcond: an estimate of the reciprocal condition number 1/(‖A‖₁‖A⁻¹‖₁) from the factors of LU or Cholesky; None

@@ -131,7 +131,7 @@ class ProximalGradient:
 def check_step_size(name: str, step_size: float) -> None:
     """Raise ValueError for a step size that is not positive and finite."""
     if not 0 < step_size < float("inf"):
-        raise ValueError(f"{name} needs a step_size above 0, got {step_size}")
+        raise ValueError(f"{name} needs a finite step_size above 0, got {step_size}")
 
 
 def descend(condition: Projected | ProximalGradient, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:

@@ -75,7 +75,8 @@ class FixedPoint:
 
     Raises:
         ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
-            evaluation, if ``mapping`` returns a tree with another structure than w.
+            evaluation, if ``mapping`` returns a tree with another structure than w, or shapes that do not broadcast to
+            those of w.
         TypeError: for a mapping that does not take three arguments.
 
     Example:

@@ -77,9 +77,12 @@ class KKT:
         return self.objective(x, theta, data), equality, inequality
 
     def _parts(self, w: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        """Return x, ν and μ, or raise ValueError if w is no such triple."""
+        """Return x, ν and μ, or raise ValueError if w is not a triple with these parts."""
         given = [constraint is not None for constraint in (self.equality, self.inequality)]
         if not isinstance(w, tuple) or len(w) != 3 or [part is not None for part in w[1:]] != given:
             names = [name if there else "None" for name, there in zip(("ν", "μ"), given, strict=True)]
-            raise ValueError(f"this KKT condition needs w = (x, {names[0]}, {names[1]}), got {jax.tree.structure(w)}")
+            raise ValueError(
+                f"this KKT condition needs w = (x, {names[0]}, {names[1]}), got a w with the structure "
+                f"{jax.tree.structure(w)}"
+            )
         return w

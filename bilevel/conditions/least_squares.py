@@ -28,9 +28,9 @@ class LeastSquares:
     Args:
         residuals: ``residuals(w, theta, data)``, any pytree of floating-point arrays: r.
         operator: the matrix of the adjoint system. ``"exact"`` is the Hessian, with which the hypergradient is exact.
-            ``"gauss_newton"`` is JᵀJ, which is never indefinite and costs one product with J and one with Jᵀ, instead
-            of a second derivative. The hypergradient is then exact if r = 0 at the solution or r is affine in w. In
-            other cases its relative error is of the order of ‖Σᵢ rᵢ∇²rᵢ‖ / ‖JᵀJ‖.
+            ``"gauss_newton"`` is JᵀJ, which is never indefinite. A product with it takes one product with J and one
+            with Jᵀ, and no second derivative. The hypergradient is then exact if r = 0 at the solution or r is affine
+            in w. Otherwise the relative error of the adjoint is at most ‖(JᵀJ)⁻¹Σᵢ rᵢ∇²rᵢ‖.
         positive_definite: whether the matrix of the adjoint system is known to be positive definite.
         strong_convexity: μ, a lower bound of the Hessian's smallest eigenvalue, where one is known: a number above 0,
             or ``f(theta, data)``.
@@ -38,8 +38,8 @@ class LeastSquares:
             ``condition.aux(w, theta, data)`` returns it.
 
     Raises:
-        ValueError: for another operator, for a strong convexity that is a number and not positive and finite, and, in
-            use, for residuals with ``has_aux`` that do not return a pair.
+        ValueError: for another operator, for a number μ that is not positive and finite, and, in use, for residuals
+            with ``has_aux`` that do not return a pair.
         TypeError: for residuals that are not a function of three arguments.
 
     Source: Nocedal and Wright (2006), section 10.1.
@@ -86,7 +86,8 @@ class LeastSquares:
         """Return Jᵀr. Its derivative in w is a product with the matrix that ``operator`` names."""
         if self.operator == "exact":
             return self.residual(w, theta, data)
-        # Differentiating JᵀJu again gives the derivative of this formula, so second derivatives are consistent.
+        # The rule below gives JᵀJu in place of the derivative of Jᵀr along u. If JAX differentiates again, it takes the
+        # derivative of this product, so second derivatives are those of the approximate first derivative.
         # A custom_jvp may not close over a tracer, so what the function captures becomes an argument.
         residuals, captured = jax.closure_convert(self.residuals, w, theta, data)
 

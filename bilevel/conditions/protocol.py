@@ -59,7 +59,8 @@ class GradientCondition(Condition, Protocol):
 class LikeW:
     """A user's function of (w, θ, data) that returns a tree like w: the result is cast to the dtypes of w.
 
-    Otherwise a float32 w and a float64 θ would have a float64 residual, and no loop or linear solve could carry both.
+    Without the cast, a float32 w and a float64 θ would give a float64 residual. A loop or a linear solve cannot carry
+    both dtypes.
 
     Args:
         function: the user's function.
@@ -77,7 +78,7 @@ class LikeW:
 
 @dataclass(frozen=True)
 class WithoutAux:
-    """A user's function of (w, θ, data) that returns ``(value, aux)``, as a function that returns the value.
+    """A wrapper of a user's function of (w, θ, data) that returns ``(value, aux)``. A call returns the value alone.
 
     Args:
         function: the user's function.
@@ -103,7 +104,7 @@ class WithoutAux:
 
 
 def without_aux(function: Residual, name: str, has_aux: bool) -> Residual:
-    """Return a condition's function without its aux. A function that was treated before stays as it is."""
+    """Return a condition's function without its aux. A function that is wrapped already is returned unchanged."""
     return WithoutAux(function, name) if has_aux and not isinstance(function, WithoutAux | LikeW) else function
 
 
@@ -125,8 +126,8 @@ def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyT
     if not fits:
         raise ValueError(
             f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "
-            f"{expected[1]}: return one entry for each entry of w, without further outputs; with an aux "
-            "output, say has_aux=True; for other numbers of residuals, use LeastSquares"
+            f"{expected[1]}: return one entry for each entry of w, without further outputs; for a Root or FixedPoint "
+            "with an aux output, pass has_aux=True; for more or fewer residuals than unknowns, use LeastSquares"
         )
     return jax.tree.map(lambda new, old: jnp.broadcast_to(jnp.asarray(new).astype(old.dtype), old.shape), value, w)
 
@@ -166,7 +167,7 @@ def is_gradient(condition: Condition) -> TypeGuard[GradientCondition]:
 def adjoint_residual(condition: Condition) -> Residual:
     """Return the function whose derivative in w is the operator of the adjoint system. Its values are the residual.
 
-    It is the residual itself unless the condition has another, as :class:`LeastSquares` may.
+    That is ``condition.residual``, unless the condition defines ``adjoint_residual``, as :class:`LeastSquares` does.
     """
     return getattr(condition, "adjoint_residual", condition.residual)
 
@@ -177,8 +178,8 @@ def no_scaling(self: object, theta: PyTree, data: PyTree) -> None:
 
 
 def check_strong_convexity(name: str, strong_convexity: StrongConvexity) -> None:
-    """Raise ValueError for a μ that is a number and not positive and finite."""
+    """Raise ValueError for a number μ that is not positive and finite."""
     if strong_convexity is not None and not callable(strong_convexity) and not 0 < strong_convexity < float("inf"):
         raise ValueError(
-            f"{name} needs a strong_convexity above 0, got {strong_convexity}; leave it None where none is known"
+            f"{name} needs a finite strong_convexity above 0, got {strong_convexity}; leave it None if none is known"
         )

@@ -31,8 +31,8 @@ class Stationary:
             ``condition.aux(w, theta, data)`` returns it.
 
     Raises:
-        ValueError: for a strong convexity that is a number and not positive and finite, and, in use, for an objective
-            with ``has_aux`` that does not return a pair.
+        ValueError: for a number μ that is not positive and finite, and, in use, for an objective with ``has_aux`` that
+            does not return a pair.
         TypeError: for an objective that does not take three arguments.
 
     Example:
@@ -81,8 +81,9 @@ theta_itself = identity_center
 class Proximal:
     """The condition ∇_w objective + λ(w − c) = 0, at a minimum of objective(w, θ, data) + ½ λ‖w − c‖².
 
-    With the Hessian H of the objective, its Jacobian is A = H + λI. The adjoint system Av = g is solved in the scaled
-    form (I + H/λ)u = g/√λ with v = u/√λ. Its eigenvalues are close to one if H is small compared with λ.
+    The Jacobian of the condition is A = H + λI, with the Hessian H of the objective. The adjoint system Av = g is
+    solved in the scaled form (I + H/λ)u = g/√λ with v = u/√λ. The eigenvalues of I + H/λ are close to one if H is
+    small compared with λ.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``, without the proximal term.
@@ -94,8 +95,8 @@ class Proximal:
             objective): a number above 0, or ``f(theta, data)``.
 
     Raises:
-        ValueError: for a λ or μ that is a number and not positive and finite, and, in use, for a centre whose tree
-            structure is not that of w.
+        ValueError: for a number λ or μ that is not positive and finite, and, in use, for a centre whose tree structure
+            is not that of w.
         TypeError: for a function that does not take these arguments.
 
     For one λ per parameter, the scaled operator is I + Λ^-½ H Λ^-½ with the diagonal matrix Λ, which is symmetric too.
@@ -118,7 +119,8 @@ class Proximal:
         check_signature("Proximal", "strength", self.strength if callable(self.strength) else None, "theta", "data")
         if not callable(self.strength) and not 0 < self.strength < float("inf"):
             raise ValueError(
-                f"Proximal needs a strength λ above 0, got {self.strength}; without a proximal term, use Stationary"
+                f"Proximal needs a finite strength λ above 0, got {self.strength}; without a proximal term, use "
+                "Stationary"
             )
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Linear solvers of Lineax: Lineax."""
+"""The linear solver Lineax, which runs a solver of the library Lineax."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,22 +21,20 @@ class Lineax:
     The unknowns are raveled into one vector, and products with A are all that the solver knows about A. CG and Cholesky
     get the tag ``positive_semidefinite_tag``, so they need a symmetric condition.
 
-    ==============================================  =======================================================
-    solver                                          status
-    ==============================================  =======================================================
-    CG, GMRES, BiCGStab, LSMR, or Normal of these   with ``tol``, CONVERGED for a true relative residual of at
-                                                    most ``tol``. If it is larger: STOPPED where Lineax met its
-                                                    own tolerance, STAGNATION or BREAKDOWN where Lineax reports
-                                                    it, else MAX_STEPS. Without ``tol``, BUDGET_USED for a residual
-                                                    below 1, MAX_STEPS for one of 1 or more, and a
-                                                    STAGNATION or BREAKDOWN that Lineax reports
-    LU, QR, SVD, Cholesky, AutoLinearSolver         CONVERGED for a true relative residual of at most ``tol``, by
-                                                    default √eps, else BREAKDOWN. SINGULAR for a division by zero.
-                                                    :class:`LU` also reports the condition number
-    ==============================================  =======================================================
+    The status follows from the true relative residual of x:
 
-    If ⟨x, Ax⟩ ≤ 0, CG and Cholesky have the status NEGATIVE_CURVATURE. ``LinearInfo.iterations`` is the number of steps
-    that Lineax counts, which are cycles for GMRES; it is None for a factorisation.
+    - CG, GMRES, BiCGStab, LSMR, or Normal of one of them, with ``tol``: CONVERGED if the residual is at most ``tol``.
+      If it is larger: STOPPED where Lineax met its own tolerance, STAGNATION or BREAKDOWN where Lineax reports one of
+      them, and MAX_STEPS otherwise.
+    - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
+      otherwise. If Lineax reports a STAGNATION or a BREAKDOWN that is a worse status, the status is the reported one.
+    - LU, QR, SVD, Cholesky, AutoLinearSolver: CONVERGED if the residual is at most ``tol``, which is √eps by default,
+      and BREAKDOWN otherwise. If x is not finite, as after a division by zero, the status is SINGULAR. Only this
+      library's own :class:`LU` and :class:`Cholesky` estimate the condition number.
+    - CG and Cholesky: NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0, or if x is not finite.
+
+    ``LinearInfo.iterations`` is the number of steps that Lineax counts; for GMRES they are cycles of ``restart``
+    iterations. It is None for a factorisation.
 
     Args:
         solver: an instance of a solver of Lineax, such as ``lineax.CG(rtol=1e-6, atol=0.0)``.
@@ -114,7 +112,7 @@ class Lineax:
         return denormalise(size, info)
 
     def _breakdown(self, is_direct: bool) -> Status:
-        """Return the status of an x that is not finite although A and b are."""
+        """Return the status of an x that is not finite although A and b are finite."""
         if self.needs_symmetry:
             return Status.NEGATIVE_CURVATURE
         return Status.SINGULAR if is_direct else Status.BREAKDOWN
@@ -127,7 +125,8 @@ def _solve(
     lineax = _import_lineax()
     tags = lineax.positive_semidefinite_tag if definite else ()
     operator = lineax.FunctionLinearOperator(matvec, jax.ShapeDtypeStruct(b.shape, b.dtype), tags)
-    # The report carries no derivative, and Lineax's own one would stop the program where its solve fails.
+    # Neither x nor the report needs a derivative here: bilevel.theorem attaches that of x. Lineax's own derivative rule
+    # would stop the program where its linear solve fails.
     operator, b, start = jax.tree.map(
         lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, (operator, b, start)
     )
@@ -141,7 +140,7 @@ def _solve(
     ):
         failure = jnp.where(found.result == result, jnp.int32(status), failure)
     steps, budget = (found.stats.get(name) for name in ("num_steps", "max_steps"))
-    if budget is not None:  # without rtol and atol, Lineax calls the end of its budget a success
+    if budget is not None:  # with rtol = 0 and atol = 0, Lineax reports the end of its budget as a success
         spent = (failure == int(Status.STOPPED)) & (jnp.asarray(steps) >= budget)
         failure = jnp.where(spent, jnp.int32(Status.MAX_STEPS), failure)
     nonzero = jnp.any(b != 0)  # BiCGStab divides zero by zero for b = 0

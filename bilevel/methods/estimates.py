@@ -1,8 +1,8 @@
 """JAX's derivatives of the results of a method that estimates the hypergradient.
 
-The derivative of the outer value is the estimate. The derivative of any other result raises an error. The methods that
-use this module take the inner solution as a constant. If JAX differentiated their formulas, it would take the solution
-as a constant too, and return wrong numbers, often zero.
+The derivative of the outer value is the estimate. The derivative of any other result raises an error. These methods
+take the inner solution, or the first steps of its solver, as a constant. If JAX differentiated their formulas, it would
+do the same, and return wrong numbers, often zero.
 """
 
 from dataclasses import replace
@@ -43,7 +43,7 @@ def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree,
 def constant(name: str, x: PyTree, movers: PyTree) -> PyTree:
     """Return ``x``, a tree of floating-point arrays, without a derivative.
 
-    If JAX uses the derivative in a variable on which x or ``movers`` depends, that raises ValueError.
+    ValueError is raised if JAX uses the derivative in a variable on which x or ``movers`` depends.
     """
     return _constant(name, x, movers)
 
@@ -97,7 +97,8 @@ def prefer_gradient(value: jax.Array, gradient: PyTree, theta: PyTree, others: j
         value: the outer value, with its own derivative in everything.
         gradient: its derivative in θ.
         theta: the outer variables.
-        others: the outer value at a constant θ. If it varies, the value's own derivative is used.
+        others: the outer value at a constant θ. If this number has a tangent, so that JAX differentiates in something
+            else than θ, the value's own derivative is used.
     """
     del gradient, theta, others
     return value
@@ -144,8 +145,8 @@ def _moving(tangents: PyTree) -> list[jax.Array]:
 
 def _refuse(name: str, advice: str = "") -> Any:
     raise ValueError(
-        f"the derivative of a result of {name} is not known, except that of its value: for second derivatives use "
-        f"Implicit, or Unrolled() through all steps{advice}"
+        f"{name} does not know this derivative of its result: use Implicit, or Unrolled() through all steps, whose "
+        f"results JAX can differentiate to any order{advice}"
     )
 
 

@@ -52,7 +52,7 @@ class FiniteDifference:
 
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
-            raise ValueError(f"FiniteDifference needs a step above 0, got {self.step}; None for the cube root of eps")
+            raise ValueError(f"FiniteDifference needs a step above 0, got {self.step}; pass None for eps^⅓")
         if not isinstance(self.linear, CG | Neumann):
             raise ValueError(
                 f"FiniteDifference needs a solver that works by products, CG or Neumann, got {self.linear}"

@@ -30,7 +30,7 @@ class Implicit:
 
     Args:
         linear: solves the adjoint system; :class:`CG`, :class:`Cholesky` and :class:`Nystrom` need a symmetric one. A
-            function ``(matvec, b) -> x`` is accepted too, and its true residual is then computed here.
+            function ``(matvec, b) -> x`` is accepted too, and the true residual of its x is then computed here.
 
     Raises:
         ValueError: when called, for a linear solver that needs a symmetry the condition does not have.

@@ -86,7 +86,9 @@ class Unrolled:
                 f"Anderson with tol=None, or Implicit, which takes any solver; got {solver}"
             )
         if self.last is not None and not 1 <= self.last <= solver.max_steps:
-            raise ValueError(f"Unrolled(last={self.last}) needs between 1 and the solver's {solver.max_steps} steps")
+            raise ValueError(
+                f"Unrolled(last={self.last}) needs last between 1 and the solver's {solver.max_steps} steps"
+            )
         return solver
 
     def _inner(

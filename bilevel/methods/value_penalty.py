@@ -22,10 +22,10 @@ class ValuePenalty:
     ∂_θ outer(w_ρ) + ρ·(∂_θ L(w_ρ) − ∂_θ L(w*)). Its error is O(1/ρ). Rounding errors and the errors of
     the inner solves are multiplied by ρ.
 
-    Without ``linear_init`` the penalised solve starts from w*. An outer loop needs a start of its own for this solve,
-    because ρ multiplies the distance by which w* lags behind a θ that moves. So ``linear_init`` is a pair, the start of
-    this solve and the memory of its solver, and ``out.warm_start`` is the pair for the next call. :func:`minimize`
-    passes it on, and one inner step for each outer step is then enough.
+    Without ``linear_init`` the penalised solve starts from w*. In an outer loop it must start from the last w_ρ
+    instead, because ρ multiplies the distance by which w* lags behind a θ that moves. So ``linear_init`` is a pair, the
+    start of this solve and the memory of its solver, and ``out.warm_start`` is the pair for the next call.
+    :func:`minimize` passes it on, and one inner step for each outer step is then enough.
 
     JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
     For second derivatives use :class:`Implicit`.
@@ -52,10 +52,12 @@ class ValuePenalty:
 
     def __post_init__(self) -> None:
         if not 0 < self.penalty < float("inf"):
-            raise ValueError(f"ValuePenalty needs a penalty ρ above 0, got {self.penalty}; the error falls like 1/ρ")
+            raise ValueError(
+                f"ValuePenalty needs a finite penalty ρ above 0, got {self.penalty}; the error falls like 1/ρ"
+            )
 
     def first_warm_start(self, w: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
-        """Return the start of the penalised solve in the first step of an outer loop: that of the plain solve."""
+        """Return the start and the memory of the first penalised solve of an outer loop: those of the plain solve."""
         return w, memory
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Inner solvers of jaxopt: Jaxopt."""
+"""The inner solver Jaxopt, which runs a solver of the library jaxopt."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,9 @@ class Jaxopt:
                                                          PolyakSGD, OptaxSolver, ScipyMinimize
     LeastSquares                                         LevenbergMarquardt, GaussNewton, ScipyLeastSquares, and
                                                          the solvers of Stationary
-    Root                                                 Broyden, LevenbergMarquardt, GaussNewton, Bisection,
-                                                         ScipyRootFinding, ScipyLeastSquares
+    Root                                                 Broyden, LevenbergMarquardt, GaussNewton, ScipyRootFinding,
+                                                         ScipyLeastSquares
+    Root of a scalar w                                   also Bisection
     FixedPoint                                           FixedPointIteration, AndersonAcceleration
     Projected                                            ProjectedGradient, MirrorDescent
     Projected onto a box                                 also LBFGSB and ScipyBoundedMinimize
@@ -31,18 +32,20 @@ class Jaxopt:
     ProximalGradient with a CompositeLinearFunction of   also BlockCoordinateDescent
     jaxopt and the same prox for each entry of a vector
     w, or for each row of a matrix w
-    KKT with a quadratic objective, affine constraints   OSQP, BoxOSQP, EqualityConstrainedQP
+    KKT with a quadratic objective, affine constraints   OSQP, BoxOSQP
+    the same without inequalities                        also EqualityConstrainedQP
     ===================================================  ================================================
 
     The bounds of a box are computed from its projection. MirrorDescent takes projected gradient steps unless its option
     ``projection_grad(w, gradient, step, (theta, data))`` defines other ones. The SciPy solvers cannot be traced: find w
     with :func:`solve` first, and differentiate at that w.
 
-    jaxopt compares ``tol`` with an error measure of its own to stop the solver. The status compares ``tol`` with the
-    condition's true residual: it is CONVERGED at or below it, STOPPED above it if the solver stopped before its budget
-    ended, and MAX_STEPS otherwise. For some conditions the two measures differ by the condition's ``step_size``. After
-    a STOPPED solve, smaller values of ``tol`` are tried. If the solver goes on to the wanted residual with one of them,
-    the error message names it.
+    To stop the solver, jaxopt compares ``tol`` with an error measure of its own. The status compares ``tol`` with the
+    norm of the condition's true residual. It is CONVERGED if the norm is at most ``tol``. If the norm is larger, the
+    status is STOPPED if the solver stopped before its budget ended, and MAX_STEPS otherwise. For some conditions the
+    two measures differ by a factor, such as the ``step_size`` of :class:`Projected`. If the status is STOPPED,
+    :func:`value_and_hypergradient` and :func:`minimize` try smaller values of ``tol``. If the solver meets the wanted
+    residual with one of them, the error message names it.
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
@@ -52,7 +55,8 @@ class Jaxopt:
     Raises:
         TypeError: for an instance in place of a class.
         ValueError: when called, for a name that jaxopt does not have, and for a solver that cannot solve the condition.
-            The message lists those that can. Also for an option that the condition provides, such as ``fun``.
+            The message lists those that can. Also for an option that the condition provides, such as ``fun``, and for
+            a SciPy solver under a trace.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,6 +103,6 @@ class Jaxopt:
 
     @property
     def tol(self) -> float | None:
-        """The tolerance; None if the solver has none, or if it is 0, with which the solver takes all its steps."""
+        """The tolerance; None if the solver has none, or takes all its steps because the tolerance is 0."""
         tol = dict(self.options).get("tol", self.accepted_options.get("tol"))
         return float(tol) if tol else None  # type: ignore[arg-type]

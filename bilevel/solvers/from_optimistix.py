@@ -1,4 +1,4 @@
-"""Inner solvers of Optimistix: Optimistix."""
+"""The inner solver Optimistix, which runs a solver of the library Optimistix."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +14,10 @@ from bilevel.conditions.protocol import Condition
 from bilevel.solvers.protocol import check_budget, report
 from bilevel.types import PyTree, Solution, Status
 
-# For each kind of condition, the classes of Optimistix that solve it, each with the function of Optimistix that runs it
-# and the method of the condition that this function gets. A key is an attribute of conditions. The first one that a
-# condition has, in this order, decides its kind.
+# _FITTING has an entry for each kind of condition. A key is an attribute of conditions, and the first key that a
+# condition has as an attribute, in this order, decides its kind. The entry lists the classes of Optimistix that solve
+# this kind. For each class it names the function of Optimistix that runs the solver, and the method of the condition
+# that this function is given.
 _OF_RESIDUAL = {
     "AbstractRootFinder": ("root_find", "residual"),
     "AbstractLeastSquaresSolver": ("root_find", "residual"),
@@ -47,18 +48,21 @@ class Optimistix:
     condition                                solvers of Optimistix
     =======================================  ==================================================================
     Stationary, Proximal                     minimisers: BFGS, LBFGS, NonlinearCG, GradientDescent, OptaxMinimiser, …
-    LeastSquares                             solvers of least squares: LevenbergMarquardt, GaussNewton, Dogleg, …, on
-                                             its residuals; and minimisers
+    LeastSquares                             solvers of least squares, which get its residuals: LevenbergMarquardt,
+                                             GaussNewton, Dogleg, …; and minimisers, which get ½‖r‖²
     Root, KKT                                root finders: Newton, Chord; and solvers of least squares
     FixedPoint                               FixedPointIteration; root finders and solvers of least squares
     Projected, ProximalGradient              FixedPointIteration
     =======================================  ==================================================================
 
     w is raveled into one vector of JAX's default dtype. The functions of the condition get w in its own dtypes. The
-    solver stops by its own ``rtol`` and ``atol``. The status compares ``tol`` with the condition's true residual:
-    CONVERGED at or below it, STOPPED above it where Optimistix met its own criterion, BREAKDOWN where Optimistix
-    reports a failure other than the end of the budget, and MAX_STEPS otherwise. Without ``tol``, it is BUDGET_USED,
-    unless Optimistix reports such a failure.
+    solver stops by its own ``rtol`` and ``atol``.
+
+    With ``tol``, the status is CONVERGED if the norm of the condition's true residual is at most ``tol``. If the norm
+    is larger, the status is STOPPED where Optimistix met its own criterion, MAX_STEPS where its budget ended, and
+    BREAKDOWN where it reports another failure. Without ``tol``, the status is BREAKDOWN where Optimistix reports a
+    failure other than the end of the budget, and BUDGET_USED otherwise. A residual that is not finite has the status
+    NONFINITE.
 
     Args:
         solver: an instance of a solver of Optimistix, such as ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``.
@@ -144,9 +148,9 @@ class Optimistix:
 
 
 class _NoAdjoint:
-    """Run the loop of Optimistix as it is, because this library differentiates the solution.
+    """An ``adjoint`` for Optimistix that attaches no derivative, because this library differentiates the solution.
 
-    Forward mode then differentiates the iterates, as it does for the solvers of this library.
+    JAX can still differentiate the loop itself in forward mode, as :class:`ForwardUnrolled` does.
     """
 
     def apply(self, run: Callable[[Any], PyTree], rewrite: object, inputs: tuple, tags: object) -> PyTree:

@@ -18,7 +18,7 @@ InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
 
 @runtime_checkable
 class IterativeSolver(Protocol):
-    """A solver made of at most ``max_steps`` updates of a state ``(w, memory)`` by the residual at w."""
+    """A solver that takes at most ``max_steps`` steps. Each updates the state ``(w, memory)`` by the residual at w."""
 
     @property
     def max_steps(self) -> int: ...
@@ -81,7 +81,10 @@ def new_memory(solver: InnerSolver, w: PyTree) -> PyTree:
 
 
 def resumed(solver: InnerSolver, memory: PyTree) -> InnerSolver:
-    """Return the solver that goes on from ``memory``, which an earlier run left; the same solver for None."""
+    """Return the solver that goes on from the ``memory`` of an earlier run.
+
+    The solver is returned unchanged if ``memory`` is None, or if the solver cannot be resumed.
+    """
     return solver.resumed(memory) if memory is not None and isinstance(solver, ResumableSolver) else solver
 
 
@@ -108,7 +111,8 @@ def solve(
     """Run any inner solver, and compute the residual if the solver returned w alone.
 
     Outside of ``jit``, a solver of this library is compiled once for each condition and each set of shapes and dtypes.
-    Another function is called as it is, because JAX may not be able to trace it.
+    It is not compiled if it runs SciPy, or if the solver or the condition cannot be hashed. Any other function is
+    called as it is, because JAX may not be able to trace it.
 
     Args:
         solver: ``solver(condition, init, theta, data)``.
@@ -142,7 +146,10 @@ _compiled_run = jax.jit(_run, static_argnames=("solver", "condition"))
 
 
 def _is_compilable(solver: InnerSolver, condition: Condition, arguments: PyTree) -> bool:
-    """Return whether to compile the call of a solver: it can be traced, and is not traced already."""
+    """Return whether to compile the call of a solver.
+
+    That is True if JAX can trace and hash the solver, and no argument is traced already.
+    """
     if not getattr(solver, "traceable", False) or tree.is_traced(arguments):
         return False
     try:
@@ -158,7 +165,7 @@ def _like_start(w: PyTree, init: PyTree) -> PyTree:
         got, expected = (tree.shapes_for_message(variables) for variables in (w, init))
         raise ValueError(
             f"an inner solver returns w, a pytree like init of shapes {expected}, or a bl.Solution that holds one; "
-            f"got shapes {got}: return w alone, and give init the shapes of the solution"
+            f"got shapes {got}: return w without further outputs, and give init the shapes of the solution"
         )
     return tree.like(tree.arrays(w), tree.arrays(init))
 

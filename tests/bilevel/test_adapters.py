@@ -1,4 +1,4 @@
-"""bl.Optimistix and bl.Lineax: the solvers of two other libraries, with reports and derivatives like our own."""
+"""bl.Optimistix and bl.Lineax: solvers of two other libraries, with the reports and derivatives of this library."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ ITERATION = optimistix.FixedPointIteration(rtol=1e-13, atol=1e-13)
 
 
 def matvec_of(matrix):
-    """Return the product with a matrix, on pytrees like RIGHT."""
+    """Return the function that multiplies a matrix by a pytree like RIGHT."""
 
     def matvec(v):
         product = jnp.asarray(matrix, v["b"].dtype) @ jnp.append(v["a"], v["b"])
@@ -156,7 +156,8 @@ def test_a_short_solve_under_a_derivative_does_not_stop_the_program():
         return solver(lambda v: jnp.asarray(MATRIX) @ v + shift * v, b)[0]
 
     value, slope = jax.jvp(x_of, (0.3, b), (1.0, b))
-    assert np.isfinite(value).all() and not slope.any()  # the library differentiates by a solve of its own
+    # Lineax returns x without a derivative. Where one is needed, bilevel.theorem attaches it by another linear solve.
+    assert np.isfinite(value).all() and not slope.any()
 
 
 OF_CONDITION = {
@@ -177,7 +178,7 @@ OF_CONDITION = {
 def test_hypergradients_agree_with_the_closed_forms(condition, linear):
     case = CASES[condition]()
     init, theta, data = jax.tree.map(jnp.asarray, (case.init, case.theta, case.data))
-    if condition == "KKT, inequality":  # at a multiplier of zero the residual of Newton's method has a kink
+    if condition == "KKT, inequality":  # Newton's method would never change an inactive multiplier that starts at zero
         init = jax.tree.map(lambda leaf: leaf + 0.1, init)
     method = bl.Implicit(bl.Lineax(LINEAR[linear], tol=1e-7))
     inner = bl.Optimistix(OF_CONDITION[condition], tol=1e-8)

@@ -1,6 +1,6 @@
-"""custom_root and custom_fixed_point: solver functions of one's own with any arguments, and jaxopt's as a reference.
+"""The decorators custom_root and custom_fixed_point, on user-defined solver functions with any arguments.
 
-The numbers come from closed forms, from differences in float64, and from jaxopt's decorators of the same names.
+The expected numbers come from closed forms, from differences in float64, and from jaxopt's custom_root.
 """
 
 import warnings

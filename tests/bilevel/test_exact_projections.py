@@ -26,7 +26,7 @@ SCALES = np.geomspace(0.1, 100.0, DRAWS)
 
 
 def projection(name, params=None):
-    """Return the projection with its parameters in place of θ: f(x, params)."""
+    """Return the projection as a function f(x, theta), where θ stands for the parameters of the set."""
     function = bl.jaxopt_projection(name, (lambda theta, data: theta) if params is None else params)
     return lambda x, theta=None: function(x, theta, None)
 
@@ -91,7 +91,7 @@ def test_matrices_of_every_scale_are_projected_to_rounding(name, shape):
 @pytest.mark.slow("judges drawn projections by linear programs")
 @pytest.mark.parametrize("name", TRANSPORT)
 def test_uneven_similarities_with_uneven_sums_are_projected_to_rounding(name):
-    # The first entry is far above all others, and the sums differ by several orders of magnitude.
+    # In half of the draws the first entry is far above all others. The sums differ by several orders of magnitude.
     rng = np.random.default_rng(0)
     similarity = np.geomspace(1e-2, 1e4, 60)[:, None, None] * rng.normal(size=(60, 5, 5))
     similarity[:30, 0, 0] = np.geomspace(1e3, 1e8, 30)
@@ -209,8 +209,8 @@ def differences(function, point, direction, step=1e-6):
 @pytest.mark.slow("differentiates drawn projections")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_derivatives_of_matrices_equal_central_differences(name):
-    # The sums are generic, so that no entry of T is at a kink. Above σ = 3, Birkhoff matrices are
-    # mostly permutation matrices, whose derivative is zero.
+    # The draws are random, so that no entry of T is at a kink. For scales above 3, most projections onto the Birkhoff
+    # polytope are permutation matrices, and their derivative is zero.
     similarity, rows, columns = drawn_matrices(name, (5, 5), np.geomspace(0.1, 3.0, 20))
     rng = np.random.default_rng(1)
     direction = rng.normal(size=(5, 5)), *(v - v.mean() for v in rng.normal(size=(2, 5)))
@@ -326,11 +326,11 @@ def test_closed_forms_keep_their_digits_at_every_scale():
     far = np.float32(2**20) + np.arange(5, dtype=np.float32) / 8
     expected = projection("projection_simplex")(jnp.arange(5.0) / 8, 1.0)
     np.testing.assert_allclose(projection("projection_simplex")(jnp.asarray(far), jnp.float32(1)), expected, atol=1e-6)
-    # Entries that are 0 may become positive on the sphere, as 0.1 + 0.45 + 0.45 = 1.
+    # An entry 0 moves too: both entries gain 0.45 in absolute value, because 0.1 + 0.45 + 0.45 = 1.
     sphere = projection("projection_l1_sphere")(jnp.array([-0.1, 0.0]), 1.0)
     np.testing.assert_allclose(sphere, [-0.55, 0.45], rtol=1e-12)
-    tree = {"a": jnp.ones(2), "b": jnp.float64(3.0)}  # numbers as bounds of every leaf
-    clipped = projection("projection_box")(tree, (-0.5, 0.5))
+    tree = {"a": jnp.ones(2), "b": jnp.float64(3.0)}
+    clipped = projection("projection_box")(tree, (-0.5, 0.5))  # the two numbers are the bounds of every leaf
     np.testing.assert_array_equal(clipped["a"], 0.5)
 
 
@@ -346,7 +346,7 @@ def test_a_box_section_may_have_infinite_bounds_and_weights_of_every_sign():
     y = np.asarray(project(x, (low, high, weights, c)))
     assert ((low <= y + 1e-12) & (y - 1e-12 <= high)).all()
     np.testing.assert_allclose((weights * y).sum(1), c, rtol=1e-11, atol=1e-11)
-    for k in range(200):  # one τ explains every entry
+    for k in range(200):  # y = clip(x + τ·weights, low, high) with the same τ for all entries
         free = (y[k] > low[k] + 1e-9) & (y[k] < high[k] - 1e-9) & (weights[k] != 0)
         if free.any():
             tau = ((y - x)[k, free] / weights[k, free]).mean()

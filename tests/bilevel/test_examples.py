@@ -1,4 +1,4 @@
-"""Each example runs in float32, as for a user, reaches its goal, and saves a picture."""
+"""Each example runs in float32, as it does for a user, reaches its goal, and saves a picture."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,8 @@ CHECKS = {
     "stochastic_hyper_cleaning": lambda noisy, learned, right, judged: (
         learned > max(noisy + 0.015, right - 0.02) and judged > 0.9
     ),
-    # Seconds and megabytes of a step, the validation loss, and the share of weights on the right side of one half.
+    # Each argument holds the seconds and megabytes of a step, the validation loss, and the share of weights that are on
+    # the right side of one half.
     "network_reweighting": lambda soba, f2sa, implicit: all(
         10 * seconds < implicit[0] and 2 * size < implicit[1] and loss < 0.8 and judged > 0.9
         for seconds, size, loss, judged in (soba, f2sa)
@@ -41,7 +42,10 @@ SHORTER = {
 }
 """Arguments for a shorter run than the one in the gallery. The check must still pass."""
 LONGER = {"stochastic_hyper_cleaning": 90, "network_reweighting": 125, "text_mixture": 110}
-"""The largest number of lines of the examples on batches of samples, which contain their data and their networks."""
+"""Limits on the number of lines, which an example must stay below; the limit of the other examples is 60.
+
+These examples are longer because they contain their data and their networks.
+"""
 
 
 def test_every_example_is_checked_and_short():

@@ -84,7 +84,7 @@ class TestIndefinite:
 
         problem = bl.Problem(bl.Proximal(loss, 1.0), lambda w, theta, data: jnp.sum(w))
         function = bl.value_and_hypergradient(problem, at_the_saddle, bl.Implicit(bl.CG(5, engine="watched")))
-        with pytest.raises(bl.HypergradientError, match=r"NEGATIVE_CURVATURE.*at most -2: a λ larger by 2,"):
+        with pytest.raises(bl.HypergradientError, match=r"NEGATIVE_CURVATURE.*at most -2: increase λ by more than 2,"):
             function(jnp.zeros(2), jnp.zeros(2), None)
 
 

@@ -108,7 +108,7 @@ def test_modules_of_equinox_and_flax_are_starts():
 
 
 def count_programs(method, starts, by_name):
-    """Return the hypergradient from each start, and how often the objective had been traced after it."""
+    """Return, for each start, the hypergradient and the number of traces of the objective so far."""
     traces = []
 
     def objective(w, theta, data):
@@ -130,7 +130,8 @@ def count_programs(method, starts, by_name):
                          ids=["unrolled", "forward", "evolution"])  # fmt: skip
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_start_that_is_written_in_the_call_is_compiled_once_and_differentiated(method, by_name):
-    # One step of size ½ from s(θ): w = ½s(θ) + ½θ. Captured numbers are arguments of the compiled program.
+    # One step of size ½ from s(θ): w = ½s(θ) + ½θ. A captured array is an argument of the compiled program, so another
+    # array needs no new program. A captured Python number is a constant of the program.
     factors = [3.0, 3.0, jnp.asarray(5.0), jnp.asarray(7.0)]
     starts = [lambda theta, data, k=k: k * jnp.tanh(theta) for k in factors]
     gradients, counts = count_programs(method, starts, by_name)
@@ -246,7 +247,7 @@ def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
     for number in range(1000):
         call(jnp.asarray(float(number)))
     assert len(traces) == once
-    assert resident_kilobytes() - memory < 4096  # compiling in each call would take more than a thousand times as much
+    assert resident_kilobytes() - memory < 4096  # kilobytes; one compiled program for each call takes far more
 
 
 # --- Dtypes --------------------------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def test_the_checks_and_minimize_keep_a_class_that_checks_its_fields():
 
 
 def run_all_entries(on_failure="raise"):
-    """Call each entry point, the layer with ``on_failure``, and compare its result with the closed form."""
+    """Call each entry point and compare its result with the closed form. ``on_failure`` is the policy of the layer."""
     optax = pytest.importorskip("optax")
     theta, init = jnp.asarray(THETA), jnp.zeros(2)
     for method in (bl.Implicit(bl.CG(4)), bl.Implicit(bl.Nystrom(2, 1e-8)), bl.Implicit(bl.GMRES(4)), bl.Unrolled()):
@@ -496,8 +497,8 @@ def test_minimize_of_unrolled_steps_works_under_debug_nans():
 @pytest.mark.slow("compiles everything again in each mode")
 @pytest.mark.parametrize("mode", MODES)
 def test_each_entry_point_works_in_the_strict_modes_of_jax(mode):
-    # JAX 0.12 reports a leak for any callback in the tangent solve of jax.lax.custom_root, in JAX's own reverse mode. A
-    # layer has such a callback unless it ignores failures.
+    # In reverse mode, versions of JAX after 0.10 report a leak for any callback in the tangent solve of
+    # jax.lax.custom_root. A layer has such a callback unless it ignores failures.
     newer = tuple(map(int, jax.__version__.split(".")[:2])) > (0, 10)
     with MODES[mode]():
         run_all_entries("ignore" if mode == "leaks" and newer else "raise")

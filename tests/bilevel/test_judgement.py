@@ -143,7 +143,10 @@ def test_a_hypergradient_does_not_depend_on_the_scale_of_the_residual(linear):
 
 
 class TestNoBetterThanZero:
-    """Without ``tol`` a relative residual of 1 or more is a failure: x = 0 has the residual 1."""
+    """Without ``tol``, a relative residual of 1 or more is a failure, because x = 0 has the residual 1.
+
+    It is no failure if the start had a larger residual.
+    """
 
     def test_a_series_that_diverges_is_a_breakdown(self):
         _, info = bl.Neumann(20)(lambda v: jnp.array([1.0, 3.0]) * v, jnp.ones(2))
@@ -164,7 +167,7 @@ class TestNoBetterThanZero:
     def test_an_answer_that_outgrew_its_residual_is_a_breakdown(self):
         from bilevel.linear import diagnosis
 
-        # A x = (0.9, 0), so that the residual of 0.14 is below 1, and ‖x‖ = 1e12 lies in the null space of A.
+        # A x = (0.9, 0), so the relative residual of 0.14 is below 1. The entry 1e12 of x lies in the null space of A.
         matrix, b = jnp.diag(jnp.array([1.0, 0.0])), jnp.array([1.0, 0.1])
         x = jnp.array([0.9, 1e12])
         judged = diagnosis.report(lambda v: matrix @ v, b, x, None, norm=jnp.float64(1.0))
@@ -177,7 +180,10 @@ class TestNoBetterThanZero:
 
 
 class TestSingularAndConsistent:
-    """A of rank r with n rows and b = A·1. Each iterative solver finds the solution of least norm, and stops there."""
+    """Systems with a singular matrix A of n rows and b = A·1, unless a test says that there is no solution.
+
+    Each iterative solver finds the solution of least norm, and stops there.
+    """
 
     @staticmethod
     def solved(solver, dtype, rank=6, n=8, seeds=(0,)):
@@ -330,7 +336,7 @@ class Eager(jaxopt.GradientDescent):
 
 
 class TestStoppedByItself:
-    """jaxopt compares tol with an error measure of its own, and the status compares it with ‖F‖."""
+    """jaxopt compares tol with an error measure of its own, and the status compares tol with ‖F‖."""
 
     def test_the_status_tells_a_solver_that_stopped_from_one_without_budget(self):
         objective = bl.Stationary(lambda w, theta, data: 1e-3 * jnp.sum((w - theta) ** 2))

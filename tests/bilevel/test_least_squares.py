@@ -17,7 +17,7 @@ NOISY = 2 * np.exp(-1.3 * TIMES) + 0.1 * np.random.default_rng(0).normal(size=7)
 
 
 def decay(w, theta, data):
-    """Return a tree of eight residuals in two unknowns, which are not zero at the solution."""
+    """Return a tree of eight residuals in two unknowns. The residuals are not zero at the solution."""
     return {"fit": w["size"] * jnp.exp(-w["rate"] * TIMES) - data, "prior": 0.3 * theta * w["rate"]}
 
 
@@ -132,7 +132,7 @@ def test_a_system_of_equations(solver):
     np.testing.assert_allclose(out.w, expected, rtol=1e-9)
 
 
-# The hypergradient for r = (w² − θ, w − 1): Jᵀr = 2w(w² − θ) + w − 1 = 0.
+# dw/dθ with each operator for r = (w² − θ, w − 1). The solution satisfies Jᵀr = 2w(w² − θ) + w − 1 = 0.
 SCALAR = {
     "exact": lambda w, theta: 2 * w / (6 * w**2 - 2 * theta + 1),
     "gauss_newton": lambda w, theta: 2 * w / (4 * w**2 + 1),
@@ -161,7 +161,7 @@ def test_the_derivative_of_each_operator(operator):
 
 
 def test_gauss_newton_is_exact_to_any_order_where_the_residuals_are_zero():
-    def solution(theta):  # w = θ², by a θ that the residuals capture
+    def solution(theta):  # w = θ²; the residuals capture θ in a closure
         condition = bl.LeastSquares(lambda w, _, data: (w - theta**2, w**3 - theta**6), operator="gauss_newton")
         return bl.implicit_layer(condition, bl.GaussNewton(30, tol=1e-13), bl.LU())(0.0, 1.0, None)
 
@@ -217,5 +217,5 @@ def test_wrong_uses_are_refused():
         bl.LevenbergMarquardt(3, damping=0.0)
     with pytest.raises(ValueError, match="OSQP does not solve LeastSquares: use LevenbergMarquardt, GaussNewton"):
         bl.Jaxopt("OSQP")(FIT, START, 0.7, NOISY)
-    with pytest.raises(ValueError, match="for other numbers of residuals, use LeastSquares"):
+    with pytest.raises(ValueError, match="for more or fewer residuals than unknowns, use LeastSquares"):
         bl.GaussNewton(3)(bl.Root(lambda w, theta, data: jnp.ones(3)), jnp.zeros(2), None, None)

@@ -63,7 +63,7 @@ def test_warm_starts_reduce_the_inner_residual():
 def test_the_adjoint_solve_starts_from_the_last_adjoint():
     # With one Neumann term a step, a cold adjoint is 0.1·g with g = ∂outer/∂w. A warm one converges to D⁻¹g.
     solver, method = bl.GradientDescent(0.3, 40), bl.Implicit(bl.Neumann(1, 0.1))
-    slowly = optax.sgd(0.01)  # θ moves slowly: the adjoint's error shrinks by a factor of 0.9 a step
+    slowly = optax.sgd(0.01)  # θ moves slowly, while each step multiplies the error of the adjoint by at most 0.9
     warm, cold = run(solver, method, 60, slowly), run(solver, method, 60, slowly, warm_start=False)
     # The cold residual, ‖g − 0.1·Dg‖ / ‖g‖, is between 1 − 0.4 and 1 − 0.1.
     assert float(warm.history.linear_residual[-1]) < 0.2 < 0.59 < float(cold.history.linear_residual[-1])
@@ -74,7 +74,8 @@ def test_a_stochastic_single_loop_converges_to_the_minimum_for_the_mean():
     samples = (TARGET + 0.1 * rng.normal(size=2) for _ in range(1500))
     decay = optax.sgd(optax.exponential_decay(0.5, 500, 0.3))
     out = run(bl.GradientDescent(rate, 1), bl.Implicit(bl.Neumann(1, rate)), 1500, decay, samples)
-    # For the last 500 samples the learning rate of θ is near 0.02. This leaves noise of about 0.1·√0.02 in w = D⁻¹θ.
+    # In the last 500 steps the learning rate of θ falls from 0.045 to 0.014. This leaves noise of about 0.1·√0.02 in
+    # w = D⁻¹θ.
     np.testing.assert_allclose(out.theta / EIGENVALUES, TARGET, atol=0.06)
 
 
@@ -323,7 +324,8 @@ def test_a_problem_that_cannot_be_hashed_is_minimised():
         optax.sgd(4.0),
         2,
     )
-    np.testing.assert_allclose(out.theta, 2 * TARGET, rtol=1e-12)  # w = θ/2, so one step of 1/(½)² is exact
+    # w = θ/2, so the Hessian of the outer value is ¼, and one step of size 4 is exact.
+    np.testing.assert_allclose(out.theta, 2 * TARGET, rtol=1e-12)
 
 
 def test_the_history_holds_every_step_of_a_long_loop():
@@ -349,7 +351,7 @@ def test_an_iterator_may_use_one_buffer_for_all_batches():
     arguments = bl.GradientDescent(1.0, 1), bl.Implicit(bl.CG(1)), optax.sgd(0.0), 30
     out = bl.minimize(declared, 0.0, 0.0, reused(8), *arguments)
     np.testing.assert_array_equal(out.history.value, np.arange(8.0))
-    # The batch of the failed step is needed after the iterator has written later ones.
+    # The error reports the batch of the failed step, although the iterator has overwritten it with later batches.
     with pytest.raises(bl.HypergradientError, match=r"^outer step 9, ") as caught:
         bl.minimize(declared, 0.0, 0.0, reused(30), *arguments)
     assert float(caught.value.result.aux) == 9.0
@@ -378,11 +380,12 @@ def test_minimize_works_under_jit_and_vmap():
 
 @functools.cache
 def doubling():
-    """Return a loop whose θ doubles in each step, from 1, and whose inner solve fails once θ has moved by 4."""
+    """Return a loop whose θ starts at 1 and doubles in each step, so that the inner solve fails from step 4 on."""
     declared = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * (w - theta * data) ** 2), lambda w, theta, data: -0.5 * theta**2
     )
-    # Two steps divide the distance from the last w by 4. It is 2ᵏ⁻¹ in step k, so step 4 is the first to miss the tol.
+    # Two inner steps divide the distance of the last w from θ by 4. In steps 2, 3 and 4 this distance is 3, 5.5 and
+    # about 9.4, so step 4 is the first whose residual stays above the tol of 1.5.
     return declared, 1.0, 1.0, bl.GradientDescent(0.5, 2, tol=1.5), bl.Implicit(bl.CG(1)), optax.sgd(1.0)
 
 
@@ -538,7 +541,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(method, optimizer, data):
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), half.history, rest.history)
     assert_same_bits(joined, jax.tree.map(np.asarray, whole.history))
     assert not np.array_equal(whole.w, half.w)
-    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the first resumed call left it alone
+    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the first resumed call did not change it
 
 
 @pytest.mark.slow("starts Python twice")

@@ -81,7 +81,7 @@ def test_a_plain_function_is_a_solver_and_the_library_computes_the_residual():
 def test_a_function_that_returns_something_else_than_w_is_refused(returned, got):
     problem = bl.Problem(diagonal_quadratic(), lambda w, theta, data: jnp.sum(w))
     function = bl.value_and_hypergradient(problem, lambda c, init, theta, data: returned(theta), bl.Implicit(bl.LU()))
-    with pytest.raises(ValueError, match=rf"like init of shapes \(2,\), .* got shapes {got}: return w alone"):
+    with pytest.raises(ValueError, match=rf"like init of shapes \(2,\), .* got shapes {got}: return w without"):
         function(jnp.ones(2), jnp.zeros(2), None)
 
 

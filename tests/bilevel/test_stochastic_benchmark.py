@@ -1,4 +1,7 @@
-"""The benchmark of stochastic algorithms: exact values of its problems, turns, kept points, and a run in miniature."""
+"""The benchmark of stochastic algorithms: exact values of its problems, its record of a run, and a small run.
+
+A worker process runs its solver in turns, each for a requested time, and records points at scheduled times.
+"""
 
 import json
 
@@ -19,7 +22,7 @@ SMOOTH = ("tiny-quadratic", "tiny-logistic")
 
 
 def declared(problem):
-    """Return the problem in this library's form, with both sums as one pytree of data."""
+    """Return the benchmark's problem as a bl.Problem whose data are a dict of the inner and the outer samples."""
     return bl.Problem(
         bl.Stationary(lambda z, x, data: problem.inner(z, x, data["inner"])),
         lambda z, x, data: problem.outer(z, x, data["outer"]),
@@ -87,14 +90,14 @@ def test_hyper_cleaning_has_standardised_images_half_of_them_with_redrawn_labels
     np.testing.assert_allclose(data.inner["image"].mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(data.inner["image"].std(axis=0)[varying], 1, rtol=1e-4)
     arrays, z = in_float64(data), jnp.full(28 * 28 * CLASSES, 0.01, jnp.float64)
-    # The weight of an image changes the loss of this image only, by sigmoid′(x_i) times its cross-entropy.
+    # x_i sets the weight of image i alone, so ∂inner/∂x_i is sigmoid′(x_i) times the loss of image i, divided by n.
     x = jnp.linspace(-2, 2, len(data.x), dtype=jnp.float64)
     slope = jax.grad(problem.inner, argnums=1)(z, x, arrays["inner"])
     expected = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x) * problem.losses(z, arrays["inner"]) / len(x)
     np.testing.assert_allclose(slope, expected, rtol=1e-10)
     measured = problem.reference(data).measure(np.asarray(z), np.asarray(x))
     assert measured["validation_loss"] == pytest.approx(float(problem.outer(z, x, arrays["outer"])), rel=1e-12)
-    # A constant z predicts one class, and wrongly for most of the test images.
+    # A constant z predicts the same class for all images, which is wrong for most of the test images.
     assert 0.7 < measured["test_error"] < 1
 
 
@@ -121,7 +124,10 @@ def test_a_recorder_keeps_the_last_point_before_each_scheduled_time():
 
 
 class Counter:
-    """A solver that counts its blocks, in the peer's form."""
+    """A solver that counts its blocks of steps, with the interface of benchmark_bilevel's solvers.
+
+    Its θ becomes NaN after ``broken_after`` blocks.
+    """
 
     def __init__(self, broken_after=10**9):
         self._broken_after = broken_after
@@ -178,7 +184,7 @@ def test_the_page_has_the_tables_of_the_records():
 
 def test_oracle_calls_of_a_step():
     assert contenders.oracles_of_a_step("SOBA", 1024, 1024) == 5 * 64
-    # A period of 16 steps: one over all samples, and 15 with two evaluations of each batch.
+    # Of 16 steps, one is over all samples, and each of the other 15 evaluates its batch twice.
     assert contenders.oracles_of_a_step("SRBA", 1024, 1024) == (5 * 1024 + 15 * 10 * 64) / 16
 
 

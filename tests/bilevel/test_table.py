@@ -2,13 +2,13 @@
 
 Each combination agrees with a closed form (conditions_solved.py), or falls under a rule of the table below, or is left
 out because other combinations represent it. Combinations under a rule are tested as well. A refused combination raises
-an error with the rule's reason. A combination that fails reports a failed status. A combination without a second
-derivative raises an error when JAX asks for it. The tests go through the whole product, so that no combination is
-forgotten.
+an error with the rule's reason. A combination whose linear solve fails reports a failed status, except in a layer,
+which returns no status. A combination without a second derivative raises an error when JAX asks for it. The tests go
+through the whole product, so that no combination is forgotten.
 
-Compiling the whole product takes some 400 s. It is therefore complete for two conditions only, a symmetric and a
-general one, and for all refusals. For every other condition Implicit is tested with each inner solver and LU. Each
-other method is tested with one inner solver that a seed draws, and with each linear solver that it takes. Every
+Compiling the whole product takes some 400 s. All combinations are therefore tested for two conditions only, a symmetric
+and a general one, and so are all refusals. For every other condition, Implicit is tested with each inner solver and LU.
+Each other method is tested with one inner solver that a seed draws, and with each linear solver that it takes. Every
 possible pair of values from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
 
 For most pairs of a condition and a method, one program is compiled, in which ``lax.switch`` chooses the solvers. One
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import optimised
 from conditions_solved import CASES
 from jax.flatten_util import ravel_pytree
 from problems import newton
@@ -45,7 +46,7 @@ SOLVERS = {
     "HessianFree": bl.HessianFree(20, tol=INNER_TOL),
     "FixedPointIteration": bl.FixedPointIteration(60),
     "Anderson": bl.Anderson(30, tol=INNER_TOL),
-    "Jaxopt": None,  # JAXOPT holds one for each kind of condition
+    "Jaxopt": None,  # `solver_of` takes it from JAXOPT, by the kind of condition
     "function": newton,
 }
 JAXOPT = {
@@ -156,7 +157,7 @@ RULES = [
         lambda c: c.linear == "Neumann" and c.kind == "KKT",
     ),
     (
-        "the derivative of a result of .* is not known, except that of its value",
+        "does not know this derivative of its result",
         "refused twice",
         lambda c: c.method in FIRST_DERIVATIVE and c.transform == "hessian",
     ),
@@ -261,7 +262,10 @@ def points(theta):
 
 
 def evaluate(value_and_gradient, twice, theta):
-    """Return the results of all transformations, and the worst status. Without ``twice`` the Hessian is zero."""
+    """Return the results of all transformations, and the worst status. Without ``twice``, the Hessian is not computed.
+
+    Zeros stand in its place.
+    """
 
     def at(theta):
         if not twice:
@@ -275,17 +279,6 @@ def evaluate(value_and_gradient, twice, theta):
     mapped, slope, hessian, status = jax.vmap(at)(points(theta))
     grad = jax.tree.map(lambda leaf: leaf[0], mapped)
     return {"grad": grad, "jvp": slope[0], "hessian": hessian[0], "vmap": mapped}, jnp.max(status)
-
-
-@contextlib.contextmanager
-def optimised():
-    """Compile with all optimisations. Without them, JAX 0.12 computes wrong tangents in a branch of ``Switched``.
-
-    The tangents of the same program are right with all optimisations, and in JAX 0.10 with and without them.
-    """
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)  # as set by the fixture quick_compilation
 
 
 def results(condition, method, solvers, linears, twice):
@@ -362,7 +355,11 @@ APPROXIMATE = {"FiniteDifference": 1e-8, "ValuePenalty": 20 / PENALTY, "Evolutio
 
 
 def tolerance(combination):
-    """Return 100·eps·κ³, because a Hessian takes three solves in sequence, or the larger error of an approximation."""
+    """Return the largest error that is allowed.
+
+    For a combination without an approximation it is 100·eps·κ³, because a Hessian takes three solves in sequence. The
+    tolerance of an inner solver, the ridge of Nystrom and the error of an approximate method allow more.
+    """
     bound = 100 * float(np.finfo(np.float64).eps) * case_of(combination.condition).kappa ** 3
     if combination.solver in ("HessianFree", "Anderson", "Jaxopt"):
         # The error of w is at most the residual divided by the smallest singular value of ∂residual/∂w, which is above
@@ -416,6 +413,8 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
     # One of these combinations is enough, because the method refuses whatever the solvers are.
     refusing = all(refuses_a_second_derivative(c) for c in here[:1] if method in FIRST_DERIVATIVE)
     twice = "hessian" in transforms and method not in FIRST_DERIVATIVE
+    # Without optimisations, JAX 0.12 computes wrong tangents in a branch of ``Switched``. The tangents of the same
+    # program are right with all optimisations, and in JAX 0.10 with and without them.
     with optimised() if condition == "Projected" else contextlib.nullcontext():
         evaluated = list(results(condition, method, solvers, linears, twice))
     for solver, linear, (found, status) in evaluated:

@@ -119,7 +119,7 @@ def test_the_list_of_error_messages_is_complete():
     import refusals
 
     bilevel, imaml = (refusals.page(package) for package in ("bilevel", "imaml"))
-    assert "Unrolled(last=…) needs between 1 and the solver's … steps" in bilevel
+    assert "Unrolled(last=…) needs last between 1 and the solver's … steps" in bilevel
     assert "outer.steps must be at least 1, got …" in imaml  # the helper `check` raises it
     raises = sum(len(re.findall(r"raise (ValueError|TypeError)\(", p.read_text())) for p in sources("bilevel"))
     assert bilevel.count("\n") - 2 == raises
