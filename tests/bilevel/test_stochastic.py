@@ -206,7 +206,7 @@ def test_another_process_goes_on_to_the_bit(tmp_path):
     file = tmp_path / "states"
     saved = {name: jax.tree.map(np.asarray, run(algorithm, 10).state) for name, algorithm in ALGORITHMS.items()}
     file.write_bytes(pickle.dumps(saved))
-    path = f"{ROOT}:{Path(__file__).parent}"
+    path = f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests'}"
     command = [sys.executable, "-c", RESUME, str(file)]
     subprocess.run(
         command,
