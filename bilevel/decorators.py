@@ -57,12 +57,13 @@ def custom_root(
         symmetric: whether ∂residual/∂w is known to be symmetric everywhere, so that :class:`CG` can be used.
         callback: whether the solver function runs NumPy or SciPy, which JAX cannot trace. It then gets NumPy arrays.
             Under a trace it runs on the host by ``jax.pure_callback``, one task after the other under ``vmap``, and
-            ``init`` must be a pytree of arrays like w. Outside of a trace it is called as it is.
+            ``init`` must be a pytree of arrays like w. Outside of a trace it is called directly.
 
     Returns:
         ``decorate(solver) -> solver``. The derivative of w in ``init`` is zero by definition, and a warning says so
-        where JAX asks for it. ``init`` may be None for a solver function that does not use it. The decorated function
-        is compiled once for each set of shapes, dtypes and constants.
+        where JAX asks for it. ``init`` may be None for a solver function that does not use it. The solver function
+        itself is not compiled. The layer that attaches the derivative is compiled once for each set of shapes, dtypes
+        and constants, if the constants can be hashed.
 
     Raises:
         TypeError: for a residual that cannot be called, and, when called, for a residual that does not take the
@@ -200,7 +201,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 def _bind(
     signature: inspect.Signature | None, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, tuple, dict[str, Any]]:
-    """Return init and the other arguments, as the solver's signature orders them, with its defaults."""
+    """Return init, and the arguments after it, in the order of the solver's signature and with its defaults."""
     if signature is not None:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -220,13 +221,14 @@ def _check_arguments(name: str, function: Callable[..., PyTree], args: tuple, kw
             signature.bind(None, *args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"{name} calls its function of {signature} with w and the arguments of the solver after init, here "
-            f"{len(args)} by position and {sorted(kwargs)} by name ({error}): give both functions the same arguments"
+            f"{name} calls its function, with the signature {signature}, with w and the arguments of the solver after "
+            f"init, here {len(args)} by position and {sorted(kwargs)} by name ({error}): give both functions the same "
+            "arguments"
         ) from error
 
 
 class _Constants:
-    """The arguments of a call without their arrays. Two of them are equal if their constants have equal values."""
+    """The arguments of a call without their arrays. Two are equal if their constants have equal types and values."""
 
     def __init__(self, structure: Any, leaves: list[Any]):
         self._structure = structure
@@ -276,7 +278,7 @@ def _without_derivative(leaves: list[Any]) -> list[Any]:
 
 
 def _start(init: PyTree) -> PyTree:
-    """Return ``init`` without its derivative. JAX's differentiation warns."""
+    """Return ``init`` without its derivative. A differentiation in it warns."""
     arrays, others = _partition(init)
     if tree.is_traced(arrays):
         arrays = _without_derivative(without_tangent(arrays))

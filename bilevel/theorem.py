@@ -28,8 +28,8 @@ def solve_implicitly(
 ) -> Solution:
     """Return the solver's Solution. Its w has the derivatives of the implicit function theorem, to any order."""
 
-    # custom_root gets lists of leaves. It would rebuild a tree with types in place of arrays, which a class of the user
-    # may refuse.
+    # custom_root gets lists of leaves. It would rebuild a tree with types in place of arrays, which a pytree class of
+    # the user may refuse.
     leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(init))
     join = partial(jax.tree.unflatten, structure)
 
@@ -75,9 +75,9 @@ def pull_back_to_theta(condition: Condition, w: PyTree, theta: PyTree, data: PyT
 def solve_scaled(
     linear: LinearSolver, matvec: MatVec, b: PyTree, scaling: PyTree | None, symmetric: bool, init: PyTree | None = None
 ) -> tuple[PyTree, LinearInfo]:
-    """Solve ``matvec(v) = b`` as (D A D)u = D b with v = D u, where D is ``scaling``; unscaled if that is None.
+    """Solve ``matvec(v) = b`` as (D A D)u = D b with v = D u, where D is ``scaling``.
 
-    For A = D⁻² one CG step is exact. The residual in the report is that of the scaled system.
+    If ``scaling`` is None, the system is solved as it is. For A = D⁻² one CG step is exact. The residual in the report is that of the scaled system.
     """
     if scaling is None:
         return solve_linear(linear, matvec, b, symmetric, init)

@@ -1,8 +1,9 @@
-"""Linear algebra on pytrees that ``optax.tree`` does not have.
+"""Functions on pytrees, mostly linear algebra, that ``optax.tree`` does not have.
 
-Reductions accumulate in the widest dtype among the leaves, and in float32 at least, because a sum of a million
-terms loses its digits in bfloat16. Trees may hold leaves that are not floating point, such as a count or a mask. Such
-leaves have no derivative. `norm` ignores them, and `scale`, `add` and `subtract` return those of `a` unchanged.
+Reductions accumulate in the widest dtype among the floating-point leaves, and in float32 at least, because a sum of a
+million terms loses its digits in bfloat16. Trees may hold leaves that are not floating point, such as a count or a
+mask. These leaves have no derivative. `norm` ignores them, and `scale`, `add` and `subtract` return those of `a`
+unchanged.
 """
 
 import functools
@@ -115,8 +116,8 @@ def shapes_for_message(a: PyTree) -> PyTree:
 def numbers_as_floats(theta: PyTree) -> PyTree:
     """Return θ with Python integers as Python floats, if no leaf of θ is floating point.
 
-    A Python number has no dtype of its own, so ``theta=1`` means ``theta=1.0``. Beside a floating-point leaf, a Python
-    integer is a constant. Booleans, and arrays and NumPy scalars of an integer dtype, are always constants.
+    A Python number has no dtype of its own, so ``theta=1`` means ``theta=1.0``. If θ also has a floating-point leaf,
+    its Python integers are constants. Booleans, and arrays and NumPy scalars of an integer dtype, are always constants.
     """
     if any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(theta)):
         return theta

@@ -1,8 +1,8 @@
 """Projections with a closed form, whose value and derivatives are finite on every non-empty set, at any scale.
 
 They replace those of jaxopt, which divide by a norm, a radius or a row that may be zero. At a kink the derivative is
-that of one side: a bound or a radius that holds with equality counts as active. At a radius of 0 the derivative in the
-point is therefore 0.
+that of one side. A box bound or a radius that holds with equality counts as active, so at a radius of 0 the derivative
+in the point is 0. The bound of a halfspace that holds with equality counts as inactive.
 
 If no point satisfies the constraints, the result is NaN.
 """
@@ -108,8 +108,8 @@ def halfspace(x, hyperparams):
 def box_section(x, hyperparams, tol=None):
     """Return the nearest p to x with α ≤ p ≤ β and wᵀp = c, which is p = clip(x + τw, α, β) for a scalar τ.
 
-    wᵀp is piecewise linear in τ, and increasing. A bisection of its breakpoints finds the piece on which it equals c.
-    On this piece τ has a closed form.
+    wᵀp is piecewise linear in τ and does not decrease. A bisection of its breakpoints finds the piece on which wᵀp
+    equals c. On this piece τ has a closed form.
 
     Args:
         x: the point to project, ``[n]``.

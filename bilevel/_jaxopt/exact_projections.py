@@ -13,7 +13,7 @@ from bilevel._jaxopt import closed_forms, polyhedra, proximal, transport
 
 
 def _at_least_float32(function):
-    """Wrap a function so that it takes bfloat16 and float16, for which JAX has no linear algebra, in float32."""
+    """Wrap a function to compute in float32 for bfloat16 and float16, for which JAX has no linear algebra."""
 
     @functools.wraps(function)
     def widened(x, *args, **options):

@@ -12,7 +12,7 @@ def nan_if_violated(point, violation, size):
     Args:
         point: the projection, ``[...]``.
         violation: how far each constraint is violated, ``[k]``.
-        size: a number of the size of the terms in the constraints.
+        size: the magnitude of the terms in the constraints, a scalar.
     """
     if violation.size == 0:
         return point

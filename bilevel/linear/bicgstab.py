@@ -14,7 +14,7 @@ class _State(NamedTuple):
     """The state of the recursion; x, r, p, v, ρ, α and ω are those of the source.
 
     Attributes:
-        shadow: the residual at the last start, with which later residuals are multiplied.
+        shadow: the residual at the last start. The recursion takes inner products of later residuals with it.
         best: the iterate with the smallest recursive residual so far.
         least: the norm of that residual.
         iterations: iterations taken.

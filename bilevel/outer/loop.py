@@ -44,14 +44,15 @@ def minimize(
 ) -> Minimum:
     """Minimise outer(w*(θ), θ, data) over θ with an optax optimiser.
 
-    The steps run in a compiled loop, and the host looks at their statuses now and then. Calls with the same problem,
-    solver, method and optimizer, and with arrays of the same shapes and dtypes, compile once, whatever the number of
-    steps.
+    The steps run in a compiled loop, and the host looks at their statuses now and then. Calls that differ only in the
+    number of steps and in the values of the arrays share one compiled program, if problem, solver, method and optimizer
+    can be hashed.
 
     With ``GradientDescent(ρ, 1)``, ``Implicit(Neumann(1, ρ))`` and an iterator of samples as ``data``, each step moves
-    w, then the adjoint at the new w, then θ with the new adjoint, all on one sample. This is not SOBA, which moves all
-    three from the old point on independent samples: noise that the inner gradient and the second derivatives share
-    biases the result of ``minimize``. Use the algorithms of ``bilevel.stochastic`` on samples.
+    w, then the adjoint at the new w, then θ with the new adjoint, all on one sample. This is not SOBA. SOBA moves all
+    three from the old point, and draws the inner and the outer sample independently. In ``minimize`` the sample that
+    moves w also gives the second derivatives at the new w, and this shared noise biases the result. Use the algorithms
+    of ``bilevel.stochastic`` on samples.
 
     Args:
         problem: the condition and the outer function.
@@ -60,8 +61,8 @@ def minimize(
         init: where the first inner solve starts, a pytree like w; None with ``start``. A function, a method or a
             ``functools.partial`` is taken as ``start``.
         data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early where the
-            iterator does. The loop takes no more batches from it than it takes steps, except before an error: then up
-            to 15 batches after that of the failed step have been taken too.
+            iterator does. The loop takes no more batches from it than it takes steps, except before an error: up to 15
+            batches after that of the failed step may then have been taken.
         solver: finds the inner solution.
         method: differentiates the inner solution with respect to θ.
         optimizer: an ``optax.GradientTransformation``. One that needs ``value``, ``grad`` and ``value_fn`` (a line
@@ -79,25 +80,27 @@ def minimize(
         on_failure: what to do about a failed status. ``"raise"`` ends the loop at the first failed step, which changes
             nothing. ``"warn"`` warns once, with the number of failed steps and the first of them. ``"ignore"`` does
             nothing. A step with status NONFINITE changes nothing in any case: θ, the optimiser's state and the
-            starting points stay as they were.
+            starting points stay as they were. If θ or the data are traced, no status can be inspected, and each choice
+            acts as ``"ignore"``.
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
-        state: the ``state`` of an earlier result, from which this call goes on as if it had not stopped, to the bit.
-            ``theta`` gives only the structure then, and ``init`` matters only without warm starts. An iterator has to
-            stand at the next batch.
-        stop: called when ``callback`` is, with the :class:`StepRecord` of the last step. The loop ends where it
-            returns True.
-        every: the number of steps between two calls of ``callback`` and ``stop``, counted from the first step of all.
+        state: the ``state`` of an earlier result. This call continues that loop, and its results are the same to the
+            bit as those of one longer call. ``theta`` then gives only the structure, and ``init`` is used only without
+            warm starts. An iterator must yield the batch of the next step first.
+        stop: called when ``callback`` is, with the :class:`StepRecord` of the last step. If it returns True, the loop
+            ends after this step.
+        every: the number of steps between two calls of ``callback`` and ``stop``. A call with ``state`` goes on
+            counting from the first step of the first call.
         progress: if True, show a progress bar on standard error, where that is a terminal.
 
     Returns:
         a :class:`Minimum`.
 
     Raises:
-        ValueError: for ``steps`` or ``every`` below one, an iterator without any batch, an unknown ``on_failure``, and
-            a ``state`` that does not fit the other arguments.
+        ValueError: for ``steps`` or ``every`` below one, an iterator without any batch, an unknown ``on_failure``, a
+            ``state`` that does not fit the other arguments, and ``stop`` with a traced θ or traced data.
         TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ
-            whose arrays are all integers or booleans; for no start or two; and for a leaf of θ, init or data that is
-            not an array.
+            whose arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; and for a
+            leaf of θ, init or data that is not an array.
         HypergradientError: on a failed status, with ``on_failure="raise"``. The message names the step and its θ. The
             error's ``state`` is the state before that step, and ``result`` the step's :class:`Hypergradient`.
 
@@ -171,10 +174,11 @@ def initial_state(
     *,
     start: StartFunction | None = None,
 ) -> OuterState:
-    """Return the state of :func:`minimize` before its first step, the template for a state that was saved.
+    """Return the state of :func:`minimize` before its first step, which has the structure of every later state.
 
-    The arguments are those of :func:`minimize`, except that ``data`` is a pytree: one batch of an iterator. See
-    :class:`OuterState` for an example.
+    A state that was saved as a list of arrays can be rebuilt with this structure: see :class:`OuterState` for an
+    example. The arguments are those of :func:`minimize`, except that ``data`` is always a pytree. In place of an
+    iterator, pass one of its batches.
 
     Raises:
         TypeError: as :func:`minimize`.
@@ -187,7 +191,8 @@ def initial_state(
 def _checked(theta: PyTree) -> PyTree:
     theta = tree.strongly_typed(outer_variables(theta))
     if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
-        raise TypeError(f"minimize needs a floating-point leaf in theta, got {jax.tree.map(jnp.result_type, theta)}")
+        dtypes = jax.tree.map(jnp.result_type, theta)
+        raise TypeError(f"minimize needs a floating-point leaf in theta, got the dtypes {dtypes}")
     return theta
 
 
@@ -204,12 +209,12 @@ def _batches(data: PyTree | Iterator[PyTree]) -> tuple[bool, Iterator[PyTree]]:
 
 
 def _fitting(setup: Setup, theta: PyTree, state: OuterState) -> OuterState:
-    """Return a state that was handed over, or raise ValueError if this loop cannot have made it."""
+    """Return the caller's state, or raise ValueError if its structure, shapes or dtypes are not those of this loop."""
     state = tree.strongly_typed(state)
     expected, got = map(tree.signature, (state_before(setup, theta, state.w), state))
     if expected != got:
         raise ValueError(
             "the state does not fit: minimize goes on only with a theta, solver, method, optimizer and warm_start like "
-            f"those of the call that returned it; expected {expected}, got {got}"
+            f"those of the call that returned it; expected the structure, shapes and dtypes {expected}, got {got}"
         )
     return state

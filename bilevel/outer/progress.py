@@ -11,7 +11,7 @@ SECONDS = 0.1
 
 
 class Bar:
-    """A progress bar of ``steps`` steps. Nothing is printed if standard error is no terminal."""
+    """A progress bar of ``steps`` steps. It is not shown if ``visible`` is False or standard error is no terminal."""
 
     def __init__(self, steps: int, visible: bool):
         self._steps, self._shown, self._started = steps, float("-inf"), time.monotonic()

@@ -13,11 +13,12 @@ Ended = Literal["steps", "data", "stop"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OuterState:
-    """All that an outer loop needs to go on: a pytree of arrays, which NumPy or a checkpoint library can save.
+    """The state from which an outer loop goes on: a pytree of arrays, which NumPy or a checkpoint library can save.
 
     Attributes:
         theta: θ.
-        w: the inner solution of the last step whose numbers were finite; before the first step, its start.
+        w: the inner solution of the last step whose numbers were finite; before the first step, the start of the inner
+            solver.
         optimizer: the state of the optax optimiser.
         warm_start: what the method starts from: the adjoint for :class:`Implicit` and :class:`FiniteDifference`, the
             penalised solution for :class:`ValuePenalty`.
@@ -99,7 +100,7 @@ class Minimum:
         theta: θ after the last step.
         w: the inner solution of the last step whose numbers were finite. It belongs to the θ before that step.
         history: the record of each step of this call.
-        state: what :func:`minimize` needs to go on, as its argument ``state``.
+        state: the argument ``state`` with which a further call of :func:`minimize` goes on.
         ended: why the loop ended: ``"steps"`` for the number of steps, ``"data"`` for the end of the iterator, and
             ``"stop"`` for the argument ``stop``.
     """

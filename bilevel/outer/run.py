@@ -24,8 +24,9 @@ CAPACITY = 1024
 BATCHES = 16
 """The largest number of batches of an iterator that are kept until the statuses of their steps are known."""
 SHORT, LONG = 0.1, 0.5
-"""A run of the compiled loop that took less than ``SHORT`` seconds is followed by a longer one, and one that took more
-than ``LONG`` by a shorter one. So interrupts and the bar are served in time."""
+"""Limits in seconds for one :meth:`Run.advance`. If it took less than ``SHORT``, the next one takes up to twice as many
+steps. If it took more than ``LONG``, the next one takes half as many. The host can then handle interrupts and redraw
+the bar in time."""
 
 
 class Run:
@@ -36,7 +37,7 @@ class Run:
         number: the number of steps taken since the first call.
         exhausted: whether the iterator of batches has ended.
         is_traced: whether the steps depend on tracers. Then the host cannot look at them: see :func:`run_under_trace`.
-        last: θ before the last step, and its hypergradient; None unless ``observe``.
+        last: θ before the last step, and that step's hypergradient; None unless ``observe``.
     """
 
     state: OuterState
@@ -52,12 +53,13 @@ class Run:
         self._raises, self._halt = halt, jnp.asarray(halt)
         self._one, self._sound = jnp.int32(1), jnp.asarray(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
-        # jit keeps the trace of the step for the compiled loop.
+        # jit caches this trace of the step, so the compiled loop does not trace it again.
         traced = jax.make_jaxpr(self._record)(state, start, batch, self._halt)
         self.is_traced = tree.is_traced((state, start, batch, traced.consts))
         self._dtypes = [leaf.dtype for leaf in traced.out_avals]
         self._length, self._rows = 1, []
-        self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)  # the compiled loop takes its buffers
+        # The compiled loop donates the buffers of its state, so it gets a copy of the caller's arrays.
+        self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)
         self.number = self._first = 0 if self.is_traced else int(state.step)
         self.exhausted, self.last = False, None
 
@@ -69,10 +71,11 @@ class Run:
     def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
         """Take some steps and wait for them.
 
-        Constant data run through the compiled loop once. For an iterator each batch is dispatched without waiting.
+        With constant data, one run of the compiled loop takes all of them. With an iterator, each run takes one step on
+        one batch, and the host dispatches the runs without waiting for their results.
 
         Raises:
-            HypergradientError: for a failed step, if it shall raise.
+            HypergradientError: for a failed step, if ``halt`` was set.
         """
         began, count = time.perf_counter(), min(self._length, at_most)
         kept, rows, failed = [], [], self._sound
@@ -90,7 +93,7 @@ class Run:
         self._adapt(time.perf_counter() - began)
 
     def _look(self, rows: np.ndarray, batches: list[PyTree]) -> None:
-        """Keep the rows of the steps that were taken, ``[steps, 5]``."""
+        """Keep the rows of the steps that were taken, ``[steps, 5]``, or raise if the last of them failed."""
         rows = rows[rows[:, -1] >= 0]  # the status is negative in rows that were not reached
         if self._raises and not Status(int(rows[-1, -1])).ok:
             raise self._failure(batches[0 if self._constant else len(rows) - 1])
@@ -103,7 +106,7 @@ class Run:
         self._length = min(length, CAPACITY if self._constant else BATCHES)
 
     def _failure(self, batch: PyTree) -> HypergradientError:
-        """Return the error of the step that failed: the state is the one before it, and the batch is its own."""
+        """Return the error of the failed step, from the state before that step and its batch."""
         state = jax.tree.map(jnp.copy, self.state)
         advance = compiled_loop(self._setup, 1, True).advance
         observed = advance(state, self._sound, self._start, batch, self._one, self._halt)[-1]
@@ -161,7 +164,7 @@ def run_under_trace(
     """Take the steps inside of a transformation, such as ``jit`` or ``vmap``, where no status can be inspected."""
     if stop is not None:
         raise ValueError("minimize cannot evaluate stop inside of a JAX transformation: call it with concrete values")
-    # A loop that captured a tracer is not kept for later calls.
+    # This loop may capture a tracer of the surrounding transformation, so it is not cached for later calls.
     step, records, solves_adjoint = CompiledLoop(setup, 1, False).step, [], False
     for number, batch in enumerate(batches):
         after, record, out = step(state, start, batch, False)
@@ -179,7 +182,8 @@ def run_under_trace(
 def owned(batch: PyTree) -> PyTree:
     """Return a batch with copies of its NumPy arrays.
 
-    JAX may read a NumPy array after the call, and the iterator may write its next batch into the same memory.
+    JAX may still read a NumPy array after the dispatch has returned, and the iterator may by then write its next batch
+    into the same memory.
     """
     batch = tree.traceable(batch, "data")
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of a loop that are not arrays. Loops with equal parts share a compiled program.
+    """The parts of a loop that are not arrays. Equal setups share one compiled loop.
 
     Attributes:
-        program: without warm starts, the start function if there is one, else None.
+        program: the caller's start function in a loop without warm starts; None with warm starts, or without such a
+            function.
     """
 
     problem: Problem
@@ -51,7 +52,8 @@ def outer_step(
     Args:
         setup: the parts that are not arrays.
         state: the state before the step.
-        start: without warm starts, the start of the inner solver, or the arrays that the start function captured.
+        start: without warm starts, the start of the inner solver, or the arrays that the start function captured. It
+            is not used with warm starts.
         data: a batch.
         halt: whether a step with a failed status changes nothing and is not counted. A step whose gradient or value is
             not finite changes nothing in any case.
@@ -120,10 +122,10 @@ class CompiledLoop:
     """The compiled loop of a setup.
 
     Attributes:
-        step: :func:`outer_step`, jitted, without the setup.
+        step: :func:`outer_step` of the setup, jitted.
         advance: ``advance(state, failed, start, data, steps, halt) -> (state, failed, rows, last)``. It takes up to
-            ``steps`` steps on the same data, none if ``failed``, and stops at a failed step if ``halt``. The number of
-            steps is traced, so that every number runs the same program and gives the same bits. The buffers of the
+            ``steps`` steps on the same data, none if ``failed``, and stops at a failed step if ``halt``. ``steps`` is
+            traced, so that each value runs the same program and gives the same bits. The buffers of the
             state are donated. ``rows`` has the fields of :class:`History` for each step, ``[capacity, 5]``; the status
             is -1 in rows that were not reached. ``last`` is θ before the last step and the step's hypergradient, or
             None without ``observe``: each output of a compiled function costs the host a microsecond or two.
@@ -165,8 +167,8 @@ def _advance(
         after, record, out = step(state, start, data, halt)
         failed = halt & (out.status > int(Status.ILL_CONDITIONED))
         row = jnp.stack(jax.tree.leaves(tree.widened(record)))
-        # The last step is carried as leaves: eval_shape would put types in place of arrays into a tree, which a class
-        # may refuse.
+        # The last step is carried as leaves. eval_shape would rebuild a tree with types in place of arrays, which a
+        # pytree class of the user may refuse.
         last, structure = jax.tree.flatten((state.theta, out) if observe else None)
         structures.append(structure)
         return tree.strongly_typed((after, failed, row, last))
@@ -180,7 +182,8 @@ def _advance(
         after, failed, row, last = recorded(state)
         return after, failed, rows.at[taken].set(row), taken + 1, last
 
-    row, last = jax.eval_shape(lambda state: recorded(state)[2:], state)  # jit keeps the trace of the step
+    # jit caches this trace of the step, so the loop below does not trace it again.
+    row, last = jax.eval_shape(lambda state: recorded(state)[2:], state)
     nothing = [jax.lax.full_like(leaf, 0) for leaf in last]
     rows = jnp.full((capacity, row.size), -1, row.dtype)
     state, failed, rows, _, last = jax.lax.while_loop(unfinished, advance, (state, failed, rows, jnp.int32(0), nothing))

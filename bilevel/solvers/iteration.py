@@ -34,7 +34,7 @@ def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: 
 
 
 def with_memory(solution: Solution, solver: IterativeSolver, memory: PyTree) -> Solution:
-    """Return the solution of a resumed solver with the memory of its run. Any other solution has none."""
+    """Return the solution with the memory of its run if the solver was resumed, else as it is."""
     return solution if getattr(solver, "memory", None) is None else replace(solution, memory=memory)
 
 

@@ -85,10 +85,10 @@ class LevenbergMarquardt:
     """The Levenberg-Marquardt method, for :class:`LeastSquares` and systems of equations.
 
     The step minimises ‖r + Jd‖² + μ‖d‖², by a QR decomposition of J and √μ·I, one below the other. It is taken if
-    ½‖r‖² falls. The gain ratio ρ, the decrease of ½‖r‖² divided by the one that the linear model predicts, decides
-    about the damping μ: after a step it is multiplied by max(⅓, 1 − (2ρ − 1)³), and after a refused one by 2, 4, 8, ….
-    There may be fewer residuals than unknowns, and J may have any rank. For a condition such as :class:`Root`, r is its
-    residual. The m·n entries of J are stored.
+    ½‖r‖² falls. The gain ratio ρ is the decrease of ½‖r‖² divided by the decrease that the linear model predicts. After
+    a step that is taken, the damping μ is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second, third, …
+    refused step in a row it is multiplied by 2, 4, 8, …. There may be fewer residuals than unknowns, and J may have any
+    rank. For a condition such as :class:`Root`, r is its residual. The m·n entries of J are stored.
 
     Args:
         max_steps: the budget, refused steps included. Each takes a Jacobian (the smaller of m and n products), a QR
@@ -167,7 +167,7 @@ def _damped_step(jacobian: jax.Array, r: jax.Array, damping: jax.Array) -> jax.A
 def _on_vectors(
     name: str, condition: Condition, init: PyTree, theta: PyTree, data: PyTree
 ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array, Callable[[jax.Array], PyTree]]:
-    """Return the residuals as a function from a vector to a vector, the start as a vector, and the map from it to w."""
+    """Return the residuals as a function of vectors, the start as a vector, and the map from such a vector to w."""
     function = _residuals(name, condition)
     x, unravel = ravel_pytree(tree.widened(init))
 
@@ -184,8 +184,8 @@ def _residuals(name: str, condition: Condition) -> Residual:
     """Return r of ½‖r‖²: the residuals of LeastSquares, or the residual of a condition that is not a gradient."""
     if is_gradient(condition) and not hasattr(condition, "residuals"):
         raise ValueError(
-            f"{name} needs the residuals of a sum of squares, and {type(condition).__name__} has an objective: declare "
-            "LeastSquares(residuals), or use HessianFree"
+            f"{name} needs the residuals of a sum of squares, and {type(condition).__name__} has only an objective: "
+            "declare LeastSquares(residuals), or use HessianFree"
         )
     return getattr(condition, "residuals", condition.residual)
 

@@ -12,11 +12,11 @@ from bilevel.types import PyTree
 def line_search(
     potential: Callable[[PyTree], jax.Array], w: PyTree, gradient: PyTree, direction: PyTree, halvings: int
 ) -> PyTree:
-    """Return the first of w + d, w + d/2, … that meets Armijo's rule with 10⁻⁴.
+    """Return the first of w + d, w + d/2, … that meets Armijo's rule with the factor 10⁻⁴.
 
-    If none does, return the last one, or w if the objective is lower there.
+    If the step after all halvings does not meet it either, return the point there, or w if its objective is lower.
     """
-    # An objective of float64 data has a float64 value, although w and its gradient are float32.
+    # An objective of float64 data has a float64 value, although w and its gradient are float32. Give both one dtype.
     here, predicted = tree.widened((potential(w), tree.vdot(gradient, direction)))
 
     def value(size):

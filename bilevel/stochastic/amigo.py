@@ -17,8 +17,8 @@ class AmIGO:
     """Amortized implicit gradient optimization: w and the adjoint follow θ by several steps each.
 
     In each step, w takes ``inner_steps`` steps of stochastic gradient descent from its last value. Then the adjoint
-    takes ``linear_steps`` steps on Aᵀv = g from its last value, with g on one outer batch. Then θ takes one step. Every
-    one of these draws a batch of its own.
+    takes ``linear_steps`` steps on Aᵀv = g from its last value. Then θ takes one step. Each of these steps draws an
+    inner batch of its own. The steps of the adjoint and of θ share one outer batch.
 
     Args:
         inner_rate: as for :class:`SOBA`.
@@ -46,7 +46,7 @@ class AmIGO:
 
     @property
     def draws(self) -> tuple[int, int]:
-        """A batch for each step of w and of the adjoint, and an inner and an outer one for θ."""
+        """An inner batch for each step of w, of the adjoint and of θ, and one outer batch for the adjoint and θ."""
         return self.inner_steps + self.linear_steps + 1, 1
 
     def init(self, oracle: Oracle, state: State) -> State:

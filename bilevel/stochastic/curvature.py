@@ -18,7 +18,7 @@ from bilevel.theorem import solve_linear
 from bilevel.types import PyTree
 
 BATCHES = 8
-"""Inner batches whose curvature is estimated; the largest one decides."""
+"""The number of inner batches whose curvature is estimated. The largest estimate decides."""
 RESPONSE_STEPS = 20
 """Steps of the linear solve for the response of w to θ."""
 
@@ -31,8 +31,8 @@ class Curvature:
         batch: the largest norm ‖∂F/∂w‖₂ among some inner batches.
         lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w over the samples. It is over-estimated where
             ∂F/∂w is ill-conditioned, because it is a Ritz value.
-        outer: the largest eigenvalue, in absolute value, of the Hessian in θ of the outer function, with w replaced by
-            its linear response to θ, after one Newton step of w.
+        outer: the largest absolute eigenvalue of a Hessian in θ. It is the Hessian of the outer function in which w is
+            replaced by its linear response to θ, at the w after one Newton step.
     """
 
     batch: float
@@ -43,17 +43,18 @@ class Curvature:
 def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree) -> Any:
     """Return the algorithm with a rate in place of each None.
 
-    With the curvatures L of a batch, μ and L_h of :class:`Curvature`:
+    With L = ``batch``, μ = ``lowest`` and L_h = ``outer`` of :class:`Curvature`:
 
-    - the inner rate is 1/(2L), or 1/(3L) for a variance-reduced algorithm, whose rates are constant
+    - the inner rate is ρ₀ = 1/(2L), or 1/(3L) for a variance-reduced algorithm
     - the rate of the adjoint is that of w
-    - the outer rate is c/(2L_h), with c = ρ₀μ times the number of steps of w in one step of θ, kept in [0.01, 1].
+    - the outer rate is c/(2L_h), where c is ρ₀μ times the number of steps of w in one step of θ, clipped to [0.01, 1].
       θ is then slow enough for w and the adjoint to follow.
 
-    The rates of the other algorithms fall with the exponents of their papers, from these first values.
+    A variance-reduced algorithm keeps these rates. For any other algorithm they are the rates of the first step, and
+    fall with its ``exponents``.
 
     Raises:
-        ValueError: if an estimate is zero or not finite.
+        ValueError: if the estimate of L or of L_h is zero or not finite.
     """
     if getattr(algorithm, "linear_rate", 0) is None and algorithm.inner_rate is not None:
         algorithm = replace(algorithm, linear_rate=algorithm.inner_rate)
@@ -74,17 +75,17 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
 
 
 def estimate(problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int) -> Curvature:
-    """Return the curvatures at (w, θ), from at most 4096 inner and outer samples and from 8 inner batches.
+    """Return the curvatures near (w, θ), from at most 4096 inner samples, 4096 outer samples and 8 inner batches.
 
     Raises:
-        ValueError: if an estimate is zero or not finite.
+        ValueError: if ``batch`` or ``outer`` is zero or not finite.
     """
     numbers = jax.device_get(_estimate(theta, w, inner, outer, problem, inner_batch))
     found = Curvature(*(float(number) for number in numbers))
     if not (0 < found.batch < float("inf") and 0 < found.outer < float("inf")):
         raise ValueError(
-            f"the rates cannot be estimated, because the curvatures at the start are {found}: give inner_rate, "
-            "linear_rate and outer_rate, or another start"
+            f"the rates cannot be estimated, because the curvatures at the start are {found}: give every rate that the "
+            "algorithm has (inner_rate, linear_rate, outer_rate), or another start"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""How a run that diverged is recognised, and what is then done about it."""
+"""Recognise a run that diverged, and raise or warn about it."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from bilevel.stochastic.rates import RATES
 from bilevel.types import Status
 
 FIRST_GROWTH = 1e12
-"""Limit of the largest entry of the state at the first evaluation, relative to the start or to 1."""
+"""Limit of the largest entry of the state at any evaluation, relative to the larger of 1 and that at the start."""
 LATER_GROWTH = 1e4
-"""Limit of the largest entry of the state at a later evaluation, relative to the first one, the start, or 1."""
+"""Limit of the largest entry of the state at a later evaluation, relative to the largest of 1, that at the start and
+that at the first evaluation."""
 RESIDUAL_GROWTH = 1e4
-"""Limit of the residual over all samples at a later evaluation, relative to the first one."""
+"""Limit of the residual over all samples at a later evaluation, relative to that at the first evaluation."""
 
 
 def judge(sizes: Sequence[float], residuals: Sequence[float], norms: Sequence[float]) -> Status:
@@ -21,8 +22,8 @@ def judge(sizes: Sequence[float], residuals: Sequence[float], norms: Sequence[fl
 
     Args:
         sizes: the largest entry of the state at the start and at each evaluation up to this one.
-        residuals: the norm of the residual over all samples at each evaluation, or nothing without ``measure``.
-        norms: the measured norms at this evaluation, or nothing.
+        residuals: the norm of the residual over all samples at each evaluation; empty without ``measure``.
+        norms: the measured norms at this evaluation; empty without ``measure``.
     """
     size = sizes[-1]
     if not all(map(math.isfinite, (size, *norms))):

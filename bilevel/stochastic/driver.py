@@ -1,4 +1,4 @@
-"""The driver of the stochastic algorithms."""
+"""The function ``minimize`` of the stochastic algorithms, and its result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -55,8 +55,9 @@ class StochasticMinimum:
         w: the inner variables after the last step.
         adjoint: v, which tends to the solution of the adjoint system Aᵀv = g.
         history: the record of the evaluations.
-        state: from which ``minimize(…, state=…)`` goes on, a :class:`State`. After a divergence it is that of the last
-            evaluation at which the run was sound, and so are θ, w and v.
+        state: the :class:`State` with which ``minimize(…, state=…)`` goes on. After a divergence ``theta``, ``w``,
+            ``adjoint`` and ``state`` are those of the last sound evaluation, or of the start if there is none. The
+            memory and the tables in ``state`` are then those that the algorithm makes anew at this point.
         algorithm: the algorithm with the rates that were used.
     """
 
@@ -97,14 +98,14 @@ def minimize(
     shapes and an algorithm with other numbers compiles nothing.
 
     Args:
-        problem: ``problem.condition`` gets an inner batch as ``data``, ``problem.outer`` an outer batch. Both must be
-            means over their batch.
+        problem: ``problem.condition`` gets an inner batch as ``data``, ``problem.outer`` an outer batch. The objective
+            or residual of the condition and the outer function must be means over their batches.
         theta: where θ starts. Leaves that are not floating point are constants.
         w: where w starts. The adjoint starts with zero.
         inner: the inner samples, a pytree of arrays with one leading axis of samples, on the device or sharded over
             the leading axis. Samples that are ordered, for example by class, should be shuffled first: see
             :func:`shuffle`.
-        outer: the outer samples, likewise.
+        outer: the outer samples, as for ``inner``.
         algorithm: :class:`SOBA`, :class:`MASOBA`, :class:`SABA`, :class:`SRBA`, :class:`AmIGO`, :class:`F2SA`, or an
             :class:`Algorithm` of your own.
         steps: the number of steps; 0 returns the first state.
@@ -112,14 +113,17 @@ def minimize(
         evaluate: ``evaluate(theta, w)`` returns a pytree of scalars for the history. It runs inside the compiled
             program.
         evaluate_every: steps between two evaluations. The last steps are followed by an evaluation in any case.
-        state: the state of an earlier run. The run goes on from it as if it had not stopped, to the bit. ``theta``,
-            ``w`` and ``key`` are then not used. The leaves may be NumPy arrays.
+        state: the state of an earlier run. This call continues that run, and its results are the same to the bit as
+            those of one longer run. ``key`` is then not used. ``theta`` and ``w`` give only the structure and the point
+            at which rates that are None are estimated, so pass those of the first call. The leaves of the state may be
+            NumPy arrays.
         measure: whether each evaluation also computes the norms of the three directions over all samples.
         project: ``project(theta)`` returns the nearest point of a set in which θ must stay.
         on_failure: what to do about a run that diverged: ``"raise"``, ``"warn"`` or ``"ignore"``. The run stops in any
             case, and the result has the last sound state.
-        shares: the number of equal parts into which the samples are divided. Each step draws one batch of each part.
-            The default is the number of devices over which the samples are sharded.
+        shares: the number of equal parts into which the samples are divided. Each draw takes one batch from every part,
+            and the directions are averaged over the parts. The default is the number of devices over which the samples
+            are sharded.
 
     Returns:
         a :class:`StochasticMinimum`.
@@ -193,7 +197,7 @@ def _first_state(algorithm, theta, w, key):
 
 @jax.jit
 def _key_data(key):
-    """Return two words that depend on a key of any kind."""
+    """Return two random 32-bit words, drawn with a key of any implementation."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
@@ -228,8 +232,8 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
         )
     if not is_mean_over_samples(condition) and algorithm.inner_batch < count_samples(inner, "inner"):
         raise ValueError(
-            f"the residual of {type(condition).__name__} is not a mean over samples, because the projection or "
-            "proximal operator of a batch's step is not that of all samples: use inner_batch of all samples, or "
+            f"the residual of {type(condition).__name__} is not a mean over samples, because its projection or "
+            "proximal operator is applied after the mean: set inner_batch to the number of inner samples, or use "
             "bl.minimize"
         )
 
@@ -238,6 +242,6 @@ def _check_state(state, expected):
     got, wanted = map(tree.signature, (state, expected))
     if got != wanted:
         raise ValueError(
-            f"the state does not belong to this problem and algorithm: got {got}, expected {wanted}: pass the same "
-            "theta, w, samples, shares and algorithm as in the run that it is from"
+            "the state does not belong to this problem and algorithm: pass the same theta, w, samples, shares and "
+            f"algorithm as in the run that returned it; got the structure, shapes and dtypes {got}, expected {wanted}"
         )

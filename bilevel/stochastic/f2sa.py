@@ -19,8 +19,8 @@ PENALTY = Power(10.0, -1 / 7)
 class F2SA:
     """Fully first-order stochastic approximation: no second derivatives, and no adjoint.
 
-    G is the inner objective, and outer the outer function. Two sequences have warm starts of their own: y follows the
-    minimum of G, and z that of outer + λG. In each step both take ``inner_steps`` steps
+    G is the inner objective, and outer the outer function. The sequence y follows the minimum of G, and the sequence z
+    follows that of outer + λG. In each step both start from their last values and take ``inner_steps`` steps
 
         y ← y − ρ ∇G(y),        z ← z − ρ(∇G(z) + ∇outer(z)/λ),
 
@@ -31,7 +31,7 @@ class F2SA:
     Args:
         inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`. The paper lets it fall
             with the exponent 4/7.
-        outer_rate: γ, likewise, or an optax transformation. The paper lets it fall with the exponent 5/7.
+        outer_rate: γ, as for ``inner_rate``, or an optax transformation. The paper lets it fall with the exponent 5/7.
         penalty: λ > 0, a :data:`Rate`. It grows as t^(1/7) in the paper; a number keeps it constant.
         inner_steps: steps of y and z for each step of θ.
         inner_batch: as for :class:`SOBA`.
@@ -39,7 +39,7 @@ class F2SA:
         sampling: as for :class:`SOBA`.
 
     Source: Kwon, Kwon, Wright, Nowak (2023), A fully first-order method for stochastic bilevel optimization,
-    algorithm 1; its step size of z is ρ/λ here.
+    algorithm 1, with ρ/λ as the step size of z.
     """
 
     inner_rate: Rate | None = None

@@ -17,9 +17,10 @@ from bilevel.types import PyTree
 
 
 class Record(NamedTuple):
-    """One evaluation: the step, what ``evaluate`` returned, and the norms of the directions; the host adds the status.
+    """One evaluation: the step, what ``evaluate`` returned, the norms of the directions, and the status.
 
-    ``evaluations`` is None without ``evaluate``, and ``norms`` is () without ``measure``.
+    ``evaluations`` is None without ``evaluate``, and ``norms`` is () without ``measure``. The compiled program leaves
+    the status out, and the host adds it.
     """
 
     step: Any
@@ -84,7 +85,7 @@ def make_plan(
 
 @partial(jax.jit, static_argnames="plan")
 def start(state: State, inner: PyTree, outer: PyTree, numbers: list[float], plan: Plan) -> State:
-    """Return the first state of a run: the given one with what the algorithm keeps."""
+    """Return ``state`` with the memory and the tables that the algorithm's ``init`` makes."""
     algorithm, placement = plan.algorithm(numbers), plan.placement
 
     def init(state, inner, outer):
@@ -100,7 +101,10 @@ def start(state: State, inner: PyTree, outer: PyTree, numbers: list[float], plan
 def advance(
     state: State, tables: PyTree, inner: PyTree, outer: PyTree, numbers: list[float], count: int, *, plan: Plan
 ) -> tuple[State, tuple[Record, jax.Array]]:
-    """Take ``count`` steps, and evaluate. ``state`` is not donated: it is kept as the last sound one."""
+    """Take ``count`` steps, and evaluate.
+
+    The buffers of ``tables`` are donated. Those of ``state`` are not, because the driver keeps the last sound state.
+    """
     placement = plan.placement
 
     def run(state, tables, inner, outer, numbers, count):
@@ -126,7 +130,7 @@ def advance(
 
 
 def _draws(state, oracle, algorithm, steps):
-    """Return the batches of the next steps, ``[steps, draws]``."""
+    """Return the numbers of the batches of the next steps, ``[steps, draws]``."""
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     share = jax.lax.axis_index(oracle.axes) if oracle.axes else 0
     step = state.step.astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)

@@ -13,10 +13,10 @@ def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None
     """Raise ValueError if tables with one row like ``inner`` and ``outer`` for each batch are above the limit.
 
     Args:
-        oracle: has the numbers of batches.
+        oracle: its samples say how many inner and outer batches there are.
         inner: the terms of an inner batch.
         outer: the terms of an outer batch.
-        limit: bytes; None for half of what the device has left.
+        limit: bytes; None for half of :func:`available`.
     """
     rows = oracle.inner_samples.batches, oracle.outer_samples.batches
     sizes = _bytes(inner), _bytes(outer)
@@ -32,12 +32,12 @@ def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None
 
 
 def available() -> int:
-    """Return the bytes that the first device has left, or those of the machine for a device that does not tell."""
+    """Return the free bytes of the first local device, or of the machine if the device does not report them."""
     statistics: Any = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     try:
-        with open("/proc/meminfo") as lines:  # counts the pages that the system can free
+        with open("/proc/meminfo") as lines:  # MemAvailable includes the pages that the system can free
             found = dict(line.split(":") for line in lines)
         return 1024 * int(found["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):

@@ -1,7 +1,7 @@
 """The placement of the samples: on one device, or one share of them on each device of a mesh.
 
-A step is written once, for one share, and averages its directions over the shares. On one device with one share it runs
-as it is. On one device that is told of more shares it runs under ``jax.vmap``, and on a mesh under ``jax.shard_map``.
+A step is written once, for one share, and averages its directions over the shares. With one share on one device it runs
+as it is. With several shares on one device it runs under ``jax.vmap``, and on a mesh under ``jax.shard_map``.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Placement:
         """Return a function that runs ``function`` on every share.
 
         Args:
-            function: takes and returns pytrees. A leaf that is divided has a leading axis of shares outside.
+            function: takes and returns pytrees. Outside of ``function``, a divided leaf has a leading axis of shares.
             shared: one letter for each argument: "s" for one that all shares have, "d" for one that is divided.
             returned: one letter for each result.
         """
@@ -104,13 +104,14 @@ def place(inner: PyTree, outer: PyTree, shares: int | None) -> Placement:
     """Return how the samples are divided.
 
     Raises:
-        ValueError: if the samples cannot be divided into as many shares, or lie on different meshes.
+        ValueError: if the samples cannot be divided into ``shares`` equal parts, lie on different meshes, or lie on a
+            mesh with another number of devices than ``shares``.
     """
     found = {_mesh_axes(leaf) for leaf in jax.tree.leaves((inner, outer))}
     if len(found) != 1:
         raise ValueError(
-            f"all leaves of the inner and the outer samples must be sharded alike over their leading axis, got "
-            f"{found}: put all of them with the same NamedSharding"
+            f"all leaves of the inner and the outer samples must be sharded alike over their leading axis, got the "
+            f"meshes and axes {found}: put all of them with the same NamedSharding"
         )
     mesh, axes = found.pop()
     devices = int(np.prod([mesh.shape[axis] for axis in axes])) if mesh is not None else 1

@@ -1,11 +1,11 @@
 """The protocol of a stochastic algorithm: its state, the oracle that evaluates batches, and ``init`` and ``step``.
 
 F is the condition's residual on an inner batch, A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w and h = ∂outer/∂θ on an outer
-batch. Every algorithm moves w, the adjoint v and θ along estimates of
+batch. Every algorithm but F2SA moves w, the adjoint v and θ against estimates of
 
     D_w = F,        D_v = Aᵀv − g,        D_θ = h − Bᵀv.
 
-Where all three are zero over all samples, w is the inner solution, v the adjoint, and D_θ the hypergradient. The sign
+Where D_w and D_v over all samples are zero, w is the inner solution, v the adjoint, and D_θ the hypergradient. The sign
 of v is that of ``Hypergradient.linear.solution``.
 
 Source: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel optimization that enables stochastic and global
@@ -32,7 +32,7 @@ Class = TypeVar("Class")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The state of a run: a pytree of arrays, from which the run goes on to the bit.
+    """The state of a run: a pytree of arrays. A run that is continued from it has the same bits as one longer run.
 
     Attributes:
         step: the number of steps taken, t, an int32 scalar.
@@ -41,9 +41,9 @@ class State:
         w: the inner variables.
         adjoint: v, a pytree like w.
         optimizer: the state of an optax transformation; () for a rate.
-        memory: what the algorithm keeps between steps, any pytree, the same on every device.
+        memory: what the algorithm keeps between steps, any pytree, the same for every share of the samples.
         tables: what the algorithm keeps for each batch, any pytree. Outside of ``init`` and ``step`` its leaves have a
-            leading axis of shares, one for each device.
+            leading axis of shares.
     """
 
     step: jax.Array
@@ -123,14 +123,14 @@ def directions(inner: InnerTerms, outer: OuterTerms) -> Directions:
 class Oracle:
     """The problem on its samples, as ``init`` and ``step`` of an algorithm see it.
 
-    On more than one device each one has its own share of the samples. The terms of a batch are then those of this
-    device, and :meth:`average` makes the mean over the devices.
+    If the samples are divided into several shares, the oracle sees the samples of one share. The terms of a batch are
+    then those of this share, and :meth:`average` takes the mean over the shares.
 
     Attributes:
         problem: the condition and the outer function.
         inner_samples: the inner samples in batches.
         outer_samples: the outer samples in batches.
-        axes: the names of the axes over which the shares lie; () on one device.
+        axes: the names of the axes over which the shares lie; () for one share.
         project: the projection of θ onto a set, or None.
     """
 
@@ -153,13 +153,13 @@ class Oracle:
         return self.inner_samples.on_batch(lambda batch: self._objective_gradients(w, theta, batch), number)
 
     def full(self, w: PyTree, adjoint: PyTree, theta: PyTree) -> Directions:
-        """Return the directions over all samples of all devices. Its cost is that of n inner and m outer samples."""
+        """Return the directions over all samples of all shares, which evaluates each inner and each outer sample."""
         inner = self.inner_samples.mean(lambda batch: self._inner_terms(w, adjoint, theta, batch))
         outer = self.outer_samples.mean(lambda batch: self._outer_terms(w, theta, batch))
         return self.average(directions(inner, outer))
 
     def average(self, terms: PyTree) -> PyTree:
-        """Return the mean of a pytree over the devices. Leaves that are not floating point are kept."""
+        """Return the mean of a pytree over the shares. Leaves that are not floating point are kept."""
         if not self.axes:
             return terms
         return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, self.axes) if tree.is_floating(leaf) else leaf, terms)
@@ -198,17 +198,18 @@ class Oracle:
 
 
 def is_mean_over_samples(condition: Condition) -> bool:
-    """Return whether the residual on a batch is a mean over its samples.
+    """Return whether the residual on a batch is the mean of the residuals on its samples.
 
-    A projection or a proximal operator of a batch's step is not the mean of those of its samples.
+    It is not if the condition applies a projection or a proximal operator after the mean over the batch.
     """
     return not isinstance(condition, Projected | ProximalGradient)
 
 
 def register(*numbers: str) -> Callable[[type[Class]], type[Class]]:
-    """Return a decorator that registers a dataclass as a pytree whose leaves are the named fields.
+    """Return a decorator that registers a dataclass as a pytree whose children are the named fields.
 
-    A field with a number among them is an argument of the compiled program, and all other fields are constants of it.
+    Numbers in the named fields are arguments of the compiled program. A function in a named field, and every other
+    field, is a constant of the program.
     """
 
     def decorate(cls: type[Class]) -> type[Class]:
@@ -221,12 +222,12 @@ def register(*numbers: str) -> Callable[[type[Class]], type[Class]]:
 class Algorithm(Protocol):
     """A stochastic algorithm: settings, and two pure functions on a :class:`State`.
 
-    It is a frozen dataclass, so that it can be hashed: the same algorithm is compiled once. Register it with
-    ``jax.tree_util.register_dataclass`` and name the numbers among its fields as data, and the same holds for an
-    algorithm with other numbers.
+    It is a frozen dataclass, so that it can be hashed and equal algorithms are compiled once. If it is registered with
+    ``jax.tree_util.register_dataclass``, with its numbers as data fields, algorithms that differ only in these numbers
+    share one compiled program too.
 
     Example:
-        Move w and v on one batch, and θ on another one:
+        Move w and v on one inner batch, and θ on another one:
 
         >>> import bilevel as bl, jax.numpy as jnp
         >>> from dataclasses import dataclass, replace

@@ -34,7 +34,7 @@ class Power:
     exponent: float
 
     def __call__(self, step: jax.Array) -> jax.Array:
-        # A NumPy step, from a saved state, has no dtype conversion to JAX's default float by itself.
+        # The step of a saved state may be a NumPy scalar, whose arithmetic would be in NumPy's float64.
         count = jnp.asarray(step).astype(jnp.result_type(float)) + 1
         return self.rate / count**self.exponent
 

@@ -29,12 +29,12 @@ class SABA:
     after which the new term becomes row i. Near the solution the noise vanishes, so constant rates converge linearly on
     a strongly convex problem. All rows are zero at the beginning.
 
-    A rate that SOBA tolerates can be too large for SABA, where the Hessians of the batches differ much.
+    If the Hessians of the batches differ much, a rate that SOBA tolerates can be too large for SABA.
 
     Args:
         inner_rate: as for :class:`SOBA`; a constant rate is usual.
-        linear_rate: likewise.
-        outer_rate: likewise.
+        linear_rate: as for :class:`SOBA`; a constant rate is usual.
+        outer_rate: as for :class:`SOBA`; a constant rate is usual.
         inner_batch: samples in an inner batch. Larger batches have smaller tables.
         outer_batch: samples in an outer batch.
         sampling: as for :class:`SOBA`.
@@ -91,7 +91,7 @@ class Table(NamedTuple):
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
         mean: the mean of the rows, in which each batch counts with its share of the samples.
         waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
-        place: the number of its batch.
+        place: the number of the batch that ``waiting`` belongs to.
     """
 
     rows: PyTree

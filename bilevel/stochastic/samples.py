@@ -2,11 +2,10 @@
 
 The samples are divided into batches once: batch i holds the samples from i·b to (i + 1)·b − 1. A batch is therefore one
 contiguous slice, which XLA reads without a copy, and a table with one row for each batch has a fixed meaning. If the
-samples are ordered, for example by class, :func:`shuffle` them once before.
+samples are ordered, for example by class, call :func:`shuffle` on them once before.
 
 If the batch size b does not divide the number of samples n, the last batch is smaller. It is drawn less often, in
-proportion to its size. The mean of a batch is then an unbiased estimate of the mean over all samples, and no algorithm
-needs weights.
+proportion to its size. The mean over a drawn batch is then an unbiased estimate of the mean over all samples.
 
 The batch of a draw is a function of the key and the number of the draw. So a sampler has no state, a step costs the
 same for any number of samples, and a run that stops and goes on draws the same batches.
@@ -29,7 +28,7 @@ T = TypeVar("T")
 PASS = 4096
 """Samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not with the samples."""
 FEW = 16
-"""Up to so many batches, a random order is computed by ranks, because a Feistel network on few numbers is biased."""
+"""The largest number of batches whose random order is computed by ranks: a Feistel network on so few is biased."""
 ROUNDS = 12
 """Rounds of the Feistel network."""
 
@@ -141,14 +140,14 @@ class Samples:
 
 
 def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Return the batches of some draws.
+    """Return the numbers of the batches that belong to some draws.
 
     Args:
         samples: the batches.
         sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new random order of the batches in each
             epoch.
-        key: the sampler's key, of the kind threefry2x32.
-        numbers: the numbers of the draws, counted from the beginning of the run, int32 of any shape.
+        key: the sampler's key, of the implementation threefry2x32.
+        numbers: the numbers of the draws, counted from the beginning of the run, integers of any shape.
 
     Returns:
         The number of the batch for each draw, int32 of the shape of ``numbers``.
@@ -161,8 +160,8 @@ def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Arra
 
 
 def _with_replacement(samples, key, number):
-    # The batch of a uniformly drawn sample: a smaller last batch is drawn in proportion to its size. The remainder of a
-    # 32-bit number is uniform up to n/2³² of each probability.
+    # Draw a sample and return its batch, so that a smaller last batch is drawn in proportion to its size. The remainder
+    # of a 32-bit number is uniform up to a relative error of n/2³².
     return (_words(key, number)[0] % jnp.uint32(samples.size)).astype(jnp.int32) // samples.batch
 
 
@@ -171,11 +170,11 @@ def _without_replacement(samples, key, number):
     chosen = permuted(jax.random.fold_in(key, epoch), place, samples.batches)
     if not samples.rest:
         return chosen
-    # In an epoch every batch has one place. The place of the smaller last batch goes to a random full batch with the
-    # probability q, by which the last batch has rest/b times as many places as another one, in the mean.
+    # In an epoch every batch has one place. With the probability q, the place of the smaller last batch goes to a
+    # random full batch. The last batch then has, in expectation, rest/b times as many places as a full one.
     share, others = samples.rest / samples.batch, samples.batches - 1
     q = (1 - share) / (1 + share / others)
-    # The highest number is not an epoch, so its key is free for the coins.
+    # No epoch has the number 2³² − 1, so the key of this number is free for the coins.
     coin, full = _words(jax.random.fold_in(key, 2**32 - 1), number)
     replaced = (chosen == others) & (coin < jnp.uint32(q * 2**32))
     return jnp.where(replaced, (full % jnp.uint32(others)).astype(jnp.int32), chosen)
@@ -218,7 +217,7 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
 
 
 def _words(key, number):
-    """Return two random 32-bit numbers: the data of the key that belongs to a number."""
+    """Return two random 32-bit numbers: the data of ``key`` folded with ``number``."""
     return jax.random.key_data(jax.random.fold_in(key, number))
 
 

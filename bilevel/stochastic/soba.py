@@ -1,4 +1,4 @@
-"""SOBA and MA-SOBA: one fresh batch of each sum in a step."""
+"""SOBA and MA-SOBA: each step draws one inner and one outer batch."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -29,8 +29,8 @@ class SOBA:
 
     Args:
         inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`.
-        linear_rate: ρ′, likewise.
-        outer_rate: γ, likewise, or an optax transformation.
+        linear_rate: ρ′, as for ``inner_rate``.
+        outer_rate: γ, as for ``inner_rate``, or an optax transformation.
         inner_batch: samples in an inner batch.
         outer_batch: samples in an outer batch.
         sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new order of the batches in each epoch.
@@ -107,7 +107,7 @@ class MASOBA:
 
 
 def batch_directions(oracle: Oracle, state: State, draws: Draws) -> Directions:
-    """Return the directions on the first inner and the first outer batch of a step, the mean over the devices."""
+    """Return the directions on the first inner and the first outer batch of a step, averaged over the shares."""
     inner = oracle.inner(draws.inner[0], state.w, state.adjoint, state.theta)
     return oracle.average(directions(inner, oracle.outer(draws.outer[0], state.w, state.theta)))
 

@@ -18,19 +18,19 @@ from bilevel.stochastic.soba import move_inner
 class SRBA:
     """Stochastic recursive bilevel algorithm: directions over all samples, corrected by batches (SARAH).
 
-    Every q steps the three directions are computed over all samples. In the steps between, each is corrected by
+    Every q-th step computes the three directions over all samples. In the steps between, each direction is corrected by
 
         D ← D + (direction of a batch at the new point) − (direction of the same batch at the previous point).
 
-    A step costs twice as much as one of :class:`SOBA`, and every q-th step a pass over all samples. It has no tables.
-    Constant rates converge linearly on a strongly convex problem.
+    Such a step costs twice as much as one of :class:`SOBA`, and every q-th step costs a pass over all samples. The
+    algorithm has no tables. Constant rates converge linearly on a strongly convex problem.
 
     Args:
         inner_rate: as for :class:`SOBA`; a constant rate is usual.
-        linear_rate: likewise.
-        outer_rate: likewise.
-        period: q. By default half the number of inner and outer batches, so that the passes cost as many samples as
-            the steps between them.
+        linear_rate: as for :class:`SOBA`; a constant rate is usual.
+        outer_rate: as for :class:`SOBA`; a constant rate is usual.
+        period: q. By default the number of inner batches plus that of outer batches, divided by 2. The steps between
+            two passes then draw about as many samples as one pass.
         inner_batch: as for :class:`SOBA`.
         outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
@@ -69,7 +69,8 @@ class SRBA:
         def corrected():
             return tree.add(estimate, oracle.average(tree.subtract(on_batch(*point), on_batch(*previous))))
 
-        # The age is not the step modulo the period, because a run begins anew at a later step after a divergence.
+        # The age counts the steps since the last pass. It is not the step modulo the period, because after a divergence
+        # a run begins anew at a step that need not be a multiple of the period.
         moves = jax.lax.cond(age == 0, lambda: oracle.full(*point), corrected)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
         memory = point, moves, (age + 1) % period

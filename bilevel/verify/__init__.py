@@ -5,8 +5,8 @@
   they differ, it names the likely cause.
 - :func:`compare_methods` measures each method's error, time, memory and number of products with the inner Jacobian.
 
-The second and the third take the methods as arguments. The references share no gradient code with the methods, so a
-mistake in a method's gradient code cannot make its reference wrong too.
+:func:`check_hypergradient` and :func:`compare_methods` take methods as arguments. The references share no gradient code
+with the methods, so a mistake in a method's gradient code cannot make its reference wrong too.
 """
 
 from bilevel.verify.condition import Check, ConditionReport, check_condition

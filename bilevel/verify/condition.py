@@ -286,8 +286,8 @@ def _check_curvature(jacobian, condition, symmetric):
     if condition.positive_definite:
         found = f"declared positive definite, but ⟨u, Au⟩ = {figure(jacobian.low)}‖u‖² for some u: {found}"
     remedy = (
-        f"A is not positive definite, so CG does not apply and w is not a minimum: increase λ by more than "
-        f"{figure(-jacobian.low)}, solve the inner problem further, or use LU."
+        f"A is not positive definite, so CG does not apply and w is not a minimum: add a ridge of more than "
+        f"{figure(-jacobian.low)} to the inner problem (to λ of a Proximal), solve it further, or use LU."
     )
     return Check("curvature", False, found, remedy, jacobian.low)
 

@@ -1,4 +1,4 @@
-"""The compiled functions of a problem on flat float64 vectors, with the point (w, θ) at which they are checked."""
+"""The jitted functions of a problem on flat float64 vectors, with the point (w, θ) at which they are checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class LocalProblem:
 
     @staticmethod
     def at(problem: Problem, theta: PyTree, w: PyTree, data: PyTree) -> "LocalProblem":
-        """Compile the functions of ``problem``; call it within ``double_precision()``."""
+        """Prepare the jitted functions of ``problem``. Call it, and them, within ``double_precision()``."""
         theta, w, data = (as_double(part) for part in (theta, w, data))
         flat_w, flat_theta = flatten(w, "w"), flatten(theta, "theta")
 

@@ -54,7 +54,8 @@ class TheoremAtW:
         parts: A, Bd, g and h·d.
         adjoint: A⁻ᵀg.
         constant_diagonal: the diagonal part of A that needs no second derivative of the user's function: D⁻² for a
-            condition with a scaling D (λ, for ``Proximal``), 1 for a condition with a mapping; None for the others.
+            condition with a scaling D (λ, for ``Proximal``), 1 for a condition with a mapping; None for any other
+            condition.
         reported: the adjoint that the method reports, flat; None for a method that solves no linear system.
         residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖; None without ``reported``.
     """

@@ -56,7 +56,7 @@ class MethodComparison:
     """The result of :func:`compare_methods`; it prints as a table.
 
     Attributes:
-        methods: one report for each method, in their order.
+        methods: one report for each method, in the order of the argument ``methods``.
         reference: the reference of the errors, in words.
     """
 
