@@ -66,14 +66,14 @@ def run_solver(solver, options, condition, init, theta, data):
 
 
 def option_defaults(solver):
-    """Return the options of a solver class of jaxopt, given by itself or its name, with their default values."""
+    """Return the options of a jaxopt solver, a class or its name, with their default values."""
     return {name: parameter.default for name, parameter in inspect.signature(_solver_class(solver)).parameters.items()}
 
 
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
 _OF_DEFAULT_DTYPE = ("AndersonAcceleration", "LevenbergMarquardt")
-# Solvers whose condition is not wrapped in `_InOneDtype`. Those of quadratic programs get matrices that `_program` has
-# already cast, and BlockCoordinateDescent needs the objective's own class.
+# Solvers whose condition is not wrapped in `_InOneDtype`. The solvers of quadratic programs get matrices that
+# `_program` has already cast, and BlockCoordinateDescent needs the objective's own class.
 _OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDescent")
 
 

@@ -50,7 +50,7 @@ def polyhedron(x, hyperparams, tol=None):
 
 
 def _constraints(x, matrix, right):
-    """Return the rows, scaled to length 1, and the right-hand sides, scaled alike. A row of zeros is not scaled."""
+    """Return the rows and the right-hand sides, divided by the lengths of the rows. A row of zeros is not scaled."""
     if matrix is None:
         return jnp.zeros((0, x.size), x.dtype), jnp.zeros(0, x.dtype)
     matrix, right = jnp.asarray(matrix, jnp.result_type(matrix, x)), jnp.asarray(right)

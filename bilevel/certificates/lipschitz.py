@@ -1,4 +1,4 @@
-"""Lipschitz constants of a problem's derivatives, which a certified error bound needs, and those of linear models."""
+"""The Lipschitz constants that a certified error bound needs, and formulas for the constants of linear models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields

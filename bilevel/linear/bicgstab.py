@@ -54,8 +54,8 @@ def bicgstab(
 
     The residual is not monotone and may grow by orders of magnitude before it falls. The recursion stops at
     ‖r‖ ≤ tol·‖b‖ and at the limit of rounding. If a denominator is zero up to rounding, the recursion restarts from the
-    current residual. It has broken down if the first iteration after a start has such a denominator too and does not
-    lower the residual.
+    current residual. It has broken down if the first iteration after a start also has a denominator of zero and does
+    not lower the residual.
 
     Source: van der Vorst (1992).
     """

@@ -77,8 +77,8 @@ def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
         stretch: ‖A‖‖x‖ / ‖b‖, at most the condition number of A where Ax = b.
         eps: the machine epsilon.
 
-    A stretch above 1/√eps is no fault by itself, because an ill-conditioned A causes it. It is a fault if also the
-    residual, or the rounding errors eps·stretch, exceed a tenth of ‖b‖.
+    A stretch above 1/√eps alone is no fault, because an ill-conditioned A can cause it. It is a fault if the residual
+    or the rounding error eps·stretch is also above 0.1.
     """
     return (stretch > eps**-0.5) & ((residual > 0.1) | (eps * stretch > 0.1))
 
@@ -129,8 +129,9 @@ def report(
         iterations: the iterations taken, where they are known.
         norm: a lower bound of ‖A‖ from the solver's products. If it is given and ``tol`` is None, an x for which
             :func:`outgrown` is True has the status BREAKDOWN.
-        init: where the solver started; None for zero. Without ``tol``, its residual is computed too, at the cost of one
-            product. With ``needs_definite``, this is done only if the relative residual of x is 1 or more.
+        init: where the solver started; None for zero. Without ``tol``, the residual of this start is computed too, at
+            the cost of one product. With ``needs_definite``, this is done only if the relative residual of x is 1 or
+            more.
         failure: the status of a residual above ``tol``.
         breakdown: the status of an x that is not finite although A and b are.
         needs_definite: whether the algorithm requires a positive definite A. If ⟨x, Ax⟩ ≤ 0 up to rounding, the status

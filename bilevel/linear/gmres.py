@@ -65,7 +65,7 @@ def gmres(
         w = matvec(direction)
         length = tree.norm(direction)
         norm = jnp.maximum(cycle.norm, tree.norm(w) / tree.safe_divisor(length))
-        rounding = 10 * eps * norm * length  # a shorter product is noise, and so is its direction
+        rounding = 10 * eps * norm * length  # a vector shorter than this is rounding noise of the product
         column = jnp.zeros_like(cycle.rotated)
         for _ in range(2):  # the second pass removes the rounding errors of the first along the basis
             part = _dot(cycle.basis, w)

@@ -187,8 +187,8 @@ class GMRES:
 class BiCGStab:
     """Stabilised biconjugate gradients, for any regular operator.
 
-    Memory does not grow with the iterations. The recursion may break down, with status BREAKDOWN, where that of GMRES
-    does not. The residual can rise by orders of magnitude before it falls, which costs as many digits: in float32,
+    Memory does not grow with the iterations. The recursion may break down, with status BREAKDOWN, on a system that
+    GMRES solves. The residual can rise by orders of magnitude before it falls, which costs as many digits: in float32,
     prefer GMRES. The iterate with the smallest recursive residual is returned.
 
     Args:

@@ -80,8 +80,8 @@ def minimize(
         on_failure: what to do about a failed status. ``"raise"`` ends the loop at the first failed step, which changes
             nothing. ``"warn"`` warns once, with the number of failed steps and the first of them. ``"ignore"`` does
             nothing. A step with status NONFINITE changes nothing in any case: θ, the optimiser's state and the
-            starting points stay as they were. If θ or the data are traced, no status can be inspected, and each choice
-            acts as ``"ignore"``.
+            starting points stay as they were. In a loop that depends on traced arrays no status can be inspected, and
+            each choice acts as ``"ignore"``.
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
         state: the ``state`` of an earlier result. This call continues that loop, and its results are the same to the
             bit as those of one longer call. ``theta`` then gives only the structure, and ``init`` is used only without
@@ -97,7 +97,7 @@ def minimize(
 
     Raises:
         ValueError: for ``steps`` or ``every`` below one, an iterator without any batch, an unknown ``on_failure``, a
-            ``state`` that does not fit the other arguments, and ``stop`` with a traced θ or traced data.
+            ``state`` that does not fit the other arguments, and ``stop`` in a loop that depends on traced arrays.
         TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ
             whose arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; and for a
             leaf of θ, init or data that is not an array.

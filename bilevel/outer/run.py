@@ -71,8 +71,8 @@ class Run:
     def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
         """Take some steps and wait for them.
 
-        With constant data, one run of the compiled loop takes all of them. With an iterator, each run takes one step on
-        one batch, and the host dispatches the runs without waiting for their results.
+        With constant data, one run of the compiled loop takes all these steps. With an iterator, each run takes one
+        step on one batch, and the host dispatches the runs without waiting for their results.
 
         Raises:
             HypergradientError: for a failed step, if ``halt`` was set.

@@ -9,7 +9,7 @@ Where D_w and D_v over all samples are zero, w is the inner solution, v the adjo
 of v is that of ``Hypergradient.linear.solution``.
 
 Source: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel optimization that enables stochastic and global
-variance reduction algorithms; their v has the other sign.
+variance reduction algorithms. The v of the paper has the opposite sign.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ def descend(variables: PyTree, rate: jax.Array | float, direction: PyTree) -> Py
 
 
 def check_rate(name: str, rate: Any) -> None:
-    """Raise ValueError for a rate that is neither None, a number of 0 or more, a function nor a transformation."""
+    """Raise ValueError unless a rate is None, a finite number of 0 or more, a function, or an optax transformation."""
     if rate is None or callable(rate) or is_transformation(rate):
         return
     number = float(rate)

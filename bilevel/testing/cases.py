@@ -32,7 +32,7 @@ class Case:
     Attributes:
         recipe: the call that makes the case, as text.
         problem: the condition and the outer function. Cases of one family that have the same layouts share this object,
-            so that a program compiled for one case serves the others of the same shapes.
+            so that a program compiled for one case serves all other cases of the same shapes.
         theta: the outer variables, NumPy arrays of ``dtype``.
         init: an initial point for inner solvers.
         data: all numbers of the problem.

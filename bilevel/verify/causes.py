@@ -95,8 +95,8 @@ def _cause_of_wrong_w(run: MethodRun, explains) -> str:
 def _is_unfinished_linear_solve(run: MethodRun, theorem: TheoremAtW, explains) -> bool:
     """Return True if the gradient follows from the reported adjoint vector, and its reported residual is true.
 
-    The caller has already found that the exact adjoint vector does not explain the gradient. The remaining difference
-    is then that of the unfinished solve.
+    The caller has already found that the exact adjoint vector does not explain the gradient. The error then comes from
+    the unfinished solve.
     """
     return (
         theorem.reported is not None
