@@ -159,8 +159,8 @@ _SENTENCES = {
         "budget, or leave it out."
     ),
     Finding.OTHER_GRADIENT: (
-        "The gradient differs from h − Bᵀv of the adjoint vector v returned with it, so another formula or a mistake "
-        "made it. The figures hold for the gradient as it is."
+        "The gradient differs from h − Bᵀv with the adjoint vector v that was returned with it, so it comes from "
+        "another formula or from a mistake. The figures hold for the gradient as it is."
     ),
     Finding.ROUNDING: "The estimated error is below the rounding floor: the estimate was raised to that floor.",
 }

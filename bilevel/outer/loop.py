@@ -76,7 +76,7 @@ def minimize(
         callback: called after every ``every`` steps, and after the last one, with the number of the step, the θ at
             which it was taken, and its :class:`Hypergradient`. A callback after each step costs 50 to 100 µs a step. It
             may raise an exception to end the loop without a result; ``stop`` keeps the result. It is not called for a
-            step that raises.
+            step that raises. In a loop that depends on traced arrays it is called after each step, with tracers.
         on_failure: what to do about a failed status. ``"raise"`` ends the loop at the first failed step, which changes
             nothing. ``"warn"`` warns once, with the number of failed steps and the first of them. ``"ignore"`` does
             nothing. A step with status NONFINITE changes nothing in any case: θ, the optimiser's state and the

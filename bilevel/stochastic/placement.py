@@ -62,7 +62,7 @@ class Placement:
         return jax.tree.map(lambda leaf: leaf.reshape(self.shares, -1, *leaf.shape[1:]), samples)
 
     def put(self, values: PyTree) -> PyTree:
-        """Return arrays that every share has, where the compiled program expects them."""
+        """Return arrays that every share has, placed on the devices where the compiled program expects them."""
         if self.mesh is None:
             return tree.arrays(values)
         return _on_mesh(values, NamedSharding(self.mesh, PartitionSpec()))

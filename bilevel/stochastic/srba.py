@@ -51,7 +51,7 @@ class SRBA:
     exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
-        """Return the state with the first point, directions of zero, and no step since a pass over all samples."""
+        """Return the state with the first point, and with age 0, so that the first step computes all directions."""
         point = state.w, state.adjoint, state.theta
         zero = Directions(*jax.tree.map(jnp.zeros_like, point))
         return replace(state, memory=(point, zero, jnp.int32(0)))
@@ -69,8 +69,8 @@ class SRBA:
         def corrected():
             return tree.add(estimate, oracle.average(tree.subtract(on_batch(*point), on_batch(*previous))))
 
-        # The age counts the steps since the last pass. It is not the step modulo the period, because after a divergence
-        # a run begins anew at a step that need not be a multiple of the period.
+        # The age is the number of steps since the last pass, modulo the period. It is not the step modulo the period,
+        # because after a divergence a run begins anew at a step that need not be a multiple of the period.
         moves = jax.lax.cond(age == 0, lambda: oracle.full(*point), corrected)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
         memory = point, moves, (age + 1) % period

@@ -137,7 +137,8 @@ def check_hypergradient(
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
-        ValueError: for an unknown reference, for an empty ``against``, or for directions of another shape.
+        ValueError: for an unknown reference, for an empty ``against``, or for directions that do not have the shape
+            ``[m, entries of θ]``.
         TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
             array.
 

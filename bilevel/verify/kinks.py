@@ -21,7 +21,7 @@ def scale_of(local: LocalProblem) -> float:
 def nearest_kink(local: LocalProblem) -> float:
     """Return the smallest distance within which F, or a derivative of F or outer, jumps; infinite if none is found.
 
-    Two random lines through (w, θ) are searched. The values at equal distances before and behind the point are
+    Two random lines through (w, θ) are searched. The values at equal distances on both sides of the point are
     compared. For a smooth function their gap shrinks tenfold from one distance to the next; for a jump it does not.
     The result is relative to :func:`scale_of`.
     """
