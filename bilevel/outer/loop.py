@@ -76,7 +76,8 @@ def minimize(
         callback: called after every ``every`` steps, and after the last one, with the number of the step, the θ at
             which it was taken, and its :class:`Hypergradient`. A callback after each step costs 50 to 100 µs a step. It
             may raise an exception to end the loop without a result; ``stop`` keeps the result. It is not called for a
-            step that raises. In a loop that depends on traced arrays it is called after each step, with tracers.
+            step that raises. In a loop that depends on traced arrays it is called with tracers, and the
+            steps are counted from 0 if ``state`` is traced.
         on_failure: what to do about a failed status. ``"raise"`` ends the loop at the first failed step, which changes
             nothing. ``"warn"`` warns once, with the number of failed steps and the first of them. ``"ignore"`` does
             nothing. A step with status NONFINITE changes nothing in any case: θ, the optimiser's state and the
@@ -145,7 +146,7 @@ def minimize(
     batches = itertools.islice(itertools.chain([first], batches), steps)
     run = Run(setup, state, cold_start, first, on_failure == "raise", constant, callback is not None)
     if run.is_traced:
-        return run_under_trace(setup, state, cold_start, batches, callback, stop)
+        return run_under_trace(setup, state, cold_start, batches, steps, callback, stop, every)
     bar, last, seen, ended = Bar(steps, progress), run.number + steps, run.number, None
     watched = callback is not None or stop is not None
     while ended is None:

@@ -158,25 +158,32 @@ def run_under_trace(
     state: OuterState,
     start: PyTree,
     batches: Iterator[PyTree],
+    steps: int,
     callback: Callable[[int, PyTree, Hypergradient], None] | None,
     stop: Callable[[StepRecord], bool] | None,
+    every: int,
 ) -> Minimum:
     """Take the steps inside of a transformation, such as ``jit`` or ``vmap``, where no status can be inspected."""
     if stop is not None:
         raise ValueError("minimize cannot evaluate stop inside of a JAX transformation: call it with concrete values")
     # This loop may capture a tracer of the surrounding transformation, so it is not cached for later calls.
-    step, records, solves_adjoint = CompiledLoop(setup, 1, False).step, [], False
-    for number, batch in enumerate(batches):
-        after, record, out = step(state, start, batch, False)
-        if callback is not None:
-            callback(number, state.theta, out)
-        state, solves_adjoint = after, out.linear is not None
+    step, records = CompiledLoop(setup, 1, False).step, []
+    number, theta, out = 0 if tree.is_traced(state.step) else int(state.step), state.theta, None
+    for batch in batches:
+        theta = state.theta
+        state, record, out = step(state, start, batch, False)
         records.append(record)
+        number += 1
+        if callback is not None and number % every == 0:
+            callback(number - 1, theta, out)
+    assert out is not None  # the caller saw the first batch
+    if callback is not None and number % every != 0:
+        callback(number - 1, theta, out)
     history = jax.tree.map(lambda *entries: jnp.stack(entries), *records)
-    if not solves_adjoint:
+    if out.linear is None:
         with jax.debug_nans(False):
             history = replace(history, linear_residual=jnp.full_like(history.linear_residual, jnp.nan))
-    return Minimum(state.theta, state.w, history, state, "steps")
+    return Minimum(state.theta, state.w, history, state, "steps" if len(records) == steps else "data")
 
 
 def owned(batch: PyTree) -> PyTree:

@@ -149,6 +149,7 @@ def minimize(
     inner, outer = tree.arrays(inner, "inner"), tree.arrays(outer, "outer")
     _check(problem, inner, outer, algorithm, steps, evaluate_every)
     placement = place(inner, outer, shares)
+    _check_batches(problem, inner, algorithm, placement)
     theta = tree.strongly_typed(outer_variables(theta))
     w = tree.strongly_typed(starting_point(w, theta, None))
     theta, w = placement.put(theta), placement.put(w)
@@ -230,11 +231,17 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
             f"{type(algorithm).__name__} needs an inner objective, and {type(condition).__name__} has none that alone "
             "determines the inner solution: use SOBA, MASOBA, SABA, SRBA or AmIGO, which need the residual only"
         )
-    if not is_mean_over_samples(condition) and algorithm.inner_batch < count_samples(inner, "inner"):
+
+
+def _check_batches(problem, inner, algorithm, placement):
+    """Raise ValueError for batches or shares of a condition that needs all samples at once."""
+    if is_mean_over_samples(problem.condition):
+        return
+    if placement.shares > 1 or algorithm.inner_batch < count_samples(inner, "inner"):
         raise ValueError(
-            f"the residual of {type(condition).__name__} is not a mean over samples, because its projection or "
-            "proximal operator is applied after the mean: set inner_batch to the number of inner samples, or use "
-            "bl.minimize"
+            f"the residual of {type(problem.condition).__name__} is not a mean over samples, because its projection or "
+            "proximal operator is applied after the mean: set inner_batch to the number of inner samples and use one "
+            "share on one device, or use bl.minimize"
         )
 
 

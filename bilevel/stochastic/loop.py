@@ -59,7 +59,8 @@ class Plan:
                 (inner, outer), self.sizes, (algorithm.inner_batch, algorithm.outer_batch), strict=True
             )
         )
-        return Oracle(self.problem, inner_samples, outer_samples, self.placement.axes, self.project)
+        placement = self.placement
+        return Oracle(self.problem, inner_samples, outer_samples, placement.axes, self.project, placement.neighbours)
 
 
 def make_plan(

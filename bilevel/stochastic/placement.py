@@ -32,6 +32,14 @@ class Placement:
     axes: tuple[str, ...]
     mesh: Any
 
+    @property
+    def neighbours(self) -> int:
+        """The number of shares in the memory of the first local device."""
+        if self.mesh is None:
+            return self.shares
+        # The devices of a CPU have the memory of the machine in common.
+        return len(self.mesh.local_devices) if jax.local_devices()[0].platform == "cpu" else 1
+
     def over_shares(self, function: Callable[..., Any], shared: str, returned: str) -> Callable[..., Any]:
         """Return a function that runs ``function`` on every share.
 

@@ -59,7 +59,15 @@ def descend(variables: PyTree, rate: jax.Array | float, direction: PyTree) -> Py
 
 
 def check_rate(name: str, rate: Any) -> None:
-    """Raise ValueError unless a rate is None, a finite number of 0 or more, a function, or an optax transformation."""
+    """Raise ValueError unless a rate is None, a finite number of 0 or more, or a function.
+
+    The outer rate may also be an optax transformation.
+    """
+    if is_transformation(rate) and name != "outer_rate":
+        raise ValueError(
+            f"{name} must be a number, a function of the step, or None, got an optax transformation: only outer_rate "
+            "may be one"
+        )
     if rate is None or callable(rate) or is_transformation(rate):
         return
     number = float(rate)

@@ -468,6 +468,24 @@ def test_the_end_of_an_iterator_ends_the_loop_with_a_last_callback():
     assert seen == [3, 5] and out.ended == "data" and not out.stopped and int(out.state.step) == 6
 
 
+@pytest.mark.slow("traces outer loops step by step")
+def test_callbacks_and_the_end_are_the_same_under_a_trace():
+    seen, ended = [], []
+    state = run(bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1)), 6).state
+
+    def loops(target):
+        for steps in (7, 8):
+            options = {"every": 4, "callback": lambda step, theta, out: seen.append(step), "state": state}
+            data = itertools.repeat(target, 7)
+            out = run(bl.GradientDescent(0.3, 2), bl.Implicit(bl.CG(1)), steps, data=data, **options)
+            ended.append(out.ended)
+
+    loops(TARGET)
+    jax.eval_shape(loops, TARGET)
+    assert seen == [7, 11, 12] * 4
+    assert ended == ["steps", "data"] * 2
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

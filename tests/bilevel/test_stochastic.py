@@ -350,6 +350,14 @@ def test_the_tables_are_told_in_bytes_before_they_are_made():
         run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed - 1), 1)
 
 
+def test_the_tables_of_all_shares_have_to_fit():
+    needed = 2 * (4 * 8 * 11 + 4 * 8 * 7)  # each share has 24 inner and 20 outer samples
+    algorithm = SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=6, memory_limit=needed)
+    run(algorithm, 1, shares=2)
+    with pytest.raises(ValueError, match=rf"need {needed:,} bytes"):
+        run(replace(algorithm, memory_limit=needed - 1), 1, shares=2)
+
+
 def test_a_table_is_updated_in_place(monkeypatch):
     calls = []
 
@@ -535,7 +543,12 @@ def test_conditions_that_are_refused():
     projected = bl.Problem(bl.Projected(inner_objective, lambda w, theta, data: jnp.maximum(w, 0.0)), outer_objective)
     with pytest.raises(ValueError, match="Projected is not a mean over samples"):
         run(ALGORITHMS["SOBA"], problem=projected)
-    found = run(replace(ALGORITHMS["SOBA"], inner_batch=48), 500, problem=projected)
+    whole = replace(ALGORITHMS["SOBA"], inner_batch=48)
+    with pytest.raises(ValueError, match="use one share on one device"):
+        run(whole, problem=projected, shares=2)
+    with pytest.raises(ValueError, match="only outer_rate may be one"):
+        run(replace(whole, inner_rate=optax.sgd(0.1)))
+    found = run(whole, 500, problem=projected)
     assert found.w.min() > -0.01  # the residual w − P(…) leads w into the set
 
 
