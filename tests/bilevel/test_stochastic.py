@@ -1,6 +1,7 @@
 """The stochastic algorithms: one contract for all, closed forms, samplers, divergence, and shares over devices."""
 
 import pickle
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -23,6 +24,13 @@ from bilevel.stochastic.samples import Samples, draw, permuted
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests'}",
+    "PATH": "",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+}
+"""The environment of a process that imports this file."""
 ALGORITHMS = {
     "SOBA": SOBA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8),
     "MASOBA": MASOBA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8),
@@ -189,6 +197,49 @@ def test_two_devices_equal_one_that_is_told_of_two_shares(algorithm):
     assert_equal_to_the_bit(two.state, resumed.state)
 
 
+PROCESS = """
+import pickle, sys
+import jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import test_stochastic as t
+mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = t.NamedSharding(mesh, t.PartitionSpec("devices"))
+def spread(array):
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+data = t.Data(*jax.tree.map(spread, (t.DATA.inner, t.DATA.outer)))
+first = t.run(t.ALGORITHMS["SABA"], 20, data)
+found = t.run(t.ALGORITHMS["SABA"], 10, data, state=first.state, measure=True)
+arrays = [found.theta.addressable_data(0), found.w.addressable_data(0), found.history.gradient_norm]
+pickle.dump([t.np.asarray(array) for array in arrays], open(sys.argv[3], "wb"))
+"""
+
+
+@pytest.mark.slow("starts two processes, which compile an algorithm")
+def test_two_processes_equal_one_that_is_told_of_two_shares(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    files = [tmp_path / "0", tmp_path / "1"]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(k), str(file)], env=ENVIRONMENT)
+        for k, file in enumerate(files)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    first, second = (pickle.loads(file.read_bytes()) for file in files)
+    assert_equal_to_the_bit(first, second)
+    one = run(ALGORITHMS["SABA"], 10, shares=2, state=run(ALGORITHMS["SABA"], 20, shares=2).state, measure=True)
+    for ours, theirs in zip((one.theta, one.w, one.history.gradient_norm), first, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
 RESUME = """
 import pickle, sys
 import jax
@@ -206,11 +257,9 @@ def test_another_process_goes_on_to_the_bit(tmp_path):
     file = tmp_path / "states"
     saved = {name: jax.tree.map(np.asarray, run(algorithm, 10).state) for name, algorithm in ALGORITHMS.items()}
     file.write_bytes(pickle.dumps(saved))
-    path = f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests'}"
-    command = [sys.executable, "-c", RESUME, str(file)]
     subprocess.run(
-        command,
-        env={"PYTHONPATH": path, "PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+        [sys.executable, "-c", RESUME, str(file)],
+        env=ENVIRONMENT,
         check=True,
         timeout=300,
     )
