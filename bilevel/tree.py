@@ -25,8 +25,10 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Return ⟨a, b⟩ over all leaves, a scalar."""
     dtype = _accumulator(a)
     exact = partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
-    products = jax.tree.map(lambda x, y: exact(x.astype(dtype), y.astype(dtype)), a, b)
-    return functools.reduce(operator.add, jax.tree.leaves(products), jnp.zeros((), dtype))
+    # A class that checks its fields may refuse scalars in place of its arrays, so the leaves stay in a list.
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    products = [exact(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+    return functools.reduce(operator.add, products, jnp.zeros((), dtype))
 
 
 @jax.jit

@@ -45,8 +45,8 @@ def run_solver(solver, options, condition, init, theta, data):
     fields = option_defaults(cls)
     dtype = jnp.dtype(float) if name in _OF_DEFAULT_DTYPE else _common_dtype(init)
     if name not in _OF_ANY_DTYPE:
-        condition = _InOneDtype(condition, init, dtype)
-        init = jax.tree.map(lambda leaf: leaf.astype(dtype), init)
+        condition = _Converted(condition, init, dtype)
+        init = condition.packed(jax.tree.map(lambda leaf: leaf.astype(dtype), init))
     call = prepare(condition, init, theta, data)
     if clash := sorted(set(call.given) & set(options)):
         raise ValueError(f"the condition gives jaxopt's {name} its {', '.join(clash)}: leave it out of the options")
@@ -62,7 +62,9 @@ def run_solver(solver, options, condition, init, theta, data):
     counts = (getattr(state, name, None) for name in ("iter_num", "num_fun_eval"))
     steps = next((count for count in counts if count is not None), 0)
     budget, taken = getattr(solver, "maxiter", None), getattr(state, "iter_num", None)
-    return call.unpack(w), steps, False if budget is None or taken is None else taken < budget
+    w = call.unpack(w)
+    w = condition.unpacked(w) if isinstance(condition, _Converted) else w
+    return w, steps, False if budget is None or taken is None else taken < budget
 
 
 def option_defaults(solver):
@@ -72,7 +74,7 @@ def option_defaults(solver):
 
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
 _OF_DEFAULT_DTYPE = ("AndersonAcceleration", "LevenbergMarquardt")
-# Solvers whose condition is not wrapped in `_InOneDtype`. The solvers of quadratic programs get matrices that
+# Solvers whose condition is not wrapped in `_Converted`. The solvers of quadratic programs get matrices that
 # `_program` has already cast, and BlockCoordinateDescent needs the objective's own class.
 _OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDescent")
 
@@ -82,26 +84,49 @@ def _common_dtype(init):
     return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(init)), jnp.dtype("float32"))
 
 
-class _InOneDtype:
-    """A condition whose functions take and return one dtype. The user's functions still get w in its own dtypes.
+class _Converted:
+    """A condition whose functions take and return one dtype, and trees that jaxopt can work with.
 
-    Without this class, an objective with float64 data would return a float64 value for a float32 w. jaxopt's step size
-    would then change from float32 to float64 inside its loop, which JAX refuses.
+    The user's functions still get w as they declared it, in its own dtypes. An objective with float64 data would return
+    a float64 value for a float32 w. jaxopt's step size would then change from float32 to float64 inside its loop, which
+    JAX refuses.
+
+    jaxopt builds trees like w with scalars or stacked arrays as leaves. A class that checks the shapes of its fields
+    refuses them, so jaxopt gets the list of leaves in place of such a w.
     """
 
     def __init__(self, condition, init, dtype):
         self._condition, self._init, self._dtype = condition, init, dtype
+        self._structure = None if _takes_scalars(init) else jax.tree.structure(init)
+
+    def packed(self, w):
+        """Return w, or the list of its leaves if jaxopt cannot work with its class."""
+        return w if self._structure is None else jax.tree.leaves(w)
+
+    def unpacked(self, w):
+        """Return w from :meth:`packed`."""
+        return w if self._structure is None else jax.tree.unflatten(self._structure, w)
 
     def __getattr__(self, name):
         found = getattr(self._condition, name)
         if name not in ("potential", "objective", "residual", "residuals", "mapping", "projection", "prox"):
             return found
 
-        def in_one_dtype(w, *arguments):
-            value = found(tree.like(w, self._init), *arguments)
+        def converted(w, *arguments):
+            value = found(tree.like(self.unpacked(w), self._init), *arguments)
+            value = self.packed(value) if name in ("residual", "mapping", "projection", "prox") else value
             return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self._dtype), value)
 
-        return in_one_dtype
+        return converted
+
+
+def _takes_scalars(w):
+    """Return whether a tree like w may hold scalars as leaves."""
+    try:
+        jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), w)
+    except Exception:  # a class may raise any error about its fields
+        return False
+    return True
 
 
 def _check_concrete(name, values):
@@ -171,14 +196,20 @@ def _from_function(function, argument="fun", **defaults):
     return prepare
 
 
-def _from_residuals(argument, **defaults):
-    """Return the adapter of a solver of least squares, which takes and returns vectors."""
+def _from_residuals(argument, function="residuals", **defaults):
+    """Return the adapter of a solver of least squares, which takes and returns vectors.
+
+    Args:
+        argument: the name of the function in the solver's constructor.
+        function: the name of the condition's method.
+        defaults: options that the user's options override.
+    """
 
     def prepare(condition, init, theta, data):
         start, unravel = ravel_pytree(init)
 
         def residuals(x, theta, data):
-            return ravel_pytree(condition.residuals(unravel(x), theta, data))[0]
+            return ravel_pytree(getattr(condition, function)(unravel(x), theta, data))[0]
 
         return _Call({argument: residuals}, (theta, data), start, unravel, defaults)
 
@@ -381,8 +412,7 @@ _ADAPTERS = {
     },
     "residual": {
         "Broyden": _from_function("residual"),
-        "LevenbergMarquardt": _from_function("residual", "residual_fun"),
-        "GaussNewton": _from_function("residual", "residual_fun"),
+        **dict.fromkeys(("LevenbergMarquardt", "GaussNewton"), _from_residuals("residual_fun", "residual")),
         "Bisection": _bisection,
         "ScipyRootFinding": _from_function("residual", "optimality_fun", method="hybr"),
         "ScipyLeastSquares": _from_function("residual", method="trf"),

@@ -52,7 +52,7 @@ class LU:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         del init  # a factorisation needs no start
-        return _factorise("LU", _lu, self.ridge, matvec, b, Status.SINGULAR)
+        return _factorise("LU", lu, self.ridge, matvec, b, Status.SINGULAR)
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,50 @@ def _factorise(
     solve, solve_transposed = factorise(matrix)
     solution = solve(flat)
     x = tree.like(unravel(solution), b)
+    info = report_direct(operator, b_scaled, x, matrix, solution, solve, solve_transposed, breakdown)
+    return denormalise(size, info)
+
+
+def report_direct(
+    operator: MatVec,
+    b: PyTree,
+    x: PyTree,
+    matrix: jax.Array,
+    solution: jax.Array,
+    solve: MatVec,
+    solve_transposed: MatVec,
+    breakdown: Status,
+    needs_regular: bool = True,
+) -> LinearInfo:
+    """Return the :class:`LinearInfo` of a direct solve, judged by its backward error and the condition number.
+
+    Args:
+        operator: A.
+        b: the right-hand side.
+        x: the computed solution.
+        matrix: A as a matrix.
+        solution: x as a vector in the dtype of the matrix.
+        solve: the function v ↦ A⁻¹v of a factorisation, for the estimate of the condition number.
+        solve_transposed: v ↦ A⁻ᵀv.
+        breakdown: the status of an x that is not finite although A and b are.
+        needs_regular: whether the algorithm requires a regular A, so that a singular one is SINGULAR.
+    """
     matrix, solution = jax.lax.stop_gradient((matrix, solution))
     norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=0), initial=0)
-    rcond = jax.lax.stop_gradient(1 / tree.safe_divisor(norm * _norm_of_inverse(solve, solve_transposed, flat)))
+    rcond = jax.lax.stop_gradient(1 / tree.safe_divisor(norm * _norm_of_inverse(solve, solve_transposed, solution)))
     rcond = jnp.where((norm > 0) & jnp.isfinite(rcond), rcond, jnp.zeros_like(rcond))
-    info = diagnosis.report(operator, b_scaled, x, tol=None, breakdown=breakdown)
+    info = diagnosis.report(operator, b, x, tol=None, breakdown=breakdown)
     # Numerator and denominator of the backward error are divided by ‖b‖. Up to rounding and the choice of norms,
     # ‖A‖‖x‖ / ‖b‖ lies between 1 and the condition number, so that it neither under- nor overflows.
-    growth = tree.norm(solution) / tree.safe_divisor(tree.norm(flat))
+    growth = tree.norm(solution) / tree.safe_divisor(tree.norm(b))
     backward = info.relative_residual / (1 + norm * growth)
     eps = tree.eps(b)
     status = jnp.where(rcond < eps**0.5, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.CONVERGED))
     status = jnp.where(backward <= eps**0.5, status, jnp.int32(Status.BREAKDOWN))
-    status = jnp.where((rcond < eps) & jnp.isfinite(tree.norm(solution)), jnp.int32(Status.SINGULAR), status)
+    if needs_regular:
+        status = jnp.where((rcond < eps) & jnp.isfinite(tree.norm(solution)), jnp.int32(Status.SINGULAR), status)
     status = jnp.where(info.status >= int(breakdown), info.status, status)
-    return denormalise(size, replace(info, status=status, rcond=rcond))
+    return replace(info, status=status, rcond=rcond)
 
 
 def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -> jax.Array:
@@ -139,7 +168,8 @@ def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -
     return jnp.max(jnp.stack(found))
 
 
-def _lu(matrix: jax.Array) -> tuple[MatVec, MatVec]:
+def lu(matrix: jax.Array) -> tuple[MatVec, MatVec]:
+    """Return v ↦ A⁻¹v and v ↦ A⁻ᵀv by an LU factorisation of a matrix."""
     if matrix.size == 1:  # under vmap, LAPACK would factorise the matrices of a batch one after another
 
         def divide(v: jax.Array) -> jax.Array:

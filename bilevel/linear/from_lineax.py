@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from bilevel import tree
+from bilevel import spectrum, tree
 from bilevel.linear import diagnosis
+from bilevel.linear.dense import lu, report_direct
 from bilevel.linear.system import check_not_negative, denormalise, in_accumulation_dtype, normalise, square
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
@@ -28,9 +29,11 @@ class Lineax:
       them, and MAX_STEPS otherwise.
     - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
       otherwise. If Lineax reports a STAGNATION or a BREAKDOWN that is a worse status, the status is the reported one.
-    - LU, QR, SVD, Cholesky, AutoLinearSolver: CONVERGED if the residual is at most ``tol``, which is √eps by default,
-      and BREAKDOWN otherwise. If x is not finite, as after a division by zero, the status is SINGULAR. Only this
-      library's own :class:`LU` and :class:`Cholesky` estimate the condition number.
+    - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
+      of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver unless it is
+      ``well_posed=True``, find the shortest solution of a singular system, so their status is not SINGULAR for it.
+    - The same solvers with ``tol``: CONVERGED if the residual is at most ``tol``, and BREAKDOWN otherwise. If x is not
+      finite, as after a division by zero, the status is SINGULAR.
     - CG and Cholesky: NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0, or if x is not finite.
 
     ``LinearInfo.iterations`` is the number of steps that Lineax counts; for GMRES they are cycles of ``restart``
@@ -89,12 +92,18 @@ class Lineax:
             return denormalise(size, diagnosis.report(operator, b_scaled, b_scaled, tol=0.0))
         start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
         wide = in_accumulation_dtype(operator, b)
-        x, steps, failure = _solve(
-            self.solver, lambda v: ravel_pytree(wide(unravel(v)))[0], flat, start, definite=self.needs_symmetry
-        )
-        x = tree.like(unravel(x), b)
-        is_direct = steps is None
-        tol = tree.eps(b) ** 0.5 if self.tol is None and is_direct else self.tol
+
+        def flattened(v: jax.Array) -> jax.Array:
+            return ravel_pytree(wide(unravel(v)))[0]
+
+        solution, steps, failure = _solve(self.solver, flattened, flat, start, definite=self.needs_symmetry)
+        x, tol, is_direct = tree.like(unravel(solution), b), self.tol, steps is None
+        if is_direct and tol is None:
+            matrix = spectrum.matrix(flattened, flat)
+            info = report_direct(
+                operator, b_scaled, x, matrix, solution, *lu(matrix), self._breakdown(True), self._needs_regular
+            )
+            return denormalise(size, info)
         info = diagnosis.report(
             operator,
             b_scaled,
@@ -110,6 +119,13 @@ class Lineax:
             failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
             info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
         return denormalise(size, info)
+
+    @property
+    def _needs_regular(self) -> bool:
+        """False for the solvers that find the shortest solution of a singular system."""
+        lineax = _import_lineax()
+        finds_shortest = isinstance(self.solver, lineax.AutoLinearSolver) and self.solver.well_posed is not True
+        return not (finds_shortest or isinstance(self.solver, lineax.SVD))
 
     def _breakdown(self, is_direct: bool) -> Status:
         """Return the status of an x that is not finite although A and b are finite."""

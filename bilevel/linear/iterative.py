@@ -241,11 +241,22 @@ def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | Non
     start = None if init is None else tree.widened(init_scaled)
     # On a singular system the recursive residual stays near eps, while x moves along the null space.
     tol, preconditioner = max(recursive_tol(solver.tol, b), 4 * tree.eps(b)), _preconditioner(solver, b)
+    # jaxopt builds trees of scalars, which a class that checks its fields may refuse, so it gets the leaves.
+    structure = jax.tree.structure(b)
+
+    def on_leaves(function: MatVec) -> MatVec:
+        return lambda leaves: jax.tree.leaves(function(jax.tree.unflatten(structure, leaves)))
+
     with jax.numpy_dtype_promotion("standard"):
-        x = library.solve_cg(
-            wide, tree.widened(b_scaled), init=start, tol=tol, maxiter=solver.max_steps, M=preconditioner
+        leaves = library.solve_cg(
+            on_leaves(wide),
+            jax.tree.leaves(tree.widened(b_scaled)),
+            init=None if start is None else jax.tree.leaves(start),
+            tol=tol,
+            maxiter=solver.max_steps,
+            M=None if preconditioner is None else on_leaves(preconditioner),
         )
-    x = tree.like(x, b)
+    x = tree.like(jax.tree.unflatten(structure, leaves), b)
     breakdown = Status.NEGATIVE_CURVATURE
     info = diagnosis.report(
         operator, b_scaled, x, solver.tol, init=init_scaled, breakdown=breakdown, needs_definite=True

@@ -57,14 +57,18 @@ class Nystrom:
         size, b_scaled, _ = normalise(b)
         flat, unravel = ravel_pytree(tree.widened(b_scaled))
         wide = in_accumulation_dtype(square("Nystrom", matvec, 0.0, b), b)
-        # Without unknowns there is no random basis.
-        x = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b)) if flat.size else flat
+        x, norm = flat, None
+        if flat.size:  # without unknowns there is no random basis
+            x, norm = self._woodbury(lambda v: ravel_pytree(wide(unravel(v)))[0], flat, tree.eps(b))
         x = tree.like(unravel(x), b)
         operator = square("Nystrom", matvec, self.ridge, b)
-        info = diagnosis.report(operator, b_scaled, x, self.tol)
+        info = diagnosis.report(operator, b_scaled, x, self.tol, norm=norm)
         return denormalise(size, info)
 
-    def _woodbury(self, matvec: Callable[[jax.Array], jax.Array], b: jax.Array, eps: float) -> jax.Array:
+    def _woodbury(
+        self, matvec: Callable[[jax.Array], jax.Array], b: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return x, and the norm of the longest product with A, a lower bound of ‖A‖."""
         normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
         sketch, _ = jnp.linalg.qr(normal)
         columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
@@ -77,4 +81,5 @@ class Nystrom:
         root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), jnp.zeros_like(values))
         factor = columns @ (vectors * root[None, :])  # H_r = factor·factorᵀ
         inner = self.ridge * jnp.eye(factor.shape[1], dtype=b.dtype) + factor.T @ factor
-        return (b - factor @ jnp.linalg.solve(inner, factor.T @ b)) / self.ridge
+        x = (b - factor @ jnp.linalg.solve(inner, factor.T @ b)) / self.ridge
+        return x, jax.lax.stop_gradient(jnp.max(jnp.linalg.norm(columns, axis=0)))

@@ -84,10 +84,23 @@ def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta
 
 
 def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
-    """Return the outer function in the form that returns ``(value, aux)``; aux is None without ``has_aux``."""
-    if problem.has_aux:
-        return problem.outer
-    return lambda w, theta, data: (problem.outer(w, theta, data), None)
+    """Return the outer function in the form that returns ``(value, aux)``; aux is None without ``has_aux``.
+
+    Raises:
+        TypeError: when called, if the outer function returns another form than ``has_aux`` says.
+    """
+
+    def outer(w: PyTree, theta: PyTree, data: PyTree) -> tuple[jax.Array, PyTree]:
+        found = problem.outer(w, theta, data)
+        is_pair = isinstance(found, tuple) and len(found) == 2
+        if problem.has_aux and not is_pair:
+            raise TypeError(f"outer with has_aux=True returns (value, aux), got {type(found).__name__}: return a pair")
+        if isinstance(found, tuple) and not problem.has_aux:
+            raise TypeError(f"outer returns a scalar, got a tuple of {len(found)}: for (value, aux) say has_aux=True")
+        value, aux = found if problem.has_aux else (found, None)
+        return jnp.asarray(value), aux  # an outer function that ignores w may return a Python number
+
+    return outer
 
 
 def outer_derivatives(

@@ -130,7 +130,7 @@ class LevenbergMarquardt:
             del residual
             x, r, damping, growth = state
             jacobian = _jacobian(residuals, x)
-            first = self.damping * jnp.max(jnp.sum(jacobian**2, axis=0))
+            first = self.damping * jnp.max(jnp.sum(jacobian**2, axis=0), initial=0)
             damping = jnp.where(damping < 0, first, damping)
             step = _damped_step(jacobian, r, damping)
             moved = residuals(x + step)

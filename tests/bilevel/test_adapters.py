@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 from conditions_solved import CASES
 
 import bilevel as bl
@@ -115,6 +116,7 @@ LINEAR_STATUSES = {
     "LU": (lineax.LU(), None, MATRIX, "CONVERGED"),
     "singular LU": (lineax.LU(), None, SINGULAR, "SINGULAR"),
     "inconsistent SVD": (lineax.SVD(), None, SINGULAR, "BREAKDOWN"),
+    "ill-conditioned": (lineax.QR(), None, MATRIX + np.diag([0.0, 0.0, 1e9]), "ILL_CONDITIONED"),
     "NaN": (lineax.LU(), None, MATRIX * np.nan, "NONFINITE"),
 }
 
@@ -124,6 +126,21 @@ def test_the_status_of_lineax(case):
     solver, tol, matrix, expected = LINEAR_STATUSES[case]
     _, info = bl.Lineax(solver, tol)(matvec_of(matrix), right())
     assert status(info).name == expected
+
+
+@pytest.mark.parametrize("solver", [lineax.LU(), lineax.QR(), lineax.SVD(), lineax.AutoLinearSolver(well_posed=None)])
+def test_a_direct_solver_of_lineax_is_judged_as_ours(solver):
+    matrix, b = scipy.linalg.hilbert(8), np.array([1.0, -1, 2, -2, 3, -3, 4, -4])
+    x, info = bl.Lineax(solver)(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
+    _, ours = bl.LU()(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(b))
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-6)
+    assert status(info) == status(ours) == bl.Status.ILL_CONDITIONED
+    np.testing.assert_allclose(info.rcond, ours.rcond)
+    # In float32 the matrix is singular to rounding. Only the solvers of singular systems accept that.
+    single = matrix.astype(np.float32)
+    _, info = bl.Lineax(solver)(lambda v: jnp.asarray(single) @ v, jnp.ones(8, jnp.float32))
+    accepts = isinstance(solver, lineax.SVD | lineax.AutoLinearSolver)
+    assert status(info).name == ("ILL_CONDITIONED" if accepts else "SINGULAR")
 
 
 @pytest.mark.slow("compiles second derivatives")

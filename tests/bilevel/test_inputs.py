@@ -360,13 +360,13 @@ def test_every_linear_solver_and_method_takes_a_narrow_w():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A record that refuses a field without a shape and a dtype, as jaxtyping's decorator does."""
+    """A record that refuses a field of another type or shape, as jaxtyping's decorator does."""
 
     value: jax.Array
 
     def __post_init__(self):
-        if not isinstance(self.value, jax.Array | np.ndarray):
-            raise TypeError(f"not an array: {self.value}")
+        if not isinstance(self.value, jax.Array | np.ndarray) or self.value.shape != (2,):
+            raise TypeError(f"not a vector of two entries: {self.value}")
 
 
 def checked(function):
@@ -394,13 +394,14 @@ def checked_conditions():
 
 
 CHECKED_SOLVERS = {
-    "Stationary": [DESCENT, bl.HessianFree(5), bl.Jaxopt("LBFGS", tol=1e-10)],
+    "Stationary": [DESCENT, bl.HessianFree(5), bl.Jaxopt("LBFGS", tol=1e-10),
+                   bl.Jaxopt("GradientDescent", tol=1e-10, stepsize=0.3)],
     "Proximal": [DESCENT, bl.HessianFree(5)],
-    "Root": [bl.Jaxopt("Broyden", tol=1e-10)],
-    "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20)],
+    "Root": [bl.Jaxopt("Broyden", tol=1e-10), bl.GaussNewton(3), bl.Jaxopt("GaussNewton")],
+    "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("AndersonAcceleration", tol=1e-10)],
     "Projected": [bl.FixedPointIteration(100), bl.Jaxopt("ProjectedGradient", tol=1e-10, stepsize=0.3)],
     "ProximalGradient": [bl.Anderson(20), bl.Jaxopt("ProximalGradient", tol=1e-10, stepsize=0.3)],
-}
+}  # fmt: skip
 
 
 def checked_problem(name):
@@ -561,6 +562,47 @@ def test_w_may_have_no_entries(linear):
         problem = bl.Problem(condition, lambda w, theta, data: theta**2)
         out = bl.value_and_hypergradient(problem, DESCENT, bl.Implicit(linear))(3.0, init, None)
         assert float(out.gradient) == 6.0
+
+
+@pytest.mark.parametrize("solver", [bl.GaussNewton(3), bl.LevenbergMarquardt(3)], ids=["GaussNewton", "LM"])
+def test_least_squares_may_have_no_unknowns(solver):
+    solution = bl.solve(solver, bl.LeastSquares(lambda w, theta, data: w - theta), jnp.zeros(0), 1.0, None)
+    assert solution.w.shape == (0,) and bl.Status(int(solution.status)).ok
+
+
+@pytest.mark.parametrize("solver", ["LevenbergMarquardt", "GaussNewton"])
+@pytest.mark.parametrize("init", [1.5, np.full((2, 2), 1.5), {"a": np.full(2, 1.5)}], ids=["scalar", "matrix", "tree"])
+def test_least_squares_of_jaxopt_solve_a_root_of_any_shape(solver, init):
+    cube = bl.Root(lambda w, theta, data: jax.tree.map(lambda leaf: leaf**3 - theta, w))
+    found = bl.solve(bl.Jaxopt(solver, maxiter=50), cube, init, 8.0, None).w
+    assert jax.tree.structure(found) == jax.tree.structure(init)
+    for leaf in jax.tree.leaves(found):
+        np.testing.assert_allclose(leaf, 2.0, rtol=1e-6)
+
+
+OF_ANY_OBJECTIVE = [bl.Implicit(bl.CG(1)), bl.Unrolled(), bl.Unrolled(last=2), bl.ForwardUnrolled(), bl.OneStep(),
+                    bl.FiniteDifference(bl.CG(1)), bl.ValuePenalty(10.0), bl.EvolutionStrategies(2)]  # fmt: skip
+
+
+@pytest.mark.slow("compiles each method", fast="method4")
+@pytest.mark.parametrize("method", OF_ANY_OBJECTIVE)
+def test_an_outer_function_may_be_a_constant(method):
+    problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: 1.0)
+    out = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 40), method)(1.0, 0.0, None)
+    assert float(out.value) == 1.0 and abs(float(out.gradient)) < 1e-9
+
+
+def test_an_outer_function_of_another_form_than_has_aux_says_is_refused():
+    condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
+    for outer, has_aux, message in (
+        (lambda w, theta, data: (w, w), False, "a tuple of 2: for .* say has_aux=True"),
+        (lambda w, theta, data: w, True, "has_aux=True returns .*: return a pair"),
+    ):
+        function = bl.value_and_hypergradient(
+            bl.Problem(condition, outer, has_aux), bl.GradientDescent(0.5, 1), bl.Implicit(bl.CG(1))
+        )
+        with pytest.raises(TypeError, match=message):
+            function(1.0, 0.0, None)
 
 
 def test_an_objective_may_be_a_constant():

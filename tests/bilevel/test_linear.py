@@ -250,6 +250,15 @@ def test_nystrom_at_full_rank_is_the_regularised_inverse(rank):
 
 
 @pytest.mark.slow("compiles a sketch of each rank")
+def test_nystrom_tells_an_answer_that_outgrew_its_residual():
+    factor = np.random.default_rng(0).normal(size=(6, 8))
+    matrix = factor.T @ factor  # of rank 6, so in bfloat16 x moves far along the null space
+    b = jnp.asarray(matrix @ np.ones(8), jnp.bfloat16)
+    x, info = bl.Nystrom(8, 1e-3)(lambda v: jnp.asarray(matrix, jnp.bfloat16) @ v, b)
+    assert np.linalg.norm(np.asarray(x, float)) > 50 and info.relative_residual < 1
+    assert bl.Status(int(info.status)) is bl.Status.BREAKDOWN
+
+
 def test_nystrom_is_exact_for_an_operator_of_its_rank():
     factor = np.random.default_rng(0).normal(size=(9, 2))
     matrix, b = factor @ factor.T, np.arange(1.0, 10.0)
