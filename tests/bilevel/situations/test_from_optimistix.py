@@ -162,3 +162,297 @@ def test_a_layer_of_least_squares(name, kind, solver):
 @cases("Minima", ("name", "kind", "solver"), OBJECTIVE_LAYERS, ids=label)
 def test_a_layer_of_a_minimum(name, kind, solver):
     check_layer(name, kind, solver)
+
+
+# The solvers of Optimistix, with the hypergradient of an outer value.
+
+
+def outer(w: Any, theta: Any, data: Any) -> jax.Array:
+    """Return a function of w with the gradient 1, 2, 3, … plus w."""
+    del theta, data
+    w = ravel_pytree(w)[0]
+    return jnp.arange(1.0, w.size + 1) @ w + 0.5 * w @ w
+
+
+def gradient_of(name: str, slopes: np.ndarray | None = None) -> np.ndarray:
+    """Return the total derivative of ``outer`` in θ, a vector."""
+    w, exact = SITUATIONS[name].solved
+    return (np.arange(1.0, w.size + 1) + w) @ (exact if slopes is None else slopes)
+
+
+def check_hypergradient(name: str, kind: str, solver: Any, method: Any, expected: np.ndarray, **at: Any) -> None:
+    situation = SITUATIONS[name]
+    found = bl.value_and_hypergradient(bl.Problem(condition_of(name, kind), outer), solver, method)(
+        arrays(situation.theta), arrays(situation.start), None, **at
+    )
+    assert jax.tree.structure(found.gradient) == jax.tree.structure(situation.theta)
+    scale = np.maximum(np.abs(flat(situation.theta)), 0.1)
+    agrees(flat(found.gradient) * scale, expected * scale)
+
+
+def _adam() -> Any:
+    import optax
+
+    return optax.adam(0.3)
+
+
+OF_OPTIMISTIX = {
+    "FixedPointIteration": partial(optimistix, "FixedPointIteration", rtol=1e-13, atol=1e-13),
+    "Newton": partial(optimistix, "Newton"),
+    "Chord": partial(optimistix, "Chord"),
+    "LevenbergMarquardt": partial(optimistix, "LevenbergMarquardt"),
+    "IndirectLevenbergMarquardt": partial(optimistix, "IndirectLevenbergMarquardt"),
+    "GaussNewton": partial(optimistix, "GaussNewton"),
+    "Dogleg": partial(optimistix, "Dogleg"),
+    "BFGS": partial(optimistix, "BFGS", rtol=1e-12, atol=1e-12),
+    "DFP": partial(optimistix, "DFP", rtol=1e-12, atol=1e-12),
+    "LBFGS": partial(optimistix, "LBFGS", rtol=1e-12, atol=1e-12),
+    "NonlinearCG": partial(optimistix, "NonlinearCG", rtol=1e-13, atol=1e-13),
+    "GradientDescent": partial(optimistix, "GradientDescent", 0.1, rtol=1e-13, atol=1e-13),
+    "OptaxMinimiser": lambda: optimistix("OptaxMinimiser", _adam(), rtol=1e-12, atol=1e-12),
+    "NelderMead": partial(optimistix, "NelderMead", rtol=1e-14, atol=1e-14),
+}
+HYPERGRADIENTS = [
+    ("cosine", "FixedPoint", "FixedPointIteration"),
+    ("network", "FixedPoint", "Newton"),
+    ("linear value", "FixedPoint", "Chord"),
+    ("heat", "Root", "Newton"),
+    ("robertson slope", "Root", "Newton"),
+    ("exponential", "Root", "LevenbergMarquardt"),
+    ("linear slope", "Root", "Dogleg"),
+    ("linear increment", "Root", "BFGS"),
+    ("cosine", "FixedPoint", "BFGS"),
+    ("rosenbrock", "LeastSquares", "LevenbergMarquardt"),
+    ("decay", "LeastSquares", "Dogleg"),
+    ("trigonometric", "LeastSquares", "GaussNewton"),
+    ("chain", "LeastSquares", "IndirectLevenbergMarquardt"),
+    ("variably dimensioned", "LeastSquares", "BFGS"),
+    ("bowl", "Stationary", "BFGS"),
+    ("himmelblau", "Stationary", "LBFGS"),
+    ("quadratic", "Stationary", "NonlinearCG"),
+    ("matyas", "Stationary", "DFP"),
+    ("quadratic", "Stationary", "GradientDescent"),
+    ("matyas", "Stationary", "OptaxMinimiser"),
+    ("himmelblau", "Stationary", "NelderMead"),
+]
+
+
+@needs_optimistix
+@pytest.mark.slow("compiles the solvers of Optimistix")
+@cases("Solvers of Optimistix", ("name", "kind", "solver"), HYPERGRADIENTS)
+def test_the_hypergradient_at_a_solution_of_optimistix(name, kind, solver):
+    linear = bl.CG(50, tol=1e-12) if kind in ("LeastSquares", "Stationary") else bl.LU()
+    check_hypergradient(name, kind, OF_OPTIMISTIX[solver](), bl.Implicit(linear), gradient_of(name))
+
+
+# Ways to differentiate: adjoints through the steps, one step, and linear solvers.
+
+
+def truncated(name: str, steps: int) -> np.ndarray:
+    """Return Σ MᵏB over k < steps, the derivative of the last steps of an iteration w ← mapping(w, θ) at w*."""
+    situation = SITUATIONS[name]
+    (w, _), theta = situation.solved, flat(situation.theta)
+    by_w = complex_step(lambda w: situation.function(w, theta, np), w)
+    by_theta = complex_step(lambda theta: situation.function(w, theta, np), theta)
+    return sum(np.linalg.matrix_power(by_w, k) @ by_theta for k in range(steps))
+
+
+def after_steps(name: str, steps: int) -> np.ndarray:
+    """Return the derivative of ``outer`` after few steps from the start, which are far from the solution."""
+    situation = SITUATIONS[name]
+
+    def value(theta):
+        w = flat(situation.start)
+        for _ in range(steps):
+            w = situation.function(w, theta, np)
+        return np.atleast_1d(np.arange(1.0, w.size + 1) @ w + 0.5 * w @ w)
+
+    return complex_step(value, flat(situation.theta))[0]
+
+
+FIFTY, LINEAR = bl.FixedPointIteration(50), {"max_steps": 30, "tol": 1e-11}
+WAYS = {
+    "Unrolled": ("network", FIFTY, bl.Unrolled(), gradient_of("network")),
+    "Unrolled, recomputed": ("heat", FIFTY, bl.Unrolled(checkpoint=True), gradient_of("heat")),
+    "Unrolled, three steps": ("cosine", bl.FixedPointIteration(3), bl.Unrolled(), after_steps("cosine", 3)),
+    "Unrolled, last four": ("network", FIFTY, bl.Unrolled(last=4), gradient_of("network", truncated("network", 4))),
+    "Unrolled, Anderson": ("linear slope", bl.Anderson(20), bl.Unrolled(), gradient_of("linear slope")),
+    "ForwardUnrolled": ("exponential", FIFTY, bl.ForwardUnrolled(), gradient_of("exponential")),
+    "ForwardUnrolled, tol": ("cosine", ITERATION, bl.ForwardUnrolled(), gradient_of("cosine")),
+    "OneStep": ("network", FIFTY, bl.OneStep(), gradient_of("network", truncated("network", 1))),
+    "OneStep, Anderson": ("heat", ANDERSON, bl.OneStep(), gradient_of("heat", truncated("heat", 1))),
+    "GMRES": ("network", FIFTY, bl.Implicit(bl.GMRES(**LINEAR)), gradient_of("network")),
+    "BiCGStab": ("linear slope", FIFTY, bl.Implicit(bl.BiCGStab(**LINEAR)), gradient_of("linear slope")),
+    "NormalCG": ("heat", FIFTY, bl.Implicit(bl.NormalCG(**LINEAR)), gradient_of("heat")),
+    "Neumann": ("network", FIFTY, bl.Implicit(bl.Neumann(4)), gradient_of("network", truncated("network", 4))),
+    "Cholesky": ("fitted network", MARQUARDT, bl.Implicit(bl.Cholesky()), gradient_of("fitted network")),
+    "watched CG": ("valley", NEWTON, bl.Implicit(bl.CG(**LINEAR, engine="watched")), gradient_of("valley")),
+}
+
+
+@pytest.mark.slow("compiles each way to differentiate", fast=("OneStep", "Unrolled, three steps"))
+@cases("Adjoints and linear solvers", "way", WAYS)
+def test_each_way_to_differentiate(way):
+    name, solver, method, expected = WAYS[way]
+    kinds = {"mapping": "FixedPoint", "residuals": "LeastSquares", "objective": "Stationary"}
+    check_hypergradient(name, kinds[SITUATIONS[name].kind], solver, method, expected)
+
+
+# Solver functions of one's own.
+
+
+def iterate(mapping: Callable[[Any], Any], init: Any) -> Any:
+    return jax.lax.while_loop(
+        lambda state: state[0] < 60, lambda state: (state[0] + 1, mapping(state[1])), (0, init)
+    )[1]
+
+
+@cases("Solver functions", "rate", [1.0, 0.7])
+def test_a_loop_of_ones_own_with_a_pytree_and_a_keyword(rate):
+    """The derivative of w = exp(−θw) is −w²/(1 + θw)·…, from w(1 + θw)' = 0: dw/dθ = −w²/(1 + θw)."""
+
+    @bl.custom_fixed_point(lambda w, theta, *, unused: jax.tree.map(lambda leaf: jnp.exp(-theta * leaf), w))
+    def solver(init, theta, *, unused):
+        return iterate(lambda w: jax.tree.map(lambda leaf: jnp.exp(-theta * leaf), w), init)
+
+    def total(theta):
+        w = solver({"a": jnp.full(2, 0.5), "b": jnp.array(0.5)}, theta, unused="a string")
+        return w["a"].sum() + w["b"], w
+
+    slope, w = jax.jit(jax.grad(total, has_aux=True))(rate)
+    entry = flat(w)[0]
+    assert abs(entry - np.exp(-rate * entry)) < 1e-12
+    agrees(slope, -3 * entry**2 / (1 + rate * entry))
+
+
+@needs_optimistix
+@pytest.mark.slow("compiles the solvers of Optimistix")
+@cases("Solver functions", ("side", "sign"), [("lower", 1.0), ("upper", -1.0)])
+def test_root_find_with_bounds_of_w(side, sign):
+    """Newton with bounds finds the root w₁ = ±√θ, w₂ = θ³ on its side."""
+    import optimistix
+
+    def residual(w, theta):
+        return w[0] ** 2 - theta, {"b": w[1]["b"] - theta**3}
+
+    @bl.custom_root(residual)
+    def solver(init, theta):
+        newton = optimistix.Newton(rtol=1e-12, atol=1e-12)
+        bounds = (jnp.array(0.0), {"b": jnp.array(-sign * jnp.inf)})
+        return optimistix.root_find(
+            residual, newton, init, args=theta, options={side: bounds}, adjoint=optimistix.ImplicitAdjoint()
+        ).value
+
+    start = (jnp.array(sign * 1.5), {"b": jnp.array(0.1)})
+    w, pushed = jax.jvp(lambda theta: solver(start, theta), (2.0,), (1.0,))
+    agrees(w, np.array([sign * 2**0.5, 8.0]), rtol=1e-9)
+    agrees(pushed, np.array([sign * 0.5 / 2**0.5, 12.0]))
+
+
+SCALARS = {  # the residual, its root at θ = 1, and the root's derivative
+    "trivial": (lambda w, theta: theta * (w - 1), lambda w: 0.0),
+    "cosine": (lambda w, theta: jnp.cos(theta * w) - w, lambda w: -w * np.sin(w) / (1 + np.sin(w))),
+    "exponential": (lambda w, theta: jnp.exp(-theta * w) - w, lambda w: -(w**2) / (1 + w)),
+    "implicit step": (lambda w, theta: 0.5 + 0.25 * theta * (0.5 + w) - w, lambda w: 0.25 * (0.5 + w) / 0.75),
+}
+
+
+@needs_optimistix
+@pytest.mark.slow("compiles the solvers of Optimistix")
+@cases("Solver functions", "name", SCALARS)
+def test_bisection_of_optimistix_in_a_solver_function(name):
+    import optimistix
+
+    residual, slope = SCALARS[name]
+
+    @bl.custom_root(residual, tol=1e-8)
+    def solver(init, theta):
+        options = {"lower": 0.0, "upper": 2.0}
+        bisection = optimistix.Bisection(rtol=1e-11, atol=1e-11)
+        return optimistix.root_find(residual, bisection, init, args=theta, options=options, throw=False).value
+
+    w, pulled = jax.value_and_grad(lambda theta: solver(jnp.array(0.7), theta))(1.0)
+    agrees(pulled, slope(float(w)))
+
+
+# Closures, starts and auxiliary outputs, for each condition.
+
+SIMPLE = {  # the condition on a function of (w, θ), its solver, w and dw/dθ at θ = 0.5
+    "root": (lambda f: bl.Root(f), lambda w, theta: w**3 + w - 10 * theta, bl.GaussNewton(50, tol=1e-12)),
+    "fixed point": (lambda f: bl.FixedPoint(f), lambda w, theta: theta + 0 * w, bl.FixedPointIteration(5, tol=1e-12)),
+    "least squares": (
+        lambda f: bl.LeastSquares(f),
+        lambda w, theta: (w + theta, 2 * w),
+        bl.LevenbergMarquardt(50, tol=1e-12),
+    ),
+    "minimum": (lambda f: bl.Stationary(f), lambda w, theta: (w - theta**2) ** 2 + theta, bl.HessianFree(10, tol=1e-12)),
+}
+ROOT = float(np.roots([1.0, 0.0, 1.0, -5.0])[2].real)
+SOLUTIONS = {"root": (ROOT, 10 / (3 * ROOT**2 + 1)), "fixed point": (0.5, 1.0), "least squares": (-0.1, -0.2)}
+SOLUTIONS["minimum"] = (0.25, 1.0)
+
+
+def solved_simply(kind: str, theta: Any, init: Any, has_aux: bool = False) -> Any:
+    """Return the layer's w, where the condition's function closes over θ in place of an argument."""
+    declare, function, solver = SIMPLE[kind]
+    return bl.implicit_layer(declare(lambda w, _, data: function(w, theta)), solver)(None, init, None)
+
+
+@cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
+def test_a_function_that_closes_over_the_outer_variable(kind):
+    w, slope = SOLUTIONS[kind]
+    value, pulled = jax.value_and_grad(lambda theta: solved_simply(kind, theta, 0.3))(0.5)
+    pushed = jax.jit(lambda theta: jax.jvp(lambda theta: solved_simply(kind, theta, 0.3), (theta,), (1.0,))[1])(0.5)
+    agrees(value, np.array(w))
+    agrees(pulled, np.array(slope))
+    agrees(pushed, np.array(slope))
+
+
+@cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
+def test_a_hypergradient_whose_outer_function_closes_over_a_variable(kind):
+    """JAX's derivative of the value w² scale in both closed-over variables, θ in the condition and the scale."""
+    declare, function, solver = SIMPLE[kind]
+
+    def value(theta, scale):
+        condition = declare(lambda w, _, data: function(w, theta))
+        problem = bl.Problem(condition, lambda w, _, data: scale * w**2)
+        return bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.LU()))(1.0, 0.3, None).value
+
+    w, slope = SOLUTIONS[kind]
+    agrees(jax.grad(value, (0, 1))(0.5, 3.0), np.array([6 * w * slope, w**2]))
+
+
+@cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
+def test_the_derivative_in_the_start_is_zero(kind):
+    declare, function, solver = SIMPLE[kind]
+    layer = bl.implicit_layer(declare(lambda w, theta, data: function(w, theta)), solver)
+    with pytest.warns(UserWarning, match="derivative in init is zero"):
+        pushed = jax.jvp(lambda theta, init: layer(theta, init, None), (0.5, 0.3), (1.0, 1e6))[1]
+    agrees(pushed, np.array(SOLUTIONS[kind][1]))
+    with pytest.warns(UserWarning, match="derivative in init is zero"):
+        assert float(jax.grad(lambda init: layer(0.5, init, None))(0.3)) == 0.0
+
+
+@cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
+def test_an_auxiliary_output_changes_no_derivative(kind):
+    declare, function, solver = SIMPLE[kind]
+    seen = {"ones": jnp.ones((2, 3)), "count": 3}
+    condition = type(declare(lambda w, theta, data: w))(
+        lambda w, theta, data: (function(w, theta), seen | {"w": w}), has_aux=True
+    )
+    w, pulled = jax.value_and_grad(lambda theta: bl.implicit_layer(condition, solver)(theta, 0.3, None))(0.5)
+    agrees(pulled, np.array(SOLUTIONS[kind][1]))
+    aux = condition.aux(w, 0.5, None)
+    assert aux["count"] == 3 and aux["ones"].shape == (2, 3) and float(aux["w"]) == float(w)
+
+
+@cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
+def test_a_start_at_the_solution_is_differentiated_too(kind):
+    w, slope = SOLUTIONS[kind]
+    agrees(jax.grad(lambda theta: solved_simply(kind, theta, w))(0.5), np.array(slope))
+
+
+def test_the_page_counts_the_cases_of_this_file():
+    rows = re.findall(r"^\| ([\w ,]+?) \| (\d+) \|", PAGE.read_text(), re.MULTILINE)
+    assert {family: int(count) for family, count in rows} == dict(CASES)
+    assert sum(CASES.values()) >= 90
