@@ -239,7 +239,11 @@ RESIDUALS = {
         "residuals", rosenbrock, [np.array(1.5), np.array(1.5)], np.array(1.2), lambda theta: np.append(theta, theta**2)
     ),
     "chain": Situation(
-        "residuals", chain, (np.full(2, 1.45), {"a": np.full((1, 3), 1.45)}, ()), np.array(1.0), lambda theta: theta[[0] * 5]
+        "residuals",
+        chain,
+        (np.full(2, 1.45), {"a": np.full((1, 3), 1.45)}, ()),
+        np.array(1.0),
+        lambda theta: theta[[0] * 5],
     ),
     "variably dimensioned": Situation(
         "residuals", variably_dimensioned, 1 - np.arange(1, 5) / 10, np.array(1.0), lambda theta: theta[[0] * 4]
@@ -252,7 +256,9 @@ RESIDUALS = {
         {"kernel": np.array([1.0, 0.4]), "rest": (np.array([0.1, -0.9]), np.array([0.9, 0.7, 0.2]))},
         {"frequency": np.array(1.5), "decay": np.array(0.05)},
     ),
-    "flat bowl": Situation("residuals", flat_bowl, np.full(3, 0.05), np.array([0.5, 1.0, 1.5]), lambda theta: 0 * theta),
+    "flat bowl": Situation(
+        "residuals", flat_bowl, np.full(3, 0.05), np.array([0.5, 1.0, 1.5]), lambda theta: 0 * theta
+    ),
 }
 OBJECTIVES = {
     "bowl": Situation("objective", bowl, TREE, SYMMETRIC, lambda theta: np.zeros(4)),
@@ -263,15 +269,17 @@ OBJECTIVES = {
         (np.array([[2.0, -1.0], [-1.0, 3.0]]), np.array([-100.0, 5.0]), np.array(100.0)),
         _minimum_of_quadratic,
     ),
-    "himmelblau": Situation(
-        "objective", himmelblau, [np.array(2.8), np.array(2.2)], (np.array(11.0), np.array(7.0))
-    ),
+    "himmelblau": Situation("objective", himmelblau, [np.array(2.8), np.array(2.2)], (np.array(11.0), np.array(7.0))),
     "matyas": Situation(
         "objective", matyas, [np.array(6.0), np.array(6.0)], (np.array(0.26), np.array(0.48)), lambda theta: np.zeros(2)
     ),
     "beale": Situation("objective", beale, np.array([2.95, 0.48]), np.array([1.5, 2.25, 2.625])),
     "valley": Situation(
-        "objective", valley, {"x": np.array(0.9), "y": np.array(0.7)}, np.array(1.1), lambda theta: np.append(theta, theta**2)
+        "objective",
+        valley,
+        {"x": np.array(0.9), "y": np.array(0.7)},
+        np.array(1.1),
+        lambda theta: np.append(theta, theta**2),
     ),
 }
 SITUATIONS = MAPPINGS | RESIDUALS | OBJECTIVES
