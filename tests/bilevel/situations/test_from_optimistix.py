@@ -5,7 +5,6 @@ counts the cases of each family, and a test compares its numbers with this file.
 """
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from optimistix_problems import MAPPINGS, MATRIX, OBJECTIVES, RANDOM, RESIDUALS, SITUATIONS, Y0, complex_step, flat
+from optimistix_problems import MAPPINGS, OBJECTIVES, RANDOM, RESIDUALS, SITUATIONS, complex_step, flat
 
 import bilevel as bl
 
@@ -111,7 +110,6 @@ RESIDUAL_LAYERS = [
 ]
 OBJECTIVE_LAYERS = [
     *[(name, "Stationary", NEWTON) for name in OBJECTIVES],
-    ("himmelblau", "Stationary", bl.Jaxopt("LBFGS", maxiter=1000, tol=1e-11)),
     ("matyas", "Stationary", bl.GradientDescent(1.0, 2000, tol=1e-12)),
 ]
 
@@ -207,14 +205,12 @@ OF_OPTIMISTIX = {
     "Newton": partial(optimistix, "Newton"),
     "Chord": partial(optimistix, "Chord"),
     "LevenbergMarquardt": partial(optimistix, "LevenbergMarquardt"),
-    "IndirectLevenbergMarquardt": partial(optimistix, "IndirectLevenbergMarquardt"),
     "GaussNewton": partial(optimistix, "GaussNewton"),
     "Dogleg": partial(optimistix, "Dogleg"),
     "BFGS": partial(optimistix, "BFGS", rtol=1e-12, atol=1e-12),
     "DFP": partial(optimistix, "DFP", rtol=1e-12, atol=1e-12),
     "LBFGS": partial(optimistix, "LBFGS", rtol=1e-12, atol=1e-12),
     "NonlinearCG": partial(optimistix, "NonlinearCG", rtol=1e-13, atol=1e-13),
-    "GradientDescent": partial(optimistix, "GradientDescent", 0.1, rtol=1e-13, atol=1e-13),
     "OptaxMinimiser": optax_sgd,
     "NelderMead": partial(optimistix, "NelderMead", rtol=1e-14, atol=1e-14),
 }
@@ -229,13 +225,11 @@ HYPERGRADIENTS = [
     ("cosine", "FixedPoint", "BFGS"),
     ("chain", "LeastSquares", "LevenbergMarquardt"),
     ("decay", "LeastSquares", "GaussNewton"),
-    ("rosenbrock", "LeastSquares", "IndirectLevenbergMarquardt"),
     ("variably dimensioned", "LeastSquares", "Dogleg"),
     ("rosenbrock", "LeastSquares", "BFGS"),
     ("himmelblau", "Stationary", "LBFGS"),
     ("beale", "Stationary", "NonlinearCG"),
     ("matyas", "Stationary", "DFP"),
-    ("quadratic", "Stationary", "GradientDescent"),
     ("quadratic", "Stationary", "OptaxMinimiser"),
     ("himmelblau", "Stationary", "NelderMead"),
 ]
@@ -311,6 +305,7 @@ def iterate(mapping: Callable[[Any], Any], init: Any) -> Any:
     ]
 
 
+@pytest.mark.slow("compiles a layer")
 @cases("Solver functions", "rate", [1.0, 0.7])
 def test_a_loop_of_ones_own_with_a_pytree_and_a_keyword(rate):
     """The derivative of w = exp(−θw) is −w²/(1 + θw)."""
@@ -356,7 +351,6 @@ def test_root_find_with_bounds_of_w(side, sign):
 SCALARS = {  # the residual, its root at θ = 1, and the root's derivative
     "trivial": (lambda w, theta: theta * (w - 1), lambda w: 0.0),
     "cosine": (lambda w, theta: jnp.cos(theta * w) - w, lambda w: -w * np.sin(w) / (1 + np.sin(w))),
-    "exponential": (lambda w, theta: jnp.exp(-theta * w) - w, lambda w: -(w**2) / (1 + w)),
     "implicit step": (lambda w, theta: 0.5 + 0.25 * theta * (0.5 + w) - w, lambda w: 0.25 * (0.5 + w) / 0.75),
 }
 
@@ -406,16 +400,18 @@ def solved_simply(kind: str, theta: Any, init: Any, has_aux: bool = False) -> An
     return bl.implicit_layer(declare(lambda w, _, data: function(w, theta)), solver)(None, init, None)
 
 
+@pytest.mark.slow("compiles a layer for each condition", fast="root")
 @cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
 def test_a_function_that_closes_over_the_outer_variable(kind):
     w, slope = SOLUTIONS[kind]
     value, pulled = jax.value_and_grad(lambda theta: solved_simply(kind, theta, 0.3))(0.5)
-    pushed = jax.jit(lambda theta: jax.jvp(lambda theta: solved_simply(kind, theta, 0.3), (theta,), (1.0,))[1])(0.5)
+    at_solution = jax.jit(lambda theta: jax.jvp(lambda theta: solved_simply(kind, theta, w), (theta,), (1.0,))[1])(0.5)
     agrees(value, np.array(w))
     agrees(pulled, np.array(slope))
-    agrees(pushed, np.array(slope))
+    agrees(at_solution, np.array(slope))
 
 
+@pytest.mark.slow("compiles a hypergradient for each condition")
 @cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
 def test_a_hypergradient_whose_outer_function_closes_over_a_variable(kind):
     """JAX's derivative of the value w² scale in both closed-over variables, θ in the condition and the scale."""
@@ -430,6 +426,7 @@ def test_a_hypergradient_whose_outer_function_closes_over_a_variable(kind):
     agrees(jax.grad(value, (0, 1))(0.5, 3.0), np.array([6 * w * slope, w**2]))
 
 
+@pytest.mark.slow("compiles a layer for each condition", fast="minimum")
 @cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
 def test_the_derivative_in_the_start_is_zero(kind):
     declare, function, solver = SIMPLE[kind]
@@ -441,6 +438,7 @@ def test_the_derivative_in_the_start_is_zero(kind):
         assert float(jax.grad(lambda init: layer(0.5, init, None))(0.3)) == 0.0
 
 
+@pytest.mark.slow("compiles a layer for each condition")
 @cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
 def test_an_auxiliary_output_changes_no_derivative(kind):
     declare, function, solver = SIMPLE[kind]
@@ -452,12 +450,6 @@ def test_an_auxiliary_output_changes_no_derivative(kind):
     agrees(pulled, np.array(SOLUTIONS[kind][1]))
     aux = condition.aux(w, 0.5, None)
     assert aux["count"] == 3 and aux["ones"].shape == (2, 3) and float(aux["w"]) == float(w)
-
-
-@cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
-def test_a_start_at_the_solution_is_differentiated_too(kind):
-    w, slope = SOLUTIONS[kind]
-    agrees(jax.grad(lambda theta: solved_simply(kind, theta, w))(0.5), np.array(slope))
 
 
 # Bounds: a projection in place of the bounds of a solver.
@@ -533,6 +525,7 @@ JACOBIAN_IN_A_BOX = jax.jit(
 )
 
 
+@pytest.mark.slow("compiles a layer in a box")
 @cases("Bounds", "name", QUADRANTS)
 def test_a_box_selects_one_of_four_minima_of_himmelblau(name):
     lower, upper, start = map(np.array, QUADRANTS[name])
@@ -545,6 +538,7 @@ def test_a_box_selects_one_of_four_minima_of_himmelblau(name):
     agrees(slopes, np.linalg.inv([[2 * w[0], 1], [1, 2 * w[1]]]))
 
 
+@pytest.mark.slow("compiles a layer in a box")
 @one_case("Bounds")
 def test_a_bound_that_cuts_off_the_minimum_of_himmelblau():
     """At w₁ = 2.5, the other variable is a root of ∂f/∂w₂ = 2(w₁² + w₂ − θ₁) + 4w₂(w₁ + w₂² − θ₂)."""
@@ -621,6 +615,7 @@ def test_transformations_of_a_layer(name):
     agrees(compute(), expected)
 
 
+@pytest.mark.slow("compiles a batch of layers")
 @one_case("Batches and higher derivatives")
 def test_a_batch_of_starts_finds_roots_with_their_own_derivatives():
     layer = bl.implicit_layer(bl.Root(lambda w, theta, data: w**2 - theta), bl.GaussNewton(50, tol=1e-13))
@@ -629,6 +624,7 @@ def test_a_batch_of_starts_finds_roots_with_their_own_derivatives():
     agrees(slopes, np.array([0.25, -0.25, 0.25]))
 
 
+@pytest.mark.slow("compiles a batch of layers")
 @one_case("Batches and higher derivatives")
 def test_a_batch_of_fits_with_data_of_their_own():
     """The slope of a line through (x, y) with the penalty θ is ⟨x, y⟩ / (⟨x, x⟩ + θ)."""
@@ -652,6 +648,7 @@ def test_jacobians_in_forward_and_reverse_mode_are_the_dense_matrix():
         agrees(rows, situation.solved[1])
 
 
+@pytest.mark.slow("compiles a hypergradient")
 @one_case("Batches and higher derivatives")
 def test_other_numbers_do_not_compile_again():
     traces = []
@@ -687,6 +684,7 @@ def outer32(w: Any) -> jax.Array:
     return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(w))
 
 
+@pytest.mark.slow("compiles a layer")
 @one_case("Precision and structures")
 def test_leaves_of_two_dtypes():
     """The float32 leaf keeps its dtype next to a float64 leaf, with θ in float64."""
@@ -702,6 +700,7 @@ def test_leaves_of_two_dtypes():
     agrees(pushed["b"], np.array(2.0))
 
 
+@pytest.mark.slow("compiles a hypergradient")
 @one_case("Precision and structures")
 def test_without_an_outer_variable_the_gradient_is_empty():
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: w**2 - 1), lambda w, theta, data: w - 3)
@@ -709,6 +708,7 @@ def test_without_an_outer_variable_the_gradient_is_empty():
     assert float(out.value) == -3.0 and out.gradient is None
 
 
+@pytest.mark.slow("compiles a layer")
 @one_case("Precision and structures")
 def test_an_integer_among_the_outer_variables_is_a_constant():
     theta = {"factor": jnp.array(8.0), "power": jnp.array(3), "name": None}
@@ -727,6 +727,7 @@ def square(w: jax.Array) -> jax.Array:
 square.defvjp(lambda w: (w**2, w), lambda w, cotangent: (2 * w * cotangent,))
 
 
+@pytest.mark.slow("compiles a layer")
 @one_case("Precision and structures")
 def test_an_objective_with_a_reverse_mode_of_its_own():
     layer = bl.implicit_layer(
@@ -759,6 +760,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow("compiles a layer for each failure", fast="too few steps")
 @cases("Failures", "name", FAILURES)
 def test_a_failed_solve_gives_no_derivative(name):
     compute, status = FAILURES[name]
@@ -783,7 +785,7 @@ def complex_layer(theta: Any, init: Any) -> Any:
 
 
 def of_two_parts() -> Any:
-    """Return the derivative of the root of w² = θ at θ = 3 + 4i along 1, with real and imaginary parts as two leaves."""
+    """Return the derivative of the root of w² = θ at θ = 3 + 4i along 1, in real and imaginary parts."""
 
     def residual(w, theta, data):
         value = jax.lax.complex(*w) ** 2 - jax.lax.complex(*theta)
@@ -841,6 +843,7 @@ REFUSALS = {  # what is refused, the error, the way around, and its result
 }
 
 
+@pytest.mark.slow("compiles each way around")
 @cases("Refusals", "name", [pytest.param(name, marks=REFUSALS[name][0]) for name in REFUSALS])
 def test_what_is_refused_and_the_way_around(name):
     _, refused, (error, message), way_around, expected = REFUSALS[name]
