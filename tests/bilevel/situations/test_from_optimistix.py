@@ -69,18 +69,13 @@ def arrays(tree: Any, dtype: Any = np.float64) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
 
-def closed_forms():
-    return [name for name, situation in SITUATIONS.items() if situation.exact]
-
-
-@pytest.mark.parametrize("name", closed_forms())
+@pytest.mark.parametrize("name", [name for name, situation in SITUATIONS.items() if situation.exact])
 def test_the_references_in_numpy_agree_with_the_closed_forms(name):
     situation = SITUATIONS[name]
     theta, (w, slopes) = flat(situation.theta), situation.solved
     agrees(w, situation.exact(theta), rtol=1e-12)
     along = flat(direction(situation.theta, 2))
-    moved = (situation.exact(theta + h * along) - situation.exact(theta - h * along) for h in (1e-4, 2e-4))
-    near, far = moved
+    near, far = (situation.exact(theta + h * along) - situation.exact(theta - h * along) for h in (1e-4, 2e-4))
     agrees(slopes @ along, (8 * near - far) / 12e-4, rtol=1e-8)
 
 
@@ -375,26 +370,27 @@ def test_bisection_of_optimistix_in_a_solver_function(name):
 
 # Closures, starts and auxiliary outputs, for each condition.
 
-SIMPLE = {  # the condition on a function of (w, θ), its solver, w and dw/dθ at θ = 0.5
-    "root": (lambda f: bl.Root(f), lambda w, theta: w**3 + w - 10 * theta, bl.GaussNewton(50, tol=1e-12)),
-    "fixed point": (lambda f: bl.FixedPoint(f), lambda w, theta: theta + 0 * w, bl.FixedPointIteration(5, tol=1e-12)),
+SIMPLE = {  # the condition, its function of (w, θ), and its solver
+    "root": (bl.Root, lambda w, theta: w**3 + w - 10 * theta, bl.GaussNewton(50, tol=1e-12)),
+    "fixed point": (bl.FixedPoint, lambda w, theta: theta + 0 * w, bl.FixedPointIteration(5, tol=1e-12)),
     "least squares": (
-        lambda f: bl.LeastSquares(f),
+        bl.LeastSquares,
         lambda w, theta: (w + theta, 2 * w),
         bl.LevenbergMarquardt(50, tol=1e-12),
     ),
     "minimum": (
-        lambda f: bl.Stationary(f),
+        bl.Stationary,
         lambda w, theta: (w - theta**2) ** 2 + theta,
         bl.HessianFree(10, tol=1e-12),
     ),
 }
 ROOT = 1.5159802276928197  # of w³ + w = 5
+# w and dw/dθ at θ = 0.5
 SOLUTIONS = {"root": (ROOT, 10 / (3 * ROOT**2 + 1)), "fixed point": (0.5, 1.0), "least squares": (-0.1, -0.2)}
 SOLUTIONS["minimum"] = (0.25, 1.0)
 
 
-def solved_simply(kind: str, theta: Any, init: Any, has_aux: bool = False) -> Any:
+def solved_simply(kind: str, theta: Any, init: Any) -> Any:
     """Return the layer's w, where the condition's function closes over θ in place of an argument."""
     declare, function, solver = SIMPLE[kind]
     return bl.implicit_layer(declare(lambda w, _, data: function(w, theta)), solver)(None, init, None)
@@ -414,7 +410,7 @@ def test_a_function_that_closes_over_the_outer_variable(kind):
 @pytest.mark.slow("compiles a hypergradient for each condition")
 @cases("Closures, starts, auxiliary outputs", "kind", SIMPLE)
 def test_a_hypergradient_whose_outer_function_closes_over_a_variable(kind):
-    """JAX's derivative of the value w² scale in both closed-over variables, θ in the condition and the scale."""
+    """JAX differentiates the value scale·w² in both variables: θ in the condition, and the scale."""
     declare, function, solver = SIMPLE[kind]
 
     def value(theta, scale):
@@ -443,9 +439,7 @@ def test_the_derivative_in_the_start_is_zero(kind):
 def test_an_auxiliary_output_changes_no_derivative(kind):
     declare, function, solver = SIMPLE[kind]
     seen = {"ones": jnp.ones((2, 3)), "count": 3}
-    condition = type(declare(lambda w, theta, data: w))(
-        lambda w, theta, data: (function(w, theta), seen | {"w": w}), has_aux=True
-    )
+    condition = declare(lambda w, theta, data: (function(w, theta), seen | {"w": w}), has_aux=True)
     w, pulled = jax.value_and_grad(lambda theta: bl.implicit_layer(condition, solver)(theta, 0.3, None))(0.5)
     agrees(pulled, np.array(SOLUTIONS[kind][1]))
     aux = condition.aux(w, 0.5, None)
@@ -785,7 +779,7 @@ def complex_layer(theta: Any, init: Any) -> Any:
 
 
 def of_two_parts() -> Any:
-    """Return the derivative of the root of w² = θ at θ = 3 + 4i along 1, in real and imaginary parts."""
+    """Return the derivative of the root of w² = θ at θ = 3 + 4i along 1."""
 
     def residual(w, theta, data):
         value = jax.lax.complex(*w) ** 2 - jax.lax.complex(*theta)
