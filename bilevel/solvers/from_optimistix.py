@@ -21,6 +21,7 @@ from bilevel.types import PyTree, Solution, Status
 _OF_RESIDUAL = {
     "AbstractRootFinder": ("root_find", "residual"),
     "AbstractLeastSquaresSolver": ("root_find", "residual"),
+    "AbstractMinimiser": ("root_find", "residual"),  # Optimistix then minimises the sum of squares
 }
 _OF_MAPPING = {"AbstractFixedPointSolver": ("fixed_point", "mapping")}
 _OF_OBJECTIVE = {"AbstractMinimiser": ("minimise", "potential")}
@@ -50,8 +51,9 @@ class Optimistix:
     Stationary, Proximal                     minimisers: BFGS, LBFGS, NonlinearCG, GradientDescent, OptaxMinimiser, …
     LeastSquares                             solvers of least squares, which get its residuals: LevenbergMarquardt,
                                              GaussNewton, Dogleg, …; and minimisers, which get ½‖r‖²
-    Root, KKT                                root finders: Newton, Chord; and solvers of least squares
-    FixedPoint                               FixedPointIteration; root finders and solvers of least squares
+    Root, KKT                                root finders: Newton, Chord; solvers of least squares; and minimisers,
+                                             which get ‖residual‖²
+    FixedPoint                               FixedPointIteration; and all of Root
     Projected, ProximalGradient              FixedPointIteration
     =======================================  ==================================================================
 

@@ -295,7 +295,7 @@ def test_forward_mode_through_optimistix_differentiates_its_steps():
         (NEWTON, "Stationary", "Newton does not solve Stationary: use a minimiser"),
         (ITERATION, "Root", "FixedPointIteration does not solve Root: use a root finder"),
         (BFGS, "Projected", "BFGS does not solve Projected: use FixedPointIteration"),
-        (BFGS, "Root", "BFGS does not solve Root: use a root finder .* or a solver of least squares"),
+        (ITERATION, "KKT, equality", "FixedPointIteration does not solve KKT: use a root finder .* or a minimiser"),
         (LM, "ProximalGradient", "LevenbergMarquardt does not solve ProximalGradient"),
     ],
 )
