@@ -49,6 +49,7 @@ def write(path, pixels, **options):
 COMMAND = ["predict", "run", "--support", "support", "--query", "query"]
 
 
+@pytest.mark.slow("compiles the adaptation for each command")
 def test_the_table_and_the_json_have_the_labels_and_probabilities_of_the_library(here, tiny_pixels, capsys):
     assert cli.main([*COMMAND, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -74,6 +75,7 @@ def test_the_table_and_the_json_have_the_labels_and_probabilities_of_the_library
     assert json.loads(capsys.readouterr().out)["predictions"] == found["predictions"][1:2]
 
 
+@pytest.mark.slow("compiles the adaptation for each command")
 def test_the_options_choose_the_statistics_and_the_ink(here, tiny_pixels, capsys):
     def shares(*options):
         assert cli.main([*COMMAND, "--json", *options]) == 0
@@ -86,6 +88,7 @@ def test_the_options_choose_the_statistics_and_the_ink(here, tiny_pixels, capsys
     np.testing.assert_array_equal(shares("--ink", "dark")[1], by_support[1])
 
 
+@pytest.mark.slow("compiles the adaptation for each command")
 @pytest.mark.parametrize("name", ["theta.safetensors", "theta.npz"])
 def test_exported_parameters_are_loaded_and_predict_the_same(name, here, capsys):
     assert cli.main(["export", "run", "--out", name]) == 0
