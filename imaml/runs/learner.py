@@ -98,7 +98,7 @@ class TrainedLearner:
     (2,)
     """
 
-    theta: Any
+    theta: Any = field(repr=False)
     preset: Preset
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -173,6 +173,7 @@ class TrainedLearner:
         elif axes == 1:
             labels, y = examples.classes(y, self.preset)
         else:
+            y = np.asarray(y) if isinstance(y, jax.Array) else y  # iterating over an array of JAX copies each row
             pairs = [examples.classes(each, self.preset, f" of task {index}") for index, each in enumerate(y)]
             labels = [names for names, _ in pairs]
             check(len({len(each) for _, each in pairs}) == 1, "all tasks must have the same number of labels")
@@ -265,7 +266,7 @@ class Adapted:
     """
 
     learner: TrainedLearner
-    solution: bl.Solution
+    solution: bl.Solution = field(repr=False)
     support_x: jax.Array = field(repr=False)
     labels: Any
     _flat: bool = field(default=False, repr=False)
@@ -273,6 +274,10 @@ class Adapted:
 
     def predict(self, x: Any, transductive: bool = False) -> Any:
         """Return the label of each image, or the value at each point of a regression.
+
+        Unless ``transductive`` is set, examples are computed in chunks of :data:`CHUNK`, the last of which is padded.
+        On a CPU, an example alone has the bits that it has among others. On other devices, the rounding of a product
+        may depend on the position in a chunk.
 
         Args:
             x: images as in :meth:`TrainedLearner.adapt`, of the same shape as the support images; points for a
