@@ -22,6 +22,7 @@ SLOW_PAGES = {
     "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
     "docs/start/define.md": "runs an outer loop to its end",
+    "docs/start/imaml.md": "compiles the adaptation of a convolutional network",
     "docs/testing.md": "checks several methods against every reference",
 }
 """The reason for each page whose doctests are slow, by the path relative to this folder. A page cannot have a mark."""

@@ -9,6 +9,7 @@ from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import MetaGradient, meta_gradient
 from imaml.learning.tasks import Curve, Episode, Task
 from imaml.runs.evaluation import evaluate
+from imaml.runs.learner import Adapted, TrainedLearner, load
 from imaml.runs.results import Evaluation, Run
 from imaml.runs.training import train
 from imaml.runs.verification import Verification, verify
@@ -16,6 +17,7 @@ from imaml.settings.preset import Preset
 from imaml.settings.published_presets import preset, presets
 
 __all__ = [
+    "Adapted",
     "Curve",
     "Episode",
     "Evaluation",
@@ -25,8 +27,10 @@ __all__ = [
     "Preset",
     "Run",
     "Task",
+    "TrainedLearner",
     "Verification",
     "evaluate",
+    "load",
     "meta_gradient",
     "preset",
     "presets",

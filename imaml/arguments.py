@@ -138,6 +138,40 @@ def _parsers():
         help="evaluate the checkpoint with the least training loss instead of the last one",
     )
 
+    predict = commands.add_parser(
+        "predict", help="adapt a run to a folder of labelled images, and label other images", allow_abbrev=False
+    )
+    _add_trained(predict)
+    predict.add_argument(
+        "--support",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="a folder with one subfolder of images for each class",
+    )
+    predict.add_argument(
+        "--query", metavar="DIR", type=Path, required=True, help="a folder of the images to label, or one image"
+    )
+    predict.add_argument(
+        "--transductive",
+        action="store_true",
+        help="normalise by the statistics of the query images, as published, instead of those of the support images",
+    )
+    predict.add_argument(
+        "--ink",
+        choices=("dark", "bright"),
+        help="whether ink is dark or bright in the images, for a run on drawings (default: dark)",
+    )
+    predict.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
+
+    export = commands.add_parser(
+        "export", help="write trained parameters and their settings to one file", allow_abbrev=False
+    )
+    _add_trained(export)
+    export.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="the file to write, NAME.safetensors or NAME.npz"
+    )
+
     verify = commands.add_parser(
         "verify", help="check a preset's meta-gradient at its real size", epilog=VERIFY_EPILOG, allow_abbrev=False
     )
@@ -189,6 +223,13 @@ def _parsers():
 def _add_preset(command):
     command.add_argument(
         "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+
+
+def _add_trained(command):
+    command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
+    command.add_argument(
+        "--best", action="store_true", help="take the checkpoint with the least training loss instead of the last one"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``imaml train``, ``evaluate``, ``presets``, ``verify``, ``data``, ``record`` and ``reproduce``.
+"""The command line: ``imaml train``, ``evaluate``, ``predict``, ``export`` and the other commands in ``COMMANDS``.
 
 An error in the arguments, or in the files that they name, is printed to stderr in one line, with exit code 2.
 :mod:`imaml.arguments` parses the arguments. This module runs the commands and prints. Each command imports the modules
@@ -6,6 +6,7 @@ that it needs.
 """
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -146,6 +147,30 @@ def _evaluate(options):
     return 0
 
 
+def _predict(options):
+    start_jax()
+    from imaml.runs.learner import load
+    from imaml.runs.prediction import predict_files
+
+    learner = load(options.run, best=options.best, on_event=_warn)
+    invert = None if options.ink is None else options.ink == "dark"
+    found = predict_files(learner, options.support, options.query, options.transductive, invert)
+    print(json.dumps(found.records(), indent=2) if options.json else found)
+    return 0
+
+
+def _export(options):
+    from imaml.runs.learner import load
+
+    load(options.run, best=options.best, on_event=_warn).save(options.out)
+    print(f"{options.out} holds the trained parameters; load them in Python by imaml.load({str(options.out)!r})")
+    return 0
+
+
+def _warn(message):
+    print(message, file=sys.stderr)
+
+
 def _verify(options):
     start_jax()
     from imaml.runs.verification import verify
@@ -217,6 +242,8 @@ def _data(options):
 COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
     "verify": _verify,
     "presets": _presets,
     "record": _record,

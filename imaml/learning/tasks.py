@@ -103,13 +103,22 @@ class Episode:
         class_key, sample_key, rotation_key = jax.random.split(key, 3)
         chosen = jax.random.choice(class_key, pixels.shape[0], (self.ways,), replace=False)
         images = jax.vmap(self._draw, in_axes=(0, 0))(pixels[chosen], jax.random.split(sample_key, self.ways))
-        images = images.astype(jnp.float32) / 255
-        images = 1 - images if self.bright_paper else images
+        images = self.inputs(images)
         if rotate:
             images = jax.vmap(_rotate)(images, jax.random.randint(rotation_key, (self.ways,), 0, 4))
         support, query = images[:, : self.shots], images[:, self.shots :]
         labels = jnp.arange(self.ways, dtype=jnp.int32)
         return Task(_merge(support), jnp.repeat(labels, self.shots), _merge(query), jnp.repeat(labels, self.queries))
+
+    def inputs(self, images: Any) -> Any:
+        """Return images as inputs of the network: float32 in [0, 1], with the paper as ``bright_paper`` says.
+
+        Args:
+            images: uint8 with ink 255 and paper 0, or floats with ink 1 and paper 0.
+        """
+        scale = 1 if jnp.issubdtype(images.dtype, jnp.floating) else 255
+        images = images.astype(jnp.float32) / scale
+        return 1 - images if self.bright_paper else images
 
     def batch(self, pixels: jax.Array, keys: jax.Array, rotate: bool = False) -> Task:
         """Draw one task for each of ``keys``, and return them as one :class:`Task` with a leading batch axis."""

@@ -9,7 +9,7 @@ Training saves the mean query loss on *training* classes, so held-out classes ne
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Checkpoint:
         Raises:
             InputError: if the paths, dtypes or shapes of the leaves differ from those of ``like``.
         """
-        wanted = _leaves(like)
+        wanted = described(like)
         if self.description["leaves"] != wanted:
             pairs = zip(self.description["leaves"], wanted, strict=False)
             changed = (f"{_format_leaf(old)} → {_format_leaf(new)}" for old, new in pairs if old != new)
@@ -89,9 +89,9 @@ def save(
     Raises:
         OSError: if the folder cannot be written; the older checkpoints are then left unchanged.
     """
-    facts = {"format": FORMAT, "step": step, "loss": loss, "leaves": _leaves(state)} | description
-    names = _names(facts["leaves"], FORMAT)
-    contents = {name: _pack(leaf) for name, leaf in zip(names, jax.tree.leaves(state), strict=True)}
+    facts = {"format": FORMAT, "step": step, "loss": loss, "leaves": described(state)} | description
+    names = array_names(facts["leaves"])
+    contents = {name: pack(leaf) for name, leaf in zip(names, jax.tree.leaves(state), strict=True)}
     arrays.write(directory / f"checkpoint-{step:08}.npz", {DESCRIPTION: np.array(json.dumps(facts)), **contents})
     _delete_old(directory, keep)
 
@@ -110,7 +110,7 @@ def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda pat
     damaged = {}
     for _, path in reversed(_files(directory)):
         try:
-            intact = _read(path)
+            intact = read(path)
         except arrays.DamagedFile as error:
             damaged[path] = f"{path} is damaged ({error})"
             continue
@@ -135,7 +135,7 @@ def best(directory: Path) -> Checkpoint | None:
     intact = []
     for _, path in _files(directory):
         try:
-            intact.append(_read(path))
+            intact.append(read(path))
         except (arrays.DamagedFile, FileNotFoundError):
             continue
     return min(intact, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step), default=None)
@@ -152,8 +152,14 @@ def _files(directory):
     return sorted((int(match[1]), path) for path in names if (match := _NAME.fullmatch(path.name)))
 
 
-def _read(path):
-    """Return the checkpoint in a file; raise DamagedFile if it is incomplete, InputError for another format."""
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in a file.
+
+    Raises:
+        DamagedFile: if the file is incomplete or changed.
+        InputError: if it was written in another format.
+        OSError: if it cannot be read.
+    """
     contents = arrays.read(path)
     try:
         description = json.loads(str(contents.pop(DESCRIPTION)))
@@ -162,7 +168,7 @@ def _read(path):
         raise arrays.DamagedFile(f"its description is missing or unreadable ({error})") from error
     if version not in READ:
         raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
-    return Checkpoint(path, description, [contents[name] for name in _names(description["leaves"], version)])
+    return Checkpoint(path, description, [contents[name] for name in array_names(description["leaves"], version)])
 
 
 def _delete_old(directory, keep):
@@ -173,10 +179,14 @@ def _delete_old(directory, keep):
             path.unlink(missing_ok=True)
 
 
-def _names(leaves, version):
+def array_names(leaves: Sequence[Sequence], version: int = FORMAT) -> list[str]:
     """Return the names of the arrays in a file: the paths of the leaves, such as ``theta/block0/kernel``.
 
     In format 2, or if two paths are equal or a path cannot be a name, the arrays are called ``leaf0``, ``leaf1``, ….
+
+    Args:
+        leaves: the result of :func:`described`.
+        version: the format of the file.
     """
     paths = [path for path, _, _ in leaves]
     usable = len(set(paths)) == len(paths) and not {"", DESCRIPTION, *arrays.RESERVED} & set(paths)
@@ -184,7 +194,7 @@ def _names(leaves, version):
     return paths if usable and version > 2 else [f"leaf{i}" for i in range(len(paths))]
 
 
-def _leaves(state):
+def described(state: Any) -> list[list]:
     """Return path, dtype and shape of each leaf, in types that JSON restores unchanged."""
     return [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(state)]
 
@@ -195,7 +205,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def _pack(leaf):
+def pack(leaf: Any) -> np.ndarray:
     """Return the leaf as an array that NumPy can save: a key as its uint32 data, bfloat16 as unsigned integers."""
     if _is_key(leaf):
         return np.asarray(jax.random.key_data(leaf))
@@ -204,7 +214,7 @@ def _pack(leaf):
 
 
 def _unpack(array, like):
-    """Convert an array of :func:`_pack` back to a leaf with the dtype or key type of ``like``."""
+    """Convert an array of :func:`pack` back to a leaf with the dtype or key type of ``like``."""
     if _is_key(like):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     return jnp.asarray(array.view(like.dtype))

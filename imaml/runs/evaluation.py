@@ -73,7 +73,7 @@ def evaluate(
         preset, theta, fingerprint = _restore(directory, preset, best, on_event)
     elif isinstance(run, Run):
         directory, theta = run.directory, run.theta
-        _check_types(directory, run.preset.types(), preset)
+        check_types(directory, run.preset.types(), preset)
         preset = preset or run.preset
     if preset is None:
         raise InputError("parameters alone do not determine the settings: pass the preset as well")
@@ -130,28 +130,51 @@ def _restore(directory, preset, best, on_event):
     The fingerprint is None if ``preset`` uses another dataset than the run, because two datasets cannot be compared.
     """
     found = trained(directory, best, on_event)
-    description = found.description
-    types = description.get("types")  # earlier versions did not save them
-    if types is not None:
-        _check_types(directory, types, preset)
-    try:
-        preset = preset or restore(description["preset"], description["config"], types)
-    except InputError as error:
-        raise InputError(
-            f"the settings of {directory} cannot be restored: {error}. In Python, pass the preset that it was trained "
-            "with: imaml.evaluate(run, preset)"
-        ) from error
-    fingerprint = description["data"] if preset.dataset == description["config"]["dataset"] else None
+    preset = preset_of(directory, found.description, preset)
+    trained_on = found.description["config"]["dataset"]
+    fingerprint = found.description["data"] if preset.dataset == trained_on else None
     return preset, found.restore(initial_state(preset)).theta, fingerprint
 
 
-def _check_types(directory, saved, preset):
-    """Raise InputError if ``preset`` is given and its parts have other types than those saved with a run."""
+def preset_of(where: Path, description: dict[str, Any], given: Preset | None = None, call: str = "evaluate") -> Preset:
+    """Return the preset that a checkpoint or a file of trained parameters describes.
+
+    Args:
+        where: the run's folder or the file, for messages.
+        description: the description in the file, with ``preset``, ``config`` and ``types``. Earlier versions did not
+            save ``types``.
+        given: the preset that a user passed, which is returned if its parts have the saved types.
+        call: the function of :mod:`imaml` that takes the preset, for the message.
+
+    Raises:
+        InputError: if the parts of ``given`` have other types, or if nothing is given and the preset cannot be
+            restored.
+    """
+    types = description.get("types")
+    if types is not None:
+        check_types(where, types, given)
+    try:
+        return given or restore(description["preset"], description["config"], types)
+    except InputError as error:
+        raise InputError(
+            f"the settings of {where} cannot be restored: {error}. In Python, pass the preset that it was trained "
+            f"with: imaml.{call}(run, preset)"
+        ) from error
+
+
+def check_types(where: Path, saved: dict[str, str], preset: Preset | None) -> None:
+    """Raise InputError if ``preset`` is given and its parts have other types than those saved with a run.
+
+    Args:
+        where: the run's folder or a file of trained parameters, for the message.
+        saved: the saved result of :meth:`Preset.types`.
+        preset: the preset that a user passed, or None.
+    """
     if preset is not None and (found := differences(saved, preset.types())):
         raise InputError(
-            f"{directory} was trained with parts of other types than the given preset has ({'; '.join(found)}): pass "
+            f"{where} was trained with parts of other types than the given preset has ({'; '.join(found)}): pass "
             "the preset that it was trained with. To evaluate its parameters with other parts, pass the parameters "
-            "instead of the run"
+            "instead of the run: imaml.evaluate(theta, preset)"
         )
 
 

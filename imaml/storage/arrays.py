@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], compressed: bool = False) -
     Raises:
         OSError: if the file cannot be written; see :func:`.write_whole`.
     """
-    contents: dict[str, Any] = {CHECKSUM: np.array(_digest(arrays)), **arrays}
+    contents: dict[str, Any] = {CHECKSUM: np.array(digest(arrays)), **arrays}
     save = np.savez_compressed if compressed else np.savez
     write_whole(path, lambda stream: save(stream, **contents))
 
@@ -49,15 +50,16 @@ def read(path: Path) -> dict[str, np.ndarray]:
         recorded = str(arrays.pop(CHECKSUM))
     except Exception as error:  # numpy, zipfile and zlib raise many exception types on damaged bytes
         raise DamagedFile(f"{type(error).__name__}: {error}") from error
-    if recorded != _digest(arrays):
+    if recorded != digest(arrays):
         raise DamagedFile("its checksum does not match its contents")
     return arrays
 
 
-def _digest(arrays):
-    digest = hashlib.sha256()
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of named arrays: of their names, dtypes, shapes and contents."""
+    found = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {arrays[name].shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {array.dtype.str} {arrays[name].shape}\n".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()

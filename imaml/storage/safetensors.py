@@ -11,12 +11,16 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes  # a dependency of jax
 import numpy as np
 
 from imaml.storage.arrays import DamagedFile
 from imaml.storage.files import write_whole
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
+    "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
 """NumPy's dtypes by their names in the format. Other dtypes are neither written nor read."""
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 _LENGTH = 8
@@ -56,6 +60,15 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a file, by name.
 
     Raises:
+        DamagedFile, OSError: as :func:`read_with_metadata` does.
+    """
+    return read_with_metadata(path)[0]
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the arrays of a file and the texts that were written with them, both by name.
+
+    Raises:
         DamagedFile: if the file is not in the format, or has an array of a dtype that is not in :data:`DTYPES`.
         OSError: if the file cannot be read.
     """
@@ -66,7 +79,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         header = json.loads(content[_LENGTH:start])
         entries = {name: entry for name, entry in header.items() if name != _METADATA}
-        return {name: _array(entry, content[start:]) for name, entry in entries.items()}
+        found = {name: _array(entry, content[start:]) for name, entry in entries.items()}
+        return found, dict(header.get(_METADATA, {}))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedFile(f"not a safetensors file: {type(error).__name__}: {error}") from error
 
