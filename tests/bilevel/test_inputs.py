@@ -395,7 +395,7 @@ def checked_conditions():
 
 CHECKED_SOLVERS = {
     "Stationary": [DESCENT, bl.HessianFree(5), bl.Jaxopt("LBFGS", tol=1e-10),
-                   bl.Jaxopt("GradientDescent", tol=1e-10, stepsize=0.3)],
+                   bl.Jaxopt("BFGS", tol=1e-10)],
     "Proximal": [DESCENT, bl.HessianFree(5)],
     "Root": [bl.Jaxopt("Broyden", tol=1e-10), bl.GaussNewton(3), bl.Jaxopt("GaussNewton")],
     "FixedPoint": [bl.FixedPointIteration(100), bl.Anderson(20), bl.Jaxopt("AndersonAcceleration", tol=1e-10)],
