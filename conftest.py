@@ -110,6 +110,15 @@ def forget_programs() -> Iterator[None]:
         sys.modules["jax"].clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def forget_registrations() -> Iterator[None]:
+    """Forget the datasets and presets that a test or an example has registered."""
+    yield
+    for module, names in (("imaml.datasets.registry", "_readers"), ("imaml.settings.published_presets", "_registered")):
+        if module in sys.modules:
+            getattr(sys.modules[module], names).clear()
+
+
 def _mappings() -> int:
     """Return the number of memory mappings of this process, or 0 on a system that does not tell."""
     try:
