@@ -21,6 +21,7 @@ SLOW_PAGES = {
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
     "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
+    "docs/own-data.md": "trains two small runs",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/testing.md": "checks several methods against every reference",
 }

@@ -19,7 +19,7 @@ from imaml import datasets
 from imaml.datasets import Dataset, ImageClasses, ImageDataset, UnevenClasses
 from imaml.datasets.registry import BUILT_IN, FOLDER, checked
 from imaml.errors import InputError, check
-from imaml.learning.tasks import Episode
+from imaml.learning.tasks import Curve, Episode
 from imaml.runs import checkpoints
 from imaml.settings.preset import Preset
 from imaml.settings.types import type_name
@@ -85,8 +85,10 @@ def choose(
     directory: Path | None = None,
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
     on_warning: Callable[[str], None] = lambda message: None,
-) -> tuple[Dataset, dict[str, Any] | None]:
-    """Return the dataset that a user has chosen, and its source; the source is None for a dataset of this package.
+) -> tuple[Preset, Dataset, dict[str, Any] | None]:
+    """Return the preset with the name of the dataset that a user has chosen, the dataset, and its source.
+
+    The source is None for a dataset of this package.
 
     Args:
         preset: the settings. Their dataset is used if ``dataset`` is None, and a folder of images is read in the shape
@@ -97,9 +99,25 @@ def choose(
         meanwhile, on_warning: see :func:`load`.
 
     Raises:
-        InputError: if there is no such dataset, if it cannot be read, or if the run in ``directory`` cannot read its
-            own dataset again.
+        InputError: if there is no such dataset, if it cannot be read, if the preset draws sinusoids, or if the run in
+            ``directory`` cannot read its own dataset again.
     """
+    sinusoids = dataset is None or (isinstance(dataset, str) and dataset == "sinusoid")
+    if type(preset.episode) is Curve and not sinusoids:
+        raise InputError(
+            f"{preset.name} draws sinusoids and would not read another dataset: choose a preset for images, or replace "
+            "the preset's episode"
+        )
+    found, source = _chosen(preset, data, dataset, directory, meanwhile, on_warning)
+    if source is not None:
+        preset = replace(preset, dataset=found.name)
+    elif dataset is not None:
+        preset = replace(preset, dataset=dataset)
+    return preset, found, source
+
+
+def _chosen(preset, data, dataset, directory, meanwhile, on_warning):
+    """Return the chosen dataset and its source."""
     if dataset is not None and not isinstance(dataset, str):
         check(data is None, f"data={str(data)!r} is the folder of a dataset that is chosen by its name: omit it")
         found = checked(dataset, "dataset")
@@ -204,7 +222,9 @@ def fitting(
 
 
 def check_shape(preset: Preset, classes: Any, name: str) -> None:
-    """Raise InputError if the network takes images of another shape, or if images to be rotated are not square."""
+    """Raise InputError if images are missing, not of the network's shape, or to be rotated and not square."""
+    if isinstance(preset.episode, Episode) and not hasattr(classes, "samples"):
+        raise InputError(f"{preset.name} draws tasks from images, but {name} has none: choose another dataset")
     shape, wanted = getattr(classes, "image_shape", None), getattr(preset.network, "image_shape", None)
     if shape is None:
         return
@@ -222,8 +242,3 @@ def check_shape(preset: Preset, classes: Any, name: str) -> None:
 
 def _sides(shape):
     return "×".join(map(str, shape))
-
-
-def with_dataset(preset: Preset, dataset: Dataset, source: dict[str, Any] | None) -> Preset:
-    """Return the preset with the name of one's own dataset, which is a setting of the run."""
-    return preset if source is None else replace(preset, dataset=dataset.name)

@@ -95,9 +95,9 @@ def evaluate(
         raise InputError("parameters alone do not determine the settings: pass the preset as well")
     if source is not None and dataset is None:
         present = run_data.read_again(directory, source, data)
+        preset = replace(preset, dataset=present.name)
     else:
-        present, source = run_data.choose(preset, data, dataset, directory, on_warning=on_event)
-    preset = run_data.with_dataset(preset, present, source)
+        preset, present, source = run_data.choose(preset, data, dataset, directory, on_warning=on_event)
     if (fingerprint := trained_on.get(preset.dataset)) is not None:
         check_same_data(run, preset.dataset, present.fingerprint(), fingerprint, (source or {}).get("directory"))
     name = f"{present.name}'s {part} set"

@@ -99,8 +99,7 @@ def train(
     on_event(f"reading {preset.dataset if dataset is None else getattr(dataset, 'name', dataset)}")
     on_warning = on_warning or on_event
     meanwhile = partial(_compile_ahead, preset, compiler)
-    present, source = run_data.choose(preset, data, dataset, directory, meanwhile, on_warning)
-    preset = run_data.with_dataset(preset, present, source)
+    preset, present, source = run_data.choose(preset, data, dataset, directory, meanwhile, on_warning)
     training, held_out = run_data.fitting(preset, present, on_warning)
     description = {
         "preset": preset.name,

@@ -84,7 +84,7 @@ def verify(
         on_event(f"{next(stages)} of {STAGES}: {message}")
 
     announce(f"reading {preset.dataset if dataset is None else getattr(dataset, 'name', dataset)}")
-    present, _ = run_data.choose(preset, data, dataset)
+    _, present, _ = run_data.choose(preset, data, dataset)
     name = f"{present.name}'s training set"
     classes = run_data.enough_images(present.train, preset.training_episode, name, on_event)
     run_data.check_shape(preset, classes, name)

@@ -15,6 +15,7 @@ from tiny_preset import TinyMLP, tiny_preset
 
 import imaml
 from imaml import ImageDataset, InputError, cli
+from imaml.datasets import ImageClasses
 from imaml.learning import networks
 from imaml.learning.tasks import Task
 from imaml.reproduction import records
@@ -261,6 +262,24 @@ class Shaped(TinyMLP):
     def build(self, ways):
         network = networks.mlp((int(np.prod(self.image_shape)), self.hidden, ways))
         return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
+
+
+def test_a_dataset_of_this_package_by_name_is_a_setting_of_the_run(tmp_path, tiny_pixels, monkeypatch):
+    labels = [f"{number:02}" for number in range(12)]
+    tiny = ImageDataset("omniglot", *(ImageClasses(tiny_pixels, tuple(part + x for x in labels)) for part in "ab"))
+    monkeypatch.setattr("imaml.datasets.omniglot.load", lambda folder, meanwhile: tiny)
+    run = train(PRESET, tmp_path, data=tmp_path, dataset="omniglot")
+    assert (run.preset.dataset, run.dataset) == ("omniglot", None)
+    assert checkpoints.newest(tmp_path).description["config"]["dataset"] == "omniglot"
+
+
+def test_data_that_the_tasks_cannot_be_drawn_from_are_refused(cards, tmp_path):
+    sinusoids = imaml.preset("sinusoid-5shot-gd")
+    with pytest.raises(InputError, match="sinusoid-5shot-gd draws sinusoids and would not read another dataset"):
+        train(sinusoids, tmp_path / "run", data=cards, dataset="folder")
+    with pytest.raises(InputError, match="tiny draws tasks from images, but sinusoid's training set has none"):
+        train(PRESET, tmp_path / "run", dataset="sinusoid")
+    assert not (tmp_path / "run").exists()
 
 
 # --- One's own tasks -----------------------------------------------------------------------------------------------
