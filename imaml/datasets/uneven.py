@@ -72,7 +72,7 @@ class UnevenClasses:
     labels: tuple[str, ...]
     content: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4:
             raise InputError(
                 f"pixels must be uint8 [images, height, width, channels], got {self.pixels.dtype} {self.pixels.shape}"
