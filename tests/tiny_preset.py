@@ -31,7 +31,7 @@ class PermutedEpisode(Episode):
 
 
 def tiny_preset(steps):
-    """Return the preset ``tiny``: a published one with the smallest tasks, the tiny network and ``steps`` meta-steps."""
+    """Return the preset ``tiny``: the smallest tasks, the tiny network, and ``steps`` meta-steps."""
     return replace(
         imaml.preset("glyphs-5way-1shot-gd"),
         name="tiny",
