@@ -21,6 +21,7 @@ SLOW_PAGES = {
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
     "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
+    "docs/own-data.md": "trains two small runs",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/start/imaml.md": "compiles the adaptation of a convolutional network",
     "docs/testing.md": "checks several methods against every reference",
@@ -109,6 +110,15 @@ def forget_programs() -> Iterator[None]:
     yield
     if "jax" in sys.modules and _mappings() > MANY_MAPPINGS:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def forget_registrations() -> Iterator[None]:
+    """Forget the datasets and presets that a test or an example has registered."""
+    yield
+    for module, names in (("imaml.datasets.registry", "_readers"), ("imaml.settings.published_presets", "_registered")):
+        if module in sys.modules:
+            getattr(sys.modules[module], names).clear()
 
 
 def _mappings() -> int:

@@ -4,6 +4,8 @@ This package implements the algorithm of Rajeswaran, Finn, Kakade and Levine (20
 it also has MAML, first-order MAML and Reptile.
 """
 
+from imaml.datasets.images import ImageDataset
+from imaml.datasets.registry import register_dataset
 from imaml.errors import InputError
 from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import MetaGradient, meta_gradient
@@ -14,13 +16,14 @@ from imaml.runs.results import Evaluation, Run
 from imaml.runs.training import train
 from imaml.runs.verification import Verification, verify
 from imaml.settings.preset import Preset
-from imaml.settings.published_presets import preset, presets
+from imaml.settings.published_presets import preset, presets, register_preset
 
 __all__ = [
     "Adapted",
     "Curve",
     "Episode",
     "Evaluation",
+    "ImageDataset",
     "InputError",
     "Learner",
     "MetaGradient",
@@ -34,6 +37,8 @@ __all__ = [
     "meta_gradient",
     "preset",
     "presets",
+    "register_dataset",
+    "register_preset",
     "train",
     "verify",
 ]

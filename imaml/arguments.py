@@ -84,11 +84,12 @@ def _parsers():
     train = commands.add_parser("train", help="train a preset, or resume a run", epilog=EPILOG, allow_abbrev=False)
     _add_preset(train)
     _add_data(train)
+    _add_dataset(train)
     train.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        help="the run's folder; default: runs/PRESET, or runs/PRESET-ALGORITHM with --algorithm",
+        help="the run's folder; default: runs/PRESET, with -ALGORITHM and -DATASET appended if these are given",
     )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -137,6 +138,12 @@ def _parsers():
         action="store_true",
         help="evaluate the checkpoint with the least training loss instead of the last one",
     )
+    evaluate.add_argument(
+        "--part",
+        metavar="PART",
+        default="test",
+        help="test (default), or validation for the validation classes of your own dataset",
+    )
 
     predict = commands.add_parser(
         "predict", help="adapt a run to a folder of labelled images, and label other images", allow_abbrev=False
@@ -177,6 +184,7 @@ def _parsers():
     )
     _add_preset(verify)
     _add_data(verify)
+    _add_dataset(verify)
 
     presets = commands.add_parser("presets", help="list the presets, or show one", allow_abbrev=False)
     presets.add_argument("preset", nargs="?", metavar="NAME")
@@ -235,6 +243,15 @@ def _add_trained(command):
 
 def _add_data(command):
     command.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+
+
+def _add_dataset(command):
+    command.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="replace the preset's dataset: 'folder' for your own images, with a folder of them for each class in "
+        "--data DIR, or the name of a dataset that an installed package offers",
+    )
 
 
 def _devices(text):

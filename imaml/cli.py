@@ -108,17 +108,19 @@ def _train_here(options, chosen, writes):
     from imaml.report.plots import learning_curve
     from imaml.runs.training import train
 
+    dataset = _dataset_name(options)
     name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
-    directory = options.out or Path("runs") / name
+    directory = options.out or Path("runs") / (name if options.dataset is None else f"{name}-{dataset}")
     reporter = _reporter(options, sys.stdout if writes else io.StringIO())
     say = print if writes else lambda *_: None
     warn = (lambda message: print(message, file=sys.stderr)) if writes and options.quiet else reporter.event
     progress = say if not options.quiet else lambda *_: None
-    progress(f"{chosen.name}: {chosen.title} on {chosen.dataset}, in {directory}")
+    progress(f"{chosen.name}: {chosen.title} on {dataset}, in {directory}")
     try:
         run = train(
-            chosen, directory, options.data, devices=options.devices, on_event=reporter.event, on_warning=warn,
-            on_progress=reporter.step, keep_checkpoints=options.keep_checkpoints,
+            chosen, directory, options.data, dataset=options.dataset, devices=options.devices,
+            on_event=reporter.event, on_warning=warn, on_progress=reporter.step,
+            keep_checkpoints=options.keep_checkpoints,
         )  # fmt: skip
     finally:
         reporter.finish()
@@ -129,6 +131,15 @@ def _train_here(options, chosen, writes):
     say(run.evaluation)
     progress(f"learning curve: {picture}")
     return 0
+
+
+def _dataset_name(options):
+    """Return the name of a command's dataset: that of the option or the preset, or of the folder of one's own data."""
+    from imaml.datasets import FOLDER
+
+    if options.dataset == FOLDER and options.data is not None:
+        return Path(options.data).resolve().name
+    return options.chosen.dataset if options.dataset is None else options.dataset
 
 
 def _evaluate(options):
@@ -143,7 +154,7 @@ def _evaluate(options):
     from imaml.runs.evaluation import evaluate
 
     run = options.run_directory
-    print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print))
+    print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print, part=options.part))
     return 0
 
 
@@ -175,7 +186,7 @@ def _verify(options):
     start_jax()
     from imaml.runs.verification import verify
 
-    verification = verify(options.chosen, options.data, on_event=_reporter(options).event)
+    verification = verify(options.chosen, options.data, dataset=options.dataset, on_event=_reporter(options).event)
     print(verification)
     return 0 if verification.ok else 1
 

@@ -31,9 +31,10 @@ class PermutedEpisode(Episode):
 
 
 def tiny_preset(steps):
-    """Return the preset ``glyphs-5way-1shot-gd`` with the smallest tasks, the tiny network and ``steps`` meta-steps."""
+    """Return the preset ``tiny``: the smallest tasks, the tiny network, and ``steps`` meta-steps."""
     return replace(
         imaml.preset("glyphs-5way-1shot-gd"),
+        name="tiny",
         episode=Episode(ways=2, shots=1, queries=1),
         network=TinyMLP(),
         inner=bl.GradientDescent(0.1, max_steps=2),

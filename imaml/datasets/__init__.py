@@ -1,28 +1,35 @@
-"""Few-shot datasets: images of training classes and held-out test classes, and a distribution of sinusoids."""
+"""Few-shot datasets: images of training classes and held-out test classes, and a distribution of sinusoids.
+
+:class:`ImageDataset` also reads one's own folders and arrays, and :func:`register_dataset` gives a dataset a name.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from imaml.datasets import glyphs, miniimagenet, omniglot, sinusoid
+from imaml.datasets import glyphs, miniimagenet, omniglot, registry, sinusoid
 from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.datasets.registry import BUILT_IN, FOLDER, Dataset, register_dataset
 from imaml.datasets.sinusoid import SinusoidDataset
+from imaml.datasets.uneven import UnevenClasses
 from imaml.errors import InputError
 
-__all__ = ["ImageClasses", "ImageDataset", "SinusoidDataset", "download", "load"]
-
-NAMES = ("glyphs", "omniglot", "miniimagenet", "sinusoid")
+__all__ = [
+    "Dataset", "ImageClasses", "ImageDataset", "SinusoidDataset", "UnevenClasses", "download", "load",
+    "register_dataset",
+]  # fmt: skip
 
 
 def load(
     name: str,
     directory: str | Path | None = None,
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
-) -> ImageDataset | SinusoidDataset:
+) -> Dataset:
     """Return the dataset called ``name``.
 
     Args:
         name: ``"glyphs"`` (rendered from fonts), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"`` (both
-            read from files).
+            read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its defaults), a name that
+            :func:`register_dataset` has registered, or one that an installed package offers.
         directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
             to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
             files. The other two datasets need None.
@@ -57,6 +64,12 @@ def load(
         return miniimagenet.load(directory)
     if name == "sinusoid":
         return sinusoid.load(directory)
+    if name == FOLDER:
+        if directory is None:
+            raise InputError("name the folder that holds a folder of images for each class with --data DIR")
+        return ImageDataset.from_folder(directory)
+    if name in registry.names():
+        return registry.read(name, directory)
     raise _unknown(name)
 
 
@@ -99,4 +112,5 @@ def download(
 
 
 def _unknown(name):
-    return InputError(f"there is no dataset {name!r}: known are {', '.join(NAMES)}")
+    known = (*BUILT_IN, FOLDER, *registry.names())
+    return InputError(f"there is no dataset {name!r}: known are {', '.join(known)}")

@@ -52,7 +52,8 @@ def load(directory: str | os.PathLike[str]) -> ImageDataset:
         raise InputError(f"{directory}: this folder does not hold {' or '.join(missing)}; it should hold {LAYOUT}")
     classes = {part: _classes(directory / f"{part}.csv") for part in PARTS}
     _check_disjoint(directory, classes)
-    return ImageDataset("miniimagenet", *(_images(directory, part, classes[part]) for part in ("train", "test")))
+    train, test = (_images(directory, part, classes[part]) for part in ("train", "test"))
+    return ImageDataset("miniimagenet", train, test)
 
 
 def _classes(path: Path) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from imaml.datasets import sinusoid
+from imaml.datasets.uneven import UnevenSource
 from imaml.errors import InputError
 
 
@@ -75,7 +76,8 @@ class Episode:
         """Check that there are enough classes and images for a task.
 
         Args:
-            classes: the training or test classes, an :class:`imaml.datasets.images.ImageClasses`.
+            classes: the training or test classes, an :class:`imaml.datasets.ImageClasses` or
+                :class:`imaml.datasets.UnevenClasses`.
             name: the dataset's name, for the message.
 
         Raises:
@@ -89,11 +91,12 @@ class Episode:
                 f"that a class of {name} has"
             )
 
-    def sample(self, pixels: jax.Array, key: jax.Array, rotate: bool = False) -> Task:
+    def sample(self, pixels: jax.Array | UnevenSource, key: jax.Array, rotate: bool = False) -> Task:
         """Draw one task.
 
         Args:
-            pixels: uint8 ``[classes, samples, height, width, channels]``.
+            pixels: the ``source`` of the classes: uint8 ``[classes, samples, height, width, channels]``, or the arrays
+                of classes that differ in their number of images.
             key: a typed random key. The same key gives the same task.
             rotate: if True, draw a multiple of 90° for each class of the task and rotate all images of the class by it.
 
@@ -101,8 +104,12 @@ class Episode:
             A :class:`Task` with float32 images in [0, 1] and int32 labels in [0, ways).
         """
         class_key, sample_key, rotation_key = jax.random.split(key, 3)
-        chosen = jax.random.choice(class_key, pixels.shape[0], (self.ways,), replace=False)
-        images = jax.vmap(self._draw, in_axes=(0, 0))(pixels[chosen], jax.random.split(sample_key, self.ways))
+        chosen = jax.random.choice(class_key, len(pixels), (self.ways,), replace=False)
+        keys = jax.random.split(sample_key, self.ways)
+        if isinstance(pixels, UnevenSource):
+            images = jax.vmap(lambda label, key: pixels.draw(label, key, self.shots + self.queries))(chosen, keys)
+        else:
+            images = jax.vmap(self._draw, in_axes=(0, 0))(pixels[chosen], keys)
         images = self.inputs(images)
         if rotate:
             images = jax.vmap(_rotate)(images, jax.random.randint(rotation_key, (self.ways,), 0, 4))
@@ -120,7 +127,7 @@ class Episode:
         images = images.astype(jnp.float32) / scale
         return 1 - images if self.bright_paper else images
 
-    def batch(self, pixels: jax.Array, keys: jax.Array, rotate: bool = False) -> Task:
+    def batch(self, pixels: jax.Array | UnevenSource, keys: jax.Array, rotate: bool = False) -> Task:
         """Draw one task for each of ``keys``, and return them as one :class:`Task` with a leading batch axis."""
         return jax.vmap(lambda key: self.sample(pixels, key, rotate))(keys)
 

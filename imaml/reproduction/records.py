@@ -120,9 +120,15 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
         hardware: the machine that trained the run, in words; by default this machine and the run's devices.
 
     Raises:
-        InputError: if the folder holds no finished run, or if its log lacks a step, so that the time is unknown.
+        InputError: if the folder holds no finished run, if the run was trained on one's own data, or if its log lacks a
+            step, so that the time is unknown.
     """
     result = _result(directory)
+    if "source" in result:
+        raise InputError(
+            f"{directory} holds a run on {result['config']['dataset']}, which is no dataset of this package: a record "
+            "is made only of a run that others can train again"
+        )
     config = result["config"]
     log = read_log(directory)
     steps = config["outer"]["steps"]

@@ -1,14 +1,28 @@
-"""The dataset of a run. A run of glyphs keeps a copy of them in its folder.
+"""The dataset of a run: where it comes from, and how a run finds it again.
 
-Glyphs are rendered from the fonts of the installed matplotlib, and an upgrade of matplotlib can change them. With the
-copy, a run is resumed and evaluated on the data that it was trained on. The copy takes about 6 MB.
+A run of glyphs keeps a copy of them in its folder. Glyphs are rendered from the fonts of the installed matplotlib, and
+an upgrade of matplotlib can change them. With the copy, a run is resumed and evaluated on the data that it was trained
+on. The copy takes about 6 MB.
+
+A run of any other dataset of this package stores the name of the dataset in its settings. A run on one's own data also
+stores a *source* in its checkpoints, a dictionary that says how to read the data again. Its ``kind`` is ``"folder"``,
+``"named"`` for a registered dataset, or ``"object"`` for a dataset that only the user's program can make.
 """
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from imaml import datasets
-from imaml.datasets import ImageClasses, ImageDataset, SinusoidDataset
+from imaml.datasets import Dataset, ImageClasses, ImageDataset, UnevenClasses
+from imaml.datasets.registry import BUILT_IN, FOLDER, checked
+from imaml.errors import InputError, check
+from imaml.learning.tasks import Curve, Episode
+from imaml.runs import checkpoints
+from imaml.settings.preset import Preset
+from imaml.settings.types import type_name
 from imaml.storage import arrays
 
 KEPT = "glyphs"
@@ -22,7 +36,7 @@ def load(
     data: str | Path | None = None,
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
     on_warning: Callable[[str], None] = lambda message: None,
-) -> ImageDataset | SinusoidDataset:
+) -> Dataset:
     """Return the dataset called ``name``, for glyphs from the copy in a run's folder if there is one.
 
     Otherwise the dataset comes from :func:`.datasets.load`.
@@ -47,7 +61,7 @@ def load(
     return datasets.load(name, data, meanwhile)
 
 
-def keep(directory: Path, dataset: ImageDataset | SinusoidDataset) -> None:
+def keep(directory: Path, dataset: Dataset) -> None:
     """Write a copy of the glyphs to a run's folder, if the folder has no intact one. Other datasets are not copied.
 
     Raises:
@@ -59,3 +73,172 @@ def keep(directory: Path, dataset: ImageDataset | SinusoidDataset) -> None:
         arrays.read(directory / FILE)
     except (FileNotFoundError, arrays.DamagedFile):
         arrays.write(directory / FILE, dataset.dictionary(), compressed=True)
+
+
+# --- One's own data ------------------------------------------------------------------------------------------------
+
+
+def choose(
+    preset: Preset,
+    data: str | Path | None = None,
+    dataset: str | Dataset | None = None,
+    directory: Path | None = None,
+    meanwhile: Callable[[ImageClasses], None] = lambda training: None,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> tuple[Preset, Dataset, dict[str, Any] | None]:
+    """Return the preset with the name of the dataset that a user has chosen, the dataset, and its source.
+
+    The source is None for a dataset of this package.
+
+    Args:
+        preset: the settings. Their dataset is used if ``dataset`` is None, and a folder of images is read in the shape
+            that their network takes.
+        data: the folder of the files of a dataset that is chosen by its name.
+        dataset: a dataset, or the name of one.
+        directory: the folder of a run, which may remember a folder of images or the files of a registered dataset.
+        meanwhile, on_warning: see :func:`load`.
+
+    Raises:
+        InputError: if there is no such dataset, if it cannot be read, if the preset draws sinusoids, or if the run in
+            ``directory`` cannot read its own dataset again.
+    """
+    sinusoids = dataset is None or (isinstance(dataset, str) and dataset == "sinusoid")
+    if type(preset.episode) is Curve and not sinusoids:
+        raise InputError(
+            f"{preset.name} draws sinusoids and would not read another dataset: choose a preset for images, or replace "
+            "the preset's episode"
+        )
+    found, source = _chosen(preset, data, dataset, directory, meanwhile, on_warning)
+    if source is not None:
+        preset = replace(preset, dataset=found.name)
+    elif dataset is not None:
+        preset = replace(preset, dataset=dataset)
+    return preset, found, source
+
+
+def _chosen(preset, data, dataset, directory, meanwhile, on_warning):
+    """Return the chosen dataset and its source."""
+    if dataset is not None and not isinstance(dataset, str):
+        check(data is None, f"data={str(data)!r} is the folder of a dataset that is chosen by its name: omit it")
+        found = checked(dataset, "dataset")
+        return found, getattr(found, "recipe", None) or {"kind": "object", "type": type_name(type(found))}
+    name = preset.dataset if dataset is None else dataset
+    if name in BUILT_IN:
+        if directory is None:
+            return datasets.load(name, data, meanwhile), None
+        return load(directory, name, data, meanwhile, on_warning), None
+    earlier = _remembered(directory)
+    is_folder = name == FOLDER and (earlier or {}).get("kind") == "folder" and data is None
+    if earlier is not None and (is_folder or (dataset is None and earlier["name"] == name)):
+        return read_again(directory, earlier, data), earlier | _moved(earlier, data)
+    if name == FOLDER and data is not None:
+        height, _, channels = getattr(preset.network, "image_shape", (28, 28, 1))
+        found = ImageDataset.from_folder(data, height, channels=channels)
+        return found, found.recipe
+    where = None if data is None else os.path.abspath(data)
+    return datasets.load(name, data, meanwhile), {"kind": "named", "registered": name, "directory": where}
+
+
+def _remembered(directory):
+    """Return the source that the newest checkpoint in a run's folder has, with the dataset's name; None if none has."""
+    found = None if directory is None else checkpoints.newest(directory)
+    if found is None or "source" not in found.description:
+        return None
+    return found.description["source"] | {"name": found.description["config"]["dataset"]}
+
+
+def _moved(source, data):
+    return {} if data is None or source["kind"] == "object" else {"directory": os.path.abspath(data)}
+
+
+def read_again(run: object, source: dict[str, Any], data: str | Path | None = None) -> Dataset:
+    """Return the dataset of a run on one's own data.
+
+    Args:
+        run: the run's folder, for messages.
+        source: the source in a checkpoint of the run.
+        data: the folder of the dataset, if it has been moved.
+
+    Raises:
+        InputError: if the dataset was passed to the run as an object, or if it cannot be read any more.
+    """
+    if source["kind"] == "object":
+        raise InputError(
+            f"{run} was trained on a dataset that was passed as an object ({source['type']}) and that it cannot read "
+            "again: pass the same one, as in imaml.evaluate(run, dataset=data) or imaml.train(…, dataset=data)"
+        )
+    directory = source["directory"] if data is None else data
+    if source["kind"] == "named":
+        return datasets.load(source["registered"], directory)
+    if not Path(directory).is_dir():
+        raise InputError(
+            f"{run} was trained on the images in {directory}, which is no folder now: if it has been moved, name the "
+            "new place with --data DIR, in Python data="
+        )
+    return ImageDataset.from_recipe(source, directory)
+
+
+def enough_images(
+    classes: Any, episode: Any, name: str, on_warning: Callable[[str], None] = lambda message: None
+) -> Any:
+    """Return the classes without those that have too few images for a task.
+
+    Only classes that differ in their number of images are selected from; all others are returned unchanged.
+
+    Args:
+        classes: training or held-out classes.
+        episode: how tasks are sampled.
+        name: the name of the classes, for the message.
+        on_warning: called with a message that names the classes that are left out, with their numbers of images.
+    """
+    if not isinstance(classes, UnevenClasses) or not isinstance(episode, Episode):
+        return classes
+    kept, small = classes.with_at_least(episode.shots + episode.queries)
+    if small:
+        shown = [f"{label} ({count})" for label, count in small.items()]
+        more = [f"and {len(shown) - 10} more"] if len(shown) > 10 else []
+        on_warning(
+            f"{name}: {len(small)} of {len(classes)} classes are left out, because they have fewer images than "
+            f"{episode.shots} shots and {episode.queries} queries need: {', '.join(shown[:10] + more)}"
+        )
+    return kept
+
+
+def fitting(
+    preset: Preset, dataset: Dataset, on_warning: Callable[[str], None] = lambda message: None
+) -> tuple[Any, Any]:
+    """Return the training and the held-out classes that a preset can use.
+
+    Raises:
+        InputError: if there are too few classes or images, or if the network takes images of another shape.
+    """
+    parts = []
+    for part, episode, what in (("train", preset.training_episode, "training"), ("test", preset.episode, "test")):
+        name = f"{dataset.name}'s {what} set"
+        parts.append(enough_images(getattr(dataset, part), episode, name, on_warning))
+        check_shape(preset, parts[-1], name)
+        episode.check(parts[-1], name)
+    return parts[0], parts[1]
+
+
+def check_shape(preset: Preset, classes: Any, name: str) -> None:
+    """Raise InputError if images are missing, not of the network's shape, or to be rotated and not square."""
+    if isinstance(preset.episode, Episode) and not hasattr(classes, "samples"):
+        raise InputError(f"{preset.name} draws tasks from images, but {name} has none: choose another dataset")
+    shape, wanted = getattr(classes, "image_shape", None), getattr(preset.network, "image_shape", None)
+    if shape is None:
+        return
+    if wanted is not None and tuple(wanted) != tuple(shape):
+        raise InputError(
+            f"the network of {preset.name} takes images of {_sides(wanted)}, but those of {name} have {_sides(shape)}: "
+            f"read them with size={wanted[0]} and channels={wanted[2]}, or replace network.image_shape"
+        )
+    if (preset.turns(training=True) or preset.turns(training=False)) and shape[0] != shape[1]:
+        raise InputError(
+            f"{preset.name} rotates images by multiples of 90°, but those of {name} have {_sides(shape)}: make them "
+            "square, or replace rotations by None"
+        )
+
+
+def _sides(shape):
+    return "×".join(map(str, shape))

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imaml import datasets
-from imaml.errors import InputError
+from imaml.datasets import Dataset
+from imaml.errors import InputError, check_choice
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.runs import checkpoints
 from imaml.runs import data as run_data
@@ -39,10 +39,15 @@ def evaluate(
     data: str | Path | None = None,
     best: bool = False,
     on_event: Callable[[str], None] = warnings.warn,
+    *,
+    dataset: str | Dataset | None = None,
+    part: str = "test",
 ) -> Evaluation:
     """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
     A run of glyphs is evaluated on the copy of them in its folder, which does not depend on the installed matplotlib.
+    A run on one's own folder of images, or on a registered dataset, reads it again. It is refused if the contents have
+    changed, because its held-out classes may then include training classes of the run.
 
     The result is the mean accuracy, or the mean squared error of a regression. If the network has batch normalisation,
     the same tasks are evaluated twice: the result uses the statistics of the query batch, as published, and its field
@@ -54,39 +59,57 @@ def evaluate(
             does not define, such as a network class of your own. Otherwise the default is the run's settings. The
             parts must have the types that the run was trained with; with θ, any types are accepted.
         tasks: number of tasks, at least 2.
-        data: the folder of the dataset's files, for a dataset that is read from files.
+        data: the folder of the dataset's files, for a dataset that is read from files. For a run on a folder of images
+            that has been moved, its new place.
         best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
-        on_event: called with a message if the last checkpoint is damaged and an older one is used, or if outputs of the
-            network are not finite.
+        on_event: called with a message if the last checkpoint is damaged and an older one is used, if outputs of the
+            network are not finite, or if classes have too few images and are left out.
+        dataset: one's own data, as in :func:`imaml.train`. It is required for a folder whose run was trained on an
+            object that cannot be read again. A dataset of another name than in training may have any contents.
+        part: ``"test"`` or ``"validation"``. Choose settings by the validation classes, and keep the test classes for
+            the result.
 
     Raises:
         InputError: for a folder without an intact checkpoint, for settings that cannot be restored or have other types,
-            for data that cannot be used, for θ without a preset, or for fewer than 2 tasks. If ``run`` is a folder,
-            also if the dataset has the same name as in training but other contents.
+            for data that cannot be used, for θ without a preset, for fewer than 2 tasks, or for a part that the dataset
+            does not have. If ``run`` is a folder, also if the dataset has the same name as in training but other
+            contents.
 
     Source: Rajeswaran et al. (2019), table 2.
     """
+    check_choice("part of a dataset", part, ("test", "validation"))
     theta: Any = run
-    directory = fingerprint = None
+    directory = source = None
+    trained_on: dict[str, str] = {}
     if isinstance(run, str | Path):
         directory = Path(run)
-        preset, theta, fingerprint = _restore(directory, preset, best, on_event)
+        preset, theta, trained_on, source = _restore(directory, preset, best, on_event)
     elif isinstance(run, Run):
         directory, theta = run.directory, run.theta
         check_types(directory, run.preset.types(), preset)
         preset = preset or run.preset
+        if run.dataset is not None:
+            trained_on = {run.dataset.name: run.dataset.fingerprint()}
+            dataset = run.dataset if dataset is None and data is None else dataset
     if preset is None:
         raise InputError("parameters alone do not determine the settings: pass the preset as well")
-    if directory is None:
-        dataset = datasets.load(preset.dataset, data)
+    if source is not None and dataset is None:
+        present = run_data.read_again(directory, source, data)
+        preset = replace(preset, dataset=present.name)
     else:
-        dataset = run_data.load(directory, preset.dataset, data, on_warning=on_event)
-    if fingerprint is not None:
-        check_same_data(run, preset.dataset, dataset.fingerprint(), fingerprint)
-    return evaluate_classes(theta, preset, dataset.test, tasks, on_event)
+        preset, present, source = run_data.choose(preset, data, dataset, directory, on_warning=on_event)
+    if (fingerprint := trained_on.get(preset.dataset)) is not None:
+        check_same_data(run, preset.dataset, present.fingerprint(), fingerprint, (source or {}).get("directory"))
+    name = f"{present.name}'s {part} set"
+    classes = getattr(present, part, None)
+    if classes is None:
+        raise InputError(f"the dataset {present.name} has no {part} classes")
+    run_data.check_shape(preset, classes, name)
+    classes = run_data.enough_images(classes, preset.episode, name, on_event)
+    return evaluate_classes(theta, preset, classes, tasks, on_event)
 
 
-def check_same_data(run: object, dataset_name: str, present: str, trained_on: str) -> None:
+def check_same_data(run: object, dataset_name: str, present: str, trained_on: str, place: str | None = None) -> None:
     """Raise InputError if a run was trained on other data than the present ones.
 
     Args:
@@ -94,11 +117,14 @@ def check_same_data(run: object, dataset_name: str, present: str, trained_on: st
         dataset_name: the name of the dataset.
         present: the fingerprint of the present data.
         trained_on: the fingerprint of the data that the run was trained on.
+        place: the folder from which the present data were read, if they are one's own.
     """
     if present != trained_on:
+        remedy = _OTHER_GLYPHS if dataset_name == run_data.KEPT else ""
+        remedy = f"Restore the files in {place}, or train a new run on the present ones" if place else remedy
         raise InputError(
             f"{run} was trained on other data than the present {dataset_name} data, whose held-out classes may "
-            f"include training classes of the run. {_OTHER_GLYPHS if dataset_name == run_data.KEPT else ''}".rstrip()
+            f"include training classes of the run. {remedy}".rstrip()
         )
 
 
@@ -125,15 +151,12 @@ def trained(
 
 
 def _restore(directory, preset, best, on_event):
-    """Return the preset and θ of a checkpoint in a folder, and the fingerprint of its training data.
-
-    The fingerprint is None if ``preset`` uses another dataset than the run, because two datasets cannot be compared.
-    """
+    """Return the preset, θ, the dataset's fingerprint by its name, and the source of one's own data."""
     found = trained(directory, best, on_event)
-    preset = preset_of(directory, found.description, preset)
-    trained_on = found.description["config"]["dataset"]
-    fingerprint = found.description["data"] if preset.dataset == trained_on else None
-    return preset, found.restore(initial_state(preset)).theta, fingerprint
+    description = found.description
+    preset = preset_of(directory, description, preset)
+    trained_on = {description["config"]["dataset"]: description["data"]}
+    return preset, found.restore(initial_state(preset)).theta, trained_on, description.get("source")
 
 
 def preset_of(where: Path, description: dict[str, Any], given: Preset | None = None, call: str = "evaluate") -> Preset:

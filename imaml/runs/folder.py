@@ -131,9 +131,11 @@ class RunFolder:
         """Check that the checkpoint belongs to this run, and return its state."""
         saved, wanted = found.description, self._description
         if other_settings := differences(self._completed(saved["config"]), wanted["config"]):
+            own_data = "source" in saved and saved["config"]["dataset"] != wanted["config"]["dataset"]
+            hint = "pass the same dataset as before (dataset=, or --dataset), " if own_data else ""
             raise InputError(
                 f"{self._directory} holds a run with other settings ({'; '.join(other_settings)}): "
-                "use another --out, or delete the folder"
+                f"{hint}use another --out, or delete the folder"
             )
         if other_types := self._other_types(saved):
             raise InputError(
@@ -141,7 +143,11 @@ class RunFolder:
                 "use another --out, or train with the types of that run"
             )
         if saved["data"] != wanted["data"]:
-            raise InputError(f"{self._directory} holds a run on other data: use another --out, or delete the folder")
+            place = saved.get("source", {}).get("directory")
+            changed = f", read from {place}, which are not the present ones" if place else ""
+            raise InputError(
+                f"{self._directory} holds a run on other data{changed}: use another --out, or delete the folder"
+            )
         if other_versions := differences(saved["versions"], wanted["versions"]):
             self._on_warning(f"resuming with other versions, so last bits may differ ({'; '.join(other_versions)})")
         return found.restore(initial)

@@ -1,7 +1,7 @@
 """The records that training, evaluation and verification return."""
 
 import textwrap
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -81,6 +81,7 @@ class Run:
         finished: whether all meta-steps are done. If not, the same call of :func:`imaml.train` resumes the run.
         stopped_by: the signal that stopped the run, or None.
         evaluation: evaluation on held-out tasks; None if the run was stopped, even after the last meta-step.
+        dataset: one's own dataset, if the run was trained on one. Otherwise None.
     """
 
     directory: Path
@@ -90,6 +91,7 @@ class Run:
     finished: bool
     stopped_by: Signals | None
     evaluation: Evaluation | None
+    dataset: Any = field(default=None, repr=False, compare=False)
 
 
 TRUNCATED = "CG at its budget"

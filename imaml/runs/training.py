@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import bilevel as bl
-from imaml.datasets import ImageDataset, SinusoidDataset
+from imaml.datasets import Dataset
 from imaml.errors import InputError
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
@@ -43,6 +43,7 @@ def train(
     directory: str | Path,
     data: str | Path | None = None,
     *,
+    dataset: str | Dataset | None = None,
     devices: int | str | None = None,
     on_event: Callable[[str], None] = lambda message: None,
     on_warning: Callable[[str], None] | None = None,
@@ -65,11 +66,16 @@ def train(
             the same types.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's files, for a dataset that is read from files.
+        dataset: one's own data: an :class:`imaml.ImageDataset`, another object with ``name``, ``train``, ``test`` and
+            ``fingerprint()``, the name of a registered dataset, or ``"folder"`` to read the images in ``data``. Its
+            name replaces the preset's dataset in the settings of the run. A resumed run with ``run.preset`` reads a
+            folder or a registered dataset again; any other object must be passed again.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
-        on_warning: called with a message if a file is damaged, if a checkpoint was saved with other versions, if
-            ``result.json`` is not replaced, or if outputs in the evaluation are not finite; ``on_event`` by default.
+        on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
+            checkpoint was saved with other versions, if ``result.json`` is not replaced, or if outputs in the
+            evaluation are not finite; ``on_event`` by default.
         on_progress: called after every meta-step.
         evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
             the same run on more tasks.
@@ -90,17 +96,19 @@ def train(
         raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
     mesh = global_mesh(preset.outer.tasks, devices)
     compiler = StepCompiler(preset, mesh, on_event)
-    on_event(f"reading {preset.dataset}")
+    on_event(f"reading {preset.dataset if dataset is None else getattr(dataset, 'name', dataset)}")
     on_warning = on_warning or on_event
-    dataset = run_data.load(directory, preset.dataset, data, partial(_compile_ahead, preset, compiler), on_warning)
-    check(preset, dataset)
+    meanwhile = partial(_compile_ahead, preset, compiler)
+    preset, present, source = run_data.choose(preset, data, dataset, directory, meanwhile, on_warning)
+    training, held_out = run_data.fitting(preset, present, on_warning)
     description = {
         "preset": preset.name,
         "config": preset.config(),
         "types": preset.types(),
-        "data": dataset.fingerprint(),
+        "data": present.fingerprint(),
         "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
     }
+    description |= {} if source is None else {"source": source}
     _check_alike({name: description[name] for name in ("config", "types", "data")})
     evaluation = None
     first = is_first()
@@ -110,11 +118,11 @@ def train(
         else NullRunFolder()
     ) as folder:
         start = state = from_first(folder.resume(initial_state(preset)))
-        if first:
-            run_data.keep(directory, dataset)
+        if first and source is None:
+            run_data.keep(directory, present)
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
-            for state, report in _steps(preset, mesh, start, dataset.train.source, compiler):
+            for state, report in _steps(preset, mesh, start, training.source, compiler):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 folder.record(progress, state)
                 on_progress(progress)
@@ -128,19 +136,10 @@ def train(
         finished = int(state.step) == preset.outer.steps
         if finished and not stop:
             on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
-            evaluation = evaluate_classes(state.theta, preset, dataset.test, evaluation_tasks, on_warning)
+            evaluation = evaluate_classes(state.theta, preset, held_out, evaluation_tasks, on_warning)
             folder.finish(evaluation.records())
-    return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation)
-
-
-def check(preset: Preset, dataset: ImageDataset | SinusoidDataset) -> None:
-    """Check that the dataset has enough classes and examples for the preset's training and evaluation tasks.
-
-    Raises:
-        InputError: if there are too few classes or examples.
-    """
-    preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
-    preset.episode.check(dataset.test, f"{dataset.name}'s test set")
+    own = None if source is None else present
+    return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation, own)
 
 
 def _check_alike(facts):

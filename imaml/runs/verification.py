@@ -29,11 +29,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
-from imaml import datasets
+from imaml.datasets import Dataset
 from imaml.errors import InputError
 from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.tasks import Task
+from imaml.runs import data as run_data
 from imaml.runs.results import TRUNCATED, Verification
 from imaml.settings.preset import Preset
 
@@ -55,6 +56,7 @@ def verify(
     preset: Preset,
     data: str | Path | None = None,
     *,
+    dataset: str | Dataset | None = None,
     steps: Sequence[int] = (16, 64, 256, 1024),
     directions: int = 2,
     on_event: Callable[[str], None] = lambda message: None,
@@ -64,6 +66,7 @@ def verify(
     Args:
         preset: the settings; they are used at their real size.
         data: the folder of the dataset's files, for a dataset that is read from files.
+        dataset: one's own data, as in :func:`imaml.train`.
         steps: numbers of steps of unrolled MAML, increasing.
         directions: number of directions in θ along which gradients are compared with differences and with unrolled
             MAML, at least 1. The first is the implicit gradient; the others are random.
@@ -80,11 +83,14 @@ def verify(
     def announce(message):
         on_event(f"{next(stages)} of {STAGES}: {message}")
 
-    announce(f"reading {preset.dataset}")
-    dataset = datasets.load(preset.dataset, data)
-    preset.training_episode.check(dataset.train, f"{dataset.name}'s training set")
+    announce(f"reading {preset.dataset if dataset is None else getattr(dataset, 'name', dataset)}")
+    _, present, _ = run_data.choose(preset, data, dataset)
+    name = f"{present.name}'s training set"
+    classes = run_data.enough_images(present.train, preset.training_episode, name, on_event)
+    run_data.check_shape(preset, classes, name)
+    preset.training_episode.check(classes, name)
     with jax.enable_x64(True):
-        source = jax.tree.map(jnp.asarray, dataset.train.source)
+        source = jax.tree.map(jnp.asarray, classes.source)
         task = _as_double(preset.training_episode.sample(source, preset.keys.train))
         theta = _as_double(preset.functions.init(preset.keys.init))
         checks = list(check_system(preset.learner, theta, task, announce))

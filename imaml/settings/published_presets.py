@@ -1,6 +1,7 @@
 """The published presets: one frozen record for each, with its citation and its departures from the publication.
 
-:mod:`imaml.settings.preset` and :mod:`imaml.settings.parts` define the record and its parts.
+Presets of one's own can be registered too. :mod:`imaml.settings.preset` and :mod:`imaml.settings.parts` define the
+record and its parts.
 """
 
 import dataclasses
@@ -8,48 +9,101 @@ import difflib
 from typing import Any
 
 import bilevel as bl
-from imaml.errors import InputError
+from imaml import entry_points
+from imaml.errors import InputError, check
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Adaptation, Baselines, Conv4, Outer, Rotations
 from imaml.settings.preset import CITATIONS, RAJESWARAN, Preset
 from imaml.settings.saved import with_config
 
+GROUP = "imaml.presets"
+"""The group of the entry points by which packages offer presets."""
+
 
 def preset(name: str) -> Preset:
-    """Return the published preset called ``name``.
+    """Return the preset called ``name``.
 
     Args:
         name: one of :func:`presets`.
 
     Raises:
-        InputError: if the name is unknown. The message lists all names and, if one is similar, suggests that one.
+        InputError: if the name is unknown, or if the package that offers the preset cannot be imported. For an unknown
+            name, the message lists all names and, if one is similar, suggests that one.
     """
-    if name in _PRESETS:
-        return _PRESETS[name]
-    near = difflib.get_close_matches(name, _PRESETS, n=1)
+    known = _registered | _PRESETS
+    if name in known:
+        return known[name]
+    names = presets()
+    if name in names:
+        return _offered(name)
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else ""
-    raise InputError(f"there is no preset {name!r}: {hint} known: {', '.join(_PRESETS)}".replace(":  known", ": known"))
+    raise InputError(f"there is no preset {name!r}: {hint} known: {', '.join(names)}".replace(":  known", ": known"))
 
 
 def presets() -> tuple[str, ...]:
-    """Return the names of all presets. The first one is the default of the command line."""
-    return tuple(_PRESETS)
+    """Return the names of all presets: published, registered, and offered by installed packages.
+
+    The first one is the default of the command line.
+    """
+    found = (*_PRESETS, *_registered)
+    return (*found, *(name for name in entry_points.offered(GROUP) if name not in found))
+
+
+def register_preset(preset: Preset) -> None:
+    """Make a preset available by its name, to :func:`imaml.preset` and :func:`imaml.evaluate`.
+
+    A run of a registered preset can be evaluated from its folder even if the preset has parts of your own types. A
+    package registers its preset by an entry point instead, which the command line finds as well. It names a preset, or
+    a function without arguments that returns one::
+
+        [project.entry-points."imaml.presets"]
+        cards-5way = "my_package.presets:CARDS"
+
+    Args:
+        preset: the preset. No preset of this package may have its name. An earlier preset of this name is replaced.
+
+    Raises:
+        InputError: if the name is empty or taken by this package, or if ``preset`` is not a preset.
+
+    >>> import dataclasses
+    >>> import imaml
+    >>> register_preset(dataclasses.replace(imaml.preset("sinusoid-5shot-gd"), name="my-sinusoids", strength=2.0))
+    >>> imaml.preset("my-sinusoids").strength
+    2.0
+    """
+    check(isinstance(preset, Preset), f"only an imaml.Preset can be registered, got {preset!r:.100}")
+    check(bool(preset.name), "a preset needs a name to be registered")
+    taken = preset.name in _PRESETS
+    check(not taken, f"the name {preset.name!r} is taken by a preset of this package: choose another name")
+    _registered[preset.name] = preset
+
+
+def _offered(name):
+    """Return the preset that an installed package offers under a name."""
+    found = entry_points.load(GROUP, name)
+    found = found() if callable(found) else found
+    if not isinstance(found, Preset) or found.name != name:
+        raise InputError(
+            f"the entry point {name!r} of {GROUP} should be an imaml.Preset of that name, got {found!r:.100}"
+        )
+    return found
 
 
 def restore(name: str, config: dict[str, Any], types: dict[str, str] | None = None) -> Preset:
     """Return the preset that was saved with a run.
 
     Args:
-        name: the name of the preset, which need not be a published one if ``types`` is given.
+        name: the name of the preset, which need not be one of :func:`presets` if ``types`` is given.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
         types: the result of :meth:`Preset.types`. None for a run of a version that did not save it; the parts then
-            have the types of the published preset.
+            have the types of the preset of that name.
 
     Raises:
-        InputError: if ``types`` is None and the name is not a published one, if a part has a type that this package
-            does not define, or if the config does not fit this version.
+        InputError: if ``types`` is None and the name is unknown, if a part has a type that neither this package nor the
+            preset of that name has, or if the config does not fit this version.
     """
-    if types is None or name in _PRESETS:
+    if types is None or name in presets():
         return with_config(preset(name), config, types)
     citation = CITATIONS.get(config.get("algorithm", "imaml"), RAJESWARAN)
     begun = dataclasses.replace(_GLYPHS, name=name, citation=citation, departures=(), baselines=None)
@@ -255,3 +309,4 @@ _ALL = (
     _GLYPHS, _GLYPHS_HF, *_CELLS, _REFERENCE, _MINIIMAGENET, _MINIIMAGENET_HF, _sinusoid(5), _sinusoid(10),
 )  # fmt: skip
 _PRESETS = {chosen.name: chosen for chosen in _ALL}
+_registered: dict[str, Preset] = {}

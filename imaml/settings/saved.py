@@ -15,13 +15,17 @@ from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Conv4, Outer, Rotations
 from imaml.settings.preset import NO_SETTINGS, Preset
 from imaml.settings.renamed import with_current_names
-from imaml.settings.types import type_name
+from imaml.settings.types import plain, type_name
 
 PARTS: dict[str, Any] = {
     type_name(kind): kind
     for kind in (Episode, Curve, Rotations, Conv4, MLP, Outer, bl.GradientDescent, bl.HessianFree, bl.CG)
 }
-"""The types of parts that can be restored from a file, by their saved names. Other types are never imported."""
+"""The types of parts that can be restored from a file, by their saved names.
+
+A part of another type is restored only if the preset to start from has a part of that type in the same place, such as a
+preset that was registered. No type is imported by its name.
+"""
 
 
 def completed(record: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +83,24 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
 
 def _with_parts(chosen, config, types):
     """Return a copy of a preset with the algorithm of a config, and with parts of the saved types."""
-    known = {"preset": type_name(Preset)}
-    foreign = [f"{path} is {name}" for path, name in types.items() if known.get(path) != name and name not in PARTS]
+    own = chosen.types()
+    foreign = [
+        f"{path} is {name}"
+        for path, name in types.items()
+        if own.get(path) != name and (name not in PARTS or path == "preset" or "." in path)
+    ]
     if foreign:
         raise InputError(f"a part of {chosen.name} has a type that imaml does not define ({', '.join(foreign)})")
     parts = {}
     for path, name in types.items():
-        if path != "preset":
+        if path == "preset" or "." in path:  # a record inside another part is restored with that part
+            continue
+        if name in PARTS:
             fields = with_current_names(PARTS[name], config[path], path)
             parts[path] = PARTS[name](**{field: _as_setting(value) for field, value in fields.items()})
+        else:
+            part = getattr(chosen, path)
+            parts[path] = _with_settings(part, with_current_names(part, config[path], path))
     algorithm = config["algorithm"]
     if algorithm != chosen.algorithm and chosen.baselines is not None:
         chosen = chosen.using(algorithm)  # with the citation and the departures of that algorithm
@@ -96,7 +109,13 @@ def _with_parts(chosen, config, types):
 
 def _with_settings(record, config):
     def value_of(key, value):
-        return _with_settings(getattr(record, key), value) if isinstance(value, dict) else _as_setting(value)
+        present = getattr(record, key)
+        if isinstance(value, dict):
+            return _with_settings(present, value)
+        if callable(present) and not dataclasses.is_dataclass(present):  # a function is saved by its name
+            check(plain(present) == value, f"{key} was {value} and is {plain(present)} now")
+            return present
+        return _as_setting(value)
 
     return dataclasses.replace(record, **{key: value_of(key, value) for key, value in config.items()})
 

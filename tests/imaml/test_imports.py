@@ -14,11 +14,12 @@ MODULES = {name: targets for name, targets in ARROWS.items() if name != "imaml"}
 # The rooms from the lowest to the highest, each with the rooms that it may import from.
 ALLOWED = {
     "errors": set(),
+    "entry_points": {"errors"},
     "storage": {"errors"},
     "parallel": {"errors"},
-    "datasets": {"storage", "errors"},
+    "datasets": {"storage", "entry_points", "errors"},
     "learning": {"datasets", "errors"},
-    "settings": {"learning", "errors"},
+    "settings": {"learning", "entry_points", "errors"},
     "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
     "report": {"runs", "storage"},
     "reproduction": {"report", "runs", "settings", "learning", "datasets", "storage", "errors"},

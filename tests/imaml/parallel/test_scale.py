@@ -27,7 +27,6 @@ from imaml.runs import checkpoints, training
 from imaml.runs import folder as runfolder
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
-from imaml.settings.published_presets import _PRESETS
 from imaml.storage import files
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,8 +58,8 @@ def worker(pixels: str, pause: str, *arguments: str) -> int:
     training.train = train
     tiny = dataset(np.load(pixels))
     datasets.load = lambda name, data=None, meanwhile=None: tiny
-    _PRESETS[PRESET.name] = PRESET
-    return cli.main(["train", *arguments])
+    imaml.register_preset(PRESET)
+    return cli.main(["train", PRESET.name, *arguments])
 
 
 if __name__ == "__main__":

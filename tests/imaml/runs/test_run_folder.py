@@ -81,7 +81,7 @@ def test_a_run_saved_without_types_is_resumed_and_evaluated(uninterrupted, tmp_p
     assert train(tmp_path).evaluation == uninterrupted.run.evaluation
 
 
-@pytest.mark.parametrize("other", [replace(PRESET, name="mine"), PRESET])
+@pytest.mark.parametrize("other", [PRESET, replace(PRESET, name="glyphs-5way-1shot-gd")])
 def test_the_message_about_a_part_of_an_unknown_type_names_it_and_says_what_to_pass(other, tmp_path, uninterrupted):
     found = checkpoints.newest(uninterrupted.run.directory)
     facts = found.description | {"preset": other.name, "config": other.config()}
@@ -325,6 +325,9 @@ def test_a_checkpoint_describes_its_run(uninterrupted):
     description = checkpoints.newest(uninterrupted.run.directory).description
     assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
     assert description["types"] == PRESET.types()
+    # A run on a dataset of this package has no source, so that its checkpoints are those of earlier versions.
+    facts = {"preset", "config", "types", "data", "versions"}
+    assert set(description) == facts | {"format", "step", "loss", "leaves"} and uninterrupted.run.dataset is None
     assert description["data"] == datasets.load("tiny").fingerprint()
     assert {"python", "jax", "jaxlib", "numpy", "imaml", "devices"} == set(description["versions"])
     leaves = [path for path, _, _ in description["leaves"]]

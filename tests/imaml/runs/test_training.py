@@ -201,18 +201,17 @@ import functools, os, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)  # as in tests/conftest.py
 sys.path.insert(0, sys.argv[1])
-import tiny_run
+import imaml, tiny_run
 from imaml import cli, datasets
 from imaml.report import progress
 from imaml.runs import training
-from imaml.settings import published_presets
 folder, pixels, number = sys.argv[2:]
-published_presets._PRESETS = {tiny_run.PRESET.name: tiny_run.PRESET}
+imaml.register_preset(tiny_run.PRESET)
 datasets.load = lambda name, data=None, meanwhile=None: tiny_run.dataset(np.load(pixels))
 training.train = functools.partial(training.train, checkpoint_seconds=0.0)
 progress.Reporter.step = lambda self, p: p.step == tiny_run.STOP_AT and os.kill(os.getpid(), int(number))
 cli.start_jax = lambda: None
-sys.exit(cli.main(["train", "--out", folder]))
+sys.exit(cli.main(["train", tiny_run.PRESET.name, "--out", folder]))
 """
 
 

@@ -148,7 +148,7 @@ def test_the_command_verifies_a_preset_with_other_settings_and_is_quiet_if_asked
     monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
     chosen = []
 
-    def verify(preset, data=None, on_event=print):
+    def verify(preset, data=None, dataset=None, on_event=print):
         chosen.append(preset)
         on_event("a stage")
         return verification.Verification(preset.name, 5, (bl.Check("a row", True, "a figure"),), 1.0)
@@ -166,7 +166,7 @@ def test_the_command_prints_the_checks_and_exits_with_1_if_one_fails(monkeypatch
     monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
     rows = (bl.Check("a row", sound, "a figure", "a remedy."),)
 
-    def verify(preset, data=None, on_event=print):
+    def verify(preset, data=None, dataset=None, on_event=print):
         on_event("a stage")
         return verification.Verification(preset.name, 5, rows, 1.0)
 

@@ -57,14 +57,21 @@ _task_scores, _over_tasks = functools.cache(evaluation.task_scores), functools.c
 
 @contextlib.contextmanager
 def patched(pixels, meta_step):
-    """Replace datasets and programs within the ``with`` block.
-
-    Every dataset name gives the tiny dataset, and training uses ``meta_step``. Equal arguments of ``task_scores`` and
-    ``over_tasks`` give the same function again, so that JAX does not trace it anew.
-    """
+    """Replace datasets and programs within the ``with`` block. Every dataset name gives the tiny dataset."""
     tiny = dataset(pixels)
-    with pytest.MonkeyPatch.context() as patch:
+    with programs(meta_step), pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
+        yield
+
+
+@contextlib.contextmanager
+def programs(meta_step):
+    """Replace programs within the ``with`` block.
+
+    Training uses ``meta_step``. Equal arguments of ``task_scores`` and ``over_tasks`` give the same function again, so
+    that JAX does not trace it anew.
+    """
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compilation, "meta_step", meta_step)
         patch.setattr(evaluation, "task_scores", _task_scores)
         patch.setattr(evaluation, "over_tasks", _over_tasks)

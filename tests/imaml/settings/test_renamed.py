@@ -11,7 +11,7 @@ import imaml
 from imaml import InputError
 from imaml.arguments import parse
 from imaml.reproduction import records
-from imaml.settings import overrides, published_presets
+from imaml.settings import overrides
 from imaml.settings.overrides import override, settings
 from imaml.settings.published_presets import restore
 from imaml.settings.renamed import RENAMED, current_path, with_current_names
@@ -191,7 +191,7 @@ def test_no_field_in_the_table_is_both_an_old_and_a_new_name():
 
 def preset_from(arguments, monkeypatch):
     """Return the preset that ``imaml train`` makes from these arguments and a record with the new names."""
-    monkeypatch.setitem(published_presets._PRESETS, "renamed", Renamed())  # ty: ignore
+    monkeypatch.setattr("imaml.arguments.preset", lambda name: Renamed())
     return parse(["train", "renamed", *arguments]).chosen
 
 
