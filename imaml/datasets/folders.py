@@ -57,27 +57,40 @@ def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
     folders = _subfolders(directory)
     names = {ALIASES.get(path.name, path.name): path for path in folders}
     if {"train", "test"} <= set(names) <= set(PARTS):
-        return {part: _classes(path) for part, path in names.items()}
-    return {UNDIVIDED: _classes(directory)}
+        return {part: classes_of(path) for part, path in names.items()}
+    return {UNDIVIDED: classes_of(directory)}
 
 
 def _subfolders(directory):
     return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _classes(directory):
-    classes = {folder.name: _images(folder) for folder in _subfolders(directory)}
+def classes_of(directory: Path) -> dict[str, list[Path]]:
+    """Return the image files of each class, in a folder with one subfolder for each class, both sorted by name.
+
+    Raises:
+        InputError: if there is no such folder, if it has no subfolder, or if a class has no image.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder; name one that holds a folder of images for each class")
+    classes = {folder.name: images_in(folder) for folder in _subfolders(directory)}
     if not classes:
         raise InputError(f"{directory}: it should hold a folder of images for each class, but it has no subfolder")
     return classes
 
 
-def _images(folder):
-    """Return the image files in a class's folder, sorted by name."""
+def images_in(folder: Path) -> list[Path]:
+    """Return the image files in a folder, sorted by name.
+
+    Raises:
+        InputError: if there is no such folder, or if it has no image.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name a folder of images")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not found:
         nested = "; the images should lie directly in it" if _subfolders(folder) else ""
-        raise InputError(f"{folder}: this class has no image (a file {', '.join(SUFFIXES)}){nested}")
+        raise InputError(f"{folder}: this folder has no image (a file {', '.join(SUFFIXES)}){nested}")
     return found
 
 
@@ -108,10 +121,19 @@ def read(classes: dict[str, list[Path]], reading: Reading) -> tuple[np.ndarray, 
     return pixels, tuple(map(len, classes.values())), digest.hexdigest()
 
 
+def read_image(path: Path, reading: Reading) -> np.ndarray:
+    """Return an image file as uint8 ``[size, size, channels]``.
+
+    Raises:
+        InputError: if Pillow is missing, or if the file cannot be read or decoded.
+    """
+    return _decode(path, reading)[0]
+
+
 def _decode(path: Path, reading: Reading) -> tuple[np.ndarray, bytes]:
     """Return the pixels of an image file, uint8 ``[size, size, channels]``, and the SHA-256 of its bytes."""
     try:
-        from PIL import Image  # comes with matplotlib
+        from PIL import Image, UnidentifiedImageError  # comes with matplotlib
     except ImportError as error:
         raise InputError("images are decoded by Pillow, which is missing: pip install pillow") from error
     try:
@@ -122,8 +144,10 @@ def _decode(path: Path, reading: Reading) -> tuple[np.ndarray, bytes]:
         with Image.open(io.BytesIO(content), formats=sorted(set(SUFFIXES.values()))) as image:
             pixels = np.asarray(_fitted(_flat(image, reading.channels), reading))
     except Exception as error:  # Pillow raises many exception types on damaged bytes
+        formats = ", ".join(sorted(set(SUFFIXES.values())))
+        cause = f"no {formats}" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(
-            f"{path}: cannot be decoded as an image ({error}); replace it by an undamaged file, or remove it"
+            f"{path}: cannot be decoded as an image ({cause}); replace it by an undamaged file, or remove it"
         ) from error
     pixels = pixels.reshape(reading.size, reading.size, reading.channels)
     return 255 - pixels if reading.invert else pixels, hashlib.sha256(content).digest()

@@ -66,7 +66,8 @@ def load(
     """
     if isinstance(run, Run):
         check_types(run.directory, run.preset.types(), preset)
-        return TrainedLearner(run.theta, preset or run.preset, {"step": run.step})
+        recipe = getattr(run.dataset, "recipe", None)
+        return TrainedLearner(run.theta, preset or run.preset, {"step": run.step, "source": recipe})
     path = Path(run)
     if path.is_dir() or path.suffix not in parameters.SUFFIXES:
         checkpoint = trained(path, best, on_event)

@@ -25,8 +25,9 @@ FORMAT = "imaml-parameters-1"
 SUFFIXES = (".safetensors", ".npz")
 Named = list[tuple[str, np.ndarray]]
 """Arrays with the names of their parameters."""
-FACTS = ("data", "step", "versions")
-"""Facts about the training that a description may have: the fingerprint of the data, the meta-steps, the versions."""
+FACTS = ("data", "source", "step", "versions")
+"""Facts about the training that a description may have: the fingerprint of the data, where data of one's own come from,
+the meta-steps, and the versions."""
 
 
 def write(path: Path, theta: Any, preset: Preset, facts: Mapping[str, Any]) -> None:

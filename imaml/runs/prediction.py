@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from imaml.datasets import files
+from imaml.datasets import folders
 from imaml.errors import InputError
 from imaml.learning.tasks import Episode
 from imaml.runs.learner import TrainedLearner
 from imaml.runs.results import NO_NORMALISATION, QUERY_BATCH, SUPPORT_SET
+
+DRAWINGS = ("glyphs", "omniglot")
+"""The datasets of drawings, whose arrays have ink 255 and paper 0. In image files, ink is usually dark."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def predict_files(
 ) -> Predictions:
     """Adapt a learner to image files in one folder for each class, and predict the classes of other image files.
 
-    The files are read by :func:`imaml.datasets.files.read_image`, in the size that the network takes.
+    A learner of one's own images reads the files as the images that it was trained on were read. For any other learner,
+    an image that is not square is stretched to the size that the network takes.
 
     Args:
         learner: a learner of image classes.
@@ -71,7 +75,8 @@ def predict_files(
             the label of its images.
         query: a folder of image files, or one image file.
         transductive: see :meth:`.Adapted.predict`.
-        invert: reverse bright and dark. None reverses for the datasets of drawings, whose ink is bright.
+        invert: reverse bright and dark. None does as for the images of the training, and reverses for the datasets of
+            drawings, whose ink is bright.
 
     Raises:
         InputError: if a folder or a file cannot be used, if the number of classes is not the preset's, or if the
@@ -83,13 +88,17 @@ def predict_files(
         raise InputError(
             f"{preset.name} does not classify images of a known size: in Python, use imaml.load(run).adapt(x, y)"
         )
-    invert = preset.dataset in files.DRAWINGS if invert is None else invert
-    classes = files.class_folders(support)
-    asked = [Path(query)] if Path(query).is_file() else files.image_files(query)
+    reading = folders.Reading(shape[0], shape[2], "stretch", preset.dataset in DRAWINGS)
+    if (source := learner.facts.get("source") or {}).get("kind") == "folder":
+        reading = folders.Reading(*(source[name] for name in folders.Reading._fields))
+    reading = reading if invert is None else reading._replace(invert=invert)
+    reading.check()
+    classes = folders.classes_of(Path(support))
+    asked = [Path(query)] if Path(query).is_file() else folders.images_in(Path(query))
     labels = [label for label, paths in classes.items() for _ in paths]
 
     def read(paths):
-        return np.stack([files.read_image(path, shape, invert) for path in paths])
+        return np.stack([folders.read_image(path, reading) for path in paths])
 
     adapted = learner.adapt(read([path for paths in classes.values() for path in paths]), labels)
     found = adapted.probabilities(read(asked), transductive)

@@ -10,9 +10,9 @@ from PIL import Image
 
 import imaml
 from imaml import InputError, cli
-from imaml.datasets import files, omniglot
+from imaml.datasets import folders, omniglot
 from imaml.learning.tasks import Episode
-from imaml.runs import checkpoints
+from imaml.runs import checkpoints, prediction
 from imaml.runs.meta_step import initial_state
 from imaml.settings.parts import Conv4
 
@@ -107,10 +107,13 @@ def test_exported_parameters_are_loaded_and_predict_the_same(name, here, capsys)
         ("predict run --support support", "required: --query"),
         ("predict nowhere --support support --query query", "there is no run in nowhere"),
         ("predict run --support nowhere --query query", "nowhere: no such folder"),
-        ("predict run --support query --query query", "there should be one subfolder of images for each class"),
-        ("predict run --support support --query support", "holds no image file (.png, .jpg, .jpeg)"),
+        ("predict run --support query --query query", "it should hold a folder of images for each class"),
+        ("predict run --support support --query support", "this folder has no image (a file .png, .jpg"),
         ("predict run --support support --query nothing.png", "nothing.png: no such folder"),
-        ("predict run --support support --query query/notes.txt", "notes.txt: cannot be read as an image"),
+        (
+            "predict run --support support --query query/notes.txt",
+            "notes.txt: cannot be decoded as an image (no BMP, GIF, JPEG, PNG, WEBP)",
+        ),
         ("predict run --support support --query query --transductiv", "did you mean --transductive?"),
         ("predict run --support support --query query --ink grey", "invalid choice: 'grey'"),
         ("export run", "required: --out"),
@@ -145,35 +148,26 @@ def test_a_regression_has_no_images_to_label(here, capsys):
 def test_a_drawing_is_resized_to_the_pixels_of_omniglot(tmp_path):
     drawn = np.random.default_rng(0).integers(0, 2, (105, 105), np.uint8) * 255
     write(tmp_path / "drawing.png", drawn)
-    found = files.read_image(tmp_path / "drawing.png", (28, 28, 1), invert=True)
+    found = folders.read_image(tmp_path / "drawing.png", folders.Reading(28, 1, "stretch", True))
     np.testing.assert_array_equal(found[..., 0], 255 - omniglot._shrink(drawn[None])[0])
 
 
-def test_colours_transparency_depth_and_orientation(tmp_path):
-    path = tmp_path / "image.png"
-    colours = np.zeros((4, 6, 3), np.uint8)
-    colours[..., 0] = 200
-    write(path, colours)
-    np.testing.assert_array_equal(files.read_image(path, (4, 6, 3)), colours)
-    assert files.read_image(path, (8, 2, 3)).shape == (8, 2, 3)
-    assert np.unique(files.read_image(path, (4, 6, 1))).tolist() == [round(0.299 * 200)]
-    write(path, np.zeros((4, 6, 4), np.uint8))  # all transparent
-    assert files.read_image(path, (4, 6, 1)).min() == 255
-    write(path, np.full((4, 6), 128 * 257, np.uint16))
-    assert np.unique(files.read_image(path, (4, 6, 1))).tolist() == [128]
-    grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    exif = Image.Exif()
-    exif[274] = 6  # the camera was turned: show the image rotated clockwise
-    write(path, grey, exif=exif)
-    np.testing.assert_array_equal(files.read_image(path, (6, 4, 1))[..., 0], np.rot90(grey, -1))
-
-
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(30), b"GIF89a" + bytes(30)])
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(30)])
 def test_a_file_that_is_no_image_is_refused_by_name(content, tmp_path):
+    reading = folders.Reading(28, 1, "stretch", False)
     (tmp_path / "bad.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"bad\.png: cannot be"):
-        files.read_image(tmp_path / "bad.png", (28, 28, 1))
-    with pytest.raises(InputError, match=r"none\.png: cannot be read as an image \(No such file"):
-        files.read_image(tmp_path / "none.png", (28, 28, 1))
-    with pytest.raises(InputError, match="the network takes 2"):
-        files.read_image(tmp_path / "bad.png", (28, 28, 2))
+    with pytest.raises(InputError, match=r"bad\.png: cannot be decoded"):
+        folders.read_image(tmp_path / "bad.png", reading)
+    with pytest.raises(InputError, match=r"none\.png: cannot be read \(No such file"):
+        folders.read_image(tmp_path / "none.png", reading)
+
+
+def test_a_learner_of_ones_own_images_reads_files_as_in_its_training(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(folders, "read_image", lambda path, reading: seen.append(reading) or np.zeros((28, 28, 1)))
+    learner = imaml.load("run")
+    recipe = {"kind": "folder", "directory": "cards", "size": 28, "channels": 1, "fit": "pad", "invert": True}
+    own = imaml.TrainedLearner(learner.theta, learner.preset, learner.facts | {"source": recipe})
+    own.save("own.npz")
+    prediction.predict_files(imaml.load("own.npz"), here / "support", here / "query")
+    assert set(seen) == {folders.Reading(28, 1, "pad", True)}

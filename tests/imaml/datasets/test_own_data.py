@@ -234,7 +234,7 @@ def test_faults_of_a_folder_are_named(cards):
         ImageDataset.from_folder(cards)
     shutil.rmtree(cards / "b")
     (cards / "b" / "inner").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"b: this class has no image .*the images should lie directly in it"):
+    with pytest.raises(InputError, match=r"b: this folder has no image .*the images should lie directly in it"):
         ImageDataset.from_folder(cards)
 
 
