@@ -50,6 +50,11 @@ def run_solver(solver, options, condition, init, theta, data):
     call = prepare(condition, init, theta, data)
     if clash := sorted(set(call.given) & set(options)):
         raise ValueError(f"the condition gives jaxopt's {name} its {', '.join(clash)}: leave it out of the options")
+    if described := [option for option in ("has_aux", "value_and_grad") if options.get(option)]:
+        raise ValueError(
+            f"jaxopt's {name} gets a function of the condition, which returns one value: leave "
+            f"{' and '.join(described)} out of the options. A condition of a function with aux takes has_aux=True"
+        )
     # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
     options = {option: value for option, value in options.items() if option != "implicit_diff"}
     given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
@@ -67,7 +72,11 @@ def run_solver(solver, options, condition, init, theta, data):
 
 def option_defaults(solver):
     """Return the options of a solver class of jaxopt, given by itself or its name, with their default values."""
-    return {name: parameter.default for name, parameter in inspect.signature(_solver_class(solver)).parameters.items()}
+    cls = _solver_class(solver)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    if issubclass(cls, jaxopt.OSQP):  # OSQP passes tol on to BoxOSQP in its **kwargs
+        defaults["tol"] = option_defaults(jaxopt.BoxOSQP)["tol"]
+    return defaults
 
 
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
