@@ -98,9 +98,9 @@ class Jaxopt:
     @property
     def accepted_options(self) -> dict[str, object]:
         """The options of the solver's constructor with their default values."""
-        from bilevel._jaxopt import adapters  # imports jaxopt
+        from bilevel._jaxopt import library  # imports jaxopt
 
-        return adapters.option_defaults(self.solver)
+        return library.option_defaults(self.solver)
 
     @property
     def tol(self) -> float | None:
