@@ -5,7 +5,6 @@
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
-from bilevel._jaxopt.library import jaxopt
+from bilevel._jaxopt.library import jaxopt, option_defaults, solver_class
 from bilevel.types import PyTree
 
 
@@ -38,7 +37,7 @@ def run_solver(solver, options, condition, init, theta, data):
         ValueError: if jaxopt has no such solver, if the solver does not fit the condition, or if a solver that runs
             SciPy is called under a trace.
     """
-    cls = _solver_class(solver)
+    cls = solver_class(solver)
     name, prepare = _adapter(cls, condition)
     if name.startswith("Scipy"):
         _check_concrete(name, (init, theta, data))
@@ -48,7 +47,8 @@ def run_solver(solver, options, condition, init, theta, data):
         condition = _Converted(condition, init, dtype)
         init = condition.packed(jax.tree.map(lambda leaf: leaf.astype(dtype), init))
     call = prepare(condition, init, theta, data)
-    if clash := sorted(set(call.given) & set(options)):
+    described = {option for option in ("has_aux", "value_and_grad") if options.get(option)}
+    if clash := sorted(set(call.given) & set(options) | described):
         raise ValueError(f"the condition gives jaxopt's {name} its {', '.join(clash)}: leave it out of the options")
     # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
     options = {option: value for option, value in options.items() if option != "implicit_diff"}
@@ -65,11 +65,6 @@ def run_solver(solver, options, condition, init, theta, data):
     w = call.unpack(w)
     w = condition.unpacked(w) if isinstance(condition, _Converted) else w
     return w, steps, False if budget is None or taken is None else taken < budget
-
-
-def option_defaults(solver):
-    """Return the options of a jaxopt solver, a class or its name, with their default values."""
-    return {name: parameter.default for name, parameter in inspect.signature(_solver_class(solver)).parameters.items()}
 
 
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
@@ -151,19 +146,6 @@ class _Call(NamedTuple):
     """A function from the result of ``run`` to w."""
     defaults: dict = {}  # noqa: RUF012  # never modified
     """Options that the user's options override."""
-
-
-def _solver_class(solver):
-    if not isinstance(solver, str):
-        return solver
-    if not hasattr(jaxopt, solver):
-        raise ValueError(f"jaxopt has no solver {solver!r}; it has {', '.join(solver_names())}")
-    return getattr(jaxopt, solver)
-
-
-def solver_names():
-    """Return the names of all solvers in jaxopt."""
-    return [name for name in dir(jaxopt) if name[0].isupper() and name != "OptStep"]
 
 
 def _adapter(cls, condition):

@@ -91,7 +91,7 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
     """
 
     def outer(w: PyTree, theta: PyTree, data: PyTree) -> tuple[jax.Array, PyTree]:
-        found = problem.outer(w, theta, data)
+        found: Any = problem.outer(w, theta, data)
         is_pair = isinstance(found, tuple) and len(found) == 2
         if problem.has_aux and not is_pair:
             raise TypeError(f"outer with has_aux=True returns (value, aux), got {type(found).__name__}: return a pair")

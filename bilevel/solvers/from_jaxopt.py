@@ -49,14 +49,15 @@ class Jaxopt:
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
-        options: the options of its constructor: ``maxiter``, ``tol``, ``stepsize``, … ``implicit_diff`` has no effect,
-            because the solution is differentiated by this library. The functions come from the condition.
+        options: the options of its constructor: ``maxiter``, ``tol``, ``stepsize``, … ``implicit_diff`` and
+            ``implicit_diff_solve`` have no effect, because the solution is differentiated by this library. The
+            functions come from the condition.
 
     Raises:
         TypeError: for an instance in place of a class.
         ValueError: when called, for a name that jaxopt does not have, and for a solver that cannot solve the condition.
-            The message lists those that can. Also for an option that the condition provides, such as ``fun``, and for
-            a SciPy solver under a trace.
+            The message lists those that can. Also for an option that the condition provides, such as ``fun`` or
+            ``has_aux``, and for a SciPy solver under a trace.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,9 +98,9 @@ class Jaxopt:
     @property
     def accepted_options(self) -> dict[str, object]:
         """The options of the solver's constructor with their default values."""
-        from bilevel._jaxopt import adapters  # imports jaxopt
+        from bilevel._jaxopt import library  # imports jaxopt
 
-        return adapters.option_defaults(self.solver)
+        return library.option_defaults(self.solver)
 
     @property
     def tol(self) -> float | None:

@@ -248,3 +248,17 @@ def test_a_quadratic_program_keeps_float32():
     out = bl.Jaxopt("OSQP", tol=1e-6)(narrow, init, theta, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(out.w)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(out.w[0], exact[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["has_aux", "value_and_grad"])
+def test_an_option_that_describes_the_function_is_refused(option):
+    solver = bl.Jaxopt("GradientDescent", **{option: True})
+    with pytest.raises(ValueError, match=rf"gives jaxopt's GradientDescent its {option}: leave it out of the options"):
+        solver(GRADIENT[0], jnp.zeros(2), jnp.asarray(SLOPE), None)
+
+
+@pytest.mark.parametrize("name", ["OSQP", "BoxOSQP"])
+def test_a_program_without_a_feasible_point_is_a_failure_without_a_given_tol(name):
+    infeasible = bl.KKT(valley, inequality=lambda x, theta, data: jnp.stack([x[0], 1 - x[0]]))  # 1 ≤ x₀ ≤ 0
+    out = bl.Jaxopt(name, maxiter=20)(infeasible, (jnp.zeros(2), None, jnp.zeros(2)), jnp.asarray(SLOPE), None)
+    assert not bl.Status(int(out.status)).ok
