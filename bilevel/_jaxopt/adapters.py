@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
+from bilevel._jaxopt.converted import Converted
 from bilevel._jaxopt.library import jaxopt, option_defaults, solver_class
 from bilevel.types import PyTree
 
@@ -44,7 +45,7 @@ def run_solver(solver, options, condition, init, theta, data):
     fields = option_defaults(cls)
     dtype = jnp.dtype(float) if name in _OF_DEFAULT_DTYPE else _common_dtype(init)
     if name not in _OF_ANY_DTYPE:
-        condition = _Converted(condition, init, dtype)
+        condition = Converted(condition, init, dtype)
         init = condition.packed(jax.tree.map(lambda leaf: leaf.astype(dtype), init))
     call = prepare(condition, init, theta, data)
     described = {option for option in ("has_aux", "value_and_grad") if options.get(option)}
@@ -63,13 +64,13 @@ def run_solver(solver, options, condition, init, theta, data):
     steps = next((count for count in counts if count is not None), 0)
     budget, taken = getattr(solver, "maxiter", None), getattr(state, "iter_num", None)
     w = call.unpack(w)
-    w = condition.unpacked(w) if isinstance(condition, _Converted) else w
+    w = condition.unpacked(w) if isinstance(condition, Converted) else w
     return w, steps, False if budget is None or taken is None else taken < budget
 
 
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
 _OF_DEFAULT_DTYPE = ("AndersonAcceleration", "LevenbergMarquardt")
-# Solvers whose condition is not wrapped in `_Converted`. The solvers of quadratic programs get matrices that
+# Solvers whose condition is not wrapped in `Converted`. The solvers of quadratic programs get matrices that
 # `_program` has already cast, and BlockCoordinateDescent needs the objective's own class.
 _OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDescent")
 
@@ -77,51 +78,6 @@ _OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDes
 def _common_dtype(init):
     """Return the dtype that holds all leaves, float32 at least: jaxopt fails or diverges in half precision."""
     return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(init)), jnp.dtype("float32"))
-
-
-class _Converted:
-    """A condition whose functions take and return one dtype, and trees that jaxopt can work with.
-
-    The user's functions still get w as they declared it, in its own dtypes. An objective with float64 data would return
-    a float64 value for a float32 w. jaxopt's step size would then change from float32 to float64 inside its loop, which
-    JAX refuses.
-
-    jaxopt builds trees like w with scalars or stacked arrays as leaves. A class that checks the shapes of its fields
-    refuses them, so jaxopt gets the list of leaves in place of such a w.
-    """
-
-    def __init__(self, condition, init, dtype):
-        self._condition, self._init, self._dtype = condition, init, dtype
-        self._structure = None if _takes_scalars(init) else jax.tree.structure(init)
-
-    def packed(self, w):
-        """Return w, or the list of its leaves if jaxopt cannot work with its class."""
-        return w if self._structure is None else jax.tree.leaves(w)
-
-    def unpacked(self, w):
-        """Return w from :meth:`packed`."""
-        return w if self._structure is None else jax.tree.unflatten(self._structure, w)
-
-    def __getattr__(self, name):
-        found = getattr(self._condition, name)
-        if name not in ("potential", "objective", "residual", "residuals", "mapping", "projection", "prox"):
-            return found
-
-        def converted(w, *arguments):
-            value = found(tree.like(self.unpacked(w), self._init), *arguments)
-            value = self.packed(value) if name in ("residual", "mapping", "projection", "prox") else value
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self._dtype), value)
-
-        return converted
-
-
-def _takes_scalars(w):
-    """Return whether a tree like w may hold scalars as leaves."""
-    try:
-        jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), w)
-    except Exception:  # a class may raise any error about its fields
-        return False
-    return True
 
 
 def _check_concrete(name, values):

@@ -102,14 +102,14 @@ def _factorise(
     flat, unravel = ravel_pytree(tree.widened(b_scaled))  # LAPACK factorises nothing narrower than float32
     if not flat.size:  # there is no matrix to factorise
         info = diagnosis.report(operator, b_scaled, b_scaled, tol=0.0)
-        return denormalise(size, replace(info, rcond=jnp.ones((), flat.dtype)))
+        return denormalise(size, b_scaled, replace(info, rcond=jnp.ones((), flat.dtype)))
     wide = in_accumulation_dtype(operator, b)
     matrix = spectrum.matrix(lambda v: ravel_pytree(wide(unravel(v)))[0], flat)
     solve, solve_transposed = factorise(matrix)
     solution = solve(flat)
     x = tree.like(unravel(solution), b)
     info = report_direct(operator, b_scaled, x, matrix, solution, solve, solve_transposed, breakdown)
-    return denormalise(size, info)
+    return denormalise(size, x, info)
 
 
 def report_direct(

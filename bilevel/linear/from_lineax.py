@@ -39,6 +39,9 @@ class Lineax:
     ``LinearInfo.iterations`` is the number of steps that Lineax counts; for GMRES they are cycles of ``restart``
     iterations. It is None for a factorisation.
 
+    A layer or a hypergradient attaches the derivative of x. JAX's derivative of a call by itself is zero; use
+    ``lineax.linear_solve`` there.
+
     Args:
         solver: an instance of a solver of Lineax, such as ``lineax.CG(rtol=1e-6, atol=0.0)``.
         tol: the tolerance for the true relative residual ‖b − Ax‖ / ‖b‖. It does not change when the solver stops.
@@ -89,7 +92,7 @@ class Lineax:
         size, b_scaled, init_scaled = normalise(b, init, target=1.0)
         flat, unravel = ravel_pytree(tree.widened(b_scaled))
         if not flat.size:  # without unknowns there is nothing to solve
-            return denormalise(size, diagnosis.report(operator, b_scaled, b_scaled, tol=0.0))
+            return denormalise(size, b_scaled, diagnosis.report(operator, b_scaled, b_scaled, tol=0.0))
         start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
         wide = in_accumulation_dtype(operator, b)
 
@@ -103,7 +106,7 @@ class Lineax:
             info = report_direct(
                 operator, b_scaled, x, matrix, solution, *lu(matrix), self._breakdown(True), self._needs_regular
             )
-            return denormalise(size, info)
+            return denormalise(size, x, info)
         info = diagnosis.report(
             operator,
             b_scaled,
@@ -118,7 +121,7 @@ class Lineax:
         if tol is None:  # without tol, a breakdown that Lineax reports is the only sign of one
             failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
             info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
-        return denormalise(size, info)
+        return denormalise(size, x, info)
 
     @property
     def _needs_regular(self) -> bool:

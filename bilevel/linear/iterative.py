@@ -261,7 +261,7 @@ def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | Non
     info = diagnosis.report(
         operator, b_scaled, x, solver.tol, init=init_scaled, breakdown=breakdown, needs_definite=True
     )
-    return denormalise(size, info)
+    return denormalise(size, x, info)
 
 
 def _solve_general(
@@ -276,7 +276,7 @@ def _solve_general(
     size, b_scaled, init_scaled = normalise(b, init)
     flat, unravel = ravel_pytree(tree.widened(b_scaled))
     if not flat.size:  # without unknowns there is nothing to iterate
-        return denormalise(size, diagnosis.report(operator, b_scaled, b_scaled, solver.tol))
+        return denormalise(size, b_scaled, diagnosis.report(operator, b_scaled, b_scaled, solver.tol))
     start = None if init is None else ravel_pytree(tree.widened(init_scaled))[0]
 
     def flattened(matvec: MatVec) -> MatVec:
@@ -303,7 +303,7 @@ def _solve_general(
     )
     x = tree.like(unravel(x), b)
     info = diagnosis.report_recursion(operator, b_scaled, x, solver.tol, solver.max_steps, seen, init_scaled)
-    return denormalise(size, info)
+    return denormalise(size, x, info)
 
 
 COUNTS = ("iterations", "null", "broke")
@@ -329,24 +329,22 @@ def _without_zero_products(matvec: MatVec) -> MatVec:
 def _solve_watched(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
     operator = square("CG", matvec, solver.ridge, b, init)
     size, b_scaled, init_scaled = normalise(b, init)
-    state = jax.lax.stop_gradient(
-        conjugate_gradients(
-            in_accumulation_dtype(operator, b),
-            tree.widened(b_scaled),
-            None if init is None else tree.widened(init_scaled),
-            solver.max_steps,
-            recursive_tol(solver.tol, b),
-            _preconditioner(solver, b),
-        )
+    state = conjugate_gradients(
+        in_accumulation_dtype(operator, b),
+        tree.widened(b_scaled),
+        None if init is None else tree.widened(init_scaled),
+        solver.max_steps,
+        recursive_tol(solver.tol, b),
+        _preconditioner(solver, b),
     )
-    x = tree.like(state.x, b)
+    x, state = tree.like(state.x, b), jax.lax.stop_gradient(state)
     seen = Recursion(x, state.iterations, state.largest_stretch, state.null, jnp.zeros_like(state.null))
     info = diagnosis.report_recursion(
         operator, b_scaled, x, solver.tol, solver.max_steps, seen, init_scaled, needs_definite=True
     )
     negative = jnp.where(state.negative, jnp.int32(Status.NEGATIVE_CURVATURE), info.status)
     info = replace(info, status=jnp.maximum(info.status, negative), least_curvature=state.least_curvature)
-    return denormalise(size, info)
+    return denormalise(size, x, info)
 
 
 def _preconditioner(solver: Iterative, b: PyTree) -> MatVec | None:

@@ -63,7 +63,7 @@ class Nystrom:
         x = tree.like(unravel(x), b)
         operator = square("Nystrom", matvec, self.ridge, b)
         info = diagnosis.report(operator, b_scaled, x, self.tol, norm=norm)
-        return denormalise(size, info)
+        return denormalise(size, x, info)
 
     def _woodbury(
         self, matvec: Callable[[jax.Array], jax.Array], b: jax.Array, eps: float

@@ -73,4 +73,4 @@ class Neumann:
         # Each term of a convergent series lowers the residual, whatever the number of terms.
         diverged = info.status == int(Status.MAX_STEPS) if self.tol is None else info.relative_residual >= 1
         info = replace(info, status=jnp.where(diverged, jnp.int32(Status.BREAKDOWN), info.status))
-        return denormalise(size, info)
+        return denormalise(size, x, info)

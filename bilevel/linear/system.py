@@ -88,15 +88,16 @@ def normalise(
     return jax.lax.stop_gradient(size / target), tree.scale(factor, b), scaled_init
 
 
-def denormalise(size: jax.Array, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
-    """Undo :func:`normalise`: multiply the solution in ``info`` by ``size``, and return it with the updated ``info``.
+def denormalise(size: jax.Array, x: PyTree, info: LinearInfo) -> tuple[PyTree, LinearInfo]:
+    """Undo :func:`normalise`: return x and the solution in ``info``, both multiplied by ``size``.
 
-    The status becomes NONFINITE if the multiplied solution overflows.
+    JAX may differentiate x. ``info`` carries no derivative. Its status becomes NONFINITE if the multiplied solution
+    overflows.
     """
     solution = tree.scale(size, info.solution)
-    overflow = jnp.isfinite(tree.norm(info.solution)) & ~jnp.isfinite(jax.lax.stop_gradient(tree.norm(solution)))
+    overflow = jnp.isfinite(tree.norm(info.solution)) & ~jnp.isfinite(tree.norm(solution))
     status = jnp.where(overflow, jnp.int32(Status.NONFINITE), info.status)
-    return solution, replace(info, solution=solution, status=status)
+    return tree.scale(size, x), replace(info, solution=solution, status=status)
 
 
 def limit_of_rounding(eps: float, b_norm: jax.Array, norm: jax.Array, x: PyTree) -> jax.Array:

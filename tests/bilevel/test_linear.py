@@ -55,6 +55,20 @@ def tolerance(matrix, eps=EPS, power=1):
     return 100 * eps * np.linalg.cond(matrix) ** power
 
 
+@pytest.mark.slow("compiles the derivatives of each solver", fast=("LU", "CG"))
+@pytest.mark.parametrize("name", ALL)
+def test_the_solution_of_a_call_by_itself_is_differentiable(name):
+    b, inverse = jnp.array([1.0, -2.0, 0.5]), np.linalg.inv(SYMMETRIC)
+
+    def solve(b, shift):
+        return ALL[name](lambda v: jnp.asarray(SYMMETRIC) @ v + shift * v, b)[0]
+
+    modes = [jax.jacfwd] if name == "watched CG" else [jax.jacfwd, jax.jacrev]
+    for mode in modes:
+        np.testing.assert_allclose(mode(solve)(b, 0.0), inverse, rtol=1e-9)
+        np.testing.assert_allclose(mode(solve, 1)(b, 0.0), -inverse @ inverse @ b, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_solves_a_definite_system_on_a_tree(name):
     b = np.array([1.0, -2.0, 0.5])
