@@ -94,7 +94,7 @@ MUTATIONS = (
         "_WIDEN(lambda r: solver.preconditioner(solver.preconditioner(r)), _B)",
     ),
     Fault("one product skipped", "Neumann", "tree.subtract(_B, _AX)", "_B"),
-    Fault("solution not scaled back", "denormalise", "tree.scale(_UNIT, _X)", "_X"),
+    Fault("solution not scaled back", "denormalise", "tree.scale(size, x)", "x"),
     Fault(
         "float32 in a float64 solve",
         "_factorise",

@@ -123,8 +123,8 @@ def recursive_tol(tol: float | None, b: PyTree) -> float:
     """Return the relative residual at which a recursion stops.
 
     It is 0.9·tol, or 0.5·tol for a ``tol`` of at most 80·eps, so that the true residual meets ``tol`` in spite of
-    rounding errors. It is never below eps: smaller residuals gain nothing, and their squares would underflow and give
-    0/0.
+    rounding errors. A recursion also stops at the limit of rounding, below which squares of residuals would underflow
+    and give 0/0.
     """
-    tol, eps = tol or 0.0, tree.eps(b)
-    return max((0.9 if tol > 80 * eps else 0.5) * tol, eps)
+    tol = tol or 0.0
+    return (0.9 if tol > 80 * tree.eps(b) else 0.5) * tol
