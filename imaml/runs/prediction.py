@@ -23,7 +23,7 @@ class Predictions:
     Attributes:
         preset: the name of the learner's preset.
         normalisation: the images from which batch normalisation took its statistics, as in
-            :attr:`imaml.Evaluation.normalisation`.
+            ``normalisation`` of :class:`imaml.Evaluation`.
         labels: the classes.
         files: the image files.
         probabilities: ``[files, classes]``.
