@@ -42,7 +42,7 @@ def imported_names(path: Path, modules: Mapping[str, Path] = {}) -> set[str]:  #
 
 
 def room(module: str) -> str:
-    """Return the room of a module: the package's folder that holds it, or the module itself outside of the folders."""
+    """Return the room of a module: its folder directly under the package, or its own name if no folder holds it."""
     return module.split(".")[1]
 
 

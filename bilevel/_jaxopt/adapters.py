@@ -1,7 +1,7 @@
 """Adapters from jaxopt's solvers to the conditions of `bilevel`.
 
 ``_ADAPTERS`` lists, for each kind of condition, the solvers that can solve it. Each entry is a function
-``(condition, init, theta, data) -> _Call`` that prepares the solver's constructor and the arguments of its ``run``.
+``(condition, init, theta, data) -> _Call`` that prepares the arguments of the solver's constructor and of ``run``.
 """
 
 import functools
@@ -32,11 +32,12 @@ def run_solver(solver, options, condition, init, theta, data):
 
     Returns:
         w like ``init``; the number of steps taken (function evaluations if the solver does not count steps, and 0 if it
-        counts neither); and whether the solver stopped before its budget ended, False if it does not count steps.
+        counts neither); and whether the solver stopped before its budget ended, or False
+        if it counts no steps or has no budget.
 
     Raises:
-        ValueError: if jaxopt has no such solver, if the solver does not fit the condition, or if a solver that runs
-            SciPy is called under a trace.
+        ValueError: if jaxopt has no such solver, if the solver does not fit the condition, if an option sets or
+            describes a function that the condition gives, or if a solver that runs SciPy is called under a trace.
     """
     cls = solver_class(solver)
     name, prepare = _adapter(cls, condition)
@@ -50,7 +51,7 @@ def run_solver(solver, options, condition, init, theta, data):
     call = prepare(condition, init, theta, data)
     described = {option for option in ("has_aux", "value_and_grad") if options.get(option)}
     if clash := sorted(set(call.given) & set(options) | described):
-        raise ValueError(f"the condition gives jaxopt's {name} its {', '.join(clash)}: leave it out of the options")
+        raise ValueError(f"jaxopt's {name} gets its function from the condition: leave out {', '.join(clash)}")
     # Bilevel differentiates the solution itself, so jaxopt's own implicit differentiation is switched off.
     options = {option: value for option, value in options.items() if option != "implicit_diff"}
     given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
@@ -190,7 +191,7 @@ def _block_coordinate_descent(condition, init, theta, data):
     if not _acts_on_blocks(prox, condition.prox, init, theta, data):
         raise ValueError(
             "jaxopt's BlockCoordinateDescent applies prox to each entry of a vector w and to each row of a matrix w, "
-            "and the prox of this condition does not: write it for one row, and map it over the rows "
+            "but the prox of the whole w has another result here: write prox for one row, and map it over the rows "
             "(jax.vmap(prox, in_axes=(0, None, None, None))), or use ProximalGradient"
         )
     arguments = (theta, data), theta, data

@@ -20,7 +20,7 @@ from bilevel.types import PyTree
 BATCHES = 8
 """The number of inner batches whose curvature is estimated. The largest estimate decides."""
 RESPONSE_STEPS = 20
-"""Steps of the linear solve for the response of w to θ."""
+"""Steps of each linear solve: for the Newton step of w, and for the response of w to θ."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Curvature:
         batch: the largest norm ‖∂F/∂w‖₂ among some inner batches.
         lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w over the samples. It is over-estimated where
             ∂F/∂w is ill-conditioned, because it is a Ritz value.
-        outer: the largest absolute eigenvalue of a Hessian in θ. It is the Hessian of the outer function in which w is
-            replaced by its linear response to θ, at the w after one Newton step.
+        outer: the largest absolute eigenvalue of the Hessian, at d = 0, of d ↦ outer(w + Rd, θ + d). Here w is the
+            point after one Newton step, and Rd is the linear response of w to the change d of θ.
     """
 
     batch: float

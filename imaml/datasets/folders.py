@@ -12,9 +12,9 @@ from imaml.datasets.splits import ALIASES, PARTS
 from imaml.errors import InputError, check, check_choice
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif": "GIF", ".webp": "WEBP"}
-"""The files that are read, by the end of their name, and the format that each must have."""
+"""The suffixes of image files, and their formats. A file may have any of the formats, whatever its suffix is."""
 UNDIVIDED = "all"
-"""The part of all classes in a folder that is not divided into parts."""
+"""The name of the one part that holds all classes of a folder without the subfolders ``train`` and ``test``."""
 FITS = ("crop", "pad", "stretch")
 
 
@@ -42,10 +42,10 @@ class Reading(NamedTuple):
 
 
 def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
-    """Return the image files of each class, sorted by name, by part and by label.
+    """Return ``files[part][label]``, the image files of each class in each part, sorted by name.
 
-    If all subfolders of ``directory`` are called ``train``, ``val`` or ``validation``, and ``test``, and the first and
-    the last exist, they are the parts, and their subfolders are the classes. Otherwise the subfolders of ``directory``
+    If ``directory`` has the subfolders ``train`` and ``test``, and no others except ``val`` or ``validation``, they are
+    the parts, and their subfolders are the classes. Otherwise the subfolders of ``directory``
     are the classes, of the part :data:`UNDIVIDED`. Hidden files, and files with another end than :data:`SUFFIXES`, are
     ignored.
 
@@ -66,7 +66,7 @@ def _subfolders(directory):
 
 
 def classes_of(directory: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, in a folder with one subfolder for each class, both sorted by name.
+    """Return the image files of each class, one subfolder for each class. Classes and files are sorted by name.
 
     Raises:
         InputError: if there is no such folder, if it has no subfolder, or if a class has no image.
@@ -161,7 +161,7 @@ def _flat(image: Any, channels: int) -> Any:
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers (mode {image.mode}), whose range is unknown")
-    image = ImageOps.exif_transpose(image)  # cameras store how the picture was held
+    image = ImageOps.exif_transpose(image)  # EXIF stores how the camera was held
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

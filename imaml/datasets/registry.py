@@ -45,9 +45,9 @@ _readers: dict[str, Reader] = {}
 
 
 def register_dataset(name: str, read: Reader) -> None:
-    """Make a dataset available by its name, to :func:`imaml.train`, :func:`imaml.evaluate` and the command line.
+    """Make a dataset available by its name, in this process, to :func:`imaml.train` and :func:`imaml.evaluate`.
 
-    A package registers its dataset by an entry point instead, which the command line finds as well::
+    The command line is another process. It finds the datasets that installed packages offer by an entry point::
 
         [project.entry-points."imaml.datasets"]
         cards = "my_package.data:read_cards"
@@ -82,7 +82,7 @@ def names() -> tuple[str, ...]:
 
 
 def read(name: str, directory: str | Path | None) -> Dataset:
-    """Return a dataset of :func:`names`.
+    """Read the registered or offered dataset called ``name``.
 
     Args:
         name: the name of the dataset.

@@ -1,4 +1,4 @@
-"""Conversion of a user's examples: images, labels of any kind and targets, to the arrays that a network is given."""
+"""Conversion of a user's images, labels of any type and regression targets to the arrays that a network takes."""
 
 import contextlib
 from collections.abc import Hashable, Iterable, Sequence
@@ -41,8 +41,9 @@ def inputs(values: Any, preset: Preset, what: str, axes: int = 1, shape: tuple[i
     array = _floats(array, what)
     array = array[..., None] if array.ndim == axes else array
     fits = array.ndim > axes and (shape is None or array.shape[axes:] == shape)
-    expected = "" if shape is None else f", one of {shape} for each"
-    check(fits, f"{what} must have {axes} leading axes and then those of an example{expected}; got {np.shape(values)}")
+    expected = "" if shape is None else f" of shape {shape}"
+    names = "[examples, …]" if axes == 1 else "[tasks, examples, …]"
+    check(fits, f"{what} must have the axes {names}, with examples{expected}; got the shape {np.shape(values)}")
     return array
 
 
@@ -91,7 +92,7 @@ def classes(labels: Iterable[Hashable], preset: Preset, task: str = "") -> tuple
             raise InputError(
                 f"support_y{task} has a label that is not hashable ({error}): use words or numbers"
             ) from None
-        with contextlib.suppress(TypeError):  # labels that have no order keep that of their appearance
+        with contextlib.suppress(TypeError):  # labels that cannot be sorted stay in order of appearance
             found = sorted(found)  # type: ignore[type-var]
         position = {label: index for index, label in enumerate(found)}
         indices = np.array([position[label] for label in given], np.int64)
@@ -163,5 +164,6 @@ def _remedy(array, axes, shape):
     if array.shape[axes : axes + 2] != (height, width):
         return f": resize the images to {height}×{width}"
     if channels == 1:
-        return ": convert the images to grey, for example by images.mean(-1)"
+        scale = " / 255" if array.dtype == np.uint8 else ""
+        return f": convert the images to grey, for example by images.mean(-1){scale}"
     return f": the network takes {channels} channels"

@@ -43,9 +43,10 @@ def load(
     Args:
         run: a run's folder, a file that :meth:`TrainedLearner.save` or ``imaml export`` wrote, or a
             :class:`imaml.Run`.
-        preset: the preset that the run was trained with. It is required if a part of it has a type that this package
-            does not define, such as a network class of your own, and for a safetensors file of another library.
-            Otherwise the preset is restored from ``run``.
+        preset: the preset that the run was trained with. It is required for a safetensors file of another library. It
+            is also required if a part of it has a type of your own, such as a network class, unless the preset is
+            registered (:func:`imaml.register_preset`) or offered by an installed package. Otherwise the preset is
+            restored from ``run``.
         best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
         on_event: called with a message if the last checkpoint is damaged and an older one is used.
 
@@ -88,7 +89,7 @@ class TrainedLearner:
 
     Args:
         theta: the parameters, a pytree like those of the preset's network.
-        preset: the preset. Adaptation takes the inner solver and the number of steps of its evaluation.
+        preset: the preset. Adaptation takes as many inner steps as an evaluation with this preset.
         facts: facts about the training that :meth:`save` writes, such as the number of meta-steps.
 
     >>> import imaml
@@ -113,9 +114,9 @@ class TrainedLearner:
             support_x: images ``[images, height, width]`` or ``[images, height, width, channels]``. uint8 is divided by
                 255, and floats must lie in [0, 1]. For drawings the ink is 255 or 1 and the paper 0, as in the
                 datasets. For a regression ``[points]`` or ``[points, 1]``.
-            support_y: one label for each image, of any hashable type. The labels in ascending order belong to the
-                network's outputs in order, or in order of appearance if labels of this type have no order. For a
-                regression, the targets ``[points]`` or ``[points, 1]``.
+            support_y: one label for each image, of any hashable type. Output i of the network is the class
+                with the i-th distinct label. The labels are in ascending order, or in the order of their first
+                appearance if they cannot be sorted. For a regression, the targets ``[points]`` or ``[points, 1]``.
 
         Raises:
             InputError: for examples of another shape, dtype or range, for a number of classes that is not the preset's,
@@ -138,7 +139,7 @@ class TrainedLearner:
                 the targets ``[tasks, points]`` or ``[tasks, points, 1]``.
 
         Returns:
-            An :class:`Adapted` whose methods take and return arrays with the leading axis of tasks.
+            An :class:`Adapted` whose methods take arrays with a leading axis of tasks, and return one result per task.
 
         Raises:
             InputError: as in :meth:`adapt`.
@@ -203,7 +204,7 @@ class TrainedLearner:
 
     @functools.cached_property
     def _one(self):
-        """Solve the inner problem of one task."""
+        """Return the function (θ, support_x, support_y) → solution of the inner problem of one task."""
         learner = self.preset.test_learner
         return lambda theta, x, y: learner.adapt(theta, Task(x, y, x, y))  # the query set is not used
 
@@ -276,9 +277,9 @@ class Adapted:
     def predict(self, x: Any, transductive: bool = False) -> Any:
         """Return the label of each image, or the value at each point of a regression.
 
-        Unless ``transductive`` is set, examples are computed in chunks of :data:`CHUNK`, the last of which is padded.
-        On a CPU, an example alone has the bits that it has among others. On other devices, the rounding of a product
-        may depend on the position in a chunk.
+        After :meth:`TrainedLearner.adapt`, and unless ``transductive`` is set, examples are computed in chunks of
+        :data:`CHUNK`, the last of which is padded. On a CPU, the outputs for an example are then the same bits alone
+        and among others. On other devices, the rounding of a product may depend on the position in a chunk.
 
         Args:
             x: images as in :meth:`TrainedLearner.adapt`, of the same shape as the support images; points for a
@@ -315,7 +316,7 @@ class Adapted:
         Raises:
             InputError: for a regression, and as in :meth:`predict`.
         """
-        check(self.labels is not None, f"{self.learner.preset.name} is a regression: it has values, from predict, only")
+        check(self.labels is not None, f"{self.learner.preset.name} is a regression without classes: call predict")
         outputs = self._outputs(x, transductive)
         powers = np.exp(outputs - outputs.max(-1, keepdims=True))
         return powers / powers.sum(-1, keepdims=True)
@@ -325,7 +326,7 @@ class Adapted:
         x = examples.inputs(x, learner.preset, "x", axes, self.support_x.shape[axes:])
         if self._many:
             tasks = len(self.support_x)
-            check(len(x) == tasks, f"x has examples of {len(x)} tasks, but {tasks} tasks were adapted to: pass as many")
+            check(len(x) == tasks, f"x has examples of {len(x)} tasks, but θ was adapted to {tasks}: pass {tasks}")
             mesh = local_mesh(tasks)
             return _finite(learner._outputs_of_many(mesh, bool(transductive))((), (phi, self.support_x, x)))
         network = learner._outputs_of_one(bool(transductive))

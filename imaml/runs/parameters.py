@@ -2,7 +2,7 @@
 
 A file is in the safetensors format, or an ``.npz`` archive of NumPy. The arrays have the names of the parameters, such
 as ``block0/kernel``. The description is JSON: the settings and the types of the preset's parts, and facts about the
-training. Both formats contain a checksum of the arrays, and neither can contain code.
+training. A file that this package writes contains a checksum of the arrays. Reading runs no code: pickles are refused.
 """
 
 import json
@@ -63,7 +63,7 @@ def write(path: Path, theta: Any, preset: Preset, facts: Mapping[str, Any]) -> N
 def read(path: Path) -> tuple[dict[str, Any] | None, Named]:
     """Return the description in a file of parameters, and its arrays with the names of the parameters.
 
-    The description is None for a file of another library, or of a version that did not write it.
+    The description is None if the file has none, such as a safetensors file of another library.
 
     Raises:
         InputError: if there is no such file, if it has another suffix, or if it is damaged.

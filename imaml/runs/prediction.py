@@ -66,8 +66,8 @@ def predict_files(
 ) -> Predictions:
     """Adapt a learner to image files in one folder for each class, and predict the classes of other image files.
 
-    A learner of one's own images reads the files as the images that it was trained on were read. For any other learner,
-    an image that is not square is stretched to the size that the network takes.
+    If the learner was trained on a folder of images, the files are read as those images were. Otherwise an image that
+    is not square is stretched to the size that the network takes.
 
     Args:
         learner: a learner of image classes.
@@ -75,12 +75,12 @@ def predict_files(
             the label of its images.
         query: a folder of image files, or one image file.
         transductive: see :meth:`.Adapted.predict`.
-        invert: reverse bright and dark. None does as for the images of the training, and reverses for the datasets of
-            drawings, whose ink is bright.
+        invert: whether to replace each value v by 255 − v. None takes the choice of the training if it read a folder of
+            images. Otherwise None means True for :data:`DRAWINGS`, whose arrays have bright ink, and False for others.
 
     Raises:
         InputError: if a folder or a file cannot be used, if the number of classes is not the preset's, or if the
-            learner is none of image classes.
+            learner does not classify images.
     """
     preset = learner.preset
     shape = getattr(preset.network, "image_shape", None)

@@ -33,7 +33,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises:
         OSError: if the file cannot be written, for example because the disk is full. An existing file at ``path`` is
-            then unchanged, except if the last step fails: the folder is flushed after the rename.
+            then unchanged, unless the error comes from the flush of the folder, which follows the rename.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.imaml-tmp")
     try:

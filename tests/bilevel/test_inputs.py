@@ -683,7 +683,7 @@ def test_solvers_of_jaxopt_that_do_not_fit_are_refused_with_a_remedy():
     jaxopt = pytest.importorskip("jaxopt")
     with pytest.raises(TypeError, match=r'LBFGS\(…\), an instance: use Jaxopt\("LBFGS", …\)'):
         bl.Jaxopt(jaxopt.LBFGS(quadratic))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the condition gives jaxopt's LBFGS its fun: leave it out"):
+    with pytest.raises(ValueError, match="jaxopt's LBFGS gets its function from the condition: leave out fun"):
         bl.solve(bl.Jaxopt("LBFGS", fun=quadratic), PROBLEM.condition, jnp.zeros(2), jnp.asarray(THETA), None)
     for name, ours in (("solve_lu", "LU"), ("solve_cg", "CG"), ("solve_gmres", "GMRES")):
         method = bl.Implicit(getattr(jaxopt.linear_solve, name))

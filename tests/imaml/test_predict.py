@@ -1,4 +1,4 @@
-"""``imaml predict`` and ``imaml export``: image files of any size are labelled as in Python, and mistakes are named."""
+"""``imaml predict`` and ``imaml export``: the labels equal those of the Python API, and errors name the mistake."""
 
 import json
 from dataclasses import replace

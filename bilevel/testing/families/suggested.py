@@ -32,8 +32,8 @@ def suggest_newton(options: Options) -> Callable[..., Any]:
 
 
 def suggest_descent(options: Options) -> Callable[..., Any]:
-    """Suggest gradient descent with step size ½, for eigenvalues between 1/κ and 1."""
-    import bilevel  # Only the functions that suggest a solver use code under test, so only they import it.
+    """Suggest gradient descent with step size ½, for a Hessian with eigenvalues between ½/κ and 3."""
+    import bilevel  # Only this function and the next one use the library's solvers, which are under test.
 
     return bilevel.GradientDescent(0.5, _steps(options))
 

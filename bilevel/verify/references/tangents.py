@@ -29,10 +29,10 @@ def unrolled(
     data: PyTree,
     directions: np.ndarray | None = None,
 ) -> Reference:
-    """Return the derivative of the outer value at what the solver returned, by tangents through its iterations.
+    """Return the derivative of the outer value at the solver's output, by forward mode through its iterations.
 
-    Forward mode also differentiates loops whose length is known only at run time. The uncertainty is the rounding of
-    the iterations: 100·eps times the size of the terms that are added.
+    Forward mode also differentiates loops whose length is known only at run time. The uncertainty allows for
+    rounding. It is 100·eps times the sum of the absolute values of the two terms, through w and directly through θ.
 
     Args:
         problem, solver, theta, init, data, directions: as for :func:`finite_differences`. If ``init`` is a function

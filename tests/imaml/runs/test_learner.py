@@ -268,7 +268,7 @@ def test_queries_and_tasks_that_do_not_fit_are_refused(learner, sinusoid, task):
     with pytest.raises(InputError, match="x is empty"):
         adapted.predict(task[2][:0])
     many = sinusoid.adapt_tasks(np.ones((4, 5)), np.ones((4, 5)))
-    with pytest.raises(InputError, match="x has examples of 3 tasks, but 4 tasks were adapted to"):
+    with pytest.raises(InputError, match="x has examples of 3 tasks, but θ was adapted to 4: pass 4"):
         many.predict(np.ones((3, 2)))
     with pytest.raises(InputError, match="support_y must have 1 leading axes and then 1 targets"):
         sinusoid.adapt(np.ones(5), np.ones((5, 2)))
