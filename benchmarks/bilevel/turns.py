@@ -1,4 +1,4 @@
-"""Turns of a solver: a worker process runs its solver for some seconds when it is told to, and keeps points.
+"""Turns of a solver: on a request, a worker process runs it up to a total processor time, and records its variables.
 
 A solver has the form of benchmark_bilevel's: ``run(callback)`` calls ``callback()`` before every block of steps, and
 goes on while it returns True; ``inner_var`` and ``outer_var`` are the variables after the last block. The callback here
@@ -24,7 +24,7 @@ Solver = Any
 
 
 def schedule(first: float = 0.01, last: float = 1000.0, each_decade: int = 12) -> np.ndarray:
-    """Return the times at which points are kept: equal ratios, and the times of the tables exactly."""
+    """Return the seconds at which points are kept: a geometric grid, and the times of the report's tables exactly."""
     count = round(each_decade * np.log10(last / first)) + 1
     return np.union1d(np.geomspace(first, last, count), [0.3, 1.0, 3.0, 8.0])
 
@@ -56,12 +56,13 @@ class Recorder:
 
 
 class Turns:
-    """The callback of one run, whose turns are requests on stdin.
+    """The callback of one run, which starts a turn at each request.
 
     Args:
         solver: the solver, for its variables after each block.
         block: the number of steps in a block.
-        receive: returns the next request, ``{"seconds": s}`` or ``{"save": path}``.
+        receive: returns the next request: ``{"seconds": s}``, to run until the total processor time of the run is s,
+            or ``{"save": path}``.
         answer: sends an answer.
     """
 
@@ -92,22 +93,23 @@ class Turns:
         return True
 
     def start(self) -> None:
-        """Start the clock, which counts the solver's initialisation too."""
+        """Wait for the first request, and start the clock, which also counts the solver's initialisation."""
         self._until = self._receive()["seconds"]
         self._resumed = time.process_time()
 
 
 def serve(build: Callable[[dict], Solver], core: int) -> None:
-    """Answer requests on stdin until it ends: ``{"start": settings}``, then turns, then ``{"save": path}``.
+    """Answer requests until stdin ends. A run has ``{"start": settings}``, then one or more ``{"seconds": s}``, and
+    ``{"save": path}``.
 
     Before a run, the same solver runs two blocks, which compiles its programs.
 
     Args:
         build: returns a solver for the settings of a request, which have a ``"block"``.
-        core: number of the CPU core to which the process has been pinned, for the first answer.
+        core: number of the CPU core to which the process has been pinned; the first answer reports it.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # Send what a library prints to stderr, so that stdout holds nothing but answers.
+    os.dup2(2, 1)  # Redirect stdout to stderr, so that the output of a library does not mix with the answers.
 
     def answer(message: dict) -> None:
         print(json.dumps(message), file=answers)

@@ -44,8 +44,8 @@ class Jaxopt:
     norm of the condition's true residual. It is CONVERGED if the norm is at most ``tol``. If the norm is larger, the
     status is STOPPED if the solver stopped before its budget ended, and MAX_STEPS otherwise. For some conditions the
     two measures differ by a factor, such as the ``step_size`` of :class:`Projected`. If the status is STOPPED,
-    :func:`value_and_hypergradient` and :func:`minimize` try smaller values of ``tol``. If the solver meets the wanted
-    residual with one of them, the error message names it.
+    :func:`value_and_hypergradient` and :func:`minimize` try smaller values of ``tol`` only to write the error message,
+    which names the first one with which the solver meets the wanted residual.
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.

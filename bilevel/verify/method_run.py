@@ -51,13 +51,14 @@ class TheoremAtW:
     """The implicit function theorem at the method's w, with the method's report on its linear solve.
 
     Attributes:
-        parts: A, Bd, g and h·d.
+        parts: A = ∂F/∂w, g = ∂outer/∂w, and Bd and h·d, which are ∂F/∂θ and ∂outer/∂θ along the directions.
         adjoint: A⁻ᵀg.
-        constant_diagonal: the diagonal part of A that needs no second derivative of the user's function: D⁻² for a
+        constant_diagonal: the diagonal part of A that contains no derivative of the user's function: D⁻² for a
             condition with a scaling D (λ, for ``Proximal``), 1 for a condition with a mapping; None for any other
             condition.
         reported: the adjoint that the method reports, flat; None for a method that solves no linear system.
-        residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖; None without ``reported``.
+        residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖, with D = I for a condition
+            without a scaling; None without ``reported``.
     """
 
     parts: Linearisation
@@ -110,7 +111,7 @@ class MethodRun:
 
     @cached_property
     def theorem(self) -> TheoremAtW | None:
-        """The theorem at ``w``; None if A is not finite, singular, or larger than 1000 unknowns."""
+        """The theorem at ``w``; None if A or g is not finite, A is singular, or w has more than 1000 unknowns."""
         found = self._linearise(self.w)
         if found is None:
             return None
@@ -168,7 +169,7 @@ class MethodRun:
             return evaluate(init, theta, data)
 
     def _linearise(self, w) -> tuple[Linearisation, np.ndarray] | None:
-        """Return A, Bd, g and h·d with A⁻ᵀg at ``w``; None if A is not finite, singular, or too large."""
+        """Return A, Bd, g and h·d with A⁻ᵀg at ``w``; None if A or g is not finite, or A is singular or too large."""
         try:
             parts = linearise(self.problem, w, self.theta, self.data, self.directions)
         except ReferenceUnavailable:

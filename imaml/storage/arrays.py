@@ -16,7 +16,7 @@ RESERVED = (CHECKSUM, "file", "allow_pickle")
 
 
 class DamagedFile(ValueError):
-    """The error for a file that :func:`write` did not write, or whose contents have changed since."""
+    """The error for a file that is not in the expected format, or whose contents have changed since it was written."""
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], compressed: bool = False) -> None:

@@ -1,6 +1,7 @@
 """optimistix: ``minimise`` by gradient descent, ``ImplicitAdjoint`` with lineax's conjugate gradients.
 
-With tolerances of zero, gradient descent takes the same number of steps as the other libraries.
+With tolerances of zero, gradient descent evaluates as many gradients as the other libraries do. The first step of
+optimistix only evaluates at the start, so its w is that after one update fewer.
 """
 
 import jax
@@ -19,8 +20,8 @@ def programs(item: Linear, dtype: str):
     data = {name: jnp.asarray(value) for name, value in item.arrays(dtype).items()}
     theta, init = data.pop("theta"), jnp.zeros(item.features, dtype)
     solver = optx.GradientDescent(item.step_size, rtol=0.0, atol=0.0)
-    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. max_steps is None,
-    # because lineax raises an error when a budget is exhausted.
+    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. max_steps is
+    # None, which means ten iterations per unknown, because lineax raises an error at the end of a budget.
     adjoint = optx.ImplicitAdjoint(lx.CG(rtol=item.tol, atol=item.tol, max_steps=None))
     tags = frozenset({lx.positive_semidefinite_tag})
 

@@ -14,7 +14,7 @@ from bilevel.testing.families.suggested import suggest_descent
 
 
 def ridge(**options: Any) -> Case:
-    """Draw ½‖Xw − y‖²/n + ½Σ exp(θ_j)w_j² for n samples, with one θ_j per feature or one scalar θ for all features."""
+    """Draw ½‖Xw − y‖²/s + ½Σ exp(θ_j)w_j² for s = 2·size samples, with one θ_j per feature or one θ for all."""
     return _regression("ridge", Options(**options), _solve_ridge)
 
 
@@ -54,7 +54,10 @@ def _regression_problem(family, w_layout, theta_layout):
 
 
 def _through_penalties(left, w, theta):
-    """Return w, ∂w/∂θ = −A⁻¹diag(λw)P and A, with P = ∂(log λ)/∂θ: I, or a column of ones for a scalar θ."""
+    """Return w, ∂w/∂θ and A, which is ``left``, with the penalties λ = exp(θ), one per feature.
+
+    ∂w/∂θ = −A⁻¹diag(λw)P with P = ∂(log λ)/∂θ, which is I, or a column of ones for a scalar θ.
+    """
     assignment = np.eye(w.size) if theta.size == w.size else np.ones((w.size, 1))
     penalties = assignment @ np.exp(theta)
     return w, -np.linalg.solve(left, (penalties * w)[:, None] * assignment), left

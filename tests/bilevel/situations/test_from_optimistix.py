@@ -52,7 +52,7 @@ def optimistix(name: str, *arguments: Any, max_steps: int = 5000, tol: float = 1
 
 
 def agrees(found: Any, expected: np.ndarray, rtol: float = 1e-6, atol: float = 1e-8) -> None:
-    """Assert that a tree equals a vector, relative to the vector's norm, or to 1 for a zero vector."""
+    """Assert that a tree differs from a vector by at most rtol times its norm, or atol for a zero vector."""
     expected = np.ravel(np.asarray(expected, np.float64))
     assert flat(found).shape == expected.shape
     size = np.linalg.norm(expected)
@@ -60,7 +60,7 @@ def agrees(found: Any, expected: np.ndarray, rtol: float = 1e-6, atol: float = 1
 
 
 def direction(tree: Any, seed: int) -> Any:
-    """Return a random tree of the same structure, in the scale of its leaves, which may differ by orders."""
+    """Return a random tree of the same structure. Its entries have the sizes of the given ones."""
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: random.normal(size=np.shape(leaf)) * np.maximum(np.abs(leaf), 0.1), tree)
 
@@ -84,7 +84,7 @@ def test_the_references_in_numpy_agree_with_the_closed_forms(name):
 ITERATION, ANDERSON = bl.FixedPointIteration(5000, tol=1e-13), bl.Anderson(200, tol=1e-13)
 GAUSS_NEWTON, MARQUARDT = bl.GaussNewton(100, tol=1e-12), bl.LevenbergMarquardt(500, tol=1e-11)
 NEWTON = bl.HessianFree(200, cg_steps=20, tol=1e-11)
-STIFF = [name for name in MAPPINGS if name.startswith("robertson")]  # contractions by 1e-5, with solutions of any size
+STIFF = [name for name in MAPPINGS if name.startswith("robertson")]  # contract by about 1e-5; ‖w‖ is from 1e-10 to 1
 
 MAPPING_LAYERS = [
     *[(name, "FixedPoint", ITERATION) for name in MAPPINGS if name not in STIFF],
@@ -94,8 +94,9 @@ MAPPING_LAYERS = [
     *[(name, "FixedPoint", ANDERSON) for name in ("exponential", "linear slope")],
     ("cosine", "Root", bl.Jaxopt("Broyden", maxiter=200, tol=1e-12)),
 ]
-# The Jacobian of the flat bowl is zero at the minimum. Levenberg-Marquardt compares values of ½‖r‖², so that it finds a
-# minimum with r ≠ 0 to about √eps; the derivative of the trigonometric fit multiplies such an error by a hundred.
+# Newton's method solves two fits. The Jacobian of the flat bowl is zero at its minimum. Levenberg-Marquardt compares
+# values of ½‖r‖², so it finds a w with r ≠ 0 only to about √eps. The derivative of the trigonometric fit multiplies
+# such an error by a hundred.
 FITS = [name for name in RESIDUALS if name not in ("flat bowl", "trigonometric")]
 RESIDUAL_LAYERS = [
     *[(name, "LeastSquares", MARQUARDT) for name in FITS],
@@ -167,7 +168,7 @@ def test_a_layer_of_a_minimum(name, kind, solver):
 
 
 def outer(w: Any, theta: Any, data: Any) -> jax.Array:
-    """Return a function of w with the gradient 1, 2, 3, … plus w."""
+    """Return ⟨c, w⟩ + ½‖w‖² with c = (1, 2, 3, …). Its gradient is c + w."""
     del theta, data
     w = ravel_pytree(w)[0]
     return jnp.arange(1.0, w.size + 1) @ w + 0.5 * w @ w
@@ -242,7 +243,10 @@ def test_the_hypergradient_at_a_solution_of_optimistix(name, kind, solver):
 
 
 def truncated(name: str, steps: int) -> np.ndarray:
-    """Return Σ MᵏB over k < steps, the derivative of the last steps of an iteration w ← mapping(w, θ) at w*."""
+    """Return Σ MᵏB over k < steps, with M = ∂mapping/∂w and B = ∂mapping/∂θ at the solution.
+
+    This is the derivative through the last steps of the iteration w ← mapping(w, θ).
+    """
     situation = SITUATIONS[name]
     (w, _), theta = situation.solved, flat(situation.theta)
     by_w = complex_step(lambda w: situation.function(w, theta, np), w)
@@ -251,7 +255,7 @@ def truncated(name: str, steps: int) -> np.ndarray:
 
 
 def after_steps(name: str, steps: int) -> np.ndarray:
-    """Return the derivative of ``outer`` after few steps from the start, which are far from the solution."""
+    """Return the derivative of ``outer`` after ``steps`` steps from the start, where w is not yet the solution."""
     situation = SITUATIONS[name]
 
     def value(theta):
@@ -323,7 +327,7 @@ def test_a_loop_of_ones_own_with_a_pytree_and_a_keyword(rate):
 @pytest.mark.slow("compiles the solvers of Optimistix")
 @cases("Solver functions", ("side", "sign"), [("lower", 1.0), ("upper", -1.0)])
 def test_root_find_with_bounds_of_w(side, sign):
-    """Newton with bounds finds the root w₁ = ±√θ, w₂ = θ³ on its side."""
+    """Newton with the bound w₁ ≥ 0 finds w₁ = √θ, and with w₁ ≤ 0 it finds w₁ = −√θ. The root has w₂ = θ³."""
     import optimistix
 
     def residual(w, theta):
@@ -343,7 +347,7 @@ def test_root_find_with_bounds_of_w(side, sign):
     agrees(pushed, np.array([sign * 0.5 / 2**0.5, 12.0]))
 
 
-SCALARS = {  # the residual, its root at θ = 1, and the root's derivative
+SCALARS = {  # the residual, and dw/dθ at θ = 1 as a function of the root w
     "trivial": (lambda w, theta: theta * (w - 1), lambda w: 0.0),
     "cosine": (lambda w, theta: jnp.cos(theta * w) - w, lambda w: -w * np.sin(w) / (1 + np.sin(w))),
     "implicit step": (lambda w, theta: 0.5 + 0.25 * theta * (0.5 + w) - w, lambda w: 0.25 * (0.5 + w) / 0.75),
@@ -460,7 +464,7 @@ def clip(w: Any, theta: Any, data: Any) -> Any:
 
 
 INF = np.inf
-PARABOLOIDS = {  # the centre of a paraboloid and the bounds of a box, all on one tree, and where the solver starts
+PARABOLOIDS = {  # the centre of a paraboloid, the bounds of a box, the start, and a function that makes a tree of each
     "free": ([0.0, 0.5], [-INF, -INF], [1.0, 1.0], [-1.0, -5.0], np.array),
     "one upper": ([0.0, 0.5], [-INF, -INF], [-1.0, 1.0], [-3.0, -1.0], lambda v: {"a": v[0], "b": v[1]}),
     "one lower": ([0.0, 0.5], [1.0, -INF], [INF, INF], [2.0, 3.0], lambda v: [v[0], v[1]]),
@@ -475,7 +479,7 @@ PARABOLOIDS = {  # the centre of a paraboloid and the bounds of a box, all on on
 @pytest.mark.slow("compiles a projection for each structure", fast="lower and upper")
 @cases("Bounds", "name", PARABOLOIDS)
 def test_a_paraboloid_in_a_box_is_differentiated_in_its_centre_and_its_bounds(name):
-    """A bound that is met has the derivative one, and the centre then zero. An infinite bound has the derivative 0."""
+    """An entry of w has the derivative 1 in its active bound, or else in the centre, and 0 in the other two."""
     center, lower, upper, start, as_tree = PARABOLOIDS[name]
     theta = {"center": as_tree(center), "lower": as_tree(lower), "upper": as_tree(upper)}
 
@@ -621,7 +625,7 @@ def test_a_batch_of_starts_finds_roots_with_their_own_derivatives():
 @pytest.mark.slow("compiles a batch of layers")
 @one_case("Batches and higher derivatives")
 def test_a_batch_of_fits_with_data_of_their_own():
-    """The slope of a line through (x, y) with the penalty θ is ⟨x, y⟩ / (⟨x, x⟩ + θ)."""
+    """The line y = wx, fitted to data (x, y) with the penalty θ, has the slope w = ⟨x, y⟩ / (⟨x, x⟩ + θ)."""
     x = np.arange(1.0, 4.0)
     condition = bl.LeastSquares(lambda w, theta, y: (w * x - y, jnp.sqrt(theta) * w))
     layer = bl.implicit_layer(condition, bl.LevenbergMarquardt(50, tol=1e-12))
@@ -659,7 +663,7 @@ def test_other_numbers_do_not_compile_again():
     assert count == len(traces)
 
 
-# Precision, structures of θ, and what failed.
+# Precision, structures of w and θ, and failures.
 
 
 @pytest.mark.slow("compiles a layer in float32 for each condition", fast="quadratic")
@@ -795,7 +799,10 @@ def forward_only(w: Any) -> Any:
 
 
 def of_a_forward_loop() -> Any:
-    """Return d/dθ of the minimum of (1.75w − θ)², with its gradient in forward mode, through the solver's steps."""
+    """Return dw/dθ for the minimiser w of (1.75w − θ)².
+
+    The objective's gradient is computed in forward mode, and w is differentiated through the steps of the solver.
+    """
     gradient = jax.jacfwd(lambda w, theta, data: (forward_only(w) - theta) ** 2)
     problem = bl.Problem(bl.Root(gradient, symmetric=True), lambda w, theta, data: w)
     hypergradient = bl.value_and_hypergradient(problem, bl.GaussNewton(9, tol=1e-12), bl.ForwardUnrolled())
@@ -803,7 +810,7 @@ def of_a_forward_loop() -> Any:
 
 
 COSINE = float(MAPPINGS["cosine"].solved[0][0])
-REFUSALS = {  # what is refused, the error, the way around, and its result
+REFUSALS = {  # pytest marks, what is refused, the error, the way around, and its result
     "Bisection": (
         needs_optimistix,
         lambda: optimistix("Bisection"),
