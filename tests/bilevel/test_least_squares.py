@@ -205,7 +205,7 @@ def test_jaxopt_solves_more_residuals_than_unknowns(name):
 def test_wrong_uses_are_refused():
     bowl = bl.Stationary(lambda w, theta, data: jnp.sum(w**2))
     for solver in SOLVERS:
-        with pytest.raises(ValueError, match=r"Stationary has an objective: declare LeastSquares\(residuals\)"):
+        with pytest.raises(ValueError, match=r"Stationary has only an objective: declare LeastSquares\(residuals\)"):
             solver(bowl, jnp.zeros(2), None, None)
     with pytest.raises(ValueError, match='operator "exact" or "gauss_newton", got \'newton\''):
         bl.LeastSquares(decay, operator="newton")  # type: ignore[arg-type]
