@@ -60,7 +60,7 @@ class Plan:
             )
         )
         placement = self.placement
-        return Oracle(self.problem, inner_samples, outer_samples, placement.axes, self.project, placement.neighbours)
+        return Oracle(self.problem, inner_samples, outer_samples, placement.axes, self.project, placement.local_shares)
 
 
 def make_plan(

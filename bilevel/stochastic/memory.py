@@ -18,7 +18,7 @@ def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None
         outer: the terms of an outer batch.
         limit: bytes; None for half of :func:`available`.
     """
-    rows = tuple(oracle.neighbours * samples.batches for samples in (oracle.inner_samples, oracle.outer_samples))
+    rows = tuple(oracle.local_shares * samples.batches for samples in (oracle.inner_samples, oracle.outer_samples))
     sizes = _bytes(inner), _bytes(outer)
     needed = rows[0] * sizes[0] + rows[1] * sizes[1]
     limit = available() // 2 if limit is None else limit

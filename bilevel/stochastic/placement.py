@@ -33,7 +33,7 @@ class Placement:
     mesh: Any
 
     @property
-    def neighbours(self) -> int:
+    def local_shares(self) -> int:
         """The number of shares in the memory of the first local device."""
         if self.mesh is None:
             return self.shares

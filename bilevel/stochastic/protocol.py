@@ -132,7 +132,7 @@ class Oracle:
         outer_samples: the outer samples in batches.
         axes: the names of the axes over which the shares lie; () for one share.
         project: the projection of θ onto a set, or None.
-        neighbours: the number of shares in the memory of one device, which tables have to fit into together.
+        local_shares: the number of shares whose tables lie in the memory of one device.
     """
 
     problem: Problem
@@ -140,7 +140,7 @@ class Oracle:
     outer_samples: Samples
     axes: tuple[str, ...] = ()
     project: Callable[[PyTree], PyTree] | None = None
-    neighbours: int = 1
+    local_shares: int = 1
 
     def inner(self, number: jax.Array, w: PyTree, adjoint: PyTree, theta: PyTree) -> InnerTerms:
         """Return F, Aᵀv and Bᵀv on an inner batch, by one evaluation of F and one vector-Jacobian product."""

@@ -52,8 +52,6 @@ def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
     Raises:
         InputError: if the folder does not exist, if it has no subfolders, or if a class has no image.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder; name one that holds a folder of images for each class")
     folders = _subfolders(directory)
     names = {ALIASES.get(path.name, path.name): path for path in folders}
     if {"train", "test"} <= set(names) <= set(PARTS):
@@ -62,6 +60,8 @@ def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def _subfolders(directory):
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder; name one that holds a folder of images for each class")
     return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -71,8 +71,6 @@ def classes_of(directory: Path) -> dict[str, list[Path]]:
     Raises:
         InputError: if there is no such folder, if it has no subfolder, or if a class has no image.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder; name one that holds a folder of images for each class")
     classes = {folder.name: images_in(folder) for folder in _subfolders(directory)}
     if not classes:
         raise InputError(f"{directory}: it should hold a folder of images for each class, but it has no subfolder")

@@ -69,6 +69,11 @@ class ImageClasses:
         """The array from which a compiled program samples tasks: the pixels."""
         return self.pixels
 
+    def update(self, digest: "hashlib._Hash") -> None:
+        """Add labels and pixels to a hash."""
+        digest.update("\n".join(self.labels).encode())
+        digest.update(np.ascontiguousarray(self.pixels).tobytes())
+
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
@@ -234,11 +239,7 @@ class ImageDataset:
         """
         digest = hashlib.sha256()
         for classes in self._parts().values():
-            if isinstance(classes, UnevenClasses):
-                classes.update(digest)
-            else:
-                digest.update("\n".join(classes.labels).encode())
-                digest.update(np.ascontiguousarray(classes.pixels).tobytes())
+            classes.update(digest)
         return digest.hexdigest()
 
 

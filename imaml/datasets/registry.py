@@ -16,7 +16,7 @@ FOLDER = "folder"
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What training and evaluation need to know of a dataset."""
+    """The attributes of a dataset that training and evaluation use."""
 
     @property
     def name(self) -> str:

@@ -178,6 +178,13 @@ def read_again(run: object, source: dict[str, Any], data: str | Path | None = No
     return ImageDataset.from_recipe(source, directory)
 
 
+def name_of(preset: Preset, dataset: str | Dataset | None) -> str:
+    """Return the name of the dataset that :func:`choose` reads, before it is read."""
+    if dataset is None:
+        return preset.dataset
+    return dataset if isinstance(dataset, str) else getattr(dataset, "name", repr(dataset))
+
+
 def enough_images(
     classes: Any, episode: Any, name: str, on_warning: Callable[[str], None] = lambda message: None
 ) -> Any:
@@ -212,13 +219,24 @@ def fitting(
     Raises:
         InputError: if there are too few classes or images, or if the network takes images of another shape.
     """
-    parts = []
-    for part, episode, what in (("train", preset.training_episode, "training"), ("test", preset.episode, "test")):
-        name = f"{dataset.name}'s {what} set"
-        parts.append(enough_images(getattr(dataset, part), episode, name, on_warning))
-        check_shape(preset, parts[-1], name)
-        episode.check(parts[-1], name)
-    return parts[0], parts[1]
+    training = training_part(preset, dataset, on_warning)
+    return training, _usable(preset, dataset.test, preset.episode, f"{dataset.name}'s test set", on_warning)
+
+
+def training_part(preset: Preset, dataset: Dataset, on_warning: Callable[[str], None] = lambda message: None) -> Any:
+    """Return the training classes that a preset can use.
+
+    Raises:
+        InputError: as :func:`fitting` does, for the training classes.
+    """
+    return _usable(preset, dataset.train, preset.training_episode, f"{dataset.name}'s training set", on_warning)
+
+
+def _usable(preset, classes, episode, name, on_warning):
+    classes = enough_images(classes, episode, name, on_warning)
+    check_shape(preset, classes, name)
+    episode.check(classes, name)
+    return classes
 
 
 def check_shape(preset: Preset, classes: Any, name: str) -> None:

@@ -96,7 +96,7 @@ def train(
         raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
     mesh = global_mesh(preset.outer.tasks, devices)
     compiler = StepCompiler(preset, mesh, on_event)
-    on_event(f"reading {preset.dataset if dataset is None else getattr(dataset, 'name', dataset)}")
+    on_event(f"reading {run_data.name_of(preset, dataset)}")
     on_warning = on_warning or on_event
     meanwhile = partial(_compile_ahead, preset, compiler)
     preset, present, source = run_data.choose(preset, data, dataset, directory, meanwhile, on_warning)

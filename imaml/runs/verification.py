@@ -83,12 +83,9 @@ def verify(
     def announce(message):
         on_event(f"{next(stages)} of {STAGES}: {message}")
 
-    announce(f"reading {preset.dataset if dataset is None else getattr(dataset, 'name', dataset)}")
+    announce(f"reading {run_data.name_of(preset, dataset)}")
     _, present, _ = run_data.choose(preset, data, dataset)
-    name = f"{present.name}'s training set"
-    classes = run_data.enough_images(present.train, preset.training_episode, name, on_event)
-    run_data.check_shape(preset, classes, name)
-    preset.training_episode.check(classes, name)
+    classes = run_data.training_part(preset, present, on_event)
     with jax.enable_x64(True):
         source = jax.tree.map(jnp.asarray, classes.source)
         task = _as_double(preset.training_episode.sample(source, preset.keys.train))

@@ -184,7 +184,7 @@ def test_the_page_has_the_tables_of_the_records():
 
 def test_oracle_calls_of_a_step():
     assert contenders.oracles_of_a_step("SOBA", 1024, 1024) == 5 * 64
-    # Of 16 steps, one is over all samples, and each of the other 15 evaluates its batch twice.
+    # SRBA passes over all samples in one of 16 steps. Each of the other 15 steps evaluates its batch twice.
     assert contenders.oracles_of_a_step("SRBA", 1024, 1024) == (5 * 1024 + 15 * 10 * 64) / 16
 
 

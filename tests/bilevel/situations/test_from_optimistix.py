@@ -766,7 +766,7 @@ def test_a_failed_solve_gives_no_derivative(name):
         compute()
 
 
-# What is refused, and the way around.
+# The functions of REFUSALS: calls that this library refuses, and other ways to the same derivatives.
 
 
 def of_bisection() -> Any:
