@@ -138,12 +138,14 @@ def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree
     an array that is not finite does not change it.
     """
     _, captured = jax.closure_convert(matvec, b)
-    zeros = [jnp.real(jnp.sum(array[..., None][..., :0])) for array in captured]
-
-    def multiply(leaf: jax.Array) -> jax.Array:
-        return leaf * sum((zero.astype(leaf.dtype) for zero in zeros), jnp.ones((), leaf.dtype))
-
-    return lambda v: jax.tree.map(multiply, v)
+    dtype = jnp.result_type(float)
+    one = jnp.ones((), dtype)
+    for array in captured:
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            continue  # an array of integers, booleans or random keys has no derivative
+        no_entries = jax.lax.slice_in_dim(jnp.expand_dims(array, -1), 0, 0, axis=-1)
+        one = one + jnp.real(jnp.sum(no_entries)).astype(dtype)
+    return lambda v: jax.tree.map(lambda leaf: leaf * one.astype(leaf.dtype), v)
 
 
 def _as_float(number: jax.Array) -> jax.Array:
