@@ -89,6 +89,7 @@ from bilevel.methods import (
 from bilevel.outer import History, Minimum, OuterState, StepRecord, initial_state, minimize
 from bilevel.problem import Problem
 from bilevel.solvers import (
+    FISTA,
     Anderson,
     FixedPointIteration,
     GaussNewton,
@@ -97,6 +98,7 @@ from bilevel.solvers import (
     InnerSolver,
     Jaxopt,
     LevenbergMarquardt,
+    Minibatches,
     Optax,
     Optimistix,
     solve,
@@ -137,7 +139,9 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "HessianFree",
     "GaussNewton",
     "LevenbergMarquardt",
+    "Minibatches",
     "FixedPointIteration",
+    "FISTA",
     "Anderson",
     "Jaxopt",
     "Optimistix",

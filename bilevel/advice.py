@@ -131,9 +131,10 @@ def _step_size(condition, theta, data, w, solver: GradientDescent) -> Iterator[s
     if not largest > 0:
         return
     limit = 2 * (1 + solver.momentum) / largest
-    if solver.step_size > limit:
+    step_size = float(jnp.max(jax.vmap(solver.size_at)(jnp.arange(max(solver.max_steps, 1)))))
+    if step_size > limit:
         yield f"The largest curvature L is about {largest:.3g}: the step_size must be below {limit:.3g}."
-    elif solver.step_size < 0.5 / largest:
+    elif step_size < 0.5 / largest:
         yield f"The largest curvature L is about {largest:.3g}: a step_size of 1/L = {1 / largest:.3g} is faster."
 
 

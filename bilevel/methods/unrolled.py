@@ -82,8 +82,8 @@ class Unrolled:
     def _check(self, solver: InnerSolver) -> IterativeSolver:
         if not isinstance(solver, IterativeSolver) or solver.tol is not None:
             raise ValueError(
-                "Unrolled differentiates a fixed number of steps: use GradientDescent, Optax, FixedPointIteration or "
-                f"Anderson with tol=None, or Implicit, which takes any solver; got {solver}"
+                "Unrolled differentiates a fixed number of steps: use GradientDescent, Optax, FixedPointIteration, "
+                f"FISTA or Anderson with tol=None, or Implicit, which takes any solver; got {solver}"
             )
         if self.last is not None and not 1 <= self.last <= solver.max_steps:
             raise ValueError(

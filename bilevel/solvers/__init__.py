@@ -7,11 +7,12 @@ the same numbers as the solver's loop.
 """
 
 from bilevel.solvers.descent import GradientDescent, Optax
-from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
+from bilevel.solvers.fixed_point import FISTA, Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
 from bilevel.solvers.from_optimistix import Optimistix
 from bilevel.solvers.iteration import with_memory
 from bilevel.solvers.least_squares import GaussNewton, LevenbergMarquardt
+from bilevel.solvers.minibatches import Minibatches
 from bilevel.solvers.newton import HessianFree
 from bilevel.solvers.protocol import (
     InnerSolver,
@@ -24,6 +25,7 @@ from bilevel.solvers.protocol import (
 )
 
 __all__ = [
+    "FISTA",
     "Anderson",
     "FixedPointIteration",
     "GaussNewton",
@@ -33,6 +35,7 @@ __all__ = [
     "IterativeSolver",
     "Jaxopt",
     "LevenbergMarquardt",
+    "Minibatches",
     "Optax",
     "Optimistix",
     "new_memory",

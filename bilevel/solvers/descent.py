@@ -1,5 +1,6 @@
 """Inner solvers that follow the gradient: GradientDescent and Optax."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,14 @@ class GradientDescent:
     """Gradient descent: w ← w − step_size · F(w, θ, data) from ``init``, with F the gradient of the inner objective.
 
     Args:
-        step_size: a positive number. On a convex objective, the iteration without momentum converges for values below
-            2 / (largest eigenvalue of ∂F/∂w).
+        step_size: a positive number, or a schedule: a function of the step, counted from 0, as optax has them. On a
+            convex objective, the iteration without momentum converges for values below 2 / (largest eigenvalue of
+            ∂F/∂w).
         max_steps: the budget, in gradients.
         tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
         momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
-        memory: the m from which a run goes on; None for zero. :func:`minimize` sets it.
+        memory: the memory from which a run goes on: m without a schedule, and m and the step with one; None for a new
+            run. :func:`minimize` sets it.
 
     Raises:
         ValueError: for a step size that is not positive and finite, a momentum outside [0, 1), a negative budget or
@@ -43,7 +46,7 @@ class GradientDescent:
         (0.75, 0.25)
     """
 
-    step_size: float
+    step_size: float | Callable[[jax.Array], jax.Array | float]
     max_steps: int
     tol: float | None = None
     momentum: float = 0.0
@@ -53,7 +56,8 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         check_budget("GradientDescent", self.max_steps, self.tol)
-        if not 0 < self.step_size < float("inf") or not 0 <= self.momentum < 1:
+        usable = callable(self.step_size) or 0 < self.step_size < float("inf")
+        if not usable or not 0 <= self.momentum < 1:
             raise ValueError(
                 "GradientDescent needs a finite step_size above 0 and a momentum in [0, 1), "
                 f"got {self.step_size} and {self.momentum}"
@@ -63,9 +67,12 @@ class GradientDescent:
         check_gradient("GradientDescent", condition)
 
     def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
-        if self.memory is None and self.momentum:
-            return init, jax.tree.map(jnp.zeros_like, init)
-        return init, self.memory
+        if self.memory is not None:
+            return init, self.memory
+        velocity = jax.tree.map(jnp.zeros_like, init) if self.momentum else None
+        if not callable(self.step_size):
+            return init, velocity
+        return init, (velocity, tree.match_varying_axes(init, jnp.int32(0))[1])
 
     def resumed(self, memory: PyTree) -> "GradientDescent":
         """Return this solver with a run's memory, from which it goes on."""
@@ -73,9 +80,18 @@ class GradientDescent:
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
         w, memory = state
+        velocity, step = memory if callable(self.step_size) else (memory, None)
         if self.momentum:
-            residual = memory = tree.add(tree.scale(self.momentum, memory), residual)
-        return tree.subtract(w, tree.scale(self.step_size, residual)), memory
+            residual = velocity = tree.add(tree.scale(self.momentum, velocity), residual)
+        w = tree.subtract(w, tree.scale(self.size_at(step), residual))
+        return w, velocity if step is None else (velocity, step + 1)
+
+    def size_at(self, step: jax.Array | None) -> jax.Array | float:
+        """Return the step size at a step, which a number does not depend on."""
+        if not callable(self.step_size):
+            return self.step_size
+        with jax.numpy_dtype_promotion("standard"):  # a schedule may multiply floats by the integer step
+            return self.step_size(step)
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         return iterate(self, condition, init, theta, data)

@@ -1,4 +1,4 @@
-"""Inner solvers that iterate a mapping: FixedPointIteration and Anderson."""
+"""Inner solvers that iterate a mapping: FixedPointIteration, FISTA and Anderson."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from jax.flatten_util import ravel_pytree
 from bilevel import tree
 from bilevel._deprecation import renamed_field
 from bilevel.conditions.protocol import Condition
-from bilevel.solvers.iteration import iterate
-from bilevel.solvers.protocol import check_budget, check_mapping
+from bilevel.solvers.iteration import iterate, until_converged
+from bilevel.solvers.protocol import check_budget, check_mapping, report
 from bilevel.types import PyTree, Solution
 
 
@@ -55,6 +55,85 @@ class FixedPointIteration:
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         return iterate(self, condition, init, theta, data)
+
+
+@dataclass(frozen=True)
+class FISTA:
+    """Accelerated proximal gradient descent, for :class:`ProximalGradient` and :class:`Projected`.
+
+    With T the condition's mapping and x₀ = y₀ = ``init``:
+
+        x₊ = T(y),   t₊ = ½(1 + √(1 + 4t²)),   y₊ = x₊ + (t − 1)/t₊ · (x₊ − x),   t₀ = 1.
+
+    On a convex objective with a step size of at most 1/L, the objective's error falls as 1/k² in k steps, where that of
+    :class:`FixedPointIteration` falls as 1/k. With ``restart`` it falls linearly if the objective is strongly convex.
+    The last step does not extrapolate, so the solution lies in the set of a projection.
+
+    Args:
+        max_steps: the budget, in evaluations of the mapping. With a ``tol``, one more is taken at the end.
+        tol: stop at ‖y − T(y)‖ ≤ tol and return T(y); None takes all ``max_steps``, with status BUDGET_USED.
+        restart: set t = 1 after a step with ⟨y − x₊, x₊ − x⟩ > 0, where the momentum points uphill.
+
+    Raises:
+        ValueError: for a negative budget or tol, and, when called, for a condition that has no mapping.
+
+    Source: Beck and Teboulle (2009), A fast iterative shrinkage-thresholding algorithm; restart: O'Donoghue and Candès
+    (2015), Adaptive restart for accelerated gradient schemes, section 3.2.
+
+    Example:
+        The objective has curvatures 1 and 0.01, and 0.1‖w‖₁ is added to it:
+
+        >>> import jax.numpy as jnp
+        >>> from bilevel.conditions import ProximalGradient
+        >>> def objective(w, theta, data):
+        ...     return 0.5 * jnp.vdot(jnp.array([1.0, 0.01]), (w - theta) ** 2)
+        >>> def shrink(w, theta, data, step_size):
+        ...     return jnp.sign(w) * jnp.maximum(jnp.abs(w) - 0.1 * step_size, 0)
+        >>> lasso = ProximalGradient(objective, shrink)
+        >>> solution = FISTA(200, tol=1e-5)(lasso, jnp.zeros(2), jnp.array([1.0, 30.0]), None)
+        >>> [round(float(entry), 2) for entry in solution.w], int(solution.steps) < 100
+        ([0.9, 20.0], True)
+    """
+
+    max_steps: int
+    tol: float | None = None
+    restart: bool = True
+
+    traceable = True
+
+    def __post_init__(self) -> None:
+        check_budget("FISTA", self.max_steps, self.tol)
+
+    def check(self, condition: Condition) -> None:
+        check_mapping("FISTA", condition)
+
+    def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
+        one = jnp.ones((), tree.norm(init).dtype)
+        return init, (init, *tree.match_varying_axes(init, one, jnp.int32(0))[1:])
+
+    def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
+        y, (last_x, t, count) = state
+        x = tree.subtract(y, residual)
+        step = tree.subtract(x, last_x)
+        if self.restart:
+            t = jnp.where(tree.vdot(residual, step) > 0, jnp.ones_like(t), t)
+        next_t = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
+        factor = jnp.where(count + 1 < self.max_steps, (t - 1) / next_t, jnp.zeros_like(t))
+        return tree.add(x, tree.scale(factor, step)), (x, next_t, count + 1)
+
+    def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
+        if self.tol is None:
+            return iterate(self, condition, init, theta, data)
+        self.check(condition)
+
+        def residual(w: PyTree) -> PyTree:
+            return condition.residual(w, theta, data)
+
+        (y, _), last, steps = until_converged(
+            self.update, lambda state: residual(state[0]), self.start(init), self.max_steps, self.tol
+        )
+        x = tree.subtract(y, last)  # T(y)
+        return report(residual(x), x, steps, self.tol)
 
 
 @renamed_field("maxiter", "max_steps")

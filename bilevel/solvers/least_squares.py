@@ -34,6 +34,10 @@ class GaussNewton:
         tol: stop at ‖F‖ ≤ tol with the condition's residual F, which is Jᵀr for :class:`LeastSquares`; None takes up to
             ``max_steps``, with status BUDGET_USED.
         halvings: as for :class:`HessianFree`.
+        lower, upper: bounds of w, each a number, or a pytree like w; None for no bound. They keep the iterates where
+            the residuals are defined, for example above zero for a logarithm. The start and every step are clipped to
+            them. The solution must lie inside the bounds: where it lies on one, F is not zero, and
+            :class:`Projected` declares the problem.
 
     Raises:
         ValueError: for a negative budget, tol or number of halvings, and, when called, for a condition that is the
@@ -53,6 +57,8 @@ class GaussNewton:
     max_steps: int
     tol: float | None = None
     halvings: int = 20
+    lower: PyTree = None
+    upper: PyTree = None
 
     traceable = True
 
@@ -63,6 +69,7 @@ class GaussNewton:
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         residuals, x, as_w = _on_vectors("GaussNewton", condition, init, theta, data)
+        lower, upper = (self._bound(bound, init) for bound in (self.lower, self.upper))
 
         def potential(x):
             r = residuals(x)
@@ -71,13 +78,32 @@ class GaussNewton:
         def update(x, residual):
             del residual
             r, jacobian = residuals(x), _jacobian(residuals, x)
-            step = -jnp.linalg.lstsq(jacobian, r)[0]
-            return line_search(potential, x, jacobian.T @ r, step, self.halvings)
+            gradient, step = jacobian.T @ r, -jnp.linalg.lstsq(jacobian, r)[0]
+            if lower is not None or upper is not None:
+                # A clipped Newton step may point uphill. A clipped gradient step never does.
+                clipped, downwards = (jnp.clip(x + d, lower, upper) - x for d in (step, -gradient))
+                step = jnp.where(jnp.vdot(gradient, clipped) < 0, clipped, downwards)
+            return line_search(potential, x, gradient, step, self.halvings)
 
         x, residual, steps = until_converged(
-            update, lambda x: condition.residual(as_w(x), theta, data), x, self.max_steps, self.tol
+            update,
+            lambda x: condition.residual(as_w(x), theta, data),
+            x if lower is None and upper is None else jnp.clip(x, lower, upper),
+            self.max_steps,
+            self.tol,
         )
         return report(residual, as_w(x), steps, self.tol)
+
+    def _bound(self, bound: PyTree, init: PyTree) -> jax.Array | None:
+        """Return a bound as a vector like w, or None."""
+        if bound is None:
+            return None
+        if jax.tree.structure(bound) != jax.tree.structure(init):
+            bound = jax.tree.map(lambda leaf: bound, init)
+        filled = jax.tree.map(
+            lambda leaf, value: jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape), init, bound
+        )
+        return ravel_pytree(tree.widened(filled))[0]
 
 
 @dataclass(frozen=True)

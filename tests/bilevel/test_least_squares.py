@@ -219,3 +219,30 @@ def test_wrong_uses_are_refused():
         bl.Jaxopt("OSQP")(FIT, START, 0.7, NOISY)
     with pytest.raises(ValueError, match="for more or fewer residuals than unknowns, use LeastSquares"):
         bl.GaussNewton(3)(bl.Root(lambda w, theta, data: jnp.ones(3)), jnp.zeros(2), None, None)
+
+
+@pytest.mark.parametrize("bounds", [{"lower": 1.6, "upper": 4.0}, {"lower": {"angle": 1.6}, "upper": {"angle": 4.0}}])
+def test_newtons_method_stays_within_its_bounds_and_finds_the_root_there(bounds):
+    sine = bl.Root(lambda w, theta, data: {"angle": jnp.sin(w["angle"]) - theta})
+    start, theta = {"angle": jnp.array(1.7)}, jnp.array(0.1)
+    free = bl.solve(bl.GaussNewton(20, tol=1e-10), sine, start, theta, None)
+    assert int(free.status) == bl.Status.CONVERGED and float(free.w["angle"]) > 2 * np.pi  # the first step is 6.9 long
+    layer = bl.implicit_layer(sine, bl.GaussNewton(20, tol=1e-10, **bounds), bl.LU())
+    angle, slope = jax.value_and_grad(lambda theta: layer(theta, start, None)["angle"])(theta)
+    np.testing.assert_allclose(angle, np.pi - np.arcsin(0.1), rtol=1e-10)
+    np.testing.assert_allclose(slope, -1 / np.sqrt(1 - 0.1**2), rtol=1e-10)
+
+
+def test_a_start_outside_of_the_bounds_is_moved_to_them():
+    root = bl.Root(lambda w, theta, data: jnp.log(w) - theta)  # not defined at the start
+    out = bl.solve(bl.GaussNewton(20, tol=1e-10, lower=0.1), root, jnp.array(-3.0), jnp.array(1.0), None)
+    np.testing.assert_allclose(out.w, np.e, rtol=1e-9)
+
+
+def test_a_solution_on_a_bound_is_told_by_its_residual():
+    matrix, b = np.array([[3.0, 2.9], [2.9, 3.0]]), np.array([1.0, 2.0])
+    fit = bl.LeastSquares(lambda w, theta, data: matrix @ w - b)
+    out = bl.solve(bl.GaussNewton(100, tol=1e-8, lower=0.0, upper=5.0), fit, jnp.array([4.0, 0.0]), None, None)
+    # With w[0] = 0, the best w[1] is ⟨column, b⟩ / ‖column‖².
+    np.testing.assert_allclose(out.w, [0, 8.9 / 17.41], atol=1e-6)
+    assert int(out.status) == bl.Status.MAX_STEPS

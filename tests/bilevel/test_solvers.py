@@ -1,5 +1,7 @@
 """Inner solvers follow their formulas step by step, and the status says how a solve ended."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from problems import EIGENVALUES, diagonal_quadratic, quadratic, ridge
 
 import bilevel as bl
+from bilevel import tree
 
 RATE = 0.05
 
@@ -188,6 +191,150 @@ def test_fixed_point_iteration_follows_its_formula():
     mapping = bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta)
     out = bl.FixedPointIteration(10)(mapping, jnp.zeros(()), jnp.array(1.0), None)
     assert float(out.w) == pytest.approx(2 * (1 - 0.5**10), rel=1e-15) and int(out.steps) == 10
+
+
+def lasso():
+    """Return a lasso problem with separate unknowns: its condition, θ, which is the penalty, and the solution.
+
+    The curvatures go from 1 to 0.01. Two of the six unknowns are zero at the solution.
+    """
+    curvatures, slopes = jnp.logspace(0, -2, 6), jnp.array([1.0, -0.2, 0.03, 0.3, -0.04, 0.1])
+    theta = jnp.array(0.05)
+
+    def fit(w, theta, data):
+        return 0.5 * jnp.vdot(curvatures, w**2) - jnp.vdot(slopes, w)
+
+    condition = bl.ProximalGradient(fit, bl.jaxopt_prox("prox_lasso", lambda theta, data: theta))
+    return condition, theta, jnp.sign(slopes) * jnp.maximum(jnp.abs(slopes) - theta, 0) / curvatures
+
+
+@pytest.mark.parametrize(("restart", "tol", "factor"), [(False, 1e-4, 1.5), (True, 1e-10, 8)])
+def test_fista_solves_a_lasso_problem_in_fewer_steps_than_the_plain_iteration(restart, tol, factor):
+    condition, theta, exact = lasso()
+    out = bl.solve(bl.FISTA(1000, tol=tol, restart=restart), condition, jnp.zeros(6), theta, None)
+    plain = bl.solve(bl.FixedPointIteration(5000, tol=tol), condition, jnp.zeros(6), theta, None)
+    assert int(out.status) == int(plain.status) == bl.Status.CONVERGED
+    np.testing.assert_allclose(out.w, exact, atol=200 * tol)  # the least curvature is 0.01
+    assert int(out.steps) < int(plain.steps) / factor
+
+
+def test_fista_takes_the_steps_of_jaxopt():
+    condition, theta, _ = lasso()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jaxopt warns that it is not maintained
+        import jaxopt
+
+        theirs = jaxopt.ProximalGradient(
+            lambda w, *_: condition.objective(w, theta, None), jaxopt.prox.prox_lasso, stepsize=1.0, maxiter=17, tol=0.0
+        ).run(jnp.zeros(6), theta)
+    ours = bl.solve(bl.FISTA(17, restart=False), condition, jnp.zeros(6), theta, None)
+    np.testing.assert_allclose(ours.w, theirs.params, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"tol": 1e-2}], ids=str)
+def test_fista_ends_in_the_set_of_a_projection(options):
+    condition = bl.Projected(
+        lambda w, theta, data: 0.5 * jnp.vdot(EIGENVALUES, (w - theta) ** 2),
+        bl.jaxopt_projection("projection_non_negative"),
+        0.5 / float(max(EIGENVALUES)),
+    )
+    out = bl.solve(bl.FISTA(3, **options), condition, jnp.ones(2), jnp.array([0.5, -0.5]), None)
+    assert bool(jnp.all(out.w >= 0))
+    np.testing.assert_allclose(out.residual_norm, tree.norm(condition.residual(out.w, jnp.array([0.5, -0.5]), None)))
+
+
+@pytest.mark.parametrize("method", [bl.Implicit(bl.LU()), bl.Unrolled()], ids=lambda method: type(method).__name__)
+def test_fista_is_differentiated_by_the_theorem_and_by_its_steps(method):
+    condition, theta, w = lasso()
+    problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w**2))
+    out = bl.value_and_hypergradient(problem, bl.FISTA(300), method)(theta, jnp.zeros(6), None)
+    assert int(jnp.sum(out.inner.w == 0)) == 2
+    # An unknown that is not zero is w = (slope ∓ θ)/curvature.
+    np.testing.assert_allclose(out.gradient, -2 * jnp.vdot(jnp.abs(w), 1 / jnp.logspace(0, -2, 6)), rtol=1e-8)
+
+
+def test_a_schedule_gives_each_step_its_size_and_goes_on_in_minimize():
+    rates = jnp.array([0.2, 0.1, 0.05, 0.02])
+
+    def schedule(step):
+        return rates[jnp.minimum(step, 3)]
+
+    theta, w, velocity = jnp.array([1.0, 2.0]), jnp.zeros(2), jnp.zeros(2)
+    for rate in rates:
+        velocity = 0.9 * velocity + EIGENVALUES * w - theta
+        w = w - rate * velocity
+    solver = bl.GradientDescent(schedule, 4, momentum=0.9)
+    np.testing.assert_allclose(solver(diagonal_quadratic(), jnp.zeros(2), theta, None).w, w, rtol=1e-14)
+    # Two outer steps with an outer learning rate of 0 are one inner run of twice as many steps.
+    problem = bl.Problem(diagonal_quadratic(), lambda w, theta, data: jnp.sum(w))
+    half = bl.GradientDescent(schedule, 2, momentum=0.9)
+    found = bl.minimize(problem, theta, jnp.zeros(2), None, half, bl.Implicit(bl.CG(2)), optax.sgd(0.0), 2)
+    np.testing.assert_allclose(found.w, w, rtol=1e-14)
+
+
+def test_a_schedule_that_diverges_is_told_the_limit_of_its_steps():
+    problem = bl.Problem(diagonal_quadratic(), lambda w, theta, data: jnp.sum(w))
+    limit = 2 / max(EIGENVALUES)
+    solver = bl.GradientDescent(lambda step: jnp.where(step < 20, 1.5 * limit, 0.1 * limit), 25, tol=1e-6)
+    with pytest.raises(bl.HypergradientError, match=rf"the step_size must be below {limit:.3g}"):
+        bl.value_and_hypergradient(problem, solver, bl.Implicit(bl.CG(2)))(jnp.ones(2), jnp.zeros(2), None)
+
+
+def test_minibatches_takes_the_gradient_of_the_drawn_samples_and_reports_the_residual_of_all():
+    samples = {"x": np.arange(6.0), "row": np.arange(6)}
+    mean = bl.Stationary(lambda w, theta, data: 0.5 * jnp.mean((w - data["x"]) ** 2))
+    out = bl.solve(bl.Minibatches(bl.GradientDescent(0.5, 3), 2, seed=7), mean, jnp.array(0.0), None, samples)
+    w = 0.0
+    for step in range(3):
+        drawn = jax.random.randint(jax.random.fold_in(jax.random.key(7), step), (2,), 0, 6)
+        w = w - 0.5 * (w - np.mean(samples["x"][np.asarray(drawn)]))
+    np.testing.assert_allclose(out.w, w, rtol=1e-14)
+    np.testing.assert_allclose(out.residual_norm, abs(w - 2.5), rtol=1e-13)
+    assert int(out.steps) == 3 and int(out.status) == bl.Status.BUDGET_USED
+
+
+@pytest.mark.parametrize("transformed", [False, True], ids=["GradientDescent", "Optax"])
+def test_minibatches_with_a_falling_step_size_approaches_the_solution_and_its_hypergradient(transformed):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(500, 3))
+    data = x, x @ np.array([1.0, -2.0, 0.5]) + 0.1 * random.normal(size=500)
+
+    def fit(w, theta, data):
+        return 0.5 * jnp.mean((data[0] @ w - data[1]) ** 2) + 0.5 * theta * jnp.sum(w**2)
+
+    def exact(theta):
+        return jnp.sum(jnp.linalg.solve(x.T @ x / 500 + theta * jnp.eye(3), x.T @ data[1] / 500))
+
+    falling = optax.exponential_decay(0.3, 200, 0.3)
+    descent = bl.Optax(optax.sgd(falling), 1500) if transformed else bl.GradientDescent(falling, 1500)
+    problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: jnp.sum(w))
+    hypergradient = bl.value_and_hypergradient(problem, bl.Minibatches(descent, 16), bl.Implicit(bl.CG(3)))
+    out = hypergradient(0.1, jnp.zeros(3), data)
+    assert float(out.inner.residual_norm) < 3e-3
+    np.testing.assert_allclose(out.gradient, jax.grad(exact)(0.1), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: bl.Minibatches(bl.GradientDescent(0.1, 3, tol=1e-3), 2),
+            "needs a GradientDescent or an Optax with tol",
+        ),
+        (lambda: bl.Minibatches(bl.HessianFree(3), 2), "needs a GradientDescent or an Optax"),
+        (lambda: bl.Minibatches(bl.GradientDescent(0.1, 3), 0), "batch of at least 1 sample, got 0"),
+    ],
+)
+def test_minibatches_refuses_solvers_without_a_fixed_number_of_gradient_steps(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("data", [None, 1.0, np.zeros((0, 2)), {"x": np.zeros((3, 2)), "y": np.zeros(4)}])
+def test_minibatches_refuses_data_without_one_axis_of_samples(data):
+    solver = bl.Minibatches(bl.GradientDescent(0.1, 3), 2)
+    with pytest.raises(ValueError, match="data whose leaves have one leading axis of samples"):
+        solver(diagonal_quadratic(), jnp.zeros(2), jnp.zeros(2), data)
 
 
 def test_hessian_free_is_newtons_method_if_cg_has_as_many_steps_as_unknowns():

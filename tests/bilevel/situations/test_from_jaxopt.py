@@ -1735,7 +1735,7 @@ REFUSALS = {
     ),
     "unrolled steps of a solver of jaxopt": Refusal(
         unrolled(bl.Jaxopt("GradientDescent", stepsize=0.3, maxiter=200)),
-        "use GradientDescent, Optax, FixedPointIteration or Anderson with tol=None",
+        "use GradientDescent, Optax, FixedPointIteration, FISTA or Anderson with tol=None",
         unrolled(bl.GradientDescent(0.3, 200)),
         lambda theta: np.sum(np.linalg.solve(ROTATED, theta)),
         np.array([0.3, -1.0]),
