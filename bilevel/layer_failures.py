@@ -1,8 +1,8 @@
 """Failed solves of a layer: errors and warnings, outside of ``jit``.
 
-A layer returns w alone. JAX runs the linear solve of its derivative later, in a program that returns no status. A
-callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports it when JAX has computed
-the derivative.
+JAX runs the linear solve of a layer's derivative after the call of the layer, in a program that returns no status. A
+callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports the recorded statuses
+when JAX has computed the derivative.
 """
 
 from dataclasses import dataclass, field

@@ -97,9 +97,9 @@ def judge(
     """Return the status of a residual.
 
     With ``tol``, it is CONVERGED for a relative residual of at most ``tol``, else ``failure``. Without ``tol``, it is
-    BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so that x is no better than
-    zero. If the solve began at a ``start`` with a residual above 1, as near the end of an outer loop with warm starts,
-    a residual below that of the start is BUDGET_USED too.
+    BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so an x with a larger
+    residual is no better than zero. ``start`` is the relative residual of the point where the solve began. It may be
+    above 1 near the end of an outer loop with warm starts. A residual below ``start`` is then BUDGET_USED too.
     """
     if tol is None:
         return jnp.where(residual < jnp.maximum(start, 1), jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))

@@ -21,8 +21,8 @@ class Neumann:
     all taken at the inner solution. With ``init``, x is the result of K steps x ← x + α(b − Ax) from there.
 
     Args:
-        max_steps: K, the number of terms. The first term takes no product, each later one takes one. Without
-            ``init``, the error is (I − αA)^K times the exact solution.
+        max_steps: K, the number of terms. Each term takes one product, except for the first one without ``init``.
+            Without ``init``, the error is (I − αA)^K times the exact solution.
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
         tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
             ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. Without ``tol``,

@@ -24,7 +24,7 @@ class CGState:
         p: the search direction.
         rz: ⟨r, M⁻¹r⟩.
         squared: ‖r‖².
-        iterations: directions that were multiplied by A.
+        iterations: the number of directions that were multiplied by A.
         least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² recorded; infinite if there is none.
         largest_stretch: the largest ‖Ap‖ / ‖p‖, a lower bound of ‖A‖.
         negative: whether a direction had ⟨p, Ap⟩ < 0 by more than rounding, or ⟨p, Ap⟩ = 0 with Ap ≠ 0.
@@ -97,7 +97,7 @@ def conjugate_gradients(
         zero_curvature = jnp.abs(reported_curvature) <= rounding
         null = meaningful & zero_curvature & (product_length <= jnp.sqrt(eps) * stretch * length)
         negative = meaningful & ((reported_curvature < -rounding) | ((reported_curvature == 0) & ~null))
-        # A smaller curvature is rounding noise: 1 / curvature would send x far along a null direction of A.
+        # Do not follow a curvature that is rounding noise: 1 / curvature would send x far along a null direction of A.
         follow = (curvature > 4 * eps * stretch * length**2) if truncate else (curvature != 0) & ~null
         alpha = jnp.where(follow, state.rz / jnp.where(follow, curvature, jnp.ones_like(curvature)), 0)
         steepest = truncate & (state.iterations == 0) & ~follow

@@ -38,8 +38,9 @@ class Unrolled:
             start at θ this is first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
 
     Raises:
-        ValueError: when called, for ``last`` below one or above the solver's steps, for a solver without steps of its
-            own, and for a solver with a ``tol``, whose number of steps is known only at run time.
+        ValueError: when called, for ``last`` below one or above the solver's steps, for a solver that offers no single
+            steps (:class:`HessianFree`, :class:`Jaxopt`, a function), and for a solver with a ``tol``, whose number of
+            steps is known only at run time.
 
     Source: Franceschi et al. (2017); truncation: Shaban et al. (2019).
     """

@@ -25,8 +25,8 @@ class GaussNewton:
 
     The step is the shortest d that minimises ‖r + Jd‖, by a singular value decomposition of J. It is halved until ½‖r‖²
     falls by at least 10⁻⁴ of the linear prediction (Armijo's rule). For a condition such as :class:`Root`, r is its
-    residual, and the method is Newton's. The m·n entries of J are stored, so use :class:`HessianFree` for very many
-    unknowns.
+    residual, and the method is Newton's. The m·n entries of J are stored, so use :class:`HessianFree` for a
+    :class:`LeastSquares` with very many unknowns.
 
     Args:
         max_steps: the budget. Each step takes a Jacobian (the smaller of m and n products), a decomposition of it, and

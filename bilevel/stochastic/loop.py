@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The constants of the compiled program. The numbers of the algorithm are arguments instead."""
+    """The constants of the compiled program. The numbers of the algorithm are arguments of the program instead."""
 
     problem: Problem
     structure: Any

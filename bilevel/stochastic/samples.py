@@ -183,8 +183,9 @@ def _without_replacement(samples, key, number):
 def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
     """Return the entry at ``place`` of a random permutation of 0 … count − 1, without making the permutation.
 
-    A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put in again
-    until one is. For a small ``count``, the order of as many random numbers is the permutation.
+    A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put into the
+    network again, until the result is below ``count``. For a small ``count``, the permutation is the order of ``count``
+    random numbers.
 
     Source: Black, Rogaway (2002), Ciphers with arbitrary finite domains.
 
