@@ -1,4 +1,4 @@
-"""What JAX computes if it differentiates the result of a method that estimates the hypergradient.
+"""JAX's derivatives of the result of a method that only estimates the hypergradient.
 
 The derivative of the outer value in θ is the estimate. The derivative of any other result raises an error. These
 methods take the inner solution, or the first steps of its solver, as a constant. If JAX differentiated their formulas,
