@@ -94,7 +94,9 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
         found: Any = problem.outer(w, theta, data)
         is_pair = isinstance(found, tuple) and len(found) == 2
         if problem.has_aux and not is_pair:
-            raise TypeError(f"outer with has_aux=True must return (value, aux), got {type(found).__name__}")
+            raise TypeError(
+                f"outer with has_aux=True must return (value, aux), got {type(found).__name__}: return a pair"
+            )
         if isinstance(found, tuple) and not problem.has_aux:
             raise TypeError(
                 f"outer must return a scalar, got a tuple of {len(found)}: for (value, aux) say has_aux=True"
