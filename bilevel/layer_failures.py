@@ -34,7 +34,7 @@ def check_solution(solution: Solution, on_failure: Policy) -> None:
 def is_concrete(variables: PyTree) -> bool:
     """Return whether every leaf has a value.
 
-    Arrays have one, and so have the tracers of a derivative that is taken outside of ``jit`` and ``vmap``.
+    An array has a value, and so has a tracer of a derivative that is taken outside of ``jit`` and ``vmap``.
     """
     tracers = (leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, Tracer))
     return not any(isinstance(jax.lax.stop_gradient(leaf), Tracer) for leaf in tracers)

@@ -42,7 +42,7 @@ class Condition(Protocol):
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree | None:
         """Return D, a scalar or a pytree like w, or None for no scaling.
 
-        The adjoint system Av = g is solved as (D A D)u = D g with v = D u.
+        A linear system Av = g with A = ∂F/∂w, or with Aᵀ in place of A, is solved as (D A D)u = D g with v = D u.
         """
         ...
 
@@ -168,7 +168,7 @@ def is_gradient(condition: Condition) -> TypeGuard[GradientCondition]:
 
 
 def adjoint_residual(condition: Condition) -> Residual:
-    """Return the function whose derivative in w is the operator of the adjoint system. Its values are the residual.
+    """Return the function whose Jacobian A in w defines the adjoint system Aᵀv = g. Its values are the residual.
 
     That is ``condition.residual``, unless the condition defines ``adjoint_residual``, as :class:`LeastSquares` does.
     """

@@ -60,8 +60,8 @@ class Cholesky:
     """A Cholesky factorisation of a symmetric positive definite operator.
 
     The factorisation takes half as many operations as that of :class:`LU`, and the status is computed in the same way.
-    If the operator is not positive definite, the factorisation fails with the status NEGATIVE_CURVATURE. So success
-    proves definiteness up to rounding.
+    If the operator is not positive definite, the factorisation fails with the status NEGATIVE_CURVATURE. So a
+    factorisation that does not fail proves that the operator is positive definite, up to rounding.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.

@@ -30,8 +30,8 @@ class Lineax:
     - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
       otherwise. If Lineax reports a stagnation or a breakdown, the status is at least STAGNATION or BREAKDOWN.
     - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
-      of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver unless it is
-      ``well_posed=True``, find the shortest solution of a singular system, so their status is not SINGULAR for it.
+      of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver without
+      ``well_posed=True``, find the shortest solution of a singular system, and do not report it as SINGULAR.
     - The same solvers with ``tol``: CONVERGED if the residual is at most ``tol``, and BREAKDOWN otherwise. If x is not
       finite, as after a division by zero, the status is SINGULAR.
     - CG and Cholesky: NEGATIVE_CURVATURE if x is not finite. CG, and Cholesky with ``tol``, have this status also if

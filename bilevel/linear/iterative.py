@@ -150,8 +150,8 @@ class GMRES:
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
             the identity.
-        restart: iterations in a cycle, at most the number of entries of b. The memory is ``restart`` + 1 vectors as
-            large as b.
+        restart: iterations in a cycle. A cycle takes no more iterations than b has entries. The memory is
+            ``restart`` + 1 vectors as large as b.
 
     Raises:
         ValueError: for a budget or restart below one or a negative tolerance or ridge.

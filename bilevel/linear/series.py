@@ -17,8 +17,9 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 class Neumann:
     """The truncated series x = α Σ_{k<K} (I − αA)^k b, for an operator with ‖I − αA‖ < 1.
 
-    With A and b of the adjoint system, it equals backpropagation through K steps of gradient descent with step size α,
-    all taken at the inner solution. With ``init``, x is the result of K steps x ← x + α(b − Ax) from there.
+    For the adjoint system, the gradient that follows from x equals that of backpropagation through K steps of gradient
+    descent with step size α, all taken at the inner solution. With ``init``, x is the result of K steps
+    x ← x + α(b − Ax) from there.
 
     Args:
         max_steps: K, the number of terms. Each term takes one product, except for the first one without ``init``.

@@ -55,8 +55,8 @@ def outer_step(
         start: without warm starts, the start of the inner solver, or the arrays that the start function captured. It
             is not used with warm starts.
         data: a batch.
-        halt: whether a step with a failed status changes nothing and is not counted. A step whose gradient or value is
-            not finite changes nothing in any case.
+        halt: whether a step with a failed status changes nothing and is not counted. Without ``halt``, a step whose
+            gradient or value is not finite is counted, and changes nothing else.
 
     Returns:
         the state after the step, its record, and the hypergradient.

@@ -24,7 +24,7 @@ class F2SA:
 
         y ← y − ρ ∇G(y),        z ← z − ρ(∇G(z) + ∇outer(z)/λ),
 
-    and then θ moves against ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)). All terms of one step use the same inner batch for y
+    and then θ moves against ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)). Each of these steps uses the same inner batch for y
     and z. The error of this hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which
     tends to the solution of Aᵀv = g.
 

@@ -57,11 +57,11 @@ class State:
 
 
 class Draws(NamedTuple):
-    """The numbers of the batches that are drawn for one step.
+    """The indices of the batches that are drawn for one step.
 
     Attributes:
-        inner: inner batches, int32 ``[draws[0]]``.
-        outer: outer batches, int32 ``[draws[1]]``.
+        inner: the indices of the inner batches, int32 ``[draws[0]]``.
+        outer: the indices of the outer batches, int32 ``[draws[1]]``.
     """
 
     inner: jax.Array

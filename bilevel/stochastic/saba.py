@@ -91,7 +91,7 @@ class Table(NamedTuple):
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
         mean: the mean of the rows, in which each batch counts with its share of the samples.
         waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
-        place: the number of the batch that ``waiting`` belongs to.
+        place: the index of the batch that ``waiting`` belongs to.
     """
 
     rows: PyTree

@@ -140,17 +140,17 @@ class Samples:
 
 
 def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Return the numbers of the batches that belong to some draws.
+    """Return the index of the batch for each of some draws.
 
     Args:
         samples: the batches.
         sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new random order of the batches in each
             epoch.
         key: the sampler's key, of the implementation threefry2x32.
-        numbers: the numbers of the draws, counted from the beginning of the run, integers of any shape.
+        numbers: for each draw, how many draws came before it in the run: integers of any shape.
 
     Returns:
-        The number of the batch for each draw, int32 of the shape of ``numbers``.
+        The indices of the batches, int32 of the shape of ``numbers``.
     """
     flat = numbers.ravel()
     if samples.batches == 1:
