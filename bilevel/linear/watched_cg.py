@@ -65,8 +65,8 @@ def conjugate_gradients(
         preconditioner: r ↦ M⁻¹r; None for the identity.
         truncate: if True, stop at a direction whose ⟨p, Ap⟩ is not above rounding noise and return the x before it; if
             it is the very first direction p, return init + p. From zero, with b the negative gradient, x is then a
-            descent direction (Steihaug's rule). If False, the recursion goes on through negative curvature, as jaxopt's
-            does, and stops only at a direction with Ap = 0 up to rounding or with ⟨p, Ap⟩ = 0.
+            descent direction (Steihaug's rule). If False, a negative ⟨p, Ap⟩ does not stop the recursion, as in
+            jaxopt's solver. A direction with Ap = 0 up to rounding, or with ⟨p, Ap⟩ = 0, does.
 
     Source: Hestenes and Stiefel (1952); Steihaug (1983) for the truncation.
     """
