@@ -77,8 +77,8 @@ def solve_scaled(
 ) -> tuple[PyTree, LinearInfo]:
     """Solve ``matvec(v) = b`` as (D A D)u = D b with v = D u, where D is ``scaling``.
 
-    If ``scaling`` is None, the system is solved as it is. For A = D⁻² one CG step is exact. The residual in the report
-    is that of the scaled system.
+    If ``scaling`` is None, the system is solved without scaling. For A = D⁻² one CG step is exact. The residual in the
+    report is that of the scaled system.
     """
     if scaling is None:
         return solve_linear(linear, matvec, b, symmetric, init)

@@ -54,7 +54,7 @@ def conjugate_gradients(
     preconditioner: MatVec | None = None,
     truncate: bool = False,
 ) -> CGState:
-    """Solve Ax = b for a symmetric A, and return the last state with the solution and the curvatures found.
+    """Solve Ax = b for a symmetric A, and return the last state, which holds the solution and the curvatures found.
 
     Args:
         matvec: A.

@@ -49,7 +49,7 @@ class SOBA:
     exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
-        """Return the state as it is."""
+        """Return the state unchanged."""
         del oracle
         return state
 
