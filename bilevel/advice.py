@@ -18,7 +18,7 @@ from bilevel.solvers import GradientDescent, InnerSolver, Jaxopt
 from bilevel.types import Hypergradient, LinearSolver, MatVec, PyTree, Status
 
 LANCZOS_STEPS = 30
-"""Number of Lanczos steps that :func:`advise` takes for the eigenvalues of an operator, one product each."""
+"""Number of Lanczos steps that :func:`advise` takes for the eigenvalues of an operator. Each step costs one product."""
 
 
 def advise(

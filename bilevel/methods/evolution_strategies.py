@@ -27,7 +27,8 @@ class EvolutionStrategies:
     another result, raises an error. Use :class:`Implicit` for these derivatives.
 
     Args:
-        pairs: the number of directions, each of which takes two inner solves; at most d are used.
+        pairs: the number of directions; at most d are used. Each direction takes two inner solves, and the value at θ
+            takes one more.
         scale: σ > 0.
         seed: the seed of the directions ε. They depend on θ too, and equal θ gives equal directions.
 

@@ -18,7 +18,8 @@ from bilevel.types import Hypergradient, PyTree
 class Unrolled:
     """Backpropagation through the inner solver's steps, all of them or the last few.
 
-    The result is the derivative of what the solver computed, not of the solution. Both agree as the steps converge.
+    The result is the derivative of what the solver computed, not of the solution. It tends to the derivative of the
+    solution as the steps converge.
     Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
     included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
 
