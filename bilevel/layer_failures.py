@@ -1,7 +1,7 @@
 """Failed solves of a layer: errors and warnings, outside of ``jit``.
 
 JAX runs the linear solve of a layer's derivative after the call of the layer, in a program that returns no status. A
-callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports the recorded statuses
+callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports the worst recorded status
 when JAX has computed the derivative.
 """
 
@@ -64,11 +64,11 @@ class LinearWatch:
             self.failures.append((int(status), float(residual)))
 
     def after_derivative(self, x: PyTree) -> PyTree:
-        """Return ``x``. When JAX computes its tangent or cotangent, the failures recorded so far are reported."""
+        """Return ``x``. When JAX computes its tangent or cotangent, the worst failure recorded so far is reported."""
         return _watched(self, x) if tree.is_traced(x) else x
 
     def check(self) -> None:
-        """Raise an error or warn about the recorded failures, and forget them."""
+        """Raise an error or warn about the worst of the recorded failures, and forget all of them."""
         jax.effects_barrier()
         failures = list(self.failures)
         self.failures.clear()

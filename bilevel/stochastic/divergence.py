@@ -15,7 +15,8 @@ LATER_GROWTH = 1e4
 """Limit of the largest entry of the state after the first evaluation, relative to the largest of 1, the largest entry
 at the start and the largest entry at the first evaluation."""
 RESIDUAL_GROWTH = 1e4
-"""Limit of the residual over all samples after the first evaluation, relative to its norm at the first evaluation."""
+"""Limit of the residual's norm over all samples after the first evaluation, relative to the larger of this norm at the
+first evaluation and 1e-6 times the largest entry of the state."""
 
 
 def judge(sizes: Sequence[float], residuals: Sequence[float], norms: Sequence[float]) -> Status:

@@ -129,7 +129,7 @@ def minimize(
         a :class:`StochasticMinimum`.
 
     Raises:
-        ValueError: for arguments that do not fit together; the message names them.
+        ValueError: for an invalid argument, or for arguments that do not fit together; the message names them.
         HypergradientError: for a run that diverged, with ``on_failure="raise"``. Its ``result`` is the
             :class:`StochasticMinimum` with the last sound state.
 
