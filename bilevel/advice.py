@@ -1,8 +1,8 @@
 """Find out which remedy of a failed solve would work, and say so in the error message.
 
 Every function here is called only after a failure, and with concrete values. So it may take products, factorise, and
-run a solver again. The numbers that it names, such as a step size, a tolerance or a ridge, were computed or tried at
-this solution.
+run a solver again. The numbers in the message, such as a step size, a tolerance or a ridge, were computed or tried at
+the solution that failed.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from bilevel.solvers import GradientDescent, InnerSolver, Jaxopt
 from bilevel.types import Hypergradient, LinearSolver, MatVec, PyTree, Status
 
 LANCZOS_STEPS = 30
-"""Number of Lanczos steps that :func:`advise` takes for the eigenvalues of an operator, one product each."""
+"""Number of Lanczos steps that :func:`advise` takes for the eigenvalues of an operator. Each step costs one product."""
 
 
 def advise(

@@ -286,7 +286,7 @@ def _start(init: PyTree) -> PyTree:
 
 
 def _on_host(name: str, solver: SolverFunction) -> SolverFunction:
-    """Return the solver function with NumPy arrays as arguments, which runs as a callback under a trace."""
+    """Return a function that calls the solver function with NumPy arrays, under a trace by a callback on the host."""
 
     def run(init: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         arrays, constants = _partition((init, args, kwargs))

@@ -88,7 +88,8 @@ def check_status(
 def raise_or_warn(message: str, result: Any, on_failure: Policy) -> None:
     """Raise :class:`HypergradientError`, warn, or do nothing.
 
-    The warning names the line that called the caller of the function that calls this one.
+    The warning names the line three calls up the stack. For :func:`check_status`, called by a hypergradient function,
+    this is the line of the user that called the hypergradient function.
     """
     if on_failure == "raise":
         raise HypergradientError(message, result)

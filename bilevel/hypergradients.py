@@ -45,13 +45,14 @@ def value_and_hypergradient(
         such a pytree. It is traced in each call, and compiled only if its operations differ from those of earlier
         calls. A function, a method or a ``functools.partial`` is also accepted as ``init``. ``linear_init`` is where
         the adjoint solve starts, for instance an earlier ``out.linear.solution``. A tree of zeros gives the same result
-        as None. JAX's derivative of ``out.value`` is the method's estimate. A derivative that the method does not know,
-        such as the derivative of an approximate method's gradient, is refused.
+        as None. For :class:`ValuePenalty`, ``linear_init`` is an earlier ``out.warm_start``. JAX's derivative of
+        ``out.value`` is the method's estimate. A derivative that the method does not know, such as the derivative of an
+        approximate method's gradient, is refused.
 
     Raises:
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
-            fit each other. The message lists alternatives. Also when JAX asks for a derivative of the result that the
-            method does not know.
+            fit each other. The message lists alternatives. It is also raised when JAX asks for a derivative of the
+            result that the method does not know.
         TypeError: when called, if neither or both of init and start are given, and for a leaf of θ, init or data that
             is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
@@ -116,8 +117,8 @@ def implicit_layer(
         condition: the condition that holds at the solution.
         solver: finds the solution.
         linear: solves the tangent and adjoint systems. None means the solver that :func:`choose_linear` picks for the
-            number of unknowns. If this is CG or GMRES, it takes at most 1000 steps, and stops at a relative residual of
-            1e-5.
+            condition and the number of unknowns. If this is CG or GMRES, it takes at most 1000 steps, and stops at a
+            relative residual of 1e-5.
         on_failure: what to do about a failed inner or linear solve when the layer is called with concrete values:
             ``"raise"``, ``"warn"`` or ``"ignore"``. A linear solve without a ``tol`` has failed too if its relative
             residual is above the square root of the machine epsilon, or above 1e-5 in float64. Under ``jit``, ``vmap``
@@ -135,8 +136,8 @@ def implicit_layer(
         ``theta`` of Python integers alone is taken as floating point.
 
     Raises:
-        ValueError: for a linear solver that needs a symmetry the condition does not have, and for an unknown
-            ``on_failure``.
+        ValueError: for a linear solver that needs a symmetric operator if the condition is not declared symmetric, and
+            for an unknown ``on_failure``.
         TypeError: when called, as :func:`value_and_hypergradient`.
         HypergradientError: when the layer is called or differentiated, on a failed solve, with ``on_failure="raise"``.
 
@@ -189,7 +190,7 @@ def _default_linear(condition: Condition, w: PyTree) -> LinearSolver:
 
 @jax.custom_jvp
 def without_tangent(init: PyTree) -> PyTree:
-    """Return ``init``, the start of a layer. JAX's derivative in it is zero, and JAX's differentiation warns."""
+    """Return ``init``, the start of a layer. Its derivative is zero, and JAX warns when it differentiates ``init``."""
     return init
 
 

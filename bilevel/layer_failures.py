@@ -1,8 +1,8 @@
 """Failed solves of a layer: errors and warnings, outside of ``jit``.
 
-A layer returns w alone. JAX runs the linear solve of its derivative later, in a program that returns no status. A
-callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports it when JAX has computed
-the derivative.
+JAX runs the linear solve of a layer's derivative after the call of the layer, in a program that returns no status. A
+callback in that program records a failed status. :meth:`LinearWatch.after_derivative` reports the worst recorded status
+when JAX has computed the derivative.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ def check_solution(solution: Solution, on_failure: Policy) -> None:
 def is_concrete(variables: PyTree) -> bool:
     """Return whether every leaf has a value.
 
-    Arrays have one, and so have the tracers of a derivative that is taken outside of ``jit`` and ``vmap``.
+    An array has a value, and so has a tracer of a derivative that is taken outside of ``jit`` and ``vmap``.
     """
     tracers = (leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, Tracer))
     return not any(isinstance(jax.lax.stop_gradient(leaf), Tracer) for leaf in tracers)
@@ -64,11 +64,11 @@ class LinearWatch:
             self.failures.append((int(status), float(residual)))
 
     def after_derivative(self, x: PyTree) -> PyTree:
-        """Return ``x``. When JAX computes its tangent or cotangent, the failures recorded so far are reported."""
+        """Return ``x``. When JAX computes its tangent or cotangent, the worst failure recorded so far is reported."""
         return _watched(self, x) if tree.is_traced(x) else x
 
     def check(self) -> None:
-        """Raise an error or warn about the recorded failures, and forget them."""
+        """Raise an error or warn about the worst of the recorded failures, and forget all of them."""
         jax.effects_barrier()
         failures = list(self.failures)
         self.failures.clear()

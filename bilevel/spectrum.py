@@ -18,7 +18,7 @@ from bilevel import tree
 from bilevel.types import MatVec, PyTree
 
 RITZ_STEPS = 12
-"""Default number of Lanczos steps, one product each. They usually give the largest eigenvalue to a few per cent."""
+"""Default number of Lanczos steps, each of one product. They usually give the largest eigenvalue to a few per cent."""
 
 
 class Spectrum(NamedTuple):

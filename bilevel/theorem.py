@@ -77,8 +77,8 @@ def solve_scaled(
 ) -> tuple[PyTree, LinearInfo]:
     """Solve ``matvec(v) = b`` as (D A D)u = D b with v = D u, where D is ``scaling``.
 
-    If ``scaling`` is None, the system is solved as it is. For A = D⁻² one CG step is exact. The residual in the report
-    is that of the scaled system.
+    If ``scaling`` is None, the system is solved without scaling. For A = D⁻² one CG step is exact. The residual in the
+    report is that of the scaled system.
     """
     if scaling is None:
         return solve_linear(linear, matvec, b, symmetric, init)
@@ -123,19 +123,19 @@ def _couple_leaves(v: PyTree) -> PyTree:
     """Return ``v`` with every leaf a function of all leaves.
 
     ``custom_linear_solve`` needs a tangent on every leaf or on none. Ravelling and unravelling couples the leaves, and
-    XLA removes the copy. The ravelled vector has one dtype, because strict promotion allows no mixed ones.
+    XLA removes the copy. All leaves are cast to one dtype first, because strict promotion refuses to mix dtypes.
     """
     flat, unravel = ravel_pytree(tree.widened(v))
     return tree.like(unravel(flat), v)
 
 
 def _one_that_depends_on(matvec: MatVec, b: PyTree) -> Callable[[PyTree], PyTree]:
-    """Return multiplication by a number 1 that depends on every array that ``matvec`` captures.
+    """Return a function that multiplies a tree by 1, where this 1 depends on every array that ``matvec`` captures.
 
     ``custom_linear_solve`` solves for the tangent ∂b − (∂A)x, in which some leaves may have no ∂A. If b is multiplied
-    by this number, every leaf of b has a tangent if A has one. If x is multiplied by it, the same holds for the
-    cotangent of x, which is the right-hand side of the transposed solve. The number is 1 plus sums over no entries, so
-    an array that is not finite does not change it.
+    by this 1, every leaf of b has a tangent if A has one. If x is multiplied by it, the same holds for the cotangent of
+    x, which is the right-hand side of the transposed solve. The 1 is computed as 1 plus sums over no entries, so an
+    array that is not finite does not change it.
     """
     _, captured = jax.closure_convert(matvec, b)
     dtype = jnp.result_type(float)

@@ -35,7 +35,8 @@ class Status(enum.IntEnum):
     """
 
     CONVERGED = 0
-    """The true residual meets the tolerance. LU and Cholesky: backward error at most √eps, rcond at least √eps."""
+    """The true residual meets the tolerance. For LU and Cholesky, the backward error is at most √eps instead, and rcond
+    is at least √eps."""
     BUDGET_USED = 1
     """No tolerance was set. The solver spent its budget, and the residual shows how accurate the result is."""
     ILL_CONDITIONED = 2
@@ -146,9 +147,9 @@ class LinearInfo:
             system. It equals the residual of Ax = b if the strength λ is one number.
         iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not count them.
         status: a :class:`Status` as an int32 scalar.
-        rcond: an estimate of the reciprocal condition number 1/(‖A‖₁‖A⁻¹‖₁) from the factors of LU or Cholesky; None
-            from the other solvers. The estimate is rarely more than three times too large. The relative error of x is
-            of the order of eps / rcond.
+        rcond: an estimate of the reciprocal condition number 1/(‖A‖₁‖A⁻¹‖₁), computed by LU, by Cholesky, and by Lineax
+            with a factorisation and without ``tol``; None from the other solvers. The estimate is rarely more than
+            three times too large. The relative error of x is of the order of eps / rcond.
         least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² among the search directions p of ``CG(engine="watched")``; None
             from the other solvers.
     """

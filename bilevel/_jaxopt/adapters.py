@@ -32,8 +32,8 @@ def run_solver(solver, options, condition, init, theta, data):
 
     Returns:
         w like ``init``; the number of steps taken (function evaluations if the solver does not count steps, and 0 if it
-        counts neither); and whether the solver stopped before its budget ended, or False
-        if it counts no steps or has no budget.
+        counts neither); and whether the solver stopped before its budget ended. That is False for a solver that counts
+        no steps or has no budget.
 
     Raises:
         ValueError: if jaxopt has no such solver, if the solver does not fit the condition, if an option sets or
@@ -328,8 +328,8 @@ _OF_RESIDUALS = {
     **dict.fromkeys(("LevenbergMarquardt", "GaussNewton"), _from_residuals("residual_fun")),
     "ScipyLeastSquares": _from_residuals("fun", method="trf"),
 }
-# For each kind of condition, its solvers with their adapters. A key is an attribute of conditions. The first one that a
-# condition has, in this order, decides its kind.
+# For each kind of condition, its solvers with their adapters. A key is an attribute of conditions. The first key that a
+# condition has as an attribute, in this order, decides its kind.
 _ADAPTERS = {
     "residuals": _OF_RESIDUALS | _OF_OBJECTIVES,
     "potential": _OF_OBJECTIVES,

@@ -1,8 +1,8 @@
 """Projections with a closed form, whose value and derivatives are finite on every non-empty set, at any scale.
 
 They replace those of jaxopt, which divide by a norm, a radius or a row that may be zero. At a kink the derivative is
-that of one side. A box bound or a radius that holds with equality counts as active, so at a radius of 0 the derivative
-in the point is 0. The bound of a halfspace that holds with equality counts as inactive.
+that of one side. A box bound or a radius that holds with equality counts as active, so for a radius of 0 the derivative
+with respect to the point is 0. The bound of a halfspace that holds with equality counts as inactive.
 
 If no point satisfies the constraints, the result is NaN.
 """

@@ -1,7 +1,7 @@
 """The functions that replace those of `jaxopt.projection` and `jaxopt.prox`, by their names in jaxopt.
 
 jaxopt's projections without a closed form stop at residuals of 1e-3 to 1e-5, fail for large or unevenly scaled inputs,
-and support only reverse-mode differentiation. Several of those with a closed form divide by zero at a kink.
+and support only reverse-mode differentiation. Several of its projections with a closed form divide by zero at a kink.
 """
 
 import functools

@@ -22,7 +22,7 @@ __all__ = [
 
 
 def solver_class(solver):
-    """Return a solver class of jaxopt that is given by itself or by its name, or raise ValueError."""
+    """Return jaxopt's solver class of this name; a class is returned unchanged. An unknown name raises ValueError."""
     if not isinstance(solver, str):
         return solver
     if not hasattr(jaxopt, solver):

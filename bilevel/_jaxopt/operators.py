@@ -19,8 +19,8 @@ def jaxopt_projection(
     For a name, this library has an implementation of its own where jaxopt's is inexact or has a derivative that is not
     finite. The result is exact to rounding for inputs of any scale. The KL projections are differentiable up to the
     third order, and all other projections to any order. At a kink the derivative is finite and that of one side. For
-    example, the projection onto a ball of radius 0 has the derivative 0 in the point. The result is NaN if no point
-    satisfies the constraints. A function given in place of a name is used unchanged.
+    example, the projection of a point onto a ball of radius 0 has the derivative 0 with respect to the point. The
+    result is NaN if no point satisfies the constraints. A function given in place of a name is used unchanged.
 
     Args:
         projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a

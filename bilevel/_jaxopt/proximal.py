@@ -36,6 +36,6 @@ def group_lasso(x, l2reg=1.0, scaling=1.0):
 
 
 def _shrink(u, threshold):
-    """Return the entries moved towards 0 by ``threshold``, and 0 for those that are not larger than it."""
+    """Return the entries moved towards 0 by ``threshold``, and 0 for an entry of at most this absolute value."""
     is_zero = (jnp.abs(u) <= threshold) & (jnp.asarray(threshold) > 0)
     return jnp.where(is_zero, 0, u - jnp.sign(u) * threshold)

@@ -24,7 +24,7 @@ from bilevel.spectrum import Spectrum
 from bilevel.types import LinearSolver, MatVec, PyTree
 
 DENSE_LIMIT = 500
-"""Largest number n of unknowns for a factorisation of A, which takes n products and n² numbers of memory."""
+"""Largest number n of unknowns for a factorisation of A, which takes n products and stores the n² entries of A."""
 ROUNDING = 16.0
 """Allowance for rounding in F, g − Aᵀv and h − Bᵀv: this factor times eps times the norms of the terms."""
 
@@ -214,7 +214,7 @@ class Constants:
     def complete(
         problem: Problem, system: System, algebra: LinearAlgebra, declared: dict[str, Any], step: Step
     ) -> "Constants":
-        """Collect the constants. A declared one is preferred to one from structure, and that one to a probe."""
+        """Collect the constants: a declared one if there is one, else one from the structure, else a probed one."""
         known = _from_structure(problem, system, step.w) | declared
         probes = _probes(known, system, step, algebra.dense)
         here = algebra.spectrum(step.w)

@@ -75,7 +75,7 @@ class Projected:
 class ProximalGradient:
     """The condition w = prox_ηr(w − η∇_w objective) of a minimum of objective + r, with the proximal operator of r.
 
-    The operator of many r, such as ‖w‖₁, has a kink where an entry becomes zero. At a solution on a kink, the
+    For many r, such as ‖w‖₁, the proximal operator has a kink where an entry becomes zero. At a solution on a kink, the
     derivative is that of one side.
 
     Args:

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of projections that define only their reverse mode."""
+"""Forward-mode derivatives of projections and proximal operators that define only their reverse mode."""
 
 import functools
 from collections.abc import Callable

@@ -61,8 +61,8 @@ class KKT:
             objective, equality, inequality = self._functions(x, theta, data)
             return (
                 jnp.asarray(objective),
-                like_w(equality, equal, "equality", same_shapes=False),
-                like_w(inequality, unequal, "inequality", same_shapes=False),
+                like_w(equality, equal, "equality", same_shapes=False, template="its multipliers"),
+                like_w(inequality, unequal, "inequality", same_shapes=False, template="its multipliers"),
             )
 
         (objective, equality, inequality), pull_back = jax.vjp(functions, x)

@@ -18,7 +18,7 @@ StrongConvexity = float | Callable[[PyTree, PyTree], jax.Array] | None
 
 
 class Condition(Protocol):
-    """The interface of a condition that solvers and methods use."""
+    """The interface through which solvers and methods use a condition."""
 
     @property
     def symmetric(self) -> bool:
@@ -42,7 +42,7 @@ class Condition(Protocol):
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree | None:
         """Return D, a scalar or a pytree like w, or None for no scaling.
 
-        The adjoint system Av = g is solved as (D A D)u = D g with v = D u.
+        A linear system Av = g with A = ∂F/∂w, or with Aᵀ in place of A, is solved as (D A D)u = D g with v = D u.
         """
         ...
 
@@ -98,7 +98,7 @@ class WithoutAux:
         found = self.function(w, theta, data)
         if not isinstance(found, tuple) or len(found) != 2:
             raise ValueError(
-                f"the {self.name} with has_aux=True returns a pair (value, aux), got {type(found).__name__}"
+                f"the {self.name} with has_aux=True must return a pair (value, aux), got {type(found).__name__}"
             )
         return found
 
@@ -114,20 +114,23 @@ def aux_of(function: Residual, w: PyTree, theta: PyTree, data: PyTree) -> PyTree
     return function.aux(w, theta, data) if isinstance(function, WithoutAux) else None
 
 
-def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True) -> PyTree:
+def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True, template: str = "w") -> PyTree:
     """Return ``value`` in the dtypes and shapes of w.
 
+    The argument w may be another tree in place of the inner variables. ``template`` is then its name for the message.
+
     Raises:
-        ValueError: if ``value`` is not a tree like w, or if its shapes are not those of w. Without ``same_shapes``,
-            they may be any that broadcast to those of w.
+        ValueError: if the tree structure of ``value`` is not that of w, or if its shapes are not those of w. Without
+            ``same_shapes``, shapes that broadcast to those of w are accepted too.
     """
     got, expected = ((jax.tree.structure(part), tree.shapes(part)) for part in (value, w))
     fits = got == expected or (not same_shapes and got[0] == expected[0] and all(map(_broadcasts, got[1], expected[1])))
     if not fits:
         raise ValueError(
-            f"the {name} is not a tree like w: got {got[0]} of shapes {got[1]}, expected {expected[0]} of shapes "
-            f"{expected[1]}: return one entry for each entry of w, without further outputs; for a Root or FixedPoint "
-            "with an aux output, pass has_aux=True; for more or fewer residuals than unknowns, use LeastSquares"
+            f"the {name} is not a tree like {template}: got {got[0]} of shapes {got[1]}, expected {expected[0]} of "
+            f"shapes {expected[1]}: return one entry for each entry of {template}, without further outputs; for a Root "
+            "or FixedPoint with an aux output, pass has_aux=True; for more or fewer residuals than unknowns, use "
+            "LeastSquares"
         )
     return jax.tree.map(lambda new, old: jnp.broadcast_to(jnp.asarray(new).astype(old.dtype), old.shape), value, w)
 
@@ -140,7 +143,7 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def check_signature(owner: str, name: str, function: Callable | None, *arguments: str) -> None:
-    """Raise TypeError for something that cannot be called, and for a function that does not take these arguments."""
+    """Raise TypeError for a function that cannot be called or does not take these arguments; None is accepted."""
     expected = f"{owner} calls {name}({', '.join(arguments)})"
     if function is None:
         return
@@ -165,7 +168,7 @@ def is_gradient(condition: Condition) -> TypeGuard[GradientCondition]:
 
 
 def adjoint_residual(condition: Condition) -> Residual:
-    """Return the function whose derivative in w is the operator of the adjoint system. Its values are the residual.
+    """Return the function whose Jacobian A in w defines the adjoint system Aᵀv = g. Its values are the residual.
 
     That is ``condition.residual``, unless the condition defines ``adjoint_residual``, as :class:`LeastSquares` does.
     """

@@ -1,9 +1,9 @@
 """Linear solvers of the adjoint system: one protocol, and a status computed from the true residual.
 
-A solver is a frozen value, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. ``CG`` runs
-jaxopt's ``solve_cg`` by default, which returns x and nothing else. The other solvers are implemented here. In float32
-the recursive residual of an iterative algorithm can be wrong by orders of magnitude. So every solve ends with one more
-product Ax, which gives the true residual and the sign of ⟨x, Ax⟩.
+A solver is a frozen dataclass, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. By default,
+``CG`` runs jaxopt's ``solve_cg``, which returns x alone. ``Lineax`` runs a solver of the library Lineax. The other
+solvers are implemented here. In float32 the recursive residual of an iterative algorithm can be wrong by orders of
+magnitude. So every solve ends with one more product Ax, which gives the true residual and the sign of ⟨x, Ax⟩.
 """
 
 from bilevel.linear.any_solver import run_linear

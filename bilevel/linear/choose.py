@@ -18,9 +18,9 @@ class LinearChoice(NamedTuple):
 
 
 DENSE_LIMIT = 500
-"""Largest number n of unknowns for which :func:`choose_linear` takes a dense factorisation.
+"""Largest number n of unknowns for which :func:`choose_linear` chooses a dense factorisation.
 
-Such a factorisation takes n products with A and stores n² numbers.
+It takes n products with A and stores the n² entries of A.
 """
 
 

@@ -26,7 +26,7 @@ class LU:
 
     The operator is written out as a matrix, which takes n products and n² numbers of memory for n unknowns. The status
     follows from the backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and from an estimate of the reciprocal condition number,
-    ``LinearInfo.rcond``, which takes four solves with the factors. It is SINGULAR for an rcond below eps,
+    ``LinearInfo.rcond``, which takes four solves with the factors. The status is SINGULAR for an rcond below eps,
     ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps.
 
     Args:
@@ -60,8 +60,8 @@ class Cholesky:
     """A Cholesky factorisation of a symmetric positive definite operator.
 
     The factorisation takes half as many operations as that of :class:`LU`, and the status is computed in the same way.
-    If the operator is not positive definite, the factorisation fails with the status NEGATIVE_CURVATURE. So success
-    proves definiteness up to rounding.
+    If the operator is not positive definite, the factorisation fails with the status NEGATIVE_CURVATURE. So a
+    factorisation that does not fail proves that the operator is positive definite, up to rounding.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
@@ -134,7 +134,7 @@ def report_direct(
         solve: the function v ↦ A⁻¹v of a factorisation, for the estimate of the condition number.
         solve_transposed: v ↦ A⁻ᵀv.
         breakdown: the status of an x that is not finite although A and b are.
-        needs_regular: whether the algorithm requires a regular A, so that a singular one is SINGULAR.
+        needs_regular: whether the algorithm requires a regular A. If so, the status for a singular A is SINGULAR.
     """
     matrix, solution = jax.lax.stop_gradient((matrix, solution))
     norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=0), initial=0)
@@ -170,7 +170,7 @@ def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -
 
 def lu(matrix: jax.Array) -> tuple[MatVec, MatVec]:
     """Return v ↦ A⁻¹v and v ↦ A⁻ᵀv by an LU factorisation of a matrix."""
-    if matrix.size == 1:  # under vmap, LAPACK would factorise the matrices of a batch one after another
+    if matrix.size == 1:  # a division, because LAPACK would factorise the matrices of a vmapped batch one by one
 
         def divide(v: jax.Array) -> jax.Array:
             return v / matrix[0]

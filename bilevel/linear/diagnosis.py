@@ -97,9 +97,9 @@ def judge(
     """Return the status of a residual.
 
     With ``tol``, it is CONVERGED for a relative residual of at most ``tol``, else ``failure``. Without ``tol``, it is
-    BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so that x is no better than
-    zero. If the solve began at a ``start`` with a residual above 1, as near the end of an outer loop with warm starts,
-    a residual below that of the start is BUDGET_USED too.
+    BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so an x with a residual of
+    1 or more is no better than zero. ``start`` is the relative residual of the point where the solve began. It may be
+    above 1 near the end of an outer loop with warm starts. A residual below ``start`` is then BUDGET_USED too.
     """
     if tol is None:
         return jnp.where(residual < jnp.maximum(start, 1), jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))
@@ -191,7 +191,7 @@ def _in_a_branch(matvec: MatVec, trivial: jax.Array) -> MatVec:
     """Return ``matvec`` in the branch of a cond that is taken unless ``trivial``, which says that b = 0 and x = 0.
 
     XLA allocates the buffers of a branch apart from those of the solve. That lowers the memory of a few-shot
-    meta-gradient by 5 %. Only solvers of symmetric systems use it, because JAX 0.12 cannot batch a branch that contains
-    a ``custom_jvp``, as some projections do, and those systems are not symmetric.
+    meta-gradient by 5 %. Only solvers of symmetric systems use such a branch, because JAX 0.12 cannot batch a branch
+    that contains a ``custom_jvp``. Some projections contain one, but a condition with a projection is not symmetric.
     """
     return lambda x: jax.lax.cond(trivial, lambda x: jax.tree.map(jnp.zeros_like, x), matvec, x)

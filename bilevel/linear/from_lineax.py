@@ -19,8 +19,8 @@ class Lineax:
     """A solver of Lineax, for the adjoint system. Needs ``pip install '.[lineax]'``.
 
     b is divided by its norm before the solve, so that ``atol`` of the solver is relative to ‖b‖, as its ``rtol`` is.
-    The unknowns are raveled into one vector, and products with A are all that the solver knows about A. CG and Cholesky
-    get the tag ``positive_semidefinite_tag``, so they need a symmetric condition.
+    The unknowns are raveled into one vector, and products with A are all that the solver knows about A. For CG and
+    Cholesky, A is tagged with ``positive_semidefinite_tag``, so they need a symmetric condition.
 
     The status follows from the true relative residual of x:
 
@@ -28,23 +28,25 @@ class Lineax:
       If it is larger: STOPPED where Lineax met its own tolerance, STAGNATION or BREAKDOWN where Lineax reports one of
       them, and MAX_STEPS otherwise.
     - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
-      otherwise. If Lineax reports a STAGNATION or a BREAKDOWN that is a worse status, the status is the reported one.
+      otherwise. If Lineax reports a stagnation or a breakdown, the status is at least STAGNATION or BREAKDOWN.
     - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
-      of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver unless it is
-      ``well_posed=True``, find the shortest solution of a singular system, so their status is not SINGULAR for it.
+      of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver without
+      ``well_posed=True``, find the shortest solution of a singular system, and do not report it as SINGULAR.
     - The same solvers with ``tol``: CONVERGED if the residual is at most ``tol``, and BREAKDOWN otherwise. If x is not
       finite, as after a division by zero, the status is SINGULAR.
-    - CG and Cholesky: NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0, or if x is not finite.
+    - CG and Cholesky: NEGATIVE_CURVATURE if x is not finite. CG, and Cholesky with ``tol``, have this status also if
+      ⟨x, Ax⟩ ≤ 0.
 
     ``LinearInfo.iterations`` is the number of steps that Lineax counts; for GMRES they are cycles of ``restart``
     iterations. It is None for a factorisation.
 
-    A layer or a hypergradient attaches the derivative of x. JAX's derivative of a call by itself is zero; use
-    ``lineax.linear_solve`` there.
+    A layer or a hypergradient attaches the derivative of x. If this solver is called directly, JAX's derivative of x is
+    zero. To differentiate a linear solve by itself, use ``lineax.linear_solve``.
 
     Args:
         solver: an instance of a solver of Lineax, such as ``lineax.CG(rtol=1e-6, atol=0.0)``.
-        tol: the tolerance for the true relative residual ‖b − Ax‖ / ‖b‖. It does not change when the solver stops.
+        tol: the tolerance for the true relative residual ‖b − Ax‖ / ‖b‖. It decides the status only: the solver stops
+            by its own ``rtol`` and ``atol``.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:
@@ -118,7 +120,7 @@ class Lineax:
             breakdown=self._breakdown(is_direct),
             needs_definite=self.needs_symmetry,
         )
-        if tol is None:  # without tol, a breakdown that Lineax reports is the only sign of one
+        if tol is None:  # a residual alone does not show that the solver stagnated or broke down
             failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
             info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
         return denormalise(size, x, info)

@@ -13,8 +13,8 @@ from bilevel.types import MatVec
 class _Cycle(NamedTuple):
     """The Arnoldi basis of a cycle, and the QR factorisation of its Hessenberg matrix by Givens rotations.
 
-    ``rotated`` is the right-hand side of the least-squares problem after the rotations, and ``used`` the number of
-    columns of the Hessenberg matrix.
+    ``rotated`` is the right-hand side of the least-squares problem after the rotations, and ``used`` is the number of
+    columns that the Hessenberg matrix has so far.
     """
 
     basis: jax.Array

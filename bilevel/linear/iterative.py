@@ -1,4 +1,4 @@
-"""The iterative linear solvers with a Krylov space: CG, NormalCG, GMRES and BiCGStab.
+"""The Krylov solvers of linear systems: CG, NormalCG, GMRES and BiCGStab.
 
 Each class holds the options. The recursions are in ``watched_cg``, ``cgls``, ``gmres`` and ``bicgstab``. Only the
 default engine of CG is jaxopt's.
@@ -40,8 +40,8 @@ class CG:
     """Conjugate gradients, for a symmetric positive definite operator.
 
     Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``. Its report is computed from the result x
-    alone: the true residual, and the status NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0 or if the recursion divided by zero. A
-    search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. On a singular system that is also
+    alone. It holds the true residual, and its status is NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0 or if the recursion divided
+    by zero. A search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. On a singular system that is also
     ill-conditioned, a budget that is too large may move x along the null space. ``"watched"`` is a loop of this
     library. It also reports the iterations taken and the least curvature among the search directions. Its status is
     NEGATIVE_CURVATURE if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a direction to zero and the relative
@@ -49,12 +49,12 @@ class CG:
     residual is above ``tol``. The loop computes three more vector norms in each iteration.
 
     Args:
-        max_steps: iterations, each one product with A. The error after k of them is of order
-            ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
+        max_steps: the budget, in iterations. Each iteration takes one product with A. The error after k iterations is
+            of order ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
             ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
-        preconditioner: a function r ↦ M⁻¹r, symmetric positive definite; None for the identity.
+        preconditioner: a function r ↦ M⁻¹r with a symmetric positive definite M; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
 
     Raises:
@@ -96,18 +96,18 @@ class CG:
 class NormalCG:
     """Conjugate gradients on AᵀAx = Aᵀb, for any regular operator, in the form CGLS, which never forms AᵀA.
 
-    The method is robust and slow, because AᵀA has the square of A's condition number. Each iteration is a product with
-    A and one with Aᵀ.
+    The method is robust. It is also slow, because the condition number of AᵀA is the square of that of A. Each
+    iteration takes one product with A and one with Aᵀ.
 
     Args:
-        max_steps: iterations. The error after k of them is of order ((κ − 1)/(κ + 1))^k, with the condition number κ
-            of A.
+        max_steps: the budget, in iterations. The error after k iterations is of order ((κ − 1)/(κ + 1))^k, with the
+            condition number κ of A.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion ends
-            at the limit of rounding.
+            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion also
+            ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead. The ridge of jaxopt's ``solve_normal_cg`` means another system,
             (AᵀA + ridge·I)x = Aᵀb.
-        preconditioner: a function r ↦ M⁻¹r for AᵀA, symmetric positive definite; None for the identity.
+        preconditioner: a function r ↦ M⁻¹r for AᵀA, with a symmetric positive definite M; None for the identity.
 
     Raises:
         ValueError: for a budget below one or a negative tolerance or ridge.
@@ -142,15 +142,16 @@ class GMRES:
     """Generalised minimal residuals with restarts, for any regular operator.
 
     Args:
-        max_steps: iterations, each one product. Each cycle takes one product more, for its true residual.
+        max_steps: the budget, in iterations. Each iteration takes one product with A. Each cycle takes one more, for
+            its true residual.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, also within a cycle; None takes up to ``max_steps``, with status BUDGET_USED,
             or MAX_STEPS if ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``,
-            the recursion ends at the limit of rounding.
+            the recursion also ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
             the identity.
-        restart: iterations in a cycle, at most the number of entries of b. The memory is ``restart`` + 1 vectors as
-            large as b.
+        restart: iterations in a cycle. A cycle takes no more iterations than b has entries. The memory is
+            ``restart`` + 1 vectors as large as b.
 
     Raises:
         ValueError: for a budget or restart below one or a negative tolerance or ridge.
@@ -192,10 +193,10 @@ class BiCGStab:
     prefer GMRES. The iterate with the smallest recursive residual is returned.
 
     Args:
-        max_steps: iterations, each two products.
+        max_steps: the budget, in iterations. Each iteration takes two products with A.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion ends
-            at the limit of rounding.
+            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion also
+            ends at the limit of rounding.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r; None for the identity.
 
@@ -239,9 +240,10 @@ def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | Non
     if init is None:
         wide = _without_zero_products(wide)
     start = None if init is None else tree.widened(init_scaled)
-    # On a singular system the recursive residual stays near eps, while x moves along the null space.
+    # Stop at 4·eps: on a singular system, the recursive residual would stay near eps while x moves along the null space
+    # of A.
     tol, preconditioner = max(recursive_tol(solver.tol, b), 4 * tree.eps(b)), _preconditioner(solver, b)
-    # jaxopt builds trees of scalars, which a class that checks its fields may refuse, so it gets the leaves.
+    # jaxopt gets lists of leaves. It builds trees of scalars, which a pytree class that checks its fields may refuse.
     structure = jax.tree.structure(b)
 
     def on_leaves(function: MatVec) -> MatVec:
@@ -291,7 +293,7 @@ def _solve_general(
         numbers = replace(seen, x=None, **{name: getattr(seen, name).astype(flat.dtype) for name in COUNTS})
         return tree.match_varying_axes(seen.x, numbers)  # type: ignore[return-value]
 
-    # JAX differentiates the answer by a further solve, not through the steps of this one.
+    # JAX differentiates x by another linear solve, and not through the steps of this solve.
     x, numbers = jax.lax.custom_linear_solve(
         flattened(operator), flat, partial(solve, start=start), transpose_solve=solve, has_aux=True
     )

@@ -24,8 +24,9 @@ class Nystrom:
     Args:
         rank: r, at most the number of unknowns.
         ridge: ρ > 0; the residual reported is that of (A + ρI)x = b.
-        tol: the status is CONVERGED if ‖b − (A + ρI)x‖ ≤ tol·‖b‖, else MAX_STEPS. With None it is BUDGET_USED, or
-            MAX_STEPS if that residual is at least ‖b‖.
+        tol: the status is CONVERGED if ‖b − (A + ρI)x‖ ≤ tol·‖b‖, else MAX_STEPS. With None it is BREAKDOWN if
+            ‖x‖ is so large that x may have no correct digit, MAX_STEPS if that residual is at least ‖b‖, and
+            BUDGET_USED otherwise.
         seed: the seed of the random Ω.
 
     Raises:

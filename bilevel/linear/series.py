@@ -17,12 +17,13 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 class Neumann:
     """The truncated series x = α Σ_{k<K} (I − αA)^k b, for an operator with ‖I − αA‖ < 1.
 
-    With A and b of the adjoint system, it equals backpropagation through K steps of gradient descent with step size α,
-    all taken at the inner solution. With ``init``, x is the result of K steps x ← x + α(b − Ax) from there.
+    For the adjoint system, the gradient that follows from x equals that of backpropagation through K steps of gradient
+    descent with step size α, all taken at the inner solution. With ``init``, x is the result of K steps
+    x ← x + α(b − Ax) from there.
 
     Args:
-        max_steps: K, the number of terms. The first term takes no product, each later one takes one. Without
-            ``init``, the error is (I − αA)^K times the exact solution.
+        max_steps: K, the number of terms. Each term takes one product, except for the first one without ``init``.
+            Without ``init``, the error is (I − αA)^K times the exact solution.
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
         tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
             ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. Without ``tol``,

@@ -67,9 +67,9 @@ def start_of(matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, Py
 
 NORM_OF_B = 2.0**15
 """Norm to which right-hand sides are scaled. CG computes ‖r‖², which is at least (eps·‖b‖)², and ⟨p, Ap⟩, which is of
-the order of ‖A‖‖r‖². With this ‖b‖, both are float32 numbers for ‖A‖ from 1e-24 to 1e24. Because 2¹⁵ is a power of two,
-the recursion rounds exactly as with ‖b‖ = 1. Products in float16 overflow above 6e4, so right-hand sides with float16
-leaves are scaled to norm 1."""
+the order of ‖A‖‖r‖². With this ‖b‖, neither over- nor underflows in float32 for ‖A‖ from 1e-24 to 1e24. Because 2¹⁵ is
+a power of two, the recursion rounds exactly as with ‖b‖ = 1. Products in float16 overflow above 6e4, so right-hand
+sides with float16 leaves are scaled to norm 1."""
 
 
 def normalise(

@@ -24,7 +24,7 @@ class CGState:
         p: the search direction.
         rz: ⟨r, M⁻¹r⟩.
         squared: ‖r‖².
-        iterations: directions that were multiplied by A.
+        iterations: the number of directions that were multiplied by A.
         least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² recorded; infinite if there is none.
         largest_stretch: the largest ‖Ap‖ / ‖p‖, a lower bound of ‖A‖.
         negative: whether a direction had ⟨p, Ap⟩ < 0 by more than rounding, or ⟨p, Ap⟩ = 0 with Ap ≠ 0.
@@ -54,7 +54,7 @@ def conjugate_gradients(
     preconditioner: MatVec | None = None,
     truncate: bool = False,
 ) -> CGState:
-    """Solve Ax = b for a symmetric A, and return the last state with the solution and the curvatures found.
+    """Solve Ax = b for a symmetric A, and return the last state, which holds the solution and the curvatures found.
 
     Args:
         matvec: A.
@@ -65,8 +65,8 @@ def conjugate_gradients(
         preconditioner: r ↦ M⁻¹r; None for the identity.
         truncate: if True, stop at a direction whose ⟨p, Ap⟩ is not above rounding noise and return the x before it; if
             it is the very first direction p, return init + p. From zero, with b the negative gradient, x is then a
-            descent direction (Steihaug's rule). If False, the recursion goes on through negative curvature, as jaxopt's
-            does, and stops only at a direction with Ap = 0 up to rounding or with ⟨p, Ap⟩ = 0.
+            descent direction (Steihaug's rule). If False, a negative ⟨p, Ap⟩ does not stop the recursion, as in
+            jaxopt's solver. A direction with Ap = 0 up to rounding, or with ⟨p, Ap⟩ = 0, does.
 
     Source: Hestenes and Stiefel (1952); Steihaug (1983) for the truncation.
     """
@@ -97,7 +97,7 @@ def conjugate_gradients(
         zero_curvature = jnp.abs(reported_curvature) <= rounding
         null = meaningful & zero_curvature & (product_length <= jnp.sqrt(eps) * stretch * length)
         negative = meaningful & ((reported_curvature < -rounding) | ((reported_curvature == 0) & ~null))
-        # A smaller curvature is rounding noise: 1 / curvature would send x far along a null direction of A.
+        # Do not follow a curvature that is rounding noise: 1 / curvature would send x far along a null direction of A.
         follow = (curvature > 4 * eps * stretch * length**2) if truncate else (curvature != 0) & ~null
         alpha = jnp.where(follow, state.rz / jnp.where(follow, curvature, jnp.ones_like(curvature)), 0)
         steepest = truncate & (state.iterations == 0) & ~follow

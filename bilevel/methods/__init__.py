@@ -1,7 +1,7 @@
 """Methods: ways to differentiate the outer value at the inner solution.
 
-A method is a frozen value, called as ``method(problem, solver, theta, init, data, linear_init)``, and returns a
-:class:`~bilevel.Hypergradient`. Any function with this call is a method too.
+A method is a frozen dataclass. It is called as ``method(problem, solver, theta, init, data, linear_init)``, and returns
+a :class:`~bilevel.Hypergradient`. Any function with this signature is a method too.
 """
 
 from bilevel.methods.evolution_strategies import EvolutionStrategies

@@ -1,8 +1,8 @@
-"""JAX's derivatives of the results of a method that estimates the hypergradient.
+"""JAX's derivatives of the result of a method that only estimates the hypergradient.
 
-The derivative of the outer value is the estimate. The derivative of any other result raises an error. These methods
-take the inner solution, or the first steps of its solver, as a constant. If JAX differentiated their formulas, it would
-do the same, and return wrong numbers, often zero.
+The derivative of the outer value in θ is the estimate. The derivative of any other result raises an error. These
+methods take the inner solution, or the first steps of its solver, as a constant. If JAX differentiated their formulas,
+it would also treat this part as a constant, and return wrong numbers, often zero.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from bilevel.types import Hypergradient, PyTree
 
 
 def estimated(found: Hypergradient, source: jax.Array, name: str, theta: PyTree, *movers: PyTree) -> Hypergradient:
-    """Return the Hypergradient with a derivative of its value. JAX's derivative of any other result raises an error.
+    """Return the Hypergradient with a derivative of its value alone: JAX's derivative of its other fields is refused.
 
     Args:
         found: the result of a method that takes θ and the inner solution as constants.
@@ -155,7 +155,7 @@ def _refuse_to_evaluate(*_: Any, name: str) -> Any:
 
 
 # JAX traces the derivative rules of all results together, even of results that are not used. This primitive postpones
-# the refusal until a tangent is evaluated or a cotangent other than zero arrives.
+# the refusal until a tangent is evaluated, or until a cotangent arrives that is not a symbolic zero.
 _refused_p = Primitive("refused_derivative")
 _refused_p.def_impl(_refuse_to_evaluate)
 _refused_p.def_abstract_eval(lambda tangent, name: tangent)

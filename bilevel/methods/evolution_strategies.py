@@ -18,16 +18,17 @@ from bilevel.types import Hypergradient, PyTree
 class EvolutionStrategies:
     """Antithetic samples of the outer value, for an inner solver that cannot be differentiated.
 
-    The gradient of E outer(w(θ + σε)) over random ε is estimated from pairs θ ± σε. The ε are orthogonal and of length
-    √d, where d is the number of entries of θ. With d pairs the estimate consists of central differences in a random
-    basis, with an error of O(σ²). With fewer pairs the estimate is random. Its mean has the same error of O(σ²), and
-    its variance falls with the number of pairs.
+    The smoothed outer value is the mean of outer(w(θ + σε)) over random ε. Its gradient is estimated from pairs θ ± σε.
+    The ε are orthogonal and of length √d, where d is the number of entries of θ. With d pairs the estimate consists of
+    central differences in a random basis, with an error of O(σ²). With fewer pairs the estimate is random. Its mean has
+    the same error of O(σ²), and its variance falls as the number of pairs grows.
 
     JAX's derivative of the value in θ is this estimate. The derivative of the value in data, and any derivative of
     another result, raises an error. Use :class:`Implicit` for these derivatives.
 
     Args:
-        pairs: the number of directions, each of which takes two inner solves; at most d are used.
+        pairs: the number of directions; at most d are used. Each direction takes two inner solves, and the value at θ
+            takes one more.
         scale: σ > 0.
         seed: the seed of the directions ε. They depend on θ too, and equal θ gives equal directions.
 

@@ -28,8 +28,8 @@ class FiniteDifference:
     and an exact ∂F/∂data. The derivative of any other result is refused. For second derivatives use :class:`Implicit`.
 
     Args:
-        linear: solves the adjoint system by products alone: :class:`CG` or :class:`Neumann`. ``Neumann(1, α)``
-            is DARTS, which unrolls one step of the inner solver.
+        linear: solves the adjoint system by products alone: :class:`CG` or :class:`Neumann`. ``Neumann(1, α)`` gives
+            DARTS, which unrolls one step of gradient descent with step size α.
         step: ε·‖u‖ / (1 + ‖w‖); None for eps^⅓.
 
     Raises:

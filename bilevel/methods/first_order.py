@@ -15,11 +15,11 @@ from bilevel.types import Hypergradient, PyTree
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """Implicit differentiation with A, the matrix of the adjoint system, simplified so that the solution is explicit.
+    """Implicit differentiation with a diagonal matrix in place of A, the matrix of the adjoint system.
 
     For :class:`Proximal`, A = H + λI is replaced by λI, where H is the Hessian of its objective. If θ is the centre and
     enters nowhere else, the gradient is then ∇_w outer at the solution, as in first-order MAML. For a condition with a
-    mapping, A = I − ∂mapping/∂w is replaced by I.
+    mapping, A = I − ∂mapping/∂w is replaced by I. No linear system remains to be solved.
 
     JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
     For second derivatives use :class:`Implicit`.

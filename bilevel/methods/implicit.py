@@ -33,7 +33,8 @@ class Implicit:
             function ``(matvec, b) -> x`` is accepted too, and the true residual of its x is then computed here.
 
     Raises:
-        ValueError: when called, for a linear solver that needs a symmetry the condition does not have.
+        ValueError: when called, for a linear solver that needs a symmetric operator if the condition is not declared
+            symmetric.
 
     Source: Rajeswaran et al. (2019), algorithm 2; Pedregosa (2016).
 

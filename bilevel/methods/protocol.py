@@ -18,9 +18,9 @@ class Method(Protocol):
     """A way to differentiate the inner solution.
 
     :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
-    ``warm_start`` of its result, or the adjoint ``linear.solution`` if that is None. In the first step it passes the
-    result of the method's ``first_warm_start(w, memory)``, with the start w and the memory of the inner solver, or
-    zeros like w for a method without that function.
+    ``warm_start`` of its result, or the adjoint ``linear.solution`` if ``warm_start`` is None. In the first step,
+    :func:`minimize` passes the result of the method's ``first_warm_start(w, memory)``, where w and ``memory`` are those
+    from which the inner solver starts. For a method without that function, it passes zeros like w.
     """
 
     def __call__(
@@ -54,7 +54,7 @@ def outer_variables(theta: PyTree) -> PyTree:
             raise TypeError(
                 f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: there are two "
                 "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
-                "part"
+                "parts"
             )
     return theta
 
@@ -94,9 +94,13 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
         found: Any = problem.outer(w, theta, data)
         is_pair = isinstance(found, tuple) and len(found) == 2
         if problem.has_aux and not is_pair:
-            raise TypeError(f"outer with has_aux=True returns (value, aux), got {type(found).__name__}: return a pair")
+            raise TypeError(
+                f"outer with has_aux=True must return (value, aux), got {type(found).__name__}: return a pair"
+            )
         if isinstance(found, tuple) and not problem.has_aux:
-            raise TypeError(f"outer returns a scalar, got a tuple of {len(found)}: for (value, aux) say has_aux=True")
+            raise TypeError(
+                f"outer must return a scalar, got a tuple of {len(found)}: for (value, aux) say has_aux=True"
+            )
         value, aux = found if problem.has_aux else (found, None)
         return jnp.asarray(value), aux  # an outer function that ignores w may return a Python number
 

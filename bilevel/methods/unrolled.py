@@ -18,7 +18,8 @@ from bilevel.types import Hypergradient, PyTree
 class Unrolled:
     """Backpropagation through the inner solver's steps, all of them or the last few.
 
-    The result is the derivative of what the solver computed, not of the solution. Both agree as the steps converge.
+    The result is the derivative of what the solver computed, not of the solution. It tends to the derivative of the
+    solution as the steps converge.
     Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
     included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
 
@@ -38,8 +39,9 @@ class Unrolled:
             start at θ this is first-order MAML (Finn, Abbeel, Levine 2017, section 5.2).
 
     Raises:
-        ValueError: when called, for ``last`` below one or above the solver's steps, for a solver without steps of its
-            own, and for a solver with a ``tol``, whose number of steps is known only at run time.
+        ValueError: when called, for ``last`` below one or above the solver's steps, for a solver that offers no single
+            steps (:class:`HessianFree`, :class:`Jaxopt`, a function), and for a solver with a ``tol``, whose number of
+            steps is known only at run time.
 
     Source: Franceschi et al. (2017); truncation: Shaban et al. (2019).
     """

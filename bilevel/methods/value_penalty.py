@@ -22,10 +22,10 @@ class ValuePenalty:
     ∂_θ outer(w_ρ) + ρ·(∂_θ L(w_ρ) − ∂_θ L(w*)). Its error is O(1/ρ). Rounding errors and the errors of
     the inner solves are multiplied by ρ.
 
-    Without ``linear_init`` the penalised solve starts from w*. In an outer loop it must start from the last w_ρ
-    instead, because ρ multiplies the distance by which w* lags behind a θ that moves. So ``linear_init`` is a pair, the
-    start of this solve and the memory of its solver, and ``out.warm_start`` is the pair for the next call.
-    :func:`minimize` passes it on, and one inner step for each outer step is then enough.
+    Without ``linear_init`` the penalised solve starts from the computed w*. In an outer loop it must start from the
+    last w_ρ instead: the computed w* lags behind a θ that moves, and ρ multiplies this distance. So ``linear_init`` is
+    a pair, the start of the penalised solve and the memory of its solver. The ``warm_start`` of the result is the pair
+    for the next call. :func:`minimize` passes this pair on, and one inner step for each outer step is then enough.
 
     JAX's derivative of the value, in θ and in data, is this estimate. The derivative of any other result is refused.
     For second derivatives use :class:`Implicit`.

@@ -1,8 +1,8 @@
 """The outer loop: descent on θ, with warm starts of the inner and the adjoint solve.
 
-θ changes little between two outer steps, so the previous w and the previous adjoint are good starts. From such a start,
-each solver needs a few steps for an accuracy that takes many steps from a cold one. The steps run in a compiled loop.
-The state of the loop is a pytree, so a loop can be saved and resumed.
+θ changes little between two outer steps, so the previous w and the previous adjoint are good starts. From them, each
+solver needs only a few steps. From cold starts, it would need many steps for the same accuracy. The outer steps run in
+a compiled loop. The state of the loop is a pytree, so a loop can be saved and resumed.
 """
 
 from bilevel.outer.loop import initial_state, minimize

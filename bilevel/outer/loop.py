@@ -72,23 +72,23 @@ def minimize(
         warm_start: if True, each solve starts from the previous solution, and :class:`Optax` and the momentum of
             :class:`GradientDescent` go on with their schedules and moments. If False, each inner solve starts from
             ``init`` or ``start`` with a new memory, and each adjoint solve from the solver's default. Set it to False
-            if the start depends on θ and the hypergradient shall include its derivative (MAML).
+            if the start depends on θ and the hypergradient shall include the derivative of the start (MAML).
         callback: called after every ``every`` steps, and after the last one, with the number of the step, the θ at
             which it was taken, and its :class:`Hypergradient`. A callback after each step costs 50 to 100 µs a step. It
             may raise an exception to end the loop without a result; ``stop`` keeps the result. It is not called for a
             step that raises. In a loop that depends on traced arrays it is called with tracers, and the
             steps are counted from 0 if ``state`` is traced.
-        on_failure: what to do about a failed status. ``"raise"`` ends the loop at the first failed step, which changes
-            nothing. ``"warn"`` warns once, with the number of failed steps and the first of them. ``"ignore"`` does
-            nothing. A step with status NONFINITE changes nothing in any case: θ, the optimiser's state and the
-            starting points stay as they were. In a loop that depends on traced arrays no status can be inspected, and
-            each choice acts as ``"ignore"``.
+        on_failure: what to do about a failed status. ``"raise"`` ends the loop at the first failed step. That step does
+            not change the state. ``"warn"`` takes all steps and warns once, with the number of failed steps and the
+            first of them. ``"ignore"`` takes all steps and gives no warning. In every case, a step with status
+            NONFINITE leaves θ, the optimiser's state and the starting points as they were. In a loop that depends on
+            traced arrays no status can be inspected, and each choice acts as ``"ignore"``.
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
         state: the ``state`` of an earlier result. This call continues that loop, and its results are the same to the
             bit as those of one longer call. ``theta`` then gives only the structure, and ``init`` is used only without
             warm starts. An iterator must yield the batch of the next step first.
-        stop: called when ``callback`` is, with the :class:`StepRecord` of the last step. If it returns True, the loop
-            ends after this step.
+        stop: called after the same steps as ``callback``, with the :class:`StepRecord` of the last step. If it returns
+            True, the loop ends after this step.
         every: the number of steps between two calls of ``callback`` and ``stop``. A call with ``state`` goes on
             counting from the first step of the first call.
         progress: if True, show a progress bar on standard error, where that is a terminal.
@@ -103,7 +103,7 @@ def minimize(
             whose arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; and for a
             leaf of θ, init or data that is not an array.
         HypergradientError: on a failed status, with ``on_failure="raise"``. The message names the step and its θ. The
-            error's ``state`` is the state before that step, and ``result`` the step's :class:`Hypergradient`.
+            error's ``state`` is the state before that step, and its ``result`` is the step's :class:`Hypergradient`.
 
     Source: warm starts: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms.
@@ -204,7 +204,7 @@ def _batches(data: PyTree | Iterator[PyTree]) -> tuple[bool, Iterator[PyTree]]:
     if jax.tree_util.all_leaves([data]) and hasattr(data, "__iter__") and not hasattr(data, "__array__"):
         raise TypeError(
             f"minimize takes data as a pytree or as an iterator of pytrees, and {type(data).__name__} is neither: "
-            "pass iter(...) of it, or a generator that repeats it"
+            "pass iter(...) of the data, or a generator that repeats the data"
         )
     return True, itertools.repeat(tree.arrays(data, "data"))
 

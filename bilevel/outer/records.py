@@ -20,8 +20,8 @@ class OuterState:
         w: the inner solution of the last step whose numbers were finite; before the first step, the start of the inner
             solver.
         optimizer: the state of the optax optimiser.
-        warm_start: what the method starts from: the adjoint for :class:`Implicit` and :class:`FiniteDifference`, the
-            penalised solution for :class:`ValuePenalty`.
+        warm_start: what the method starts from: the adjoint for :class:`Implicit` and :class:`FiniteDifference`; the
+            penalised solution and the memory of its solver for :class:`ValuePenalty`.
         memory: the memory of the inner solver, such as the moments and the step count of :class:`Optax`; None for a
             solver without memory, and in a loop without warm starts.
         step: the number of steps taken since the first call, an int32 scalar.
@@ -101,8 +101,8 @@ class Minimum:
         w: the inner solution of the last step whose numbers were finite. It belongs to the θ before that step.
         history: the record of each step of this call.
         state: the argument ``state`` with which a further call of :func:`minimize` goes on.
-        ended: why the loop ended: ``"steps"`` for the number of steps, ``"data"`` for the end of the iterator, and
-            ``"stop"`` for the argument ``stop``.
+        ended: why the loop ended: ``"steps"`` if it took all steps, ``"data"`` if the iterator ended, and ``"stop"`` if
+            the argument ``stop`` ended it.
     """
 
     theta: PyTree

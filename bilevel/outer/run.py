@@ -69,10 +69,10 @@ class Run:
         return record
 
     def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
-        """Take some steps and wait for them.
+        """Take some steps, at most ``at_most``, and wait for the last of them.
 
         With constant data, one run of the compiled loop takes all these steps. With an iterator, each run takes one
-        step on one batch, and the host dispatches the runs without waiting for their results.
+        step on one batch. The host dispatches all runs before it waits for a result.
 
         Raises:
             HypergradientError: for a failed step, if ``halt`` was set.
@@ -93,7 +93,7 @@ class Run:
         self._adapt(time.perf_counter() - began)
 
     def _look(self, rows: np.ndarray, batches: list[PyTree]) -> None:
-        """Keep the rows of the steps that were taken, ``[steps, 5]``, or raise if the last of them failed."""
+        """Keep the rows ``[steps, 5]`` of the steps taken. With ``halt``, raise if the last of these steps failed."""
         rows = rows[rows[:, -1] >= 0]  # the status is negative in rows that were not reached
         if self._raises and not Status(int(rows[-1, -1])).ok:
             raise self._failure(batches[0 if self._constant else len(rows) - 1])

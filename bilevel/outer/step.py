@@ -55,8 +55,8 @@ def outer_step(
         start: without warm starts, the start of the inner solver, or the arrays that the start function captured. It
             is not used with warm starts.
         data: a batch.
-        halt: whether a step with a failed status changes nothing and is not counted. A step whose gradient or value is
-            not finite changes nothing in any case.
+        halt: whether a step with a failed status changes nothing and is not counted. Without ``halt``, a step whose
+            gradient or value is not finite is counted, and changes nothing else.
 
     Returns:
         the state after the step, its record, and the hypergradient.
@@ -124,11 +124,12 @@ class CompiledLoop:
     Attributes:
         step: :func:`outer_step` of the setup, jitted.
         advance: ``advance(state, failed, start, data, steps, halt) -> (state, failed, rows, last)``. It takes up to
-            ``steps`` steps on the same data, none if ``failed``, and stops at a failed step if ``halt``. ``steps`` is
-            traced, so that each value runs the same program and gives the same bits. The buffers of the
-            state are donated. ``rows`` has the fields of :class:`History` for each step, ``[capacity, 5]``; the status
-            is -1 in rows that were not reached. ``last`` is θ before the last step and the step's hypergradient, or
-            None without ``observe``: each output of a compiled function costs the host a microsecond or two.
+            ``steps`` steps on the same data. It takes none if ``failed`` is True, and stops at a failed step if
+            ``halt`` is True. ``steps`` is traced, so that each value runs the same program and gives the same bits. The
+            buffers of the state are donated. ``rows``, ``[capacity, 5]``, has the fields of :class:`History` for
+            each step; the status is -1 in rows that were not reached. ``last`` is θ before the last step and the step's
+            hypergradient. Without ``observe``, ``last`` is None, because each output of a compiled function costs the
+            host a microsecond or two.
     """
 
     step: Callable[..., tuple[OuterState, History, Hypergradient]]

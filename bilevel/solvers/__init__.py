@@ -1,9 +1,9 @@
 """Inner solvers: how w*(θ) is found.
 
-A solver is a frozen value, called as ``solver(condition, init, theta, data) -> Solution``. Any function with these
+A solver is a frozen dataclass, called as ``solver(condition, init, theta, data) -> Solution``. Any function with these
 arguments that returns w, or a Solution, is a solver too. An iterative solver also offers its single step (``start`` and
-``update``). A method that differentiates through the iterations builds a loop of its own from that step. It computes
-the same numbers as the solver's loop.
+``update``). A method that differentiates through the iterations builds a loop of its own from that step. This loop
+computes the same numbers as the solver's loop.
 """
 
 from bilevel.solvers.descent import GradientDescent, Optax

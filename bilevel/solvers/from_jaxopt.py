@@ -44,20 +44,20 @@ class Jaxopt:
     norm of the condition's true residual. It is CONVERGED if the norm is at most ``tol``. If the norm is larger, the
     status is STOPPED if the solver stopped before its budget ended, and MAX_STEPS otherwise. For some conditions the
     two measures differ by a factor, such as the ``step_size`` of :class:`Projected`. If the status is STOPPED,
-    :func:`value_and_hypergradient` and :func:`minimize` try smaller values of ``tol`` only to write the error message,
-    which names the first one with which the solver meets the wanted residual.
+    :func:`value_and_hypergradient` and :func:`minimize` run the solver again with smaller values of ``tol``. These runs
+    serve the error message only. It names the first value for which the true residual is at most the given ``tol``.
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.
-        options: the options of its constructor: ``maxiter``, ``tol``, ``stepsize``, … ``implicit_diff`` and
-            ``implicit_diff_solve`` have no effect, because the solution is differentiated by this library. The
-            functions come from the condition.
+        options: the options of its constructor, such as ``maxiter``, ``tol`` and ``stepsize``. The options
+            ``implicit_diff`` and ``implicit_diff_solve`` have no effect, because this library differentiates the
+            solution. Options that are functions of the problem, such as ``fun``, come from the condition.
 
     Raises:
         TypeError: for an instance in place of a class.
         ValueError: when called, for a name that jaxopt does not have, and for a solver that cannot solve the condition.
-            The message lists those that can. Also for an option that the condition provides, such as ``fun`` or
-            ``has_aux``, and for a SciPy solver under a trace.
+            The message lists those that can. It is also raised for an option that the condition provides, such as
+            ``fun`` or ``has_aux``, and for a SciPy solver under a trace.
 
     Example:
         >>> import jax.numpy as jnp

@@ -69,7 +69,8 @@ class Optimistix:
     Args:
         solver: an instance of a solver of Optimistix, such as ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``.
         max_steps: the budget.
-        tol: the tolerance for the norm of the condition's residual. It does not change when the solver stops.
+        tol: the tolerance for the norm of the condition's residual. It decides the status only: the solver stops by its
+            own ``rtol`` and ``atol``.
 
     Raises:
         ImportError: if Optimistix is not installed.

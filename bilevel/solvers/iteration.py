@@ -34,7 +34,7 @@ def iterate(solver: IterativeSolver, condition: Condition, init: PyTree, theta: 
 
 
 def with_memory(solution: Solution, solver: IterativeSolver, memory: PyTree) -> Solution:
-    """Return the solution with the memory of its run if the solver was resumed, else as it is."""
+    """Return the solution with the memory of its run if the solver was resumed, else unchanged."""
     return solution if getattr(solver, "memory", None) is None else replace(solution, memory=memory)
 
 
@@ -52,7 +52,7 @@ def until_converged(
         residual: returns F for a state.
         state: the first state.
         max_steps: the budget.
-        tol: the limit of ‖F‖; None stops where F is zero only.
+        tol: the limit of ‖F‖; None stops only where F is zero.
 
     Returns:
         the last state, its F, and the number of updates.

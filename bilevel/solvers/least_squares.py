@@ -25,8 +25,8 @@ class GaussNewton:
 
     The step is the shortest d that minimises ‖r + Jd‖, by a singular value decomposition of J. It is halved until ½‖r‖²
     falls by at least 10⁻⁴ of the linear prediction (Armijo's rule). For a condition such as :class:`Root`, r is its
-    residual, and the method is Newton's. The m·n entries of J are stored, so use :class:`HessianFree` for very many
-    unknowns.
+    residual, and the method is Newton's. The m·n entries of J are stored, so use :class:`HessianFree` for a
+    :class:`LeastSquares` with very many unknowns.
 
     Args:
         max_steps: the budget. Each step takes a Jacobian (the smaller of m and n products), a decomposition of it, and
@@ -110,11 +110,11 @@ class GaussNewton:
 class LevenbergMarquardt:
     """The Levenberg-Marquardt method, for :class:`LeastSquares` and systems of equations.
 
-    The step minimises ‖r + Jd‖² + μ‖d‖², by a QR decomposition of J and √μ·I, one below the other. It is taken if
-    ½‖r‖² falls. The gain ratio ρ is the decrease of ½‖r‖² divided by the decrease that the linear model predicts. After
-    a step that is taken, the damping μ is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second, third, …
-    refused step in a row it is multiplied by 2, 4, 8, …. There may be fewer residuals than unknowns, and J may have any
-    rank. For a condition such as :class:`Root`, r is its residual. The m·n entries of J are stored.
+    The step d minimises ‖r + Jd‖² + μ‖d‖², by a QR decomposition of the matrix with the rows of J and of √μ·I. The step
+    is taken if ½‖r‖² falls. The gain ratio ρ is the decrease of ½‖r‖² divided by the decrease that the linear model
+    predicts. After a step that is taken, the damping μ is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second,
+    third, … refused step in a row, μ is multiplied by 2, 4, 8, …. There may be fewer residuals than unknowns, and J may
+    have any rank. For a condition such as :class:`Root`, r is its residual. The m·n entries of J are stored.
 
     Args:
         max_steps: the budget, refused steps included. Each takes a Jacobian (the smaller of m and n products), a QR

@@ -1,7 +1,7 @@
 """Stochastic bilevel optimisation on samples: single loops, variance reduction, and first-order penalties.
 
-Each algorithm moves w and θ by steps on batches, without solving the inner problem in between. All but F2SA move the
-adjoint in the same way.
+Each algorithm moves w and θ by steps on batches, without solving the inner problem in between. All algorithms but F2SA
+also move the adjoint by steps on batches.
 """
 
 from bilevel.stochastic.amigo import AmIGO

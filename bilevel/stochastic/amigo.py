@@ -50,7 +50,7 @@ class AmIGO:
         return self.inner_steps + self.linear_steps + 1, 1
 
     def init(self, oracle: Oracle, state: State) -> State:
-        """Return the state as it is."""
+        """Return the state unchanged."""
         del oracle
         return state
 

@@ -47,8 +47,8 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
 
     - the inner rate is ρ₀ = 1/(2L), or 1/(3L) for a variance-reduced algorithm
     - the rate of the adjoint is that of w
-    - the outer rate is c/(2L_h), where c is ρ₀μ times the number of steps of w in one step of θ, clipped to [0.01, 1].
-      θ is then slow enough for w and the adjoint to follow.
+    - the outer rate is c/(2L_h). Here c is the product of ρ₀, μ and the number of steps of w in one step of θ, and is
+      clipped to [0.01, 1]. θ is then slow enough for w and the adjoint to follow.
 
     A variance-reduced algorithm keeps these rates. For any other algorithm they are the rates of the first step, and
     fall with its ``exponents``.

@@ -9,12 +9,14 @@ from bilevel.stochastic.rates import RATES
 from bilevel.types import Status
 
 FIRST_GROWTH = 1e12
-"""Limit of the largest entry of the state at any evaluation, relative to the larger of 1 and that at the start."""
+"""Limit of the largest entry of the state at any evaluation, relative to the larger of 1 and the largest entry at the
+start."""
 LATER_GROWTH = 1e4
-"""Limit of the largest entry of the state at a later evaluation, relative to the largest of 1, that at the start and
-that at the first evaluation."""
+"""Limit of the largest entry of the state after the first evaluation, relative to the largest of 1, the largest entry
+at the start and the largest entry at the first evaluation."""
 RESIDUAL_GROWTH = 1e4
-"""Limit of the residual over all samples at a later evaluation, relative to that at the first evaluation."""
+"""Limit of the residual's norm over all samples after the first evaluation, relative to the larger of this norm at the
+first evaluation and 1e-6 times the largest entry of the state."""
 
 
 def judge(sizes: Sequence[float], residuals: Sequence[float], norms: Sequence[float]) -> Status:

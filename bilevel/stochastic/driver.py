@@ -33,8 +33,8 @@ class History:
         residual_norm: ‖F‖₂ over all samples; None without ``measure``.
         adjoint_norm: ‖Aᵀv − g‖₂ over all samples; None without ``measure``.
         gradient_norm: ‖h − Bᵀv‖₂ over all samples, the norm of the direction of θ; None without ``measure``.
-        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED, or for a run that diverged BREAKDOWN or
-            NONFINITE.
+        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED for a sound run, and BREAKDOWN or NONFINITE for
+            a run that diverged.
     """
 
     step: jax.Array
@@ -98,8 +98,8 @@ def minimize(
     shapes and an algorithm with other numbers compiles nothing.
 
     Args:
-        problem: ``problem.condition`` gets an inner batch as ``data``, ``problem.outer`` an outer batch. The objective
-            or residual of the condition and the outer function must be means over their batches.
+        problem: ``problem.condition`` gets an inner batch as ``data``, and ``problem.outer`` gets an outer batch. The
+            objective or residual of the condition and the outer function must be means over their batches.
         theta: where θ starts. Leaves that are not floating point are constants.
         w: where w starts. The adjoint starts with zero.
         inner: the inner samples, a pytree of arrays with one leading axis of samples, on the device or sharded over
@@ -129,7 +129,7 @@ def minimize(
         a :class:`StochasticMinimum`.
 
     Raises:
-        ValueError: for arguments that do not fit together; the message names them.
+        ValueError: for an invalid argument, or for arguments that do not fit together; the message names them.
         HypergradientError: for a run that diverged, with ``on_failure="raise"``. Its ``result`` is the
             :class:`StochasticMinimum` with the last sound state.
 

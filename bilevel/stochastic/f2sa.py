@@ -11,7 +11,7 @@ from bilevel.stochastic.rates import Power, Rate, at_step, descend
 from bilevel.stochastic.samples import Sampling
 
 PENALTY = Power(10.0, -1 / 7)
-"""The default of λ, which grows with the exponent of the paper."""
+"""The default of λ. It grows as (t + 1)^(1/7) at step t, with the exponent of the paper."""
 
 
 @register("inner_rate", "outer_rate", "penalty")
@@ -19,14 +19,14 @@ PENALTY = Power(10.0, -1 / 7)
 class F2SA:
     """Fully first-order stochastic approximation: no second derivatives, and no adjoint.
 
-    G is the inner objective, and outer the outer function. The sequence y follows the minimum of G, and the sequence z
-    follows that of outer + λG. In each step both start from their last values and take ``inner_steps`` steps
+    G is the inner objective, and outer is the outer function. The sequence y follows the minimum of G, and the sequence
+    z follows that of outer + λG. In each step both start from their last values and take ``inner_steps`` steps
 
         y ← y − ρ ∇G(y),        z ← z − ρ(∇G(z) + ∇outer(z)/λ),
 
-    and then θ moves along ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)), with the same inner batch for y and z. The error of
-    this hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which tends to the
-    solution of Aᵀv = g.
+    and then θ moves against ∂outer/∂θ(z) + λ(∂G/∂θ(z) − ∂G/∂θ(y)). Each of these steps uses the same inner batch for y
+    and z. The error of this hypergradient is of the order of 1/λ. The result has w = y and the adjoint λ(y − z), which
+    tends to the solution of Aᵀv = g.
 
     Args:
         inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`. The paper lets it fall
@@ -55,7 +55,7 @@ class F2SA:
 
     @property
     def draws(self) -> tuple[int, int]:
-        """An inner and an outer batch for each step of y and z, and for θ."""
+        """An inner and an outer batch for each step of y and z, and one of each for θ."""
         return self.inner_steps + 1, self.inner_steps + 1
 
     def init(self, oracle: Oracle, state: State) -> State:

@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The constants of the compiled program. The numbers of the algorithm are arguments instead."""
+    """The constants of the compiled program. The numbers of the algorithm are arguments of the program instead."""
 
     problem: Problem
     structure: Any
@@ -131,7 +131,7 @@ def advance(
 
 
 def _draws(state, oracle, algorithm, steps):
-    """Return the numbers of the batches of the next steps, ``[steps, draws]``."""
+    """Return the indices of the batches of the next steps, ``[steps, draws]``."""
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     share = jax.lax.axis_index(oracle.axes) if oracle.axes else 0
     step = state.step.astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)

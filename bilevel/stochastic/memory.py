@@ -10,7 +10,7 @@ from bilevel.types import PyTree
 
 
 def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None) -> None:
-    """Raise ValueError if tables with one row like ``inner`` and ``outer`` for each batch are above the limit.
+    """Raise ValueError if the tables, with one row like ``inner`` or ``outer`` for each batch, are above the limit.
 
     Args:
         oracle: its samples say how many inner and outer batches there are.

@@ -1,7 +1,8 @@
 """The placement of the samples: on one device, or one share of them on each device of a mesh.
 
-A step is written once, for one share, and averages its directions over the shares. With one share on one device it runs
-as it is. With several shares on one device it runs under ``jax.vmap``, and on a mesh under ``jax.shard_map``.
+A step is written once, for one share, and averages its directions over the shares. With one share on one device, the
+step runs without a transformation. With several shares on one device it runs under ``jax.vmap``, and on a mesh under
+``jax.shard_map``.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class Placement:
 
     Attributes:
         shares: the number of shares.
-        axes: the names of the axes over which they lie; () for one share.
+        axes: the names of the axes over which the shares lie; () for one share without a mesh.
         mesh: the mesh with these axes, or None for one device.
     """
 
@@ -83,7 +84,7 @@ class Placement:
 
 
 def _on_mesh(values, sharding):
-    """Return arrays with a sharding. Those that already span several processes keep theirs."""
+    """Return arrays with a sharding. An array that already spans several processes keeps its own sharding."""
 
     def put(leaf):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

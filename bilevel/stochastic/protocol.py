@@ -32,7 +32,7 @@ Class = TypeVar("Class")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The state of a run: a pytree of arrays. A run that is continued from it has the same bits as one longer run.
+    """The state of a run: a pytree of arrays. A run that is continued from it gives the same bits as one longer run.
 
     Attributes:
         step: the number of steps taken, t, an int32 scalar.
@@ -57,11 +57,11 @@ class State:
 
 
 class Draws(NamedTuple):
-    """The numbers of the batches that are drawn for one step.
+    """The indices of the batches that are drawn for one step.
 
     Attributes:
-        inner: inner batches, int32 ``[draws[0]]``.
-        outer: outer batches, int32 ``[draws[1]]``.
+        inner: the indices of the inner batches, int32 ``[draws[0]]``.
+        outer: the indices of the outer batches, int32 ``[draws[1]]``.
     """
 
     inner: jax.Array
@@ -130,7 +130,7 @@ class Oracle:
         problem: the condition and the outer function.
         inner_samples: the inner samples in batches.
         outer_samples: the outer samples in batches.
-        axes: the names of the axes over which the shares lie; () for one share.
+        axes: the names of the axes over which the shares lie; () for one share without a mesh.
         project: the projection of θ onto a set, or None.
         local_shares: the number of shares whose tables lie in the memory of one device.
     """
@@ -155,7 +155,7 @@ class Oracle:
         return self.inner_samples.on_batch(lambda batch: self._objective_gradients(w, theta, batch), number)
 
     def full(self, w: PyTree, adjoint: PyTree, theta: PyTree) -> Directions:
-        """Return the directions over all samples of all shares, which evaluates each inner and each outer sample."""
+        """Return the directions over all samples of all shares, by one evaluation on each inner and outer sample."""
         inner = self.inner_samples.mean(lambda batch: self._inner_terms(w, adjoint, theta, batch))
         outer = self.outer_samples.mean(lambda batch: self._outer_terms(w, theta, batch))
         return self.average(directions(inner, outer))
@@ -167,7 +167,7 @@ class Oracle:
         return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, self.axes) if tree.is_floating(leaf) else leaf, terms)
 
     def move_theta(self, rate: Any, state: State, direction: PyTree) -> tuple[PyTree, PyTree]:
-        """Return θ after a step along the direction, projected, and the state of the optimiser."""
+        """Return θ after a step against the direction, projected, and the state of the optimiser."""
         if is_transformation(rate):
             import optax  # optax is slow to import, so it is imported when needed
 

@@ -35,11 +35,11 @@ class SABA:
         inner_rate: as for :class:`SOBA`; a constant rate is usual.
         linear_rate: as for :class:`SOBA`; a constant rate is usual.
         outer_rate: as for :class:`SOBA`; a constant rate is usual.
-        inner_batch: samples in an inner batch. Larger batches have smaller tables.
+        inner_batch: samples in an inner batch. Larger batches make the tables smaller.
         outer_batch: samples in an outer batch.
         sampling: as for :class:`SOBA`.
-        memory_limit: the largest size of the tables in bytes. By default half of what the device, or the machine for a
-            CPU, has left.
+        memory_limit: the largest size of the tables in bytes. The default is half of the free memory of the device, or
+            of the machine if the device is a CPU.
 
     Raises:
         ValueError: from ``init``, for tables above the memory limit.
@@ -91,7 +91,7 @@ class Table(NamedTuple):
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
         mean: the mean of the rows, in which each batch counts with its share of the samples.
         waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
-        place: the number of the batch that ``waiting`` belongs to.
+        place: the index of the batch that ``waiting`` belongs to.
     """
 
     rows: PyTree
@@ -107,7 +107,7 @@ class Table(NamedTuple):
         return cls(rows, zeros, zeros, jnp.int32(0))
 
     def reduced(self, samples: Samples, number: jax.Array, new: PyTree) -> tuple[Any, "Table"]:
-        """Return the estimate of the mean from the new terms of one batch, and the table with them."""
+        """Return the estimate of the mean from the new terms of one batch, and the table with these terms."""
         write = partial(jax.lax.dynamic_update_index_in_dim, index=self.place, axis=0)
         rows = jax.tree.map(lambda rows, row: write(rows, row), self.rows, self.waiting)
         old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)

@@ -140,17 +140,17 @@ class Samples:
 
 
 def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Return the numbers of the batches that belong to some draws.
+    """Return the index of the batch for each of some draws.
 
     Args:
         samples: the batches.
         sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new random order of the batches in each
             epoch.
         key: the sampler's key, of the implementation threefry2x32.
-        numbers: the numbers of the draws, counted from the beginning of the run, integers of any shape.
+        numbers: for each draw, how many draws came before it in the run: integers of any shape.
 
     Returns:
-        The number of the batch for each draw, int32 of the shape of ``numbers``.
+        The indices of the batches, int32 of the shape of ``numbers``.
     """
     flat = numbers.ravel()
     if samples.batches == 1:
@@ -183,8 +183,9 @@ def _without_replacement(samples, key, number):
 def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
     """Return the entry at ``place`` of a random permutation of 0 … count − 1, without making the permutation.
 
-    A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put in again
-    until one is. For a small ``count``, the order of as many random numbers is the permutation.
+    A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put into the
+    network again, until the result is below ``count``. For a small ``count``, the permutation is the order of ``count``
+    random numbers.
 
     Source: Black, Rogaway (2002), Ciphers with arbitrary finite domains.
 

@@ -49,7 +49,7 @@ class SOBA:
     exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
-        """Return the state as it is."""
+        """Return the state unchanged."""
         del oracle
         return state
 
@@ -63,7 +63,7 @@ class SOBA:
 @register("inner_rate", "linear_rate", "outer_rate", "averaging")
 @dataclass(frozen=True)
 class MASOBA:
-    """Moving-average SOBA: SOBA whose θ moves along a moving average of its direction.
+    """Moving-average SOBA: SOBA whose θ moves against a moving average of its direction.
 
         θ ← θ − γ m,        m ← (1 − β) m + β(h − Bᵀv)
 
@@ -113,7 +113,7 @@ def batch_directions(oracle: Oracle, state: State, draws: Draws) -> Directions:
 
 
 def move_inner(algorithm: Any, state: State, moves: Directions) -> State:
-    """Return the state with w and the adjoint moved along their directions."""
+    """Return the state with w and the adjoint moved against their directions."""
     return replace(
         state,
         w=descend(state.w, at_step(algorithm.inner_rate, state.step), moves.w),

@@ -51,7 +51,7 @@ class SRBA:
     exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:
-        """Return the state with the first point, and with age 0, so that the first step computes all directions."""
+        """Return the state with the first point, and with age 0, so that the first step evaluates all samples."""
         point = state.w, state.adjoint, state.theta
         zero = Directions(*jax.tree.map(jnp.zeros_like, point))
         return replace(state, memory=(point, zero, jnp.int32(0)))

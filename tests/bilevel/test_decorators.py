@@ -380,5 +380,5 @@ def test_a_condition_leaves_an_aux_out_of_derivatives(declare, function, exact):
     assert float(aux["norm"]) == 8.0 and aux["data"] == 7
     assert replace(condition, positive_definite=True).aux(jnp.ones(2), 0.0, 7)["data"] == 7
     assert declare(function).aux(jnp.ones(2), 0.0, 7) is None
-    with pytest.raises(ValueError, match=r"has_aux=True returns a pair \(value, aux\)"):
+    with pytest.raises(ValueError, match=r"has_aux=True must return a pair \(value, aux\)"):
         declare(lambda w, theta, data: w, has_aux=True).residual(jnp.ones(2), 0.0, 7)

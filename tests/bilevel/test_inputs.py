@@ -596,7 +596,7 @@ def test_an_outer_function_of_another_form_than_has_aux_says_is_refused():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
     for outer, has_aux, message in (
         (lambda w, theta, data: (w, w), False, "a tuple of 2: for .* say has_aux=True"),
-        (lambda w, theta, data: w, True, "has_aux=True returns .*: return a pair"),
+        (lambda w, theta, data: w, True, "has_aux=True must return .*: return a pair"),
     ):
         function = bl.value_and_hypergradient(
             bl.Problem(condition, outer, has_aux), bl.GradientDescent(0.5, 1), bl.Implicit(bl.CG(1))
