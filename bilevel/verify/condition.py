@@ -83,7 +83,7 @@ def check_condition(
                         definiteness but never prove it
     strong convexity    the smallest eigenvalue is at least the declared μ; without a declaration there is no row
     θ in the condition  ∂F/∂θ is nonzero at the point or at one of two random points: a θ that enters only the
-                        initial point has a zero hypergradient. F or outer depends on every leaf of θ
+                        initial point has a zero hypergradient. Each leaf of θ enters F or outer
     w in outer          ∂outer/∂w is nonzero at the point or at a random point near it
     kinks               along two random lines, neither F nor a first derivative of F or outer jumps within
                         max(``tol``, 1e-7)·(1 + ‖(w, θ)‖) of the point

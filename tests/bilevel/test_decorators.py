@@ -268,7 +268,7 @@ def test_a_solver_of_scipy(mode, transform):
     np.testing.assert_allclose(actual, exact_jacobian(POINT), rtol=1e-9)
 
 
-def test_a_solver_of_scipy_under_vmap_and_twice():
+def test_a_solver_of_scipy_under_vmap_and_differentiated_twice():
     def loss(x):
         return jnp.sin(by_scipy(jnp.zeros(3), x[:3], x[3], shift=x[4])) @ WEIGHTS
 

@@ -12,7 +12,7 @@ STRENGTH = 0.5
 
 
 def problem_in(first, second):
-    """Return a problem in two variables t and s. The one named ``first`` is in θ, the one named ``second`` in the data.
+    """Return a problem in two variables t and s. θ holds the one that ``first`` names, and the data hold the other one.
 
     The inner objective is ½(1 − λ)w² − sin(t)·s·w, and ``Proximal`` adds ½λw², because its centre is 0. The solution is
     w = sin(t)·s. The outer function is w² + t·s.
@@ -41,8 +41,8 @@ EXACT_SECOND = {
     "tt": 2 * np.cos(2 * T) * S**2,
     "ts": 2 * np.sin(2 * T) * S + 1,
 }
-# In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The relative error of the
-# gradient is about 1/ρ for ValuePenalty, and about σ² for EvolutionStrategies.
+# In this problem, the dw/dθ of OneStep is 0.4 times the exact one, and that of FirstOrder is 1/λ times the exact one.
+# The relative error of the gradient is about 1/ρ for ValuePenalty, and about σ² for EvolutionStrategies.
 EXACT_METHODS = {
     "implicit": bl.Implicit(bl.CG(1)),
     "unrolled": bl.Unrolled(),
@@ -65,7 +65,7 @@ REFUSED = r" does not know this derivative of its result: use Implicit, or Unrol
 
 
 def estimate(name, variable):
-    """Return the gradient that a method computes: it multiplies the exact derivative of w by FACTORS[name]."""
+    """Return the gradient that a method computes. Its derivative of w is FACTORS[name] times the exact one."""
     direct = {"t": S, "s": T}[variable]
     return direct + FACTORS.get(name, 1.0) * (EXACT[variable] - direct)
 

@@ -38,7 +38,7 @@ class LeastSquares(jaxopt.objective.CompositeLinearFunction):
 
 
 def exponentiated(w, slope, step, outer):
-    """Return a step of mirror descent on the simplex with the entropy as mirror map."""
+    """Return w after a step of mirror descent on the simplex, with the entropy as mirror map."""
     moved = w * jnp.exp(-step * slope)
     return moved / jnp.sum(moved)
 
@@ -79,7 +79,8 @@ PROGRAM = (
     (CORNER, FORCE[1], FORCE[:1] - FORCE[1]),
 )
 MINIMUM = -0.5 * SLOPE @ np.linalg.solve(Q, SLOPE)  # Polyak's step size depends on it
-# The solvers that bl.Jaxopt takes: name, (condition, init, exact w), options, and the largest error at tol=1e-9.
+# The solvers that bl.Jaxopt takes: name, (condition, init, exact w), options, and the largest error. The test passes
+# tol=1e-9 unless the options set another tol.
 SOLVED = [
     ("GradientDescent", GRADIENT, {"stepsize": 0.5}, 1e-8),
     ("LBFGS", GRADIENT, {}, 1e-8),
@@ -140,7 +141,7 @@ def test_a_solver_of_jaxopt_solves_the_condition_it_fits(name, problem, options,
     run = functools.partial(bl.solve, bl.Jaxopt(name, **options), inner)
     out = (run if name.startswith("Scipy") else jax.jit(run))(jax.tree.map(jnp.asarray, init), jnp.asarray(SLOPE), None)
     jax.tree.map(lambda found, w: np.testing.assert_allclose(found, w, atol=error), out.w, exact)
-    # jaxopt's stopping rules do not use this residual, and a line search may stop early by rounding of the objective.
+    # jaxopt's stopping rules do not use this residual, and rounding of the objective may stop a line search early.
     assert float(out.residual_norm) < 10 * error
     assert name == "EqualityConstrainedQP" or 0 < int(out.steps) <= 2000
 
@@ -258,7 +259,7 @@ def test_an_option_that_describes_the_function_is_refused(option):
 
 
 @pytest.mark.parametrize("name", ["OSQP", "BoxOSQP"])
-def test_a_program_without_a_feasible_point_is_a_failure_without_a_given_tol(name):
+def test_a_program_without_a_feasible_point_is_a_failure_even_without_tol(name):
     infeasible = bl.KKT(valley, inequality=lambda x, theta, data: jnp.stack([x[0], 1 - x[0]]))  # 1 ≤ x₀ ≤ 0
     out = bl.Jaxopt(name, maxiter=20)(infeasible, (jnp.zeros(2), None, jnp.zeros(2)), jnp.asarray(SLOPE), None)
     assert not bl.Status(int(out.status)).ok

@@ -143,9 +143,9 @@ def test_a_hypergradient_does_not_depend_on_the_scale_of_the_residual(linear):
 
 
 class TestNoBetterThanZero:
-    """Without ``tol``, a relative residual of 1 or more is a failure, because x = 0 has the residual 1.
+    """Without ``tol``, a relative residual of 1 or more is a failure, because x = 0 has the relative residual 1.
 
-    It is no failure if the start had a larger residual.
+    It is no failure if the residual of the start was larger still.
     """
 
     def test_a_series_that_diverges_is_a_breakdown(self):
@@ -292,7 +292,7 @@ def stated(solver, linear, condition, theta, init, outer=None):
 
 
 class TestRemedies:
-    """The message about a failed solve names a number that was computed or tried at this problem."""
+    """The message about a failed solve names a number that was computed or tried for the problem at hand."""
 
     curvatures = np.array([1.0, 10.0, 300.0])
 
@@ -338,7 +338,7 @@ class Eager(jaxopt.GradientDescent):
 class TestStoppedByItself:
     """jaxopt compares tol with an error measure of its own, and the status compares tol with ‖F‖."""
 
-    def test_the_status_tells_a_solver_that_stopped_from_one_without_budget(self):
+    def test_the_status_distinguishes_a_solver_that_stopped_from_one_that_spent_its_budget(self):
         objective = bl.Stationary(lambda w, theta, data: 1e-3 * jnp.sum((w - theta) ** 2))
         for steps, status in ((3, "MAX_STEPS"), (2500, "STOPPED"), (5000, "CONVERGED")):
             solver = bl.Jaxopt(Eager, maxiter=steps, tol=1e-6, stepsize=1.0, acceleration=False)

@@ -325,7 +325,7 @@ def test_a_checkpoint_describes_its_run(uninterrupted):
     description = checkpoints.newest(uninterrupted.run.directory).description
     assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
     assert description["types"] == PRESET.types()
-    # A run on a dataset of this package has no source, so that its checkpoints are those of earlier versions.
+    # A run on a dataset of this package saves no "source", so its checkpoints have the entries of earlier versions.
     facts = {"preset", "config", "types", "data", "versions"}
     assert set(description) == facts | {"format", "step", "loss", "leaves"} and uninterrupted.run.dataset is None
     assert description["data"] == datasets.load("tiny").fingerprint()
