@@ -107,7 +107,7 @@ def test_finite_differences_of_gradients_have_an_error_of_the_documented_order(m
     case = make()
     out = gradient(case.problem, newton, bl.FiniteDifference(bl.CG(5)), case.theta, case.init, case.data)
     expected = jax.flatten_util.ravel_pytree(case.gradient)[0]
-    # The documented error, eps^⅔ = 4e-11, times κ and a factor of 100 for the third derivative.
+    # The bound is the documented error, eps^⅔ = 4e-11, times κ and a factor of 100 for the third derivative.
     actual = jax.flatten_util.ravel_pytree(out.gradient)[0]
     bound = 4e-11 * 100 * case.kappa * float(jnp.linalg.norm(expected))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)

@@ -7,9 +7,10 @@ which returns no status. A combination without a second derivative raises an err
 through the whole product, so that no combination is forgotten.
 
 Compiling the whole product takes some 400 s. All combinations are therefore tested for two conditions only, a symmetric
-and a general one, and so are all refusals. For every other condition, Implicit is tested with each inner solver and LU.
-Each other method is tested with one inner solver that a seed draws, and with each linear solver that it takes. Every
-possible pair of values from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
+and a general one. For every other condition, Implicit is tested with each inner solver and LU. Each other method is
+tested with one inner solver that a seed draws, and with each linear solver that it takes. Every possible pair of values
+from two dimensions is then covered. Refusals need no compilation, so they are tested for every condition. WHOLE_TABLE=1
+in the environment runs everything.
 
 For most pairs of a condition and a method, one program is compiled, in which ``lax.switch`` chooses the solvers. One
 forward pass along all directions gives value, gradient, directional derivative and Hessian, all under vmap.
