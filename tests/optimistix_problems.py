@@ -108,7 +108,7 @@ def network(w, theta, xp):
 
 
 def heat(w, theta, xp):
-    """Return θ times a Crank–Nicolson step for ∂y/∂t = (1 − y)·∂²y/∂x², which leaves the values at both ends."""
+    """Return θ times a Crank–Nicolson step for ∂y/∂t = (1 − y)·∂²y/∂x², which keeps the values at both ends."""
     y0 = np.linspace(-1, 1, 6) ** 2
 
     def slope(y):

@@ -299,7 +299,7 @@ def test_forward_mode_through_optimistix_differentiates_its_steps():
         (LM, "ProximalGradient", "LevenbergMarquardt does not solve ProximalGradient"),
     ],
 )
-def test_a_solver_that_does_not_fit_is_refused_with_those_that_do(solver, condition, message):
+def test_a_solver_that_does_not_fit_is_refused_with_alternatives(solver, condition, message):
     case = CASES[condition]()
     with pytest.raises(ValueError, match=message):
         bl.solve(bl.Optimistix(solver), case.condition, case.init, case.theta, case.data)

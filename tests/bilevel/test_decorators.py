@@ -99,7 +99,7 @@ def test_vmap_over_some_of_the_arguments():
 
 
 @pytest.mark.slow("compiles jaxopt's decorator next to ours")
-def test_the_derivatives_of_jaxopt():
+def test_derivatives_equal_those_of_jaxopts_decorator():
     jaxopt = pytest.importorskip("jaxopt")
 
     def positional(w, theta, scale, shift):

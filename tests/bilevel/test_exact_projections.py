@@ -52,7 +52,7 @@ def project_matrices(name, similarity, rows, columns):
 
 
 def advantage(name, similarity, plan):
-    """Return how much larger ⟨S − T, V⟩ can be than ⟨S − T, T⟩ for a V with the sums of T, relative to max |S − T|."""
+    """Return max ⟨S − T, V − T⟩ over all V ≥ 0 with the sums of T, divided by max(1, max |S − T|)."""
     score = similarity - (np.log(np.maximum(plan, 1e-300)) if name.startswith("kl") else plan)
     if name in BIRKHOFF:
         best = score[scipy.optimize.linear_sum_assignment(score, maximize=True)].sum()

@@ -165,7 +165,7 @@ def solved_by(matrix):
 
 
 class TestNotSymmetric:
-    """A = [[1, 5], [0, 1]] is not symmetric. A solve with Aᵀ gives the gradient (−14, 56), and with A (56, −14)."""
+    """A = [[1, 5], [0, 1]] is not symmetric. Solving with Aᵀ gives (−14, 56), and solving with A gives (56, −14)."""
 
     @staticmethod
     def problem(matrix):

@@ -1,6 +1,6 @@
 """Each room of bilevel imports only from lower rooms, and no modules import each other in a circle.
 
-A folder of ``bilevel/`` or a top module is called a room here. ALLOWED lists the rooms, the lowest first.
+A room is a folder of ``bilevel/``, or one of the modules directly in it. ALLOWED lists the rooms, the lowest first.
 """
 
 import subprocess

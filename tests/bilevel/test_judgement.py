@@ -217,7 +217,7 @@ class TestSingularAndConsistent:
 
 
 @pytest.mark.parametrize("linear", [bl.LU(), bl.Cholesky()])
-def test_a_factorisation_is_judged_by_its_backward_error_and_tells_the_conditioning(linear):
+def test_a_factorisation_is_judged_by_its_backward_error_and_reports_the_conditioning(linear):
     import scipy.linalg
 
     b = np.array([1, -1, 2, -2, 3, -3, 4, -4.0])
@@ -358,7 +358,7 @@ class TestStoppedByItself:
         return bl.Projected(objective, lambda w, theta, data: jnp.maximum(w, 0), step_size=step_size)
 
     @pytest.mark.slow("compiles a line search with several tolerances")
-    def test_a_solver_that_ends_above_tol_before_its_budget_is_stopped_and_the_message_names_a_tol_that_works(self):
+    def test_an_early_end_above_tol_has_the_status_stopped_and_the_message_names_a_tol_that_works(self):
         solver = bl.Jaxopt("ProjectedGradient", tol=1e-6, maxiter=5000)
         message = stated(solver, bl.LU(), self.condition(100.0), 1.0, jnp.zeros(5))
         assert "inner solve, STOPPED: the solver stopped by an error measure of its own" in message

@@ -380,7 +380,7 @@ def test_minimize_works_under_jit_and_vmap():
 
 @functools.cache
 def doubling():
-    """Return arguments of ``minimize`` with which θ doubles from 1 in each step, and inner solves fail from step 4 on."""
+    """Return arguments of ``minimize`` with which θ doubles from 1 in each step. Inner solves fail from step 4 on."""
     declared = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * (w - theta * data) ** 2), lambda w, theta, data: -0.5 * theta**2
     )

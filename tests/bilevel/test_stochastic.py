@@ -253,7 +253,7 @@ pickle.dump(jax.tree.map(t.np.asarray, found), open(sys.argv[1], "wb"))
 
 
 @pytest.mark.slow("starts another process, which compiles every algorithm")
-def test_another_process_goes_on_to_the_bit(tmp_path):
+def test_another_process_resumes_to_the_bit(tmp_path):
     file = tmp_path / "states"
     saved = {name: jax.tree.map(np.asarray, run(algorithm, 10).state) for name, algorithm in ALGORITHMS.items()}
     file.write_bytes(pickle.dumps(saved))
@@ -286,7 +286,7 @@ def test_a_step_on_all_samples_equals_its_closed_form():
     np.testing.assert_allclose(found.theta, theta - 0.3 * (theta - center + cross.T @ adjoint), atol=1e-13)
 
 
-def test_the_adjoint_and_the_gradient_norm_compare_with_those_of_value_and_hypergradient():
+def test_the_adjoint_and_the_gradient_norm_equal_those_of_value_and_hypergradient():
     found = run(replace(ALGORITHMS["SABA"], outer_rate=0.0), 4000, measure=True)
     inner = bl.Stationary(lambda w, theta, data: inner_objective(w, theta, data[0]))
     exact = bl.value_and_hypergradient(
@@ -344,7 +344,7 @@ def test_f2sa_follows_two_variables_with_one_inner_step():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 17, 100])
-def test_a_random_order_has_every_batch_once_and_every_batch_everywhere(count):
+def test_a_random_order_has_every_batch_once_and_in_each_place_equally_often(count):
     keys = jax.random.split(jax.random.key(0), 2000)
     orders = jax.vmap(lambda key: jax.vmap(lambda place: permuted(key, place, count))(jnp.arange(count)))(keys)
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(count), (2000, 1)))
@@ -436,7 +436,7 @@ def test_a_divergence_is_reported_and_the_last_finite_state_is_kept(algorithm):
     assert not bl.Status(int(found.status)).ok
     assert np.isfinite(found.theta).all() and np.isfinite(found.w).all()
     assert int(found.state.step) < int(found.history.step[-1]) <= 400
-    # The last sound state can be used again, with another rate.
+    # The last finite state can be used again, with another rate.
     again = run(algorithm, 2000, state=found.state)
     assert bl.Status(int(again.status)).ok and np.linalg.norm(again.theta - DATA.solution[0]) < 0.5
 
@@ -450,7 +450,7 @@ def test_srba_begins_with_a_pass_over_all_samples_after_a_divergence():
     np.testing.assert_allclose(after.w, kept.w - 0.1 * (hessian @ kept.w - cross @ kept.theta - shift), rtol=1e-9)
 
 
-def test_the_policies():
+def test_on_failure_warns_or_ignores():
     algorithm = replace(ALGORITHMS["SOBA"], inner_rate=3.0)
     with pytest.warns(RuntimeWarning, match="stochastic loop"):
         warned = run(algorithm, 1000, evaluate_every=50, on_failure="warn")

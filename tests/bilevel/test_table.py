@@ -263,10 +263,7 @@ def points(theta):
 
 
 def evaluate(value_and_gradient, twice, theta):
-    """Return the results of all transformations, and the worst status. Without ``twice``, the Hessian is not computed.
-
-    Zeros stand in its place.
-    """
+    """Return the results of all transformations, and the worst status. Without ``twice``, zeros replace the Hessian."""
 
     def at(theta):
         if not twice:
@@ -294,7 +291,7 @@ def results(condition, method, solvers, linears, twice):
                 jax.jit(functools.partial(evaluate, function_of(case, method, SOLVERS[solver], None), twice))(theta),
             )
         return
-    # FiniteDifference checks the class of its linear solver, so that each linear solver needs its own program.
+    # FiniteDifference checks the class of its linear solver, so each linear solver needs its own program.
     groups = [[name] for name in linears] if method == "FiniteDifference" else [linears]
     for names in groups:
 

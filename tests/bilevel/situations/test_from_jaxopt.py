@@ -614,7 +614,7 @@ def reaction_by_numpy(substrate, rates):
 
 
 def model_fit(model, slopes, start):
-    """Return the fit of ``model`` as a function of the measurements. ``slopes`` is the Jacobian of the model in w."""
+    """Return the fit of ``model`` as a function of the measurements. ``slopes`` is its transposed Jacobian in w."""
     return lambda y: root(lambda w: slopes(w) @ (model(w) - y), start)
 
 
@@ -1136,13 +1136,13 @@ def inequality(x, theta, data):
 
 
 def qp(solver, init, objective=objective, equality=None, inequality=None, linear=None, part=None):
-    """Return the function from θ to the solution (x, ν, μ) of a quadratic program, or to one part of it."""
+    """Return the solution (x, ν, μ) of a quadratic program as a function of θ, or the given part of the solution."""
     found = solution(bl.KKT(objective, equality, inequality), init, solver, linear)
     return found if part is None else lambda *theta: found(*theta)[part]
 
 
 def lasso_program(w, theta, data):
-    """The lasso as a quadratic program in the coefficients and the bounds of their absolute values."""
+    """The objective of the lasso as a quadratic program in the coefficients x and bounds ``size`` of |x|."""
     x, size = w
     return 0.5 * jnp.sum((X @ x - theta[0]) ** 2) + theta[1] * jnp.sum(size)
 
@@ -1703,7 +1703,7 @@ WIDE = RANDOM.normal(size=(2, 3))
 
 
 def complex_objective(w, theta, data):
-    """½wᴴQw − Re((1 + 2i)θᵀw) for a complex w, with the minimum (1 − 2i)·Q⁻¹θ."""
+    """½wᴴQw − Re((1 + 2i)θᵀw) for a complex w, with the minimiser (1 − 2i)·Q⁻¹θ."""
     return 0.5 * (w.real @ ROTATED @ w.real + w.imag @ ROTATED @ w.imag) - theta @ (w.real - 2 * w.imag)
 
 

@@ -309,7 +309,7 @@ def iterate(mapping: Callable[[Any], Any], init: Any) -> Any:
 @pytest.mark.slow("compiles a layer")
 @cases("Solver functions", "rate", [1.0, 0.7])
 def test_a_loop_of_ones_own_with_a_pytree_and_a_keyword(rate):
-    """The derivative of w = exp(−θw) is −w²/(1 + θw)."""
+    """The solution of w = exp(−θw) has the derivative −w²/(1 + θw)."""
 
     @bl.custom_fixed_point(lambda w, theta, *, unused: jax.tree.map(lambda leaf: jnp.exp(-theta * leaf), w))
     def solver(init, theta, *, unused):
@@ -650,7 +650,7 @@ def test_jacobians_in_forward_and_reverse_mode_are_the_dense_matrix():
 
 @pytest.mark.slow("compiles a hypergradient")
 @one_case("Batches and higher derivatives")
-def test_other_numbers_do_not_compile_again():
+def test_a_call_with_other_values_traces_nothing():
     traces = []
 
     def objective(w, theta, data):
@@ -720,7 +720,7 @@ def test_an_integer_among_the_outer_variables_is_a_constant():
 
 @jax.custom_vjp
 def square(w: jax.Array) -> jax.Array:
-    """A square with a derivative in reverse mode alone."""
+    """Return w², with a derivative in reverse mode only."""
     return w**2
 
 

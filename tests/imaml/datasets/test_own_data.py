@@ -27,7 +27,7 @@ def save(path, pixels, mode=None):
 
 @pytest.fixture
 def cards(tmp_path):
-    """A folder of four classes a, b, c and d with 3, 4, 5 and 6 images of 28×28 pixels. Each image is one grey."""
+    """A folder of classes a, b, c and d with 3, 4, 5 and 6 images of 28×28 pixels, each in one grey of its own."""
     for index, label in enumerate("abcd"):
         for number in range(3 + index):
             save(tmp_path / "cards" / label / f"{number}.png", np.full((28, 28), 40 * index + number))
@@ -35,7 +35,7 @@ def cards(tmp_path):
 
 
 def greys(classes):
-    """Map each class to the list of the greys of its images. Every image is one grey."""
+    """Map each class to the list of the greys of its images. Every image has only one grey."""
     flat = classes.pixels[:, 0, 0, 0].tolist()
     ends = np.cumsum(classes.counts).tolist()
     starts = [0, *ends[:-1]]
@@ -54,7 +54,7 @@ def test_a_folder_of_uneven_classes_is_read_with_its_labels_and_order(cards):
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("train", "validation", "test"), ("train", "test")])
-def test_subfolders_are_the_parts(names, tmp_path):
+def test_subfolders_with_the_names_of_the_parts_are_the_split(names, tmp_path):
     for part in names:
         for label in ("x", "y"):
             save(tmp_path / part / f"{part}-{label}" / "0.png", np.zeros((5, 9)))

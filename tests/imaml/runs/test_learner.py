@@ -50,7 +50,7 @@ def sinusoid():
 
 @pytest.fixture
 def task(tiny_pixels):
-    """A task of three classes with two support images each, their labels, and 40 query images: more than a chunk."""
+    """Two support images of each of three classes, their labels, and 40 query images, which are more than CHUNK."""
     support = tiny_pixels[:3, :2].reshape(6, 28, 28, 1)
     query = np.random.default_rng(1).permutation(tiny_pixels.reshape(-1, 28, 28, 1))[:40]
     return support, np.repeat(["ba", "da", "fa"], 2), query
@@ -82,7 +82,7 @@ def test_adaptation_and_probabilities_are_those_of_gradient_descent_written_out_
     by_query = jax.nn.softmax(network.apply(phi, z))
     np.testing.assert_allclose(adapted.probabilities(query), by_support, rtol=1e-10)
     np.testing.assert_allclose(adapted.probabilities(query, transductive=True), by_query, rtol=1e-10)
-    assert abs(by_support - by_query).max() > 1e-3  # the two ways differ
+    assert abs(by_support - by_query).max() > 1e-3  # the two normalisations differ
 
 
 def test_an_image_alone_has_the_probabilities_that_it_has_among_others_to_the_bit(learner, task):
@@ -174,7 +174,7 @@ def test_every_task_has_labels_of_its_own(learner, task, tiny_pixels):
 # --- Images and labels ---------------------------------------------------------------------------------------------
 
 
-def test_images_of_every_shape_and_dtype_are_the_same_images(learner, task):
+def test_images_are_read_alike_in_every_accepted_shape_and_dtype(learner, task):
     support, labels, query = task
     expected = learner.adapt(support, labels).probabilities(query[:3])
     scaled = query[:3].astype(np.float32) / np.float32(255)
