@@ -93,7 +93,7 @@ def _cause_of_wrong_w(run: MethodRun, explains) -> str:
 
 
 def _is_unfinished_linear_solve(run: MethodRun, theorem: TheoremAtW, explains) -> bool:
-    """Return True if the gradient follows from the reported adjoint vector, whose residual was reported truly.
+    """Return True if the gradient follows from the reported adjoint vector, whose reported residual is the true one.
 
     The caller has already found that the exact adjoint vector does not explain the gradient. The error then comes from
     the unfinished solve.
