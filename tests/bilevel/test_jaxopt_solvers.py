@@ -12,7 +12,7 @@ from jaxopt.base import LinearOperator
 
 import bilevel as bl
 
-# Most problems minimise ½wᵀQw − wᵀθ with θ = SLOPE under constraints. The smallest eigenvalue of Q is above 0.7.
+# Most problems minimise ½wᵀQw − wᵀθ with θ = SLOPE, some of them under constraints. Q's smallest eigenvalue is 0.79.
 Q, SLOPE = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([1.0, -0.7])
 M = np.array([[2.0, 1.0], [-1.0, 3.0]])
 
@@ -58,11 +58,11 @@ EQUATIONS = (bl.Root(lambda w, theta, data: M @ w - theta), np.zeros(2), np.lina
 CUBE = (bl.Root(lambda w, theta, data: w**3 - jnp.sum(theta) - 7.7), np.zeros(()), np.array(2.0))
 MAPPING = (bl.FixedPoint(lambda w, theta, data: 0.25 * M @ w + theta), np.zeros(2))
 MAPPING = (*MAPPING, np.linalg.solve(np.eye(2) - 0.25 * M, SLOPE))
-# The bound w₀ ≤ 0.4 is active, so w₁ is the minimum of a parabola.
+# The bound w₀ ≤ 0.4 is active, so w₁ is the minimiser of a parabola.
 BOUNDS = bl.jaxopt_projection("projection_box", lambda theta, data: (-2.0, 0.4))
 IN_A_BOX = (bl.Projected(valley, BOUNDS, 0.4), np.zeros(2), np.array([0.4, SLOPE[1] - 0.5 * 0.4]))
 SIMPLEX = bl.jaxopt_projection("projection_simplex")
-# On w = (p, 1 − p) the minimum is p = (θ₀ − θ₁ − Q₀₁ + Q₁₁) / (Q₀₀ − 2Q₀₁ + Q₁₁). Shifting θ₀ by −1.2 gives 0 < p < 1.
+# On w = (p, 1 − p), p = (θ₀ − θ₁ − Q₀₁ + Q₁₁) / (Q₀₀ − 2Q₀₁ + Q₁₁) is optimal. Shifting θ₀ by −1.2 gives 0 < p < 1.
 MIXTURE = bl.Projected(lambda w, theta, data: valley(w, theta - jnp.array([1.2, 0.0]), data), SIMPLEX, 0.4)
 SHARE = (SLOPE[0] - 1.2 - SLOPE[1] - 0.5 + 1.0) / 2.0
 ON_A_SIMPLEX = (MIXTURE, np.full(2, 0.5), np.array([SHARE, 1 - SHARE]))

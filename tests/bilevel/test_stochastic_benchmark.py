@@ -83,7 +83,7 @@ def test_the_least_value_of_the_logistic_problem_is_below_every_value_nearby():
     assert reference.measure(data.z, reference.minimiser)["gradient"] < 1e-9
 
 
-def test_hyper_cleaning_has_standardised_images_half_of_them_with_redrawn_labels():
+def test_hyper_cleaning_has_standardised_images_and_a_weight_for_each_image():
     problem = PROBLEMS["tiny-cleaning"]
     data = problem.data(seed=1)
     varying = data.inner["image"].std(axis=0) > 0
