@@ -846,7 +846,7 @@ REFUSALS = {  # pytest marks, what is refused, the error, the way around, and it
 }
 
 
-@pytest.mark.slow("compiles each way around")
+@pytest.mark.slow("compiles the way around each refusal")
 @cases("Refusals", "name", [pytest.param(name, marks=REFUSALS[name][0]) for name in REFUSALS])
 def test_what_is_refused_and_the_way_around(name):
     _, refused, (error, message), way_around, expected = REFUSALS[name]

@@ -118,7 +118,7 @@ def test_the_step_is_compiled_while_reading_and_again_if_the_shapes_were_not_as_
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.slow("compares the tasks of many steps")
+@pytest.mark.slow("compiles the meta-step")
 def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
     step, states = (
         jax.jit(compilation.meta_step(PRESET)),
