@@ -63,9 +63,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow(
-    "compiles a reference once for each planted fault", fast="the sign of the term through w is flipped"
-)
+@pytest.mark.slow("compiles a reference once for each planted fault", fast="the sign of the term through w is flipped")
 @pytest.mark.parametrize("cause", FAULTS)
 def test_a_wrong_gradient_fails_with_its_cause(cause):
     with pytest.raises(AssertionError, match=f"likely cause: .*{re.escape(cause)}"):
