@@ -80,7 +80,7 @@ def function_of(method, variable="t", solver=SOLVER):
     return function
 
 
-@pytest.mark.slow("differentiates each method in four ways", fast="one step")
+@pytest.mark.slow("differentiates each method under several transformations", fast="one step")
 @pytest.mark.parametrize("name", METHODS)
 def test_the_value_differentiates_to_the_gradient(name):
     function, expected = function_of(METHODS[name]), pytest.approx(estimate(name, "t"), rel=TOLERANCES.get(name, 1e-9))
@@ -331,7 +331,7 @@ class TestLayerFailures:
         total, exact = self.slope_of(None)
         assert float(jax.grad(total)(1.0)) == pytest.approx(exact, rel=1e-9)
 
-    @pytest.mark.slow("solves a system of 600 unknowns iteratively, in both modes")
+    @pytest.mark.slow("solves systems of 600 unknowns iteratively")
     def test_the_iterative_default_runs_to_a_tolerance(self):
         weights = jnp.linspace(1.0, 1e3, 600)
         for condition in (

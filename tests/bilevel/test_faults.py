@@ -66,7 +66,7 @@ class TestIndefinite:
         assert status_of(info) == "NEGATIVE_CURVATURE"
         np.testing.assert_allclose(np.asarray(watched, float), np.asarray(plain, float), rtol=20 * eps, atol=20 * eps)
 
-    @pytest.mark.slow("solves dozens of systems of different scales")
+    @pytest.mark.slow("solves a dozen systems of different scales")
     def test_definite_operators_are_not_reported_at_any_scale(self):
         for scale in (1e-12, 1.0, 1e12):
             for dtype in (jnp.float32, jnp.float64):

@@ -223,7 +223,7 @@ def test_a_users_function_may_name_its_arguments_freely(name, inner, options):
     assert float(out.w) == pytest.approx(3.0, abs=1e-8)
 
 
-@pytest.mark.slow("compiles several of jaxopt's box solvers")
+@pytest.mark.slow("compiles jaxopt's LBFGSB")
 def test_a_box_solver_on_a_set_that_is_no_box_reports_a_failure():
     ball = bl.Projected(valley, bl.jaxopt_projection("projection_l2_ball"), 0.4)
     out = bl.Jaxopt("LBFGSB", tol=1e-6)(ball, jnp.zeros(2), jnp.asarray(SLOPE), None)

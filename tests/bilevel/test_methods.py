@@ -149,7 +149,7 @@ def test_evolution_strategies_in_a_full_basis_are_exact_on_a_quadratic():
     np.testing.assert_allclose(out.gradient, THETA / EIGENVALUES**2, rtol=1e-13)
 
 
-@pytest.mark.slow("averages over thousands of drawn pairs")
+@pytest.mark.slow("compiles the method with forty seeds")
 def test_evolution_strategies_with_few_pairs_are_unbiased():
     solver = lambda condition, init, theta, data: theta / EIGENVALUES  # noqa: E731
 

@@ -71,7 +71,7 @@ def without_our_projection(name, **options):
     return functools.partial(getattr(jaxopt.projection, name), make_solver=lbfgs_to_rounding, **options)
 
 
-@pytest.mark.slow("compiles a projection by transport, to second order")
+@pytest.mark.slow("compiles a projection of ours and one of jaxopt")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_projections_onto_matrices_with_given_row_and_column_sums(name):
     theta, hypergradient, _ = on_matrices(name, name)

@@ -359,7 +359,7 @@ def test_methods_are_measured_and_compared():
     assert len(lines) == 6 and max(map(len, lines)) <= 100 and lines[1].startswith("Implicit(CG(4))")
 
 
-@pytest.mark.slow("compiles several methods")
+@pytest.mark.slow("compiles a method, with and without a count of products")
 def test_a_failed_status_fails_the_comparison():
     case = problems.quadratic()
     solver = bl.GradientDescent(0.1, 2, tol=1e-9)

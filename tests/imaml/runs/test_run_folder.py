@@ -115,7 +115,7 @@ def test_a_preset_with_a_name_of_its_own_is_trained_and_evaluated(tmp_path, caps
     assert capsys.readouterr().out == f"{run.evaluation}\n"
 
 
-@pytest.mark.slow("trains a run twice")
+@pytest.mark.slow("trains a run in two parts")
 def test_a_run_saved_before_a_setting_existed_is_resumed(uninterrupted, tmp_path):
     stop_halfway(tmp_path)
     found = checkpoints.newest(tmp_path)
