@@ -237,7 +237,7 @@ def test_a_spent_budget_without_a_tolerance_is_no_failure():
     assert int(out.status) == bl.Status.BUDGET_USED and int(out.steps) == 3
 
 
-@pytest.mark.slow("compiles jaxopt's solvers of quadratic programs")
+@pytest.mark.slow("compiles jaxopt's OSQP")
 def test_a_quadratic_program_keeps_float32():
     inner, init, exact = PROGRAM
     init, theta = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (init, SLOPE))
