@@ -104,7 +104,7 @@ def _is_named(item: pytest.Item, named: list[str]) -> bool:
 def forget_programs() -> Iterator[None]:
     """Forget the compiled programs after a file of tests, if the process has many memory mappings.
 
-    Each program takes some memory mappings, of which Linux allows a process 65,530 (vm.max_map_count). The programs of
+    Each program takes some memory mappings. Linux allows a process 65,530 of them (vm.max_map_count). The programs of
     all tests together take more, and the process is then killed in the middle of a test.
     """
     yield

@@ -197,7 +197,7 @@ class TestNotSymmetric:
 
 
 def poisoned(stage):
-    """Return a problem in which ``stage`` makes a NaN or an infinity. For "data" the problem itself is sound."""
+    """Return a problem in which ``stage`` makes a NaN or an infinity. For "data" the problem itself makes neither."""
 
     def objective(w, theta, data):
         return 0.5 * (w - theta) ** 2 * (jnp.nan if stage == "loss" else 1.0) + data * w

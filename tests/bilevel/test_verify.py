@@ -255,7 +255,7 @@ def test_a_projection_at_its_bound_is_a_kink():
     problem = bl.Problem(clip, lambda w, theta, data: jnp.sum(w))
     assert failed(bl.check_condition(problem, jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0]), None)) == ["kinks"]
     inside = bl.check_condition(problem, jnp.array([-0.01, 1.0]), jnp.array([0.0, 1.0]), None)
-    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the value tells how near the bound is
+    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the value shows how near the bound is
 
 
 def test_a_false_declaration_of_symmetry_is_found():

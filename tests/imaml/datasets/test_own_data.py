@@ -120,7 +120,7 @@ def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
     pixels[:4] = 255
     (tmp_path / "a").mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must be turned clockwise by 90° to be upright
+    exif[0x0112] = 6  # orientation 6: turned clockwise by 90°, the picture is upright
     Image.fromarray(pixels).save(tmp_path / "a" / "0.png", exif=exif)
     save(tmp_path / "b" / "0.png", pixels)
     turned = ImageDataset.from_folder(tmp_path, 8, split={"train": ["a"], "test": ["b"]}).train.pixels[0, ..., 0]
