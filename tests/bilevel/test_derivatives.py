@@ -105,7 +105,7 @@ def test_the_derivative_of_the_value_in_data_is_right_or_refused(name):
     if name in WITHOUT_DATA:
         with pytest.raises(ValueError, match=REFUSED):
             slope(S)
-    else:  # it equals the gradient that the method computes for the problem with θ and data exchanged
+    else:  # the derivative equals the gradient that the method computes for the problem with θ and data exchanged
         expected = pytest.approx(estimate(name, "s"), rel=TOLERANCES.get(name, 1e-9))
         assert float(slope(S)) == expected
         assert float(function_of(METHODS[name], "s")(S, T).gradient["x"]) == expected

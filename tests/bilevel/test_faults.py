@@ -177,7 +177,7 @@ class TestNotSymmetric:
         function = bl.value_and_hypergradient(self.problem(SHEAR), solved_by(SHEAR), bl.Implicit(linear))
         with pytest.raises(bl.HypergradientError, match="NONSYMMETRIC: the condition is declared symmetric") as caught:
             function(jnp.ones(2), jnp.zeros(2), None)
-        if isinstance(linear, bl.LU | bl.GMRES):  # they need no symmetry, and solve with Aᵀ
+        if isinstance(linear, bl.LU | bl.GMRES):  # LU and GMRES need no symmetry, and solve with Aᵀ
             np.testing.assert_allclose(caught.value.result.gradient, [-14.0, 56.0], rtol=1e-12)
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

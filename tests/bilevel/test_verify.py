@@ -333,7 +333,7 @@ def test_complex_integer_and_nonfinite_leaves_are_named():
     assert failed(bl.check_condition(problem, good, 1.0, jnp.nan)) == ["finite"]
     root = stationary(lambda w, theta, data: 0.5 * (w - jnp.sqrt(theta)) ** 2)
     report = bl.check_condition(root, 0.0, 0.0, None)
-    assert failed(report) == ["finite"]  # √θ is finite at 0, its derivative is not
+    assert failed(report) == ["finite"]  # √θ is finite at 0, but its derivative is not
 
 
 # --- compare_methods -----------------------------------------------------------------------------------------------

@@ -299,7 +299,8 @@ add(
     lambda rate, offset: offset / (1 - rate),
     np.array([0.9, 0.95, 0.98]),
     np.array([0.1, 0.04, -0.02]),
-    tolerance=1e-5,  # at rate 0.98, 1/(1 − rate) has the third derivative 4e7, and differences err by 2e-11 times it
+    # At rate 0.98, the third derivative of 1/(1 − rate) is 4e7. The error of differences is 2e-11 times as large.
+    tolerance=1e-5,
 )
 add(
     "a rotation, which does not contract",
