@@ -1,4 +1,4 @@
-"""Two tiers of tests: ``pytest`` runs the fast tests, ``pytest --all`` also the slow ones.
+"""Two tiers of tests: ``pytest`` runs the fast tests, and ``pytest --all`` runs the slow ones too.
 
 A mark makes a test slow and gives the reason. It may exempt some of the test's parameters, which stay fast:
 

@@ -67,8 +67,8 @@ def test_fixed_point_solvers_are_unrolled(solver):
     )
     out = gradient(problem, solver, bl.Unrolled(), THETA)
     forward = gradient(problem, solver, bl.ForwardUnrolled(), THETA)
-    # Anderson divides by ‖ΔF‖², with ΔF the last change of the residual. After four steps ‖ΔF‖ is smaller by 0.3⁴,
-    # which leaves an error of eps·0.3⁻⁸.
+    # Anderson divides by ‖ΔF‖², where ΔF is the last change of the residual. After four steps ‖ΔF‖ has shrunk by the
+    # factor 0.3⁴, which leaves an error of eps·0.3⁻⁸.
     np.testing.assert_allclose(out.gradient, forward.gradient, rtol=100 * 2.2e-16 * 0.3**-8)
     w = out.inner.w
     exact = 2 * w / (1 + 0.3 * np.sin(w))
