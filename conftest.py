@@ -1,4 +1,4 @@
-"""Two tiers of tests: ``pytest`` runs the fast tests, ``pytest --all`` also the slow ones.
+"""Two tiers of tests: ``pytest`` runs the fast tests, and ``pytest --all`` runs the slow ones too.
 
 A mark makes a test slow and gives the reason. It may exempt some of the test's parameters, which stay fast:
 
@@ -37,7 +37,7 @@ collect_ignore = [file for package, files in OPTIONAL.items() if find_spec(packa
 
 
 MANY_MAPPINGS = 10_000
-"""Memory mappings of a process that are a reason to forget its compiled programs."""
+"""The compiled programs are forgotten if the process has more memory mappings than this after a file of tests."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,9 +102,9 @@ def _is_named(item: pytest.Item, named: list[str]) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Forget the compiled programs after a file of tests, once they are many.
+    """Forget the compiled programs after a file of tests, if the process has many memory mappings.
 
-    Each program takes some memory mappings, of which Linux allows a process 65,530 (vm.max_map_count). The programs of
+    Each program takes some memory mappings. Linux allows a process 65,530 of them (vm.max_map_count). The programs of
     all tests together take more, and the process is then killed in the middle of a test.
     """
     yield

@@ -121,7 +121,7 @@ GUARDS = (
     ),
     _guard(
         "ill-conditioned and regular: the backward error",
-        "test_a_factorisation_is_judged_by_its_backward_error_and_tells_the_conditioning",
+        "test_a_factorisation_is_judged_by_its_backward_error_and_reports_the_conditioning",
         "report_direct",
         "info.relative_residual / _SUM",
         "1e3 * info.relative_residual",

@@ -47,7 +47,7 @@ def room(module: str) -> str:
 
 
 def between_rooms(graph: dict[str, set[str]], package: str) -> dict[str, set[str]]:
-    """Map each room to the set of rooms that it imports from. The package's own ``__init__.py`` is no room."""
+    """Map each room to the set of rooms that it imports from. The package's own ``__init__.py`` is left out."""
     found = defaultdict(set)
     for name, targets in graph.items():
         if name != package:

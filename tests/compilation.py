@@ -1,4 +1,4 @@
-"""Compile a part of a test with other optimisations than its module."""
+"""Compile a part of a test with all of XLA's optimisations, although its module disables most of them."""
 
 import contextlib
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 LeastSquares has tests of its own, and is not among them.
 
-Except for KKT, a step of size one contracts by about a half, so that 60 solver steps or Neumann terms reach rounding.
+Except for KKT, a step of size one contracts by about a half, so 60 solver steps or Neumann terms reach rounding.
 Every solution depends on θ nonlinearly, so its second derivative is not zero. The closed forms do not use `bilevel`.
 """
 

@@ -24,7 +24,7 @@ def started_jax() -> int:
 
 @pytest.fixture(scope="session")
 def double_precision() -> Callable[[], contextlib.AbstractContextManager]:
-    """Return the context manager that switches float64 on: ``with double_precision(): …``."""
+    """Return a function whose result is a context manager that switches float64 on: ``with double_precision(): …``."""
     try:
         enable = jax.enable_x64
     except AttributeError:  # before jax 0.8.1

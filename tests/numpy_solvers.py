@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 TOLERANCE = 1e-11
-"""The largest violation, by rounding, with which a candidate of an enumeration still satisfies a condition."""
+"""A candidate of an enumeration may violate an optimality condition by this much, which allows for rounding."""
 
 
 def differences(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
@@ -16,7 +16,7 @@ def differences(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, ste
 
 
 def root(residual: Callable[[np.ndarray], np.ndarray], w: Sequence | np.ndarray) -> np.ndarray:
-    """Return a root of an analytic function near w, ``[n]``, by Newton's method.
+    """Return a root ``[n]`` of an analytic function by Newton's method, which starts at w.
 
     The Jacobian is exact to rounding, because each column is the imaginary part of a step of length 1e-30 in the
     imaginary direction. The step is halved while the residual would grow.

@@ -1,7 +1,8 @@
 """Problems like those of Optimistix's tests, and their solutions and derivatives computed by NumPy alone.
 
-Each function takes flat vectors and a module, ``jax.numpy`` or ``numpy``. NumPy evaluates it at complex arguments too,
-so that a complex step gives its first derivatives without rounding. No derivative of JAX takes part in a reference.
+Each function takes flat vectors and a module, ``jax.numpy`` or ``numpy``. NumPy also evaluates the function at complex
+arguments, so a complex step gives first derivatives that are exact up to rounding. No reference uses a derivative of
+JAX.
 """
 
 import functools
@@ -43,7 +44,7 @@ class Situation:
         return unravel(value) if self.kind == "mapping" else value
 
     def condition(self, as_root: bool = False, **options: Any) -> Any:
-        """Return the condition of this kind, or for a mapping the Root of w − mapping."""
+        """Return the condition of this kind. With ``as_root``, return the Root of w − mapping instead."""
         if as_root:
             return bl.Root(lambda *at: jax.tree.map(jnp.subtract, at[0], self.on_trees(*at)), **options)
         kinds = {"mapping": bl.FixedPoint, "residuals": bl.LeastSquares, "objective": bl.Stationary}
@@ -107,7 +108,7 @@ def network(w, theta, xp):
 
 
 def heat(w, theta, xp):
-    """Return one step of Crank and Nicolson for y' = (1 − y)y'', with fixed values at both ends."""
+    """Return θ times a Crank–Nicolson step for ∂y/∂t = (1 − y)·∂²y/∂x², which keeps the values at both ends."""
     y0 = np.linspace(-1, 1, 6) ** 2
 
     def slope(y):
@@ -118,7 +119,11 @@ def heat(w, theta, xp):
 
 
 def linear_midpoint(form, y0):
-    """Return the implicit midpoint rule for y' = My, M = θ, as an equation for y, for y', or for the increment."""
+    """Return the mapping of an implicit step for y' = My with M = θ, and its fixed point as a function of θ.
+
+    ``form`` says what w is: the new value of the midpoint rule, or the slope or the increment of an implicit Euler
+    step.
+    """
 
     def mapping(w, theta, xp):
         matrix, step = theta.reshape(4, 4), 1 / 16
@@ -136,7 +141,7 @@ def linear_midpoint(form, y0):
 
 
 def robertson(form):
-    """Return the same three forms for Robertson's reaction, with a step of 1e-8."""
+    """Return the mapping of the same form for Robertson's reaction, with a step of 1e-8."""
 
     def mapping(w, theta, xp):
         def slope(y):
@@ -172,7 +177,7 @@ def decay(w, theta, xp):
 
 
 def fitted_network(w, theta, xp):
-    """Return the errors of a network with two hidden units, and its weights times a number, which decays them."""
+    """Return the errors of a network with two hidden units, followed by θ₁ times its weights w (weight decay)."""
     hidden = xp.tanh(POINTS[:, None] * w[:2] + w[2:4])
     return xp.concatenate([hidden @ w[4:6] + w[6] - xp.sin(theta[0] * POINTS), theta[1] * w])
 
@@ -225,7 +230,7 @@ MAPPINGS = {
         f"linear {form}": Situation("mapping", linear_midpoint(form, Y0)[0], TREE, MATRIX, linear_midpoint(form, Y0)[1])
         for form in FORMS
     },
-    # Optimistix's problem: it starts at rest, so that the solution is zero for every matrix.
+    # The problem of Optimistix's own tests starts at rest, so its solution is zero for every matrix.
     "linear at rest": Situation("mapping", linear_midpoint("value", 0 * Y0)[0], TREE, MATRIX, lambda theta: 0 * Y0),
     **{
         f"robertson {form}": Situation(

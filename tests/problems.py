@@ -197,7 +197,8 @@ def descent_problem() -> bl.Problem:
     return bl.Problem(diagonal_quadratic(), lambda w, theta, data: 0.5 * jnp.sum(w**2))
 
 
-# A quadratic in four variables, for tests of constraints and penalties: on a known active set its minimum is a formula.
+# A quadratic in four variables, for tests of constraints and penalties. On a known active set, its minimum has a closed
+# form.
 FACTOR = np.random.default_rng(0).normal(size=(4, 4))
 MATRIX = FACTOR @ FACTOR.T / 4 + np.eye(4)  # eigenvalues between 1 and 3.4
 TARGET = np.array([0.9, -0.3, 0.4, 1.4])

@@ -23,7 +23,7 @@ class TinyMLP:
 
 @dataclass(frozen=True)
 class PermutedEpisode(Episode):
-    """Tasks with the labels of the query set in reverse order: other tasks than those of an :class:`Episode`."""
+    """Tasks with the labels of the query set in reverse order, so they differ from those of an :class:`Episode`."""
 
     def sample(self, pixels, key, rotate=False):
         task = super().sample(pixels, key, rotate)

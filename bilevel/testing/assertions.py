@@ -1,4 +1,4 @@
-"""Assertions on a hypergradient and on a condition, whose messages say where it is wrong and by how much.
+"""Assertions on a hypergradient and on a condition. Their messages say where the numbers are wrong and by how much.
 
 The message on a wrong hypergradient also names the likely cause. The references share no gradient code with the method
 under test. An assertion also fails if its reference is too inaccurate to tell a right number from a wrong one.

@@ -1,8 +1,8 @@
 """Find the likely cause of a wrong gradient.
 
 Each known mistake is a formula. The formulas are evaluated one after the other, and the first one that gives the same
-numbers as the method is named. If A = ∂F/∂w at the method's w is singular or has more than 1000 unknowns, the formulas
-with this A are left out.
+numbers as the method is named. If A = ∂F/∂w at the method's w is singular or has more than 1000 rows, the formulas with
+this A are left out.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def _cause_of_wrong_w(run: MethodRun, explains) -> str:
 
 
 def _is_unfinished_linear_solve(run: MethodRun, theorem: TheoremAtW, explains) -> bool:
-    """Return True if the gradient follows from the reported adjoint vector, and its reported residual is true.
+    """Return True if the gradient follows from the reported adjoint vector, whose reported residual is the true one.
 
     The caller has already found that the exact adjoint vector does not explain the gradient. The error then comes from
     the unfinished solve.

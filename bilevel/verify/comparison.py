@@ -1,7 +1,7 @@
 """Compare a method's numbers with expected ones, within a tolerance, and describe the worst entry.
 
-:func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. An assertion
-takes its tolerance from the caller. ``check_hypergradient`` derives one from the dtype of θ and the reported residuals.
+:func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. The tolerance
+of an assertion comes from the caller or from the dtype. ``check_hypergradient`` also allows for reported residuals.
 """
 
 from collections.abc import Sequence

@@ -71,8 +71,8 @@ def check_condition(
     leaves              no leaf is complex; integer leaves of θ and w are named, because they get no gradient
     structure           F is a tree like w
     finite              θ, w, F, the outer value and the first derivatives are finite
-    captured θ          no closure or global of the functions holds an array of θ, because every derivative would
-                        treat that array as a constant
+    captured θ          no closure or global of the functions holds an array of θ. Every derivative would treat that
+                        array as a constant
     residual            ‖A⁻¹F‖ / (1 + ‖w‖), an estimate of the relative distance to the solution, is at most
                         ``tol``. With more than 1000 unknowns or a singular A, ‖F‖ replaces ‖A⁻¹F‖
     symmetry            |⟨u, Av⟩ − ⟨Au, v⟩| ≤ ``tol``·‖u‖·max(‖Av‖, ‖Aᵀv‖) for three random pairs u, v. The check
@@ -83,7 +83,7 @@ def check_condition(
                         definiteness but never prove it
     strong convexity    the smallest eigenvalue is at least the declared μ; without a declaration there is no row
     θ in the condition  ∂F/∂θ is nonzero at the point or at one of two random points: a θ that enters only the
-                        initial point has a zero hypergradient. F or outer depends on every leaf of θ
+                        initial point has a zero hypergradient. Each leaf of θ enters F or outer
     w in outer          ∂outer/∂w is nonzero at the point or at a random point near it
     kinks               along two random lines, neither F nor a first derivative of F or outer jumps within
                         max(``tol``, 1e-7)·(1 + ‖(w, θ)‖) of the point
@@ -299,7 +299,7 @@ def _check_strong_convexity(jacobian, condition, theta, data):
     mu = float(declared(theta, data) if callable(declared) else declared)  # type: ignore[arg-type]
     holds = jacobian.low >= mu * (1 - 1e-6) - _rounding(jacobian)
     found = f"declared {figure(mu)}; the smallest eigenvalue found is {figure(jacobian.low)}"
-    remedy = f"declare at most {figure(jacobian.low)}, or no strong convexity."
+    remedy = f"declare no strong convexity, or at most {figure(jacobian.low)} if that number is above 0."
     return [Check("strong convexity", holds, found, remedy, mu)]
 
 

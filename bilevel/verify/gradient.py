@@ -119,8 +119,8 @@ def check_hypergradient(
     - the rounding, in θ's precision, of the terms that make up the derivative,
     - the effect of the inner residual and of the linear residual, each if a ``tol`` was set for that solve and was met.
 
-    The last two need the inner Jacobian as a matrix. They are zero if this matrix is singular or has more than 1000
-    rows.
+    The last two items need the inner Jacobian as a matrix. They are zero if this matrix is singular or has more than
+    1000 rows.
 
     Args:
         problem: the condition and the outer function.
@@ -217,7 +217,7 @@ def _derive_tolerance(run: MethodRun, found: Iterable[Reference | str], rtol: fl
 
 
 def _converged(status) -> bool:
-    """Return True if a ``tol`` was set and met, or a factorisation accepted, but not for a budget that was used up."""
+    """Return True if a ``tol`` was set and met, or if a factorisation was accepted. A used-up budget is not enough."""
     return int(np.max(status)) in (Status.CONVERGED, Status.ILL_CONDITIONED)
 
 

@@ -100,7 +100,7 @@ def compare_methods(
     """Run each method on one problem and measure its error, time, memory and products.
 
     Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
-    differences if A is singular or has more than 1000 unknowns. Each method is compiled once and timed ``runs`` times.
+    differences if A is singular or has more than 1000 rows. Each method is compiled once and timed ``runs`` times.
 
     Products are counted in a separate run, in which a callback counts each use of the derivative of F in w. Derivatives
     of ``potential``, which some methods take, are not counted.

@@ -136,7 +136,7 @@ def test_a_direct_solver_of_lineax_is_judged_as_ours(solver):
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-6)
     assert status(info) == status(ours) == bl.Status.ILL_CONDITIONED
     np.testing.assert_allclose(info.rcond, ours.rcond)
-    # In float32 the matrix is singular to rounding. Only the solvers of singular systems accept that.
+    # In float32 the matrix is singular to rounding. Only the solvers for singular systems, SVD and Auto, accept it.
     single = matrix.astype(np.float32)
     _, info = bl.Lineax(solver)(lambda v: jnp.asarray(single) @ v, jnp.ones(8, jnp.float32))
     accepts = isinstance(solver, lineax.SVD | lineax.AutoLinearSolver)
@@ -166,14 +166,14 @@ def test_a_layer_solved_by_lineax_is_differentiated_and_batched(name):
     compare(lambda x: lambda theta: jax.vmap(jax.jacobian(x))(jnp.stack([theta, 2 * theta])))
 
 
-def test_a_short_solve_under_a_derivative_does_not_stop_the_program():
+def test_a_solve_that_ends_early_under_a_derivative_raises_no_error():
     solver, b = bl.Lineax(lineax.CG(rtol=1e-14, atol=0.0, max_steps=1), tol=1e-9), jnp.asarray(flat(RIGHT))
 
     def x_of(shift, b):
         return solver(lambda v: jnp.asarray(MATRIX) @ v + shift * v, b)[0]
 
     value, slope = jax.jvp(x_of, (0.3, b), (1.0, b))
-    # Lineax returns x without a derivative. Where one is needed, bilevel.theorem attaches it by another linear solve.
+    # JAX's derivative of bl.Lineax's x is zero. A layer attaches the derivative of x by another linear solve.
     assert np.isfinite(value).all() and not slope.any()
 
 
@@ -299,7 +299,7 @@ def test_forward_mode_through_optimistix_differentiates_its_steps():
         (LM, "ProximalGradient", "LevenbergMarquardt does not solve ProximalGradient"),
     ],
 )
-def test_a_solver_that_does_not_fit_is_refused_with_those_that_do(solver, condition, message):
+def test_a_solver_that_does_not_fit_is_refused_with_alternatives(solver, condition, message):
     case = CASES[condition]()
     with pytest.raises(ValueError, match=message):
         bl.solve(bl.Optimistix(solver), case.condition, case.init, case.theta, case.data)

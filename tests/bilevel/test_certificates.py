@@ -96,7 +96,8 @@ def test_the_error_after_correction_is_of_second_order_in_the_perturbation(name)
     floor = 1000 * EPS * case.kappa**2 * (1 + norm(exact))
     # The estimate's relative error is of the order of the perturbation, 1e-5, times a constant of the problem.
     assert errors[-1] == pytest.approx(first_order[-1], rel=0.05)
-    for k in range(3):  # a perturbation 10 times smaller: the error falls by 10, the error after correction by 100
+    # If the perturbation is 10 times smaller, so is the error, and the error after the correction is 100 times smaller.
+    for k in range(3):
         assert 5 < errors[k] / errors[k + 1] < 20
         assert corrected[k + 1] < floor or 50 < corrected[k] / corrected[k + 1] < 200
     if name == "imaml":  # ∂residual/∂θ is constant, so the corrected gradient is exact
@@ -357,4 +358,4 @@ def test_the_study_meets_its_requirements_on_a_few_hundred_cases(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     total = json.loads(record.read_text())["result"]["all"]
     assert total["cases"] == total["certified"] == 300 and total["violations"] == 0
-    assert total["tested"] > 100  # cases that passed the first-order test, of which the study reports percentages
+    assert total["tested"] > 100  # the study reports percentages of the cases that passed the first-order test

@@ -61,7 +61,7 @@ def test_an_affine_contraction_in_two_hundred_dimensions_has_the_derivative_of_i
         np.testing.assert_allclose(out.gradient["M"], np.outer(adjoint, w), atol=1e-12 * np.abs(adjoint).max() * 20)
 
 
-@pytest.mark.slow("compiles a second derivative through both solves")
+@pytest.mark.slow("compiles a hypergradient for each linear solver")
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_a_learned_proximal_strength_has_a_closed_form(per_parameter):
     # w = (H + Λ)⁻¹(Ht + Λc) with H = MATRIX, t = TARGET, c = θ["center"] and Λ = diag(exp(θ["log"])).

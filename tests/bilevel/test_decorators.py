@@ -99,7 +99,7 @@ def test_vmap_over_some_of_the_arguments():
 
 
 @pytest.mark.slow("compiles jaxopt's decorator next to ours")
-def test_the_derivatives_of_jaxopt():
+def test_derivatives_equal_those_of_jaxopts_decorator():
     jaxopt = pytest.importorskip("jaxopt")
 
     def positional(w, theta, scale, shift):
@@ -268,7 +268,7 @@ def test_a_solver_of_scipy(mode, transform):
     np.testing.assert_allclose(actual, exact_jacobian(POINT), rtol=1e-9)
 
 
-def test_a_solver_of_scipy_under_vmap_and_twice():
+def test_a_solver_of_scipy_under_vmap_and_differentiated_twice():
     def loss(x):
         return jnp.sin(by_scipy(jnp.zeros(3), x[:3], x[3], shift=x[4])) @ WEIGHTS
 

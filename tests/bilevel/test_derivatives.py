@@ -12,7 +12,7 @@ STRENGTH = 0.5
 
 
 def problem_in(first, second):
-    """Return a problem in two variables t and s. The one named ``first`` is in θ, the one named ``second`` in the data.
+    """Return a problem in two variables t and s. θ holds the one that ``first`` names, and the data hold the other one.
 
     The inner objective is ½(1 − λ)w² − sin(t)·s·w, and ``Proximal`` adds ½λw², because its centre is 0. The solution is
     w = sin(t)·s. The outer function is w² + t·s.
@@ -41,8 +41,8 @@ EXACT_SECOND = {
     "tt": 2 * np.cos(2 * T) * S**2,
     "ts": 2 * np.sin(2 * T) * S + 1,
 }
-# In this problem OneStep multiplies the derivative of w by 0.4, and FirstOrder by 1/λ. The relative error of the
-# gradient is about 1/ρ for ValuePenalty, and about σ² for EvolutionStrategies.
+# In this problem, the dw/dθ of OneStep is 0.4 times the exact one, and that of FirstOrder is 1/λ times the exact one.
+# The relative error of the gradient is about 1/ρ for ValuePenalty, and about σ² for EvolutionStrategies.
 EXACT_METHODS = {
     "implicit": bl.Implicit(bl.CG(1)),
     "unrolled": bl.Unrolled(),
@@ -65,7 +65,7 @@ REFUSED = r" does not know this derivative of its result: use Implicit, or Unrol
 
 
 def estimate(name, variable):
-    """Return the gradient that a method computes: it multiplies the exact derivative of w by FACTORS[name]."""
+    """Return the gradient that a method computes. Its derivative of w is FACTORS[name] times the exact one."""
     direct = {"t": S, "s": T}[variable]
     return direct + FACTORS.get(name, 1.0) * (EXACT[variable] - direct)
 
@@ -80,7 +80,7 @@ def function_of(method, variable="t", solver=SOLVER):
     return function
 
 
-@pytest.mark.slow("differentiates each method in four ways", fast="one step")
+@pytest.mark.slow("differentiates each method under several transformations", fast="one step")
 @pytest.mark.parametrize("name", METHODS)
 def test_the_value_differentiates_to_the_gradient(name):
     function, expected = function_of(METHODS[name]), pytest.approx(estimate(name, "t"), rel=TOLERANCES.get(name, 1e-9))
@@ -105,7 +105,7 @@ def test_the_derivative_of_the_value_in_data_is_right_or_refused(name):
     if name in WITHOUT_DATA:
         with pytest.raises(ValueError, match=REFUSED):
             slope(S)
-    else:  # it equals the gradient that the method computes for the problem with θ and data exchanged
+    else:  # the derivative equals the gradient that the method computes for the problem with θ and data exchanged
         expected = pytest.approx(estimate(name, "s"), rel=TOLERANCES.get(name, 1e-9))
         assert float(slope(S)) == expected
         assert float(function_of(METHODS[name], "s")(S, T).gradient["x"]) == expected
@@ -331,7 +331,7 @@ class TestLayerFailures:
         total, exact = self.slope_of(None)
         assert float(jax.grad(total)(1.0)) == pytest.approx(exact, rel=1e-9)
 
-    @pytest.mark.slow("solves a system of 600 unknowns iteratively, in both modes")
+    @pytest.mark.slow("solves systems of 600 unknowns iteratively")
     def test_the_iterative_default_runs_to_a_tolerance(self):
         weights = jnp.linspace(1.0, 1e3, 600)
         for condition in (

@@ -52,7 +52,7 @@ def project_matrices(name, similarity, rows, columns):
 
 
 def advantage(name, similarity, plan):
-    """Return how much larger ⟨S − T, V⟩ can be than ⟨S − T, T⟩ for a V with the sums of T, relative to S − T."""
+    """Return max ⟨S − T, V − T⟩ over all V ≥ 0 with the sums of T, divided by max(1, max |S − T|)."""
     score = similarity - (np.log(np.maximum(plan, 1e-300)) if name.startswith("kl") else plan)
     if name in BIRKHOFF:
         best = score[scipy.optimize.linear_sum_assignment(score, maximize=True)].sum()
@@ -81,10 +81,10 @@ def test_matrices_of_every_scale_are_projected_to_rounding(name, shape):
         for axis, sums in ((2, drawn[1]), (1, drawn[2])):
             assert (np.abs(plan.sum(axis) - sums) <= tolerance * size).all()  # also false for NaN
         plans[dtype] = plan
-    # HiGHS solves linear programs to 1e-7, the assignment problem is solved to rounding.
+    # HiGHS solves linear programs to 1e-7, and SciPy solves the assignment problem to rounding.
     allowed = 1e-10 if name in BIRKHOFF else 1e-7
     assert max(advantage(name, s, plan) for s, plan in zip(drawn[0], plans[np.float64], strict=True)) < allowed
-    # Rounding the similarities to float32 moves the nearest matrix by at most as much.
+    # Rounding the similarities to float32 moves the nearest matrix by at most as much as it moves the similarities.
     assert (np.abs(plans[np.float32] - plans[np.float64]) <= 1e-6 * shape[0] * size[..., None]).all()
 
 
@@ -209,8 +209,8 @@ def differences(function, point, direction, step=1e-6):
 @pytest.mark.slow("differentiates drawn projections")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_derivatives_of_matrices_equal_central_differences(name):
-    # The draws are random, so that no entry of T is at a kink. For scales above 3, most projections onto the Birkhoff
-    # polytope are permutation matrices, and their derivative is zero.
+    # The draws are random, so no entry of T is at a kink. The scales end at 3: beyond it, most projections onto the
+    # Birkhoff polytope are permutation matrices, whose derivative is zero.
     similarity, rows, columns = drawn_matrices(name, (5, 5), np.geomspace(0.1, 3.0, 20))
     rng = np.random.default_rng(1)
     direction = rng.normal(size=(5, 5)), *(v - v.mean() for v in rng.normal(size=(2, 5)))
@@ -267,8 +267,8 @@ KINKS = {
     "a group without a penalty": ("prox_group_lasso", POINT, 0.0, POINT, np.eye(3), -UNIT),
     "a lasso without a penalty": ("prox_lasso", POINT, 0.0, POINT, np.eye(3), -np.sign(POINT)),
     "a sphere at its centre": ("projection_l2_sphere", ZERO, 2.0, np.full(3, 2 / 3**0.5), np.zeros((3, 3)), 3**-0.5),
-    "a plane without a row": ("projection_hyperplane", POINT, (ZERO, 0.0), POINT, np.eye(3), None),
-    "a half-space without a row": ("projection_halfspace", POINT, (ZERO, 1.0), POINT, np.eye(3), None),
+    "a plane with a row of zeros": ("projection_hyperplane", POINT, (ZERO, 0.0), POINT, np.eye(3), None),
+    "a half-space with a row of zeros": ("projection_halfspace", POINT, (ZERO, 1.0), POINT, np.eye(3), None),
 }
 
 

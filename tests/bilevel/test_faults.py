@@ -66,7 +66,7 @@ class TestIndefinite:
         assert status_of(info) == "NEGATIVE_CURVATURE"
         np.testing.assert_allclose(np.asarray(watched, float), np.asarray(plain, float), rtol=20 * eps, atol=20 * eps)
 
-    @pytest.mark.slow("solves dozens of systems of different scales")
+    @pytest.mark.slow("solves a dozen systems of different scales")
     def test_definite_operators_are_not_reported_at_any_scale(self):
         for scale in (1e-12, 1.0, 1e12):
             for dtype in (jnp.float32, jnp.float64):
@@ -165,7 +165,7 @@ def solved_by(matrix):
 
 
 class TestNotSymmetric:
-    """A = [[1, 5], [0, 1]] is not symmetric: Aᵀ gives the gradient (−14, 56), and A the wrong one (56, −14)."""
+    """A = [[1, 5], [0, 1]] is not symmetric. Solving with Aᵀ gives (−14, 56), and solving with A gives (56, −14)."""
 
     @staticmethod
     def problem(matrix):
@@ -177,7 +177,7 @@ class TestNotSymmetric:
         function = bl.value_and_hypergradient(self.problem(SHEAR), solved_by(SHEAR), bl.Implicit(linear))
         with pytest.raises(bl.HypergradientError, match="NONSYMMETRIC: the condition is declared symmetric") as caught:
             function(jnp.ones(2), jnp.zeros(2), None)
-        if isinstance(linear, bl.LU | bl.GMRES):  # they need no symmetry, and solve with Aᵀ
+        if isinstance(linear, bl.LU | bl.GMRES):  # LU and GMRES need no symmetry, and solve with Aᵀ
             np.testing.assert_allclose(caught.value.result.gradient, [-14.0, 56.0], rtol=1e-12)
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -197,7 +197,7 @@ class TestNotSymmetric:
 
 
 def poisoned(stage):
-    """Return a problem in which ``stage`` makes a NaN or an infinity. For "data" the problem itself is sound."""
+    """Return a problem in which ``stage`` makes a NaN or an infinity. For "data" the problem itself makes neither."""
 
     def objective(w, theta, data):
         return 0.5 * (w - theta) ** 2 * (jnp.nan if stage == "loss" else 1.0) + data * w

@@ -1,6 +1,6 @@
 """Each room of bilevel imports only from lower rooms, and no modules import each other in a circle.
 
-A folder of ``bilevel/`` or a top module is called a room here. ALLOWED lists the rooms, the lowest first.
+A room is a folder of ``bilevel/``, or one of the modules directly in it. ALLOWED lists the rooms, the lowest first.
 """
 
 import subprocess
@@ -108,6 +108,6 @@ def test_importing_bilevel_does_not_import_jaxopt():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_importing_the_test_kit_imports_neither_hypothesis_nor_pytest():
+def test_importing_bilevel_testing_imports_neither_hypothesis_nor_pytest():
     code = "import sys, bilevel.testing; sys.exit(bool({'hypothesis', 'pytest', 'jaxopt'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -94,7 +94,7 @@ def test_modules_of_equinox_and_flax_are_starts():
 
         return bl.Problem(bl.Stationary(objective), lambda model, theta, data: jnp.sum(bias(model)))
 
-    # With the weights K and the bias b: Kᵀ1 = 2b and b = θ − 3b, so b = θ/4.
+    # At the minimum, the weights K and the bias b satisfy Kᵀ1 = 2b and b = θ − 3b, so b = θ/4.
     modules = {
         "equinox": (eqx.nn.Linear(2, 1, key=jax.random.key(0)), lambda model: model.bias),
         "nnx": (nnx.Linear(2, 1, rngs=nnx.Rngs(0)), lambda model: model.bias[...]),
@@ -254,7 +254,7 @@ def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
 
 
 def two_by_two(dtype):
-    """Return a dict of (condition, init) with the solution M⁻¹θ.
+    """Map the name of each kind of condition to a pair (condition, init). Each condition has the solution M⁻¹θ.
 
     ``init`` has the dtype ``dtype``, and the functions compute in the dtype of θ.
     """

@@ -12,7 +12,7 @@ from jaxopt.base import LinearOperator
 
 import bilevel as bl
 
-# Most problems minimise ½wᵀQw − wᵀθ with θ = SLOPE under constraints. The smallest eigenvalue of Q is above 0.7.
+# Most problems minimise ½wᵀQw − wᵀθ with θ = SLOPE, some of them under constraints. Q's smallest eigenvalue is 0.79.
 Q, SLOPE = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([1.0, -0.7])
 M = np.array([[2.0, 1.0], [-1.0, 3.0]])
 
@@ -38,7 +38,7 @@ class LeastSquares(jaxopt.objective.CompositeLinearFunction):
 
 
 def exponentiated(w, slope, step, outer):
-    """Return a step of mirror descent on the simplex with the entropy as mirror map."""
+    """Return w after a step of mirror descent on the simplex, with the entropy as mirror map."""
     moved = w * jnp.exp(-step * slope)
     return moved / jnp.sum(moved)
 
@@ -58,11 +58,11 @@ EQUATIONS = (bl.Root(lambda w, theta, data: M @ w - theta), np.zeros(2), np.lina
 CUBE = (bl.Root(lambda w, theta, data: w**3 - jnp.sum(theta) - 7.7), np.zeros(()), np.array(2.0))
 MAPPING = (bl.FixedPoint(lambda w, theta, data: 0.25 * M @ w + theta), np.zeros(2))
 MAPPING = (*MAPPING, np.linalg.solve(np.eye(2) - 0.25 * M, SLOPE))
-# The bound w₀ ≤ 0.4 is active, so w₁ is the minimum of a parabola.
+# The bound w₀ ≤ 0.4 is active, so w₁ is the minimiser of a parabola.
 BOUNDS = bl.jaxopt_projection("projection_box", lambda theta, data: (-2.0, 0.4))
 IN_A_BOX = (bl.Projected(valley, BOUNDS, 0.4), np.zeros(2), np.array([0.4, SLOPE[1] - 0.5 * 0.4]))
 SIMPLEX = bl.jaxopt_projection("projection_simplex")
-# On w = (p, 1 − p) the minimum is p = (θ₀ − θ₁ − Q₀₁ + Q₁₁) / (Q₀₀ − 2Q₀₁ + Q₁₁). Shifting θ₀ by −1.2 gives 0 < p < 1.
+# On w = (p, 1 − p), p = (θ₀ − θ₁ − Q₀₁ + Q₁₁) / (Q₀₀ − 2Q₀₁ + Q₁₁) is optimal. Shifting θ₀ by −1.2 gives 0 < p < 1.
 MIXTURE = bl.Projected(lambda w, theta, data: valley(w, theta - jnp.array([1.2, 0.0]), data), SIMPLEX, 0.4)
 SHARE = (SLOPE[0] - 1.2 - SLOPE[1] - 0.5 + 1.0) / 2.0
 ON_A_SIMPLEX = (MIXTURE, np.full(2, 0.5), np.array([SHARE, 1 - SHARE]))
@@ -79,7 +79,8 @@ PROGRAM = (
     (CORNER, FORCE[1], FORCE[:1] - FORCE[1]),
 )
 MINIMUM = -0.5 * SLOPE @ np.linalg.solve(Q, SLOPE)  # Polyak's step size depends on it
-# The solvers that bl.Jaxopt takes: name, (condition, init, exact w), options, and the largest error at tol=1e-9.
+# The solvers that bl.Jaxopt takes: name, (condition, init, exact w), options, and the largest error. The test passes
+# tol=1e-9 unless the options set another tol.
 SOLVED = [
     ("GradientDescent", GRADIENT, {"stepsize": 0.5}, 1e-8),
     ("LBFGS", GRADIENT, {}, 1e-8),
@@ -140,7 +141,7 @@ def test_a_solver_of_jaxopt_solves_the_condition_it_fits(name, problem, options,
     run = functools.partial(bl.solve, bl.Jaxopt(name, **options), inner)
     out = (run if name.startswith("Scipy") else jax.jit(run))(jax.tree.map(jnp.asarray, init), jnp.asarray(SLOPE), None)
     jax.tree.map(lambda found, w: np.testing.assert_allclose(found, w, atol=error), out.w, exact)
-    # jaxopt's stopping rules do not use this residual, and a line search may stop early by rounding of the objective.
+    # jaxopt's stopping rules do not use this residual, and rounding of the objective may stop a line search early.
     assert float(out.residual_norm) < 10 * error
     assert name == "EqualityConstrainedQP" or 0 < int(out.steps) <= 2000
 
@@ -222,7 +223,7 @@ def test_a_users_function_may_name_its_arguments_freely(name, inner, options):
     assert float(out.w) == pytest.approx(3.0, abs=1e-8)
 
 
-@pytest.mark.slow("compiles several of jaxopt's box solvers")
+@pytest.mark.slow("compiles jaxopt's LBFGSB")
 def test_a_box_solver_on_a_set_that_is_no_box_reports_a_failure():
     ball = bl.Projected(valley, bl.jaxopt_projection("projection_l2_ball"), 0.4)
     out = bl.Jaxopt("LBFGSB", tol=1e-6)(ball, jnp.zeros(2), jnp.asarray(SLOPE), None)
@@ -236,7 +237,7 @@ def test_a_spent_budget_without_a_tolerance_is_no_failure():
     assert int(out.status) == bl.Status.BUDGET_USED and int(out.steps) == 3
 
 
-@pytest.mark.slow("compiles jaxopt's solvers of quadratic programs")
+@pytest.mark.slow("compiles jaxopt's OSQP")
 def test_a_quadratic_program_keeps_float32():
     inner, init, exact = PROGRAM
     init, theta = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (init, SLOPE))
@@ -258,7 +259,7 @@ def test_an_option_that_describes_the_function_is_refused(option):
 
 
 @pytest.mark.parametrize("name", ["OSQP", "BoxOSQP"])
-def test_a_program_without_a_feasible_point_is_a_failure_without_a_given_tol(name):
+def test_a_program_without_a_feasible_point_is_a_failure_even_without_tol(name):
     infeasible = bl.KKT(valley, inequality=lambda x, theta, data: jnp.stack([x[0], 1 - x[0]]))  # 1 ≤ x₀ ≤ 0
     out = bl.Jaxopt(name, maxiter=20)(infeasible, (jnp.zeros(2), None, jnp.zeros(2)), jnp.asarray(SLOPE), None)
     assert not bl.Status(int(out.status)).ok

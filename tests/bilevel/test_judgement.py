@@ -143,9 +143,9 @@ def test_a_hypergradient_does_not_depend_on_the_scale_of_the_residual(linear):
 
 
 class TestNoBetterThanZero:
-    """Without ``tol``, a relative residual of 1 or more is a failure, because x = 0 has the residual 1.
+    """Without ``tol``, a relative residual of 1 or more is a failure, because x = 0 has the relative residual 1.
 
-    It is no failure if the start had a larger residual.
+    It is no failure if the residual of the start was larger still.
     """
 
     def test_a_series_that_diverges_is_a_breakdown(self):
@@ -217,7 +217,7 @@ class TestSingularAndConsistent:
 
 
 @pytest.mark.parametrize("linear", [bl.LU(), bl.Cholesky()])
-def test_a_factorisation_is_judged_by_its_backward_error_and_tells_the_conditioning(linear):
+def test_a_factorisation_is_judged_by_its_backward_error_and_reports_the_conditioning(linear):
     import scipy.linalg
 
     b = np.array([1, -1, 2, -2, 3, -3, 4, -4.0])
@@ -292,7 +292,7 @@ def stated(solver, linear, condition, theta, init, outer=None):
 
 
 class TestRemedies:
-    """The message about a failed solve names a number that was computed or tried at this problem."""
+    """The message about a failed solve names a number that was computed or tried for the problem at hand."""
 
     curvatures = np.array([1.0, 10.0, 300.0])
 
@@ -338,7 +338,7 @@ class Eager(jaxopt.GradientDescent):
 class TestStoppedByItself:
     """jaxopt compares tol with an error measure of its own, and the status compares tol with ‖F‖."""
 
-    def test_the_status_tells_a_solver_that_stopped_from_one_without_budget(self):
+    def test_the_status_distinguishes_a_solver_that_stopped_from_one_that_spent_its_budget(self):
         objective = bl.Stationary(lambda w, theta, data: 1e-3 * jnp.sum((w - theta) ** 2))
         for steps, status in ((3, "MAX_STEPS"), (2500, "STOPPED"), (5000, "CONVERGED")):
             solver = bl.Jaxopt(Eager, maxiter=steps, tol=1e-6, stepsize=1.0, acceleration=False)
@@ -358,7 +358,7 @@ class TestStoppedByItself:
         return bl.Projected(objective, lambda w, theta, data: jnp.maximum(w, 0), step_size=step_size)
 
     @pytest.mark.slow("compiles a line search with several tolerances")
-    def test_a_solver_that_ends_above_tol_before_its_budget_is_stopped_and_the_message_names_a_tol_that_works(self):
+    def test_an_early_end_above_tol_has_the_status_stopped_and_the_message_names_a_tol_that_works(self):
         solver = bl.Jaxopt("ProjectedGradient", tol=1e-6, maxiter=5000)
         message = stated(solver, bl.LU(), self.condition(100.0), 1.0, jnp.zeros(5))
         assert "inner solve, STOPPED: the solver stopped by an error measure of its own" in message

@@ -67,7 +67,7 @@ def test_a_jacobian_without_full_rank(solver, copies):
     start = jnp.array([1.0, -1.0])
     out = solver(plane, start, None, None)
     assert int(out.status) == bl.Status.CONVERGED
-    np.testing.assert_allclose(out.w, start + 4.0 * np.array([1.0, 2.0]) / 5, rtol=1e-7)  # the nearest solution
+    np.testing.assert_allclose(out.w, start + 4.0 * np.array([1.0, 2.0]) / 5, rtol=1e-7)  # nearest to the start
 
 
 def banana(w, theta, data):
@@ -113,7 +113,7 @@ def test_a_step_to_where_the_residuals_are_not_finite_is_shortened(solver):
 def test_low_precision_keeps_the_dtypes(solver, dtype):
     start = {"size": jnp.ones((), dtype), "rate": jnp.full((), 0.5, jnp.float32)}
 
-    def residuals(w, theta, data):  # float64 data
+    def residuals(w, theta, data):  # the data and the residuals are in float64
         return decay(jax.tree.map(lambda leaf: leaf.astype(float), w), theta, data)
 
     out = solver(bl.LeastSquares(residuals), start, 0.7, NOISY)

@@ -67,8 +67,8 @@ def test_fixed_point_solvers_are_unrolled(solver):
     )
     out = gradient(problem, solver, bl.Unrolled(), THETA)
     forward = gradient(problem, solver, bl.ForwardUnrolled(), THETA)
-    # Anderson divides by ‖ΔF‖², with ΔF the last change of the residual. After four steps ‖ΔF‖ is smaller by 0.3⁴,
-    # which leaves an error of eps·0.3⁻⁸.
+    # Anderson divides by ‖ΔF‖², where ΔF is the last change of the residual. After four steps ‖ΔF‖ has shrunk by the
+    # factor 0.3⁴, which leaves an error of eps·0.3⁻⁸.
     np.testing.assert_allclose(out.gradient, forward.gradient, rtol=100 * 2.2e-16 * 0.3**-8)
     w = out.inner.w
     exact = 2 * w / (1 + 0.3 * np.sin(w))
@@ -107,7 +107,7 @@ def test_finite_differences_of_gradients_have_an_error_of_the_documented_order(m
     case = make()
     out = gradient(case.problem, newton, bl.FiniteDifference(bl.CG(5)), case.theta, case.init, case.data)
     expected = jax.flatten_util.ravel_pytree(case.gradient)[0]
-    # The documented error, eps^⅔ = 4e-11, times κ and a factor of 100 for the third derivative.
+    # The bound is the documented error, eps^⅔ = 4e-11, times κ and a factor of 100 for the third derivative.
     actual = jax.flatten_util.ravel_pytree(out.gradient)[0]
     bound = 4e-11 * 100 * case.kappa * float(jnp.linalg.norm(expected))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
@@ -149,7 +149,7 @@ def test_evolution_strategies_in_a_full_basis_are_exact_on_a_quadratic():
     np.testing.assert_allclose(out.gradient, THETA / EIGENVALUES**2, rtol=1e-13)
 
 
-@pytest.mark.slow("averages over thousands of drawn pairs")
+@pytest.mark.slow("compiles the method with forty seeds")
 def test_evolution_strategies_with_few_pairs_are_unbiased():
     solver = lambda condition, init, theta, data: theta / EIGENVALUES  # noqa: E731
 

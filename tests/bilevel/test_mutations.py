@@ -1,4 +1,8 @@
-"""Each planted fault matches exactly one place and leaves code that compiles, and each guard's test exists."""
+"""Each planted fault matches exactly one place and leaves code that compiles, and each guard's test exists.
+
+A guard is code that prevents or reports a wrong number. Its test must fail once the guard is removed
+(benchmarks/guards.py).
+"""
 
 import pytest
 

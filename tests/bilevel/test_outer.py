@@ -380,12 +380,12 @@ def test_minimize_works_under_jit_and_vmap():
 
 @functools.cache
 def doubling():
-    """Return a loop whose θ starts at 1 and doubles in each step, so that the inner solve fails from step 4 on."""
+    """Return arguments of ``minimize`` with which θ doubles from 1 in each step. Inner solves fail from step 4 on."""
     declared = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * (w - theta * data) ** 2), lambda w, theta, data: -0.5 * theta**2
     )
-    # Two inner steps divide the distance of the last w from θ by 4. In steps 2, 3 and 4 this distance is 3, 5.5 and
-    # about 9.4, so step 4 is the first whose residual stays above the tol of 1.5.
+    # Two inner steps divide the distance of the last w from θ by 4. Steps 2, 3 and 4 begin with the distances 3, 5.5
+    # and about 9.4, so step 4 is the first whose residual stays above the tol of 1.5.
     return declared, 1.0, 1.0, bl.GradientDescent(0.5, 2, tol=1.5), bl.Implicit(bl.CG(1)), optax.sgd(1.0)
 
 
@@ -415,7 +415,7 @@ def test_a_failed_step_counts_from_the_first_call():
         bl.minimize(declared, theta, init, 1.0, *arguments, 3, state=state)
 
 
-def test_warnings_of_all_failed_steps_are_one():
+def test_all_failed_steps_give_one_warning():
     declared, theta, init, *arguments = doubling()
     with pytest.warns(
         RuntimeWarning, match="^2 of 6 outer steps failed, the first of them step 4, MAX_STEPS"
@@ -559,7 +559,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(method, optimizer, data):
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), half.history, rest.history)
     assert_same_bits(joined, jax.tree.map(np.asarray, whole.history))
     assert not np.array_equal(whole.w, half.w)
-    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the first resumed call did not change it
+    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the first call kept half.state
 
 
 @pytest.mark.slow("starts Python twice")

@@ -1,4 +1,4 @@
-"""A fault finds its place by syntax, in any file and formatting. A missing or ambiguous place is an error."""
+"""The place of a fault is found by syntax, in any file and formatting. A missing or ambiguous place is an error."""
 
 import doctest
 

@@ -71,7 +71,7 @@ def without_our_projection(name, **options):
     return functools.partial(getattr(jaxopt.projection, name), make_solver=lbfgs_to_rounding, **options)
 
 
-@pytest.mark.slow("compiles a projection by transport, to second order")
+@pytest.mark.slow("compiles a projection of ours and one of jaxopt")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_projections_onto_matrices_with_given_row_and_column_sums(name):
     theta, hypergradient, _ = on_matrices(name, name)
@@ -79,7 +79,7 @@ def test_projections_onto_matrices_with_given_row_and_column_sums(name):
     out = hypergradient(theta)
     np.testing.assert_allclose(out.inner.w.sum(), 1.0 if isinstance(theta, dict) else 3.0, rtol=1e-13)
     np.testing.assert_allclose(out.value, value(theta), rtol=1e-11)  # LBFGS stops at errors of 1e-13 in the sums
-    # Central differences divide the error of 1e-13 by their step of 1e-5: 1e-8, a tenth of the bound.
+    # Central differences divide the error of 1e-13 by their step of 1e-5. This gives 1e-8, a tenth of the bound.
     assert_close(out.gradient, central_differences(value, theta), rtol=1e-6, atol=1e-7)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(out.gradient)) > 1e-2
 
@@ -193,7 +193,7 @@ def test_float32_is_kept(name):
     wide, point = bl.jaxopt_projection(name, params), jnp.asarray(TARGET, jnp.float32)
     out = bl.jaxopt_projection(name, narrow)(point, theta, None)
     assert out.dtype == jnp.float32
-    # 100·eps: the system of the active constraints is nearly orthogonal.
+    # The tolerance is 100·eps, because the system of the active constraints is nearly orthogonal.
     np.testing.assert_allclose(out, wide(TARGET, jnp.asarray(POLYHEDRON), None), atol=1.2e-5)
 
 

@@ -43,7 +43,7 @@ def test_each_reference_answers_its_own_question():
         assert abs(found.gradient - exact) <= found.uncertainty[0] < 1e-9
 
 
-@pytest.mark.slow("compiles each reference in float32")
+@pytest.mark.slow("compiles each reference for float32 arguments")
 def test_float32_arguments_give_float64_references():
     """θ, data, the start and a captured constant are float32. Integers stay integers."""
     with jax.enable_x64(False):

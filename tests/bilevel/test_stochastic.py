@@ -119,7 +119,7 @@ def test_ten_steps_and_ten_more_equal_twenty_to_the_bit(algorithm):
 
 
 @each_algorithm
-def test_a_further_call_with_other_numbers_and_other_steps_compiles_nothing(algorithm):
+def test_a_further_call_with_other_rates_and_budgets_traces_nothing(algorithm):
     traces = []
 
     def counted(w, theta, batch):
@@ -185,7 +185,7 @@ def test_batches_of_all_samples_find_the_closed_form(algorithm):
 
 @each_algorithm
 @pytest.mark.slow("compiles each algorithm for one and for two devices", fast="SABA")
-def test_two_devices_equal_one_that_is_told_of_two_shares(algorithm):
+def test_two_devices_agree_with_one_device_that_draws_two_shares(algorithm):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("devices"))
     sharded = Data(*jax.device_put((DATA.inner, DATA.outer), sharding))
@@ -218,7 +218,7 @@ pickle.dump([t.np.asarray(array) for array in arrays], open(sys.argv[3], "wb"))
 
 
 @pytest.mark.slow("starts two processes, which compile an algorithm")
-def test_two_processes_equal_one_that_is_told_of_two_shares(tmp_path):
+def test_two_processes_agree_with_one_process_that_draws_two_shares(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -253,7 +253,7 @@ pickle.dump(jax.tree.map(t.np.asarray, found), open(sys.argv[1], "wb"))
 
 
 @pytest.mark.slow("starts another process, which compiles every algorithm")
-def test_another_process_goes_on_to_the_bit(tmp_path):
+def test_another_process_resumes_to_the_bit(tmp_path):
     file = tmp_path / "states"
     saved = {name: jax.tree.map(np.asarray, run(algorithm, 10).state) for name, algorithm in ALGORITHMS.items()}
     file.write_bytes(pickle.dumps(saved))
@@ -282,11 +282,11 @@ def test_a_step_on_all_samples_equals_its_closed_form():
     target, center = (part.mean(0) for part in data.outer)
     np.testing.assert_allclose(found.w, w - 0.1 * (matrix @ w - cross @ theta - shift), atol=1e-13)
     np.testing.assert_allclose(found.adjoint, adjoint - 0.2 * (matrix.T @ adjoint - (w - target)), atol=1e-13)
-    # B is −C, so h − Bᵀv is h + Cᵀv.
+    # The derivative of the residual in θ is −cross, so the direction of θ is theta − center + crossᵀ·adjoint.
     np.testing.assert_allclose(found.theta, theta - 0.3 * (theta - center + cross.T @ adjoint), atol=1e-13)
 
 
-def test_the_adjoint_and_the_gradient_norm_compare_with_those_of_value_and_hypergradient():
+def test_the_adjoint_and_the_gradient_norm_equal_those_of_value_and_hypergradient():
     found = run(replace(ALGORITHMS["SABA"], outer_rate=0.0), 4000, measure=True)
     inner = bl.Stationary(lambda w, theta, data: inner_objective(w, theta, data[0]))
     exact = bl.value_and_hypergradient(
@@ -310,7 +310,8 @@ NOISE = np.tile([0.0, 2.0], 1024)
 @pytest.mark.parametrize("rate", [0.5, 0.25, 0.1])
 @pytest.mark.parametrize("kind", [SOBA, MASOBA, SABA], ids=lambda kind: kind.__name__)
 def test_noise_that_hessian_and_cross_derivative_share_does_not_bias_theta(kind, rate):
-    # A loop that updates w, then v at the new w, then θ with the new v, is biased: it ends at (1 − ρ)/(2 − ρ).
+    # A loop that updates w, then v at the new w, then θ with the new v, is biased: at the rate ρ, its θ tends to
+    # (1 − ρ)/(2 − ρ).
     algorithm = kind(rate, rate, 0.01, inner_batch=1, outer_batch=1)
     minimize = partial(bl.stochastic.minimize, BIASED, 0.5, 0.5, NOISE, NOISE, algorithm)
     first = minimize(10_000, evaluate=theta_itself, evaluate_every=50)
@@ -343,7 +344,7 @@ def test_f2sa_follows_two_variables_with_one_inner_step():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 17, 100])
-def test_a_random_order_has_every_batch_once_and_every_batch_everywhere(count):
+def test_a_random_order_has_every_batch_once_and_in_each_place_equally_often(count):
     keys = jax.random.split(jax.random.key(0), 2000)
     orders = jax.vmap(lambda key: jax.vmap(lambda place: permuted(key, place, count))(jnp.arange(count)))(keys)
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(count), (2000, 1)))
@@ -391,7 +392,7 @@ def test_a_last_batch_of_another_size_does_not_move_the_solution(kind, sampling)
 # --- Tables --------------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_are_told_in_bytes_before_they_are_made():
+def test_tables_above_the_memory_limit_are_refused_with_their_size_in_bytes():
     # 8 inner rows of (4 + 4 + 3) and 5 outer rows of (4 + 3) numbers of 8 bytes.
     needed = 8 * 8 * 11 + 5 * 8 * 7
     run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed), 1)
@@ -428,14 +429,14 @@ def test_a_table_is_updated_in_place(monkeypatch):
 
 
 @each_algorithm
-def test_a_divergence_is_told_and_the_last_sound_state_is_kept(algorithm):
+def test_a_divergence_is_reported_and_the_last_finite_state_is_kept(algorithm):
     with pytest.raises(bl.HypergradientError, match=r"stochastic loop, .*inner_rate=3\.0") as caught:
         run(replace(algorithm, inner_rate=3.0), 5000, evaluate_every=20)
     found = caught.value.result
     assert not bl.Status(int(found.status)).ok
     assert np.isfinite(found.theta).all() and np.isfinite(found.w).all()
     assert int(found.state.step) < int(found.history.step[-1]) <= 400
-    # The last sound state can be used again, with another rate.
+    # The last finite state can be used again, with another rate.
     again = run(algorithm, 2000, state=found.state)
     assert bl.Status(int(again.status)).ok and np.linalg.norm(again.theta - DATA.solution[0]) < 0.5
 
@@ -449,7 +450,7 @@ def test_srba_begins_with_a_pass_over_all_samples_after_a_divergence():
     np.testing.assert_allclose(after.w, kept.w - 0.1 * (hessian @ kept.w - cross @ kept.theta - shift), rtol=1e-9)
 
 
-def test_the_policies():
+def test_on_failure_warns_or_ignores():
     algorithm = replace(ALGORITHMS["SOBA"], inner_rate=3.0)
     with pytest.warns(RuntimeWarning, match="stochastic loop"):
         warned = run(algorithm, 1000, evaluate_every=50, on_failure="warn")
@@ -458,7 +459,7 @@ def test_the_policies():
     assert not bl.Status(int(ignored.status)).ok
 
 
-def test_saba_diverges_late_where_soba_is_stable_and_is_told():
+def test_saba_diverges_late_where_soba_is_stable_and_reports_it():
     algorithm = SABA(1.0, 1.0, 0.01, inner_batch=1, outer_batch=1)
     minimize = partial(bl.stochastic.minimize, BIASED, 0.5, 0.5, NOISE, NOISE)
     with pytest.raises(bl.HypergradientError, match="BREAKDOWN"):
@@ -466,7 +467,7 @@ def test_saba_diverges_late_where_soba_is_stable_and_is_told():
     assert bl.Status(int(minimize(SOBA(0.9, 0.9, 0.01, inner_batch=1, outer_batch=1), 20_000).status)).ok
 
 
-def test_a_nan_is_told_at_the_next_evaluation():
+def test_a_nan_is_reported_at_the_next_evaluation():
     poisoned = replace(DATA, inner=(*DATA.inner[:2], np.where(np.arange(192).reshape(48, 4) == 190, np.nan, 0.0)))
     with pytest.raises(bl.HypergradientError, match="NONFINITE") as caught:
         run(replace(ALGORITHMS["SOBA"], sampling="without_replacement"), 50, poisoned, evaluate_every=8)
@@ -527,7 +528,7 @@ def test_a_rate_may_be_a_function_of_the_step():
 
 @pytest.mark.slow("compiles the estimates for each algorithm", fast="SABA")
 @pytest.mark.parametrize("kind", [SOBA, SABA, SRBA, AmIGO, F2SA], ids=lambda kind: kind.__name__)
-def test_rates_that_are_left_out_are_chosen_and_told(kind):
+def test_rates_that_are_left_out_are_chosen_and_reported(kind):
     found = run(kind(inner_batch=48, outer_batch=40), 2000)
     np.testing.assert_allclose(found.theta, DATA.solution[0], atol=0.02)
     chosen = found.algorithm.inner_rate
@@ -598,7 +599,7 @@ def test_conditions_that_are_refused():
     with pytest.raises(ValueError, match="only outer_rate may be one"):
         run(replace(whole, inner_rate=optax.sgd(0.1)))
     found = run(whole, 500, problem=projected)
-    assert found.w.min() > -0.01  # the residual w − P(…) leads w into the set
+    assert found.w.min() > -0.01  # the steps along −(w − P(…)) lead w into the set
 
 
 def test_a_state_of_another_algorithm_is_refused():

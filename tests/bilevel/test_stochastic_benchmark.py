@@ -83,7 +83,7 @@ def test_the_least_value_of_the_logistic_problem_is_below_every_value_nearby():
     assert reference.measure(data.z, reference.minimiser)["gradient"] < 1e-9
 
 
-def test_hyper_cleaning_has_standardised_images_half_of_them_with_redrawn_labels():
+def test_hyper_cleaning_has_standardised_images_and_a_weight_for_each_image():
     problem = PROBLEMS["tiny-cleaning"]
     data = problem.data(seed=1)
     varying = data.inner["image"].std(axis=0) > 0
@@ -169,7 +169,7 @@ def test_measures_at_a_time_are_those_of_the_last_point_by_then():
     assert report.seconds_until(run, "gap", 2.0) == 0.9 and report.seconds_until(run, "gap", 0.5) == float("inf")
 
 
-def test_a_peer_that_is_not_there_is_refused_with_what_to_do(tmp_path):
+def test_a_missing_peer_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(Missing, match=r"needs --peer, and .*soba.py does not exist: git clone"):
         Peer(tmp_path, tmp_path).check()
     with pytest.raises(Missing, match="needs --peer: git clone"):
@@ -190,7 +190,7 @@ def test_oracle_calls_of_a_step():
 
 @pytest.mark.slow("starts a process for each contender")
 @pytest.mark.parametrize("name", ["tiny-quadratic", "tiny-logistic"])
-def test_our_side_runs_alone_in_miniature(name, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs_without_the_peer(name, tmp_path, monkeypatch, capsys):
     rates = {"SOBA": {"step_size": 0.05, "outer_ratio": 1.0}}
     full = {"optimizer": "adam", "rate": 0.1, "newton_steps": 2}
     plan = contenders.Plan({"SOBA": 16}, (0.05,), (1.0,), full_batch=(full,))

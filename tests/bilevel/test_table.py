@@ -7,9 +7,10 @@ which returns no status. A combination without a second derivative raises an err
 through the whole product, so that no combination is forgotten.
 
 Compiling the whole product takes some 400 s. All combinations are therefore tested for two conditions only, a symmetric
-and a general one, and so are all refusals. For every other condition, Implicit is tested with each inner solver and LU.
-Each other method is tested with one inner solver that a seed draws, and with each linear solver that it takes. Every
-possible pair of values from two dimensions is then covered. WHOLE_TABLE=1 in the environment runs everything.
+and a general one. For every other condition, Implicit is tested with each inner solver and LU. Each other method is
+tested with one inner solver that a seed draws, and with each linear solver that it takes. Every possible pair of values
+from two dimensions is then covered. Refusals need no compilation, so they are tested for every condition. WHOLE_TABLE=1
+in the environment runs everything.
 
 For most pairs of a condition and a method, one program is compiled, in which ``lax.switch`` chooses the solvers. One
 forward pass along all directions gives value, gradient, directional derivative and Hessian, all under vmap.
@@ -262,10 +263,7 @@ def points(theta):
 
 
 def evaluate(value_and_gradient, twice, theta):
-    """Return the results of all transformations, and the worst status. Without ``twice``, the Hessian is not computed.
-
-    Zeros stand in its place.
-    """
+    """Return the results of all transformations, and the worst status. Without ``twice``, zeros replace the Hessian."""
 
     def at(theta):
         if not twice:
@@ -293,7 +291,7 @@ def results(condition, method, solvers, linears, twice):
                 jax.jit(functools.partial(evaluate, function_of(case, method, SOLVERS[solver], None), twice))(theta),
             )
         return
-    # FiniteDifference checks the class of its linear solver, so that each linear solver needs its own program.
+    # FiniteDifference checks the class of its linear solver, so each linear solver needs its own program.
     groups = [[name] for name in linears] if method == "FiniteDifference" else [linears]
     for names in groups:
 

@@ -63,16 +63,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow(
-    "compiles the references once for each planted fault", fast="the sign of the term through w is flipped"
-)
+@pytest.mark.slow("compiles a reference once for each planted fault", fast="the sign of the term through w is flipped")
 @pytest.mark.parametrize("cause", FAULTS)
 def test_a_wrong_gradient_fails_with_its_cause(cause):
     with pytest.raises(AssertionError, match=f"likely cause: .*{re.escape(cause)}"):
         check(FAULTS[cause])
 
 
-@pytest.mark.slow("compiles several references")
+@pytest.mark.slow("compiles a reference and the likely causes")
 def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     def one_off(problem, solver, theta, init, data):
         gradient = EXACT(problem, solver, theta, init, data).gradient
@@ -88,14 +86,14 @@ def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     assert "1 of 4 entries are off" in message
 
 
-@pytest.mark.slow("compiles every reference of a longer solve", fast="bare gradient")
+@pytest.mark.slow("compiles a reference and the likely causes", fast="bare gradient")
 @pytest.mark.parametrize("method", [EXACT, faulty(lambda right, direct: right)], ids=["reported", "bare gradient"])
 def test_an_unfinished_inner_solve_is_distinguished_from_a_wrong_method(method):
     with pytest.raises(AssertionError, match=r"the inner problem is not solved: ‖F‖ = .* allow more steps"):
         check(method, solver=bl.FixedPointIteration(2))
 
 
-@pytest.mark.slow("compiles every reference of a longer solve")
+@pytest.mark.slow("compiles a reference and the likely causes")
 def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_method():
     with pytest.raises(AssertionError, match=r"the linear solve is not finished: its true residual is"):
         check(bl.Implicit(bl.GMRES(1)))

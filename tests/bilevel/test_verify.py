@@ -73,7 +73,7 @@ def test_a_right_method_agrees_with_every_reference(name):
     assert max(len(line) for line in str(report).splitlines()) <= 100
 
 
-@pytest.mark.slow("compiles every reference once for each planted fault", fast="affine root-transpose-*")
+@pytest.mark.slow("compiles a reference once for each planted fault", fast="affine root-transpose-*")
 @pytest.mark.parametrize(
     "name, fault, words",
     [
@@ -94,7 +94,7 @@ def test_the_fault_of_a_wrong_method_is_named(name, fault, words):
     assert not report.comparisons[0].agrees
 
 
-@pytest.mark.slow("compiles every reference for several methods")
+@pytest.mark.slow("compiles a reference for two problems")
 def test_the_dense_method_without_a_fault_is_right():
     assert check(problems.affine_root(), dense_method()).ok and check(problems.imaml(), dense_method()).ok
 
@@ -115,7 +115,7 @@ def quartic():
     )
 
 
-@pytest.mark.slow("compiles every reference of a longer solve")
+@pytest.mark.slow("compiles the references for several methods")
 def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     few = bl.GradientDescent(0.1, 3)
     all_references = ("finite_differences", "unrolled", "dense")
@@ -137,7 +137,7 @@ def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():
     assert not truncated.ok and "the linear solve is not finished" in truncated.verdict
 
 
-@pytest.mark.slow("compiles every reference at several tolerances")
+@pytest.mark.slow("compiles a reference for several solvers")
 def test_an_error_within_a_tol_that_was_met_is_allowed():
     """With tol=1e-3 an error of that size is allowed. Without a tol the same number of steps fails the check."""
     with_tol = check(quartic(), bl.Implicit(bl.CG(2)), bl.GradientDescent(0.1, 500, tol=1e-3))
@@ -147,7 +147,7 @@ def test_an_error_within_a_tol_that_was_met_is_allowed():
     assert check(quartic(), bl.Implicit(bl.CG(2)), bl.GradientDescent(0.1, steps), rtol=1e-2).ok
 
 
-@pytest.mark.slow("compiles every reference in float32 and float64")
+@pytest.mark.slow("compiles methods in float32 and a reference in float64")
 def test_float32_is_judged_by_its_own_precision():
     case = problems.ridge()
     with jax.enable_x64(False):
@@ -255,7 +255,7 @@ def test_a_projection_at_its_bound_is_a_kink():
     problem = bl.Problem(clip, lambda w, theta, data: jnp.sum(w))
     assert failed(bl.check_condition(problem, jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0]), None)) == ["kinks"]
     inside = bl.check_condition(problem, jnp.array([-0.01, 1.0]), jnp.array([0.0, 1.0]), None)
-    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the value tells how near the bound is
+    assert inside.ok and 0.005 < inside["kinks"].value < 1.0  # the value shows how near the bound is
 
 
 def test_a_false_declaration_of_symmetry_is_found():
@@ -333,13 +333,13 @@ def test_complex_integer_and_nonfinite_leaves_are_named():
     assert failed(bl.check_condition(problem, good, 1.0, jnp.nan)) == ["finite"]
     root = stationary(lambda w, theta, data: 0.5 * (w - jnp.sqrt(theta)) ** 2)
     report = bl.check_condition(root, 0.0, 0.0, None)
-    assert failed(report) == ["finite"]  # √θ is finite at 0, its derivative is not
+    assert failed(report) == ["finite"]  # √θ is finite at 0, but its derivative is not
 
 
 # --- compare_methods -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow("compiles eight methods")
+@pytest.mark.slow("compiles four methods, with and without a count of products")
 def test_methods_are_measured_and_compared():
     case = problems.quadratic()  # 4 unknowns
     methods = [bl.Implicit(bl.CG(4)), bl.Implicit(bl.LU()), bl.Unrolled(), dense_method("factor")]
@@ -359,7 +359,7 @@ def test_methods_are_measured_and_compared():
     assert len(lines) == 6 and max(map(len, lines)) <= 100 and lines[1].startswith("Implicit(CG(4))")
 
 
-@pytest.mark.slow("compiles several methods")
+@pytest.mark.slow("compiles a method, with and without a count of products")
 def test_a_failed_status_fails_the_comparison():
     case = problems.quadratic()
     solver = bl.GradientDescent(0.1, 2, tol=1e-9)

@@ -70,7 +70,7 @@ def test_the_table_and_the_json_have_the_labels_and_probabilities_of_the_library
     assert [row.split() for row in rows] == [
         [name, label, f"{max(each):.1%}"] for name, label, each in zip(names, labels, shares, strict=True)
     ]
-    # One image alone gets the numbers that it has among the others.
+    # An image alone gets the probabilities that it has among the others.
     assert cli.main([*COMMAND[:-1], names[1], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["predictions"] == found["predictions"][1:2]
 

@@ -11,7 +11,7 @@ def slow_tests() -> str:
     """Return the slow tests as Markdown, by file, each with the reason that its mark gives."""
     lines = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        # The source of test_tiers.py holds marks in strings alone, which the syntax tree does not show as decorators.
+        # Marks in a string, as in test_tiers.py, are no decorators in the syntax tree, so they are not listed.
         marks = [mark for node in ast.walk(ast.parse(path.read_text())) for mark in _marks(node)]
         if marks:
             lines += ["", f"`{path.relative_to(ROOT).as_posix()}`", "", *marks]

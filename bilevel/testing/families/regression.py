@@ -30,7 +30,7 @@ def _regression(family, options, closed_form):
     x = np.sqrt(samples) * (left * np.geomspace(1 / options.condition, 1, n) ** 0.5) @ orthogonal(rng, n).T
     y = x @ rng.normal(size=n) + 0.5 * rng.normal(size=samples)
     if family == "logistic":
-        x, y = 2 * x, np.sign(y)  # the factor cancels the largest curvature of the logistic loss, ¼
+        x, y = 2 * x, np.sign(y)  # the square of the factor cancels the largest curvature of the logistic loss, ¼
     m = 1 if options.theta == "scalar" else n
     theta = 0.3 * rng.normal(size=m) - np.log(options.condition)
     problem = _regression_problem(family, options.w, options.theta)

@@ -46,7 +46,7 @@ def suggest_iteration(options: Options) -> Callable[..., Any]:
 
 
 def _steps(options):
-    """Return 160κ steps, which shrink an error by e⁻⁴⁰, below rounding.
+    """Return 160κ steps, which shrink an error by the factor e⁻⁴⁰, to below rounding.
 
     The smallest eigenvalue is at least ½/κ, so a descent step of size ½ shrinks the error at least by the factor
     1 − ¼/κ. The mappings of the fixed-point families contract faster.

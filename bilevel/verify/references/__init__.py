@@ -5,7 +5,7 @@ different questions:
 
 - :func:`finite_differences` approximates dG/dθ. Newton's method finds w* at each shifted θ, and G is differenced. If
   Newton's method fails (a singular system, or more than 400 unknowns), the solver runs at each shifted θ instead, and
-  the result approximates the derivative of ``unrolled``.
+  the result approximates the derivative that ``unrolled`` computes.
 - :func:`dense` evaluates the implicit function theorem at a given w. A = ∂F/∂w and B = ∂F/∂θ are written out, and
   numpy solves the adjoint system. At w* the result is dG/dθ. At another w it is what an exact implicit method returns
   there.

@@ -84,7 +84,7 @@ def finite_differences(
         outer = outer_value(problem)
 
         def value(vector):
-            """Return the outer value at θ, and an estimate of its change by the error in w."""
+            """Return the outer value at θ, and an estimate of the error that the error of w causes in it."""
             theta = point.rebuild(vector)
             if solution is None:
                 return outer(solve_inner(problem.condition, solver, theta, start, data), theta, data), 0.0

@@ -40,8 +40,9 @@ def dense(
 ) -> Reference:
     """Return the implicit function theorem's derivative, h·d − g·A⁻¹(Bd), with A written out and solved by numpy.
 
-    A and Bd are computed in forward mode, column by column. The uncertainty is the rounding of the solve: 100·eps·κ(A)
-    times the size of the terms that are added. It is infinite if A is singular.
+    A = ∂F/∂w, B = ∂F/∂θ, g = ∂outer/∂w, h = ∂outer/∂θ, and d is a direction in θ. A and Bd are computed in forward
+    mode, column by column. The uncertainty is the rounding of the solve: 100·eps·κ(A) times the size of the terms that
+    are added. It is infinite if A is singular.
 
     Args:
         problem, solver, theta, init, data, directions: as for :func:`finite_differences`.

@@ -47,7 +47,7 @@ class Situation(NamedTuple):
     mode: str
     """``"reverse"`` or ``"forward"`` differentiation, both compiled; or ``"eager"``, reverse mode without ``jit``."""
     tolerance: float
-    """The largest error of a number of size 1. Differences with a step of 1e-5 have errors below 1e-9."""
+    """The relative and the absolute tolerance. Differences with a step of 1e-5 have errors below 1e-9 at size 1."""
 
 
 SITUATIONS: list[Situation] = []
@@ -63,13 +63,13 @@ def family(name):
 
 
 def solution(condition, init, solver, linear=None, data=None):
-    """Return the function from the parts of θ, which becomes a tuple, to the inner solution."""
+    """Return the inner solution as a function of the parts of θ. The condition receives them as a tuple."""
     layer = bl.implicit_layer(condition, solver, linear)
     return lambda *theta: layer(theta, jax.tree.map(jnp.asarray, init), data)
 
 
 def value(condition, outer, init, solver, method):
-    """Return the outer value as a function of the parts of θ. Its derivative is that of the method."""
+    """Return the outer value as a function of the parts of θ. JAX differentiates it by ``method``."""
     hypergradient = bl.value_and_hypergradient(bl.Problem(condition, outer), solver, method)
     return lambda *theta: hypergradient(theta, jax.tree.map(jnp.asarray, init), None).value
 
@@ -98,7 +98,7 @@ def value_and_jacobian(function, arguments, mode):
     return found, jax.vmap(pull_back)(jnp.eye(found.size))[0]
 
 
-# A solver function of one's own: ridge regression by its normal equations, and an equation of one unknown.
+# Solver functions of one's own: ridge regression by its normal equations, and an equation of one unknown.
 
 
 def ridge(w, strength, x, y):
@@ -119,7 +119,7 @@ def ridge_with_options(init, strength, kind, power=2):
 
 
 def sum_to_one(init, problem):
-    """Return the root of Σᵢ weightᵢ·exp(−rateᵢ·w) = 1. The integer ``count`` among the arguments is 2."""
+    """Return the w with Σᵢ weightᵢ·exp(−rateᵢ·w) = 1. The residual below writes this 1 as ``count``/2, with count 2."""
     excess = lambda w: jnp.sum(problem["weight"] * jnp.exp(-problem["rate"] * w)) - 1  # noqa: E731
     w = jax.lax.fori_loop(0, 30, lambda _, w: w - excess(w) / jax.grad(excess)(w), init["w"])
     return {"w": w}
@@ -167,9 +167,9 @@ add(
     ridge_by_numpy,
     STRENGTH,
 )
-add("by name", lambda a: ridge_by_keywords(None, strength=a, x=X, y=Y), ridge_by_numpy, STRENGTH)
-add("by name in another order", lambda a: ridge_by_keywords(None, y=Y, x=X, strength=a), ridge_by_numpy, STRENGTH)
-add("positional solver called by name", lambda a: ridge_root(None, y=Y, strength=a, x=X), ridge_by_numpy, STRENGTH)
+add("keywords", lambda a: ridge_by_keywords(None, strength=a, x=X, y=Y), ridge_by_numpy, STRENGTH)
+add("keywords in another order", lambda a: ridge_by_keywords(None, y=Y, x=X, strength=a), ridge_by_numpy, STRENGTH)
+add("keywords for positional arguments", lambda a: ridge_root(None, y=Y, strength=a, x=X), ridge_by_numpy, STRENGTH)
 add(
     "a string, and an integer by default",
     lambda a: bl.custom_root(lambda w, a, kind, power: slope(w, a**power, X, Y))(ridge_with_options)(None, a, "ridge"),
@@ -238,7 +238,7 @@ def turn(w, theta, data):
 
 
 def nested(w, theta, data):
-    """A mapping of a nested tree whose parts depend on one another."""
+    """A mapping of a nested tree, in which b depends on a, and c depends on b."""
     a, (b, c) = w
     return 0.3 * jnp.sin(a) + theta["a"], (0.2 * jnp.tanh(jnp.sum(a)) * b + theta["b"], 0.5 * c * jnp.cos(b[0]) + 1)
 
@@ -288,7 +288,7 @@ for steps in (1, 4):
         np.array(1.5),
     )
 add(
-    "a mapping without a slope in w",
+    "a fixed point that does not depend on θ",
     solution(bl.FixedPoint(lambda w, theta, data: theta[0] * w), np.array([1.0, -0.5]), ITERATE),
     lambda theta: np.zeros(2),
     np.array([0.05, 0.2]),
@@ -299,7 +299,8 @@ add(
     lambda rate, offset: offset / (1 - rate),
     np.array([0.9, 0.95, 0.98]),
     np.array([0.1, 0.04, -0.02]),
-    tolerance=1e-5,  # the third derivative of 1/(1 − 0.98) is 4e7, which differences multiply by 2e-11
+    # At rate 0.98, the third derivative of 1/(1 − rate) is 4e7. The error of differences is 2e-11 times as large.
+    tolerance=1e-5,
 )
 add(
     "a rotation, which does not contract",
@@ -366,7 +367,7 @@ def meeting_point(square, slope):
 
 
 def simplex_excess(w, theta, data):
-    """Σᵢ max(xᵢ − w, 0) − s, whose root w is the threshold of the projection onto the simplex."""
+    """Return Σᵢ max(xᵢ − w, 0) − s with θ = (x, s). Its root w is the threshold of the projection onto the simplex."""
     return jnp.sum(jnp.maximum(theta[0] - w, 0)) - theta[1]
 
 
@@ -389,10 +390,10 @@ bisected = solution(bl.Root(simplex_excess), 0.0, BISECTION)
 add = family("broyden, bisection, scipy_wrappers")
 for name, solver, mode in (
     ("Broyden", bl.Jaxopt("Broyden", maxiter=100, tol=1e-12), "reverse"),
-    ("ScipyRootFinding", bl.Jaxopt("ScipyRootFinding", tol=1e-12), "eager"),
+    ("SciPy in a callback", bl.Jaxopt("ScipyRootFinding", tol=1e-12), "eager"),
 ):
     found = solution(bl.Root(circle_and_line), np.array([1.0, 0.8]), solver)
-    if mode == "eager":  # SciPy cannot be traced, so that it runs inside a callback
+    if mode == "eager":  # JAX cannot trace ScipyRootFinding: replace it by a callback to the SciPy function it wraps
         decorated = bl.custom_root(lambda w, *theta: circle_and_line(w, theta, None), callback=True)(
             lambda init, square, slope: (
                 scipy.optimize.root(lambda w: np.array([w @ w - square, w[0] - slope * w[1]]), init, tol=1e-13).x
@@ -431,7 +432,7 @@ add(
     OFFSET,
 )
 
-# Smooth objectives: logistic regressions with integer labels, their penalty and their data.
+# Smooth objectives: logistic regressions with integer labels, differentiated in the penalty and in the data.
 
 
 def log_loss(w, theta, data):
@@ -456,7 +457,7 @@ def multiclass_by_numpy(strength):
 
 
 def with_intercept(w, theta, data):
-    """Multiclass logistic regression without a penalty on the intercept. Its sum of squares fixes the intercept."""
+    """Multiclass logistic regression with the penalty θ₀ on W. A constant penalty on b makes the intercept unique."""
     scores = X @ w["W"] + w["b"]
     loss = jnp.sum(jax.nn.logsumexp(scores, 1) - scores[np.arange(6), CLASSES])
     return loss + 0.5 * theta[0] * jnp.sum(w["W"] ** 2) + 0.05 * jnp.sum(w["b"] ** 2)
@@ -479,7 +480,7 @@ def log_loss_of_data(w, theta, data):
 
 
 def likelihood(w, theta, data):
-    """A negative log-likelihood of a logit model, whose scale is exp(w₂)."""
+    """The negative log-likelihood of a logit model with the scale exp(w["scale"]), and a penalty on w."""
     scores = (X @ w["slope"]) * jnp.exp(w["scale"])
     penalty = 0.5 * theta[0] * (jnp.sum(w["slope"] ** 2) + (w["scale"] - 0.3) ** 2)
     return jnp.sum(jnp.logaddexp(0.0, -SIGNS * scores)) + penalty
@@ -556,7 +557,7 @@ add(
 decorated = bl.custom_root(lambda w, **given: jax.grad(log_loss)(w, (given["strength"],), None), tol=1e-8)(
     lambda init, **given: bl.solve(DESCENT, STATIONARY, init, (given["strength"],), None).w
 )
-add("a solver by name, in a custom_root", lambda a: decorated(jnp.zeros(3), strength=a), log_loss_by_numpy, PENALTY)
+add("keywords, in a custom_root", lambda a: decorated(jnp.zeros(3), strength=a), log_loss_by_numpy, PENALTY)
 add(
     "vmap over penalties",
     jax.vmap(solution(STATIONARY, np.zeros(3), DESCENT)),
@@ -591,7 +592,8 @@ add("a minimiser of SciPy", lambda a: minimiser(jnp.zeros(3), a), log_loss_by_nu
 
 # Least squares.
 
-SUBSTRATE = np.array([0.038, 0.194, 0.425, 0.626, 1.253, 2.5, 3.74])  # Wikipedia, Gauss–Newton algorithm
+# The data are those of the example in Wikipedia's article on the Gauss–Newton algorithm.
+SUBSTRATE = np.array([0.038, 0.194, 0.425, 0.626, 1.253, 2.5, 3.74])
 RATES = np.array([0.05, 0.127, 0.094, 0.2122, 0.2729, 0.2665, 0.3317])
 TIMES = np.linspace(0.0, 2.0, 7)
 WAVE = 1.5 * np.sin(2.5 * TIMES + 0.4) + 0.3 + 0.05 * np.cos(9 * TIMES)
@@ -613,7 +615,7 @@ def reaction_by_numpy(substrate, rates):
 
 
 def model_fit(model, slopes, start):
-    """Return the function from measurements to the least-squares fit, for a model and its gradient in NumPy."""
+    """Return the fit of ``model`` as a function of the measurements. ``slopes`` is its transposed Jacobian in w."""
     return lambda y: root(lambda w: slopes(w) @ (model(w) - y), start)
 
 
@@ -648,7 +650,7 @@ decay_by_numpy = model_fit(
 
 
 def sigmoid_fit(w, theta, data):
-    """A curve of known scale θ₀, with parameters in a tree; its samples have no noise at the scale 2.5."""
+    """The residuals of a sigmoid with the scale θ₀ and its other parameters in a tree. CURVE has the scale 2.5."""
     return data - (w["offset"] + theta[0] * jax.nn.sigmoid(X[:, :2] @ w["w"] - w["shift"]))
 
 
@@ -668,7 +670,7 @@ def sigmoid_by_numpy(scale):
 
 
 def robust(w, theta, data):
-    """Regression with the loss √(1 + r²) − 1 of each residual r, scaled by θ₀."""
+    """Regression with the loss θ₀²·(√(1 + (r/θ₀)²) − 1) of each residual r."""
     return jnp.sum(theta[0] ** 2 * (jnp.sqrt(1 + ((X @ w - Y) / theta[0]) ** 2) - 1))
 
 
@@ -700,7 +702,7 @@ add(
     ),
     decay_by_numpy,
     DECAY,
-    tolerance=1e-4,  # the fit is ill-conditioned, so that differences have larger errors
+    tolerance=1e-4,  # the fit is ill-conditioned, so differences have larger errors
 )
 start = {"offset": np.zeros(()), "shift": np.zeros(()), "w": np.zeros(2)}
 condition = bl.LeastSquares(sigmoid_fit, "gauss_newton")  # exact, because the residuals are zero at the solution
@@ -754,13 +756,13 @@ def bounds(lower, upper):
 
 
 def in_a_set(objective, name, params=None, init=(0.0, 0.0, 0.0), solver=ITERATE, linear=None, step=RATE):
-    """Return the function from θ to the minimum over a set of jaxopt, whose parameters are ``params(theta)``."""
+    """Return the minimum over a set as a function of θ. jaxopt projects onto the set with parameters params(θ)."""
     projection = bl.jaxopt_projection(name, params and (lambda theta, data: params(theta)))
     return solution(bl.Projected(objective, projection, float(step)), np.array(init), solver, linear)
 
 
 def in_a_ball(y, radius):
-    """Return argmin ½‖Xw − y‖² with ‖w‖ ≤ radius, whose multiplier is the root of an equation of one unknown."""
+    """Return argmin ½‖Xw − y‖² on the sphere ‖w‖ = radius. The multiplier is the root of an equation of one unknown."""
     (multiplier,) = root(
         lambda m: np.sum(np.linalg.solve(GRAM + m[0] * np.eye(3), X.T @ y) ** 2, keepdims=True) - radius**2, [0.1]
     )
@@ -803,7 +805,7 @@ def svm_solution(projection, solver):
 
 
 def exponentiated(w, slope, step, outer):
-    """Return a step of mirror descent with the entropy as mirror map, on the simplex in each row."""
+    """Return w after a step of mirror descent with the entropy as mirror map. Each row of w stays on a simplex."""
     moved = w * jnp.exp(-step * slope)
     return moved / jnp.sum(moved, axis=-1, keepdims=True)
 
@@ -939,7 +941,7 @@ add(
 
 
 def lasso_of(solver, prox="prox_lasso", objective=least_squares):
-    """Return the function of (y, penalty, …) to the minimum with a proximal operator of jaxopt."""
+    """Return the minimum with a proximal operator of jaxopt as a function of y and the penalty's parameters."""
     operator = bl.jaxopt_prox(prox, lambda theta, data: theta[1] if len(theta) == 2 else theta[1:])
     return solution(bl.ProximalGradient(objective, operator, RATE), np.zeros(3), solver)
 
@@ -958,7 +960,7 @@ def tasks(w, theta, data):
 
 
 def group_lasso_by_numpy(y, strength):
-    """Return the minimum of a regression of two tasks with a penalty on the length of each row, none of which is 0."""
+    """Return the minimum of a regression of two tasks with a penalty on the length of each row. No row is 0 there."""
 
     def gradient(w):
         w = w.reshape(3, 2)
@@ -1112,7 +1114,7 @@ lasso_by_name = bl.custom_fixed_point(
     )
 )
 add(
-    "lasso by name in a custom_fixed_point",
+    "lasso with keywords in a custom_fixed_point",
     lambda y, a: lasso_by_name(jnp.zeros(3), strength=a, y=y),
     lasso_by_numpy,
     Y,
@@ -1135,13 +1137,13 @@ def inequality(x, theta, data):
 
 
 def qp(solver, init, objective=objective, equality=None, inequality=None, linear=None, part=None):
-    """Return the function from θ to the solution (x, ν, μ) of a quadratic program, or to one part of it."""
+    """Return the solution (x, ν, μ) of a quadratic program as a function of θ, or the given part of the solution."""
     found = solution(bl.KKT(objective, equality, inequality), init, solver, linear)
     return found if part is None else lambda *theta: found(*theta)[part]
 
 
 def lasso_program(w, theta, data):
-    """The lasso as a quadratic program in the coefficients and the bounds of their absolute values."""
+    """The objective of the lasso as a quadratic program in the coefficients x and bounds ``size`` of |x|."""
     x, size = w
     return 0.5 * jnp.sum((X @ x - theta[0]) ** 2) + theta[1] * jnp.sum(size)
 
@@ -1252,7 +1254,7 @@ add(
 
 
 def onto(name):
-    """Return the function of a point, and of the parameters of the set, to the projection."""
+    """Return the projection as a function of a point and of the parameters of the set."""
     default = bl.jaxopt_projection(name)
     projection = bl.jaxopt_projection(name, params=lambda theta, data: theta[0] if len(theta) == 1 else theta)
     return lambda x, *theta: projection(x, theta, None) if theta else default(x, None, None)
@@ -1271,7 +1273,10 @@ def section(x, lower, upper, row, right):
 
 
 def plan(similarity, a, b):
-    """Return the nearest matrix with given row and column sums. The last column sum follows from the others."""
+    """Return the nearest non-negative matrix with given row and column sums.
+
+    The constraint on the last column sum is left out, because the other sums imply it.
+    """
     m, n = similarity.shape
     sums = np.concatenate([np.kron(np.eye(m), np.ones(n)), np.kron(np.ones(m), np.eye(n))])[:-1]
     cells = m * n
@@ -1289,7 +1294,7 @@ def scaled_plan(similarity, a, b):
 
 
 def balanced(function):
-    """Return a function of (S, a, b) that sets the last entry of b, so that the sums of a and b agree."""
+    """Return a function of (S, a, b) that appends an entry to b, so that the sums of a and b agree."""
     return lambda S, a, b: function(S, a, [*b, sum(a) - sum(b)])
 
 
@@ -1455,14 +1460,14 @@ add(
     jax.grad(squares),
     lambda y: differences(lambda y: np.sum(np.square(isotonic(y**3)), keepdims=True), y, 1e-4)[0],
     POINT,
-    tolerance=1e-5,
-)  # differences of differences
+    tolerance=1e-5,  # the reference is a difference, so the expected Jacobian is a difference of differences
+)
 
 # Proximal operators.
 
 
 def penalised(name):
-    """Return the function of a point, the parameters of the penalty and the step size."""
+    """Return the operator with the step size 0.5 as a function of a point and of the penalty's parameters."""
     prox = bl.jaxopt_prox(name, params=lambda theta, data: theta)
     return lambda x, *theta: prox(x, theta[0] if len(theta) == 1 else theta, None, 0.5)
 
@@ -1549,7 +1554,7 @@ def equations(w, theta, data):
 
 
 def solved_by(linear, symmetric=False):
-    """Return A⁻¹b, whose derivative is computed by a linear solver. The function symmetrises A if it is declared."""
+    """Return A⁻¹b as a function of A and b, differentiated by ``linear``. If ``symmetric``, A is (A + Aᵀ)/2."""
     part = (lambda A: (A + A.T) / 2) if symmetric else (lambda A: A)
     condition = bl.Root(lambda w, t, d: equations(w, (part(t[0]), t[1]), d), symmetric=symmetric)
     return solution(condition, np.zeros(3), lambda c, init, t, d: jnp.linalg.solve(part(t[0]), t[1]), linear)
@@ -1606,7 +1611,7 @@ def with_loss(loss, targets, init=(3,)):
 
 
 def by_gradient(slope, init=(3,)):
-    """Return the same by gradient descent in NumPy, where ``slope`` is the derivative of the loss in the scores."""
+    """Return the minimum of ``with_loss`` by NumPy, where ``slope`` is the derivative of the loss in the scores."""
 
     def minimise(strength, scale):
         w = np.zeros(init)
@@ -1622,7 +1627,7 @@ def softmax(scores):
 
 
 def sparsemax(scores):
-    """Return the projection of each row, of three entries, onto the simplex, by its threshold."""
+    """Return the projection of each row of three entries onto the simplex."""
     ordered = -np.sort(-scores, axis=1)
     thresholds = (np.cumsum(ordered, axis=1) - 1) / [1, 2, 3]
     return np.maximum(scores - np.max(thresholds, axis=1, keepdims=True), 0)
@@ -1676,7 +1681,7 @@ def test_the_solution_and_its_jacobian_equal_the_reference(case):
         return flat(case.reference(*jax.tree.unflatten(structure, parts)))
 
     compute = value_and_jacobian if case.mode == "eager" else compiled_value_and_jacobian
-    # jaxopt's losses multiply integer labels by floats, also in their derivatives.
+    # jaxopt's losses multiply integer labels by floats, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard" if case.family.startswith("loss") else "strict"):
         found, jacobian = compute(case.ours, jax.tree.map(jnp.asarray, case.arguments), case.mode)
     x = flat(case.arguments)
@@ -1699,7 +1704,7 @@ WIDE = RANDOM.normal(size=(2, 3))
 
 
 def complex_objective(w, theta, data):
-    """½wᴴQw − Re((1 + 2i)θᵀw) for a complex w, with the minimum (1 − 2i)·Q⁻¹θ."""
+    """½wᴴQw − Re((1 + 2i)θᵀw) for a complex w, with the minimiser (1 − 2i)·Q⁻¹θ."""
     return 0.5 * (w.real @ ROTATED @ w.real + w.imag @ ROTATED @ w.imag) - theta @ (w.real - 2 * w.imag)
 
 
@@ -1768,7 +1773,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.slow("compiles the other way in each situation", fast="a solver of SciPy *")
+@pytest.mark.slow("compiles the other way to each derivative", fast="a solver of SciPy *")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_says_why_and_there_is_another_way(name):
     case = REFUSALS[name]

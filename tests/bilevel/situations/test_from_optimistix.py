@@ -1,4 +1,4 @@
-"""The situations of Optimistix's tests of derivatives, declared with this library.
+"""The situations in which Optimistix's tests take derivatives, declared with this library.
 
 The problems and their references in NumPy are in tests/optimistix_problems.py. The page docs/moving/optimistix.md
 counts the cases of each family, and a test compares its numbers with this file.
@@ -52,7 +52,7 @@ def optimistix(name: str, *arguments: Any, max_steps: int = 5000, tol: float = 1
 
 
 def agrees(found: Any, expected: np.ndarray, rtol: float = 1e-6, atol: float = 1e-8) -> None:
-    """Assert that a tree differs from a vector by at most rtol times its norm, or atol for a zero vector."""
+    """Assert that a tree differs from a vector by at most rtol times the vector's norm, or atol for a zero vector."""
     expected = np.ravel(np.asarray(expected, np.float64))
     assert flat(found).shape == expected.shape
     size = np.linalg.norm(expected)
@@ -60,7 +60,7 @@ def agrees(found: Any, expected: np.ndarray, rtol: float = 1e-6, atol: float = 1
 
 
 def direction(tree: Any, seed: int) -> Any:
-    """Return a random tree of the same structure. Its entries have the sizes of the given ones."""
+    """Return a random tree of the same structure. An entry is scaled by max(|given entry|, 0.1)."""
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: random.normal(size=np.shape(leaf)) * np.maximum(np.abs(leaf), 0.1), tree)
 
@@ -84,7 +84,8 @@ def test_the_references_in_numpy_agree_with_the_closed_forms(name):
 ITERATION, ANDERSON = bl.FixedPointIteration(5000, tol=1e-13), bl.Anderson(200, tol=1e-13)
 GAUSS_NEWTON, MARQUARDT = bl.GaussNewton(100, tol=1e-12), bl.LevenbergMarquardt(500, tol=1e-11)
 NEWTON = bl.HessianFree(200, cg_steps=20, tol=1e-11)
-STIFF = [name for name in MAPPINGS if name.startswith("robertson")]  # contract by about 1e-5; ‖w‖ is from 1e-10 to 1
+# These mappings contract by about 1e-5, so ten steps suffice. ‖w‖ is between 1e-10 and 1: no absolute tol fits all.
+STIFF = [name for name in MAPPINGS if name.startswith("robertson")]
 
 MAPPING_LAYERS = [
     *[(name, "FixedPoint", ITERATION) for name in MAPPINGS if name not in STIFF],
@@ -94,9 +95,9 @@ MAPPING_LAYERS = [
     *[(name, "FixedPoint", ANDERSON) for name in ("exponential", "linear slope")],
     ("cosine", "Root", bl.Jaxopt("Broyden", maxiter=200, tol=1e-12)),
 ]
-# Newton's method solves two fits. The Jacobian of the flat bowl is zero at its minimum. Levenberg-Marquardt compares
-# values of ½‖r‖², so it finds a w with r ≠ 0 only to about √eps. The derivative of the trigonometric fit multiplies
-# such an error by a hundred.
+# HessianFree solves two of the fits. The Jacobian of the flat bowl is zero at its minimum. Levenberg-Marquardt compares
+# values of ½‖r‖², so where r ≠ 0 at the minimum, it finds w only to about √eps. The derivative of the trigonometric fit
+# multiplies this error by a hundred.
 FITS = [name for name in RESIDUALS if name not in ("flat bowl", "trigonometric")]
 RESIDUAL_LAYERS = [
     *[(name, "LeastSquares", MARQUARDT) for name in FITS],
@@ -140,7 +141,8 @@ def check_layer(name: str, kind: str, solver: Any) -> None:
     assert jax.tree.structure(w) == jax.tree.structure(situation.start)
     agrees(w, w_reference)
     agrees(pushed, slopes @ flat(along))
-    scale = np.maximum(np.abs(flat(situation.theta)), 0.1)  # the rates of Robertson's reaction differ by orders
+    # The rates of Robertson's reaction differ by orders of magnitude. Weigh each derivative by the size of its rate.
+    scale = np.maximum(np.abs(flat(situation.theta)), 0.1)
     agrees(flat(pulled) * scale, against @ slopes * scale)
 
 
@@ -175,7 +177,7 @@ def outer(w: Any, theta: Any, data: Any) -> jax.Array:
 
 
 def gradient_of(name: str, slopes: np.ndarray | None = None) -> np.ndarray:
-    """Return the total derivative of ``outer`` in θ, a vector."""
+    """Return the total derivative of ``outer`` in the vector θ, for the given slopes dw/dθ or the exact ones."""
     w, exact = SITUATIONS[name].solved
     return (np.arange(1.0, w.size + 1) + w) @ (exact if slopes is None else slopes)
 
@@ -307,7 +309,7 @@ def iterate(mapping: Callable[[Any], Any], init: Any) -> Any:
 @pytest.mark.slow("compiles a layer")
 @cases("Solver functions", "rate", [1.0, 0.7])
 def test_a_loop_of_ones_own_with_a_pytree_and_a_keyword(rate):
-    """The derivative of w = exp(−θw) is −w²/(1 + θw)."""
+    """The solution of w = exp(−θw) has the derivative −w²/(1 + θw)."""
 
     @bl.custom_fixed_point(lambda w, theta, *, unused: jax.tree.map(lambda leaf: jnp.exp(-theta * leaf), w))
     def solver(init, theta, *, unused):
@@ -395,7 +397,7 @@ SOLUTIONS["minimum"] = (0.25, 1.0)
 
 
 def solved_simply(kind: str, theta: Any, init: Any) -> Any:
-    """Return the layer's w, where the condition's function closes over θ in place of an argument."""
+    """Return the layer's w. The condition's function closes over θ instead of taking it as an argument."""
     declare, function, solver = SIMPLE[kind]
     return bl.implicit_layer(declare(lambda w, _, data: function(w, theta)), solver)(None, init, None)
 
@@ -479,7 +481,7 @@ PARABOLOIDS = {  # the centre of a paraboloid, the bounds of a box, the start, a
 @pytest.mark.slow("compiles a projection for each structure", fast="lower and upper")
 @cases("Bounds", "name", PARABOLOIDS)
 def test_a_paraboloid_in_a_box_is_differentiated_in_its_centre_and_its_bounds(name):
-    """An entry of w has the derivative 1 in its active bound, or else in the centre, and 0 in the other two."""
+    """An entry of w is its active bound, or else its centre. Its derivative is 1 in this variable and 0 in the rest."""
     center, lower, upper, start, as_tree = PARABOLOIDS[name]
     theta = {"center": as_tree(center), "lower": as_tree(lower), "upper": as_tree(upper)}
 
@@ -502,11 +504,11 @@ def test_a_paraboloid_in_a_box_is_differentiated_in_its_centre_and_its_bounds(na
         agrees(gradient[part], 2.0 * expected)
 
 
-QUADRANTS = {  # a box around each minimum of Himmelblau's function, and a start between two minima
+QUADRANTS = {  # for each quadrant, the corners of a box around the minimum of Himmelblau's function, and a start in it
     "first": ((0.0, 0.0), (5.0, 5.0), (4.0, 1.0)),
-    "second": ((0.0, -5.0), (5.0, 0.0), (4.0, -1.0)),
+    "second": ((-8.0, 0.0), (0.0, 8.0), (-3.0, 2.0)),
     "third": ((-5.0, -5.0), (0.0, 0.0), (-3.0, -2.0)),
-    "fourth": ((-8.0, 0.0), (0.0, 8.0), (-3.0, 2.0)),
+    "fourth": ((0.0, -5.0), (5.0, 0.0), (4.0, -1.0)),
 }
 HIMMELBLAU = SITUATIONS["himmelblau"]
 IN_A_BOX = bl.implicit_layer(
@@ -531,7 +533,7 @@ def test_a_box_selects_one_of_four_minima_of_himmelblau(name):
     w, slopes = JACOBIAN_IN_A_BOX(jnp.array(theta), jnp.array(start), (jnp.array(lower), jnp.array(upper)))
     w = flat(w)
     assert (lower < w).all() and (w < upper).all()
-    # Both squares are zero at the minima: w₁² + w₂ = θ₁ and w₁ + w₂² = θ₂.
+    # The function is the sum of two squares, which are zero at each minimum: w₁² + w₂ = θ₁ and w₁ + w₂² = θ₂.
     agrees([w[0] ** 2 + w[1], w[0] + w[1] ** 2], theta)
     agrees(slopes, np.linalg.inv([[2 * w[0], 1], [1, 2 * w[1]]]))
 
@@ -648,7 +650,7 @@ def test_jacobians_in_forward_and_reverse_mode_are_the_dense_matrix():
 
 @pytest.mark.slow("compiles a hypergradient")
 @one_case("Batches and higher derivatives")
-def test_other_numbers_do_not_compile_again():
+def test_a_call_with_other_values_traces_nothing():
     traces = []
 
     def objective(w, theta, data):
@@ -718,7 +720,7 @@ def test_an_integer_among_the_outer_variables_is_a_constant():
 
 @jax.custom_vjp
 def square(w: jax.Array) -> jax.Array:
-    """A square with a derivative in reverse mode alone."""
+    """Return w², with a derivative in reverse mode only."""
     return w**2
 
 
@@ -783,7 +785,7 @@ def complex_layer(theta: Any, init: Any) -> Any:
 
 
 def of_two_parts() -> Any:
-    """Return the derivative of the root of w² = θ at θ = 3 + 4i along 1."""
+    """Return the derivative of the root of w² = θ at θ = 3 + 4i in the direction 1."""
 
     def residual(w, theta, data):
         value = jax.lax.complex(*w) ** 2 - jax.lax.complex(*theta)
@@ -844,7 +846,7 @@ REFUSALS = {  # pytest marks, what is refused, the error, the way around, and it
 }
 
 
-@pytest.mark.slow("compiles each way around")
+@pytest.mark.slow("compiles the way around each refusal")
 @cases("Refusals", "name", [pytest.param(name, marks=REFUSALS[name][0]) for name in REFUSALS])
 def test_what_is_refused_and_the_way_around(name):
     _, refused, (error, message), way_around, expected = REFUSALS[name]

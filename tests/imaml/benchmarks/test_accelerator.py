@@ -19,7 +19,7 @@ from imaml.runs.log import read_log
 
 ROOT = Path(__file__).parents[3]
 PRESET, STEPS = "glyphs-5way-1shot-gd", 100
-# With a large λ, tasks of this small network have usable gradients from the start.
+# With a large λ, the tasks have finite meta-gradients with this small network from the first meta-step.
 SMALL = ["--", "--network.filters", "4", "--strength", "10", "--outer.queries", "1"]
 
 
@@ -48,7 +48,7 @@ def test_a_cell_is_parsed_with_and_without_its_length():
 def begin(out, minutes=20):
     """Start the command in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes", str(minutes), "--out", str(out)]
-    # Programs that run briefly are compiled without most optimisations, which takes half the time.
+    # The command runs only briefly, so XLA compiles without most optimisations, which takes half the time.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen([*command, "--cells", f"{PRESET}:{STEPS}:4", *SMALL], cwd=ROOT, env=environment)
 

@@ -76,7 +76,7 @@ def test_there_are_at_least_1800_classes_and_20_to_30_percent_are_test_classes(d
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_pixels_are_grey_bytes_with_readable_sorted_labels(dataset, split):
+def test_pixels_are_grey_bytes_and_labels_are_sorted(dataset, split):
     classes = getattr(dataset, split)
     assert classes.pixels.shape == (len(classes), 20, 28, 28, 1)
     assert classes.pixels.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""One's own images: folders of any sizes and arrays, their split by class, and tasks from classes of unequal size."""
+"""Images of one's own, from folders or arrays: reading, the split by class, and tasks from classes of unequal size."""
 
 import hashlib
 import shutil
@@ -27,7 +27,7 @@ def save(path, pixels, mode=None):
 
 @pytest.fixture
 def cards(tmp_path):
-    """A folder of four classes a, b, c and d with 3, 4, 5 and 6 flat images of 28×28 pixels in distinct greys."""
+    """A folder of classes a, b, c and d with 3, 4, 5 and 6 images of 28×28 pixels, each in one grey of its own."""
     for index, label in enumerate("abcd"):
         for number in range(3 + index):
             save(tmp_path / "cards" / label / f"{number}.png", np.full((28, 28), 40 * index + number))
@@ -35,7 +35,7 @@ def cards(tmp_path):
 
 
 def greys(classes):
-    """Return the grey of each flat image, by class."""
+    """Map each class to the list of the greys of its images. Every image has only one grey."""
     flat = classes.pixels[:, 0, 0, 0].tolist()
     ends = np.cumsum(classes.counts).tolist()
     starts = [0, *ends[:-1]]
@@ -54,7 +54,7 @@ def test_a_folder_of_uneven_classes_is_read_with_its_labels_and_order(cards):
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("train", "validation", "test"), ("train", "test")])
-def test_subfolders_are_the_parts(names, tmp_path):
+def test_subfolders_with_the_names_of_the_parts_are_the_split(names, tmp_path):
     for part in names:
         for label in ("x", "y"):
             save(tmp_path / part / f"{part}-{label}" / "0.png", np.zeros((5, 9)))
@@ -75,7 +75,7 @@ def test_a_class_called_train_next_to_other_classes_is_a_class(tmp_path):
 
 
 def one(folder, pixels, name="0.png", mode=None, **options):
-    """Return the array that a file with these pixels becomes, in a folder of two classes."""
+    """Write the pixels to an image file of the first of two classes, and return the array that is read from it."""
     save(folder / "a" / name, pixels, mode)
     save(folder / "b" / "0.png", np.zeros((9, 9)))
     return ImageDataset.from_folder(folder, split={"train": ["a"], "test": ["b"]}, **options).train.pixels[0]
@@ -120,7 +120,7 @@ def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
     pixels[:4] = 255
     (tmp_path / "a").mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must be turned clockwise by 90° to be upright
+    exif[0x0112] = 6  # orientation 6: turned clockwise by 90°, the picture is upright
     Image.fromarray(pixels).save(tmp_path / "a" / "0.png", exif=exif)
     save(tmp_path / "b" / "0.png", pixels)
     turned = ImageDataset.from_folder(tmp_path, 8, split={"train": ["a"], "test": ["b"]}).train.pixels[0, ..., 0]
@@ -278,7 +278,7 @@ def test_the_fingerprint_of_arrays_depends_on_shape_labels_and_pixels():
     assert len({ImageDataset.from_arrays(*each, split=halves).fingerprint() for each in variants}) == len(variants)
 
 
-def test_the_fingerprint_of_a_published_form_is_that_of_earlier_versions(tiny_pixels):
+def test_the_fingerprint_of_equal_classes_is_that_of_earlier_versions(tiny_pixels):
     train, test = (ImageClasses(tiny_pixels[part], tuple("abcdef" if part.start else "ghijkl")) for part in (
         slice(6, 12), slice(0, 6)
     ))  # fmt: skip
@@ -305,7 +305,7 @@ COUNTS = (3, 5, 4)
 
 @pytest.fixture
 def uneven():
-    """Three classes with 3, 5 and 4 images of one pixel. The value is ten times the class plus the image's number."""
+    """Three classes with 3, 5 and 4 images of one pixel. Image i of class c has the value 10c + i."""
     values = [10 * c + i for c, count in enumerate(COUNTS) for i in range(count)]
     return UnevenClasses(np.array(values, np.uint8).reshape(-1, 1, 1, 1), COUNTS, ("a", "b", "c"))
 

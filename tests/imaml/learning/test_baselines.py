@@ -189,7 +189,7 @@ FIELDS = ("value", "gradient", "tasks", "inner_residual", "linear_residual", "st
 
 @pytest.fixture(scope="module")
 def curves():
-    """Return a small network with tanh, and six tasks of which one has NaN queries."""
+    """Return a small network with tanh, and six tasks, one of them with NaN queries."""
     keys = jax.random.split(jax.random.key(0), 6)
     tasks = imaml.Curve(shots=4, queries=5).batch((), keys)
     tasks = replace(tasks, query_x=tasks.query_x.at[2].set(jnp.nan))

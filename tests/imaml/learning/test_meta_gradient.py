@@ -248,10 +248,10 @@ def test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others(
 
 
 def test_a_task_whose_linear_residual_is_above_1_is_left_out():
-    """A task whose linear residual is above 1, that of the zero vector, is left out of the gradient alone.
+    """The zero vector has the linear residual 1. A task with a larger one counts in the mean loss, not in the gradient.
 
-    The adjoint system of the second task is A = diag(2, −1) with v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one CG step is
-    far too long.
+    The adjoint system of the second task is Ag = v with A = diag(2, −1) and v = (0.71, 1). ⟨v, Av⟩ is nearly 0, so one
+    CG step is far too long.
     """
 
     def weighted_squares(outputs, weights):
@@ -267,7 +267,7 @@ def test_a_task_whose_linear_residual_is_above_1_is_left_out():
     out = meta_gradient(learner)(theta, tasks)
     good = meta_gradient(learner)(theta, jax.tree.map(lambda array: array[::2], tasks))
     assert float(out.linear_residual[1]) > 100 and float(out.linear_residual[0]) < 1e-10
-    # A is indefinite, but ⟨v, Av⟩ > 0 at the solution v that CG returns. So only the residual shows the failure.
+    # A is indefinite, but ⟨g, Ag⟩ > 0 for the g that CG returns. So only the residual shows the failure.
     assert bl.Status(int(out.status[1])) is bl.Status.MAX_STEPS
     assert int(out.tasks) == 2
     np.testing.assert_array_equal(out.gradient["w"], good.gradient["w"])

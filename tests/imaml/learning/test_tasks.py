@@ -37,7 +37,7 @@ def marked_pixels():
 
 
 def identities(images):
-    """Return class and sample number of each image in ``[..., 28, 28, 1]``."""
+    """Return the class and the sample number of each image in ``[..., 28, 28, 1]``."""
     numbers = np.rint(np.asarray(images)[..., 13, 13, 0] * 255).astype(int) - 1
     return numbers // SAMPLES, numbers % SAMPLES
 
@@ -116,7 +116,7 @@ def test_without_rotation_no_image_is_rotated(drawn):
 def test_all_images_of_a_class_are_rotated_alike_and_all_four_angles_occur(rotated):
     support, query = quarter_turns(rotated.support_x), quarter_turns(rotated.query_x)
     np.testing.assert_array_equal(support, np.repeat(query, EPISODE.shots, axis=1))
-    # Each angle is expected for a quarter of 120 classes. The tolerance is five standard deviations of the count.
+    # Each angle is expected for a quarter of the 3 classes of 40 tasks. The tolerance is five standard deviations.
     counts = np.bincount(query.ravel(), minlength=4)
     assert np.abs(counts - 30).max() < 5 * np.sqrt(120 * 3 / 16)
     assert any(len(set(task)) > 1 for task in query)  # the classes of a task are rotated independently

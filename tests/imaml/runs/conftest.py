@@ -16,7 +16,7 @@ import tiny_run
 
 @pytest.fixture(scope="module")
 def traces(tiny_pixels):
-    """The presets whose meta-step was traced so far.
+    """A list with one preset for each trace of a meta-step so far.
 
     While the fixture is in use, every dataset is the tiny one, and the meta-step and the evaluation are cached; see
     ``tiny_run.patched``.

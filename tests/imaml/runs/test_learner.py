@@ -1,4 +1,4 @@
-"""A trained learner: adaptation as written out here in float64, predictions that ignore their neighbours, and tasks."""
+"""A learner adapts as gradient descent written out here does, to one task or many, and predicts each image alone."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -33,24 +33,24 @@ PRESET = replace(
 
 @pytest.fixture(scope="module")
 def learner():
-    """Untrained parameters of the small preset as a learner. Its programs are compiled once for all tests."""
+    """A learner with untrained parameters of the small preset. The tests of this file share what it compiles."""
     return untrained(PRESET)
 
 
 def untrained(preset):
-    """Return a learner of untrained parameters."""
+    """Return a learner with untrained parameters."""
     return imaml.TrainedLearner(preset.functions.init(jax.random.key(3)), preset)
 
 
 @pytest.fixture(scope="module")
 def sinusoid():
-    """Untrained parameters of the sinusoid preset as a learner."""
+    """A learner with untrained parameters of the sinusoid preset."""
     return untrained(imaml.preset("sinusoid-5shot-gd"))
 
 
 @pytest.fixture
 def task(tiny_pixels):
-    """A task of three classes with two support images each, their labels, and 40 query images: more than a chunk."""
+    """Two support images of each of three classes, their labels, and 40 query images, which are more than CHUNK."""
     support = tiny_pixels[:3, :2].reshape(6, 28, 28, 1)
     query = np.random.default_rng(1).permutation(tiny_pixels.reshape(-1, 28, 28, 1))[:40]
     return support, np.repeat(["ba", "da", "fa"], 2), query
@@ -82,7 +82,7 @@ def test_adaptation_and_probabilities_are_those_of_gradient_descent_written_out_
     by_query = jax.nn.softmax(network.apply(phi, z))
     np.testing.assert_allclose(adapted.probabilities(query), by_support, rtol=1e-10)
     np.testing.assert_allclose(adapted.probabilities(query, transductive=True), by_query, rtol=1e-10)
-    assert abs(by_support - by_query).max() > 1e-3  # the two ways differ
+    assert abs(by_support - by_query).max() > 1e-3  # the two normalisations differ
 
 
 def test_an_image_alone_has_the_probabilities_that_it_has_among_others_to_the_bit(learner, task):
@@ -93,14 +93,14 @@ def test_an_image_alone_has_the_probabilities_that_it_has_among_others_to_the_bi
     np.testing.assert_array_equal(together, alone)
     assert len(query) > CHUNK and adapted.predict(query).tolist() == labels[::2][together.argmax(-1)].tolist()
     np.testing.assert_allclose(together.sum(-1), 1, rtol=1e-6)
-    # The published way depends on the others.
+    # With transductive=True, as in the published results, the probabilities of an image depend on the other images.
     published = adapted.probabilities(query, transductive=True)
     changed = adapted.probabilities(np.concatenate([query[:1], 255 - query[1:]]), transductive=True)
     assert abs(published[0] - changed[0]).max() > 1e-3
 
 
 @pytest.mark.slow("compiles an evaluation")
-def test_both_ways_agree_with_the_evaluation_of_the_same_tasks(learner, tiny_pixels):
+def test_both_normalisations_agree_with_the_evaluation_of_the_same_tasks(learner, tiny_pixels):
     preset = replace(PRESET, rotations=Rotations(test=True))
     learner, classes = imaml.TrainedLearner(learner.theta, preset), dataset(tiny_pixels).test
     published, support = evaluation.evaluate_classes(learner.theta, preset, classes, 50).each
@@ -143,7 +143,7 @@ def test_a_regression_predicts_as_gradient_descent_does(sinusoid):
 def test_a_thousand_tasks_are_adapted_by_one_program_that_is_traced_once(sinusoid, monkeypatch):
     traces, adapt = [], Learner.adapt
     monkeypatch.setattr(Learner, "adapt", lambda *arguments: traces.append(1) or adapt(*arguments))
-    preset = replace(sinusoid.preset, outer=replace(sinusoid.preset.outer, at_once=10))  # divides the tasks of a device
+    preset = replace(sinusoid.preset, outer=replace(sinusoid.preset.outer, at_once=10))  # adapts 10 tasks at a time
     learner = imaml.TrainedLearner(sinusoid.theta, preset)
     random = np.random.default_rng(0)
     x, y, new = (random.uniform(-2, 2, (1000, points)) for points in (5, 5, 3))
@@ -174,7 +174,7 @@ def test_every_task_has_labels_of_its_own(learner, task, tiny_pixels):
 # --- Images and labels ---------------------------------------------------------------------------------------------
 
 
-def test_images_of_every_shape_and_dtype_are_the_same_images(learner, task):
+def test_images_are_read_alike_in_every_accepted_shape_and_dtype(learner, task):
     support, labels, query = task
     expected = learner.adapt(support, labels).probabilities(query[:3])
     scaled = query[:3].astype(np.float32) / np.float32(255)

@@ -1,4 +1,4 @@
-"""Runs on one's own data: trained, resumed and evaluated from the folder, refused if the data have changed."""
+"""Runs on data of one's own are trained, resumed and evaluated, and refused if the data have changed."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ SPLIT = {"train": ["c0", "c1", "c2", "c3"], "validation": ["c4", "c5"], "test": 
 
 @pytest.fixture(scope="module")
 def cached_programs():
-    """Equal presets share the functions that JAX traces."""
+    """Let equal presets share the functions that JAX traces."""
     with tiny_run.programs(tiny_run.shared_meta_step):
         yield
 
@@ -68,19 +68,19 @@ def log(directory):
 
 
 @pytest.mark.slow("trains a run in two parts")
-def test_a_run_on_a_folder_remembers_it_is_resumed_and_evaluated(whole, cards, tmp_path, capsys, monkeypatch):
+def test_a_run_on_a_folder_records_the_folder_and_is_resumed_and_evaluated(whole, cards, tmp_path, capsys, monkeypatch):
     data = ImageDataset.from_folder(cards, split=SPLIT)
     assert whole.preset.dataset == "cards" and whole.preset == replace(PRESET, dataset="cards")
     stopped = train(PRESET, tmp_path / "run", dataset=data, on_progress=stop_after(1))
     assert (stopped.step, stopped.finished) == (1, False)
-    # `run.preset` names the dataset, and the folder says where it is.
+    # `stopped.preset` names the dataset, and the checkpoint in the run's folder says where the images are.
     run = train(stopped.preset, tmp_path / "run")
     assert run.evaluation == whole.evaluation and log(tmp_path / "run") == log(whole.directory)
     for key, value in run.theta["layer0"].items():
         np.testing.assert_array_equal(value, whole.theta["layer0"][key])
     for what in (run, tmp_path / "run", run.theta):
         extra = {"dataset": data} if what is run.theta else {}
-        # The preset's own dataset, glyphs, is not used: the run knows its data.
+        # PRESET names the dataset glyphs, which is not used: a run records its data, and θ comes with `dataset`.
         assert imaml.evaluate(what, PRESET, 4, **extra) == whole.evaluation
     imaml.register_preset(PRESET)
     monkeypatch.setattr(cli, "start_jax", lambda: None)
@@ -143,7 +143,7 @@ def test_another_dataset_in_the_folder_of_a_run_is_refused_and_changes_nothing(f
         train(PRESET, finished, dataset=replace(other, name="arrays"))
     with pytest.raises(InputError, match="trained on other data than the present cards data"):
         imaml.evaluate(finished, PRESET, 4, dataset=other)
-    # A dataset of another name is evaluated: its classes are other classes.
+    # A dataset of another name is evaluated: only data of the same name are compared with those of the training.
     assert imaml.evaluate(finished, PRESET, 4, dataset=replace(other, name="arrays")).tasks == 4
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.name != "lock"} == before
 
@@ -255,7 +255,7 @@ def test_a_folder_by_name_has_the_shape_of_the_network_and_is_found_again(cards,
 
 @dataclass(frozen=True)
 class Shaped(TinyMLP):
-    """A tiny network that says which images it takes."""
+    """A tiny network that states the shape of the images that it takes."""
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
 

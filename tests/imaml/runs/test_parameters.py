@@ -27,7 +27,7 @@ SUFFIXES = (".safetensors", ".npz")
 
 
 def parameters_of(preset, dtype=jnp.float32):
-    """Return initial parameters with a −0, the least subnormal number and the largest one in the first array."""
+    """Return initial parameters with −0 and the smallest subnormal number in the first array."""
     theta = jax.tree.map(lambda leaf: leaf.astype(dtype), preset.functions.init(jax.random.key(5)))
     leaves, structure = jax.tree.flatten(theta)
     info = jnp.finfo(dtype)
@@ -148,7 +148,7 @@ def test_a_file_of_another_library_needs_the_preset_and_fits_by_its_names(tmp_pa
 
 
 def test_a_preset_that_cannot_be_saved_or_has_other_types_is_refused(tmp_path):
-    theta = PRESET.functions.init(jax.random.key(0))  # a network of this test
+    theta = PRESET.functions.init(jax.random.key(0))  # the network is TinyMLP, which imaml does not define
     imaml.TrainedLearner(theta, PRESET).save(tmp_path / "own.npz")
     with pytest.raises(InputError, match=r"\(network is tiny_preset.TinyMLP\).*imaml.load\(run, preset\)"):
         imaml.load(tmp_path / "own.npz")

@@ -115,7 +115,7 @@ def test_a_preset_with_a_name_of_its_own_is_trained_and_evaluated(tmp_path, caps
     assert capsys.readouterr().out == f"{run.evaluation}\n"
 
 
-@pytest.mark.slow("trains a run twice")
+@pytest.mark.slow("trains a run in two parts")
 def test_a_run_saved_before_a_setting_existed_is_resumed(uninterrupted, tmp_path):
     stop_halfway(tmp_path)
     found = checkpoints.newest(tmp_path)
@@ -325,7 +325,7 @@ def test_a_checkpoint_describes_its_run(uninterrupted):
     description = checkpoints.newest(uninterrupted.run.directory).description
     assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
     assert description["types"] == PRESET.types()
-    # A run on a dataset of this package has no source, so that its checkpoints are those of earlier versions.
+    # A run on a dataset of this package saves no "source", so its checkpoints have the entries of earlier versions.
     facts = {"preset", "config", "types", "data", "versions"}
     assert set(description) == facts | {"format", "step", "loss", "leaves"} and uninterrupted.run.dataset is None
     assert description["data"] == datasets.load("tiny").fingerprint()

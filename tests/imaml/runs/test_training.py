@@ -118,7 +118,7 @@ def test_the_step_is_compiled_while_reading_and_again_if_the_shapes_were_not_as_
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.slow("compares the tasks of many steps")
+@pytest.mark.slow("compiles the meta-step")
 def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
     step, states = (
         jax.jit(compilation.meta_step(PRESET)),
@@ -128,7 +128,7 @@ def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
     assert values[0] == uninterrupted.progress[0].loss != values[1]
 
 
-@pytest.mark.slow("trains a run twice", fast="15")
+@pytest.mark.slow("trains a run in two parts", fast="15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(number, uninterrupted, tmp_path):
     stopped = train(tmp_path, on_progress=stop_at(STOP_AT, number))
@@ -245,7 +245,7 @@ def test_a_crash_loses_only_the_steps_after_the_checkpoint(uninterrupted, tmp_pa
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.slow("trains a run to its end")
+@pytest.mark.slow("evaluates a finished run again")
 def test_training_a_finished_run_only_evaluates(uninterrupted, traces):
     seen, events, traced = [], [], len(traces)
     before = saved_state(uninterrupted.run.directory)

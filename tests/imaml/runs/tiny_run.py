@@ -26,7 +26,7 @@ DEFAULTS = {"evaluation_tasks": EVALUATION_TASKS, "checkpoint_seconds": float("i
 PRESET = tiny_preset(STEPS)
 
 
-# --- Programs ------------------------------------------------------------------------------------------------------
+# --- Traced functions ----------------------------------------------------------------------------------------------
 
 
 def counted_meta_step(traced):
@@ -57,7 +57,7 @@ _task_scores, _over_tasks = functools.cache(evaluation.task_scores), functools.c
 
 @contextlib.contextmanager
 def patched(pixels, meta_step):
-    """Replace datasets and programs within the ``with`` block. Every dataset name gives the tiny dataset."""
+    """Do what :func:`programs` does within the ``with`` block, and let every dataset name give the tiny dataset."""
     tiny = dataset(pixels)
     with programs(meta_step), pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
@@ -66,10 +66,10 @@ def patched(pixels, meta_step):
 
 @contextlib.contextmanager
 def programs(meta_step):
-    """Replace programs within the ``with`` block.
+    """Replace the functions that training and evaluation trace, within the ``with`` block.
 
-    Training uses ``meta_step``. Equal arguments of ``task_scores`` and ``over_tasks`` give the same function again, so
-    that JAX does not trace it anew.
+    Training uses ``meta_step``. For equal arguments, ``task_scores`` and ``over_tasks`` return the same function again,
+    which JAX then does not trace anew.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compilation, "meta_step", meta_step)

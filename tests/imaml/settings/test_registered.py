@@ -30,7 +30,7 @@ OWN = replace(imaml.preset("glyphs-5way-1shot-gd"), name="own", network=OwnNetwo
 
 
 def saved(preset):
-    """Return what a run's folder holds of a preset."""
+    """Return what a run's folder holds of a preset: its name, its config and its types."""
     return preset.name, preset.config(), preset.types()
 
 
