@@ -61,7 +61,7 @@ from imaml.storage.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
 EVERY = 25
-"""Number of meta-steps between two probes. A point of the curve summarises as many meta-steps."""
+"""Number of meta-steps between two probes. A point of the curve summarises the same number of meta-steps."""
 CERTIFIED = 100
 """Number of meta-steps between two certificates, a multiple of ``EVERY``."""
 

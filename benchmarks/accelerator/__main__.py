@@ -3,8 +3,8 @@
     python -m benchmarks.accelerator --minutes 9 --out DIR --data OMNIGLOT
     python -m benchmarks.accelerator --minutes 1 --out DIR --cells glyphs-5way-1shot-gd:12:4 -- --network.filters 4
 
-Each call of the command resumes the runs in DIR and ends within the given minutes. On a CPU, several short calls give
-the same bits as one long call. docs/scaling.md says what a bare machine needs.
+Each call of the command resumes the runs in DIR, and stops them 15 seconds before the given minutes are over. On a CPU,
+several short calls give the same bits as one long call. docs/scaling.md says what a bare machine needs.
 """
 
 import argparse
