@@ -11,9 +11,9 @@ random order that was drawn before. The sizes are:
 - batches of 8 out of 64 samples of 10³ to 10⁶ features, which are the parameters.
 
 In each round, `minimize` and the hand-written scan are timed one after the other. The command prints the median time
-of each, and the median of the ratio of both times in a round. Only calls after the compilation are timed. The status is 1 if a step of SOBA takes more than 1.3
-times as long as in the hand-written scan, for any size. In both, a step on 10⁶ samples takes longer than a step on 10³
-samples, because the samples no longer fit into the caches of the processor.
+of each, and the median of the ratio of both times in a round. Only calls after the compilation are timed. The status is
+1 if a step of SOBA takes more than 1.3 times as long as in the hand-written scan, for any size. In both, a step on 10⁶
+samples takes longer than a step on 10³ samples, because the samples no longer fit into the caches of the processor.
 """
 
 import argparse

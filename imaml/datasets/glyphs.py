@@ -108,7 +108,7 @@ def _characters(fonts: list) -> list[_Character]:
 
     Variants are left out, and so are characters that have neither a listed script nor a group in SIGNS.
 
-    Of two characters that look alike, `_distinct` keeps the one that comes first in this order.
+    Of two characters that look alike, `_distinct` keeps the one that comes first in the returned list.
     """
     charmaps = [font.get_charmap() for font in fonts]
     order = ("LATIN", *TEST_SCRIPTS, *TRAIN_SCRIPTS[1:], *SIGNS.values())
@@ -397,8 +397,8 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
 
     Args:
         meanwhile: a function of one argument: blank classes in the shape of the training classes. It is called just
-            before the glyphs are rendered, and may start a thread that works while they are. It is not called if the
-            dataset is in the cache.
+            before the glyphs are rendered, and may start a thread that works during the rendering. It is not called if
+            the dataset is in the cache.
 
     Raises:
         InputError: if matplotlib's fonts are missing.

@@ -134,11 +134,12 @@ class ImageDataset:
             channels: 1 for grey, 3 for RGB.
             fit: what happens to an image that is not square: ``"crop"`` cuts off both ends of its longer side,
                 ``"pad"`` adds a margin of 0 to its shorter side, and ``"stretch"`` changes its proportions.
-            invert: replace each value v by 255 − v. For dark ink on light paper, as drawings in this package have ink
-                255 on paper 0.
+            invert: replace each value v by 255 − v. Use this for dark ink on light paper, because drawings in this
+                package have ink 255 on paper 0.
             split: fractions of the classes for training, validation and test that add up to 1, or the labels of each
-                part as in ``{"train": ["a", "b"], "validation": [], "test": ["c"]}``. The default is 0.64, 0.16 and
-                0.2. Classes that no part names are left out. None if the subfolders are the parts.
+                part as in ``{"train": ["a", "b"], "validation": [], "test": ["c"]}``. Classes that no part names are
+                left out. None stands for the fractions 0.64, 0.16 and 0.2. If the subfolders are the parts, ``split``
+                must be None.
             seed: the seed of the permutation by which fractions divide the classes.
             name: the name of the dataset; by default the name of the folder.
 
@@ -176,7 +177,7 @@ class ImageDataset:
         Args:
             x: images ``[images, height, width]`` or ``[images, height, width, channels]``. Integers lie in [0, 255];
                 floats lie in [0, 1] and are rounded to multiples of 1/255; booleans become 0 and 255.
-            y: the label of each image, ``[images]``, of integers or strings. A class's label is ``str`` of it.
+            y: the label of each image, ``[images]``, of integers or strings. Integers are converted to strings.
             split: as in :meth:`from_folder`.
             seed: as in :meth:`from_folder`.
             name: the name of the dataset.

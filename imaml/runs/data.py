@@ -190,7 +190,7 @@ def enough_images(
 ) -> Any:
     """Return the classes without those that have too few images for a task.
 
-    Only classes that differ in their number of images are selected from; all others are returned unchanged.
+    Only an :class:`.UnevenClasses` can lose classes. Any other ``classes`` is returned unchanged.
 
     Args:
         classes: training or held-out classes.

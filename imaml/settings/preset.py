@@ -2,7 +2,7 @@
 
 A preset holds the objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``) instead of copies of their
 options. :mod:`imaml.settings.overrides` changes single options of these objects by their dotted paths.
-:meth:`Preset.config` returns all settings as plain data and :meth:`Preset.types` the types of the objects.
+:meth:`Preset.config` returns all settings as plain data, and :meth:`Preset.types` returns the types of the objects.
 :mod:`imaml.settings.saved` converts both back to a preset.
 """
 
