@@ -102,7 +102,7 @@ def download(
         raise InputError("the sinusoid dataset is sampled: there is nothing to download")
     if name == "miniimagenet":
         raise InputError(
-            f"miniimagenet may not be redistributed: obtain the images yourself, and use --data DIR of 'imaml train' to "
+            "miniimagenet may not be redistributed: obtain the images yourself, and use --data DIR of 'imaml train' to "
             f"name the folder that holds {miniimagenet.LAYOUT}"
         )
     if name != "omniglot":

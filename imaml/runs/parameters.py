@@ -120,7 +120,8 @@ def restored(where: Path, found: Named, preset: Preset) -> Any:
     if present != wanted:
         other = next((pair for pair in [*present, *wanted] if (pair in present) != (pair in wanted)), "their number")
         raise InputError(
-            f"the arrays in {where} do not fit the network of {preset.name} (first difference in names and shapes: {other})"
+            f"the arrays in {where} do not fit the network of {preset.name} (first difference in names and shapes: "
+            f"{other})"
         )
     leaves = [jnp.asarray(array) for _, array in found]
     if rounded := [name for (name, array), leaf in zip(found, leaves, strict=True) if leaf.dtype != array.dtype]:
