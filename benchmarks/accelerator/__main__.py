@@ -1,4 +1,4 @@
-"""Find the fastest way to compute meta-gradients on this machine, then train the paper's cells in the given minutes.
+"""Find the fastest way to compute meta-gradients here, then train for the cells of table 2 in the given minutes.
 
     python -m benchmarks.accelerator --minutes 9 --out DIR --data OMNIGLOT
     python -m benchmarks.accelerator --minutes 1 --out DIR --cells glyphs-5way-1shot-gd:12:4 -- --network.filters 4

@@ -203,7 +203,7 @@ def _distances(skeleton: np.ndarray) -> np.ndarray:
 
 
 def _fields(fonts: list, characters: list[_Character]) -> np.ndarray:
-    """Return the distance fields of every character in every font that has it, uint8 ``[faces, FINE, FINE]``."""
+    """Return the distance field of each face, a character in one of its fonts, as uint8 ``[faces, FINE, FINE]``."""
     jobs = [(fonts[font], character.code) for character in characters for font in character.fonts]
     chunks = [jobs[start : start + FACES_AT_ONCE] for start in range(0, len(jobs), FACES_AT_ONCE)]
     return np.concatenate([_distances(_thin(np.stack([_raster(*job) for job in chunk]))) for chunk in chunks])

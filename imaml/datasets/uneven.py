@@ -1,4 +1,4 @@
-"""Classes of images that may differ in their number of images, as folders and arrays of one's own do."""
+"""Classes of images that may differ in their number of images, for one's own folders and arrays."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -41,8 +41,8 @@ class UnevenSource:
         Returns:
             The images, uint8 ``[number, height, width, channels]``.
         """
-        # Give each image of the class a random rank, and take those of the highest ranks. The ranks of images beyond
-        # the end of a small class are -1, so that these are never taken.
+        # Draw a random rank for each image of the class, and take the images with the highest ranks. Positions beyond
+        # the end of a small class have the rank -1, so they are never taken.
         pixels, starts, counts = map(jnp.asarray, (self.pixels, self.starts, self.counts))
         present = jnp.arange(self.largest) < counts[label]
         ranks = jnp.where(present, jax.random.uniform(key, (self.largest,)), -1.0)
