@@ -95,8 +95,8 @@ def _quadratic_samples(rng, count, inner, outer):
 class Quadratic:
     """Quadratic inner and outer objectives, whose matrices are different for each sample.
 
-    G_i(z, x) = ½zᵀH_i z + xᵀC_i z + l_iᵀz and F_j(z, x) = ½zᵀH_j z + ½xᵀK_j x + xᵀC_j z + l_jᵀz + k_jᵀx. H_i is the
-    outer product of a normal vector whose covariance has eigenvalues from 0.1 to 1. C_i is the outer product of two
+    G_i(z, x) = ½zᵀH_i z + xᵀC_i z + l_iᵀz and F_j(z, x) = ½zᵀH_j z + ½xᵀK_j x + xᵀC_j z + l_jᵀz + k_jᵀx. H_i is
+    aaᵀ for a normal vector a, whose covariance has eigenvalues from 0.1 to 1. C_i is the outer product of two
     normal vectors, and all singular values of its expectation are 0.1. The value function h is quadratic.
     """
 

@@ -137,7 +137,7 @@ def in_page(page: str) -> str:
 
 
 def fill(page: str, tables: str) -> str:
-    """Return the page with other tables between its two marks."""
+    """Return the page with ``tables`` between its two marks."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
 

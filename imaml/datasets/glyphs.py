@@ -121,7 +121,7 @@ def _characters(fonts: list) -> list[_Character]:
 
 
 def _raster(font, code: int) -> np.ndarray:
-    """Render one character, centred, with its longer side LONG_SIDE; bool ``[FINE, FINE]``, all False for blanks."""
+    """Render a character, centred, LONG_SIDE pixels on its longer side; bool ``[FINE, FINE]``, all False for blanks."""
     from matplotlib.ft2font import LoadFlags
 
     font.set_size(FINE, 72)

@@ -75,7 +75,8 @@ class UnevenClasses:
     def __post_init__(self) -> None:
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4:
             raise InputError(
-                f"pixels must be uint8 [images, height, width, channels], got {self.pixels.dtype} {self.pixels.shape}"
+                "pixels must be uint8 [images, height, width, channels], "
+                f"got {self.pixels.dtype} of shape {self.pixels.shape}"
             )
         if sum(self.counts) != len(self.pixels) or min(self.counts, default=1) < 1:
             raise InputError(
@@ -83,7 +84,7 @@ class UnevenClasses:
                 f"got {self.counts}"
             )
         if len(self.labels) != len(self.counts) or len(set(self.labels)) != len(self.labels):
-            raise InputError(f"{len(self.counts)} classes need as many distinct labels, got {len(set(self.labels))}")
+            raise InputError(f"{len(self.counts)} classes need as many distinct labels, got {list(self.labels)!r:.100}")
 
     def __len__(self) -> int:
         return len(self.counts)

@@ -73,8 +73,8 @@ def evaluate(
     Raises:
         InputError: for a folder without an intact checkpoint, for settings that cannot be restored or have other types,
             for data that cannot be used, for θ without a preset, for fewer than 2 tasks, or for a part that the dataset
-            does not have. If ``run`` is a folder, also if the dataset has the same name as in training but other
-            contents.
+            does not have. If ``run`` is a folder, or a :class:`imaml.Run` on one's own data, also if the dataset has
+            the same name as in training but other contents.
 
     Source: Rajeswaran et al. (2019), table 2.
     """

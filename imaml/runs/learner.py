@@ -182,8 +182,8 @@ class TrainedLearner:
             y = np.stack([each for _, each in pairs])
         if x.shape[:axes] != y.shape[:axes]:
             raise InputError(
-                f"support_x has {_shown(x.shape[:axes])} examples and support_y {_shown(y.shape[:axes])} labels: pass "
-                "one label for each example"
+                f"support_x has {_shown(x.shape[:axes])} examples, but support_y has {_shown(y.shape[:axes])} labels: "
+                "pass one label for each example"
             )
         return x, y, labels, flat
 
@@ -286,13 +286,13 @@ class Adapted:
             x: images as in :meth:`TrainedLearner.adapt`, of the same shape as the support images; points for a
                 regression.
             transductive: False for the statistics of the support set in batch normalisation: the label of an image then
-                does not depend on the other images. True for the statistics of ``x``, as published. It makes no
-                difference for a network without batch normalisation.
+                does not depend on the other images. True for the statistics of ``x``, as published. The
+                choice makes no difference for a network without batch normalisation.
 
         Returns:
             The labels as they were given: an array if ``support_y`` was an array, otherwise a list. After
-            ``adapt_tasks`` a list with the labels of each task. For a regression a float array with or without an axis
-            of outputs, as ``support_y``.
+            ``adapt_tasks`` a list with the labels of each task. For a regression a float array, which has an axis of
+            outputs if ``support_y`` had one.
 
         Raises:
             InputError: for examples of another shape, dtype or range.

@@ -75,9 +75,9 @@ def predict_files(
             of ways. The name of a subfolder is the label of its images.
         query: a folder of image files, or one image file.
         transductive: see :meth:`.Adapted.predict`.
-        invert: whether to replace each value v by 255 − v. None takes the choice of the training if it read a folder of
-            images. Otherwise None means True for :data:`DRAWINGS`, whose arrays have bright ink, and False for any
-            other dataset.
+        invert: whether to replace each value v by 255 − v. If the run was trained on a folder of images, None means the
+            choice that was made for this folder. Otherwise None means True for :data:`DRAWINGS`, whose arrays have
+            bright ink, and False for any other dataset.
 
     Raises:
         InputError: if a folder or a file cannot be used, if the number of classes is not the preset's, or if the
