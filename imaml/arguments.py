@@ -89,7 +89,7 @@ def _parsers():
         "--out",
         metavar="DIR",
         type=Path,
-        help="the run's folder; default: runs/PRESET, with -ALGORITHM and the dataset's name appended if you choose them",
+        help="the run's folder; default: runs/PRESET, with -ALGORITHM and the dataset's name appended if chosen",
     )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(

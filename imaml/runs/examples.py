@@ -70,7 +70,7 @@ def classes(labels: Iterable[Hashable], preset: Preset, task: str = "") -> tuple
     """Return the distinct labels of a task, and the index of each example's label among them.
 
     The distinct labels are in ascending order, or in the order of their first appearance if they cannot be ordered.
-    The result is an array if ``labels`` is an array, and otherwise a list.
+    The distinct labels are an array if ``labels`` is an array, and otherwise a list.
 
     Args:
         labels: one hashable label for each example.
