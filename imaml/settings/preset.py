@@ -38,7 +38,7 @@ FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
 
 _SAME_OUTER_LOOP = (
     "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
-    "initialisation, outer loop, query images and length, and changes only the inner loop."
+    "initialisation, outer loop, query images and length, and changes only the algorithm and its inner loop."
 )
 _BASELINE_DEPARTURES = {
     "maml": (_SAME_OUTER_LOOP,),
