@@ -36,7 +36,7 @@ class Child:
 
     def __exit__(self, *_):
         assert self._child.stdin is not None and self._child.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # closing sends what the ended process did not take
+        with contextlib.suppress(BrokenPipeError):  # close() flushes, which fails if the process has ended
             self._child.stdin.close()
         self._child.stdout.close()
         try:
@@ -64,6 +64,6 @@ class Child:
             Missing: if the process has ended.
         """
         assert self._child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the process has ended, which answer() tells
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, so answer() raises Missing
             print(json.dumps(request), file=self._child.stdin, flush=True)
         return self.answer()

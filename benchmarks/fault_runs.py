@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def chosen(faults: Sequence[Fault], description: str | None) -> list[Fault]:
     """Return the faults that the command line names, or all faults if it names none."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a fault to plant; all of them by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a fault to plant (default: all faults)")
     names = parser.parse_args().names
     known = [fault.name for fault in faults]
     if unknown := set(names) - set(known):

@@ -5,9 +5,9 @@
 The task is Omniglot, 5-way 1-shot, with the network of 64 filters. The base variant follows the paper's text and tables
 literally: proximal strength λ = 2 on the *mean* support loss, 16 steps of gradient descent at rate 0.1 (from the
 authors' code, because the paper gives no rate), 5 steps of conjugate gradients, as many query images as shots, Adam at
-0.001. Each other variant changes one factor, with two exceptions. ``strong-proximity`` also lowers the inner rate,
-because descent at 0.1 diverges. ``preset`` makes all changes of the preset ``omniglot-5way-1shot-gd``. The variants are
-in :mod:`benchmarks.paper_study_variants`.
+0.001. Each other variant changes one factor, with three exceptions. ``momentum`` changes the inner rate together with
+the momentum. ``strong-proximity`` also lowers the inner rate, because descent at 0.1 diverges. ``preset`` makes all
+changes of the preset ``omniglot-5way-1shot-gd``. The variants are in :mod:`benchmarks.paper_study_variants`.
 
 Each variant writes one record to ``benchmarks/results/paper_study`` when it ends. A variant with a record is not run
 again, so the study can be run in several calls. With ``--minutes M``, a call starts no variant after M minutes.
@@ -61,7 +61,7 @@ from imaml.storage.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
 EVERY = 25
-"""Number of meta-steps between two probes. A point of the curve summarises as many meta-steps."""
+"""Number of meta-steps between two probes. A point of the curve summarises the same number of meta-steps."""
 CERTIFIED = 100
 """Number of meta-steps between two certificates, a multiple of ``EVERY``."""
 

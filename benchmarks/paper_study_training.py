@@ -128,7 +128,7 @@ def learner_of(variant: Variant) -> TunedLearner:
 def step_of(learner: TunedLearner, tasks: int, queries: int) -> Callable:
     """Return the meta-step ``step((θ, adam), pixels, keys, knobs) -> ((θ, adam), report)``.
 
-    The tasks are spread over the largest number of devices that divides their number. If no task has a usable gradient,
+    The tasks are spread over the largest number of devices that divides ``tasks``. If no task has a usable gradient,
     θ and Adam's state stay unchanged.
 
     Args:

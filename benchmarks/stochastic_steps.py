@@ -10,10 +10,10 @@ random order that was drawn before. The sizes are:
 - batches of 64 out of 10³ to 10⁶ samples of 22 features;
 - batches of 8 out of 64 samples of 10³ to 10⁶ features, which are the parameters.
 
-Both sides alternate in one run. The command prints the median time of each side, and the median of the ratio of both
-times in a round. Only calls after the compilation are timed. The status is 1 if a step of SOBA takes more than 1.3
-times as long as in the hand-written scan, for any size. A step on 10⁶ samples takes longer than one on 10³ on both
-sides, because the samples no longer fit into the caches of the processor.
+In each round, `minimize` and the hand-written scan are timed one after the other. The command prints the median time
+of each, and the median of the ratio of both times in a round. Only calls after the compilation are timed. The status is
+1 if a step of SOBA takes more than 1.3 times as long as in the hand-written scan, for any size. In both, a step on 10⁶
+samples takes longer than a step on 10³ samples, because the samples no longer fit into the caches of the processor.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def _scan(tables, batch, carry, order, x, y):
 
 
 def compare(name: str, count: int, features: int, batch: int, steps: int, rounds: int) -> dict[str, float]:
-    """Return the microseconds of a step on both sides, and the median of their ratio in a round."""
+    """Return the microseconds of a step of `minimize` and of the scan, and the median of their ratio in a round."""
     x, y = samples(count, features, 0), samples(count, features, 1)
     algorithm = getattr(bl.stochastic, name)(RATE, RATE, RATE, inner_batch=batch, outer_batch=batch)
     sides = Ours(algorithm, x, y, steps), ByHand(name == "SABA", x, y, steps, batch)

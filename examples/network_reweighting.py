@@ -1,4 +1,4 @@
-"""Data reweighting for a network of 1.1 million weights: seconds and memory of stochastic and of implicit steps.
+"""Data reweighting for a network of 1.1 million parameters: seconds and memory of stochastic and of implicit steps.
 
 Half of the labels of 1,000 digits are redrawn at random. Each digit has a weight, and θ holds the logits of the
 weights. A step of SOBA or F2SA uses 50 training and 50 validation digits. A step of `Implicit` uses all digits, in 20
@@ -56,7 +56,7 @@ def megabytes(compiled):
 
 
 def stochastic(algorithm, w, data, steps):
-    """Return seconds and validation losses after each 25 steps, seconds of a step, megabytes of a loop, and θ."""
+    """Return the seconds and losses after every 25 steps, the seconds of a step, the megabytes of a loop, and θ."""
     (inner, outer), theta = data.values(), jnp.zeros(1000)
     problem, samples = bl.Problem(bl.Stationary(fit), validate), bl.stochastic.Samples
     run = lambda steps: bl.stochastic.minimize(  # noqa: E731
@@ -78,7 +78,7 @@ def stochastic(algorithm, w, data, steps):
 
 
 def implicit(w, data, steps):
-    """Return the same for steps of `Implicit` whose solves start from the last solutions, with a loss for each step."""
+    """Take steps of `Implicit` with warm starts; return what `stochastic` returns, with a loss for every step."""
     condition = bl.Stationary(lambda w, theta, data: fit(w, theta, data["inner"]))
     problem = bl.Problem(condition, lambda w, theta, data: validate(w, theta, data["outer"]))
     solver, method = bl.GradientDescent(0.3, max_steps=20, momentum=0.9), bl.Implicit(bl.CG(max_steps=10))

@@ -1,7 +1,8 @@
 """A portfolio on the simplex, and the risk aversion with the smallest loss on later returns.
 
 The inner problem minimises risk minus expected return over weights that are not negative and sum to one. θ holds the
-logarithm of the risk aversion, and tilts of the mean returns. The outer value is the later loss and a penalty on tilts.
+logarithm of the risk aversion, and tilts of the mean returns. The outer value is the loss on later returns plus a
+penalty on the tilts.
 """
 
 import sys
@@ -17,7 +18,7 @@ ASSETS = 8
 
 
 def load():
-    """Return mean and covariance of 60 days of returns of eight synthetic assets, and the returns of 400 later days."""
+    """Return mean and covariance of the returns of eight synthetic assets over 60 days, and 400 later returns."""
     rng = np.random.default_rng(0)
     factors = rng.normal(size=(ASSETS, 3)) * 0.5
     mean = np.linspace(0.0, 0.14, ASSETS)

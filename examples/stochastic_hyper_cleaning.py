@@ -18,7 +18,7 @@ import bilevel as bl
 
 
 def draw(images, labels, copies, key):
-    """Return copies of 8×8 digits with 28×28 pixels, rotated by up to 10° and shifted by up to 2 pixels, and labels."""
+    """Return digits at 28×28 pixels, rotated by up to 10° and shifted by up to 2 pixels, and their labels."""
     angles, *shifts = jax.random.uniform(key, (3, copies * len(images)), minval=-1)
 
     def move(image, angle, down, right):

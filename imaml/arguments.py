@@ -89,7 +89,7 @@ def _parsers():
         "--out",
         metavar="DIR",
         type=Path,
-        help="the run's folder; default: runs/PRESET, with -ALGORITHM and -DATASET appended if these are given",
+        help="the run's folder; default: runs/PRESET, with -ALGORITHM and the dataset's name appended if chosen",
     )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -114,7 +114,7 @@ def _parsers():
         "--processes",
         metavar="N",
         type=int,
-        help="number of processes that train together; start the same command in each",
+        help="number of processes that train together; start each with the same command except for --process-id",
     )
     train.add_argument(
         "--process-id", metavar="I", type=int, help="index of this process, from 0; process 0 writes the files"
@@ -249,8 +249,8 @@ def _add_dataset(command):
     command.add_argument(
         "--dataset",
         metavar="NAME",
-        help="replace the preset's dataset: 'folder' for your own images, with a folder of them for each class in "
-        "--data DIR, or the name of a dataset that an installed package offers",
+        help="use another dataset than the preset's: 'folder' reads your own images from --data DIR, which holds one "
+        "folder of images for each class; any other NAME is a dataset that an installed package offers",
     )
 
 
@@ -268,10 +268,10 @@ def _version():
 
 
 def _split(words, options):
-    """Split the arguments of a command into those for argparse, and pairs of a setting's path and its text.
+    """Split the arguments of a command into those for argparse, and pairs of a setting's path and its value as text.
 
     A setting is written ``--path value`` or ``--path=value``. Every option that is not in ``options`` counts as a
-    setting. Its text is None if no value follows.
+    setting. The text is None if no value follows.
     """
     known, overrides, rest = [], [], list(words)
     while rest:

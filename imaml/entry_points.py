@@ -29,7 +29,7 @@ def load(group: str, name: str) -> Any:
         name: one of :func:`offered`.
 
     Raises:
-        InputError: if several entry points of different values have this name, or if the import fails.
+        InputError: if no entry point or several different ones have this name, or if the import fails.
     """
     points = list(entry_points(group=group, name=name))
     if len({point.value for point in points}) != 1:

@@ -1,1 +1,1 @@
-"""Training of the paper's cells on an accelerator, in calls of some minutes that resume the runs of earlier calls."""
+"""Training for the cells of the paper's table 2 on an accelerator, in calls of minutes that resume earlier calls."""

@@ -79,7 +79,7 @@ def _start(folder, words):
         words = json.loads(kept.read_text())
     else:
         write_whole(kept, lambda stream: stream.write(json.dumps(words).encode()))
-    # Otherwise the first JAX process reserves most of the device's memory for itself.
+    # With preallocation, the first JAX process would reserve most of the device's memory for itself.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     with open(folder / "output.log", "a") as output:
         command = [sys.executable, "-m", "imaml", "train", *words, "--out", str(folder)]

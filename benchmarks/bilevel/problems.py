@@ -93,10 +93,10 @@ def _quadratic_samples(rng, count, inner, outer):
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Quadratic inner and outer objectives, with matrices of their own for each sample.
+    """Quadratic inner and outer objectives, whose matrices are different for each sample.
 
-    G_i(z, x) = ½zᵀH_i z + xᵀC_i z + l_iᵀz and F_j(z, x) = ½zᵀH_j z + ½xᵀK_j x + xᵀC_j z + l_jᵀz + k_jᵀx. H_i is the
-    outer product of a normal vector whose covariance has eigenvalues from 0.1 to 1. C_i is the outer product of two
+    G_i(z, x) = ½zᵀH_i z + xᵀC_i z + l_iᵀz and F_j(z, x) = ½zᵀH_j z + ½xᵀK_j x + xᵀC_j z + l_jᵀz + k_jᵀx. H_i is
+    aaᵀ for a normal vector a, whose covariance has eigenvalues from 0.1 to 1. C_i is the outer product of two
     normal vectors, and all singular values of its expectation are 0.1. The value function h is quadratic.
     """
 
@@ -181,8 +181,8 @@ class QuadraticReference:
 class Logistic:
     """Logistic regression with one penalty exp(x_j) for each feature, and the validation loss as the outer objective.
 
-    The sizes are those of ijcnn1. The samples are drawn by scikit-learn's ``make_classification``, because the data
-    cannot be downloaded everywhere. About a tenth of the labels is positive, as in ijcnn1.
+    The sizes are those of the dataset ijcnn1. The samples are drawn by scikit-learn's ``make_classification``, because
+    ijcnn1 cannot be downloaded everywhere. About a tenth of the labels is positive, as in ijcnn1.
     """
 
     inner_samples: int = 49_990
@@ -215,7 +215,7 @@ class Logistic:
 
     @staticmethod
     def reference(data: Data) -> "LogisticReference":
-        """Return the value function by Newton's method, and its minimum."""
+        """Return the value function, which is computed by Newton's method."""
         return LogisticReference(data)
 
 
@@ -289,7 +289,7 @@ class LogisticReference:
                 return value, gradient / np.maximum(penalty, 1e-14)
 
             # h is not convex, and it is flat in the logarithms of extreme penalties. Therefore L-BFGS-B runs in turn
-            # over the logarithms and over the penalties, and it does so from two starts, of which the best counts.
+            # over the logarithms and over the penalties. This is done from two starts, and the smaller minimum counts.
             found = []
             for x in (self._start, np.full_like(self._start, -5)):
                 options = {"maxiter": 500, "gtol": 1e-11, "ftol": 0.0, "maxcor": len(x)}
@@ -317,7 +317,7 @@ class LogisticReference:
 def _augment(rng, images, labels, count):
     """Draw images with replacement, enlarge them to 28 × 28, and rotate, scale and shift each one by a random amount.
 
-    The pixel at (r, c) of the new image is read from the old one by bilinear interpolation.
+    Each pixel of the new image is interpolated bilinearly at a point (r, c) of the old image.
     """
     chosen = rng.integers(len(images), size=count)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))

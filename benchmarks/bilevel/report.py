@@ -94,7 +94,7 @@ def comparisons(record: dict) -> dict[str, dict[str, float]]:
 
 
 def best(record: dict) -> list[str]:
-    """Return a Markdown table of the least measures of each side at the times of the tables, with the contenders."""
+    """Return a Markdown table of the least measures of each side at the times of the tables, and who reached them."""
     times = [time for time in TIMES if time <= record["seconds"]]
     found = [
         "| the best after | " + " | ".join(f"{time:g} s" for time in times) + " |",
@@ -137,7 +137,7 @@ def in_page(page: str) -> str:
 
 
 def fill(page: str, tables: str) -> str:
-    """Return the page with other tables between its two marks."""
+    """Return the page with ``tables`` between its two marks."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
 

@@ -1,6 +1,6 @@
 """Run a suite of the speed benchmark, write its record to benchmarks/results/, and print its results.
 
-    python -m benchmarks.speed agree             compare our gradient with PyTorch's of the same operator, in float64
+    python -m benchmarks.speed agree             compare our gradient with PyTorch's for the same operator, in float64
     python -m benchmarks.speed few-shot          time W1 and W2 on one core, against the PyTorch libraries
     python -m benchmarks.speed gpu               time W1 and W2 on a GPU, against the authors' computation in PyTorch
     python -m benchmarks.speed linear            time hypergradients of two linear models, against other libraries
@@ -13,7 +13,7 @@
     python -m benchmarks.speed table             print the records as Markdown tables
     python -m benchmarks.speed plot              draw docs/images/speed.png from the records
 
-docs/speed.md describes the suites. No other program should run on the machine meanwhile.
+docs/speed.md describes the workloads and the contenders. No other program should run on the machine during a suite.
 """
 
 import argparse
@@ -54,10 +54,10 @@ KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "10
 
 
 def agree(options) -> bool:
-    """Compare our meta-gradient with that of the same linear operator in PyTorch, in float64.
+    """Compare our meta-gradient with PyTorch's for the same linear operator, in float64.
 
-    Only this comparison can fail. The differences of the other programs are printed: the authors' operator and unrolled
-    MAML give other gradients.
+    The suite fails if this difference is too large. For the other programs the difference is only printed, because the
+    authors' operator and unrolled MAML give other gradients.
     """
     item = dataclasses.replace(ITEMS["W1"], tasks=2)
     differences = {}

@@ -47,7 +47,7 @@ def _seconds_to_first_step(cache, out):
 
 
 def host_share(rounds: int) -> dict[str, object]:
-    """Measure the time of 100 meta-steps alone relative to 100 steps of training, with its log and checkpoints.
+    """Measure the time of 100 meta-steps alone, relative to 100 steps of a training run with log and checkpoints.
 
     Args:
         rounds: number of measurements.

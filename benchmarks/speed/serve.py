@@ -1,4 +1,4 @@
-"""The process of a peer: it imports a library, reads requests from stdin, and answers each by one JSON line.
+"""The process of a contender: it imports a library, reads requests from stdin, and answers each by one JSON line.
 
     python -m benchmarks.speed.serve MODULE ITEM DTYPE CORES     (ITEM as JSON, CORES as 0 or 0,1)
 

@@ -43,7 +43,10 @@ class FewShot:
         return self.ways * self.shots
 
     def arrays(self, dtype: str) -> dict[str, np.ndarray]:
-        """Return images ``[tasks, images, 28, 28, 1]`` in [0, 1] of both sets, and labels ``y [images]`` for all."""
+        """Return the images of both sets, ``[tasks, images, 28, 28, 1]`` in [0, 1], and the labels ``y``.
+
+        The labels have shape ``[images]``, and are the same for both sets and for all tasks.
+        """
         random = np.random.default_rng(0)
         shape = (self.tasks, self.images, SIDE, SIDE, 1)
         labels = np.repeat(np.arange(self.ways), self.shots)

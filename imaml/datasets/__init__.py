@@ -32,7 +32,8 @@ def load(
             :func:`register_dataset` has registered, or one that an installed package offers.
         directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
             to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
-            files. The other two datasets need None.
+            files. For ``folder`` it holds one folder of images for each class. ``glyphs`` and ``sinusoid`` need None.
+            The function of a registered or offered dataset gets this folder.
         meanwhile: called just before glyphs are rendered or Omniglot is decoded, with a blank :class:`ImageClasses` in
             the shape of the training classes. Rendering and decoding take seconds, in which a thread that ``meanwhile``
             starts can compile a program for that shape. If the arrays are in the cache, ``meanwhile`` is not called.
@@ -59,14 +60,14 @@ def load(
     if name == "miniimagenet":
         if directory is None:
             raise InputError(
-                f"miniimagenet needs its images: name the folder that holds {miniimagenet.LAYOUT} with --data DIR"
+                f"miniimagenet needs its images: use --data DIR to name the folder that holds {miniimagenet.LAYOUT}"
             )
         return miniimagenet.load(directory)
     if name == "sinusoid":
         return sinusoid.load(directory)
     if name == FOLDER:
         if directory is None:
-            raise InputError("name the folder that holds a folder of images for each class with --data DIR")
+            raise InputError("use --data DIR to name a folder that holds one folder of images for each class")
         return ImageDataset.from_folder(directory)
     if name in registry.names():
         return registry.read(name, directory)
@@ -101,8 +102,8 @@ def download(
         raise InputError("the sinusoid dataset is sampled: there is nothing to download")
     if name == "miniimagenet":
         raise InputError(
-            f"miniimagenet may not be redistributed: obtain the images yourself, and name the folder that holds "
-            f"{miniimagenet.LAYOUT} with --data DIR"
+            "miniimagenet may not be redistributed: obtain the images yourself, and use --data DIR of 'imaml train' to "
+            f"name the folder that holds {miniimagenet.LAYOUT}"
         )
     if name != "omniglot":
         raise _unknown(name)

@@ -44,10 +44,10 @@ class Reading(NamedTuple):
 def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
     """Return ``files[part][label]``, the image files of each class in each part, sorted by name.
 
-    If ``directory`` has the subfolders ``train`` and ``test``, and no others except ``val`` or ``validation``, they are
-    the parts, and their subfolders are the classes. Otherwise the subfolders of ``directory``
-    are the classes, of the part :data:`UNDIVIDED`. Hidden files, and files with another end than :data:`SUFFIXES`, are
-    ignored.
+    If ``directory`` has the subfolders ``train`` and ``test``, and no others except ``val`` or ``validation``, these
+    subfolders are the parts, and their own subfolders are the classes. Otherwise the subfolders of ``directory`` are
+    the classes of the one part :data:`UNDIVIDED`. Hidden files, and files with a suffix that is not in
+    :data:`SUFFIXES`, are ignored.
 
     Raises:
         InputError: if the folder does not exist, if it has no subfolders, or if a class has no image.

@@ -108,7 +108,7 @@ def _characters(fonts: list) -> list[_Character]:
 
     Variants are left out, and so are characters that have neither a listed script nor a group in SIGNS.
 
-    Of two characters that look alike, `_distinct` keeps the one that comes first in this order.
+    Of two characters that look alike, `_distinct` keeps the one that comes first in the returned list.
     """
     charmaps = [font.get_charmap() for font in fonts]
     order = ("LATIN", *TEST_SCRIPTS, *TRAIN_SCRIPTS[1:], *SIGNS.values())
@@ -121,7 +121,7 @@ def _characters(fonts: list) -> list[_Character]:
 
 
 def _raster(font, code: int) -> np.ndarray:
-    """Render one character, centred, with its longer side LONG_SIDE; bool ``[FINE, FINE]``, all False for blanks."""
+    """Render a character, centred, LONG_SIDE pixels on its longer side; bool ``[FINE, FINE]``, all False for blanks."""
     from matplotlib.ft2font import LoadFlags
 
     font.set_size(FINE, 72)
@@ -203,7 +203,7 @@ def _distances(skeleton: np.ndarray) -> np.ndarray:
 
 
 def _fields(fonts: list, characters: list[_Character]) -> np.ndarray:
-    """Return the distance fields of every character in every font that has it, uint8 ``[faces, FINE, FINE]``."""
+    """Return the distance field of each face, a character in one of its fonts, as uint8 ``[faces, FINE, FINE]``."""
     jobs = [(fonts[font], character.code) for character in characters for font in character.fonts]
     chunks = [jobs[start : start + FACES_AT_ONCE] for start in range(0, len(jobs), FACES_AT_ONCE)]
     return np.concatenate([_distances(_thin(np.stack([_raster(*job) for job in chunk]))) for chunk in chunks])
@@ -397,8 +397,8 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
 
     Args:
         meanwhile: a function of one argument: blank classes in the shape of the training classes. It is called just
-            before the glyphs are rendered, and may start a thread that works while they are. It is not called if the
-            dataset is in the cache.
+            before the glyphs are rendered, and may start a thread that works during the rendering. It is not called if
+            the dataset is in the cache.
 
     Raises:
         InputError: if matplotlib's fonts are missing.

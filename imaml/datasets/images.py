@@ -1,9 +1,9 @@
 """The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
-Images are indexed by ``[class, sample]``. The parts hold different classes. The split is part of the
-dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of a run's folder
-refuses the dataset if it has another fingerprint than in training. The saved parameters are therefore not tested on a
-class that they were trained on.
+The images of an :class:`ImageClasses` are indexed by ``[class, sample]``. The parts hold different classes. The split
+is part of the dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of a
+run's folder refuses the dataset if it has another fingerprint than in training. The saved parameters are therefore not
+tested on a class that they were trained on.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ class ImageClasses:
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 5:
             raise InputError(
                 "pixels must be uint8 [classes, samples, height, width, channels], "
-                f"got {self.pixels.dtype} {self.pixels.shape}"
+                f"got {self.pixels.dtype} of shape {self.pixels.shape}"
             )
         if len(self.labels) != len(self.pixels) or len(set(self.labels)) != len(self.labels):
-            raise InputError(f"{len(self.pixels)} classes need as many distinct labels, got {len(set(self.labels))}")
+            raise InputError(f"{len(self.pixels)} classes need as many distinct labels, got {list(self.labels)!r:.100}")
 
     @classmethod
     def blank(cls, *shape: int) -> "ImageClasses":
@@ -134,11 +134,12 @@ class ImageDataset:
             channels: 1 for grey, 3 for RGB.
             fit: what happens to an image that is not square: ``"crop"`` cuts off both ends of its longer side,
                 ``"pad"`` adds a margin of 0 to its shorter side, and ``"stretch"`` changes its proportions.
-            invert: replace each value v by 255 − v. For dark ink on light paper, as drawings in this package have ink
-                255 on paper 0.
+            invert: replace each value v by 255 − v. Use this for dark ink on light paper, because drawings in this
+                package have ink 255 on paper 0.
             split: fractions of the classes for training, validation and test that add up to 1, or the labels of each
-                part as in ``{"train": ["a", "b"], "validation": [], "test": ["c"]}``. The default is 0.64, 0.16 and
-                0.2. Classes that no part names are left out. None if the subfolders are the parts.
+                part as in ``{"train": ["a", "b"], "validation": [], "test": ["c"]}``. Classes that no part names are
+                left out. None stands for the fractions 0.64, 0.16 and 0.2. If the subfolders are the parts, ``split``
+                must be None.
             seed: the seed of the permutation by which fractions divide the classes.
             name: the name of the dataset; by default the name of the folder.
 
@@ -176,7 +177,7 @@ class ImageDataset:
         Args:
             x: images ``[images, height, width]`` or ``[images, height, width, channels]``. Integers lie in [0, 255];
                 floats lie in [0, 1] and are rounded to multiples of 1/255; booleans become 0 and 255.
-            y: the label of each image, ``[images]``, of integers or strings. A class's label is ``str`` of it.
+            y: the label of each image, ``[images]``, of integers or strings. Integers are converted to strings.
             split: as in :meth:`from_folder`.
             seed: as in :meth:`from_folder`.
             name: the name of the dataset.
@@ -195,7 +196,8 @@ class ImageDataset:
         x, y = _as_pixels(np.asarray(x), name), np.asarray(y)
         check(
             y.shape == (len(x),) and y.dtype.kind in "iuSU",
-            f"{name}: y should be one integer or string for each of the {len(x)} images, got {y.dtype} {y.shape}",
+            f"{name}: y should be one integer or string for each of the {len(x)} images, "
+            f"got {y.dtype} of shape {y.shape}",
         )
         labels = y.astype(str)
         known = [str(label) for label in np.unique(labels)]
@@ -266,7 +268,7 @@ def _as_pixels(x, name):
     check(
         x.ndim in (3, 4) and len(x) > 0 and x.dtype.kind in "biuf",
         f"{name}: x should be numbers [images, height, width] or [images, height, width, channels], "
-        f"got {x.dtype} {x.shape}",
+        f"got {x.dtype} of shape {x.shape}",
     )
     top = 1.0 if x.dtype.kind in "bf" else 255
     inside = bool(((x >= 0) & (x <= top)).all())  # false for NaN

@@ -30,7 +30,7 @@ class Dataset(Protocol):
 
     @property
     def test(self) -> Any:
-        """The held-out part, of the same form."""
+        """The held-out part, of the same form as ``train``."""
         ...
 
     def fingerprint(self) -> str:

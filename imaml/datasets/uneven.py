@@ -1,4 +1,4 @@
-"""Classes of images that may differ in their number of images, as folders and arrays of one's own do."""
+"""Classes of images that may differ in their number of images, for one's own folders and arrays."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -41,8 +41,8 @@ class UnevenSource:
         Returns:
             The images, uint8 ``[number, height, width, channels]``.
         """
-        # Give each image of the class a random rank, and take those of the highest ranks. The ranks of images beyond
-        # the end of a small class are -1, so that these are never taken.
+        # Draw a random rank for each image of the class, and take the images with the highest ranks. Positions beyond
+        # the end of a small class have the rank -1, so they are never taken.
         pixels, starts, counts = map(jnp.asarray, (self.pixels, self.starts, self.counts))
         present = jnp.arange(self.largest) < counts[label]
         ranks = jnp.where(present, jax.random.uniform(key, (self.largest,)), -1.0)
@@ -75,7 +75,8 @@ class UnevenClasses:
     def __post_init__(self) -> None:
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4:
             raise InputError(
-                f"pixels must be uint8 [images, height, width, channels], got {self.pixels.dtype} {self.pixels.shape}"
+                "pixels must be uint8 [images, height, width, channels], "
+                f"got {self.pixels.dtype} of shape {self.pixels.shape}"
             )
         if sum(self.counts) != len(self.pixels) or min(self.counts, default=1) < 1:
             raise InputError(
@@ -83,7 +84,7 @@ class UnevenClasses:
                 f"got {self.counts}"
             )
         if len(self.labels) != len(self.counts) or len(set(self.labels)) != len(self.labels):
-            raise InputError(f"{len(self.counts)} classes need as many distinct labels, got {len(set(self.labels))}")
+            raise InputError(f"{len(self.counts)} classes need as many distinct labels, got {list(self.labels)!r:.100}")
 
     def __len__(self) -> int:
         return len(self.counts)

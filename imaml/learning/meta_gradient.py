@@ -63,7 +63,8 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
             then over the tasks of all devices. None for one device.
         at_once: the number of tasks that are computed together by ``vmap``, which needs that many times the memory. If
             ``at_once`` does not divide the number of tasks, the largest smaller divisor is used. Values above 1 speed
-            up very small networks, for which dispatching operations dominates. They slow down a convolutional network.
+            up very small networks, for which dispatching operations dominates. On a CPU they slow down a convolutional
+            network.
 
     Returns:
         A pure function ``grad(theta, tasks) -> MetaGradient``. ``tasks`` is a :class:`imaml.Task` with a leading batch

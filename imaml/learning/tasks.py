@@ -1,7 +1,7 @@
 """Few-shot tasks, and how they are sampled: a support set to adapt to, and a query set to evaluate on.
 
-Sampling is a pure function of a random key and of the dataset's array, if it has one. It therefore needs no work on the
-host and runs inside the compiled meta-step.
+Sampling is a pure function of a random key and of the dataset's array, if the dataset has one. It therefore needs no
+work on the host and runs inside the compiled meta-step.
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class Episode:
             pixels: the ``source`` of the classes: uint8 ``[classes, samples, height, width, channels]``, or the arrays
                 of classes that differ in their number of images.
             key: a typed random key. The same key gives the same task.
-            rotate: if True, draw a multiple of 90° for each class of the task and rotate all images of the class by it.
+            rotate: if True, draw a multiple of 90° for each class of the task, and rotate the class's images by it.
 
         Returns:
             A :class:`Task` with float32 images in [0, 1] and int32 labels in [0, ways).

@@ -25,7 +25,7 @@ _ANSWER_SECONDS = 10.0
 
 
 class LivenessMonitor:
-    """A thread that watches the connections to other processes and reports the first that is lost.
+    """A thread that watches the connections to other processes and reports the first process that is lost.
 
     Args:
         lines: connections by the index of the process at the other end. Process 0 has a connection to every other

@@ -32,7 +32,7 @@ class Reporter:
         self._loss = self._accuracy = 0.0
 
     def event(self, message: str) -> None:
-        """Print a message, such as ``"evaluating"``, and an ellipsis on a new line."""
+        """Print a message, such as ``"evaluating"``, followed by an ellipsis, on a line of its own."""
         self.finish()
         print(f"{message} …", file=self._stream, flush=True)
 

@@ -65,7 +65,7 @@ class Record:
     def cell(self) -> Cell | None:
         """Algorithm, ways and shots of the run as a cell; None for a run on another dataset than Omniglot.
 
-        Table 2 need not have this cell.
+        The cell need not be in table 2.
         """
         if self.config["dataset"] != "omniglot":
             return None

@@ -37,9 +37,9 @@ def load(
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> Dataset:
-    """Return the dataset called ``name``, for glyphs from the copy in a run's folder if there is one.
+    """Return the dataset called ``name``.
 
-    Otherwise the dataset comes from :func:`.datasets.load`.
+    Glyphs come from the copy in the run's folder if there is one. Any other dataset comes from :func:`.datasets.load`.
 
     Args:
         directory: the run's folder. It need not exist, or hold a copy.
@@ -86,9 +86,9 @@ def choose(
     meanwhile: Callable[[ImageClasses], None] = lambda training: None,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> tuple[Preset, Dataset, dict[str, Any] | None]:
-    """Return the preset with the name of the dataset that a user has chosen, the dataset, and its source.
+    """Return the preset, the dataset that a user has chosen, and the source of the dataset.
 
-    The source is None for a dataset of this package.
+    The returned preset has the name of the dataset. The source is None for a dataset of this package.
 
     Args:
         preset: the settings. Their dataset is used if ``dataset`` is None, and a folder of images is read in the shape
@@ -140,7 +140,7 @@ def _chosen(preset, data, dataset, directory, meanwhile, on_warning):
 
 
 def _remembered(directory):
-    """Return the source that the newest checkpoint in a run's folder has, with the dataset's name; None if none has."""
+    """Return the source that the newest checkpoint in a run's folder has, with the dataset's name, or None."""
     found = None if directory is None else checkpoints.newest(directory)
     if found is None or "source" not in found.description:
         return None
@@ -164,7 +164,7 @@ def read_again(run: object, source: dict[str, Any], data: str | Path | None = No
     """
     if source["kind"] == "object":
         raise InputError(
-            f"{run} was trained on a dataset that was passed as an object ({source['type']}) and that it cannot read "
+            f"{run} was trained on a dataset that was passed as an object ({source['type']}) and cannot be read "
             "again: pass the same one, as in imaml.evaluate(run, dataset=data) or imaml.train(…, dataset=data)"
         )
     directory = source["directory"] if data is None else data
@@ -173,7 +173,7 @@ def read_again(run: object, source: dict[str, Any], data: str | Path | None = No
     if not Path(directory).is_dir():
         raise InputError(
             f"{run} was trained on the images in {directory}, which is no folder now: if it has been moved, name the "
-            "new place with --data DIR, in Python data="
+            "new place with --data DIR (in Python, with data=)"
         )
     return ImageDataset.from_recipe(source, directory)
 
@@ -190,7 +190,7 @@ def enough_images(
 ) -> Any:
     """Return the classes without those that have too few images for a task.
 
-    Only classes that differ in their number of images are selected from; all others are returned unchanged.
+    Only an :class:`.UnevenClasses` can lose classes. Any other ``classes`` is returned unchanged.
 
     Args:
         classes: training or held-out classes.

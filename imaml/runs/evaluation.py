@@ -46,8 +46,8 @@ def evaluate(
     """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
     A run of glyphs is evaluated on the copy of them in its folder, which does not depend on the installed matplotlib.
-    A run on one's own folder of images, or on a registered dataset, reads it again. It is refused if the contents have
-    changed, because its held-out classes may then include training classes of the run.
+    For a run on one's own folder of images, or on a registered dataset, the data are read again. The evaluation is
+    refused if they have changed, because their held-out classes may then include training classes of the run.
 
     The result is the mean accuracy, or the mean squared error of a regression. If the network has batch normalisation,
     the same tasks are evaluated twice: the result uses the statistics of the query batch, as published, and its field
@@ -55,9 +55,10 @@ def evaluate(
 
     Args:
         run: a run's folder, a :class:`imaml.Run`, or parameters θ, a pytree of arrays.
-        preset: the settings. They are required with θ, and for a folder whose run has parts of types that this package
-            does not define, such as a network class of your own. Otherwise the default is the run's settings. The
-            parts must have the types that the run was trained with; with θ, any types are accepted.
+        preset: the settings. They are required with θ. They are also required for a folder whose run has parts of types
+            that neither this package nor a registered preset of the same name has, such as a network class of your own.
+            Otherwise the default is the run's settings. The parts must have the types that the run was trained with;
+            with θ, any types are accepted.
         tasks: number of tasks, at least 2.
         data: the folder of the dataset's files, for a dataset that is read from files. For a run on a folder of images
             that has been moved, its new place.
@@ -72,8 +73,8 @@ def evaluate(
     Raises:
         InputError: for a folder without an intact checkpoint, for settings that cannot be restored or have other types,
             for data that cannot be used, for θ without a preset, for fewer than 2 tasks, or for a part that the dataset
-            does not have. If ``run`` is a folder, also if the dataset has the same name as in training but other
-            contents.
+            does not have. If ``run`` is a folder, or a :class:`imaml.Run` on one's own data, also if the dataset has
+            the same name as in training but other contents.
 
     Source: Rajeswaran et al. (2019), table 2.
     """

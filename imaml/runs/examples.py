@@ -62,7 +62,7 @@ def targets(values: Any, outputs: int, axes: int = 1) -> tuple[np.ndarray, bool]
     flat = array.ndim == axes and outputs == 1
     array = array[..., None] if flat else array
     fits = array.ndim == axes + 1 and array.shape[-1] == outputs
-    check(fits, f"support_y must have {axes} leading axes and then {outputs} targets, got the shape {np.shape(values)}")
+    check(fits, f"support_y must have {axes + 1} axes, the last of length {outputs}; got the shape {np.shape(values)}")
     return array, flat
 
 
@@ -70,7 +70,7 @@ def classes(labels: Iterable[Hashable], preset: Preset, task: str = "") -> tuple
     """Return the distinct labels of a task, and the index of each example's label among them.
 
     The distinct labels are in ascending order, or in the order of their first appearance if they cannot be ordered.
-    They are an array if the labels are one.
+    The distinct labels are an array if ``labels`` is an array, and otherwise a list.
 
     Args:
         labels: one hashable label for each example.

@@ -31,7 +31,7 @@ class RunFolder:
         keep: number of last checkpoints that are kept; the best one is kept in addition.
         seconds: least time between two checkpoints that :meth:`record` saves.
         on_warning: called with a message about a damaged checkpoint, about other versions, or about a kept result.
-        completed: updates the ``config`` of a checkpoint that an earlier version of the settings wrote.
+        completed: converts the ``config`` of an earlier version's checkpoint to the settings of this version.
 
     Raises:
         InputError: on entering, if another process holds the lock.
@@ -90,7 +90,7 @@ class RunFolder:
             self.save(progress.step, state)
 
     def save(self, step: int, state: Any) -> None:
-        """Flush the log, and write a checkpoint of ``state`` after ``step`` meta-steps, unless that step is saved."""
+        """Flush the log, and write a checkpoint of ``state`` after ``step`` meta-steps, unless it is already saved."""
         if step == self._saved_step:
             return
         self._log.sync()
@@ -144,9 +144,10 @@ class RunFolder:
             )
         if saved["data"] != wanted["data"]:
             place = saved.get("source", {}).get("directory")
-            changed = f", read from {place}, which are not the present ones" if place else ""
+            origin = f" (the run's data were read from {place})" if place else ""
             raise InputError(
-                f"{self._directory} holds a run on other data{changed}: use another --out, or delete the folder"
+                f"{self._directory} holds a run on other data than the present ones{origin}: use another --out, or "
+                "delete the folder"
             )
         if other_versions := differences(saved["versions"], wanted["versions"]):
             self._on_warning(f"resuming with other versions, so last bits may differ ({'; '.join(other_versions)})")

@@ -1,4 +1,4 @@
-"""Use of what was learned: adapt trained parameters to a few labelled examples, and predict the labels of others.
+"""Use of a trained learner: adapt its parameters to a few labelled examples, and predict the labels of other examples.
 
 By default, batch normalisation takes its mean and variance from the support set. The prediction for an image then does
 not depend on the images that are predicted with it. The published protocol is transductive: it takes the mean and
@@ -182,8 +182,8 @@ class TrainedLearner:
             y = np.stack([each for _, each in pairs])
         if x.shape[:axes] != y.shape[:axes]:
             raise InputError(
-                f"support_x has {_shown(x.shape[:axes])} examples and support_y {_shown(y.shape[:axes])} labels: pass "
-                "one label for each example"
+                f"support_x has {_shown(x.shape[:axes])} examples, but support_y has {_shown(y.shape[:axes])} labels: "
+                "pass one label for each example"
             )
         return x, y, labels, flat
 
@@ -278,20 +278,21 @@ class Adapted:
         """Return the label of each image, or the value at each point of a regression.
 
         After :meth:`TrainedLearner.adapt`, and unless ``transductive`` is set, examples are computed in chunks of
-        :data:`CHUNK`, the last of which is padded. On a CPU, the outputs for an example are then the same bits alone
-        and among others. On other devices, the rounding of a product may depend on the position in a chunk.
+        :data:`CHUNK`, the last of which is padded. On a CPU, the outputs for an example then have the same bits,
+        whether it is passed alone or with other examples. On other devices, the rounding of a product may depend on the
+        position in a chunk.
 
         Args:
             x: images as in :meth:`TrainedLearner.adapt`, of the same shape as the support images; points for a
                 regression.
             transductive: False for the statistics of the support set in batch normalisation: the label of an image then
-                does not depend on the other images. True for the statistics of ``x``, as published. It makes no
-                difference for a network without batch normalisation.
+                does not depend on the other images. True for the statistics of ``x``, as published. The
+                choice makes no difference for a network without batch normalisation.
 
         Returns:
             The labels as they were given: an array if ``support_y`` was an array, otherwise a list. After
-            ``adapt_tasks`` a list with the labels of each task. For a regression a float array with or without an axis
-            of outputs, as ``support_y``.
+            ``adapt_tasks`` a list with the labels of each task. For a regression a float array, which has an axis of
+            outputs if ``support_y`` had one.
 
         Raises:
             InputError: for examples of another shape, dtype or range.
@@ -307,7 +308,7 @@ class Adapted:
     def probabilities(self, x: Any, transductive: bool = False) -> np.ndarray:
         """Return the probability of each class, ``[images, classes]``, with the classes in the order of ``labels``.
 
-        They are the softmax of the network's outputs. Nothing calibrates them on held-out tasks.
+        The probabilities are the softmax of the network's outputs. They are not calibrated on held-out tasks.
 
         Args:
             x: images, as in :meth:`predict`.

@@ -114,11 +114,15 @@ def restored(where: Path, found: Named, preset: Preset) -> Any:
     like = jax.eval_shape(preset.functions.init, jax.random.key(0))
     wanted = [(name, leaf.shape) for name, leaf in named_leaves(like)]
     position = {name: index for index, (name, _) in enumerate(wanted)}
-    found = sorted(found, key=lambda pair: position.get(pair[0], len(wanted)))  # stable: leaves may share a name
+    # Several leaves may share a name. Their order is kept, because the sort is stable.
+    found = sorted(found, key=lambda pair: position.get(pair[0], len(wanted)))
     present = [(name, array.shape) for name, array in found]
     if present != wanted:
         other = next((pair for pair in [*present, *wanted] if (pair in present) != (pair in wanted)), "their number")
-        raise InputError(f"the arrays in {where} do not fit the network of {preset.name} (first difference: {other})")
+        raise InputError(
+            f"the arrays in {where} do not fit the network of {preset.name} (first difference in names and shapes: "
+            f"{other})"
+        )
     leaves = [jnp.asarray(array) for _, array in found]
     if rounded := [name for (name, array), leaf in zip(found, leaves, strict=True) if leaf.dtype != array.dtype]:
         raise InputError(

@@ -71,12 +71,13 @@ def predict_files(
 
     Args:
         learner: a learner of image classes.
-        support: a folder with one subfolder for each class, as many as the preset's ways. The name of a subfolder is
-            the label of its images.
+        support: a folder with one subfolder of images for each class. The number of subfolders is the preset's number
+            of ways. The name of a subfolder is the label of its images.
         query: a folder of image files, or one image file.
         transductive: see :meth:`.Adapted.predict`.
-        invert: whether to replace each value v by 255 − v. None takes the choice of the training if it read a folder of
-            images. Otherwise None means True for :data:`DRAWINGS`, whose arrays have bright ink, and False for others.
+        invert: whether to replace each value v by 255 − v. If the run was trained on a folder of images, None means the
+            choice that was made for this folder. Otherwise None means True for :data:`DRAWINGS`, whose arrays have
+            bright ink, and False for any other dataset.
 
     Raises:
         InputError: if a folder or a file cannot be used, if the number of classes is not the preset's, or if the

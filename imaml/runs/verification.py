@@ -124,7 +124,7 @@ def check_system(
     batch = jax.tree.map(lambda array: array[None], task)
     out = jax.jit(meta_gradient(learner))(theta, batch)
     phi = jax.jit(learner.adapt)(theta, task).w
-    on_event("solving the adjoint system at the preset's φ to rounding accuracy")
+    on_event(f"solving the adjoint system at the preset's φ to a relative residual of {0.1 * SOLVED:g}")
     exact = _implicit(learner, phi, theta, task).gradient
     residual = partial(_system_residual, learner, phi, task)
     solved, truncated, reported = float(residual(exact)), float(residual(out.gradient)), float(out.linear_residual[0])

@@ -2,7 +2,7 @@
 
 A preset holds the objects that do the work (``bl.GradientDescent``, ``bl.CG``, ``Episode``) instead of copies of their
 options. :mod:`imaml.settings.overrides` changes single options of these objects by their dotted paths.
-:meth:`Preset.config` returns all settings as plain data and :meth:`Preset.types` the types of the objects.
+:meth:`Preset.config` returns all settings as plain data, and :meth:`Preset.types` returns the types of the objects.
 :mod:`imaml.settings.saved` converts both back to a preset.
 """
 
@@ -38,7 +38,7 @@ FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
 
 _SAME_OUTER_LOOP = (
     "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
-    "initialisation, outer loop, query images and length, and only its inner loop follows the publication."
+    "initialisation, outer loop, query images and length, and changes only the algorithm and its inner loop."
 )
 _BASELINE_DEPARTURES = {
     "maml": (_SAME_OUTER_LOOP,),

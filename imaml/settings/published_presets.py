@@ -54,8 +54,8 @@ def register_preset(preset: Preset) -> None:
     """Make a preset available by its name, to :func:`imaml.preset` and :func:`imaml.evaluate`.
 
     A run of a registered preset can be evaluated from its folder even if the preset has parts of your own types. A
-    package registers its preset by an entry point instead, which the command line finds as well. It names a preset, or
-    a function without arguments that returns one::
+    package offers its preset by an entry point instead, which the command line finds as well. The entry point names the
+    preset, or a function without arguments that returns the preset::
 
         [project.entry-points."imaml.presets"]
         cards-5way = "my_package.presets:CARDS"

@@ -23,8 +23,8 @@ PARTS: dict[str, Any] = {
 }
 """The types of parts that can be restored from a file, by their saved names.
 
-A part of another type is restored only if the preset to start from has a part of that type in the same place, such as a
-preset that was registered. No type is imported by its name.
+A part of another type is restored only if the preset to start from, for example a registered one, has a part of that
+type in the same place. No type is imported by its name.
 """
 
 
@@ -64,8 +64,8 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
             the types; the parts then have the types of ``chosen``.
 
     Raises:
-        InputError: if a part has a type that this package does not define, if this version does not know a setting of
-            the config, requires a setting that the config lacks, or refuses a value.
+        InputError: if a part has a type that neither this package nor ``chosen`` has, or if this version does not know
+            a setting of the config, requires a setting that the config lacks, or refuses a value.
     """
     foreign = f"the settings of {chosen.name} were saved by another version"
     try:

@@ -1,7 +1,7 @@
 """optimistix: ``minimise`` by gradient descent, ``ImplicitAdjoint`` with lineax's conjugate gradients.
 
 With tolerances of zero, gradient descent evaluates as many gradients as the other libraries do. The first step of
-optimistix only evaluates at the start, so its w is that after one update fewer.
+optimistix evaluates the gradient at the start without an update, so optimistix takes one update fewer.
 """
 
 import jax
@@ -20,8 +20,8 @@ def programs(item: Linear, dtype: str):
     data = {name: jnp.asarray(value) for name, value in item.arrays(dtype).items()}
     theta, init = data.pop("theta"), jnp.zeros(item.features, dtype)
     solver = optx.GradientDescent(item.step_size, rtol=0.0, atol=0.0)
-    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. max_steps is
-    # None, which means ten iterations per unknown, because lineax raises an error at the end of a budget.
+    # lineax tests residual and step entry by entry, so entries near zero need an absolute tolerance. max_steps=None
+    # allows ten iterations per unknown. A smaller budget could be spent, and lineax then raises an error.
     adjoint = optx.ImplicitAdjoint(lx.CG(rtol=item.tol, atol=item.tol, max_steps=None))
     tags = frozenset({lx.positive_semidefinite_tag})
 

@@ -42,9 +42,9 @@ def learner_of(item: FewShot) -> Learner:
 
 
 def _spread(learner, theta, tasks, count):
-    """Return the meta-gradient spread over all devices, as in `imaml train`.
+    """Return the program ``on all devices``, which divides the tasks among all devices, as `imaml train` does.
 
-    The result is empty if there is only one device, or if the number of devices does not divide ``count``.
+    The dictionary is empty if there is only one device, or if the number of devices does not divide ``count``.
     """
     if jax.device_count() == 1 or count % jax.device_count():
         return {}

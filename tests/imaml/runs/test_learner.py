@@ -238,7 +238,7 @@ X, Y = np.zeros((6, 28, 28), np.uint8), ["a", "a", "b", "b", "c", "c"]
         (X[:4], Y[:4], "2 classes ('a', 'b'), but glyphs-5way-1shot-gd was trained to tell 3 apart: give examples"),
         (X, list("abcdef"), "6 classes ('a', 'b', 'c', 'd', 'e', …), but glyphs-5way-1shot-gd was trained to tell 3"),
         (X, list("abcdef"), "or train with --episode.ways 6"),
-        (X, Y[:5], "support_x has 6 examples and support_y 5 labels: pass one label for each example"),
+        (X, Y[:5], "support_x has 6 examples, but support_y has 5 labels: pass one label for each"),
         (X, [["a"], *Y[1:]], "a label that is not hashable"),
         (X, np.eye(3)[[0, 0, 1, 1, 2, 2]], "must have one label for each image, got the shape (6, 3)"),
         (X.astype(np.float32) + 255, Y, "floats in [0, 1], got floats from 255 to 255: divide by 255"),
@@ -270,7 +270,7 @@ def test_queries_and_tasks_that_do_not_fit_are_refused(learner, sinusoid, task):
     many = sinusoid.adapt_tasks(np.ones((4, 5)), np.ones((4, 5)))
     with pytest.raises(InputError, match="x has examples of 3 tasks, but θ was adapted to 4: pass 4"):
         many.predict(np.ones((3, 2)))
-    with pytest.raises(InputError, match="support_y must have 1 leading axes and then 1 targets"):
+    with pytest.raises(InputError, match="support_y must have 2 axes, the last of length 1; got the shape"):
         sinusoid.adapt(np.ones(5), np.ones((5, 2)))
     with pytest.raises(InputError, match="support_x has numbers that are not finite"):
         sinusoid.adapt([1, np.inf], [1, 2])

@@ -120,7 +120,7 @@ def test_a_changed_missing_or_moved_folder_is_refused_or_found(whole, cards, tmp
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(image)
     with pytest.raises(InputError, match=r"trained on other data than the present cards data.*Restore the files in .*"):
         imaml.evaluate(finished, PRESET, 4)
-    with pytest.raises(InputError, match=rf"holds a run on other data, read from {cards}, which are not the present"):
+    with pytest.raises(InputError, match=rf"the present ones \(the run's data were read from {cards}\)"):
         train(replace(PRESET, dataset="cards"), finished)
     image.write_bytes(original)
     assert imaml.evaluate(finished, PRESET, 4) == before
@@ -249,7 +249,7 @@ def test_a_folder_by_name_has_the_shape_of_the_network_and_is_found_again(cards,
     run = train(preset, tmp_path / "run", data=cards, dataset="folder")
     assert run.dataset.train.image_shape == (12, 12, 3)
     assert train(preset, tmp_path / "run", dataset="folder").evaluation == run.evaluation
-    with pytest.raises(InputError, match="name the folder that holds a folder of images for each class with --data"):
+    with pytest.raises(InputError, match="use --data DIR to name a folder that holds one folder of images"):
         train(preset, tmp_path / "other", dataset="folder")
 
 

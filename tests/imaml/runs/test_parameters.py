@@ -140,10 +140,10 @@ def test_a_file_of_another_library_needs_the_preset_and_fits_by_its_names(tmp_pa
     with pytest.raises(InputError, match="does not name its preset: pass the preset as well"):
         imaml.load(file)
     assert bits(imaml.load(file, SMALL).theta) == bits(theta)
-    with pytest.raises(InputError, match=r"do not fit the network of glyphs.*first difference: \('block0/kernel'"):
+    with pytest.raises(InputError, match=r"do not fit the network of glyphs.*names and shapes: \('block0/kernel'"):
         imaml.load(file, replace(SMALL, network=Conv4(filters=3)))
     safetensors.write(file, named | {"more": np.zeros(1)})
-    with pytest.raises(InputError, match=r"first difference: \('more'"):
+    with pytest.raises(InputError, match=r"first difference in names and shapes: \('more'"):
         imaml.load(file, SMALL)
 
 
