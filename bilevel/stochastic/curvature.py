@@ -21,6 +21,12 @@ BATCHES = 8
 """The number of inner batches whose curvature is estimated. The largest estimate decides."""
 RESPONSE_STEPS = 20
 """Steps of each linear solve: for the Newton step of w, and for the response of w to θ."""
+OUTER_STEPS = 6
+"""Lanczos steps for the outer curvature, of two linear solves each. The chosen rate has a margin of a factor 2."""
+WORK = 2**26
+"""The product of the entries of w and of the samples in the estimates over all samples. More are left out."""
+FEWEST = 256
+"""The number of samples in these estimates if w has very many entries."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
 
 
 def estimate(problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int) -> Curvature:
-    """Return the curvatures near (w, θ), from at most 4096 inner samples, 4096 outer samples and 8 inner batches.
+    """Return the curvatures near (w, θ), from at most 8 inner batches, 4096 inner samples and 4096 outer samples.
+
+    If w has more than 16,384 entries, fewer samples are used, but at least 256.
 
     Raises:
         ValueError: if ``batch`` or ``outer`` is zero or not finite.
@@ -94,7 +102,9 @@ def estimate(problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: P
 def _estimate(theta, w, inner, outer, problem, inner_batch):
     condition = problem.condition
     sizes = [jax.tree.leaves(samples)[0].shape[0] for samples in (inner, outer)]
-    inner_part, outer_part = (_part(samples, size) for samples, size in zip((inner, outer), sizes, strict=True))
+    unknowns = sum(leaf.size for leaf in jax.tree.leaves(w))
+    most = max(FEWEST, min(PASS, WORK // max(unknowns, 1)))
+    inner_part, outer_part = (_part(samples, size, most) for samples, size in zip((inner, outer), sizes, strict=True))
     samples = Samples(inner, sizes[0], min(inner_batch, sizes[0]))
     full = sizes[0] // samples.batch
 
@@ -116,12 +126,19 @@ def _estimate(theta, w, inner, outer, problem, inner_batch):
         moved = jax.jvp(lambda floats: condition.residual(w, join(floats), inner_part), (floats,), (tangent,))[1]
         return solve_linear(NormalCG(RESPONSE_STEPS), matvec_there, tree.scale(-1.0, moved), symmetric=False)[0]
 
-    def reduced(tangent):
-        value = problem.outer(tree.add(w, response(tangent)), join(tree.add(floats, tangent)), outer_part)
+    def outer_value(w, floats):
+        value = problem.outer(w, join(floats), outer_part)
         return value[0] if problem.has_aux else value
 
-    zeros = jax.tree.map(jnp.zeros_like, floats)
-    ritz = ritz_values(lambda u: jax.jvp(jax.grad(reduced), (zeros,), (u,))[1], floats)
+    # With J = [R; I], the Hessian of d ↦ outer(w + Rd, θ + d) is Jᵀ(∇²outer)J: one solve for R and one for Rᵀ.
+    pull_back = jax.linear_transpose(response, floats)
+
+    def hessian(tangent):
+        gradient = jax.grad(outer_value, (0, 1))
+        through_w, through_theta = jax.jvp(gradient, (w, floats), (response(tangent), tangent))[1]
+        return tree.add(pull_back(through_w)[0], through_theta)
+
+    ritz = ritz_values(hessian, floats, OUTER_STEPS)
     return jnp.max(norms), lowest, jnp.max(jnp.abs(ritz))
 
 
@@ -129,9 +146,9 @@ def _matvec(condition: Condition, w: PyTree, theta: PyTree, data: PyTree):
     return jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
 
 
-def _part(samples, size):
-    """Return at most 4096 samples, at equal distances."""
-    return samples if size <= PASS else jax.tree.map(lambda leaf: leaf[:: -(-size // PASS)], samples)
+def _part(samples, size, most):
+    """Return at most ``most`` samples, at equal distances."""
+    return samples if size <= most else jax.tree.map(lambda leaf: leaf[:: -(-size // most)], samples)
 
 
 def _falling(rate, exponent):
