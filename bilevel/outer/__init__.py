@@ -5,7 +5,7 @@ solver needs only a few steps. From cold starts, it would need many steps for th
 a compiled loop. The state of the loop is a pytree, so a loop can be saved and resumed.
 """
 
-from bilevel.outer.loop import initial_state, minimize
+from bilevel.outer.driver import initial_state, minimize
 from bilevel.outer.records import History, Minimum, OuterState, StepRecord
 
 __all__ = ["History", "Minimum", "OuterState", "StepRecord", "initial_state", "minimize"]
