@@ -23,7 +23,8 @@ ALLOWED = {
     "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
     "report": {"runs", "storage"},
     "reproduction": {"report", "runs", "settings", "learning", "datasets", "storage", "errors"},
-    "arguments": {"runs", "settings", "errors"},
+    "arguments": {"reproduction", "runs", "settings", "learning", "datasets", "errors"},
+    "public": {"runs", "settings", "learning", "datasets", "errors"},
     "cli": {"arguments", "reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
     "__main__": {"cli"},
 }
