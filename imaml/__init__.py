@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imaml.public import *
+    from imaml.public import *  # noqa: F403
 
 PACKAGES = ("datasets", "learning", "parallel", "runs", "settings", "storage")
 """The subpackages that are attributes of ``imaml`` without an import of their own, such as ``imaml.datasets``."""

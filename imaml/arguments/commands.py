@@ -14,8 +14,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 EPILOG = (
     "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. Only some presets have a "
-    "setting whose description begins with the name of a part, such as MLP; 'imaml {} PRESET --help' shows the settings "
-    "of one preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
+    "setting whose description begins with the name of a part, such as MLP; 'imaml {} PRESET --help' shows the "
+    "settings of one preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
 )
 REPRODUCE_EPILOG = (
     "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
@@ -165,9 +165,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         help="test (default), or validation for the validation classes of your own dataset",
     )
 
-    predict = commands.add_parser(
-        "predict", help="adapt a run to a folder of labelled images, and label other images"
-    )
+    predict = commands.add_parser("predict", help="adapt a run to a folder of labelled images, and label other images")
     _add_trained(predict)
     predict.add_argument(
         "--support",
@@ -206,9 +204,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     presets = commands.add_parser("presets", help="list the presets, or show one")
     presets.add_argument("preset", nargs="?", metavar="NAME", help="the preset to show")
 
-    record = commands.add_parser(
-        "record", help="write the settings and results of a finished run into one small file"
-    )
+    record = commands.add_parser("record", help="write the settings and results of a finished run into one small file")
     record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
     record.add_argument("--out", metavar="DIR", type=Path, help="the folder for the record; default: records")
     record.add_argument("--note", metavar="TEXT", default="", help="a remark for readers of the record")
@@ -258,7 +254,8 @@ def add_settings(command: Parser, values: dict[str, object] | None = None) -> No
 
     Args:
         command: the parser of ``train`` or ``verify``.
-        values: the settings of one preset, with their values. With None, the settings of all presets are added.
+        values: the settings of one preset, with their values. With None, the settings of all presets are added, without
+            values.
     """
     command.usage = "%(prog)s [PRESET] [OPTION ...] [--SETTING VALUE ...]"
     group = command.add_argument_group("settings of the preset")
@@ -266,7 +263,7 @@ def add_settings(command: Parser, values: dict[str, object] | None = None) -> No
     for path in known if values is None else values:
         setting = known.get(path)
         value, meaning = (setting.value, setting.meaning) if setting else ("VALUE", "")
-        shown = meaning if values is None else f"{meaning} (now {values[path]})".strip()
+        shown = meaning if values is None else f"{meaning} [{values[path]}]".strip()
         command.actions.append(group.add_argument(f"--{path}", metavar=value, help=shown.replace("%", "%%")))
 
 

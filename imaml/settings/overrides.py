@@ -31,8 +31,8 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
         text: the new value as typed. The parsed value has the type of the present one.
 
     Raises:
-        InputError: if the path is not one of :func:`settings` (the message suggests a similar one, or lists all), if the text cannot be parsed,
-            or if the preset refuses the value.
+        InputError: if the path is not one of :func:`settings` (the message suggests a similar one, or lists all), if
+            the text cannot be parsed, or if the preset refuses the value.
     """
     paths = settings(chosen)
     if path not in paths:
