@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
         self.actions: list[argparse.Action] = []
         keywords.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
         super().__init__(*arguments, allow_abbrev=False, **keywords)
+        self.named.pop("help", None)
 
     def add_argument(self, *names, **keywords):
         action = super().add_argument(*names, **keywords)

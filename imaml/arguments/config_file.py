@@ -55,16 +55,18 @@ def apply(file: Path, command: Parser, with_settings: bool) -> list[Override]:
     found = []
     for key, value in _flat(content):
         name = key.replace("_", "-")
+        if name == "config":
+            raise InputError(f"{file}: a file cannot name another one: remove {key}")
         if name in SAME_AS and with_settings:
             found.append(Override(SAME_AS[name], _text(file, key, value), file))
-        elif name in command.named and name not in ("config", "help"):
+        elif name in command.named:
             _set_default(file, key, command, command.named[name], value)
         elif with_settings:
             found.append(Override(key, _text(file, key, value), file))
         else:
             near = difflib.get_close_matches(name, command.named, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            known = ", ".join(name for name in command.named if name not in ("config", "help"))
+            known = ", ".join(name for name in command.named if name != "config")
             raise InputError(f"{file}: there is no option {key!r}: {hint}known: {known}")
     return found
 
