@@ -47,24 +47,23 @@ class TaskDerivatives:
         def along(phi, u, task):
             return jax.jvp(lambda phi: support(phi, task), (phi,), (u,))
 
-        def unrolled(phi, tangents, directions, rate, count, theta, task):
+        def unrolled(phi, tangent, direction, rate, count, theta, task):
             def body(_, carry):
-                phi, tangents = carry
-                gradient, product = jax.linearize(lambda phi: support(phi, task), phi)
+                phi, tangent = carry
+                gradient, product = along(phi, tangent, task)
                 force = gradient + self.strength * (phi - theta)
-                moved = jax.vmap(product)(tangents) + self.strength * (tangents - directions)
-                return phi - rate * force, tangents - rate * moved
+                return phi - rate * force, tangent - rate * (product + self.strength * (tangent - direction))
 
-            return jax.lax.fori_loop(0, count, body, (phi, tangents))
+            return jax.lax.fori_loop(0, count, body, (phi, tangent))
 
         self._task = task
         self._query = jax.jit(lambda phi, task: value_and_gradient(phi, task.query_x, task.query_y))
         self._support = jax.jit(along)
         self.unrolled = unrolled
-        """Gradient descent on the inner objective, differentiated in forward mode along directions in θ.
+        """Gradient descent on the inner objective, differentiated in forward mode along a direction in θ.
 
-        ``unrolled(phi, tangents, directions, rate, count, theta, task)`` takes ``count`` steps from φ, and returns φ
-        and its derivatives along the directions, ``[directions, parameters]``. Forward mode stores no iterates, so the
+        ``unrolled(phi, tangent, direction, rate, count, theta, task)`` takes ``count`` steps from φ, whose derivative
+        along the direction is ``tangent``, and returns both after the steps. Forward mode stores no iterates, so the
         memory does not depend on the number of steps.
         """
 

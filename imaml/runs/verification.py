@@ -248,16 +248,30 @@ def check_solution(
     """
     unravel, start = ravel_pytree(theta)[1], flat(theta)
     derivatives = TaskDerivatives(learner, theta, task)
-    none = np.zeros((directions, start.size))
-    on_event(f"adapting the smooth variant by {steps[-1]} steps of gradient descent")
+    on_event(f"unrolling MAML of the smooth variant over {', '.join(map(str, steps))} steps")
     with _compiler() as compiling:
-        unrolled = compiling(derivatives.unrolled, start, none, none, 1.0, 1, start, task)
+        unrolled = compiling(derivatives.unrolled, start, start, start, 1.0, 1, start, task)
         newton = compiling(_newton(learner), theta, theta, task)
         implicit = compiling(_implicit(learner), theta, theta, task, **QUICK)
     rate = 1 / _largest_curvature(derivatives, start)
     if isinstance(learner.solver, bl.GradientDescent):
         rate = min(learner.solver.step_size, rate)
-    end, _ = unrolled(start, none, none, rate, steps[-1], start, task)
+
+    def slopes(direction, number):
+        """Return φ after the last of ``steps``, and the slope of MAML's loss along a direction after each of them."""
+        phi, tangent, done, found = start, direction, 0, []
+        for count in steps:
+            phi, tangent = unrolled(phi, tangent, direction, rate, count - done, start, task)
+            found.append(float(derivatives.query(phi)[1] @ tangent))
+            done = count
+            on_progress(number * steps[-1] + done, directions * steps[-1])
+        return phi, found
+
+    # The random directions do not depend on the solution, so that unrolling along them also gives the start of Newton.
+    chosen = np.random.default_rng(0).normal(size=(directions, start.size))
+    chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
+    paths = [slopes(direction, number) for number, direction in enumerate(chosen[1:])]
+    end, _ = paths[-1] if paths else slopes(start, 0)
     on_event("solving the inner problem of the smooth variant by Newton's method")
 
     def solve(theta, phi):
@@ -274,20 +288,13 @@ def check_solution(
         "the inner problem or the adjoint system was not solved, so the rows below are not meaningful.",
         residual,
     )
-    chosen = np.random.default_rng(0).normal(size=none.shape)
-    chosen[0] = gradient
-    chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
+    chosen[0] = gradient / length
     ours = chosen @ gradient
     on_event("computing central differences of the re-solved smooth variant")
     differences = _check_differences(derivatives, solve, start, phi, chosen, ours, length, on_progress)
-    on_event(f"unrolling MAML over {', '.join(map(str, steps))} steps")
-    gaps, phi, tangents, done = [], start, chosen, 0
-    for count in steps:
-        phi, tangents = unrolled(phi, tangents, chosen, rate, count - done, start, task)
-        slopes = np.asarray(tangents) @ derivatives.query(phi)[1]
-        gaps.append(np.abs(slopes - ours).max() / length)
-        done = count
-        on_progress(done, steps[-1])
+    on_event("unrolling MAML along the implicit gradient")
+    theirs = np.array([slopes(chosen[0], directions - 1)[1], *(found for _, found in paths)])
+    gaps = np.abs(theirs - ours[:, None]).max(axis=0) / length
     return solved, differences, _check_gaps(gaps, steps)
 
 
