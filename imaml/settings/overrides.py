@@ -7,8 +7,9 @@ from typing import Any
 
 from imaml.errors import InputError, check
 from imaml.learning.networks import PRODUCTS
+from imaml.settings.meanings import FIXED
 from imaml.settings.parts import CONVOLUTIONS
-from imaml.settings.preset import FIXED, Preset
+from imaml.settings.preset import Preset
 
 CHOICES = {
     "linear.engine": ("jaxopt", "watched"),
@@ -73,7 +74,9 @@ def _parse(path, text, present):
         check(text.lower() in values, f"--{path} takes true or false, got {text!r}")
         return values[text.lower()]
     if path in CHOICES:
-        check(text in CHOICES[path], f"--{path} takes {' or '.join(CHOICES[path])}, got {text!r}")
+        near = difflib.get_close_matches(text, CHOICES[path], n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        check(text in CHOICES[path], f"--{path} takes {' or '.join(CHOICES[path])}, got {text!r}{hint}")
         return text
     kind, what = (int, "a whole number") if isinstance(present, int) else (float, "a number")
     try:

@@ -83,7 +83,7 @@ def test_a_regression_is_drawn_without_an_accuracy(evaluated, tmp_path):
 
 
 def test_the_module_imports_neither_jax_nor_matplotlib():
-    # imaml/__init__.py imports JAX. An empty package replaces it, so that only the imports of plots count.
+    # An empty package replaces imaml/__init__.py, so that only the imports of plots count.
     code = f"""
 import sys, types
 package = types.ModuleType("imaml")

@@ -16,7 +16,7 @@ from imaml.storage import files
 from imaml.storage.files import alone_in, sweep, write_whole
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
-# imaml/__init__.py imports JAX, which takes seconds. Child processes use an empty package in its place.
+# Child processes use an empty package in place of imaml/__init__.py, so that only the imports of files count.
 PRELUDE = f"""
 import os, signal, sys, types
 from pathlib import Path
