@@ -10,6 +10,8 @@ from imaml.errors import InputError
 from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import MetaGradient, meta_gradient
 from imaml.learning.tasks import Curve, Episode, Task
+from imaml.reports.comparison import Comparison, compare
+from imaml.reports.run_report import report
 from imaml.runs.evaluation import evaluate
 from imaml.runs.learner import Adapted, TrainedLearner, load
 from imaml.runs.results import Evaluation, Run
@@ -20,6 +22,7 @@ from imaml.settings.published_presets import preset, presets, register_preset
 
 __all__ = [
     "Adapted",
+    "Comparison",
     "Curve",
     "Episode",
     "Evaluation",
@@ -32,6 +35,7 @@ __all__ = [
     "Task",
     "TrainedLearner",
     "Verification",
+    "compare",
     "evaluate",
     "load",
     "meta_gradient",
@@ -39,6 +43,7 @@ __all__ = [
     "presets",
     "register_dataset",
     "register_preset",
+    "report",
     "train",
     "verify",
 ]

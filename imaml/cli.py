@@ -91,7 +91,7 @@ def start_jax() -> None:
 
 def _reporter(options, stream=None):
     """Return a Reporter that writes to ``stream``, by default stdout. With ``--quiet``, its output is discarded."""
-    from imaml.report.progress import Reporter
+    from imaml.runs.progress import Reporter
 
     return Reporter(io.StringIO() if options.quiet else stream)
 
@@ -105,7 +105,7 @@ def _train(options):
 
 def _train_here(options, chosen, writes):
     """Train in this process, and return the exit code. With ``writes`` False, print and draw nothing."""
-    from imaml.report.plots import learning_curve
+    from imaml.reports.plots import learning_curve
     from imaml.runs.training import train
 
     dataset = _dataset_name(options)

@@ -78,6 +78,26 @@ def evaluate(
 
     Source: Rajeswaran et al. (2019), table 2.
     """
+    theta, preset, classes = parameters_and_classes(
+        run, preset, data=data, best=best, on_event=on_event, dataset=dataset, part=part
+    )
+    return evaluate_classes(theta, preset, classes, tasks, on_event)
+
+
+def parameters_and_classes(
+    run: str | Path | Run | Any,
+    preset: Preset | None = None,
+    *,
+    data: str | Path | None = None,
+    best: bool = False,
+    on_event: Callable[[str], None] = warnings.warn,
+    dataset: str | Dataset | None = None,
+    part: str = "test",
+) -> tuple[Any, Preset, Any]:
+    """Return θ, the preset with the name of the dataset, and the held-out classes of an evaluation.
+
+    The arguments and errors are those of :func:`evaluate`.
+    """
     check_choice("part of a dataset", part, ("test", "validation"))
     theta: Any = run
     directory = source = None
@@ -107,7 +127,7 @@ def evaluate(
         raise InputError(f"the dataset {present.name} has no {part} classes")
     run_data.check_shape(preset, classes, name)
     classes = run_data.enough_images(classes, preset.episode, name, on_event)
-    return evaluate_classes(theta, preset, classes, tasks, on_event)
+    return theta, preset, classes
 
 
 def check_same_data(run: object, dataset_name: str, present: str, trained_on: str, place: str | None = None) -> None:

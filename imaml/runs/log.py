@@ -89,6 +89,21 @@ def read_log(directory: Path) -> list[Progress]:
     return [entry for entry in entries if entry is not None]
 
 
+def time_of(log: list[Progress]) -> tuple[float, int]:
+    """Return the seconds of training in a log, and the number of processes that wrote the log one after another.
+
+    Each process measures time from its own start. Where an entry's time is less than that of the entry before it,
+    another process has resumed the run. The sum adds the last time of each process. If a process was killed, the steps
+    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if the first time
+    of the new process is not less than the last time of the process before it.
+    """
+    total, stretches = 0.0, 0
+    for entry, following in zip(log, [*log[1:], None], strict=True):
+        if following is None or following.seconds < entry.seconds:
+            total, stretches = total + entry.seconds, stretches + 1
+    return total, stretches
+
+
 def _line(progress):
     return json.dumps(asdict(progress)) + "\n"
 

@@ -203,7 +203,7 @@ jax.config.update("jax_num_cpu_devices", 2)  # as in tests/conftest.py
 sys.path.insert(0, sys.argv[1])
 import imaml, tiny_run
 from imaml import cli, datasets
-from imaml.report import progress
+from imaml.runs import progress
 from imaml.runs import training
 folder, pixels, number = sys.argv[2:]
 imaml.register_preset(tiny_run.PRESET)

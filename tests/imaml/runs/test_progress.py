@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from imaml.report.progress import Reporter, duration
 from imaml.runs.log import Progress
+from imaml.runs.progress import Reporter, duration
 
 
 class Terminal(io.StringIO):
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Replace the clock. The fixture is a list of one number, the time in seconds, that a test increases."""
     now = [100.0]
-    monkeypatch.setattr("imaml.report.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("imaml.runs.progress.time.monotonic", lambda: now[0])
     return now
 
 

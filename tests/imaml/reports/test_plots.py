@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imaml.report.plots import PICTURE, learning_curve
+from imaml.reports.plots import PICTURE, learning_curve
 from imaml.runs.log import LogWriter, Progress
 
 REDUCTIONS = {"query batch": 0.0, "support set": 0.1}
@@ -89,7 +89,7 @@ import sys, types
 package = types.ModuleType("imaml")
 package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["imaml"] = package
-import imaml.report.plots
+import imaml.reports.plots
 sys.exit(", ".join({{"jax", "jaxlib", "bilevel", "matplotlib"}} & set(sys.modules)) or None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
