@@ -9,13 +9,15 @@ from imaml.datasets.registry import register_dataset
 from imaml.errors import InputError
 from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import MetaGradient, meta_gradient
+from imaml.learning.modules import equinox_network, linen_network, nnx_network
+from imaml.learning.networks import Network
 from imaml.learning.tasks import Curve, Episode, Task
 from imaml.runs.evaluation import evaluate
 from imaml.runs.learner import Adapted, TrainedLearner, load
 from imaml.runs.results import Evaluation, Run
 from imaml.runs.training import train
 from imaml.runs.verification import Verification, verify
-from imaml.settings.preset import Preset
+from imaml.settings.preset import Preset, replace
 from imaml.settings.published_presets import preset, presets, register_preset
 
 __all__ = [
@@ -27,18 +29,23 @@ __all__ = [
     "InputError",
     "Learner",
     "MetaGradient",
+    "Network",
     "Preset",
     "Run",
     "Task",
     "TrainedLearner",
     "Verification",
+    "equinox_network",
     "evaluate",
+    "linen_network",
     "load",
     "meta_gradient",
+    "nnx_network",
     "preset",
     "presets",
     "register_dataset",
     "register_preset",
+    "replace",
     "train",
     "verify",
 ]

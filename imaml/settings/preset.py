@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 import bilevel as bl
-from imaml.errors import check, check_choice
+from imaml.errors import InputError, check, check_choice
 from imaml.learning import networks
 from imaml.learning.algorithms import ALGORITHMS, Learner, make_learner, reference_learner
 from imaml.learning.problem import cross_entropy, squared_error
@@ -242,3 +242,33 @@ class Preset:
     def _saved_fields(self):
         saved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}
         return {name: value for name, value in saved.items() if SAVED_IF_CHANGED.get(name, ...) != value}
+
+
+def replace(preset: Preset, **changes: Any) -> Preset:
+    """Return a copy of a preset with other values in some of its fields, such as a name and a network of your own.
+
+    Args:
+        preset: the preset to start from.
+        **changes: new values of fields of :class:`Preset`. A network is a frozen dataclass with a method
+            ``build(outputs) -> Network``; its fields are settings of the run. Give a changed preset a name of its own.
+
+    Raises:
+        InputError: for a field that a preset does not have, for a network that is no such record, or if the preset
+            refuses a value.
+
+    >>> import imaml
+    >>> from imaml.settings.parts import Conv4
+    >>> small = imaml.replace(imaml.preset("glyphs-5way-1shot-gd"), name="small", network=Conv4(filters=8))
+    >>> small.name, small.network.filters
+    ('small', 8)
+    """
+    for name in changes:
+        check_choice("field of a preset", name, [field.name for field in dataclasses.fields(preset)])
+    network = changes.get("network", preset.network)
+    is_record = dataclasses.is_dataclass(network) and not isinstance(network, type)
+    if not is_record or not getattr(type(network), "__dataclass_params__").frozen or not callable(getattr(network, "build", None)):
+        raise InputError(
+            "network should be a frozen dataclass with a method build(outputs) that returns an imaml.Network, got "
+            f"{network!r:.100}"
+        )
+    return dataclasses.replace(preset, **changes)

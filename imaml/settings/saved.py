@@ -120,7 +120,8 @@ def _with_settings(record, config):
         present = getattr(record, key)
         if isinstance(value, dict):
             return _with_settings(present, value)
-        if callable(present) and not dataclasses.is_dataclass(present):  # a function is saved by its name
+        if isinstance(present, type) or (callable(present) and not dataclasses.is_dataclass(present)):
+            # A class or a function is saved by its name.
             check(plain(present) == value, f"{key} was {value} and is {plain(present)} now")
             return present
         return _as_setting(value)
