@@ -12,6 +12,7 @@ from imaml.learning.meta_gradient import MetaGradient, meta_gradient
 from imaml.learning.modules import equinox_network, linen_network, nnx_network
 from imaml.learning.networks import Network
 from imaml.learning.tasks import Curve, Episode, Task
+from imaml.runs.diagnosis import Bin, Calibration, Diagnosis, diagnose
 from imaml.runs.evaluation import evaluate
 from imaml.runs.learner import Adapted, TrainedLearner, load
 from imaml.runs.results import Evaluation, Run
@@ -22,7 +23,10 @@ from imaml.settings.published_presets import preset, presets, register_preset
 
 __all__ = [
     "Adapted",
+    "Bin",
+    "Calibration",
     "Curve",
+    "Diagnosis",
     "Episode",
     "Evaluation",
     "ImageDataset",
@@ -35,6 +39,7 @@ __all__ = [
     "Task",
     "TrainedLearner",
     "Verification",
+    "diagnose",
     "equinox_network",
     "evaluate",
     "linen_network",

@@ -79,6 +79,24 @@ def evaluate(
 
     Source: Rajeswaran et al. (2019), table 2.
     """
+    theta, preset, classes = resolved(run, preset, data, best, on_event, dataset, part)
+    return evaluate_classes(theta, preset, classes, tasks, on_event)
+
+
+def resolved(
+    run: str | Path | Run | Any,
+    preset: Preset | None,
+    data: str | Path | None,
+    best: bool | None,
+    on_event: Callable[[str], None],
+    dataset: str | Dataset | None,
+    part: str,
+) -> tuple[Any, Preset, Any]:
+    """Return the parameters θ, the preset and the classes that the arguments of :func:`evaluate` mean.
+
+    Raises:
+        InputError: as :func:`evaluate` does.
+    """
     check_choice("part of a dataset", part, ("test", "validation"))
     theta: Any = run
     directory = source = None
@@ -102,8 +120,7 @@ def evaluate(
         preset, present, source = run_data.choose(preset, data, dataset, directory, on_warning=on_event)
     if (fingerprint := trained_on.get(preset.dataset)) is not None:
         check_same_data(run, preset.dataset, present.fingerprint(), fingerprint, (source or {}).get("directory"))
-    classes = run_data.usable(preset, present, part, on_event)
-    return evaluate_classes(theta, preset, classes, tasks, on_event)
+    return theta, preset, run_data.usable(preset, present, part, on_event)
 
 
 def check_same_data(run: object, dataset_name: str, present: str, trained_on: str, place: str | None = None) -> None:
@@ -245,10 +262,14 @@ def scores_of(preset: Preset, classes: Any, tasks: int) -> Callable[[Any], np.nd
     """
     mesh = local_mesh(tasks)
     program = jax.jit(over_tasks(task_scores(preset), mesh, SPREAD))
-    stream = getattr(classes, "stream", 0)
-    keys = jax.random.split(jax.random.fold_in(preset.keys.test, stream) if stream else preset.keys.test, tasks)
-    source = on_all(classes.source, mesh)
+    keys, source = keys_of(preset, classes, tasks), on_all(classes.source, mesh)
     return lambda theta: np.asarray(program((on_all(theta, mesh), source), keys))
+
+
+def keys_of(preset: Preset, classes: Any, tasks: int) -> jax.Array:
+    """Return the random keys of the tasks of an evaluation; for ``classes`` see :func:`scores_of`."""
+    stream = getattr(classes, "stream", 0)
+    return jax.random.split(jax.random.fold_in(preset.keys.test, stream) if stream else preset.keys.test, tasks)
 
 
 def mean_scores(scores: np.ndarray, on_event: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:

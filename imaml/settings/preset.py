@@ -265,8 +265,10 @@ def replace(preset: Preset, **changes: Any) -> Preset:
     for name in changes:
         check_choice("field of a preset", name, [field.name for field in dataclasses.fields(preset)])
     network = changes.get("network", preset.network)
-    is_record = dataclasses.is_dataclass(network) and not isinstance(network, type)
-    if not is_record or not getattr(type(network), "__dataclass_params__").frozen or not callable(getattr(network, "build", None)):
+    parameters = getattr(network, "__dataclass_params__", None)  # of a dataclass or of a record of one
+    if isinstance(network, type) or not (
+        parameters and parameters.frozen and callable(getattr(network, "build", None))
+    ):
         raise InputError(
             "network should be a frozen dataclass with a method build(outputs) that returns an imaml.Network, got "
             f"{network!r:.100}"
