@@ -89,7 +89,14 @@ def _parsers():
         "--out",
         metavar="DIR",
         type=Path,
-        help="the run's folder; default: runs/PRESET, with -ALGORITHM and the dataset's name appended if chosen",
+        help="the run's folder; default: runs/PRESET, with -ALGORITHM and -DATASET appended if these are given, and "
+        "-tuned with --start",
+    )
+    train.add_argument(
+        "--start",
+        metavar="RUN",
+        type=Path,
+        help="start from the parameters in the folder of a run or in a file of 'imaml export', to fine-tune them",
     )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -133,11 +140,7 @@ def _parsers():
     evaluate.add_argument(
         "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
     )
-    evaluate.add_argument(
-        "--best",
-        action="store_true",
-        help="evaluate the checkpoint with the least training loss instead of the last one",
-    )
+    _add_best(evaluate)
     evaluate.add_argument(
         "--part",
         metavar="PART",
@@ -236,8 +239,23 @@ def _add_preset(command):
 
 def _add_trained(command):
     command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
+    _add_best(command)
+
+
+def _add_best(command):
     command.add_argument(
-        "--best", action="store_true", help="take the checkpoint with the least training loss instead of the last one"
+        "--best",
+        action="store_const",
+        const=True,
+        help="take the checkpoint with the best validation or, in a run without validation, with the least training "
+        "loss instead of the last one",
+    )
+    command.add_argument(
+        "--last",
+        dest="best",
+        action="store_const",
+        const=False,
+        help="take the last checkpoint of a run with validation instead of the one with the best validation",
     )
 
 
@@ -295,7 +313,7 @@ def _chosen(options, overrides, known) -> Preset:
     for path, value in sorted(overrides, key=lambda pair: pair[0] != "algorithm"):
         current = current_path(chosen, path)
         if current not in settings(chosen):
-            if near := difflib.get_close_matches(f"--{path}", known, n=1, cutoff=0.7):
+            if near := difflib.get_close_matches(f"--{path}", known, n=1, cutoff=0.75):
                 raise InputError(f"there is no option --{path}: did you mean {near[0]}?")
         elif value is None:
             raise InputError(f"--{path} needs a value")

@@ -110,7 +110,8 @@ def _train_here(options, chosen, writes):
 
     dataset = _dataset_name(options)
     name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
-    directory = options.out or Path("runs") / (name if options.dataset is None else f"{name}-{dataset}")
+    name = name if options.dataset is None else f"{name}-{dataset}"
+    directory = options.out or Path("runs") / (name if options.start is None else f"{name}-tuned")
     reporter = _reporter(options, sys.stdout if writes else io.StringIO())
     say = print if writes else lambda *_: None
     warn = (lambda message: print(message, file=sys.stderr)) if writes and options.quiet else reporter.event
@@ -118,7 +119,7 @@ def _train_here(options, chosen, writes):
     progress(f"{chosen.name}: {chosen.title} on {dataset}, in {directory}")
     try:
         run = train(
-            chosen, directory, options.data, dataset=options.dataset, devices=options.devices,
+            chosen, directory, options.data, dataset=options.dataset, start=options.start, devices=options.devices,
             on_event=reporter.event, on_warning=warn, on_progress=reporter.step,
             keep_checkpoints=options.keep_checkpoints,
         )  # fmt: skip
@@ -128,6 +129,8 @@ def _train_here(options, chosen, writes):
     if run.stopped_by is not None:
         say(f"stopped at step {run.step} of {chosen.outer.steps} and saved; run the same command again to resume")
         return 128 + run.stopped_by
+    if run.best_step is not None:
+        progress(f"{run.step} meta-steps; the best validation, after {run.best_step} of them, chooses the parameters")
     say(run.evaluation)
     progress(f"learning curve: {picture}")
     return 0

@@ -11,7 +11,7 @@ from imaml.learning.tasks import Episode
 from imaml.reports import classification, regression, training
 from imaml.reports.comparison import result
 from imaml.reports.html import Html, element, page, section, table
-from imaml.runs.evaluation import evaluate_classes, parameters_and_classes
+from imaml.runs.evaluation import evaluate_classes, resolved
 from imaml.runs.outcomes import outcomes
 from imaml.runs.prediction import DRAWINGS
 from imaml.runs.progress import duration
@@ -74,7 +74,7 @@ def report(
     directory = run.directory if isinstance(run, Run) else Path(run)
     found = summary(directory)
     on_event("reading the data")
-    theta, preset, classes = parameters_and_classes(run, preset, data=data, dataset=dataset, on_event=on_warning)
+    theta, preset, classes = resolved(run, preset, data, None, on_warning, dataset, "test")
     if tasks is None:
         tasks = int(found.evaluations[0]["tasks"]) if found.evaluations else 600
     if tasks < 2:
@@ -125,7 +125,9 @@ def _evaluation(run: Summary, preset: Preset, computed) -> Html:
     chance = found[0].get("chance")
     what = "The mean over tasks of held-out " + preset.episode.kind + ", ± half the width of its 95 % interval."
     texts = [what + ("" if chance is None else f" Guessing gets {chance:.0%} right.")]
-    if not run.evaluations:
+    if run.best_step is not None:
+        texts.append(f"The parameters are those after {run.best_step:,} meta-steps, which had the best validation.")
+    elif not run.evaluations:
         texts.append(
             f"The run is not finished: this is the evaluation of its parameters after {run.step:,} meta-steps."
         )

@@ -59,7 +59,7 @@ def _error(run):
 
 def _validations(log, label):
     """Return the series of the validations in a log, in a list that is empty if there are none."""
-    entries = [p for p in log if getattr(p, "validation", None) is not None]
+    entries = [p for p in log if p.validation is not None]
     if not entries:
         return []
     steps, values, intervals = (

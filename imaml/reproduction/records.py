@@ -121,8 +121,8 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
         hardware: the machine that trained the run, in words; by default this machine and the run's devices.
 
     Raises:
-        InputError: if the folder holds no finished run, if the run was trained on one's own data, or if its log lacks a
-            step, so that the time is unknown.
+        InputError: if the folder holds no finished run, if the run was trained on one's own data, was extended or
+            started from trained parameters, or if its log lacks a step, so that the time is unknown.
     """
     result = _result(directory)
     if "source" in result:
@@ -130,9 +130,12 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
             f"{directory} holds a run on {result['config']['dataset']}, which is no dataset of this package: a record "
             "is made only of a run that others can train again"
         )
+    if other := [what for what in ("start", "extended") if what in result]:
+        did = {"start": "started from other trained parameters", "extended": "was extended"}[other[0]]
+        raise InputError(f"{directory} holds a run that {did}, so no single command trains it again")
     config = result["config"]
     log = read_log(directory)
-    steps = config["outer"]["steps"]
+    steps = result.get("meta_steps", config["outer"]["steps"])  # fewer if the run stopped early
     if [entry.step for entry in log] != list(range(1, steps + 1)):
         raise InputError(
             f"the log in {directory} must have one line for each of {steps} meta-steps, but has {len(log)} intact lines"

@@ -30,6 +30,9 @@ class Progress:
             system; 0 if the algorithm solves no such system.
         statuses: how many tasks ended with each :class:`bilevel.Status`, by the name of the status.
         seconds: wall time since this process began to train.
+        validation: accuracy or mean squared error on validation tasks after this meta-step; None if the meta-step was
+            not validated.
+        validation_interval: half the width of the 95 % interval of ``validation``.
     """
 
     step: int
@@ -41,6 +44,8 @@ class Progress:
     linear_residual: float
     statuses: dict[str, int]
     seconds: float
+    validation: float | None = None
+    validation_interval: float | None = None
 
 
 class LogWriter:
@@ -105,7 +110,11 @@ def time_of(log: list[Progress]) -> tuple[float, int]:
 
 
 def _line(progress):
-    return json.dumps(asdict(progress)) + "\n"
+    """Return the line of an entry. It has no field about validation if the meta-step was not validated."""
+    fields = asdict(progress)
+    if progress.validation is None:
+        del fields["validation"], fields["validation_interval"]
+    return json.dumps(fields) + "\n"
 
 
 def _parsed(line):

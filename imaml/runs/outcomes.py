@@ -13,6 +13,7 @@ import numpy as np
 
 from imaml.learning.tasks import Episode, Task
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
+from imaml.runs.evaluation import keys_of
 from imaml.settings.preset import Preset
 
 
@@ -85,7 +86,7 @@ def outcomes(theta: Any, preset: Preset, classes: Any, tasks: int = 600) -> Outc
     batch = {"batch_size": together} if together > 1 else {}
     mesh = local_mesh(tasks)
     spread = over_tasks(lambda fixed, keys: jax.lax.map(lambda key: one(fixed, key), keys, **batch), mesh, SPREAD)
-    keys = _keys(preset, tasks)
+    keys = keys_of(preset, classes, tasks)
     outputs, targets = jax.jit(spread)(on_all((theta, classes.source), mesh), keys)
     drawn = None
     if isinstance(episode, Episode) and type(episode).sample is Episode.sample:
@@ -95,7 +96,7 @@ def outcomes(theta: Any, preset: Preset, classes: Any, tasks: int = 600) -> Outc
 
 def task(preset: Preset, classes: Any, index: int, tasks: int = 600) -> Task:
     """Return the task with this index among those of :func:`outcomes`, as NumPy arrays."""
-    key = _keys(preset, tasks)[index]
+    key = keys_of(preset, classes, tasks)[index]
     drawn = preset.episode.sample(jax.tree.map(jnp.asarray, classes.source), key, preset.turns(training=False))
     return jax.tree.map(np.asarray, drawn)
 
@@ -113,7 +114,3 @@ def fit(theta: Any, preset: Preset, task: Task, x: np.ndarray) -> tuple[np.ndarr
     program = jax.jit(lambda theta, task, x: (learner.apply(theta, x), learner.apply(learner.adapt(theta, task).w, x)))
     before, after = program(theta, jax.tree.map(jnp.asarray, task), jnp.asarray(x, task.query_x.dtype))
     return np.asarray(before), np.asarray(after)
-
-
-def _keys(preset, tasks):
-    return jax.random.split(preset.keys.test, tasks)

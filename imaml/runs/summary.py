@@ -26,6 +26,8 @@ class Summary:
         data: the fingerprint of the data.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
         step: number of meta-steps done.
+        best_step: number of meta-steps before the best validation, whose parameters are the result; None in a run
+            without validation.
         seconds: wall time of training, summed over resumptions.
         evaluations: the evaluations in ``result.json`` as dictionaries; empty if the run is not finished.
         log: the log of the run.
@@ -39,6 +41,7 @@ class Summary:
     data: str
     versions: dict[str, str]
     step: int
+    best_step: int | None
     seconds: float
     evaluations: tuple[dict[str, Any], ...]
     log: list[Progress]
@@ -82,6 +85,7 @@ def summary(directory: str | Path) -> Summary:
         data=description["data"],
         versions=description["versions"],
         step=found.step,
+        best_step=description.get("validation", {}).get("step") or None,
         seconds=time_of(log)[0],
         evaluations=_evaluations(directory / RESULT),
         log=log,
