@@ -17,7 +17,9 @@ from imaml.reports.run_report import report
 from imaml.runs.diagnosis import Bin, Calibration, Diagnosis, diagnose
 from imaml.runs.evaluation import evaluate
 from imaml.runs.learner import Adapted, TrainedLearner, load
+from imaml.runs.loggers import Logger, TensorBoard, WeightsAndBiases
 from imaml.runs.results import Evaluation, Run
+from imaml.runs.sweep import Sweep, Trial, sweep
 from imaml.runs.training import train
 from imaml.runs.verification import Verification, verify
 from imaml.settings.preset import Preset, replace
@@ -35,13 +37,18 @@ __all__ = [
     "ImageDataset",
     "InputError",
     "Learner",
+    "Logger",
     "MetaGradient",
     "Network",
     "Preset",
     "Run",
+    "Sweep",
     "Task",
+    "TensorBoard",
     "TrainedLearner",
+    "Trial",
     "Verification",
+    "WeightsAndBiases",
     "compare",
     "diagnose",
     "equinox_network",
@@ -56,6 +63,7 @@ __all__ = [
     "register_preset",
     "replace",
     "report",
+    "sweep",
     "train",
     "verify",
 ]

@@ -75,17 +75,7 @@ def compare(runs: Sequence[str | Path | Run]) -> Comparison:
     Raises:
         InputError: if there is no run, or if a folder holds no intact checkpoint or a damaged result.
 
-    >>> import tempfile
-    >>> from dataclasses import replace
-    >>> import imaml
-    >>> preset = imaml.preset("sinusoid-5shot-gd")
-    >>> runs = []
-    >>> for strength in (2.0, 3.0):
-    ...     outer = replace(preset.outer, steps=1)
-    ...     changed = replace(preset, strength=strength, outer=outer)
-    ...     runs.append(imaml.train(changed, tempfile.mkdtemp(), evaluation_tasks=4))
-    >>> imaml.compare(runs).differences
-    {'strength': (2.0, 3.0)}
+    ``print(imaml.compare(["runs/first", "runs/other"]))`` shows the table.
     """
     check(len(runs) > 0, "there is no run to compare: name the folders of runs")
     found = tuple(summary(run.directory if isinstance(run, Run) else run) for run in runs)

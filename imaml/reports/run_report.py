@@ -63,13 +63,7 @@ def report(
         InputError: if the folder holds no intact checkpoint, and as :func:`imaml.evaluate` does.
         OSError: if the file cannot be written.
 
-    >>> import tempfile
-    >>> from dataclasses import replace
-    >>> import imaml
-    >>> preset = imaml.preset("sinusoid-5shot-gd")
-    >>> run = imaml.train(replace(preset, outer=replace(preset.outer, steps=1)), tempfile.mkdtemp(), evaluation_tasks=4)
-    >>> imaml.report(run).name
-    'report.html'
+    ``imaml.report("runs/first")`` writes ``runs/first/report.html``.
     """
     directory = run.directory if isinstance(run, Run) else Path(run)
     found = summary(directory)

@@ -1,5 +1,6 @@
 """The log of a run, from which plots and tables are made: a text file with one JSON line for each meta-step."""
 
+import itertools
 import json
 import os
 from collections import deque
@@ -103,7 +104,7 @@ def time_of(log: list[Progress]) -> tuple[float, int]:
     of the new process is not less than the last time of the process before it.
     """
     total, stretches = 0.0, 0
-    for entry, following in zip(log, [*log[1:], None], strict=True):
+    for entry, following in itertools.zip_longest(log, log[1:]):
         if following is None or following.seconds < entry.seconds:
             total, stretches = total + entry.seconds, stretches + 1
     return total, stretches

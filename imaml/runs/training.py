@@ -7,7 +7,7 @@ therefore overlap with computation.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -20,7 +20,7 @@ import numpy as np
 
 import bilevel as bl
 from imaml.datasets import Dataset
-from imaml.errors import InputError
+from imaml.errors import InputError, TrainingFailed, check
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.runs import data as run_data
@@ -30,7 +30,9 @@ from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.folder import NullRunFolder, RunFolder
 from imaml.runs.interruption import stop_on_signals
 from imaml.runs.log import Progress
+from imaml.runs.loggers import Logger, Loggers
 from imaml.runs.meta_step import TrainState, initial_state
+from imaml.runs.progress import Reporter
 from imaml.runs.results import Run
 from imaml.runs.start import read_start
 from imaml.runs.validation import Validator
@@ -53,6 +55,8 @@ def train(
     on_event: Callable[[str], None] = lambda message: None,
     on_warning: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    progress: bool = False,
+    loggers: Sequence[Logger] = (),
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
     keep_checkpoints: int = KEEP,
@@ -97,8 +101,12 @@ def train(
             evaluation are not finite, if a run is extended, or if ``start`` may have been trained on test classes of
             these data; ``on_event`` by default.
         on_progress: called after every meta-step.
+        progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
+            or a file, there is a line every ten seconds instead of the bar.
+        loggers: where else to send the progress, such as :class:`imaml.TensorBoard`. The log in the folder is written
+            in any case.
         evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
-            the same run on more tasks.
+            the same run on more tasks. 0 for no evaluation: the test classes are then not looked at.
         checkpoint_seconds: least time between two checkpoints; the one at the end is saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
             one with the best validation or, without validation, the one with the least mean query loss, on training
@@ -113,16 +121,49 @@ def train(
 
     Source: Rajeswaran et al. (2019), algorithm 1.
     """
-    directory = Path(directory)
+    log = Loggers(tuple(loggers) if is_first() else ())
+    reporter = Reporter() if progress and is_first() else None
+    if reporter is not None:
+        on_event, on_progress = _both(reporter.event, on_event), _both(reporter.step, on_progress)
+    run = None
+    try:
+        run = _train(
+            preset, Path(directory), data, dataset=dataset, start=start, devices=devices, on_event=on_event,
+            on_warning=on_warning or on_event, on_progress=_both(on_progress, log.step), on_begin=log.begin,
+            evaluation_tasks=evaluation_tasks, checkpoint_seconds=checkpoint_seconds,
+            keep_checkpoints=keep_checkpoints,
+        )  # fmt: skip
+        return run
+    finally:
+        if reporter is not None:
+            reporter.finish()
+        log.end(None if run is None else run.evaluation)
+
+
+def _both(one, other):
+    """Return a function that calls two functions with its argument."""
+
+    def call(argument):
+        one(argument)
+        other(argument)
+
+    return call
+
+
+def _train(
+    preset, directory, data, *, dataset, start, devices, on_event, on_warning, on_progress, on_begin, evaluation_tasks,
+    checkpoint_seconds, keep_checkpoints,
+) -> Run:  # fmt: skip
+    """Train as :func:`train` does, and call ``on_begin(directory, description, step)`` before the first meta-step."""
+    check(evaluation_tasks != 1, "an evaluation needs at least 2 tasks, got 1: pass 0 for none")
     if keep_checkpoints < 1:
         raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
     mesh = global_mesh(preset.outer.tasks, devices)
     compiler = StepCompiler(preset, mesh, on_event)
     on_event(f"reading {run_data.name_of(preset, dataset)}")
-    on_warning = on_warning or on_event
     meanwhile = partial(_compile_ahead, preset, compiler)
     preset, present, source = run_data.choose(preset, data, dataset, directory, meanwhile, on_warning)
-    parts = ("train", "validation", "test") if preset.validation.every else ("train", "test")
+    parts = ["train"] + ["validation"] * bool(preset.validation.every) + ["test"] * bool(evaluation_tasks)
     classes = {part: run_data.usable(preset, present, part, on_warning) for part in parts}
     validator = Validator(preset, classes.get("validation"), on_warning)
     theta, origin = read_start(preset, start, on_warning)
@@ -147,6 +188,8 @@ def train(
         selection = validator.begin(folder.saved.get("validation"))
         if is_first() and source is None:
             run_data.keep(directory, present)
+        if is_first():
+            on_begin(directory, description, int(begun.step))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
             steps = 0 if validator.ends(selection) else preset.outer.steps - int(begun.step)
@@ -158,7 +201,7 @@ def train(
                 on_progress(progress)
                 idle = 0 if progress.tasks else idle + 1
                 if idle == PATIENCE:
-                    raise InputError(_without_gradients(preset, progress))
+                    raise TrainingFailed(_without_gradients(preset, progress))
                 if number := gathered(np.array(stop.received or 0, np.int32)).max():
                     stop.received = Signals(number)
                     break
@@ -169,7 +212,7 @@ def train(
             folder.save(done, state, facts, loss)
         theta = from_first(folder.best(state)).theta if selection.step else state.theta
         finished = done == preset.outer.steps or validator.ends(selection)
-        if finished and not stop:
+        if finished and not stop and evaluation_tasks:
             on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
             evaluation = evaluate_classes(theta, preset, classes["test"], evaluation_tasks, on_warning)
             folder.finish(evaluation.records(), facts and facts | {"meta_steps": done})
@@ -227,9 +270,9 @@ def _steps(preset, mesh, state, source, compiler, remaining) -> Iterator[tuple[T
 
 
 def _progress(preset, state, report, seconds):
-    """Return the log entry of a meta-step; raise InputError if no task had finite numbers."""
+    """Return the log entry of a meta-step; raise TrainingFailed if no task had finite numbers."""
     if (np.asarray(report.status) == bl.Status.NONFINITE).all():
-        raise InputError(
+        raise TrainingFailed(
             f"meta-step {int(state.step)} had no task with finite numbers, so θ was not updated: training has "
             f"diverged; lower {_likely_causes(preset)}"
         )
