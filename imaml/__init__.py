@@ -2,68 +2,34 @@
 
 This package implements the algorithm of Rajeswaran, Finn, Kakade and Levine (2019) with :mod:`bilevel`. For comparison,
 it also has MAML, first-order MAML and Reptile.
+
+Importing the package does not import JAX, so that the command line can show its help at once. The public names are
+those of ``imaml.public``, which is imported when one of them is first used.
 """
 
-from imaml.datasets.images import ImageDataset
-from imaml.datasets.registry import register_dataset
-from imaml.errors import InputError
-from imaml.learning.algorithms import Learner
-from imaml.learning.meta_gradient import MetaGradient, meta_gradient
-from imaml.learning.modules import equinox_network, linen_network, nnx_network
-from imaml.learning.networks import Network
-from imaml.learning.tasks import Curve, Episode, Task
-from imaml.reports.comparison import Comparison, compare
-from imaml.reports.run_report import report
-from imaml.runs.diagnosis import Bin, Calibration, Diagnosis, diagnose
-from imaml.runs.evaluation import evaluate
-from imaml.runs.learner import Adapted, TrainedLearner, load
-from imaml.runs.loggers import Logger, TensorBoard, WeightsAndBiases
-from imaml.runs.results import Evaluation, Run
-from imaml.runs.sweep import Sweep, Trial, sweep
-from imaml.runs.training import train
-from imaml.runs.verification import Verification, verify
-from imaml.settings.preset import Preset, replace
-from imaml.settings.published_presets import preset, presets, register_preset
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Adapted",
-    "Bin",
-    "Calibration",
-    "Comparison",
-    "Curve",
-    "Diagnosis",
-    "Episode",
-    "Evaluation",
-    "ImageDataset",
-    "InputError",
-    "Learner",
-    "Logger",
-    "MetaGradient",
-    "Network",
-    "Preset",
-    "Run",
-    "Sweep",
-    "Task",
-    "TensorBoard",
-    "TrainedLearner",
-    "Trial",
-    "Verification",
-    "WeightsAndBiases",
-    "compare",
-    "diagnose",
-    "equinox_network",
-    "evaluate",
-    "linen_network",
-    "load",
-    "meta_gradient",
-    "nnx_network",
-    "preset",
-    "presets",
-    "register_dataset",
-    "register_preset",
-    "replace",
-    "report",
-    "sweep",
-    "train",
-    "verify",
-]
+if TYPE_CHECKING:
+    from imaml.public import *  # noqa: F403
+
+PACKAGES = ("datasets", "learning", "parallel", "runs", "settings", "storage")
+"""The subpackages that are attributes of ``imaml`` without an import of their own, such as ``imaml.datasets``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in PACKAGES:
+        importlib.import_module("imaml.public")  # imports the modules inside the subpackages as well
+        return importlib.import_module(f"imaml.{name}")
+    private = name.startswith("_") and name != "__all__"
+    # ``from imaml import cli`` asks for the attribute first, and imports the module after an AttributeError.
+    if not private and find_spec(f"imaml.{name}") is None:
+        public = importlib.import_module("imaml.public")
+        if name in ("__all__", *public.__all__):
+            return getattr(public, name)
+    raise AttributeError(f"module 'imaml' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

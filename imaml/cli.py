@@ -2,17 +2,20 @@
 
 An error in the arguments, or in the files that they name, is printed to stderr in one line, with exit code 2.
 :mod:`imaml.arguments` parses the arguments. This module runs the commands and prints. Each command imports the modules
-that it needs.
+that it needs, because a message about a wrong argument should not wait for JAX.
 """
 
+import contextlib
 import io
 import json
+import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from imaml.arguments import parse
 from imaml.errors import InputError
-from imaml.parallel.devices import check_shares
 from imaml.parallel.processes import Processes, joined, leave
 from imaml.runs.interruption import exit_on_sigterm
 
@@ -41,6 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+class Outcome(NamedTuple):
+    """The result of a command.
+
+    Attributes:
+        record: the result in JSON types, for ``--json``.
+        text: the result in words. Nothing is printed if it and the record are empty.
+        code: the exit code.
+    """
+
+    record: dict[str, Any]
+    text: str
+    code: int = 0
+
+
 def _run(arguments):
     words = sys.argv[1:] if arguments is None else arguments
     command = words[0] if words else ""
@@ -48,7 +65,11 @@ def _run(arguments):
     try:
         options = parse(words)
         with exit_on_sigterm():
-            return COMMANDS[options.command](options)
+            with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+                outcome = COMMANDS[options.command](options)
+            if outcome.text or outcome.record:
+                print(json.dumps(_finite(outcome.record), indent=2) if options.json else outcome.text)
+            return outcome.code
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
     except OSError as error:
@@ -58,6 +79,15 @@ def _run(arguments):
         print("\nstopped", file=sys.stderr)
         return 130
     return USAGE_ERROR
+
+
+def _finite(value):
+    """Return JSON types with None for each number that is not finite, because JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _processes(options, tasks):
@@ -71,6 +101,8 @@ def _processes(options, tasks):
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise InputError(f"{', '.join(given)} belong together: {' and '.join(missing)} missing")
+    from imaml.parallel.devices import check_shares
+
     processes = None if missing else Processes(*given.values())
     devices = options.devices if isinstance(options.devices, int) else 1
     check_shares(tasks, processes.count if processes else 1, devices)
@@ -104,7 +136,7 @@ def _train(options):
 
 
 def _train_here(options, chosen, writes):
-    """Train in this process, and return the exit code. With ``writes`` False, print and draw nothing."""
+    """Train in this process. With ``writes`` False, print and draw nothing."""
     from imaml.reports.plots import learning_curve
     from imaml.runs.training import train
 
@@ -112,28 +144,50 @@ def _train_here(options, chosen, writes):
     name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
     name = name if options.dataset is None else f"{name}-{dataset}"
     directory = options.out or Path("runs") / (name if options.start is None else f"{name}-tuned")
-    reporter = _reporter(options, sys.stdout if writes else io.StringIO())
-    say = print if writes else lambda *_: None
-    warn = (lambda message: print(message, file=sys.stderr)) if writes and options.quiet else reporter.event
-    progress = say if not options.quiet else lambda *_: None
-    progress(f"{chosen.name}: {chosen.title} on {dataset}, in {directory}")
+    reporter = _reporter(options, None if writes else io.StringIO())
+    warn = _warn if writes and options.quiet else reporter.event
+    if writes and not options.quiet:
+        print(f"{chosen.name}: {chosen.title} on {dataset}, in {directory}")
     try:
         run = train(
             chosen, directory, options.data, dataset=options.dataset, start=options.start, devices=options.devices,
-            on_event=reporter.event, on_warning=warn, on_progress=reporter.step,
+            loggers=_loggers(options), on_event=reporter.event, on_warning=warn, on_progress=reporter.step,
             keep_checkpoints=options.keep_checkpoints,
         )  # fmt: skip
     finally:
         reporter.finish()
-    picture = learning_curve(directory, getattr(chosen.episode, "ways", None)) if writes else None
+    code = 0 if run.stopped_by is None else 128 + run.stopped_by
+    if not writes:
+        return Outcome({}, "", code)
+    picture = learning_curve(directory, getattr(chosen.episode, "ways", None))
     if run.stopped_by is not None:
-        say(f"stopped at step {run.step} of {chosen.outer.steps} and saved; run the same command again to resume")
-        return 128 + run.stopped_by
-    if run.best_step is not None:
-        progress(f"{run.step} meta-steps; the best validation, after {run.best_step} of them, chooses the parameters")
-    say(run.evaluation)
-    progress(f"learning curve: {picture}")
-    return 0
+        text = f"stopped at step {run.step} of {chosen.outer.steps} and saved; run the same command again to resume"
+    else:
+        text = str(run.evaluation) + ("" if options.quiet else f"\nlearning curve: {picture}")
+    if run.finished and run.best_step is not None and not options.quiet:
+        best = f"{run.step} meta-steps; the best validation, after {run.best_step} of them, chooses the parameters"
+        text = f"{best}\n{text}"
+    record = {
+        "preset": chosen.name,
+        "algorithm": chosen.algorithm,
+        "dataset": dataset,
+        "directory": str(directory),
+        "step": run.step,
+        "steps": chosen.outer.steps,
+        "best_step": run.best_step,
+        "finished": run.finished,
+        "stopped_by": run.stopped_by and run.stopped_by.name,
+        "evaluations": run.evaluation.records() if run.evaluation else [],
+        "learning_curve": str(picture),
+    }
+    return Outcome(record, text, code)
+
+
+def _loggers(options):
+    from imaml.runs.loggers import TensorBoard, WeightsAndBiases
+
+    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return [kinds[name]() for name in dict.fromkeys(options.log)]
 
 
 def _dataset_name(options):
@@ -152,13 +206,16 @@ def _evaluate(options):
     if options.record is not None:
         from imaml.reproduction import trained
 
-        print(trained.evaluate(options.record, options.tasks, options.data))
-        return 0
-    from imaml.runs.evaluation import evaluate
+        found = trained.evaluate(options.record, options.tasks, options.data)
+    else:
+        from imaml.runs.evaluation import evaluate
 
-    run = options.run_directory
-    print(evaluate(run, tasks=options.tasks, data=options.data, best=options.best, on_event=print, part=options.part))
-    return 0
+        found = evaluate(
+            options.run_directory, tasks=options.tasks, data=options.data, best=options.best,
+            on_event=_warn if options.quiet else print, part=options.part,
+        )  # fmt: skip
+    evaluated = {"record": options.record} if options.record else {"run": str(options.run_directory)}
+    return Outcome(evaluated | {"part": options.part, "evaluations": found.records()}, str(found))
 
 
 def _predict(options):
@@ -169,16 +226,16 @@ def _predict(options):
     learner = load(options.run, best=options.best, on_event=_warn)
     invert = None if options.ink is None else options.ink == "dark"
     found = predict_files(learner, options.support, options.query, options.transductive, invert)
-    print(json.dumps(found.records(), indent=2) if options.json else found)
-    return 0
+    return Outcome(found.records(), str(found))
 
 
 def _export(options):
     from imaml.runs.learner import load
 
     load(options.run, best=options.best, on_event=_warn).save(options.out)
-    print(f"{options.out} holds the trained parameters; load them in Python by imaml.load({str(options.out)!r})")
-    return 0
+    place = str(options.out)
+    text = f"{place} holds the trained parameters; load them in Python by imaml.load({place!r})"
+    return Outcome({"run": str(options.run), "file": place}, text)
 
 
 def _warn(message):
@@ -189,9 +246,49 @@ def _verify(options):
     start_jax()
     from imaml.runs.verification import verify
 
-    verification = verify(options.chosen, options.data, dataset=options.dataset, on_event=_reporter(options).event)
-    print(verification)
-    return 0 if verification.ok else 1
+    reporter = _reporter(options)
+    try:
+        found = verify(
+            options.chosen, options.data, dataset=options.dataset, on_event=reporter.event, on_progress=reporter.part
+        )
+    finally:
+        reporter.finish()
+    return Outcome(found.records(), str(found), 0 if found.ok else 1)
+
+
+def _report(options):
+    start_jax()
+    from imaml.reports.run_report import report
+
+    reporter = _reporter(options)
+    path = report(
+        options.run, options.out, tasks=options.tasks, data=options.data, on_event=reporter.event, on_warning=_warn
+    )
+    return Outcome({"run": str(options.run), "file": str(path)}, f"report: {path}")
+
+
+def _compare(options):
+    from imaml.reports.comparison import compare
+
+    found = compare(options.runs)
+    text = json.dumps(_finite(found.records()), indent=2) if options.format == "json" else found.table(options.format)
+    return Outcome(found.records(), text)
+
+
+def _sweep(options):
+    start_jax()
+    from imaml.runs.sweep import sweep
+
+    reporter = _reporter(options)
+    try:
+        found = sweep(
+            options.chosen, dict(options.over), options.out, options.data, dataset=options.dataset,
+            on_event=reporter.event, on_warning=_warn if options.quiet else reporter.event, on_progress=reporter.step,
+        )  # fmt: skip
+    finally:
+        reporter.finish()
+    stopped = "" if found.stopped_by is None else "\nstopped; run the same command again to resume"
+    return Outcome(found.records(), f"{found}{stopped}", 0 if found.stopped_by is None else 128 + found.stopped_by)
 
 
 def _presets(options):
@@ -200,28 +297,31 @@ def _presets(options):
     from imaml.settings.published_presets import preset, presets
 
     if options.preset is None:
-        print("\n".join(presets()))
-        return 0
+        return Outcome({"presets": list(presets())}, "\n".join(presets()))
     chosen = preset(options.preset)
-    print(f"{chosen.name}\n\n{chosen.citation}\n\nsettings")
-    for path, value in settings(chosen).items():
-        print(f"  --{path} {value}")
-    print("\ndepartures from the citation")
-    for sentence in chosen.deviations():
-        print(f"  - {sentence}")
-    if chosen.baselines is not None:
-        print("\nother algorithms, each with its own inner loop and all other settings equal")
-        for algorithm in list(ALGORITHMS)[1:]:
-            other = chosen.using(algorithm)
-            print(f"  --algorithm {algorithm}  ({other.title}, {_inner_loop(other)})")
-    return 0
+    lines = [chosen.name, "", chosen.citation, "", "settings"]
+    lines += [f"  --{path} {value}" for path, value in settings(chosen).items()]
+    lines += ["", "departures from the citation", *(f"  - {sentence}" for sentence in chosen.deviations())]
+    others = [] if chosen.baselines is None else [chosen.using(name) for name in list(ALGORITHMS)[1:]]
+    if others:
+        lines += ["", "other algorithms, each with its own inner loop and all other settings equal"]
+    lines += [f"  --algorithm {other.algorithm}  ({other.title}, {_inner_loop(other)})" for other in others]
+    record = {
+        "name": chosen.name,
+        "dataset": chosen.dataset,
+        "citation": chosen.citation,
+        "settings": settings(chosen),
+        "departures": list(chosen.deviations()),
+        "other_algorithms": {other.algorithm: settings(other) for other in others},
+    }
+    return Outcome(record, "\n".join(lines))
 
 
 def _record(options):
     from imaml.reproduction.commands import record
 
-    print(record(options.run_directory, options.out, options.note, options.hardware))
-    return 0
+    made = record(options.run_directory, options.out, options.note, options.hardware)
+    return Outcome(asdict(made) | {"file": str(made.file)}, str(made))
 
 
 def _reproduce(options):
@@ -230,8 +330,9 @@ def _reproduce(options):
     check(options.work, options.records, options.format)
     start_jax()
     reporter = _reporter(options, sys.stderr)  # stdout is kept for the table, which may be redirected to a file
-    print(reproduce(options.work, options.records, options.out, options.format, reporter.event))
-    return 0
+    made = reproduce(options.work, options.records, options.out, options.format, reporter.event)
+    picture = None if made.picture is None else str(made.picture)
+    return Outcome({"name": made.what, "result": made.result, "picture": picture}, str(made))
 
 
 def _inner_loop(chosen):
@@ -249,8 +350,15 @@ def _data(options):
     finally:
         reporter.finish()
     data_option = "" if options.dir is None else f" --data {folder}"
-    print(f"{options.dataset} is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd{data_option}")
-    return 0
+    text = f"{options.dataset} is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd{data_option}"
+    return Outcome({"dataset": options.dataset, "directory": str(folder)}, text)
+
+
+def _completion(options):
+    from imaml.arguments.completion import script
+
+    text = script(options.shell)
+    return Outcome({"shell": options.shell, "script": text}, text)
 
 
 COMMANDS = {
@@ -259,9 +367,13 @@ COMMANDS = {
     "predict": _predict,
     "export": _export,
     "verify": _verify,
+    "report": _report,
+    "compare": _compare,
+    "sweep": _sweep,
     "presets": _presets,
     "record": _record,
     "reproduce": _reproduce,
     "data": _data,
+    "completion": _completion,
 }
-"""The function of each command. It takes the parsed options and returns the exit code."""
+"""The function of each command. It takes the parsed options and returns an :class:`Outcome`."""

@@ -3,6 +3,7 @@
 :class:`ImageDataset` also reads one's own folders and arrays, and :func:`register_dataset` gives a dataset a name.
 """
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,4 +115,6 @@ def download(
 
 def _unknown(name):
     known = (*BUILT_IN, FOLDER, *registry.names())
-    return InputError(f"there is no dataset {name!r}: known are {', '.join(known)}")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return InputError(f"there is no dataset {name!r}: {hint}known are {', '.join(known)}")

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import jax
-
 from imaml.errors import InputError, check
 from imaml.parallel.liveness import LivenessMonitor, accept_connections, connect, free_port, receive_number, send_number
 
@@ -82,6 +80,8 @@ def joined(processes: Processes | None) -> Iterator[None]:
     if processes is None or processes.count == 1:
         yield
         return
+    import jax
+
     lines, address = _meet(processes)
     monitor = LivenessMonitor(lines, lambda lost: _end(processes, lost))
     try:
@@ -111,7 +111,8 @@ def leave(code: int, threads: bool) -> None:
             interrupted.
     """
     waits = threads and any(not t.daemon and t is not threading.main_thread() for t in threading.enumerate())
-    if code and (waits or jax.distributed.is_initialized()):
+    jax = sys.modules.get("jax")  # a wrong argument is reported without importing JAX
+    if code and (waits or (jax is not None and jax.distributed.is_initialized())):
         _exit(code)
 
 
@@ -131,6 +132,8 @@ def _meet(processes):
 
 
 def _initialize(processes, address):
+    import jax
+
     # Gloo's collectives connect processes, not devices: use one CPU device per process.
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

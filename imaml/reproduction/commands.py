@@ -1,9 +1,9 @@
-"""The commands ``imaml reproduce`` and ``imaml record``: they return text to print, and write files to a folder."""
+"""The commands ``imaml reproduce`` and ``imaml record``: they return what to print, and write files to a folder."""
 
 import difflib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,55 @@ from imaml.storage.files import write_whole
 FORMS = ("terminal", "markdown")
 
 
+@dataclass(frozen=True)
+class Reproduced:
+    """A reproduced table or figure. ``str`` gives its text, with the place of the picture.
+
+    Attributes:
+        what: ``"table2"``, ``"figure2a"`` or ``"figure2b"``.
+        text: the table, or the numbers of the figure as a table.
+        result: the numbers, in JSON types. For the table, one entry for each row.
+        picture: the file of the picture, or None if it was not drawn.
+    """
+
+    what: str
+    text: str
+    result: Any
+    picture: Path | None
+
+    def __str__(self) -> str:
+        return self.text if self.picture is None else f"{self.text}\n\npicture: {self.picture}"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The record of a run that was written to a file. ``str`` gives a sentence about it.
+
+    Attributes:
+        file: the file of the record.
+        row: the row of table 2 that the run belongs to, or None.
+        meta_steps: meta-steps of the run.
+        seconds: time that the run took.
+    """
+
+    file: Path
+    row: str | None
+    meta_steps: int
+    seconds: float
+
+    def __str__(self) -> str:
+        place = "no cell" if self.row is None else f"row {self.row!r}"
+        return f"wrote {self.file}: {self.meta_steps} meta-steps in {self.seconds:.0f} s, for {place} of table 2"
+
+
 def reproduce(
     what: str,
     directory: Path | None = None,
     out: Path | None = None,
     form: str = "terminal",
     on_event: Callable[[str], None] = lambda message: None,
-) -> str:
-    """Return a table or figure of the paper as text; with ``out``, also write its picture, and a figure's data as JSON.
+) -> Reproduced:
+    """Return a table or figure of the paper; with ``out``, also write its picture, and a figure's data as JSON.
 
     Args:
         what: ``"table2"``, ``"figure2a"`` or ``"figure2b"``.
@@ -43,13 +84,13 @@ def reproduce(
     check(what, directory, form)
     text, draw, measured = WORKS[what](directory, form, on_event)
     if out is None:
-        return text
+        return Reproduced(what, text, measured, None)
     out.mkdir(parents=True, exist_ok=True)
     picture = draw(out / f"{what}.png")
-    if measured is not None:
+    if what != "table2":  # the numbers of the table are in the records
         record = {"command": f"imaml reproduce {what}", "versions": versions(), "result": measured}
         _write(out / f"{what}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return f"{text}\n\npicture: {picture}"
+    return Reproduced(what, text, measured, picture)
 
 
 def check(what: str, directory: Path | None, form: str) -> None:
@@ -68,8 +109,8 @@ def check(what: str, directory: Path | None, form: str) -> None:
         raise InputError(f"{what} is computed by this command and reads no records: omit --records")
 
 
-def record(run: Path, out: Path | None = None, note: str = "", hardware: str | None = None) -> str:
-    """Write the record of a finished run and its parameters, and return a sentence about it.
+def record(run: Path, out: Path | None = None, note: str = "", hardware: str | None = None) -> Recorded:
+    """Write the record of a finished run and its parameters.
 
     The files are ``NAME.json`` and ``NAME.safetensors``, named after the run's folder.
 
@@ -92,13 +133,24 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
     made.write(path)
     preset = restore(made.preset, made.config)
     trained.save(path.with_suffix(trained.SUFFIX), run_of(run).restore(initial_state(preset)).theta)
-    place = f"row {ROWS[made.cell.algorithm]!r}" if made.cell in TABLE_2 and made.cell else "no cell"
-    return f"wrote {path}: {made.meta_steps} meta-steps in {made.seconds:.0f} s, for {place} of table 2"
+    row = ROWS[made.cell.algorithm] if made.cell in TABLE_2 and made.cell else None
+    return Recorded(path, row, made.meta_steps, made.seconds)
 
 
 def _table(directory, form, on_event) -> tuple[str, Callable[[Path], Path], Any]:
     found = records.read() if directory is None else records.read(directory)
-    return table_2(found, form), lambda path: pictures.table(path, _lines(found)), None
+    result = [
+        {
+            **row.cell._asdict(),
+            "paper": TABLE_2[row.cell]._asdict(),
+            "ours": row.evaluation,
+            "fidelity": row.record and row.record.fidelity,
+            "meta_steps": row.record and row.record.meta_steps,
+            "seconds": row.record and row.record.seconds,
+        }
+        for row in rows(found)
+    ]
+    return table_2(found, form), lambda path: pictures.table(path, _lines(found)), result
 
 
 def _lines(found):
@@ -143,5 +195,5 @@ WORKS: dict[str, Callable[..., tuple[str, Callable[[Path], Path], Any]]] = {
 }
 """Functions by the name of a table or figure.
 
-Each returns a text, a function that draws the picture, and the data of a figure for JSON, or None for a table.
+Each returns a text, a function that draws the picture, and the numbers in JSON types.
 """

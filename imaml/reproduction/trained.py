@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imaml import datasets
+import imaml.datasets as datasets
 from imaml.errors import InputError, check_choice
 from imaml.reproduction import records
 from imaml.runs.checkpoints import named_leaves

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imaml import datasets
+import imaml.datasets as datasets
 from imaml.datasets import Dataset, ImageClasses, ImageDataset, UnevenClasses
 from imaml.datasets.registry import BUILT_IN, FOLDER, checked
 from imaml.datasets.splits import held_out

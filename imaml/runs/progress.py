@@ -62,6 +62,17 @@ class Reporter:
             self._shown = now
             self._redraw(f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else ""))
 
+    def part(self, done: int, total: int) -> None:
+        """Show how many parts of the last event are done. A stream that is no terminal gets a line now and then."""
+        now = time.monotonic()
+        if done < total and now - self._shown < (BAR_SECONDS if self._bar else LINE_SECONDS):
+            return
+        self._shown = now
+        if self._bar:
+            self._redraw(f"  {done} of {total} done")
+        elif done < total:
+            print(f"  {done} of {total} done", file=self._stream, flush=True)
+
     def finish(self) -> None:
         """End the line of the bar. The next step starts new running means and a new estimate of the time left."""
         if self._unfinished:

@@ -16,12 +16,13 @@ solver stops at parameters φ before it has reached the inner solution. Two ques
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ from imaml.learning.algorithms import Learner
 from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.tasks import Task
 from imaml.runs import data as run_data
-from imaml.runs.results import TRUNCATED, Verification
+from imaml.runs.results import TRUNCATED, BudgetCheck, Verification
+from imaml.runs.task_derivatives import TaskDerivatives, conjugate_gradients, flat
 from imaml.settings.preset import Preset
 
 SOLVED = 1e-8
@@ -50,6 +52,11 @@ Differences over steps of 1e-3 in θ then have an error of about 1e-6.
 STAGES = 7  # number of messages of a verification
 LONG = 1000
 """CG budget of a solve that counts as exact."""
+MORE, NEAR = 32, 0.1
+"""The explanation of a distance tries budgets of CG up to ``MORE`` times the preset's, and stops at a distance below
+``NEAR``."""
+QUICK = {"xla_backend_optimization_level": 0}
+"""Options to compile a program that runs once: all optimisations would take longer than they save."""
 
 
 def verify(
@@ -60,6 +67,7 @@ def verify(
     steps: Sequence[int] = (16, 64, 256, 1024),
     directions: int = 2,
     on_event: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Verify the meta-gradient of one training task of a preset, at the initial θ.
 
@@ -71,6 +79,7 @@ def verify(
         directions: number of directions in θ along which gradients are compared with differences and with unrolled
             MAML, at least 1. The first is the implicit gradient; the others are random.
         on_event: called with a message before each computation, such as ``"2 of 7: …"``.
+        on_progress: called with the parts of the present computation that are done, and with their number.
 
     Raises:
         InputError: if the data cannot be used, or if the preset's algorithm is not implicit MAML as in the paper.
@@ -88,11 +97,11 @@ def verify(
     classes = run_data.usable(preset, present, "train", on_event)
     with jax.enable_x64(True):
         source = jax.tree.map(jnp.asarray, classes.source)
-        task = _as_double(preset.training_episode.sample(source, preset.keys.train))
-        theta = _as_double(preset.functions.init(preset.keys.init))
+        task = _as_double(jax.jit(preset.training_episode.sample)(source, preset.keys.train))
+        theta = _as_double(jax.jit(preset.functions.init)(preset.keys.init))
         checks = list(check_system(preset.learner, theta, task, announce))
         smooth = replace(preset.learner, apply=preset.network.smooth_variant(preset.episode.outputs).apply)
-        checks += check_solution(smooth, theta, task, steps, directions, announce)
+        checks += check_solution(smooth, theta, task, steps, directions, announce, on_progress)
         size = ravel_pytree(theta)[0].size
     return Verification(preset.name, size, tuple(checks), time.monotonic() - begin)
 
@@ -118,16 +127,20 @@ def check_system(
     Returns:
         Two checks. The first passes if a long CG solve reaches a relative residual of ``SOLVED``. The second passes if
         the residual that the learner reports for its own CG solve is the true one and at most 1. The text of the second
-        also gives the relative error of the learner's gradient.
+        also gives the relative error of the learner's gradient. If it passes, it is a :class:`.BudgetCheck`.
     """
     on_event("computing the meta-gradient at the preset's budget")
     batch = jax.tree.map(lambda array: array[None], task)
-    out = jax.jit(meta_gradient(learner))(theta, batch)
-    phi = jax.jit(learner.adapt)(theta, task).w
-    on_event(f"solving the adjoint system at the preset's φ to a relative residual of {0.1 * SOLVED:g}")
-    exact = _implicit(learner, phi, theta, task).gradient
-    residual = partial(_system_residual, learner, phi, task)
-    solved, truncated, reported = float(residual(exact)), float(residual(out.gradient)), float(out.linear_residual[0])
+    with _compiler() as compiling:
+        budget = compiling(meta_gradient(learner), theta, batch, **QUICK)
+        adapt = compiling(learner.adapt, theta, task, **QUICK)
+        implicit = compiling(_implicit(learner), theta, theta, task, **QUICK)
+    out, phi = budget(theta, batch), adapt(theta, task).w
+    on_event("solving the adjoint system at the preset's φ to rounding accuracy")
+    exact, ours = flat(implicit(theta, phi, task).gradient), flat(out.gradient)
+    derivatives, at = TaskDerivatives(learner, theta, task), flat(phi)
+    solved, truncated = derivatives.residual(at, exact), derivatives.residual(at, ours)
+    reported = float(out.linear_residual[0])
     system = bl.Check(
         "(I + H/λ)g = v",
         solved <= SOLVED,
@@ -146,45 +159,77 @@ def check_system(
         )
     # The two products round differently, so the reported and the recomputed residual agree only to a tolerance.
     agree = abs(truncated - reported) <= SOLVED + 1e-6 * truncated
-    cg = bl.Check(
+    distance, cosine = _distance(ours, exact), float(ours @ exact / (_norm(ours) * _norm(exact)))
+    start, solver, method = flat(theta), learner.solver, learner.method
+    at_start = _norm(derivatives.inner(start, start, start)[0])
+    cg = BudgetCheck(
         TRUNCATED,
         bool(agree),
         f"relative residual {truncated:.1%} (reported: {reported:.1%}); relative error of the gradient "
-        f"{_gap(out.gradient, exact):.1%}, cosine {_cosine(out.gradient, exact):.3f}",
+        f"{distance:.1%}, cosine {cosine:.3f}",
         "the reported residual is not that of (I + H/λ)g = v: the method solves another system.",
-        _gap(out.gradient, exact),
+        distance,
+        residual=truncated,
+        cosine=cosine,
+        inner_steps=solver.max_steps,  # type: ignore[attr-defined]  # the solvers of a preset have a budget
+        inner_residual=float(out.inner_residual[0]) / at_start,
+        **_longer(derivatives, at, exact, method.linear.max_steps),  # type: ignore[attr-defined]
     )
     return system, cg
 
 
-def _system_residual(learner, phi, task, gradient):
-    """Return ‖v − g − Hg/λ‖ / ‖v‖, computed from the network and the loss without code of :mod:`bilevel`."""
+def _longer(derivatives, phi, exact, steps):
+    """Run CG for twice, four times, … the steps, and return the fields ``longer`` and ``indefinite`` of the check.
 
-    def loss(x, y):
-        return lambda phi: learner.loss(learner.apply(phi, x), y)
+    The longest budget is ``MORE`` times the steps, or the first with a distance below ``NEAR``.
+    """
+    v, found, least = derivatives.query(phi)[1], [], 0.0
+    path = conjugate_gradients(lambda u: derivatives.inner(phi, phi, u)[1] / derivatives.strength, v)
+    for count, (x, residual, curvature) in enumerate(path, start=1):
+        least = min(least, curvature)
+        if count == 2 ** (len(found) + 1) * steps:
+            found.append((count, residual / _norm(v), _distance(x, exact)))
+            if found[-1][2] < NEAR or 2 * count > MORE * steps:
+                break
+    return {"longer": tuple(found), "indefinite": least < 0}
 
-    @jax.jit
-    def residual(phi, task, gradient):
-        v = jax.grad(loss(task.query_x, task.query_y))(phi)
-        hessian_g = jax.jvp(jax.grad(loss(task.support_x, task.support_y)), (phi,), (gradient,))[1]
-        rest = jax.tree.map(lambda v, g, hg: v - g - hg / learner.strength, v, gradient, hessian_g)
-        return _norm(rest) / _norm(v)
 
-    return residual(phi, task, gradient)
+def _implicit(learner):
+    """Return a function (θ, φ, task) → the hypergradient at φ.
 
-
-def _implicit(learner, phi, theta, task):
-    """Return the hypergradient at φ. CG solves the adjoint system to a relative residual of 0.1 ``SOLVED``."""
+    CG solves the adjoint system to a relative residual of 0.1 ``SOLVED``.
+    """
     method = bl.Implicit(bl.CG(LONG, tol=0.1 * SOLVED))
-    at_init = bl.value_and_hypergradient(learner.problem, lambda condition, init, *_: init, method, on_failure="ignore")
-    return at_init(theta, phi, task)
+    return bl.value_and_hypergradient(learner.problem, lambda condition, init, *_: init, method, on_failure="ignore")
+
+
+@contextmanager
+def _compiler():
+    """Yield a function (function, *arguments, **options) → program, which compiles on another thread.
+
+    The first call of the program waits for the compilation. All programs compile at the same time, on all cores.
+    """
+    threads = ThreadPoolExecutor(os.cpu_count())
+
+    def compiling(function, *arguments, **options):
+        program = threads.submit(jax.jit(function).lower(*arguments).compile, options)
+        return lambda *arguments: program.result()(*arguments)
+
+    yield compiling
+    threads.shutdown(wait=False)
 
 
 # --- 2. The derivative of the inner solution -----------------------------------------------------------------------
 
 
 def check_solution(
-    learner: Learner, theta: dict, task: Task, steps: Sequence[int], directions: int, on_event: Callable[[str], None]
+    learner: Learner,
+    theta: dict,
+    task: Task,
+    steps: Sequence[int],
+    directions: int,
+    on_event: Callable[[str], None],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[bl.Check, ...]:
     """Compare the implicit gradient at a solved inner problem with central differences and with unrolled MAML.
 
@@ -195,21 +240,47 @@ def check_solution(
         steps: numbers of steps of unrolled MAML, increasing.
         directions: number of directions in θ, at least 1: the implicit gradient, then random ones.
         on_event: called with a message before each computation.
+        on_progress: called with the parts of the present computation that are done, and with their number.
 
     Returns:
         Three checks: the inner problem and the adjoint system are solved, the implicit gradient agrees with central
         differences, and the gradient of unrolled MAML converges to the implicit gradient.
     """
-    flat, unravel = ravel_pytree(theta)
-    on_event(f"adapting the smooth variant by {steps[-1]} steps of gradient descent")
-    path = _Unrolled(learner, theta, task)
-    end = path.run(jax.tree.map(jnp.zeros_like, theta), (steps[-1],))[-1]
+    unravel, start = ravel_pytree(theta)[1], flat(theta)
+    derivatives = TaskDerivatives(learner, theta, task)
+    on_event(f"unrolling MAML of the smooth variant over {', '.join(map(str, steps))} steps")
+    with _compiler() as compiling:
+        unrolled = compiling(derivatives.unrolled, start, start, start, 1.0, 1, start, task)
+        newton = compiling(_newton(learner), theta, theta, task)
+        implicit = compiling(_implicit(learner), theta, theta, task, **QUICK)
+    rate = 1 / _largest_curvature(derivatives, start)
+    if isinstance(learner.solver, bl.GradientDescent):
+        rate = min(learner.solver.step_size, rate)
+
+    def slopes(direction, number):
+        """Return φ after the last of ``steps``, and the slope of MAML's loss along a direction after each of them."""
+        phi, tangent, done, found = start, direction, 0, []
+        for count in steps:
+            phi, tangent = unrolled(phi, tangent, direction, rate, count - done, start, task)
+            found.append(float(derivatives.query(phi)[1] @ tangent))
+            done = count
+            on_progress(number * steps[-1] + done, directions * steps[-1])
+        return phi, found
+
+    # The random directions do not depend on the solution, so that unrolling along them also gives the start of Newton.
+    chosen = np.random.default_rng(0).normal(size=(directions, start.size))
+    chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
+    paths = [slopes(direction, number) for number, direction in enumerate(chosen[1:])]
+    end, _ = paths[-1] if paths else slopes(start, 0)
     on_event("solving the inner problem of the smooth variant by Newton's method")
-    solve = _newton(learner)
-    solution = solve(theta, end.w, task)
-    residual = float(solution.residual_norm)
-    out = _implicit(learner, solution.w, theta, task)
-    length, linear = float(_norm(out.gradient)), float(_system_residual(learner, solution.w, task, out.gradient))
+
+    def solve(theta, phi):
+        solution = newton(unravel(jnp.asarray(theta)), unravel(jnp.asarray(phi)), task)
+        return flat(solution.w), float(solution.residual_norm)
+
+    phi, residual = solve(start, end)
+    gradient = flat(implicit(theta, unravel(jnp.asarray(phi)), task).gradient)
+    length, linear = _norm(gradient), derivatives.residual(phi, gradient)
     solved = bl.Check(
         "smooth solution",
         residual <= STATIONARY and linear <= SOLVED,
@@ -217,43 +288,41 @@ def check_solution(
         "the inner problem or the adjoint system was not solved, so the rows below are not meaningful.",
         residual,
     )
-    chosen = np.random.default_rng(0).normal(size=(directions, flat.size))
-    chosen[0] = ravel_pytree(out.gradient)[0]
-    chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
-    chosen = [unravel(jnp.asarray(direction)) for direction in chosen]
-    ours = np.array([float(_vdot(out.gradient, direction)) for direction in chosen])
+    chosen[0] = gradient / length
+    ours = chosen @ gradient
     on_event("computing central differences of the re-solved smooth variant")
-    differences = _check_differences(learner, solve, theta, solution.w, task, chosen, ours, length)
-    on_event(f"unrolling MAML over {', '.join(map(str, steps))} steps")
-    unrolled = np.array([[float(point.slope) for point in path.run(direction, steps)] for direction in chosen])
-    gaps = np.abs(unrolled - ours[:, None]).max(axis=0) / length
+    differences = _check_differences(derivatives, solve, start, phi, chosen, ours, length, on_progress)
+    on_event("unrolling MAML along the implicit gradient")
+    theirs = np.array([slopes(chosen[0], directions - 1)[1], *(found for _, found in paths)])
+    gaps = np.abs(theirs - ours[:, None]).max(axis=0) / length
     return solved, differences, _check_gaps(gaps, steps)
 
 
 def _newton(learner):
     """Return a function (θ, start, task) → Solution: Newton-CG to an inner gradient of 0.1 ``STATIONARY``."""
     solver = bl.HessianFree(max_steps=60, cg_steps=200, tol=0.1 * STATIONARY)
-    return jax.jit(lambda theta, w, task: bl.solve(solver, learner.problem.condition, w, theta, task))
+    return lambda theta, phi, task: bl.solve(solver, learner.problem.condition, phi, theta, task)
 
 
-def _check_differences(learner, solve, theta, w, task, directions, ours, length):
+def _check_differences(derivatives, solve, theta, phi, directions, ours, length, on_progress):
     """Compare slopes of the implicit gradient with central differences of the query loss at the re-solved φ.
 
     Richardson extrapolation from step sizes h and h/2 removes the error of order h². The difference between the two
     slopes is taken as a bound of the error that remains.
     """
-    query = jax.jit(lambda phi: learner.problem.outer(phi, theta, task)[0])  # type: ignore[index]
-    largest = 1e-4 * float(_norm(theta))
-    theirs, uncertainty, residual = [], [], 0.0
-    for direction in directions:
+    largest = 1e-4 * _norm(theta)
+    theirs, uncertainty, residuals = [], [], []
+    for number, direction in enumerate(directions):
         slopes = []
-        for h in (largest, largest / 2):
-            ends = [solve(jax.tree.map(lambda t, d, s=s: t + s * d, theta, direction), w, task) for s in (h, -h)]
-            slopes.append(float(query(ends[0].w) - query(ends[1].w)) / (2 * h))
-            residual = max(residual, *(float(end.residual_norm) for end in ends))
+        for half, h in enumerate((largest, largest / 2)):
+            ends = [solve(theta + s * direction, phi) for s in (h, -h)]
+            above, below = (derivatives.query(end)[0] for end, _ in ends)
+            slopes.append((above - below) / (2 * h))
+            residuals += [residual for _, residual in ends]
+            on_progress(2 * number + half + 1, 2 * len(directions))
         theirs.append((4 * slopes[1] - slopes[0]) / 3)
         uncertainty.append(abs(slopes[1] - slopes[0]))
-    error, doubt = np.abs(np.array(theirs) - ours), np.array(uncertainty)
+    error, doubt, residual = np.abs(np.array(theirs) - ours), np.array(uncertainty), max(residuals)
     ok = bool((error <= DIFFERENCED * length + doubt).all() and (doubt <= 10 * DIFFERENCED * length).all())
     found = f"relative deviation {error.max() / length:.1e}, error of the differences {doubt.max() / length:.1e}"
     return bl.Check(
@@ -280,91 +349,21 @@ def _check_gaps(gaps, steps):
     return bl.Check("unrolled MAML", ok, f"relative gap (after steps): {shown}", remedy, float(gaps[-1]))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Point:
-    """State of unrolled MAML after some steps: φ, its tangent, and the slope of the query loss along the tangent."""
-
-    w: Any
-    tangent: Any
-    slope: Any
-
-
-class _Unrolled:
-    """Gradient descent on the proximal objective from θ, differentiated in forward mode along one direction in θ.
-
-    The slope of the query loss along the resulting tangent of φ is the directional derivative of unrolled MAML's loss.
-    Forward mode stores no iterates, so the memory does not depend on the number of steps.
-    """
-
-    def __init__(self, learner: Learner, theta: dict, task: Task):
-        self._theta, self._task = theta, task
-        rate = 1 / _largest_curvature(learner, theta, task)
-        if isinstance(learner.solver, bl.GradientDescent):
-            rate = min(learner.solver.step_size, rate)
-        step, problem = bl.GradientDescent(rate, max_steps=1), learner.problem
-
-        @jax.jit
-        def advance(w, tangent, direction, count, theta, task):
-            def move(w, theta):
-                return bl.solve(step, problem.condition, w, theta, task).w
-
-            def body(_, carry):
-                return jax.jvp(move, (carry[0], theta), (carry[1], direction))
-
-            w, tangent = jax.lax.fori_loop(0, count, body, (w, tangent))
-            query = partial(_query_value, problem, theta=theta, task=task)
-            return _Point(w, tangent, jax.jvp(query, (w,), (tangent,))[1])
-
-        self._advance = advance
-
-    def run(self, direction: dict, steps: Sequence[int]) -> list[_Point]:
-        """Return the state after each number of steps in ``steps``, which must increase."""
-        points, w, tangent, done = [], self._theta, direction, 0
-        for count in steps:
-            points.append(self._advance(w, tangent, direction, count - done, self._theta, self._task))
-            w, tangent, done = points[-1].w, points[-1].tangent, count
-        return points
-
-
-def _query_value(problem, phi, theta, task):
-    return problem.outer(phi, theta, task)[0]
-
-
-def _largest_curvature(learner, theta, task, products=20):
+def _largest_curvature(derivatives, theta, products=20):
     """Return an estimate of the largest |eigenvalue| of the inner objective's Hessian at φ = θ.
 
     Power iteration approaches that eigenvalue from below; a fifth is added so that the estimate is not too small.
     """
-
-    @jax.jit
-    def iterate(theta, task):
-        product = jax.linearize(lambda phi: learner.problem.condition.residual(phi, theta, task), theta)[1]
-
-        def body(_, u):
-            u = product(u)
-            return jax.tree.map(lambda leaf: leaf / _norm(u), u)
-
-        start = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype), theta)
-        return _norm(product(jax.lax.fori_loop(0, products, body, start)))
-
-    return 1.2 * float(iterate(theta, task))
+    u = np.random.default_rng(0).normal(size=theta.size)
+    for _ in range(products):
+        u = derivatives.inner(theta, theta, u / _norm(u))[1]
+    return 1.2 * _norm(u)
 
 
-# --- Arithmetic ----------------------------------------------------------------------------------------------------
+def _norm(vector):
+    return float(np.linalg.norm(vector))
 
 
-def _vdot(a, b):
-    return ravel_pytree(a)[0] @ ravel_pytree(b)[0]
-
-
-def _norm(a):
-    return jnp.linalg.norm(ravel_pytree(a)[0])
-
-
-def _gap(one, other):
-    return float(_norm(jax.tree.map(jnp.subtract, one, other)) / _norm(other))
-
-
-def _cosine(one, other):
-    return float(_vdot(one, other) / (_norm(one) * _norm(other)))
+def _distance(one, other):
+    """Return ‖one − other‖ / ‖other‖."""
+    return _norm(one - other) / _norm(other)

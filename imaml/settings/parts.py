@@ -24,8 +24,9 @@ class Conv4:
         pooling: if True, stride 1 and 2×2 max-pooling, as for Mini-ImageNet. If False, stride 2 without pooling.
         image_shape: height, width and channels.
         convolutions: ``"patches"`` or ``"xla"``, see :func:`imaml.learning.networks.convolution`.
-        products: precision of matrix products and convolutions, a key of :data:`imaml.learning.networks.PRODUCTS`.
-            On a CPU all of them are float32, except that XLA's convolution rounds with ``"bfloat16"``.
+        products: precision of matrix products and convolutions: ``"float32"``, ``"tensorfloat32"`` or ``"bfloat16"``,
+            see :data:`imaml.learning.networks.PRODUCTS`. On a CPU all of them are float32, except that XLA's
+            convolution rounds with ``"bfloat16"``.
 
     Raises:
         InputError: if ``filters`` is below 1, if a gain is not above 0, if ``head_bias`` is negative, or if a word is

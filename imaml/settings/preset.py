@@ -19,6 +19,7 @@ from imaml.learning import networks
 from imaml.learning.algorithms import ALGORITHMS, Learner, make_learner, reference_learner
 from imaml.learning.problem import cross_entropy, squared_error
 from imaml.learning.tasks import Curve, Episode
+from imaml.settings.meanings import NO_SETTINGS
 from imaml.settings.parts import MLP, NO_VALIDATION, Baselines, Conv4, Outer, Rotations, Validation
 from imaml.settings.types import plain, type_name, types_of
 
@@ -31,15 +32,11 @@ FIDELITIES = ("paper", "reference-code")
 LOSSES = {"accuracy": cross_entropy, "mean squared error": squared_error}
 """The loss on the support and query sets, by the metric that tasks are evaluated with."""
 
-NO_SETTINGS = ("citation", "departures", "baselines")
-"""Fields of a preset that :meth:`Preset.config` leaves out, because they do not affect the results of a run."""
 SAVED_IF_CHANGED = {"validation": NO_VALIDATION}
 """Fields that :meth:`Preset.config` leaves out while they have these defaults.
 
 The settings of a run that does not use these fields are then the same as in the versions before them.
 """
-FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
-"""Fields of a preset that overrides on the command line cannot change."""
 
 _SAME_OUTER_LOOP = (
     "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
@@ -93,7 +90,8 @@ class Preset:
         linear: the solver of the adjoint system; see `imaml.learning.problem`. Only for implicit MAML.
         outer: the outer optimiser, the tasks in a meta-step, and the number of meta-steps.
         seed: the seed of all random numbers, between 0 and 2**32 − 1.
-        algorithm: a key of :data:`imaml.learning.algorithms.ALGORITHMS`. :meth:`using` changes it together with the
+        algorithm: ``"imaml"``, ``"maml"``, ``"fomaml"`` or ``"reptile"``, the keys of
+            :data:`imaml.learning.algorithms.ALGORITHMS`. :meth:`using` and the command line change it together with the
             inner solver.
         fidelity: ``"paper"`` for the equations of the paper, ``"reference-code"`` for what the authors' public code
             computes.

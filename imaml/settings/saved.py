@@ -12,8 +12,9 @@ from typing import Any
 import bilevel as bl
 from imaml.errors import InputError, check
 from imaml.learning.tasks import Curve, Episode
+from imaml.settings.meanings import NO_SETTINGS
 from imaml.settings.parts import MLP, Conv4, Outer, Rotations
-from imaml.settings.preset import NO_SETTINGS, SAVED_IF_CHANGED, Preset
+from imaml.settings.preset import SAVED_IF_CHANGED, Preset
 from imaml.settings.renamed import with_current_names
 from imaml.settings.types import plain, type_name
 

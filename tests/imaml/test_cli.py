@@ -15,10 +15,12 @@ import pytest
 
 import imaml
 from imaml import InputError, cli
+from imaml.arguments import parse
 from imaml.datasets import glyphs
 from imaml.parallel import processes
 from imaml.runs import checkpoints
 from imaml.runs import log as runlog
+from imaml.settings.overrides import settings
 from imaml.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +93,7 @@ def error_of(arguments, capsys):
         ("verify --meta-steps 3", "there is no setting --meta-steps: did you mean --test_steps?"),
         ("verify --quite", "there is no option --quite: did you mean --quiet?"),
         ("verify --algorithm maml", "verify compares with the paper's equations"),
-        ("data omniglot --quite", "unrecognized arguments: --quite: did you mean --quiet?"),
+        ("data omniglot --quite", "there is no option --quite: did you mean --quiet?"),
         ("train --strength", "--strength needs a value"),
         ("train --strength --seed 3", "--strength needs a value"),
         ("train --strength strong", "--strength takes a number, got 'strong'"),
@@ -107,16 +109,16 @@ def error_of(arguments, capsys):
         ("train --keep-checkpoint 3", "there is no option --keep-checkpoint: did you mean --keep-checkpoints?"),
         ("train --out", "expected one argument"),
         ("train one two", "unrecognized arguments: two"),
-        ("trian", "invalid choice: 'trian'"),
+        ("trian", "there is no command 'trian': did you mean train?"),
         ("", "required: COMMAND"),
         ("evaluate", "evaluate takes the folder of a run, or --record NAME"),
         ("evaluate .", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate . --best", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate nowhere", "there is no run in nowhere"),
         ("evaluate . --tasks many", "invalid int value: 'many'"),
-        ("evaluate . --task 3", "unrecognized arguments: --task 3: did you mean --tasks?"),
+        ("evaluate . --task 3", "there is no option --task: did you mean --tasks?"),
         ("data", "required: NAME"),
-        ("data omniglt", "there is no dataset 'omniglt': known are glyphs, omniglot, miniimagenet, sinusoid"),
+        ("data omniglt", "there is no dataset 'omniglt': did you mean omniglot? known are glyphs, omniglot,"),
         ("data sinusoid", "the sinusoid dataset is sampled: there is nothing to download"),
         ("data miniimagenet", "miniimagenet may not be redistributed: obtain the images yourself, and use --data"),
         ("train miniimagenet-5way-1shot-gd", "miniimagenet needs its images: use --data DIR to name the folder"),
@@ -314,6 +316,207 @@ def test_quiet_training_prints_the_result_and_warnings_only(stopped_by, here, mo
     assert cli.main(["train", "--out", "loud"]) == (0 if stopped_by is None else 143)
     out, err = capsys.readouterr()
     assert err == "" and all(part in out for part in ("in loud", "compiling", "a checkpoint is damaged …", "step 1/1"))
+
+
+# --- Help, TOML files, JSON and completion -------------------------------------------------------------------------
+
+COMMANDS = list(cli.COMMANDS)
+
+
+def imported_by(words):
+    """Return the exit code of a command in a new process, its output, and the modules that it has imported."""
+    code = (
+        "import sys\nfrom imaml.cli import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "print(code, *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, encoding="utf-8", timeout=TIMEOUT, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    *_, last = done.stderr.splitlines()
+    code, *modules = last.split()
+    return int(code), done.stdout, modules
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["predict", "--suport", "x"]])
+def test_help_and_messages_about_options_do_not_import_jax(words):
+    code, _, modules = imported_by(words)
+    assert code == (2 if "--suport" in words else 0)
+    assert not {"jax", "numpy", "matplotlib", "bilevel", "shtab"} & set(modules)
+    assert len(modules) < 250  # jax alone imports more than a thousand
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_the_common_options(command, capsys):
+    assert code_of([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: imaml {command}")
+    assert all(option in shown for option in ("--config FILE", "--quiet", "--json"))
+
+
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_the_help_lists_every_setting_of_every_preset_with_its_meaning(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert code_of([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    paths = {path for name in imaml.presets() for path in settings(imaml.preset(name))}
+    assert set(re.findall(r"^  --([\w.]+) ", shown.partition("settings of the preset:")[2], re.MULTILINE)) == paths
+    assert re.search(r"--inner\.max_steps N +GradientDescent: the budget, in gradients\. HessianFree: ", shown)
+    assert re.search(r"--outer\.learning_rate X +Adam's learning rate at the first meta-step\.", shown)
+
+
+def test_the_help_of_one_preset_has_its_values(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert code_of(["verify", "sinusoid-5shot-gd", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"--network\.hidden N +MLP: units of each hidden layer\. \[40\]", shown)
+    assert "--network.filters" not in shown and "--inner.max_steps N" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("predict run --suport a --query b", "there is no option --suport: did you mean --support?"),
+        ("predict run --support a --query b --ink drak", "invalid choice: 'drak': did you mean dark?"),
+        ("--verion", "there is no option --verion: did you mean --version?"),
+        ("--quiet train", "there is no option --quiet: see 'imaml --help'"),
+        ("evaluat", "there is no command 'evaluat': did you mean evaluate?"),
+        ("evaluate run -best", "unrecognized arguments: -best: did you mean --best?"),
+        ("train --network.products flaot32", "got 'flaot32': did you mean float32?"),
+        ("train --dataset gliphs", "there is no dataset 'gliphs': did you mean glyphs?"),
+        ("evaluate nowhere --part tset", "there is no part of a dataset 'tset': did you mean test?"),
+        ("completion bsh", "invalid choice: 'bsh': did you mean bash?"),
+        ("train --config nowhere.toml", "No such file or directory: nowhere.toml"),
+        ("train --config", "expected one argument"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_a_similar_one(arguments, expected, here, capsys):
+    assert expected in error_of(arguments.split(), capsys)
+    assert list(here.iterdir()) == []
+
+
+CONFIG = """
+preset = "sinusoid-5shot-gd"
+out = "runs/from-file"
+meta_steps = 7
+strength = 0.5
+quiet = true
+inner.max_steps = 32
+[linear]
+max_steps = 9
+engine = "watched"
+"""
+
+
+def test_a_toml_file_gives_options_and_settings_and_the_command_line_wins(here):
+    (here / "run.toml").write_text(CONFIG)
+    options = parse(["train", "--config", "run.toml"])
+    chosen = options.chosen
+    assert (chosen.name, options.out, options.quiet) == ("sinusoid-5shot-gd", Path("runs/from-file"), True)
+    assert (chosen.outer.steps, chosen.strength, chosen.inner.max_steps) == (7, 0.5, 32)
+    assert (chosen.linear.max_steps, chosen.linear.engine) == (9, "watched")
+    words = "train sinusoid-10shot-gd --no-quiet --out other --outer.steps 8 --strength=2 --linear.max_steps 3"
+    options = parse([*words.split(), "--config=run.toml"])
+    chosen = options.chosen
+    assert (chosen.name, options.out, options.quiet) == ("sinusoid-10shot-gd", Path("other"), False)
+    assert (chosen.outer.steps, chosen.strength, chosen.linear.max_steps, chosen.inner.max_steps) == (8, 2.0, 3, 32)
+
+
+def test_the_algorithm_of_the_command_line_replaces_that_of_the_file(here):
+    (here / "run.toml").write_text('algorithm = "maml"\n')
+    assert parse(["train", "--config", "run.toml"]).chosen.algorithm == "maml"
+    assert parse(["train", "--config", "run.toml", "--algorithm", "reptile"]).chosen.algorithm == "reptile"
+
+
+def test_a_toml_file_gives_required_arguments(here):
+    (here / "run.toml").write_text('run = "runs/one"\nsupport = "cards"\nquery = "new"\nink = "bright"\n')
+    options = parse(["predict", "--config", "run.toml", "--query", "other"])
+    assert (options.run, options.support, options.query, options.ink) == (
+        Path("runs/one"), Path("cards"), Path("other"), "bright"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command, content, expected",
+    [
+        ("train", "inner.max_step = 3", "run.toml: there is no setting --inner.max_step: did you mean --inner.max_ste"),
+        ("train", "meta-step = 3", "run.toml: there is no option meta-step: did you mean meta-steps?"),
+        ("train", "strength = 'strong'", "run.toml: --strength takes a number, got 'strong'"),
+        ("train", "meta-steps = 2.5", "run.toml: --outer.steps takes a whole number, got '2.5'"),
+        ("train", "devices = 0", "run.toml: devices: must be a whole number of at least 1, or 'all', got '0'"),
+        ("train", "quiet = 1", "run.toml: quiet takes true or false, got 1"),
+        ("train", "strength = [1]", "run.toml: strength takes one number, word or switch, got [1]"),
+        ("train", "preset = 'glyps-5way-1shot-gd'", f"did you mean {DEFAULT}?"),
+        ("train", "config = 'other.toml'", "run.toml: a file cannot name another one: remove config"),
+        ("evaluate", "task = 3", "run.toml: there is no option 'task': did you mean tasks?"),
+        ("evaluate", "tasks = 'many'", "run.toml: tasks takes a whole number, got 'many'"),
+        ("evaluate", "strength = 1", "run.toml: there is no option 'strength'"),
+        ("evaluate", "tasks = ", "run.toml is not TOML: Invalid value"),
+    ],
+)
+def test_a_mistake_in_a_toml_file_names_the_file(command, content, expected, here, capsys):
+    (here / "run.toml").write_text(content)
+    assert expected in error_of([command, "--config", "run.toml"], capsys)
+
+
+def test_json_is_the_only_output_and_progress_goes_to_stderr(here, monkeypatch, capsys):
+    evaluation = imaml.Evaluation("accuracy", 0.5, float("nan"), 0.2, 600, "none")
+
+    def train(preset, directory, *_, on_event, **__):
+        Path(directory).mkdir(parents=True)
+        on_event("compiling the meta-step")
+        print("a library prints")
+        return imaml.Run(directory, preset, {}, 1, True, None, evaluation)
+
+    monkeypatch.setattr("imaml.runs.training.train", train)
+    assert cli.main(["train", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["preset"], found["directory"], found["finished"]) == (DEFAULT, f"runs/{DEFAULT}", True)
+    assert (found["evaluations"][0]["value"], found["evaluations"][0]["interval"]) == (0.5, None)
+    assert "compiling the meta-step" in err and "a library prints" in err
+    assert cli.main(["train", "--json", "--quiet", "--out", "other"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["directory"] == "other" and err == "a library prints\n"
+
+
+def test_the_presets_are_shown_as_json(capsys):
+    assert cli.main(["presets", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"presets": list(imaml.presets())}
+    assert cli.main(["presets", DEFAULT, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == settings(imaml.preset(DEFAULT)) and found["other_algorithms"]["maml"]["seed"] == 0
+
+
+def test_bash_completes_commands_options_settings_and_their_words(tmp_path, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    script = tmp_path / "imaml.bash"
+    script.write_text(capsys.readouterr().out)
+    cases = {
+        "imaml ev": {"evaluate"},
+        "imaml train sinusoid-5": {"sinusoid-5shot-gd"},
+        "imaml train --inner.m": {"--inner.max_steps", "--inner.momentum"},
+        "imaml verify --network.products ": {"float32", "tensorfloat32", "bfloat16"},
+        "imaml train --network.pooling t": {"true"},
+        "imaml predict run --ink ": {"dark", "bright"},
+        "imaml reproduce f": {"figure2a", "figure2b"},
+    }
+    lines = [f"source {script}"]
+    for line in cases:
+        words = line.split(" ")
+        quoted = " ".join(f'"{word}"' for word in words)
+        lines.append(f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; COMP_LINE={line!r}")
+        lines.append(f'_shtab_imaml imaml "{words[-1]}" "{words[-2]}"; echo "${{COMPREPLY[*]}}"')
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert [set(line.split()) for line in done.stdout.splitlines()] == list(cases.values()), done
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_scripts_of_other_shells_name_the_commands_and_settings(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*COMMANDS, "inner.max_steps", "glyphs-5way-1shot-gd"))
 
 
 # --- A real run in a process ---------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ ALLOWED = {
     "datasets": {"storage", "entry_points", "errors"},
     "learning": {"datasets", "errors"},
     "settings": {"learning", "entry_points", "errors"},
-    "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
+    "runs": {"settings", "learning", "datasets", "parallel", "storage", "tables", "errors"},
     "reports": {"runs", "settings", "learning", "datasets", "storage", "tables", "errors"},
     "reproduction": {"reports", "runs", "settings", "learning", "datasets", "storage", "tables", "errors"},
-    "arguments": {"runs", "settings", "errors"},
+    "arguments": {"reproduction", "runs", "settings", "learning", "datasets", "errors"},
+    "public": {"reports", "runs", "settings", "learning", "datasets", "errors"},
     "cli": {"arguments", "reproduction", "reports", "runs", "settings", "learning", "datasets", "parallel", "errors"},
     "__main__": {"cli"},
 }

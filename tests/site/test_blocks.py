@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from blocks import ROOT, Block, all_blocks
 
 BLOCKS = all_blocks()
-LANGUAGES = {"python", "sh", "console", "text", ""}
+LANGUAGES = {"python", "sh", "console", "toml", "text", ""}
 COMMANDS = re.compile(r"^(\w*\$ )?(make|pip|imaml|python3?|pytest|git|\.venv/\S+) ", re.MULTILINE)
 PROMPT = re.compile(r"^\w*\$ ")
 SCRIPTS = [block for block in BLOCKS if block.language == "python" and not block.is_doctest and not block.not_run]
@@ -54,6 +54,12 @@ def test_a_script_on_a_page_runs_and_its_tests_pass(block):
         wants_fixture = "hypergradient" in test.__code__.co_varnames[: test.__code__.co_argcount]
         with jax.enable_x64(wants_fixture):
             test(*[Hypergradients()] * wants_fixture)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=repr)
+def test_a_toml_block_is_a_file_for_training(block, tmp_path):
+    (tmp_path / "block.toml").write_text(block.text)
+    assert parse(["train", "--config", str(tmp_path / "block.toml")]).command == "train"
 
 
 @pytest.mark.parametrize("block", SHELL, ids=repr)

@@ -353,7 +353,7 @@ def test_the_parameters_in_the_package_fit_their_records(name):
 @pytest.mark.slow("compiles both algorithms with several numbers of steps")
 def test_a_figure_writes_its_picture_and_its_data(tmp_path, errors, monkeypatch):
     monkeypatch.setattr(gradient_error, "gradient_errors", lambda: errors)
-    text = commands.reproduce("figure2a", out=tmp_path)
+    text = str(commands.reproduce("figure2a", out=tmp_path))
     assert "MAML" in text and sorted(path.name for path in tmp_path.iterdir()) == ["figure2a.json", "figure2a.png"]
     kept = json.loads((tmp_path / "figure2a.json").read_text())
     assert kept["command"] == "imaml reproduce figure2a" and kept["result"]["steps"] == list(STEPS)

@@ -1,17 +1,20 @@
 """Verification: correct meta-gradients of a small network pass the checks, and planted faults fail them."""
 
+import itertools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 import imaml
 from imaml import Learner, Task
 from imaml.cli import main
-from imaml.runs import verification
+from imaml.runs import results, verification
+from imaml.runs.task_derivatives import conjugate_gradients
 from imaml.settings.parts import Conv4
 
 
@@ -48,6 +51,15 @@ def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
     checks = {check.name: check for check in (*verification.check_system(*setting), *solution_checks(setting))}
     assert all(check.ok for check in checks.values()), list(checks.values())
     assert 1e-6 < checks["CG at its budget"].value < 1  # Six CG steps do not solve the system exactly.
+    budget = checks["CG at its budget"]
+    # Twelve steps come nearer than the tolerance of the explanation.
+    assert [steps for steps, *_ in budget.longer] == [12]
+    assert budget.longer[0][1] < budget.residual < 1 and budget.longer[0][2] < budget.value
+    assert 0 < budget.inner_residual < 1 and budget.inner_steps == 16
+    learner, theta, task = setting
+    phi, unravel = ravel_pytree(learner.adapt(theta, task).w)
+    loss = jax.hessian(lambda phi: learner.loss(learner.apply(unravel(phi), task.support_x), task.support_y))
+    assert budget.indefinite == (np.linalg.eigvalsh(loss(phi))[0] < -learner.strength)
     assert checks["finite differences"].value < 1e-6
     # With step size 0.1 and λ = 1, a step multiplies the inner error by about 0.9 or less, and 0.9^256 = 2e-12.
     assert checks["unrolled MAML"].value < 1e-3
@@ -109,7 +121,7 @@ def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeyp
     preset = imaml.preset("glyphs-5way-1shot-gd")
     preset = replace(preset, network=Conv4(filters=2), outer=replace(preset.outer, queries=1))
     found = imaml.verify(preset, steps=(1, 2), directions=3)
-    (own, theta, task, _), (variant, *same, steps, directions, _) = calls
+    (own, theta, task, _), (variant, *same, steps, directions, _, _) = calls
     assert found.ok and (steps, directions) == ((1, 2), 3) and same == [theta, task]
     assert {leaf.dtype for leaf in jax.tree.leaves((theta, task.query_x))} == {jnp.dtype("float64")}
     assert own.solver == variant.solver == preset.inner and own.strength == variant.strength == preset.strength
@@ -133,22 +145,39 @@ def test_each_computation_is_announced_with_its_number(setting, monkeypatch):
 
 
 @pytest.mark.parametrize("error, explained", [(0.98, True), (0.001, False)])
-def test_the_error_of_the_truncated_gradient_is_explained_in_words(error, explained):
-    row = bl.Check(verification.TRUNCATED, True, "a figure", value=error)
+@pytest.mark.parametrize("indefinite", [True, False])
+def test_the_error_of_the_truncated_gradient_is_explained_in_words(error, explained, indefinite):
+    row = results.BudgetCheck(
+        verification.TRUNCATED, True, "a figure", value=error, residual=0.53, cosine=0.2, inner_steps=16,
+        inner_residual=0.07, longer=((10, 2.33, 1.33), (20, 0.4, 0.3)), indefinite=indefinite,
+    )  # fmt: skip
     report = " ".join(str(verification.Verification("tiny", 100, (row,), 1.0)).split())
-    assert (
-        f"differs from the exact solution of the same system by {error:.0%} of that solution's" in report
-    ) is explained
+    sentences = [
+        f"differs from the exact solution of the same system by {error:.0%} of that solution's norm",
+        "cosine 0.20, and g leaves 53% of the right-hand side",
+        "(--linear.max_steps). On this task, 10 steps leave 233% and a distance of 133%; 20 steps leave 40%",
+        "is indefinite here" if indefinite else "A larger --strength makes the system easier",
+        "its 16 steps leave 7% of the norm of the inner gradient at the start. More steps (--inner.max_steps)",
+    ]
+    assert all((sentence in report) is explained for sentence in sentences), report
     assert report.endswith("ok, 1 seconds")
     failed = replace(row, ok=False, remedy="a remedy.")
     assert "differs from" not in str(verification.Verification("tiny", 100, (failed,), 1.0))
+
+
+def test_conjugate_gradients_solve_a_system_in_as_many_steps_as_it_has_eigenvalues():
+    values, b = np.array([1.0, 2.0, 5.0, -1.5]), np.array([1.0, -2.0, 3.0, 0.5])
+    *_, (x, residual, _) = itertools.islice(conjugate_gradients(lambda u: values * u, b), 4)
+    np.testing.assert_allclose(x, b / values, rtol=1e-12)
+    assert residual < 1e-12
+    assert any(curvature < 0 for *_, curvature in itertools.islice(conjugate_gradients(lambda u: -u, b), 1))
 
 
 def test_the_command_verifies_a_preset_with_other_settings_and_is_quiet_if_asked(monkeypatch, capsys):
     monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
     chosen = []
 
-    def verify(preset, data=None, dataset=None, on_event=print):
+    def verify(preset, data=None, dataset=None, on_event=print, on_progress=None):
         chosen.append(preset)
         on_event("a stage")
         return verification.Verification(preset.name, 5, (bl.Check("a row", True, "a figure"),), 1.0)
@@ -166,7 +195,7 @@ def test_the_command_prints_the_checks_and_exits_with_1_if_one_fails(monkeypatch
     monkeypatch.setattr("imaml.cli.start_jax", lambda: None)
     rows = (bl.Check("a row", sound, "a figure", "a remedy."),)
 
-    def verify(preset, data=None, dataset=None, on_event=print):
+    def verify(preset, data=None, dataset=None, on_event=print, on_progress=None):
         on_event("a stage")
         return verification.Verification(preset.name, 5, rows, 1.0)
 

@@ -191,7 +191,7 @@ def test_no_field_in_the_table_is_both_an_old_and_a_new_name():
 
 def preset_from(arguments, monkeypatch):
     """Return the preset that ``imaml train`` makes from these arguments and a record with the new names."""
-    monkeypatch.setattr("imaml.arguments.preset", lambda name: Renamed())
+    monkeypatch.setattr("imaml.settings.published_presets.preset", lambda name: Renamed())
     return parse(["train", "renamed", *arguments]).chosen
 
 

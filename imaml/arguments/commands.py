@@ -1,0 +1,400 @@
+"""The commands of the command line, each with its arguments."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from imaml.errors import InputError
+from imaml.runs.versions import versions
+from imaml.settings.meanings import settings_with_meanings
+
+SHELLS = ("bash", "zsh", "fish")
+"""The shells for which ``imaml completion`` prints a script."""
+
+EPILOG = (
+    "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. Only some presets have a "
+    "setting whose description begins with the name of a part, such as MLP; 'imaml {} PRESET --help' shows the "
+    "settings of one preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
+)
+REPRODUCE_EPILOG = (
+    "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
+    "takes minutes."
+)
+COMPLETION_EPILOG = (
+    "For bash: imaml completion bash > ~/.local/share/bash-completion/completions/imaml. "
+    "For zsh: imaml completion zsh > DIR/_imaml, with a folder DIR of $fpath. "
+    "For fish: imaml completion fish > ~/.config/fish/completions/imaml.fish. Then start a new shell."
+)
+CONFIG = (
+    "a TOML file with options of this command under their names without dashes, such as meta-steps = 60, and settings "
+    "such as inner.max_steps = 32; the command line wins over the file"
+)
+
+LOGGERS = ("tensorboard", "wandb")
+"""Where ``imaml train --log`` sends the progress."""
+FORMATS = ("terminal", "markdown", "json")
+"""The forms of the table of ``imaml compare``."""
+
+WITH_SETTINGS = ("train", "verify", "sweep")
+"""The commands that accept the settings of a preset as options."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that raises errors of argparse as InputError, and keeps its arguments by name.
+
+    Attributes:
+        named: the arguments by their key in a TOML file: an option without its dashes, or the lower-case placeholder of
+            a positional argument.
+        options: the names of the options, such as ``"--out"``.
+        actions: all arguments, with the settings that :func:`add_settings` adds.
+    """
+
+    def __init__(self, *arguments, **keywords):
+        self.named: dict[str, argparse.Action] = {}
+        self.options: list[str] = []
+        self.actions: list[argparse.Action] = []
+        keywords.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
+        super().__init__(*arguments, allow_abbrev=False, **keywords)
+        self.named.pop("help", None)
+
+    def add_argument(self, *names, **keywords):
+        action = super().add_argument(*names, **keywords)
+        self.actions.append(action)
+        self.options += [name for name in names if name.startswith("--")]
+        name = action.option_strings[-1] if action.option_strings else str(action.metavar).lower()
+        self.named[name.removeprefix("--")] = action
+        return action
+
+    def add_flag(self, name, help):
+        """Add a switch. A hidden option ``--no-NAME`` switches it off if a TOML file has switched it on."""
+        self.add_argument(f"--{name}", action="store_true", help=help)
+        super().add_argument(
+            f"--no-{name}", action="store_false", default=False, dest=name.replace("-", "_"), help=argparse.SUPPRESS
+        )
+        self.options.append(f"--no-{name}")
+
+    def error(self, message):
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
+class _Version(argparse.Action):
+    """Print the versions of the dependencies, which are looked up only then, and exit."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        found = versions()
+        print(f"imaml {found.pop('imaml')} ({', '.join(f'{name} {number}' for name, number in found.items())})")
+        parser.exit()
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Return a function for argparse that accepts one of ``words``, and suggests a similar one for any other word."""
+
+    def check(text):
+        if text in words:
+            return text
+        near = difflib.get_close_matches(text, words, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {hint}")
+
+    return check
+
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command line, and the parsers of the commands by their names."""
+    parser = Parser(
+        prog="imaml",
+        description="Few-shot learning with implicit MAML, MAML, first-order MAML and Reptile.",
+        epilog="'imaml COMMAND --help' lists the options of a command.",
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS,
+        help="print the versions of the dependencies and exit",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a preset, or resume a run", epilog=EPILOG.format("train"))
+    _add_preset(train)
+    _add_data(train)
+    _add_dataset(train)
+    train.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="the run's folder; default: runs/PRESET, with -ALGORITHM and -DATASET appended if these are given, and "
+        "-tuned with --start",
+    )
+    train.add_argument(
+        "--start",
+        metavar="RUN",
+        type=Path,
+        help="start from the parameters in the folder of a run or in a file of 'imaml export', to fine-tune them",
+    )
+    train.add_argument(
+        "--log",
+        metavar="|".join(LOGGERS),
+        action="append",
+        type=one_of(*LOGGERS),
+        default=[],
+        help="send the progress there as well; can be given twice. The log metrics.jsonl is written in any case",
+    )
+    train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
+    train.add_argument(
+        "--keep-checkpoints",
+        metavar="K",
+        type=int,
+        default=2,
+        help="keep the last K checkpoints and the best one (default: 2)",
+    )
+    train.add_argument(
+        "--devices",
+        metavar="N",
+        type=_devices,
+        help="number of devices of each process, or 'all' (default: the largest number that divides the tasks)",
+    )
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, with a free port, for training with several processes",
+    )
+    train.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        help="number of processes that train together; start the same command in each",
+    )
+    train.add_argument(
+        "--process-id", metavar="I", type=int, help="index of this process, from 0; process 0 writes the files"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="measure accuracy or error of a run on held-out tasks")
+    evaluate.add_argument("run_directory", metavar="RUN", type=Path, nargs="?", help="the folder of a run")
+    evaluate.add_argument(
+        "--record",
+        metavar="NAME",
+        help="evaluate trained parameters that come with the package, by the name of their record",
+    )
+    _add_data(evaluate)
+    evaluate.add_argument(
+        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
+    )
+    _add_best(evaluate)
+    evaluate.add_argument(
+        "--part",
+        metavar="PART",
+        default="test",
+        help="test (default), or validation for the validation classes of your own dataset",
+    )
+
+    predict = commands.add_parser("predict", help="adapt a run to a folder of labelled images, and label other images")
+    _add_trained(predict)
+    predict.add_argument(
+        "--support",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="a folder with one subfolder of images for each class",
+    )
+    predict.add_argument(
+        "--query", metavar="DIR", type=Path, required=True, help="a folder of the images to label, or one image"
+    )
+    predict.add_flag(
+        "transductive",
+        "normalise by the statistics of the query images, as published, instead of those of the support images",
+    )
+    predict.add_argument(
+        "--ink",
+        metavar="dark|bright",
+        type=one_of("dark", "bright"),
+        help="whether ink is dark or bright in the images, for a run on drawings (default: dark)",
+    )
+
+    export = commands.add_parser("export", help="write trained parameters and their settings to one file")
+    _add_trained(export)
+    export.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="the file to write, NAME.safetensors or NAME.npz"
+    )
+
+    verify = commands.add_parser(
+        "verify", help="check a preset's meta-gradient at its real size", epilog=EPILOG.format("verify")
+    )
+    _add_preset(verify)
+    _add_data(verify)
+    _add_dataset(verify)
+
+    report = commands.add_parser("report", help="write a report of a run as one HTML file")
+    report.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, finished or not")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, help="the file to write; default: report.html in the run's folder"
+    )
+    report.add_argument(
+        "--tasks",
+        metavar="N",
+        type=int,
+        help="number of held-out tasks for the confusion and the examples (default: as in the run's evaluation)",
+    )
+    _add_data(report)
+
+    compare = commands.add_parser("compare", help="print a table of runs and of the settings in which they differ")
+    compare.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="the folders of the runs")
+    compare.add_argument(
+        "--format",
+        metavar="|".join(FORMATS),
+        default="terminal",
+        type=one_of(*FORMATS),
+        help="form of the table (default: terminal)",
+    )
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="train every combination of some settings, and compare them on validation classes",
+        epilog=EPILOG.format("sweep"),
+    )
+    _add_preset(sweep)
+    sweep.add_argument(
+        "--over",
+        metavar="SETTING=VALUE,…",
+        action="append",
+        type=_varied,
+        required=True,
+        default=[],
+        help="a setting and the values to try, for example inner.step_size=0.05,0.1; once for each setting",
+    )
+    sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder for the folders of the runs")
+    sweep.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
+    _add_data(sweep)
+    _add_dataset(sweep)
+
+    presets = commands.add_parser("presets", help="list the presets, or show one")
+    presets.add_argument("preset", nargs="?", metavar="NAME", help="the preset to show")
+
+    record = commands.add_parser("record", help="write the settings and results of a finished run into one small file")
+    record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
+    record.add_argument("--out", metavar="DIR", type=Path, help="the folder for the record; default: records")
+    record.add_argument("--note", metavar="TEXT", default="", help="a remark for readers of the record")
+    record.add_argument(
+        "--hardware",
+        metavar="TEXT",
+        help="description of the machine that the run was trained on; default: this machine",
+    )
+
+    reproduce = commands.add_parser(
+        "reproduce", help="compare the paper's table or figures with ours", epilog=REPRODUCE_EPILOG
+    )
+    reproduce.add_argument("work", metavar="NAME", help="table2, figure2a or figure2b")
+    reproduce.add_argument(
+        "--records",
+        metavar="DIR",
+        type=Path,
+        help="the folder of the records for table2; default: the records in the package",
+    )
+    reproduce.add_argument("--out", metavar="DIR", type=Path, help="a folder for the picture and the measured numbers")
+    reproduce.add_argument("--format", metavar="FORM", default="terminal", help="terminal (default) or markdown")
+
+    data = commands.add_parser("data", help="fetch and check a dataset's official files")
+    data.add_argument("dataset", metavar="NAME", help="omniglot")
+    data.add_argument(
+        "--dir",
+        metavar="DIR",
+        type=Path,
+        help="the folder for the files; default: the folder that 'imaml train' reads",
+    )
+    data.add_argument("--url", metavar="URL", help="address of a folder on a mirror that has the files")
+
+    completion = commands.add_parser(
+        "completion", help="print a script that completes commands and options in a shell", epilog=COMPLETION_EPILOG
+    )
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, type=one_of(*SHELLS), help=", ".join(SHELLS))
+
+    for command in commands.choices.values():
+        command.add_argument("--config", metavar="FILE", type=Path, help=CONFIG)
+        command.add_flag("quiet", "print the result, but no progress")
+        command.add_flag("json", "print the result as one JSON object; progress goes to stderr")
+    return parser, dict(commands.choices)
+
+
+def add_settings(command: Parser, values: dict[str, object] | None = None) -> None:
+    """Add the settings to the help of a command.
+
+    Args:
+        command: the parser of ``train`` or ``verify``.
+        values: the settings of one preset, with their values. With None, the settings of all presets are added, without
+            values.
+    """
+    command.usage = "%(prog)s [PRESET] [OPTION ...] [--SETTING VALUE ...]"
+    group = command.add_argument_group("settings of the preset")
+    known = {setting.path: setting for setting in settings_with_meanings()}
+    for path in known if values is None else values:
+        setting = known.get(path)
+        value, meaning = (setting.value, setting.meaning) if setting else ("VALUE", "")
+        shown = meaning if values is None else f"{meaning} [{values[path]}]".strip()
+        command.actions.append(group.add_argument(f"--{path}", metavar=value, help=shown.replace("%", "%%")))
+
+
+def unknown_option(words: Sequence[str], options: Sequence[str], prog: str) -> InputError | None:
+    """Return the error for the first word that looks like an option and is none of ``options``, or None."""
+    for word in words:
+        if word == "--":
+            break
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see '{prog} --help'"
+            return InputError(f"there is no option {name}: {hint}")
+    return None
+
+
+def _add_preset(command):
+    command.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
+    )
+
+
+def _add_trained(command):
+    command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
+    _add_best(command)
+
+
+def _add_best(command):
+    command.add_argument(
+        "--best",
+        action="store_const",
+        const=True,
+        help="take the checkpoint with the best validation or, in a run without validation, with the least training "
+        "loss instead of the last one",
+    )
+    command.add_argument(
+        "--last",
+        dest="best",
+        action="store_const",
+        const=False,
+        help="take the last checkpoint of a run with validation instead of the one with the best validation",
+    )
+
+
+def _add_data(command):
+    command.add_argument("--data", metavar="DIR", help="the folder of the dataset's files, if it needs any")
+
+
+def _add_dataset(command):
+    command.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="replace the preset's dataset: 'folder' for your own images, with a folder of them for each class in "
+        "--data DIR, or the name of a dataset that an installed package offers",
+    )
+
+
+def _varied(text):
+    path, equals, values = text.partition("=")
+    if not (path and equals) or not all(values.split(",")):
+        raise argparse.ArgumentTypeError(f"must be a setting and its values, such as strength=1,2, got {text!r}")
+    return path.removeprefix("--"), values.split(",")
+
+
+def _devices(text):
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or 'all', got {text!r}")
+    return int(text)

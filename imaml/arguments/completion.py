@@ -1,0 +1,54 @@
+"""Scripts that complete the command line in a shell. shtab writes them from the parsers of the commands."""
+
+import shtab
+
+from imaml.arguments.commands import WITH_SETTINGS, add_settings, parsers
+from imaml.datasets import FOLDER, registry
+from imaml.learning.algorithms import ALGORITHMS
+from imaml.reproduction import trained
+from imaml.reproduction.commands import FORMS, WORKS
+from imaml.settings.overrides import CHOICES
+from imaml.settings.published_presets import presets
+
+PLACES = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE, "RUN": shtab.FILE}
+"""What completes an argument with these placeholders: folders, or files and folders."""
+
+
+def script(shell: str) -> str:
+    """Return a script that completes commands, options and settings, and the words that some of them take.
+
+    The words are those of the installed packages: a package that is installed later needs a new script for its presets
+    and datasets.
+
+    Args:
+        shell: one of :data:`imaml.arguments.commands.SHELLS`.
+    """
+    parser, commands = parsers()
+    for name, command in commands.items():
+        if name in WITH_SETTINGS:
+            add_settings(command)
+        for action in command.actions:
+            known = _words(name, action)
+            if known:
+                action.choices = known
+            elif action.metavar in PLACES:
+                action.complete = PLACES[action.metavar]  # type: ignore[attr-defined]  # shtab reads this attribute
+    return shtab.complete(parser, shell)
+
+
+def _words(command, action):
+    """Return the words that an argument of a command takes, if there is a list of them."""
+    if action.metavar == "true|false":
+        return ("true", "false")
+    words = {
+        "preset": presets(),
+        "dataset": ("omniglot",) if command == "data" else (FOLDER, *registry.names()),
+        "algorithm": tuple(ALGORITHMS),
+        "record": trained.names(),
+        "part": ("test", "validation"),
+        "ink": ("dark", "bright"),
+        "work": tuple(WORKS),
+        "format": FORMS,
+        **CHOICES,
+    }
+    return words.get(action.dest)
