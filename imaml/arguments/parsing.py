@@ -119,6 +119,8 @@ def _overridden(chosen, each: Override, command, known):
         if near := difflib.get_close_matches(f"--{each.path}", known, n=1, cutoff=0.75):
             near = near[0] if each.file is None else near[0].removeprefix("--")
             raise InputError(f"{prefix}there is no option {each.name}: did you mean {near}?")
+        if near := difflib.get_close_matches(current, settings(chosen), n=1):
+            raise InputError(f"{prefix}there is no setting --{current}: did you mean --{near[0]}?")
     elif each.text is None:
         raise InputError(f"--{each.path} needs a value")
     if current != each.path:

@@ -31,14 +31,14 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
         text: the new value as typed. The parsed value has the type of the present one.
 
     Raises:
-        InputError: if the path is not one of :func:`settings` (the message suggests a similar one, or lists all), if
-            the text cannot be parsed, or if the preset refuses the value.
+        InputError: if the path is not one of :func:`settings` (the message lists those), if the text cannot be parsed,
+            or if the preset refuses the value.
     """
     paths = settings(chosen)
     if path not in paths:
         near = difflib.get_close_matches(path, paths, n=1)
-        hint = f"did you mean --{near[0]}?" if near else f"known: {', '.join(f'--{p}' for p in paths)}"
-        raise InputError(f"there is no setting --{path}: {hint}")
+        hint = f"did you mean --{near[0]}? " if near else ""
+        raise InputError(f"there is no setting --{path}: {hint}known: {', '.join(f'--{p}' for p in paths)}")
     if path == "algorithm":
         return chosen.using(text)
     return _replace(chosen, path.split("."), _parse(path, text, paths[path]))

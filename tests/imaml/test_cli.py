@@ -384,6 +384,8 @@ def test_the_help_of_one_preset_has_its_values(capsys, monkeypatch):
         ("evaluat", "there is no command 'evaluat': did you mean evaluate?"),
         ("evaluate run -best", "unrecognized arguments: -best: did you mean --best?"),
         ("train --network.products flaot32", "got 'flaot32': did you mean float32?"),
+        ("train --inner.max_step 3", "did you mean --inner.max_steps?\n"),
+        ("verify omniglot-5way-1shot-g", "did you mean omniglot-5way-1shot-gd?"),
         ("train --dataset gliphs", "there is no dataset 'gliphs': did you mean glyphs?"),
         ("evaluate nowhere --part tset", "there is no part of a dataset 'tset': did you mean test?"),
         ("completion bsh", "invalid choice: 'bsh': did you mean bash?"),
@@ -392,7 +394,7 @@ def test_the_help_of_one_preset_has_its_values(capsys, monkeypatch):
     ],
 )
 def test_a_mistyped_word_is_answered_with_a_similar_one(arguments, expected, here, capsys):
-    assert expected in error_of(arguments.split(), capsys)
+    assert expected in error_of(arguments.split(), capsys) + "\n"
     assert list(here.iterdir()) == []
 
 
