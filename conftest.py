@@ -22,6 +22,7 @@ SLOW_PAGES = {
     "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
     "docs/own-data.md": "trains two small runs",
+    "docs/own-network.md": "draws the parameters of modules of two libraries",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/start/imaml.md": "compiles the adaptation of a convolutional network",
     "docs/testing.md": "checks several methods against every reference",
@@ -30,6 +31,8 @@ SLOW_PAGES = {
 
 # Files whose doctests need an optional package, by the name of the package.
 OPTIONAL = {
+    "equinox": ["docs/own-network.md"],
+    "flax": ["docs/own-network.md"],
     "lineax": ["bilevel/linear/from_lineax.py"],
     "optimistix": ["bilevel/solvers/from_optimistix.py", "docs/moving/optimistix.md"],
 }

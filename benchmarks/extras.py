@@ -126,13 +126,23 @@ def testing(env: Environment) -> None:
 
 
 def flax(env: Environment) -> None:
-    """Run the Flax example."""
+    """Run the Flax example and the tests of Flax modules as networks of imaml."""
     env.run(ROOT / "examples" / "flax_sinusoids.py", env.folder / "picture.png")
+    _test_networks(env)
 
 
 def equinox(env: Environment) -> None:
-    """Run the Equinox example."""
+    """Run the Equinox example and the tests of Equinox modules as networks of imaml."""
     env.run(ROOT / "examples" / "equinox_features.py", env.folder / "picture.png")
+    _test_networks(env)
+
+
+def _test_networks(env: Environment) -> None:
+    """Run the tests of modules as networks. Those of a library that is not installed are skipped."""
+    env.run("-m", "pip", "install", "--quiet", "pytest")
+    tests = ROOT / "tests" / "imaml" / "learning" / "test_modules.py"
+    report = env.run("-m", "pytest", "--all", "-p", "no:cacheprovider", "--rootdir", ROOT, tests)
+    assert "passed" in report and "failed" not in report, report
 
 
 def lineax(env: Environment) -> None:

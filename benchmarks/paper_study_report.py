@@ -14,7 +14,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
-from imaml.report.plots import BLUE, GREY, ORANGE, new_figure, plain, save
+from imaml.reports.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 RESULTS = Path(__file__).parent / "results" / "paper_study"
 SEED_1, LONG = "seed-1", "long"

@@ -123,7 +123,7 @@ def start_jax() -> None:
 
 def _reporter(options, stream=None):
     """Return a Reporter that writes to ``stream``, by default stdout. With ``--quiet``, its output is discarded."""
-    from imaml.report.progress import Reporter
+    from imaml.runs.progress import Reporter
 
     return Reporter(io.StringIO() if options.quiet else stream)
 
@@ -137,20 +137,21 @@ def _train(options):
 
 def _train_here(options, chosen, writes):
     """Train in this process. With ``writes`` False, print and draw nothing."""
-    from imaml.report.plots import learning_curve
+    from imaml.reports.plots import learning_curve
     from imaml.runs.training import train
 
     dataset = _dataset_name(options)
     name = chosen.name if chosen.algorithm == "imaml" else f"{chosen.name}-{chosen.algorithm}"
-    directory = options.out or Path("runs") / (name if options.dataset is None else f"{name}-{dataset}")
+    name = name if options.dataset is None else f"{name}-{dataset}"
+    directory = options.out or Path("runs") / (name if options.start is None else f"{name}-tuned")
     reporter = _reporter(options, None if writes else io.StringIO())
     warn = _warn if writes and options.quiet else reporter.event
     if writes and not options.quiet:
         print(f"{chosen.name}: {chosen.title} on {dataset}, in {directory}")
     try:
         run = train(
-            chosen, directory, options.data, dataset=options.dataset, devices=options.devices,
-            on_event=reporter.event, on_warning=warn, on_progress=reporter.step,
+            chosen, directory, options.data, dataset=options.dataset, start=options.start, devices=options.devices,
+            loggers=_loggers(options), on_event=reporter.event, on_warning=warn, on_progress=reporter.step,
             keep_checkpoints=options.keep_checkpoints,
         )  # fmt: skip
     finally:
@@ -163,6 +164,9 @@ def _train_here(options, chosen, writes):
         text = f"stopped at step {run.step} of {chosen.outer.steps} and saved; run the same command again to resume"
     else:
         text = str(run.evaluation) + ("" if options.quiet else f"\nlearning curve: {picture}")
+    if run.finished and run.best_step is not None and not options.quiet:
+        best = f"{run.step} meta-steps; the best validation, after {run.best_step} of them, chooses the parameters"
+        text = f"{best}\n{text}"
     record = {
         "preset": chosen.name,
         "algorithm": chosen.algorithm,
@@ -170,12 +174,20 @@ def _train_here(options, chosen, writes):
         "directory": str(directory),
         "step": run.step,
         "steps": chosen.outer.steps,
+        "best_step": run.best_step,
         "finished": run.finished,
         "stopped_by": run.stopped_by and run.stopped_by.name,
         "evaluations": run.evaluation.records() if run.evaluation else [],
         "learning_curve": str(picture),
     }
     return Outcome(record, text, code)
+
+
+def _loggers(options):
+    from imaml.runs.loggers import TensorBoard, WeightsAndBiases
+
+    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return [kinds[name]() for name in dict.fromkeys(options.log)]
 
 
 def _dataset_name(options):
@@ -242,6 +254,41 @@ def _verify(options):
     finally:
         reporter.finish()
     return Outcome(found.records(), str(found), 0 if found.ok else 1)
+
+
+def _report(options):
+    start_jax()
+    from imaml.reports.run_report import report
+
+    reporter = _reporter(options)
+    path = report(
+        options.run, options.out, tasks=options.tasks, data=options.data, on_event=reporter.event, on_warning=_warn
+    )
+    return Outcome({"run": str(options.run), "file": str(path)}, f"report: {path}")
+
+
+def _compare(options):
+    from imaml.reports.comparison import compare
+
+    found = compare(options.runs)
+    text = json.dumps(_finite(found.records()), indent=2) if options.format == "json" else found.table(options.format)
+    return Outcome(found.records(), text)
+
+
+def _sweep(options):
+    start_jax()
+    from imaml.runs.sweep import sweep
+
+    reporter = _reporter(options)
+    try:
+        found = sweep(
+            options.chosen, dict(options.over), options.out, options.data, dataset=options.dataset,
+            on_event=reporter.event, on_warning=_warn if options.quiet else reporter.event, on_progress=reporter.step,
+        )  # fmt: skip
+    finally:
+        reporter.finish()
+    stopped = "" if found.stopped_by is None else "\nstopped; run the same command again to resume"
+    return Outcome(found.records(), f"{found}{stopped}", 0 if found.stopped_by is None else 128 + found.stopped_by)
 
 
 def _presets(options):
@@ -320,6 +367,9 @@ COMMANDS = {
     "predict": _predict,
     "export": _export,
     "verify": _verify,
+    "report": _report,
+    "compare": _compare,
+    "sweep": _sweep,
     "presets": _presets,
     "record": _record,
     "reproduce": _reproduce,

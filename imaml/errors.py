@@ -8,6 +8,10 @@ class InputError(ValueError):
     """An option, setting, file or argument that cannot be used. The message names the problem and often the remedy."""
 
 
+class TrainingFailed(InputError):
+    """Training that diverges, or in which no task has a usable gradient, with the given settings."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raise :class:`InputError` with ``message`` if ``condition`` is false."""
     if not condition:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from imaml.reproduction import records
 from imaml.runs.folder import RESULT
-from imaml.runs.log import read_log
+from imaml.runs.log import read_log, time_of
 from imaml.storage.files import write_whole
 
 GRACE = 60.0
@@ -114,7 +114,7 @@ def report(cells: list[Cell], out: Path) -> str:
 def _progress(folder):
     if not folder.exists() or not (log := read_log(folder)):
         return "not begun: " + _last_line(folder / "output.log")
-    seconds, _ = records.time_of(log)
+    seconds, _ = time_of(log)
     last = log[-1]
     rate = f"{last.step:,} of {last.steps:,} meta-steps, {seconds:.0f} s, {1e3 * seconds / last.step:.1f} ms each"
     if not (folder / RESULT).exists():

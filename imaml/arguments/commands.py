@@ -31,7 +31,12 @@ CONFIG = (
     "such as inner.max_steps = 32; the command line wins over the file"
 )
 
-WITH_SETTINGS = ("train", "verify")
+LOGGERS = ("tensorboard", "wandb")
+"""Where ``imaml train --log`` sends the progress."""
+FORMATS = ("terminal", "markdown", "json")
+"""The forms of the table of ``imaml compare``."""
+
+WITH_SETTINGS = ("train", "verify", "sweep")
 """The commands that accept the settings of a preset as options."""
 
 
@@ -116,7 +121,22 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--out",
         metavar="DIR",
         type=Path,
-        help="the run's folder; default: runs/PRESET, with -ALGORITHM and the dataset's name appended if chosen",
+        help="the run's folder; default: runs/PRESET, with -ALGORITHM and the dataset's name appended if chosen, and "
+        "-tuned with --start",
+    )
+    train.add_argument(
+        "--start",
+        metavar="RUN",
+        type=Path,
+        help="start from the parameters in the folder of a run or in a file of 'imaml export', to fine-tune them",
+    )
+    train.add_argument(
+        "--log",
+        metavar="|".join(LOGGERS),
+        action="append",
+        type=one_of(*LOGGERS),
+        default=[],
+        help="send the progress there as well; can be given twice. The log metrics.jsonl is written in any case",
     )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -158,7 +178,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     evaluate.add_argument(
         "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
     )
-    evaluate.add_flag("best", "evaluate the checkpoint with the least training loss instead of the last one")
+    _add_best(evaluate)
     evaluate.add_argument(
         "--part",
         metavar="PART",
@@ -201,6 +221,49 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     _add_preset(verify)
     _add_data(verify)
     _add_dataset(verify)
+
+    report = commands.add_parser("report", help="write a report of a run as one HTML file")
+    report.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, finished or not")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, help="the file to write; default: report.html in the run's folder"
+    )
+    report.add_argument(
+        "--tasks",
+        metavar="N",
+        type=int,
+        help="number of held-out tasks for the confusion and the examples (default: as in the run's evaluation)",
+    )
+    _add_data(report)
+
+    compare = commands.add_parser("compare", help="print a table of runs and of the settings in which they differ")
+    compare.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="the folders of the runs")
+    compare.add_argument(
+        "--format",
+        metavar="|".join(FORMATS),
+        default="terminal",
+        type=one_of(*FORMATS),
+        help="form of the table (default: terminal)",
+    )
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="train every combination of some settings, and compare them on validation classes",
+        epilog=EPILOG.format("sweep"),
+    )
+    _add_preset(sweep)
+    sweep.add_argument(
+        "--over",
+        metavar="SETTING=VALUE,…",
+        action="append",
+        type=_varied,
+        required=True,
+        default=[],
+        help="a setting and the values to try, for example inner.step_size=0.05,0.1; once for each setting",
+    )
+    sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder for the folders of the runs")
+    sweep.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
+    _add_data(sweep)
+    _add_dataset(sweep)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
     presets.add_argument("preset", nargs="?", metavar="NAME", help="the preset to show")
@@ -289,7 +352,24 @@ def _add_preset(command):
 
 def _add_trained(command):
     command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
-    command.add_flag("best", "take the checkpoint with the least training loss instead of the last one")
+    _add_best(command)
+
+
+def _add_best(command):
+    command.add_argument(
+        "--best",
+        action="store_const",
+        const=True,
+        help="take the checkpoint with the best validation or, in a run without validation, with the least training "
+        "loss instead of the last one",
+    )
+    command.add_argument(
+        "--last",
+        dest="best",
+        action="store_const",
+        const=False,
+        help="take the last checkpoint of a run with validation instead of the one with the best validation",
+    )
 
 
 def _add_data(command):
@@ -303,6 +383,13 @@ def _add_dataset(command):
         help="use another dataset than the preset's: 'folder' reads your own images from --data DIR, which holds one "
         "folder of images for each class; any other NAME is a dataset that an installed package offers",
     )
+
+
+def _varied(text):
+    path, equals, values = text.partition("=")
+    if not (path and equals) or not all(values.split(",")):
+        raise argparse.ArgumentTypeError(f"must be a setting and its values, such as strength=1,2, got {text!r}")
+    return path.removeprefix("--"), values.split(",")
 
 
 def _devices(text):

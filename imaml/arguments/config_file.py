@@ -92,15 +92,22 @@ def _set_default(file, key, command, action, value):
     switch = isinstance(action.const, bool)
     if switch != isinstance(value, bool):
         raise InputError(f"{file}: {key} takes {'true or false' if switch else 'a number or a word'}, got {value!r}")
-    if not switch:
-        text = _text(file, key, value)
-        try:
-            value = text if action.type is None else action.type(text)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"{file}: {key}: {error}") from error
-        except ValueError:
-            raise InputError(f"{file}: {key} takes a whole number, got {text!r}") from None
+    if switch:
+        value = action.const if value else action.default  # --last sets False
+    elif isinstance(action.default, list):  # an option that can be given several times
+        value = [_converted(file, key, action, each) for each in (value if isinstance(value, list) else [value])]
+    else:
+        value = _converted(file, key, action, value)
     command.set_defaults(**{action.dest: value})
     action.required = False
-    if not action.option_strings:
-        action.nargs = "?"
+
+
+def _converted(file, key, action, value):
+    """Return the value of an option as argparse would from its text."""
+    text = _text(file, key, value)
+    try:
+        return text if action.type is None else action.type(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{file}: {key}: {error}") from error
+    except ValueError:
+        raise InputError(f"{file}: {key} takes a whole number, got {text!r}") from None

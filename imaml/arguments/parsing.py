@@ -116,7 +116,7 @@ def _overridden(chosen, each: Override, command, known):
     current = current_path(chosen, each.path)
     prefix = "" if each.file is None else f"{each.file}: "
     if current not in settings(chosen):
-        if near := difflib.get_close_matches(f"--{each.path}", known, n=1, cutoff=0.7):
+        if near := difflib.get_close_matches(f"--{each.path}", known, n=1, cutoff=0.75):
             near = near[0] if each.file is None else near[0].removeprefix("--")
             raise InputError(f"{prefix}there is no option {each.name}: did you mean {near}?")
         if near := difflib.get_close_matches(current, settings(chosen), n=1):

@@ -8,7 +8,7 @@ tested on a class that they were trained on.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class ImageClasses:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def subset(self, indices: Sequence[int]) -> "ImageClasses":
+        """Return the classes with these indices."""
+        return ImageClasses(self.pixels[np.asarray(indices, int)], tuple(self.labels[index] for index in indices))
 
     @property
     def samples(self) -> int:

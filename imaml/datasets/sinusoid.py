@@ -20,18 +20,25 @@ AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 
 @dataclass(frozen=True)
 class Curves:
-    """The counterpart of :class:`.ImageClasses` for sinusoids. It holds no data: ``source`` is empty."""
+    """The counterpart of :class:`.ImageClasses` for sinusoids. It holds no data: ``source`` is empty.
+
+    Args:
+        stream: evaluations of parts with different streams draw different tasks.
+    """
+
+    stream: int = 0
 
     source = ()
 
 
 @dataclass(frozen=True)
 class SinusoidDataset:
-    """The distribution of sinusoids as a dataset. Its training and test parts are equal."""
+    """The distribution of sinusoids as a dataset. Its parts have the same distribution."""
 
     name: str = "sinusoid"
     train: Curves = Curves()
     test: Curves = Curves()
+    validation: Curves = Curves(stream=1)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the formula and the ranges of a, b and x, which determine the distribution."""

@@ -53,6 +53,23 @@ def divide(labels: Sequence[str], split: Split, seed: int, name: str) -> dict[st
     return {part: [str(labels[index]) for index in sorted(ends[part])] for part in PARTS}
 
 
+def held_out(classes: int, fraction: float) -> tuple[list[int], list[int]]:
+    """Return the indices of the classes that remain, and of those that are held out, each in ascending order.
+
+    The classes are chosen by a permutation that depends on their number alone.
+
+    Args:
+        classes: the number of classes.
+        fraction: the fraction of them that is held out, rounded to the nearest number of classes.
+
+    >>> held_out(10, 0.2)
+    ([0, 1, 3, 4, 5, 6, 7, 9], [2, 8])
+    """
+    number = round(fraction * classes)
+    order = np.random.RandomState(0).permutation(classes).tolist()
+    return sorted(order[number:]), sorted(order[:number])
+
+
 def _told(labels, split, name):
     given = {ALIASES.get(part, part): [str(label) for label in chosen] for part, chosen in split.items()}
     for part, chosen in given.items():

@@ -1,6 +1,7 @@
 """Classes of images that may differ in their number of images, for one's own folders and arrays."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -110,9 +111,14 @@ class UnevenClasses:
         small = {label: count for label, count in zip(self.labels, self.counts, strict=True) if count < images}
         if not small:
             return self, {}
-        kept = {label: count for label, count in zip(self.labels, self.counts, strict=True) if count >= images}
-        pixels = self.pixels[np.repeat([label in kept for label in self.labels], self.counts)]
-        return UnevenClasses(pixels, tuple(kept.values()), tuple(kept), self.content), small
+        return self.subset([index for index, count in enumerate(self.counts) if count >= images]), small
+
+    def subset(self, indices: Sequence[int]) -> "UnevenClasses":
+        """Return the classes with these indices, which must be in ascending order."""
+        kept = np.isin(np.arange(len(self)), indices)
+        pixels = self.pixels[np.repeat(kept, self.counts)]
+        counts, labels = (tuple(self.counts[i] for i in indices), tuple(self.labels[i] for i in indices))
+        return UnevenClasses(pixels, counts, labels, self.content)
 
     def update(self, digest: "hashlib._Hash") -> None:
         """Add labels, counts and shape to a hash, and the hash of the files or, if there is none, the pixels."""

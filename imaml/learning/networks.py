@@ -19,7 +19,7 @@ Parameters = dict
 
 @dataclass(frozen=True)
 class Network:
-    """A network as a pair of pure functions, ``init`` and ``apply``.
+    """A network as a pair of pure functions, ``init`` and ``apply``, and variants of ``apply``.
 
     Attributes:
         init: ``init(key) -> parameters`` draws initial parameters.
@@ -28,11 +28,16 @@ class Network:
         apply_with_support_statistics: a function ``(parameters, x, support_x) -> outputs [batch, ...]`` that normalises
             with the mean and variance of ``support_x`` instead. An output then depends on its own row of ``x`` and on
             ``support_x``. None for a network without batch normalisation.
+        features: ``features(parameters, x [batch, ...]) -> [batch, features]``, the last hidden layer, of which the
+            outputs are a linear function. None if it is not known.
+        features_with_support_statistics: the same for ``apply_with_support_statistics``.
     """
 
     init: Callable[[jax.Array], Parameters]
     apply: Callable[[Parameters, jax.Array], jax.Array]
     apply_with_support_statistics: Callable[[Parameters, jax.Array, jax.Array], jax.Array] | None = None
+    features: Callable[[Parameters, jax.Array], jax.Array] | None = None
+    features_with_support_statistics: Callable[[Parameters, jax.Array, jax.Array], jax.Array] | None = None
 
 
 def smooth_relu(x: jax.Array) -> jax.Array:
@@ -103,29 +108,35 @@ def conv4(
     Source: Finn, Abbeel, Levine (2017), section 5.2.
     """
     height, width, channels = image_shape
-    features = filters * math.prod(side // 16 if pool else -(-side // 16) for side in (height, width))
+    last = filters * math.prod(side // 16 if pool else -(-side // 16) for side in (height, width))
     inputs = (channels, filters, filters, filters)
     stride = 1 if pool else 2
 
     def init(key):
         keys = jax.random.split(key, 5)
         parameters = {f"block{i}": _block_init(keys[i], c, filters, kernel_gain) for i, c in enumerate(inputs)}
-        return parameters | {"head": _dense_init(keys[4], features, ways, head_gain, head_bias)}
+        return parameters | {"head": _dense_init(keys[4], last, ways, head_gain, head_bias)}
 
-    def forward(parameters, x, counted=None):
+    def features(parameters, x, counted=None):
         for i in range(len(inputs)):
             block = parameters[f"block{i}"]
             # The convolution has no bias, because the normalisation would subtract it together with the mean.
             x = convolution(x, block["kernel"], stride, convolutions, products)
             x = activation(batch_normalise(x, block["scale"], block["offset"], counted=counted))
             x = pool(x) if pool else x
-        return _dense(parameters["head"], x.reshape(len(x), -1), products)
+        return x.reshape(len(x), -1)
 
-    def apply_with_support_statistics(parameters, x, support_x):
-        both = jnp.concatenate([support_x, x])
-        return forward(parameters, both, counted=len(support_x))[len(support_x) :]
+    def forward(parameters, x, counted=None):
+        return _dense(parameters["head"], features(parameters, x, counted), products)
 
-    return Network(init, forward, apply_with_support_statistics)
+    def with_support_statistics(function):
+        def apply(parameters, x, support_x):
+            both = jnp.concatenate([support_x, x])
+            return function(parameters, both, counted=len(support_x))[len(support_x) :]
+
+        return apply
+
+    return Network(init, forward, with_support_statistics(forward), features, with_support_statistics(features))
 
 
 def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Network:
@@ -143,12 +154,17 @@ def mlp(sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array] = j
         keys = jax.random.split(key, len(sizes) - 1)
         return {f"layer{i}": _dense_init(k, *sizes[i : i + 2]) for i, k in enumerate(keys)}
 
-    def apply(parameters, x):
-        for i in range(len(sizes) - 1):
-            x = _dense(parameters[f"layer{i}"], activation(x) if i else x)
+    last = len(sizes) - 2
+
+    def features(parameters, x):
+        for i in range(last):
+            x = activation(_dense(parameters[f"layer{i}"], x))
         return x
 
-    return Network(init, apply)
+    def apply(parameters, x):
+        return _dense(parameters[f"layer{last}"], features(parameters, x))
+
+    return Network(init, apply, features=features)
 
 
 PRODUCTS = {

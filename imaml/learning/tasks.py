@@ -103,8 +103,8 @@ class Episode:
         Returns:
             A :class:`Task` with float32 images in [0, 1] and int32 labels in [0, ways).
         """
-        class_key, sample_key, rotation_key = jax.random.split(key, 3)
-        chosen = jax.random.choice(class_key, len(pixels), (self.ways,), replace=False)
+        _, sample_key, rotation_key = jax.random.split(key, 3)
+        chosen = self.drawn_classes(len(pixels), key)
         keys = jax.random.split(sample_key, self.ways)
         if isinstance(pixels, UnevenSource):
             images = jax.vmap(lambda label, key: pixels.draw(label, key, self.shots + self.queries))(chosen, keys)
@@ -116,6 +116,15 @@ class Episode:
         support, query = images[:, : self.shots], images[:, self.shots :]
         labels = jnp.arange(self.ways, dtype=jnp.int32)
         return Task(_merge(support), jnp.repeat(labels, self.shots), _merge(query), jnp.repeat(labels, self.queries))
+
+    def drawn_classes(self, classes: int, key: jax.Array) -> jax.Array:
+        """Return which classes :meth:`sample` draws with a key: int32 ``[ways]``, class i of the task at position i.
+
+        Args:
+            classes: number of classes of the dataset's part.
+            key: a typed random key.
+        """
+        return jax.random.choice(jax.random.split(key, 3)[0], classes, (self.ways,), replace=False)
 
     def inputs(self, images: Any) -> Any:
         """Return images as inputs of the network: float32 in [0, 1], with the paper as ``bright_paper`` says.

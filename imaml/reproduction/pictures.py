@@ -6,7 +6,7 @@ The background is white and not transparent, so that the black labels are readab
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imaml.report.plots import BLUE, GREY, ORANGE, new_figure, plain, save
+from imaml.reports.plots import BLUE, GREY, ORANGE, new_figure, plain, save
 
 GREEN = "#2f855a"
 DARK_BLUE, LIGHT_BLUE, PALE_BLUE = "#1a3f6b", "#5a9bd8", "#9cc4ea"

@@ -15,7 +15,8 @@ from typing import Any
 from imaml.errors import InputError
 from imaml.reproduction.paper import Cell
 from imaml.runs.folder import RESULT, differences
-from imaml.runs.log import Progress, read_log
+from imaml.runs.log import read_log, time_of
+from imaml.runs.summary import evaluations_in
 from imaml.storage.files import write_whole
 
 KEPT = Path(__file__).parent / "records"
@@ -36,8 +37,8 @@ class Record:
         evaluations: evaluations on held-out tasks; each has metric, value, interval, chance, tasks and normalisation.
         meta_steps: number of meta-steps.
         tasks_seen: number of training tasks drawn.
-        seconds: wall time of training, as :func:`time_of` sums it over resumptions; evaluation is not included.
-        stretches: number of processes that trained the run one after another, as :func:`time_of` counts them.
+        seconds: wall time of training, as :func:`.time_of` sums it over resumptions; evaluation is not included.
+        stretches: number of processes that trained the run one after another, as :func:`.time_of` counts them.
         hardware: the machine, in words.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
         command: the command that trains the same run again.
@@ -120,8 +121,8 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
         hardware: the machine that trained the run, in words; by default this machine and the run's devices.
 
     Raises:
-        InputError: if the folder holds no finished run, if the run was trained on one's own data, or if its log lacks a
-            step, so that the time is unknown.
+        InputError: if the folder holds no finished run, if the run was trained on one's own data, was extended or
+            started from trained parameters, or if its log lacks a step, so that the time is unknown.
     """
     result = _result(directory)
     if "source" in result:
@@ -129,9 +130,12 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
             f"{directory} holds a run on {result['config']['dataset']}, which is no dataset of this package: a record "
             "is made only of a run that others can train again"
         )
+    if other := [what for what in ("start", "extended") if what in result]:
+        did = {"start": "started from other trained parameters", "extended": "was extended"}[other[0]]
+        raise InputError(f"{directory} holds a run that {did}, so no single command trains it again")
     config = result["config"]
     log = read_log(directory)
-    steps = config["outer"]["steps"]
+    steps = result.get("meta_steps", config["outer"]["steps"])  # fewer if the run stopped early
     if [entry.step for entry in log] != list(range(1, steps + 1)):
         raise InputError(
             f"the log in {directory} must have one line for each of {steps} meta-steps, but has {len(log)} intact lines"
@@ -143,7 +147,7 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
         algorithm=config.get("algorithm", "imaml"),
         fidelity=config.get("fidelity", "paper"),
         split=result["data"],
-        evaluations=_evaluations(result),
+        evaluations=evaluations_in(result),
         meta_steps=steps,
         tasks_seen=steps * config["outer"]["tasks"],
         seconds=round(seconds, 1),
@@ -167,30 +171,6 @@ def _result(directory):
     if not {"preset", "config", "data", "versions"} <= set(result) or not {"evaluation", "evaluations"} & set(result):
         raise InputError(f"{path} was written by another version of imaml")
     return result
-
-
-def _evaluations(result):
-    """Return the evaluations in a result; earlier versions wrote one only, with the query batch's statistics."""
-    if "evaluations" in result:
-        return tuple(result["evaluations"])
-    former = dict(result["evaluation"])
-    accuracy, normalisation = former.pop("accuracy"), former.pop("normalisation").split(",")[0]
-    return ({"metric": "accuracy", "value": accuracy} | former | {"normalisation": normalisation},)
-
-
-def time_of(log: list[Progress]) -> tuple[float, int]:
-    """Return the seconds of training in a log, and the number of processes that wrote the log one after another.
-
-    Each process measures time from its own start. Where an entry's time is less than that of the entry before it,
-    another process has resumed the run. The sum adds the last time of each process. If a process was killed, the steps
-    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if the first time
-    of the new process is not less than the last time of the process before it.
-    """
-    total, stretches = 0.0, 0
-    for entry, following in zip(log, [*log[1:], None], strict=True):
-        if following is None or following.seconds < entry.seconds:
-            total, stretches = total + entry.seconds, stretches + 1
-    return total, stretches
 
 
 def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None = None) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from imaml.report.progress import duration
 from imaml.reproduction.paper import ROWS, SOURCE, TABLE_2, Cell
 from imaml.reproduction.records import Record
+from imaml.runs.progress import duration
+from imaml.tables import table
 
 NOT_RUN = "not run"
 HEADER = (
@@ -63,7 +64,7 @@ def table_2(records: Sequence[Record], form: str = "terminal") -> str:
         form: ``"terminal"``, with aligned columns, or ``"markdown"``.
     """
     lines = [_words(row) for row in rows(records)]
-    shown = _markdown(lines) if form == "markdown" else _aligned(lines)
+    shown = table(HEADER, lines, form)
     return "\n".join([f"Omniglot, test accuracy with 95 % intervals; paper: {SOURCE}", "", shown, "", *_notes(records)])
 
 
@@ -83,18 +84,6 @@ def _words(row):
         record.split[:8],
         f"[{number}]",
     )
-
-
-def _aligned(lines):
-    widths = [max(len(line[i]) for line in [HEADER, *lines]) for i in range(len(HEADER))]
-    shown = [
-        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in [HEADER, *lines]
-    ]
-    return "\n".join(line.rstrip() for line in [shown[0], "─" * len(shown[0].rstrip()), *shown[1:]])
-
-
-def _markdown(lines):
-    return "\n".join(f"| {' | '.join(line)} |" for line in [HEADER, ["---"] * len(HEADER), *lines])
 
 
 def _notes(records):

@@ -18,6 +18,7 @@ from typing import Any
 import imaml.datasets as datasets
 from imaml.datasets import Dataset, ImageClasses, ImageDataset, UnevenClasses
 from imaml.datasets.registry import BUILT_IN, FOLDER, checked
+from imaml.datasets.splits import held_out
 from imaml.errors import InputError, check
 from imaml.learning.tasks import Curve, Episode
 from imaml.runs import checkpoints
@@ -211,32 +212,70 @@ def enough_images(
     return kept
 
 
-def fitting(
-    preset: Preset, dataset: Dataset, on_warning: Callable[[str], None] = lambda message: None
-) -> tuple[Any, Any]:
-    """Return the training and the held-out classes that a preset can use.
+def usable(
+    preset: Preset, dataset: Dataset, part: str, on_warning: Callable[[str], None] = lambda message: None
+) -> Any:
+    """Return the classes of a part that a preset can use.
+
+    Args:
+        preset: the settings.
+        dataset: the dataset.
+        part: ``"train"``, ``"validation"`` or ``"test"``.
+        on_warning: called with a message if classes have too few images and are left out.
 
     Raises:
-        InputError: if there are too few classes or images, or if the network takes images of another shape.
+        InputError: if there is no such part, if there are too few classes or images, or if the network takes images of
+            another shape.
     """
-    training = training_part(preset, dataset, on_warning)
-    return training, _usable(preset, dataset.test, preset.episode, f"{dataset.name}'s test set", on_warning)
-
-
-def training_part(preset: Preset, dataset: Dataset, on_warning: Callable[[str], None] = lambda message: None) -> Any:
-    """Return the training classes that a preset can use.
-
-    Raises:
-        InputError: as :func:`fitting` does, for the training classes.
-    """
-    return _usable(preset, dataset.train, preset.training_episode, f"{dataset.name}'s training set", on_warning)
-
-
-def _usable(preset, classes, episode, name, on_warning):
+    name = f"{dataset.name}'s {'training' if part == 'train' else part} set"
+    classes = part_of(preset, dataset, part)
+    if classes is None:
+        raise InputError(
+            f"the dataset {dataset.name} has no validation classes: give it some, or hold out a part of its training "
+            "classes, as in --validation.held_out 0.1"
+        )
+    episode = preset.training_episode if part == "train" else preset.episode
     classes = enough_images(classes, episode, name, on_warning)
     check_shape(preset, classes, name)
     episode.check(classes, name)
     return classes
+
+
+def part_of(preset: Preset, dataset: Dataset, part: str) -> Any:
+    """Return a part of a dataset, None if it does not have the part.
+
+    If the dataset has no validation classes, ``preset.validation.held_out`` is the fraction of its training classes
+    that are validation classes instead.
+
+    Args:
+        preset: the settings.
+        dataset: the dataset.
+        part: ``"train"``, ``"validation"`` or ``"test"``.
+
+    Raises:
+        InputError: if classes are to be held out, but the training part is not made of classes, or too few of them.
+    """
+    if part == "test" or getattr(dataset, "validation", None) is not None or not preset.validation.held_out:
+        return getattr(dataset, part, None)
+    remaining, held = without_held_out(preset, dataset.train, dataset.name)
+    return remaining if part == "train" else held
+
+
+def without_held_out(preset: Preset, classes: Any, name: str) -> tuple[Any, Any]:
+    """Return the training classes that remain, and those that ``preset.validation.held_out`` holds out."""
+    fraction = preset.validation.held_out
+    check(
+        isinstance(classes, ImageClasses | UnevenClasses),
+        f"validation.held_out divides classes of images, but the training part of {name} is a "
+        f"{type(classes).__name__}: give the dataset a part called validation",
+    )
+    remaining, held = held_out(len(classes), fraction)
+    check(
+        bool(held and remaining),
+        f"validation.held_out={fraction} of the {len(classes)} training classes of {name} are {len(held)} classes: "
+        "choose another fraction",
+    )
+    return classes.subset(remaining), classes.subset(held)
 
 
 def check_shape(preset: Preset, classes: Any, name: str) -> None:

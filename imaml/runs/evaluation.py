@@ -37,7 +37,7 @@ def evaluate(
     preset: Preset | None = None,
     tasks: int = 600,
     data: str | Path | None = None,
-    best: bool = False,
+    best: bool | None = None,
     on_event: Callable[[str], None] = warnings.warn,
     *,
     dataset: str | Dataset | None = None,
@@ -62,8 +62,10 @@ def evaluate(
         tasks: number of tasks, at least 2.
         data: the folder of the dataset's files, for a dataset that is read from files. For a run on a folder of images
             that has been moved, its new place.
-        best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
-        on_event: called with a message if the last checkpoint is damaged and an older one is used, if outputs of the
+        best: which checkpoint of a folder to take. True for the one with the best validation or, in a run without
+            validation, with the least loss on training classes. False for the last one. None for the one with the best
+            validation or, in a run without validation, the last one.
+        on_event: called with a message if the checkpoint is damaged and another one is used, if outputs of the
             network are not finite, or if classes have too few images and are left out.
         dataset: one's own data, as in :func:`imaml.train`. It is required for a folder whose run was trained on an
             object that cannot be read again. A dataset of another name than in training may have any contents.
@@ -77,6 +79,24 @@ def evaluate(
             the same name as in training but other contents.
 
     Source: Rajeswaran et al. (2019), table 2.
+    """
+    theta, preset, classes = resolved(run, preset, data, best, on_event, dataset, part)
+    return evaluate_classes(theta, preset, classes, tasks, on_event)
+
+
+def resolved(
+    run: str | Path | Run | Any,
+    preset: Preset | None,
+    data: str | Path | None,
+    best: bool | None,
+    on_event: Callable[[str], None],
+    dataset: str | Dataset | None,
+    part: str,
+) -> tuple[Any, Preset, Any]:
+    """Return the parameters θ, the preset and the classes that the arguments of :func:`evaluate` mean.
+
+    Raises:
+        InputError: as :func:`evaluate` does.
     """
     check_choice("part of a dataset", part, ("test", "validation"))
     theta: Any = run
@@ -101,13 +121,7 @@ def evaluate(
         preset, present, source = run_data.choose(preset, data, dataset, directory, on_warning=on_event)
     if (fingerprint := trained_on.get(preset.dataset)) is not None:
         check_same_data(run, preset.dataset, present.fingerprint(), fingerprint, (source or {}).get("directory"))
-    name = f"{present.name}'s {part} set"
-    classes = getattr(present, part, None)
-    if classes is None:
-        raise InputError(f"the dataset {present.name} has no {part} classes")
-    run_data.check_shape(preset, classes, name)
-    classes = run_data.enough_images(classes, preset.episode, name, on_event)
-    return evaluate_classes(theta, preset, classes, tasks, on_event)
+    return theta, preset, run_data.usable(preset, present, part, on_event)
 
 
 def check_same_data(run: object, dataset_name: str, present: str, trained_on: str, place: str | None = None) -> None:
@@ -130,25 +144,31 @@ def check_same_data(run: object, dataset_name: str, present: str, trained_on: st
 
 
 def trained(
-    directory: Path, best: bool = False, on_event: Callable[[str], None] = warnings.warn
+    directory: Path, best: bool | None = None, on_event: Callable[[str], None] = warnings.warn
 ) -> checkpoints.Checkpoint:
-    """Return the last intact checkpoint of a run's folder, or the best one.
+    """Return a checkpoint of a run's folder.
 
     Args:
         directory: the run's folder.
-        best: return the checkpoint with the least loss on training classes.
-        on_event: called with a message if the last checkpoint is damaged and an older one is returned.
+        best: which checkpoint to return, as in :func:`evaluate`.
+        on_event: called with a message if that checkpoint is damaged and another one is returned.
 
     Raises:
         InputError: if there is no intact checkpoint.
     """
-    if best:
-        found = checkpoints.best(directory)
-    else:
-        found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; an older checkpoint is used"))
+    found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; an older checkpoint is used"))
     if found is None:
         raise InputError(f"there is no run in {directory}: it holds no intact checkpoint")
-    return found
+    validated = found.description.get("validation", {}).get("step", 0)
+    if best is False or not (best or validated):
+        return found
+    chosen = checkpoints.best(directory) or found
+    if validated and chosen.step != validated:
+        on_event(
+            f"the checkpoint after meta-step {validated}, which had the best validation, is missing or damaged; the "
+            f"one after meta-step {chosen.step} is used"
+        )
+    return chosen
 
 
 def _restore(directory, preset, best, on_event):
@@ -220,22 +240,53 @@ def evaluate_classes(
     preset.episode.check(classes, preset.dataset)
     if tasks < 2:
         raise InputError(f"a confidence interval needs at least 2 tasks, got {tasks}")
-    mesh = local_mesh(tasks)
-    spread = over_tasks(task_scores(preset), mesh, SPREAD)
-    keys = jax.random.split(preset.keys.test, tasks)
-    scores = np.asarray(jax.jit(spread)(on_all((theta, classes.source), mesh), keys))
-    if broken := int((~np.isfinite(scores)).any(1).sum()):
-        on_event(
-            f"the outputs of {broken} of {tasks} tasks are not finite, so the mean is NaN: the parameters or the data "
-            "contain numbers that are not finite, or the inner steps diverge"
-        )
-    means, intervals = scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
+    means, intervals = mean_scores(scores_of(preset, classes, tasks)(theta), on_event)
     found = zip(normalisations(preset), means, intervals, strict=True)
     metric, chance = preset.episode.metric, preset.episode.chance
     published, *others = (
         Evaluation(metric, float(mean), float(interval), chance, tasks, name) for name, mean, interval in found
     )
     return replace(published, beside=next(iter(others), None))
+
+
+def scores_of(preset: Preset, classes: Any, tasks: int) -> Callable[[Any], np.ndarray]:
+    """Return a compiled function from θ to the scores of tasks that are drawn from ``classes``.
+
+    Args:
+        preset: the settings.
+        classes: images by class, or the curves of a regression. An integer attribute ``stream``, 0 if there is none,
+            selects the tasks of a part that has the same contents as another part.
+        tasks: number of tasks, at least 2.
+
+    Returns:
+        A function that returns float32 ``[tasks, normalisations]``; see :func:`task_scores`.
+    """
+    mesh = local_mesh(tasks)
+    program = jax.jit(over_tasks(task_scores(preset), mesh, SPREAD))
+    keys, source = keys_of(preset, classes, tasks), on_all(classes.source, mesh)
+    return lambda theta: np.asarray(program((on_all(theta, mesh), source), keys))
+
+
+def keys_of(preset: Preset, classes: Any, tasks: int) -> jax.Array:
+    """Return the random keys of the tasks of an evaluation; for ``classes`` see :func:`scores_of`."""
+    stream = getattr(classes, "stream", 0)
+    return jax.random.split(jax.random.fold_in(preset.keys.test, stream) if stream else preset.keys.test, tasks)
+
+
+def mean_scores(scores: np.ndarray, on_event: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of the scores of tasks, and half the widths of their 95 % intervals.
+
+    Args:
+        scores: float32 ``[tasks, normalisations]``.
+        on_event: called with a message if the outputs of a task were not finite. The mean is then NaN.
+    """
+    tasks = len(scores)
+    if broken := int((~np.isfinite(scores)).any(1).sum()):
+        on_event(
+            f"the outputs of {broken} of {tasks} tasks are not finite, so the mean is NaN: the parameters or the data "
+            "contain numbers that are not finite, or the inner steps diverge"
+        )
+    return scores.mean(0), 1.96 * scores.std(0, ddof=1) / np.sqrt(tasks)
 
 
 def normalisations(preset: Preset) -> tuple[str, ...]:

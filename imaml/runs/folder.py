@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from imaml.runs.log import LogWriter, Progress
 from imaml.storage.files import alone_in, sweep, write_whole
 
 RESULT = "result.json"
+_NOTHING: dict[str, Any] = {}  # never changed
 
 
 class RunFolder:
@@ -26,12 +28,16 @@ class RunFolder:
     Args:
         directory: the folder, created if it does not exist.
         description: JSON-serialisable facts about the run. :meth:`resume` requires an existing checkpoint to have the
-            same ``config``, ``types`` and ``data``, and reports ``versions`` that differ. A checkpoint of an earlier
-            version, which did not save ``types``, is accepted without them.
+            same ``config``, ``types``, ``data`` and ``start``, and reports ``versions`` that differ. A larger number of
+            meta-steps extends the run. A checkpoint of an earlier version, which did not save ``types``, is accepted
+            without them.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
         seconds: least time between two checkpoints that :meth:`record` saves.
         on_warning: called with a message about a damaged checkpoint, about other versions, or about a kept result.
         completed: converts the ``config`` of an earlier version's checkpoint to the settings of this version.
+
+    Attributes:
+        saved: the description in the checkpoint from which the run is resumed; ``{}`` in a new run.
 
     Raises:
         InputError: on entering, if another process holds the lock.
@@ -49,6 +55,7 @@ class RunFolder:
     ):
         self._directory, self._description, self._keep = directory, description, keep
         self._seconds, self._on_warning, self._completed = seconds, on_warning, completed
+        self.saved: dict[str, Any] = {}
 
     def __enter__(self):
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -65,7 +72,7 @@ class RunFolder:
         """Return the state of the last intact checkpoint, or ``initial`` if there is no checkpoint.
 
         Damaged checkpoints that are newer than the last intact one are renamed. The log is opened, and its lines
-        after the step of the returned state are dropped.
+        after the step of the returned state are dropped. If the run is extended, its result so far is renamed.
 
         Args:
             initial: the state of a new run; its structure is the one that a checkpoint must have.
@@ -79,36 +86,63 @@ class RunFolder:
         for path, message in damaged:  # Rename files only now: a folder whose run is refused above stays unchanged.
             self._on_warning(f"{message}; it is renamed, and an older checkpoint is used")
             checkpoints.set_aside(path)
+        if found and (extension := self._extension(found)):
+            self._extend(found.step, *extension)
         self._log = self._open.enter_context(LogWriter(self._directory, self._saved_step))
         self._saved_at = time.monotonic()
         return state
 
-    def record(self, progress: Progress, state: Any) -> None:
-        """Log a meta-step. Save ``state``, the state after it, if ``seconds`` have passed since the last save."""
-        self._log.write(progress)
-        if time.monotonic() - self._saved_at > self._seconds:
-            self.save(progress.step, state)
+    def record(
+        self, progress: Progress, state: Any, facts: dict[str, Any] = _NOTHING, loss: float | None = None
+    ) -> None:
+        """Log a meta-step. Save ``state``, the state after it, if ``seconds`` have passed since the last save.
 
-    def save(self, step: int, state: Any) -> None:
-        """Flush the log, and write a checkpoint of ``state`` after ``step`` meta-steps, unless it is already saved."""
+        Args:
+            progress: the entry of the log.
+            state: the state after the meta-step.
+            facts, loss: as in :meth:`save`. A finite ``loss`` saves the state in any case.
+        """
+        self._log.write(progress)
+        if (loss is not None and isfinite(loss)) or time.monotonic() - self._saved_at > self._seconds:
+            self.save(progress.step, state, facts, loss)
+
+    def save(self, step: int, state: Any, facts: dict[str, Any] = _NOTHING, loss: float | None = None) -> None:
+        """Flush the log, and write a checkpoint of ``state`` after ``step`` meta-steps, unless that step is saved.
+
+        Args:
+            step: number of meta-steps done.
+            state: the state after them.
+            facts: JSON-serialisable facts about the run at this step, such as the best validation so far.
+            loss: the number by which the best checkpoint is chosen. None for the mean query loss on training classes
+                over the last meta-steps.
+        """
         if step == self._saved_step:
             return
         self._log.sync()
-        loss = self._log.recent_loss
-        checkpoints.save(self._directory, step, state, self._description, loss=loss, keep=self._keep)
+        loss = self._log.recent_loss if loss is None else loss
+        checkpoints.save(self._directory, step, state, self._description | facts, loss=loss, keep=self._keep)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def finish(self, evaluations: list[dict[str, Any]]) -> None:
+    def best(self, like: Any) -> Any:
+        """Return the state in the best checkpoint, in the structure of ``like``; ``like`` if there is no checkpoint."""
+        found = checkpoints.best(self._directory)
+        return like if found is None else found.restore(like)
+
+    def finish(self, evaluations: list[dict[str, Any]], facts: dict[str, Any] = _NOTHING) -> None:
         """Write ``result.json``: the description of the run together with its evaluations.
 
         A result of the same run with more tasks is not replaced. ``on_warning`` is then called.
+
+        Args:
+            evaluations: the evaluations, in JSON types.
+            facts: as in :meth:`save`.
         """
         path = self._directory / RESULT
         tasks, kept = evaluations[0]["tasks"], self._evaluated_tasks(path)
         if kept > tasks:
             self._on_warning(f"{path} keeps its evaluation on {kept} tasks, because the new one has only {tasks}")
             return
-        record = json.dumps(self._description | {"evaluations": evaluations}, indent=2) + "\n"
+        record = json.dumps(self._description | facts | {"evaluations": evaluations}, indent=2) + "\n"
         write_whole(path, lambda stream: stream.write(record.encode()))
 
     def _evaluated_tasks(self, path):
@@ -130,7 +164,8 @@ class RunFolder:
     def _restored(self, found: Checkpoint, initial):
         """Check that the checkpoint belongs to this run, and return its state."""
         saved, wanted = found.description, self._description
-        if other_settings := differences(self._completed(saved["config"]), wanted["config"]):
+        other_settings = differences(self._completed(saved["config"]), wanted["config"])
+        if other_settings and not self._extension(found):
             own_data = "source" in saved and saved["config"]["dataset"] != wanted["config"]["dataset"]
             hint = "pass the same dataset as before (dataset=, or --dataset), " if own_data else ""
             raise InputError(
@@ -149,13 +184,43 @@ class RunFolder:
                 f"{self._directory} holds a run on other data than the present ones{origin}: use another --out, or "
                 "delete the folder"
             )
+        if saved.get("start", {}).get("sha256") != wanted.get("start", {}).get("sha256"):
+            begun = f"started from {saved['start']['from']}" if "start" in saved else "drew its first parameters"
+            raise InputError(
+                f"{self._directory} holds a run that {begun}: resume it with the same start as before (start=, or "
+                "--start), or use another --out"
+            )
+        self._description = wanted | {fact: saved[fact] for fact in ("start", "extended") if fact in saved}
+        self.saved = saved
         if other_versions := differences(saved["versions"], wanted["versions"]):
             self._on_warning(f"resuming with other versions, so last bits may differ ({'; '.join(other_versions)})")
         return found.restore(initial)
 
+    def _extension(self, found: Checkpoint) -> tuple[int, int] | None:
+        """Return the old and the new number of meta-steps if the run is to be extended, and None otherwise."""
+        saved, wanted = self._completed(found.description["config"]), self._description["config"]
+        before, after = saved["outer"]["steps"], wanted["outer"]["steps"]
+        same = differences(saved | {"outer": saved["outer"] | {"steps": after}}, wanted) == []
+        return (before, after) if same and after > before else None
+
+    def _extend(self, step, before, after):
+        """Record that the run is extended, and rename the result of the shorter run."""
+        entry = {"step": step, "from": before, "to": after}
+        self._description["extended"] = [*self._description.get("extended", []), entry]
+        if "validation" in self.saved:  # the run goes on even if it had stopped early
+            self.saved = self.saved | {"validation": self.saved["validation"] | {"waited": 0}}
+        if (result := self._directory / RESULT).exists():
+            result.replace(result.with_name(f"result-{before:08}.json"))
+        self._on_warning(
+            f"the run is extended after {step} meta-steps, from {before} to {after}; the learning rate goes on "
+            f"as in a run of {after}, so it may be higher now than before"
+        )
+
 
 class NullRunFolder:
     """Stand-in for :class:`RunFolder` that writes nothing. All processes but process 0 use it."""
+
+    saved: dict[str, Any] = _NOTHING
 
     def __enter__(self):
         return self
@@ -167,13 +232,19 @@ class NullRunFolder:
         """Return ``initial``, the structure into which the state of process 0 is received."""
         return initial
 
-    def record(self, progress: Progress, state: Any) -> None:
+    def record(
+        self, progress: Progress, state: Any, facts: dict[str, Any] = _NOTHING, loss: float | None = None
+    ) -> None:
         """Do nothing."""
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, facts: dict[str, Any] = _NOTHING, loss: float | None = None) -> None:
         """Do nothing."""
 
-    def finish(self, evaluations: list[dict[str, Any]]) -> None:
+    def best(self, like: Any) -> Any:
+        """Return ``like``, the structure into which the state of process 0 is received."""
+        return like
+
+    def finish(self, evaluations: list[dict[str, Any]], facts: dict[str, Any] = _NOTHING) -> None:
         """Do nothing."""
 
 

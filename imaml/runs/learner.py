@@ -33,7 +33,7 @@ CHUNK = 32
 def load(
     run: str | Path | Run,
     preset: Preset | None = None,
-    best: bool = False,
+    best: bool | None = None,
     on_event: Callable[[str], None] = warnings.warn,
 ) -> "TrainedLearner":
     """Return the learner that a run trained, with the preset it was trained with.
@@ -47,8 +47,9 @@ def load(
             is also required if a part of it has a type of your own, such as a network class, unless the preset is
             registered (:func:`imaml.register_preset`) or offered by an installed package. Otherwise the preset is
             restored from ``run``.
-        best: if ``run`` is a folder, take the checkpoint with the least loss on training classes, not the last one.
-        on_event: called with a message if the last checkpoint is damaged and an older one is used.
+        best: which checkpoint of a folder to take, as in :func:`imaml.evaluate`. By default it is the one with the best
+            validation or, in a run without validation, the last one.
+        on_event: called with a message if that checkpoint is damaged and another one is used.
 
     Raises:
         InputError: if there is no run or file, if it is damaged, if its preset cannot be restored or has parts of other
@@ -68,19 +69,33 @@ def load(
     if isinstance(run, Run):
         check_types(run.directory, run.preset.types(), preset)
         recipe = getattr(run.dataset, "recipe", None)
-        return TrainedLearner(run.theta, preset or run.preset, {"step": run.step, "source": recipe})
+        return TrainedLearner(run.theta, preset or run.preset, {"step": run.best_step or run.step, "source": recipe})
     path = Path(run)
-    if path.is_dir() or path.suffix not in parameters.SUFFIXES:
-        checkpoint = trained(path, best, on_event)
-        description, named = checkpoint.description, parameters.of_checkpoint(checkpoint)
-    else:
-        description, named = parameters.read(path)
+    description, named = read_trained(path, best, on_event)
     if description is not None:
         preset = preset_of(path, description, preset, "load")
     if preset is None:
         raise InputError(f"{path} does not name its preset: pass the preset as well, imaml.load(file, preset)")
     facts = {name: value for name, value in (description or {}).items() if name in parameters.FACTS}
     return TrainedLearner(parameters.restored(path, named, preset), preset, facts)
+
+
+def read_trained(
+    path: Path, best: bool | None, on_event: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, parameters.Named]:
+    """Return the description of a run's folder or of a file of parameters, and θ as arrays with their names.
+
+    Args:
+        path: the folder or the file.
+        best, on_event: as in :func:`load`.
+
+    Raises:
+        InputError: if there is no run or file, or if it is damaged.
+    """
+    if path.is_dir() or path.suffix not in parameters.SUFFIXES:
+        checkpoint = trained(path, best, on_event)
+        return checkpoint.description, parameters.of_checkpoint(checkpoint)
+    return parameters.read(path)
 
 
 @dataclass(frozen=True, eq=False)

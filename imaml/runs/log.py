@@ -1,5 +1,6 @@
 """The log of a run, from which plots and tables are made: a text file with one JSON line for each meta-step."""
 
+import itertools
 import json
 import os
 from collections import deque
@@ -30,6 +31,9 @@ class Progress:
             system; 0 if the algorithm solves no such system.
         statuses: how many tasks ended with each :class:`bilevel.Status`, by the name of the status.
         seconds: wall time since this process began to train.
+        validation: accuracy or mean squared error on validation tasks after this meta-step; None if the meta-step was
+            not validated.
+        validation_interval: half the width of the 95 % interval of ``validation``.
     """
 
     step: int
@@ -41,6 +45,8 @@ class Progress:
     linear_residual: float
     statuses: dict[str, int]
     seconds: float
+    validation: float | None = None
+    validation_interval: float | None = None
 
 
 class LogWriter:
@@ -89,8 +95,27 @@ def read_log(directory: Path) -> list[Progress]:
     return [entry for entry in entries if entry is not None]
 
 
+def time_of(log: list[Progress]) -> tuple[float, int]:
+    """Return the seconds of training in a log, and the number of processes that wrote the log one after another.
+
+    Each process measures time from its own start. Where an entry's time is less than that of the entry before it,
+    another process has resumed the run. The sum adds the last time of each process. If a process was killed, the steps
+    after its last checkpoint are neither in the log nor in the sum. A resumption is overlooked if the first time
+    of the new process is not less than the last time of the process before it.
+    """
+    total, stretches = 0.0, 0
+    for entry, following in itertools.zip_longest(log, log[1:]):
+        if following is None or following.seconds < entry.seconds:
+            total, stretches = total + entry.seconds, stretches + 1
+    return total, stretches
+
+
 def _line(progress):
-    return json.dumps(asdict(progress)) + "\n"
+    """Return the line of an entry. It has no field about validation if the meta-step was not validated."""
+    fields = asdict(progress)
+    if progress.validation is None:
+        del fields["validation"], fields["validation_interval"]
+    return json.dumps(fields) + "\n"
 
 
 def _parsed(line):

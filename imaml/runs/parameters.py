@@ -25,9 +25,9 @@ FORMAT = "imaml-parameters-1"
 SUFFIXES = (".safetensors", ".npz")
 Named = list[tuple[str, np.ndarray]]
 """Arrays with the names of their parameters."""
-FACTS = ("data", "source", "step", "versions")
+FACTS = ("data", "source", "step", "versions", "start", "extended")
 """Facts about the training that a description may have: the fingerprint of the data, where data of one's own come from,
-the meta-steps, and the versions."""
+the meta-steps, the versions, where θ came from before the training, and the extensions of the run."""
 
 
 def write(path: Path, theta: Any, preset: Preset, facts: Mapping[str, Any]) -> None:
@@ -99,7 +99,7 @@ def of_checkpoint(found: Checkpoint) -> Named:
     ]
 
 
-def restored(where: Path, found: Named, preset: Preset) -> Any:
+def restored(where: Path | str, found: Named, preset: Preset) -> Any:
     """Return parameters as a pytree like the parameters of the preset's network, bit for bit.
 
     Args:

@@ -76,12 +76,14 @@ class Run:
     Attributes:
         directory: the run's folder, with checkpoints, ``metrics.jsonl`` and, of a finished run, ``result.json``.
         preset: the run's settings.
-        theta: the learned parameters θ.
+        theta: the learned parameters θ: those with the best validation or, in a run without validation, the last ones.
         step: number of meta-steps done.
-        finished: whether all meta-steps are done. If not, the same call of :func:`imaml.train` resumes the run.
+        finished: whether all meta-steps are done, or the run stopped early because validation did not improve. If not,
+            the same call of :func:`imaml.train` resumes the run.
         stopped_by: the signal that stopped the run, or None.
         evaluation: evaluation on held-out tasks; None if the run was stopped, even after the last meta-step.
         dataset: one's own dataset, if the run was trained on one. Otherwise None.
+        best_step: number of meta-steps before the best validation; None in a run without validation.
     """
 
     directory: Path
@@ -92,6 +94,7 @@ class Run:
     stopped_by: Signals | None
     evaluation: Evaluation | None
     dataset: Any = field(default=None, repr=False, compare=False)
+    best_step: int | None = None
 
 
 TRUNCATED = "CG at its budget"

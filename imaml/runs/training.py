@@ -7,18 +7,20 @@ therefore overlap with computation.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from signal import Signals, raise_signal
+from typing import Any
 
 import jax
 import numpy as np
 
 import bilevel as bl
 from imaml.datasets import Dataset
-from imaml.errors import InputError
+from imaml.errors import InputError, TrainingFailed, check
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.runs import data as run_data
@@ -28,8 +30,12 @@ from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.folder import NullRunFolder, RunFolder
 from imaml.runs.interruption import stop_on_signals
 from imaml.runs.log import Progress
+from imaml.runs.loggers import Logger, Loggers
 from imaml.runs.meta_step import TrainState, initial_state
+from imaml.runs.progress import Reporter
 from imaml.runs.results import Run
+from imaml.runs.start import read_start
+from imaml.runs.validation import Validator
 from imaml.runs.versions import versions
 from imaml.settings.preset import Preset
 from imaml.settings.saved import completed
@@ -44,19 +50,32 @@ def train(
     data: str | Path | None = None,
     *,
     dataset: str | Dataset | None = None,
+    start: str | Path | Run | Any = None,
     devices: int | str | None = None,
     on_event: Callable[[str], None] = lambda message: None,
     on_warning: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    progress: bool = False,
+    loggers: Sequence[Logger] = (),
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
     keep_checkpoints: int = KEEP,
 ) -> Run:
-    """Train a preset, or resume from the last intact checkpoint in ``directory``; then evaluate on held-out classes.
+    """Train a preset, or resume from the last intact checkpoint in ``directory``; then evaluate on test classes.
 
     On the same machine, a run that was stopped or killed and then resumed ends with the same bits as an uninterrupted
     run. On SIGINT or SIGTERM during the meta-steps, the current one is finished and saved, and a :class:`Run` without
     evaluation is returned.
+
+    With ``preset.validation.every``, tasks of validation classes are evaluated during training. The result is then θ
+    with the best validation, not the last one, and ``preset.validation.patience`` stops a run that does not improve any
+    more. A resumed run validates at the same meta-steps, with the same tasks, as an uninterrupted one.
+
+    A run is extended if ``preset`` differs from that of the folder in a larger ``outer.steps`` alone. This holds for a
+    stopped run, a finished one, and one that stopped early. The state of Adam is kept. From there on, the learning rate
+    is that of a run of the new length. A rate that had fallen to 0 thus rises again: a cosine that ended after 1,000
+    meta-steps goes on at half of the first rate in a run of 2,000. The folder records each extension, and keeps the
+    earlier result as ``result-NNNNNNNN.json``.
 
     If JAX runs in several processes, each process must call this function. The tasks are then divided among the
     processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
@@ -70,37 +89,84 @@ def train(
             ``fingerprint()``, the name of a registered dataset, or ``"folder"`` to read the images in ``data``. Its
             name replaces the preset's dataset in the settings of the run. A resumed run with ``run.preset`` reads a
             folder or a registered dataset again; any other object must be passed again.
+        start: the parameters to start from, for fine-tuning: a run's folder, a file that :meth:`TrainedLearner.save`
+            wrote, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and
+            ``directory`` must be another folder than that run's. It records where θ came from with a SHA-256 of the
+            arrays, and resumes only with a start of the same contents. By default, θ is drawn with the seed.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
         on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
             checkpoint was saved with other versions, if ``result.json`` is not replaced, or if outputs in the
-            evaluation are not finite; ``on_event`` by default.
+            evaluation are not finite, if a run is extended, or if ``start`` may have been trained on test classes of
+            these data; ``on_event`` by default.
         on_progress: called after every meta-step.
+        progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
+            or a file, there is a line every ten seconds instead of the bar.
+        loggers: where else to send the progress, such as :class:`imaml.TensorBoard`. The log in the folder is written
+            in any case.
         evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
-            the same run on more tasks.
+            the same run on more tasks. 0 for no evaluation: the test classes are then not looked at.
         checkpoint_seconds: least time between two checkpoints; the one at the end is saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
-            one with the least mean query loss, on training classes, over the 100 meta-steps before it.
+            one with the best validation or, without validation, the one with the least mean query loss, on training
+            classes, over the 100 meta-steps before it.
 
     Raises:
-        InputError: if data or settings cannot be used or differ between processes, if the tasks cannot be divided among
-            the devices, if another process trains in the folder, if the folder holds another run, if training
-            diverges, or if 100 meta-steps in a row have no task with a usable gradient.
+        InputError: if data, settings or ``start`` cannot be used or differ between processes, if the dataset has no
+            validation classes and none are held out, if the tasks cannot be divided among the devices, if another
+            process trains in the folder, if the folder holds another run, if training diverges, or if 100 meta-steps in
+            a row have no task with a usable gradient.
         OSError: if the disk is full or the folder cannot be written; the last checkpoint is then left unchanged.
 
     Source: Rajeswaran et al. (2019), algorithm 1.
     """
-    directory = Path(directory)
+    log = Loggers(tuple(loggers) if is_first() else ())
+    reporter = Reporter() if progress and is_first() else None
+    if reporter is not None:
+        on_event, on_progress = _both(reporter.event, on_event), _both(reporter.step, on_progress)
+    run = None
+    try:
+        run = _train(
+            preset, Path(directory), data, dataset=dataset, start=start, devices=devices, on_event=on_event,
+            on_warning=on_warning or on_event, on_progress=_both(on_progress, log.step), on_begin=log.begin,
+            evaluation_tasks=evaluation_tasks, checkpoint_seconds=checkpoint_seconds,
+            keep_checkpoints=keep_checkpoints,
+        )  # fmt: skip
+        return run
+    finally:
+        if reporter is not None:
+            reporter.finish()
+        log.end(None if run is None else run.evaluation)
+
+
+def _both(one, other):
+    """Return a function that calls two functions with its argument."""
+
+    def call(argument):
+        one(argument)
+        other(argument)
+
+    return call
+
+
+def _train(
+    preset, directory, data, *, dataset, start, devices, on_event, on_warning, on_progress, on_begin, evaluation_tasks,
+    checkpoint_seconds, keep_checkpoints,
+) -> Run:  # fmt: skip
+    """Train as :func:`train` does, and call ``on_begin(directory, description, step)`` before the first meta-step."""
+    check(evaluation_tasks != 1, "an evaluation needs at least 2 tasks, got 1: pass 0 for none")
     if keep_checkpoints < 1:
         raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
     mesh = global_mesh(preset.outer.tasks, devices)
     compiler = StepCompiler(preset, mesh, on_event)
     on_event(f"reading {run_data.name_of(preset, dataset)}")
-    on_warning = on_warning or on_event
     meanwhile = partial(_compile_ahead, preset, compiler)
     preset, present, source = run_data.choose(preset, data, dataset, directory, meanwhile, on_warning)
-    training, held_out = run_data.fitting(preset, present, on_warning)
+    parts = ["train"] + ["validation"] * bool(preset.validation.every) + ["test"] * bool(evaluation_tasks)
+    classes = {part: run_data.usable(preset, present, part, on_warning) for part in parts}
+    validator = Validator(preset, classes.get("validation"), on_warning)
+    theta, origin = read_start(preset, start, on_warning)
     description = {
         "preset": preset.name,
         "config": preset.config(),
@@ -108,38 +174,51 @@ def train(
         "data": present.fingerprint(),
         "versions": versions() | {"devices": f"{mesh.size} {jax.default_backend()}"},
     }
-    description |= {} if source is None else {"source": source}
-    _check_alike({name: description[name] for name in ("config", "types", "data")})
+    description |= origin | ({} if source is None else {"source": source})
+    _check_alike({name: description[name] for name in ("config", "types", "data", *origin)})
+    _warn_of_test_classes(origin.get("start", {}), preset, description["data"], on_warning)
     evaluation = None
-    first = is_first()
     with (
         RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset))
-        if first
+        if is_first()
         else NullRunFolder()
     ) as folder:
-        start = state = from_first(folder.resume(initial_state(preset)))
-        if first and source is None:
+        first = initial_state(preset)
+        begun = state = from_first(folder.resume(first if theta is None else replace(first, theta=theta)))
+        selection = validator.begin(folder.saved.get("validation"))
+        if is_first() and source is None:
             run_data.keep(directory, present)
+        if is_first():
+            on_begin(directory, description, int(begun.step))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
-            for state, report in _steps(preset, mesh, start, training.source, compiler):
+            steps = 0 if validator.ends(selection) else preset.outer.steps - int(begun.step)
+            for state, report in _steps(preset, mesh, begun, classes["train"].source, compiler, steps):
                 progress = _progress(preset, state, report, time.monotonic() - started)
-                folder.record(progress, state)
+                progress = validator.validated(progress, state.theta)
+                selection = validator.chosen(selection, progress)
+                folder.record(progress, state, *validator.saved(selection, progress.step))
                 on_progress(progress)
                 idle = 0 if progress.tasks else idle + 1
                 if idle == PATIENCE:
-                    raise InputError(_without_gradients(preset, progress))
+                    raise TrainingFailed(_without_gradients(preset, progress))
                 if number := gathered(np.array(stop.received or 0, np.int32)).max():
                     stop.received = Signals(number)
                     break
-            folder.save(int(state.step), state)
-        finished = int(state.step) == preset.outer.steps
-        if finished and not stop:
+                if validator.ends(selection):
+                    break
+            done = int(state.step)
+            facts, loss = validator.saved(selection, done)
+            folder.save(done, state, facts, loss)
+        theta = from_first(folder.best(state)).theta if selection.step else state.theta
+        finished = done == preset.outer.steps or validator.ends(selection)
+        if finished and not stop and evaluation_tasks:
             on_event(f"evaluating on {evaluation_tasks} tasks of held-out {preset.episode.kind}")
-            evaluation = evaluate_classes(state.theta, preset, held_out, evaluation_tasks, on_warning)
-            folder.finish(evaluation.records())
+            evaluation = evaluate_classes(theta, preset, classes["test"], evaluation_tasks, on_warning)
+            folder.finish(evaluation.records(), facts and facts | {"meta_steps": done})
     own = None if source is None else present
-    return Run(directory, preset, state.theta, int(state.step), finished, stop.received, evaluation, own)
+    best_step = selection.step or None
+    return Run(directory, preset, theta, done, finished, stop.received, evaluation, own, best_step)
 
 
 def _check_alike(facts):
@@ -150,9 +229,20 @@ def _check_alike(facts):
         raise InputError(f"processes {others} were started with other settings or data than this process")
 
 
+def _warn_of_test_classes(start, preset, data, on_warning):
+    """Call ``on_warning`` if the parameters were trained on other data of the same name, split in another way."""
+    if start.get("dataset") == preset.dataset and start.get("data", data) != data:
+        on_warning(
+            f"{start['from']} was trained on other data that are called {preset.dataset} too: test classes of the "
+            "present data may be among its training classes"
+        )
+
+
 def _compile_ahead(preset, compiler, expected):
     """Start to compile the step for the expected shapes of the data; other shapes will need another compilation."""
     try:
+        if preset.validation.held_out:
+            expected, _ = run_data.without_held_out(preset, expected, preset.dataset)
         preset.training_episode.check(expected, preset.dataset)
     except InputError:  # The check of the real data raises this error too, and names the set.
         return
@@ -163,9 +253,8 @@ def _compile_ahead(preset, compiler, expected):
         raise_signal(stop.received)
 
 
-def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """Yield state and report of each remaining step. The next step is dispatched before each yield."""
-    remaining = preset.outer.steps - int(state.step)
+def _steps(preset, mesh, state, source, compiler, remaining) -> Iterator[tuple[TrainState, MetaGradient]]:
+    """Yield state and report of each of the remaining steps. The next step is dispatched before each yield."""
     if remaining <= 0:
         return
     step = compiler.step(source)
@@ -181,9 +270,9 @@ def _steps(preset, mesh, state, source, compiler) -> Iterator[tuple[TrainState, 
 
 
 def _progress(preset, state, report, seconds):
-    """Return the log entry of a meta-step; raise InputError if no task had finite numbers."""
+    """Return the log entry of a meta-step; raise TrainingFailed if no task had finite numbers."""
     if (np.asarray(report.status) == bl.Status.NONFINITE).all():
-        raise InputError(
+        raise TrainingFailed(
             f"meta-step {int(state.step)} had no task with finite numbers, so θ was not updated: training has "
             f"diverged; lower {_likely_causes(preset)}"
         )

@@ -94,7 +94,7 @@ def verify(
 
     announce(f"reading {run_data.name_of(preset, dataset)}")
     _, present, _ = run_data.choose(preset, data, dataset)
-    classes = run_data.training_part(preset, present, on_event)
+    classes = run_data.usable(preset, present, "train", on_event)
     with jax.enable_x64(True):
         source = jax.tree.map(jnp.asarray, classes.source)
         task = _as_double(jax.jit(preset.training_episode.sample)(source, preset.keys.train))

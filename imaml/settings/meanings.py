@@ -124,9 +124,10 @@ def _fields(record: _Record) -> Iterator[_Field]:
     meanings = _arguments(inspect.cleandoc(ast.get_docstring(record.node) or ""))
     for node in record.node.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            kinds = [kind for kind in ast.unparse(node.annotation).split(" | ") if kind != "None"]
+            annotated = ast.unparse(node.annotation).split(" | ")
+            kinds = [kind for kind in annotated if kind != "None"]
             word = "WORD" if kinds[0].startswith("Literal[") else VALUES.get(kinds[0], "")
-            plain = word and ast.unparse(node.annotation) == kinds[0]  # a value that may be None is no setting
+            plain = word and "None" not in annotated  # a value that may be None is no setting
             records = tuple(kind for kind in kinds if re.fullmatch(r"(\w+\.)?[A-Z]\w*", kind))
             yield _Field(node.target.id, word if plain else "", records, meanings.get(node.target.id, ""))
 

@@ -1,4 +1,4 @@
-"""The parts of a :class:`imaml.Preset`: network, rotations, outer loop, and inner loops of the other algorithms."""
+"""The parts of a :class:`imaml.Preset`: network, rotations, outer loop, validation and baselines' inner loops."""
 
 from dataclasses import dataclass
 
@@ -137,6 +137,41 @@ class Outer:
         check(0 <= self.final_fraction <= 1, f"outer.final_fraction must lie in [0, 1], got {self.final_fraction}")
         check(self.epsilon > 0, f"outer.epsilon must be above 0, got {self.epsilon}")
         check(self.at_once >= 1, f"outer.at_once must be at least 1, got {self.at_once}")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Evaluations on validation classes during training, which choose the best meta-step and may stop the run.
+
+    By default there are none. The tasks are drawn as in an evaluation, and are the same at every validation.
+
+    Args:
+        every: meta-steps between two validations. The last meta-step is validated too. 0 for no validation.
+        tasks: tasks of each validation.
+        patience: stop the run after this number of validations in a row of which none was better than the best one
+            before them. 0 for a run that never stops early.
+        held_out: the fraction of the training classes that are held out as validation classes, if the dataset has none
+            of its own. They are chosen by a permutation with a fixed seed, and are never trained on.
+
+    Raises:
+        InputError: if a number is out of range. :func:`imaml.train` refuses ``patience`` or ``held_out`` without
+            ``every``.
+    """
+
+    every: int = 0
+    tasks: int = 100
+    patience: int = 0
+    held_out: float = 0.0
+
+    def __post_init__(self):
+        check(self.every >= 0, f"validation.every must be at least 0, got {self.every}")
+        check(self.tasks >= 2, f"validation.tasks must be at least 2, got {self.tasks}")
+        check(self.patience >= 0, f"validation.patience must be at least 0, got {self.patience}")
+        check(0 <= self.held_out < 1, f"validation.held_out must be at least 0 and below 1, got {self.held_out}")
+
+
+NO_VALIDATION = Validation()
+"""No evaluations during training."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 
 import bilevel as bl
-from imaml.errors import check, check_choice
+from imaml.errors import InputError, check, check_choice
 from imaml.learning import networks
 from imaml.learning.algorithms import ALGORITHMS, Learner, make_learner, reference_learner
 from imaml.learning.problem import cross_entropy, squared_error
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.meanings import NO_SETTINGS
-from imaml.settings.parts import MLP, Baselines, Conv4, Outer, Rotations
+from imaml.settings.parts import MLP, NO_VALIDATION, Baselines, Conv4, Outer, Rotations, Validation
 from imaml.settings.types import plain, type_name, types_of
 
 FINN = "Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation, ICML 2017 (arXiv 1703.03400)"
@@ -31,6 +31,12 @@ CITATIONS = {"imaml": RAJESWARAN, "maml": FINN, "fomaml": FINN, "reptile": NICHO
 FIDELITIES = ("paper", "reference-code")
 LOSSES = {"accuracy": cross_entropy, "mean squared error": squared_error}
 """The loss on the support and query sets, by the metric that tasks are evaluated with."""
+
+SAVED_IF_CHANGED = {"validation": NO_VALIDATION}
+"""Fields that :meth:`Preset.config` leaves out while they have these defaults.
+
+The settings of a run that does not use these fields are then the same as in the versions before them.
+"""
 
 _SAME_OUTER_LOOP = (
     "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
@@ -90,6 +96,7 @@ class Preset:
         fidelity: ``"paper"`` for the equations of the paper, ``"reference-code"`` for what the authors' public code
             computes.
         test_steps: inner steps in evaluation; 0 for as many as in training.
+        validation: evaluations on validation classes during training; none by default.
         citation: the publication that the preset follows.
         departures: the differences from the publication, each with its reason.
         baselines: the inner loops of the other algorithms. None if the algorithm cannot be changed.
@@ -111,6 +118,7 @@ class Preset:
     algorithm: str = "imaml"
     fidelity: str = "paper"
     test_steps: int = 0
+    validation: Validation = NO_VALIDATION
     citation: str = RAJESWARAN
     departures: tuple[str, ...] = field(default=(), repr=False)
     baselines: Baselines | None = field(default=None, repr=False)
@@ -122,6 +130,7 @@ class Preset:
         plain = type(self.linear) is bl.CG and self.linear.preconditioner is None
         check(plain, f"linear must be a CG without a preconditioner, got {self.linear}")
         check(self.inner.tol is None, "inner.tol must be None: a preset always takes all of its inner steps")
+        check(type(self.validation) is Validation, f"validation must be a Validation, got {self.validation!r:.100}")
         # JAX drops the bits above the 32nd: seeds that differ by 2**32 would give the same run.
         check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
         check(self.test_steps >= 0, f"test_steps must be at least 0, got {self.test_steps}")
@@ -221,10 +230,45 @@ class Preset:
     def types(self) -> dict[str, str]:
         """Return the names of the types of this preset and of its parts.
 
-        The key of the preset is ``"preset"``, and the key of a part is its dotted path.
+        The key of the preset is ``"preset"``, and the key of a part is its dotted path. ``validation`` has no key,
+        because it can have no other type.
         Two presets with equal configs and different types can give different runs.
         """
-        return {"preset": type_name(type(self)), **dict(types_of(self._saved_fields()))}
+        parts = {name: value for name, value in self._saved_fields().items() if name not in SAVED_IF_CHANGED}
+        return {"preset": type_name(type(self)), **dict(types_of(parts))}
 
     def _saved_fields(self):
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}
+        saved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NO_SETTINGS}
+        return {name: value for name, value in saved.items() if SAVED_IF_CHANGED.get(name, ...) != value}
+
+
+def replace(preset: Preset, **changes: Any) -> Preset:
+    """Return a copy of a preset with other values in some of its fields, such as a name and a network of your own.
+
+    Args:
+        preset: the preset to start from.
+        **changes: new values of fields of :class:`Preset`. A network is a frozen dataclass with a method
+            ``build(outputs) -> Network``; its fields are settings of the run. Give a changed preset a name of its own.
+
+    Raises:
+        InputError: for a field that a preset does not have, for a network that is no such record, or if the preset
+            refuses a value.
+
+    >>> import imaml
+    >>> from imaml.settings.parts import Conv4
+    >>> small = imaml.replace(imaml.preset("glyphs-5way-1shot-gd"), name="small", network=Conv4(filters=8))
+    >>> small.name, small.network.filters
+    ('small', 8)
+    """
+    for name in changes:
+        check_choice("field of a preset", name, [field.name for field in dataclasses.fields(preset)])
+    network = changes.get("network", preset.network)
+    parameters = getattr(network, "__dataclass_params__", None)  # of a dataclass or of a record of one
+    if isinstance(network, type) or not (
+        parameters and parameters.frozen and callable(getattr(network, "build", None))
+    ):
+        raise InputError(
+            "network should be a frozen dataclass with a method build(outputs) that returns an imaml.Network, got "
+            f"{network!r:.100}"
+        )
+    return dataclasses.replace(preset, **changes)

@@ -14,7 +14,7 @@ from imaml.errors import InputError, check
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.meanings import NO_SETTINGS
 from imaml.settings.parts import MLP, Conv4, Outer, Rotations
-from imaml.settings.preset import Preset
+from imaml.settings.preset import SAVED_IF_CHANGED, Preset
 from imaml.settings.renamed import with_current_names
 from imaml.settings.types import plain, type_name
 
@@ -39,7 +39,14 @@ def completed(record: Any, config: dict[str, Any]) -> dict[str, Any]:
         record: a preset with the same kinds of parts as the one that was saved.
         config: the result of :meth:`Preset.config`, from this or an earlier version. It is not modified.
     """
-    return _with_defaults(record, with_current_names(record, config))
+    filled = _with_defaults(record, with_current_names(record, config))
+    return filled if not isinstance(record, Preset) else _as_saved(filled)
+
+
+def _as_saved(config):
+    """Leave out the fields that :meth:`Preset.config` leaves out while they have their defaults."""
+    defaults = {name: dataclasses.asdict(value) for name, value in SAVED_IF_CHANGED.items()}
+    return {name: value for name, value in config.items() if defaults.get(name, ...) != value}
 
 
 def _with_defaults(record, config):
@@ -73,6 +80,7 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
         algorithm = config.get("algorithm", "imaml")
         chosen = chosen.using(algorithm) if types is None else _with_parts(chosen, config, types)
         config = completed(chosen, config)
+        chosen = dataclasses.replace(chosen, **{k: v for k, v in SAVED_IF_CHANGED.items() if k not in config})
         restored = _with_settings(chosen, config)
     except InputError:
         raise
@@ -113,7 +121,8 @@ def _with_settings(record, config):
         present = getattr(record, key)
         if isinstance(value, dict):
             return _with_settings(present, value)
-        if callable(present) and not dataclasses.is_dataclass(present):  # a function is saved by its name
+        if isinstance(present, type) or (callable(present) and not dataclasses.is_dataclass(present)):
+            # A class or a function is saved by its name.
             check(plain(present) == value, f"{key} was {value} and is {plain(present)} now")
             return present
         return _as_setting(value)

@@ -38,7 +38,7 @@ def types_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
     Records are dataclasses and named tuples. Lists, tuples and dictionaries are searched for records.
     """
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         inside = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif isinstance(value, dict):
         inside = value

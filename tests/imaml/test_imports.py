@@ -15,17 +15,18 @@ MODULES = {name: targets for name, targets in ARROWS.items() if name != "imaml"}
 ALLOWED = {
     "errors": set(),
     "entry_points": {"errors"},
+    "tables": set(),
     "storage": {"errors"},
     "parallel": {"errors"},
     "datasets": {"storage", "entry_points", "errors"},
     "learning": {"datasets", "errors"},
     "settings": {"learning", "entry_points", "errors"},
-    "runs": {"settings", "learning", "datasets", "parallel", "storage", "errors"},
-    "report": {"runs", "storage"},
-    "reproduction": {"report", "runs", "settings", "learning", "datasets", "storage", "errors"},
+    "runs": {"settings", "learning", "datasets", "parallel", "storage", "tables", "errors"},
+    "reports": {"runs", "settings", "learning", "datasets", "storage", "tables", "errors"},
+    "reproduction": {"reports", "runs", "settings", "learning", "datasets", "storage", "tables", "errors"},
     "arguments": {"reproduction", "runs", "settings", "learning", "datasets", "errors"},
-    "public": {"runs", "settings", "learning", "datasets", "errors"},
-    "cli": {"arguments", "reproduction", "report", "runs", "settings", "learning", "datasets", "parallel", "errors"},
+    "public": {"reports", "runs", "settings", "learning", "datasets", "errors"},
+    "cli": {"arguments", "reproduction", "reports", "runs", "settings", "learning", "datasets", "parallel", "errors"},
     "__main__": {"cli"},
 }
 

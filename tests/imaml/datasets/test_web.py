@@ -258,7 +258,7 @@ def test_an_interrupted_download_keeps_its_part(official, server, tmp_path, caps
     def interrupt(self, done, total):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imaml.report.progress.Reporter.transfer", interrupt)
+    monkeypatch.setattr("imaml.runs.progress.Reporter.transfer", interrupt)
     assert cli.main(["data", "omniglot", "--dir", str(tmp_path)]) == 130
     part = tmp_path / f"{official[0]}.part"
     assert part.read_bytes() == CONTENT[: web.CHUNK]

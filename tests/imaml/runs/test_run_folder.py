@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("traces")
     "other, difference",
     [
         (replace(PRESET, strength=0.7), "strength: 0.1 → 0.7"),
-        (replace(PRESET, outer=replace(PRESET.outer, steps=9)), "outer.steps: 6 → 9"),
+        (replace(PRESET, outer=replace(PRESET.outer, steps=5)), "outer.steps: 6 → 5"),
         (replace(PRESET, network=TinyMLP(hidden=5)), "network.hidden: 4 → 5"),
         (replace(PRESET, seed=3), "seed: 0 → 3"),
     ],

@@ -203,7 +203,7 @@ jax.config.update("jax_num_cpu_devices", 2)  # as in tests/conftest.py
 sys.path.insert(0, sys.argv[1])
 import imaml, tiny_run
 from imaml import cli, datasets
-from imaml.report import progress
+from imaml.runs import progress
 from imaml.runs import training
 folder, pixels, number = sys.argv[2:]
 imaml.register_preset(tiny_run.PRESET)
@@ -359,7 +359,7 @@ def test_a_hundred_steps_are_traced_once(traces, tiny_pixels):
     preset, traced = replace(PRESET, outer=replace(PRESET.outer, steps=100)), len(traces)
     mesh = global_mesh(preset.outer.tasks)
     compiler = compilation.StepCompiler(preset, mesh)
-    steps = training._steps(preset, mesh, initial_state(preset), tiny_pixels, compiler)
+    steps = training._steps(preset, mesh, initial_state(preset), tiny_pixels, compiler, 100)
     # Read each step's number before the step after the next is dispatched, as training does. Devices need one thread
     # each for a sum over devices, and a hundred dispatched steps would exhaust the thread pool.
     assert [int(state.step) for state, _ in steps] == list(range(1, 101))

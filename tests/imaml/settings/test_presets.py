@@ -26,6 +26,7 @@ SHARED_SETTINGS = {
     "episode.shots", "episode.queries", "strength", "inner.max_steps", "linear.max_steps", "linear.ridge",
     "linear.engine", "outer.learning_rate", "outer.queries", "outer.tasks", "outer.steps", "outer.final_fraction",
     "outer.epsilon", "outer.at_once", "seed", "algorithm", "test_steps",
+    "validation.every", "validation.tasks", "validation.patience", "validation.held_out",
 }  # fmt: skip
 IMAGE_SETTINGS = {
     "episode.ways", "episode.bright_paper", "network.filters", "network.kernel_gain", "network.head_gain",

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURE = "learning_curve.png"
-BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
+BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#c05621", "#2f855a", "#718096"
 
 
 def learning_curve(directory: Path, ways: int | None) -> Path:
-    """Draw accuracy, loss and residuals over the meta-steps of the run in ``directory``.
+    """Draw accuracy, loss, residuals and any validations over the meta-steps of the run in ``directory``.
 
     Args:
         directory: the run's folder, with its log and, if the run is finished, its result.
@@ -78,6 +78,7 @@ def save(figure: "Figure", path: Path) -> Path:
 def _draw_accuracy(axes, log: list[Progress], evaluations, chance):
     axes.set_title("query accuracy after adaptation")
     _smoothed(axes, log, [p.accuracy for p in log], BLUE, "training classes")
+    _draw_validation(axes, log, "validation classes")
     axes.axhline(chance, color=GREY, linestyle=":", label=f"chance {chance:.0%}")
     for evaluation, marker in zip(evaluations, "os", strict=False):
         statistics = {"query batch": ", query batch", "support set": ", support statistics"}.get(
@@ -92,10 +93,22 @@ def _draw_accuracy(axes, log: list[Progress], evaluations, chance):
 def _draw_error(axes, log, evaluations):
     axes.set_title("query mean squared error after adaptation")
     _smoothed(axes, log, [p.loss for p in log], BLUE, "training curves")
+    _draw_validation(axes, log, "validation curves")
     for evaluation in evaluations:
         _draw_evaluation(axes, log, evaluation, "o", "test curves {value:.3f} ± {interval:.3f}")
     axes.set_yscale("log")
     _legend(axes)
+
+
+def _draw_validation(axes, log, label):
+    """Plot the validations with their 95 % intervals, if the run has any."""
+    found = [entry for entry in log if entry.validation is not None]
+    if found:
+        values, intervals = [p.validation for p in found], [p.validation_interval for p in found]
+        axes.errorbar(
+            [p.step for p in found], values, intervals, color=GREEN, marker=".", elinewidth=0.7, linewidth=1.2,
+            label=label,
+        )  # fmt: skip
 
 
 def _draw_evaluation(axes, log, evaluation, marker, label):

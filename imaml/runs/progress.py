@@ -30,6 +30,7 @@ class Reporter:
         self._unfinished = False
         self._first: Progress | None = None
         self._loss = self._accuracy = 0.0
+        self._validation: float | None = None
 
     def event(self, message: str) -> None:
         """Print a message, such as ``"evaluating"``, followed by an ellipsis, on a line of its own."""
@@ -43,6 +44,7 @@ class Reporter:
         if progress.accuracy is not None:
             self._accuracy += (1 - memory) * (progress.accuracy - self._accuracy)
         self._first = self._first or progress
+        self._validation = self._validation if progress.validation is None else progress.validation
         now = time.monotonic()
         if progress.step == progress.steps or now - self._shown >= (BAR_SECONDS if self._bar else LINE_SECONDS):
             self._shown = now
@@ -81,7 +83,10 @@ class Reporter:
     def _show(self, progress):
         time_left = _time_left(self._first, progress)
         accuracy = "" if progress.accuracy is None else f"  accuracy {self._accuracy:.1%}"
-        text = f"step {progress.step}/{progress.steps}  loss {self._loss:.3f}{accuracy}{time_left}"
+        validation = ""
+        if self._validation is not None:
+            validation = f"  validation {self._validation:{'.3f' if progress.accuracy is None else '.1%'}}"
+        text = f"step {progress.step}/{progress.steps}  loss {self._loss:.3f}{accuracy}{validation}{time_left}"
         if not self._bar:
             print(text, file=self._stream, flush=True)
             return

@@ -1,11 +1,12 @@
 """Tests of the progress output: a bar on one line of a terminal, and a plain line every ten seconds in a file."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
-from imaml.report.progress import Reporter, duration
 from imaml.runs.log import Progress
+from imaml.runs.progress import Reporter, duration
 
 
 class Terminal(io.StringIO):
@@ -17,7 +18,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Replace the clock. The fixture is a list of one number, the time in seconds, that a test increases."""
     now = [100.0]
-    monkeypatch.setattr("imaml.report.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("imaml.runs.progress.time.monotonic", lambda: now[0])
     return now
 
 
@@ -42,6 +43,16 @@ def test_a_terminal_gets_one_line_that_is_redrawn(clock, monkeypatch):
     assert shown.count("\n") == 1 and shown.endswith("\n")
     *_, half, last = [line for line in shown.split("\r") if "step 50/" in line or "step 100/" in line]
     assert half.count("━") == 15 and last.count("━") == 30
+
+
+def test_the_last_validation_is_shown_until_the_next_one():
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    for step, validation in ((1, None), (2, 0.625), (3, None)):
+        reporter._shown = float("-inf")
+        reporter.step(replace(progress(step), validation=validation))
+    lines = stream.getvalue().splitlines()
+    assert ["validation 62.5%" in line for line in lines] == [False, True, True]
 
 
 def test_the_bar_is_redrawn_at_most_ten_times_a_second(clock):

@@ -4,12 +4,14 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
-from imaml.report.plots import PICTURE, learning_curve
-from imaml.runs.log import LogWriter, Progress
+from imaml.reports.plots import PICTURE, learning_curve
+from imaml.runs.log import LogWriter, Progress, read_log
 
 REDUCTIONS = {"query batch": 0.0, "support set": 0.1}
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
@@ -46,6 +48,29 @@ def test_a_run_of_any_length_gives_one_picture_of_moderate_size(steps, evaluated
     assert 1000 <= width <= 3000 and 300 <= height <= 1500
     assert 10_000 < path.stat().st_size < 1_000_000
     assert [other.name for other in tmp_path.glob("*.png")] == [PICTURE]
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_validations_are_drawn_with_their_intervals(regression, tmp_path, monkeypatch):
+    drawn = []
+    errorbar = Axes.errorbar
+
+    def recorded(axes, *data, **style):
+        drawn.append((*data, style["label"]))
+        return errorbar(axes, *data, **style)
+
+    write_log(tmp_path, 40, regression=regression)
+    monkeypatch.setattr(Axes, "errorbar", recorded)
+    before = learning_curve(tmp_path, None if regression else 5).read_bytes()
+    assert drawn == []
+    entries = read_log(tmp_path)
+    with LogWriter(tmp_path, 0) as log:
+        for entry in entries:
+            validated = {"validation": 0.5 + entry.step / 100, "validation_interval": 0.04}
+            log.write(replace(entry, **validated) if entry.step % 20 == 0 else entry)
+    assert learning_curve(tmp_path, None if regression else 5).read_bytes() != before
+    label = "validation curves" if regression else "validation classes"
+    assert drawn == [([20, 40], [0.7, 0.9], [0.04, 0.04], label)]
 
 
 def test_a_run_without_a_log_still_gets_a_picture(tmp_path):
@@ -89,7 +114,7 @@ import sys, types
 package = types.ModuleType("imaml")
 package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["imaml"] = package
-import imaml.report.plots
+import imaml.reports.plots
 sys.exit(", ".join({{"jax", "jaxlib", "bilevel", "matplotlib"}} & set(sys.modules)) or None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,1 +1,0 @@
-"""Reports of a run for people: the learning curve as a picture, and progress as lines of text."""

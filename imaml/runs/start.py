@@ -1,0 +1,83 @@
+"""The parameters that a run starts from instead of drawing them, for fine-tuning on other data."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml.errors import check
+from imaml.runs import learner, parameters
+from imaml.runs.checkpoints import described, named_leaves, pack
+from imaml.runs.results import Run
+from imaml.settings.preset import Preset
+
+ORIGIN = ("preset", "dataset", "step", "data")
+"""The facts about the run that trained the parameters that a new run keeps."""
+
+
+def read_start(
+    preset: Preset, start: str | Path | Run | Any, on_event: Callable[[str], None]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the parameters θ that a run starts from, and where they come from.
+
+    Args:
+        preset: the settings of the new run.
+        start: a run's folder, a file of trained parameters, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or
+            parameters θ. None to draw θ with the seed of the preset.
+        on_event: called with a message if a damaged checkpoint is replaced by another one.
+
+    Returns:
+        θ, and a description in JSON types with the entry ``"start"``: ``from`` in words, the SHA-256 of the arrays and
+        their names, and what is known of the run that trained them. If ``start`` is None, θ is None and the
+        description is empty.
+
+    Raises:
+        InputError: if there is no run or file, if it is damaged, or if the arrays do not fit the network.
+    """
+    if start is None:
+        return None, {}
+    where, named, origin = _read(start, on_event)
+    theta = parameters.restored(where, named, preset)
+    like = jax.eval_shape(preset.functions.init, jax.random.key(0))
+    for (name, wanted), leaf in zip(named_leaves(like), jax.tree.leaves(theta), strict=True):
+        check(
+            leaf.dtype == wanted.dtype, f"{name} of {where} is {leaf.dtype}, but should be {wanted.dtype}: convert it"
+        )
+    facts = {"from": str(where), "sha256": _digest(theta)}
+    return theta, {"start": facts | {key: origin[key] for key in ORIGIN if key in origin}}
+
+
+def _read(start, on_event):
+    """Return the name of a start in words, its arrays by the names of the parameters, and facts about its training."""
+    if isinstance(start, str | Path):
+        description, named = learner.read_trained(Path(start), None, on_event)
+        description = description or {}
+        dataset = description.get("config", {}).get("dataset")
+        return Path(start).absolute(), named, description | {"dataset": dataset}
+    if isinstance(start, Run):
+        data = {} if start.dataset is None else {"data": start.dataset.fingerprint()}
+        facts = _of_preset(start.preset) | {"step": start.best_step or start.step, **data}
+        return start.directory.absolute(), _named(start.theta), facts
+    if isinstance(start, learner.TrainedLearner):
+        return "a trained learner", _named(start.theta), dict(start.facts) | _of_preset(start.preset)
+    return "parameters", _named(start), {}
+
+
+def _of_preset(preset):
+    return {"preset": preset.name, "dataset": preset.dataset}
+
+
+def _named(theta):
+    return [(name, np.asarray(leaf)) for name, leaf in named_leaves(jax.tree.map(jnp.asarray, theta))]
+
+
+def _digest(theta):
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of the parameters."""
+    found = hashlib.sha256(repr(described(theta)).encode())
+    for leaf in jax.tree.leaves(theta):
+        found.update(np.ascontiguousarray(pack(leaf)).tobytes())
+    return found.hexdigest()

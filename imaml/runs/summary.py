@@ -1,0 +1,126 @@
+"""What the files in a run's folder say about the run, without its parameters: for tables and reports of runs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imaml.errors import InputError
+from imaml.runs import checkpoints
+from imaml.runs.folder import RESULT
+from imaml.runs.log import Progress, read_log, time_of
+from imaml.settings.preset import Preset
+from imaml.settings.published_presets import restore
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Settings, progress and results of a run.
+
+    Attributes:
+        directory: the run's folder.
+        preset: the name of the run's preset.
+        settings: all settings by dotted path, as this version names them.
+        types: the names of the types of the preset's parts, by their dotted path. Empty for a run of a version that did
+            not save them.
+        data: the fingerprint of the data.
+        versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
+        step: number of meta-steps done.
+        best_step: number of meta-steps before the best validation, whose parameters are the result; None in a run
+            without validation.
+        seconds: wall time of training, summed over resumptions.
+        evaluations: the evaluations in ``result.json`` as dictionaries; empty if the run is not finished.
+        log: the log of the run.
+        restored: the preset. None if a part has a type that cannot be restored from a file.
+    """
+
+    directory: Path
+    preset: str
+    settings: dict[str, Any]
+    types: dict[str, str]
+    data: str
+    versions: dict[str, str]
+    step: int
+    best_step: int | None
+    seconds: float
+    evaluations: tuple[dict[str, Any], ...]
+    log: list[Progress]
+    restored: Preset | None
+
+    @property
+    def tasks(self) -> int:
+        """Number of training tasks that the run has seen."""
+        return self.step * self.settings["outer.tasks"]
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm, such as ``"imaml"``."""
+        return self.settings.get("algorithm", "imaml")
+
+
+def summary(directory: str | Path) -> Summary:
+    """Return what the files of a run say.
+
+    Args:
+        directory: the run's folder. The run need not be finished.
+
+    Raises:
+        InputError: if the folder holds no intact checkpoint, or a damaged result.
+    """
+    directory = Path(directory)
+    found = checkpoints.newest(directory)
+    if found is None:
+        raise InputError(f"there is no run in {directory}: it holds no intact checkpoint")
+    description, log = found.description, read_log(directory)
+    name, config, types = description["preset"], description["config"], description.get("types")
+    try:
+        restored = restore(name, config, types)
+    except InputError:
+        restored = None
+    return Summary(
+        directory=directory,
+        preset=name,
+        settings=flat(config if restored is None else restored.config()),
+        types=types or {},
+        data=description["data"],
+        versions=description["versions"],
+        step=found.step,
+        best_step=description.get("validation", {}).get("step") or None,
+        seconds=time_of(log)[0],
+        evaluations=_evaluations(directory / RESULT),
+        log=log,
+        restored=restored,
+    )
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted path.
+
+    >>> flat({"seed": 0, "inner": {"max_steps": 16}})
+    {'seed': 0, 'inner.max_steps': 16}
+    """
+    found = {}
+    for name, value in config.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def evaluations_in(result: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the evaluations in the content of ``result.json``.
+
+    Earlier versions wrote one evaluation only, with the query batch's statistics.
+    """
+    if "evaluations" in result:
+        return tuple(result["evaluations"])
+    former = dict(result["evaluation"])
+    accuracy, normalisation = former.pop("accuracy"), former.pop("normalisation").split(",")[0]
+    return ({"metric": "accuracy", "value": accuracy} | former | {"normalisation": normalisation},)
+
+
+def _evaluations(path):
+    try:
+        return evaluations_in(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return ()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: it holds no evaluation") from error
