@@ -27,8 +27,8 @@ from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
 
 _OTHER_GLYPHS = (
-    "Glyphs differ between versions of matplotlib. Since version 0.2, a run keeps a copy of its glyphs; for an earlier "
-    "run, install the matplotlib that it was trained with"
+    "The glyphs of version 0.1 differ between versions of matplotlib. Since version 0.2, a run keeps a copy of its "
+    "glyphs; for an earlier run, install the matplotlib that it was trained with, and version 0.1 of this package"
 )
 
 
@@ -45,7 +45,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
-    A run of glyphs is evaluated on the copy of them in its folder, which does not depend on the installed matplotlib.
+    A run of glyphs is evaluated on the copy of them in its folder.
     A run on one's own folder of images, or on a registered dataset, reads it again. It is refused if the contents have
     changed, because its held-out classes may then include training classes of the run.
 

@@ -126,7 +126,7 @@ def error_of(arguments, capsys):
         ("train --algorithm mmal", "there is no algorithm 'mmal': did you mean maml?"),
         ("train glyphs-5way-1shot-hf --inner.step_size 1", "there is no setting --inner.step_size"),
         ("verify omniglot-5way-1shot-reference-code", "verify compares with the paper's equations"),
-        ("data glyphs", "the glyphs dataset is rendered from fonts: there is nothing to download"),
+        ("data glyphs", "the glyphs dataset is part of this package: there is nothing to download"),
     ],
 )
 def test_a_mistake_gives_one_sentence_and_writes_nothing(arguments, expected, here, capsys):
