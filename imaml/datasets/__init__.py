@@ -28,8 +28,8 @@ def load(
 
     Args:
         name: ``"glyphs"`` (drawn from a file of this package), ``"sinusoid"`` (sampled), ``"omniglot"`` or
-            ``"miniimagenet"`` (both read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its defaults), a name that
-            :func:`register_dataset` has registered, or one that an installed package offers.
+            ``"miniimagenet"`` (both read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its
+            defaults), a name that :func:`register_dataset` has registered, or one that an installed package offers.
         directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
             to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
             files. The other two datasets need None.

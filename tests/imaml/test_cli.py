@@ -31,7 +31,7 @@ TIMEOUT = 400.0
 
 @pytest.fixture(scope="session")
 def glyph_cache(tmp_path_factory, tiny_pixels):
-    """A cache folder with twelve glyph classes of six images per split. Rendering the real glyphs takes seconds."""
+    """A cache folder with twelve glyph classes of six images per split. Drawing the real glyphs takes seconds."""
     folder = tmp_path_factory.mktemp("glyph-cache")
 
     def build():
@@ -40,8 +40,9 @@ def glyph_cache(tmp_path_factory, tiny_pixels):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAML_CACHE", str(folder))
-        patch.setattr(glyphs, "_build", build)
-        glyphs.load()
+        patch.setattr(glyphs, "draw_file", build)
+        with pytest.warns(UserWarning, match="are not those of other machines"):
+            glyphs.load()
     return folder
 
 
@@ -293,6 +294,27 @@ def test_another_algorithm_is_trained_in_another_folder_with_the_settings_that_w
     assert (preset.algorithm, preset.inner.max_steps, preset.inner.step_size) == ("maml", 3, 0.4)
     assert directory == Path("runs") / f"{DEFAULT}-maml"
     assert f"{DEFAULT}: MAML on glyphs, in runs/{DEFAULT}-maml" in capsys.readouterr().out
+
+
+def test_a_start_is_passed_on_and_gets_a_folder_of_its_own(here, monkeypatch, capsys):
+    calls = []
+
+    def train(preset, directory, *_, start, **__):
+        calls.append((preset.validation.every, directory, start))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imaml.runs.training.train", train)
+    for words in ("--start runs/first --validation.every 5", "--out here", "--validation.patience 3 --start=theta.npz"):
+        assert cli.main(["train", *words.split()]) == 130
+    tuned = Path("runs") / f"{DEFAULT}-tuned"
+    assert calls == [(5, tuned, Path("runs/first")), (0, Path("here"), None), (0, tuned, Path("theta.npz"))]
+
+
+@pytest.mark.parametrize("words, best", [([], None), (["--best"], True), (["--last"], False)])
+def test_the_checkpoint_of_an_evaluation_is_the_one_that_was_asked_for(words, best, here, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("imaml.runs.evaluation.evaluate", lambda run, **options: calls.append(options["best"]))
+    assert cli.main(["evaluate", "run", *words]) == 0 and calls == [best]
 
 
 @pytest.mark.parametrize("stopped_by", [None, signal.SIGTERM])
