@@ -28,15 +28,15 @@ def load(
     """Return the dataset called ``name``.
 
     Args:
-        name: ``"glyphs"`` (rendered from fonts), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"`` (both
-            read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its defaults), a name that
-            :func:`register_dataset` has registered, or one that an installed package offers.
+        name: ``"glyphs"`` (drawn from a file of this package), ``"sinusoid"`` (sampled), ``"omniglot"`` or
+            ``"miniimagenet"`` (both read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its
+            defaults), a name that :func:`register_dataset` has registered, or one that an installed package offers.
         directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
             to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
             files. For ``folder`` it holds one folder of images for each class. ``glyphs`` and ``sinusoid`` need None.
             The function of a registered or offered dataset gets this folder.
-        meanwhile: called just before glyphs are rendered or Omniglot is decoded, with a blank :class:`ImageClasses` in
-            the shape of the training classes. Rendering and decoding take seconds, in which a thread that ``meanwhile``
+        meanwhile: called just before glyphs are drawn or Omniglot is decoded, with a blank :class:`ImageClasses` in
+            the shape of the training classes. Drawing and decoding take seconds, in which a thread that ``meanwhile``
             starts can compile a program for that shape. If the arrays are in the cache, ``meanwhile`` is not called.
 
     Raises:
@@ -98,7 +98,7 @@ def download(
         OSError: if the folder cannot be written.
     """
     if name == "glyphs":
-        raise InputError("the glyphs dataset is rendered from fonts: there is nothing to download")
+        raise InputError("the glyphs dataset is part of this package: there is nothing to download")
     if name == "sinusoid":
         raise InputError("the sinusoid dataset is sampled: there is nothing to download")
     if name == "miniimagenet":

@@ -112,7 +112,7 @@ def _draw_validation(axes, log, label):
 
 
 def _draw_evaluation(axes, log, evaluation, marker, label):
-    step = log[-1].step if log else 0
+    step = evaluation.get("step") or (log[-1].step if log else 0)
     axes.errorbar(
         step, evaluation["value"], evaluation["interval"], color=ORANGE, marker=marker, capsize=4, zorder=5,
         label=label.format(**evaluation),
@@ -155,10 +155,14 @@ def _smoothed(axes, log, values, color, label):
 
 
 def _evaluations(directory):
-    """Return the evaluations in ``result.json``, with the field names of this version. Without that file, return []."""
+    """Return the evaluations in ``result.json``, with the field names of this version. Without that file, return [].
+
+    In a run with validation, an evaluation has the ``step`` of the best validation, whose parameters were evaluated.
+    """
     path = directory / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     if former := result.get("evaluation"):
         # Earlier versions wrote a single evaluation, always with the query batch's statistics.
         return [{"value": former["accuracy"], "interval": former["interval"], "normalisation": "query batch"}]
-    return result.get("evaluations", [])
+    chosen = {"step": result["validation"]["step"]} if "validation" in result else {}
+    return [evaluation | chosen for evaluation in result.get("evaluations", [])]

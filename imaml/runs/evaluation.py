@@ -27,8 +27,8 @@ from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
 
 _OTHER_GLYPHS = (
-    "Glyphs differ between versions of matplotlib. Since version 0.2, a run keeps a copy of its glyphs; for an earlier "
-    "run, install the matplotlib that it was trained with"
+    "The glyphs of version 0.1 differ between versions of matplotlib. Since version 0.2, a run keeps a copy of its "
+    "glyphs; for an earlier run, install the matplotlib that it was trained with, and version 0.1 of this package"
 )
 
 

@@ -79,7 +79,7 @@ class Preset:
 
     Args:
         name: the name on the command line.
-        dataset: ``"glyphs"`` (rendered from fonts), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"``
+        dataset: ``"glyphs"`` (drawings of characters), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"``
             (both read from files), or a name that :func:`imaml.register_dataset` has registered. In the settings of a
             run on one's own data, it is the name of those data.
         episode: how tasks are sampled. Training tasks have ``outer.queries`` queries instead of ``episode.queries``.

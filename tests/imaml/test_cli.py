@@ -33,7 +33,7 @@ TIMEOUT = 400.0
 
 @pytest.fixture(scope="session")
 def glyph_cache(tmp_path_factory, tiny_pixels):
-    """A cache folder with twelve glyph classes of six images per split. Rendering the real glyphs takes seconds."""
+    """A cache folder with twelve glyph classes of six images per split. Drawing the real glyphs takes seconds."""
     folder = tmp_path_factory.mktemp("glyph-cache")
 
     def build():
@@ -42,8 +42,9 @@ def glyph_cache(tmp_path_factory, tiny_pixels):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAML_CACHE", str(folder))
-        patch.setattr(glyphs, "_build", build)
-        glyphs.load()
+        patch.setattr(glyphs, "draw_file", build)
+        with pytest.warns(UserWarning, match="are not those of other machines"):
+            glyphs.load()
     return folder
 
 
@@ -128,7 +129,7 @@ def error_of(arguments, capsys):
         ("train --algorithm mmal", "there is no algorithm 'mmal': did you mean maml?"),
         ("train glyphs-5way-1shot-hf --inner.step_size 1", "there is no setting --inner.step_size"),
         ("verify omniglot-5way-1shot-reference-code", "verify compares with the paper's equations"),
-        ("data glyphs", "the glyphs dataset is rendered from fonts: there is nothing to download"),
+        ("data glyphs", "the glyphs dataset is part of this package: there is nothing to download"),
     ],
 )
 def test_a_mistake_gives_one_sentence_and_writes_nothing(arguments, expected, here, capsys):
@@ -295,6 +296,27 @@ def test_another_algorithm_is_trained_in_another_folder_with_the_settings_that_w
     assert (preset.algorithm, preset.inner.max_steps, preset.inner.step_size) == ("maml", 3, 0.4)
     assert directory == Path("runs") / f"{DEFAULT}-maml"
     assert f"{DEFAULT}: MAML on glyphs, in runs/{DEFAULT}-maml" in capsys.readouterr().out
+
+
+def test_a_start_is_passed_on_and_gets_a_folder_of_its_own(here, monkeypatch, capsys):
+    calls = []
+
+    def train(preset, directory, *_, start, **__):
+        calls.append((preset.validation.every, directory, start))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imaml.runs.training.train", train)
+    for words in ("--start runs/first --validation.every 5", "--out here", "--validation.patience 3 --start=theta.npz"):
+        assert cli.main(["train", *words.split()]) == 130
+    tuned = Path("runs") / f"{DEFAULT}-tuned"
+    assert calls == [(5, tuned, Path("runs/first")), (0, Path("here"), None), (0, tuned, Path("theta.npz"))]
+
+
+@pytest.mark.parametrize("words, best", [([], None), (["--best"], True), (["--last"], False)])
+def test_the_checkpoint_of_an_evaluation_is_the_one_that_was_asked_for(words, best, here, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("imaml.runs.evaluation.evaluate", lambda run, **options: calls.append(options["best"]))
+    assert cli.main(["evaluate", "run", *words]) == 0 and calls == [best]
 
 
 @pytest.mark.parametrize("stopped_by", [None, signal.SIGTERM])

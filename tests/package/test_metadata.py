@@ -33,3 +33,4 @@ def test_the_wheel_holds_each_module_of_the_packages(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("bilevel", "imaml"):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")} <= names
+    assert "imaml/datasets/glyphs.npz" in names

@@ -4,13 +4,16 @@ import subprocess
 import sys
 import time
 import unicodedata
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from imaml.datasets import glyphs
-from imaml.datasets.images import ImageClasses
+from imaml import InputError
+from imaml.datasets import glyph_fonts, glyphs
+from imaml.datasets.images import ImageClasses, ImageDataset
+from imaml.storage import arrays
 
 EPISODES, QUERIES = 600, 5
 # Accuracy of nearest neighbours on Omniglot's pixels by (ways, shots), measured once. The accuracy on Glyphs may differ
@@ -21,17 +24,17 @@ TOLERANCE = 0.04
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """A dataset that was rendered and one that was read from the cache, the seconds for each, and the cache folder."""
+    """A dataset that was drawn and one that was read from the cache, the seconds for each, and the cache folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAML_CACHE", str(folder))
         start = time.perf_counter()
         dataset = glyphs.load()
-        rendering = time.perf_counter() - start
+        drawing = time.perf_counter() - start
         start = time.perf_counter()
         again = glyphs.load()
         reading = time.perf_counter() - start
-    return SimpleNamespace(dataset=dataset, again=again, rendering=rendering, reading=reading, folder=folder)
+    return SimpleNamespace(dataset=dataset, again=again, drawing=drawing, reading=reading, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,11 @@ def dataset(loaded):
 
 @pytest.fixture(scope="module")
 def fonts():
-    return glyphs._fonts()
+    return glyph_fonts._fonts()
 
 
 def characters_of(labels, fonts):
-    by_label = {character.label: character for character in glyphs._characters(fonts)}
+    by_label = {character.label: character for character in glyph_fonts._characters(fonts)}
     return [by_label[label] for label in labels]
 
 
@@ -110,7 +113,7 @@ def test_samples_of_a_class_differ(dataset):
 def test_no_script_is_in_both_splits_and_no_script_dominates_the_test_split(dataset):
     assert not scripts(dataset.train) & scripts(dataset.test)
     assert not set(dataset.train.labels) & set(dataset.test.labels)
-    assert scripts(dataset.test) == set(glyphs.TEST_SCRIPTS)
+    assert scripts(dataset.test) == set(glyph_fonts.TEST_SCRIPTS)
     largest = max(sum(label.startswith(script) for label in dataset.test.labels) for script in scripts(dataset.test))
     assert largest < len(dataset.test) / 2
 
@@ -118,8 +121,8 @@ def test_no_script_is_in_both_splits_and_no_script_dominates_the_test_split(data
 @pytest.mark.slow("compares all pairs of classes")
 def test_no_two_classes_look_alike_even_across_the_split(dataset, fonts):
     characters = characters_of(dataset.train.labels + dataset.test.labels, fonts)
-    views = glyphs._views(glyphs._fields(fonts, characters), characters)
-    alike = glyphs._alike(views, glyphs._held_out(characters))
+    fields = glyph_fonts.fields_of(glyph_fonts.skeletons_of(fonts, characters))
+    alike = glyph_fonts._alike(glyph_fonts._views(fields, characters), glyph_fonts._held_out(characters))
     np.testing.assert_array_equal(alike, np.eye(len(characters), dtype=bool))
 
 
@@ -146,22 +149,59 @@ def test_pixel_nearest_neighbours_are_as_accurate_as_on_omniglot(dataset, ways, 
     assert accuracy == pytest.approx(OMNIGLOT_ACCURACY[ways, shots], abs=TOLERANCE)
 
 
-def test_drawing_a_subset_of_the_classes_gives_the_same_pixels(dataset, fonts):
+same_matplotlib = pytest.mark.skipif(
+    version("matplotlib") != glyph_fonts.MATPLOTLIB,
+    reason=f"the glyphs were rendered with matplotlib {glyph_fonts.MATPLOTLIB}",
+)
+
+
+def test_the_dataset_is_the_one_of_the_checkpoints_that_exist(dataset):
+    assert dataset.fingerprint() == glyphs.FINGERPRINT
+    assert len(dataset.train) == glyphs.TRAIN_CLASSES and glyphs.FILE.stat().st_size < 600_000
+
+
+@same_matplotlib
+def test_a_subset_of_the_classes_has_the_pixels_that_matplotlib_renders(dataset, fonts):
     chosen = slice(0, None, 40)
     characters = characters_of(dataset.test.labels[chosen], fonts)
-    fields = glyphs._fields(glyphs._fonts(), characters)
-    pictures = glyphs._pictures(fields, characters, glyphs._starts(characters))
+    fields = glyph_fonts.fields_of(glyph_fonts.skeletons_of(fonts, characters))
+    codes = [character.code for character in characters]
+    pictures = glyphs._pictures(fields, glyph_fonts.faces_of(characters), codes)
     np.testing.assert_array_equal(pictures, dataset.test.pixels[chosen])
+
+
+@same_matplotlib
+@pytest.mark.slow("renders all characters in all fonts")
+def test_the_file_holds_what_matplotlib_renders():
+    rendered, kept = glyph_fonts.render(), arrays.read(glyphs.FILE)
+    assert set(rendered) == set(kept)
+    for name, array in rendered.items():
+        np.testing.assert_array_equal(array, kept[name])
+
+
+def test_a_damaged_file_is_refused_and_other_pixels_are_reported(dataset, tmp_path, monkeypatch, fresh_cache):
+    content = bytearray(glyphs.FILE.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged = tmp_path / "glyphs.npz"
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=r"a file of this package, cannot be read .*: reinstall the package"):
+        glyphs.draw_file(damaged)
+    drawn = dataset.dictionary()
+    drawn["train_pixels"] = drawn["train_pixels"].copy()
+    drawn["train_pixels"][0, 0, 14, 14] ^= 1
+    monkeypatch.setattr(glyphs, "draw_file", lambda: drawn)
+    with pytest.warns(UserWarning, match="are not those of other machines"):
+        glyphs.load()
 
 
 def test_second_load_is_the_same_and_at_least_five_times_faster(loaded):
     assert loaded.again.fingerprint() == loaded.dataset.fingerprint()
-    assert loaded.reading < loaded.rendering / 5
+    assert loaded.reading < loaded.drawing / 5
 
 
 def test_the_shape_of_the_training_classes_is_known_before_they_are_drawn(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAML_CACHE", str(tmp_path))
-    monkeypatch.setattr(glyphs, "_build", lambda: pytest.fail("the glyphs were rendered"))
+    monkeypatch.setattr(glyphs, "draw_file", lambda: pytest.fail("the glyphs were drawn"))
 
     def meanwhile(expected):
         assert expected.pixels.shape == dataset.train.pixels.shape and not expected.pixels.any()
@@ -172,10 +212,10 @@ def test_the_shape_of_the_training_classes_is_known_before_they_are_drawn(datase
 
 
 class Reached(Exception):
-    """Raised to end `load` when it calls ``meanwhile``, before rendering."""
+    """Raised to end `load` when it calls ``meanwhile``, before drawing."""
 
 
-def test_a_damaged_cache_is_rendered_again(dataset, tmp_path, monkeypatch):
+def test_a_damaged_cache_is_drawn_again(dataset, tmp_path, monkeypatch):
     rendered, announced = [], []
 
     def draw_few():
@@ -185,7 +225,9 @@ def test_a_damaged_cache_is_rendered_again(dataset, tmp_path, monkeypatch):
         return pixels | {f"{name}_labels": np.array(classes.labels[:3]) for name, classes in splits.items()}
 
     monkeypatch.setenv("IMAML_CACHE", str(tmp_path))
-    monkeypatch.setattr(glyphs, "_build", draw_few)
+    monkeypatch.setattr(glyphs, "draw_file", draw_few)
+    monkeypatch.setattr(glyphs, "FINGERPRINT", ImageDataset.from_dictionary("glyphs", draw_few()).fingerprint())
+    rendered.clear()
     undamaged = glyphs.load().fingerprint()
     (file,) = tmp_path.iterdir()
     content = bytearray(file.read_bytes())

@@ -21,6 +21,7 @@ from imaml.runs import checkpoints
 from imaml.runs import log as runlog
 from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.meta_step import initial_state
+from imaml.settings.parts import Validation
 from imaml.settings.published_presets import restore
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
@@ -117,6 +118,26 @@ def test_an_unfinished_or_damaged_run_is_not_recorded(run, tmp_path):
     (run / "result.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         records.of_run(run)
+
+
+@pytest.mark.parametrize("fact, words", [("start", "started from other trained"), ("extended", "was extended")])
+def test_a_run_that_no_single_command_trains_again_is_not_recorded(fact, words, run):
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {fact: []}))
+    with pytest.raises(InputError, match=words):
+        records.of_run(run)
+
+
+def test_a_run_that_stopped_early_is_recorded_with_the_command_and_the_meta_steps_done(tmp_path):
+    preset = dataclasses.replace(OMNIGLOT, validation=Validation(every=1, patience=2, held_out=0.1))
+    run = finished_run(tmp_path / "run", preset=preset)
+    result = json.loads((run / "result.json").read_text())
+    result["config"]["outer"]["steps"] = 100
+    (run / "result.json").write_text(json.dumps(result | {"meta_steps": 3}))
+    made = records.of_run(run)
+    assert made.meta_steps == 3
+    options = "--outer.steps 100 --validation.every 1 --validation.patience 2 --validation.held_out 0.1"
+    assert made.command == f"imaml train {OMNIGLOT.name} {options}"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1, "preset": "mine"}', '{"format": 99}'])

@@ -182,6 +182,9 @@ def test_a_run_stops_early_after_enough_validations_without_a_better_one(stop, t
     assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [
         f"checkpoint-{step:08}.npz" for step in sorted({2, stop or 2, 4})
     ]
+    best = checkpoints.best(tmp_path)
+    assert best.step == 2
+    assert_equal_states(run.theta, best.restore(saved_state(tmp_path)).theta)
     again = train(tmp_path, EARLY)
     assert (again.step, again.finished, again.evaluation) == (4, True, run.evaluation)
     assert_equal_states(again.theta, run.theta)

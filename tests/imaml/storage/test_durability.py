@@ -34,7 +34,7 @@ def test_damaged_archives_are_refused_or_load_unchanged_and_only_the_cache_is_wr
 SPLIT = """
 import os, pathlib, random, sys
 from archives import TRAIN_CHARACTERS, Tiny, expected
-from imaml.datasets import glyphs, omniglot
+from imaml.datasets import glyph_fonts, omniglot
 
 source = random.Random(int(sys.argv[1]))
 tiny = Tiny(pathlib.Path(sys.argv[2]))
@@ -70,9 +70,9 @@ class ShuffledScan:  # like os.scandir's result, an iterator and a context manag
 os.listdir, os.scandir = shuffled(os.listdir), ShuffledScan
 pathlib.Path.iterdir, pathlib.Path.glob = shuffled(pathlib.Path.iterdir), shuffled(pathlib.Path.glob)
 data = omniglot.load(tiny.directory)
-characters = glyphs._characters(glyphs._fonts())
+characters = glyph_fonts._characters(glyph_fonts._fonts())
 print(data.fingerprint(), data.train.labels, data.test.labels)
-print([(c.label, held_out) for c, held_out in zip(characters, glyphs._held_out(characters).tolist())])
+print([(c.label, held_out) for c, held_out in zip(characters, glyph_fonts._held_out(characters).tolist())])
 """
 
 
