@@ -142,6 +142,20 @@ def test_sums_that_disagree_have_no_projection(name):
     assert np.isnan(jax.jit(TRANSPORT[name])(jnp.eye(3), (jnp.ones(3), jnp.full(3, 1.01)))).all()
 
 
+@pytest.mark.slow("compiles a projection for each pair of dtypes", fast="projection_transport-bfloat16-bfloat16")
+@pytest.mark.parametrize("of_sums", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("of_similarity", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("name", TRANSPORT)
+def test_sums_that_agree_up_to_their_rounding_have_a_projection(name, of_similarity, of_sums):
+    rows, columns = (jnp.asarray(sums).astype(of_sums) for sums in ([0.4, 0.6], [0.5, 0.5]))
+    plan = TRANSPORT[name](jnp.array([[1.0, 2.0], [3.0, 4.0]]).astype(of_similarity), (rows, columns))
+    assert plan.dtype == of_similarity
+    rounding = max(float(jnp.finfo(dtype).eps) for dtype in (of_similarity, of_sums))
+    np.testing.assert_allclose(plan.astype(float), [[0.2, 0.2], [0.3, 0.3]], atol=rounding)
+    wrong = TRANSPORT[name](jnp.eye(2).astype(of_similarity), (rows, 1.1 * columns))
+    assert np.isnan(wrong.astype(float)).all()
+
+
 def polyhedra(m, k, rng):
     """Draw points x ``[draws, 6]`` and polyhedra with m equalities and k inequalities, whose rows differ in length."""
     inside = SCALES[:, None] * rng.normal(size=(DRAWS, 6))
