@@ -5,12 +5,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel import solvers, tree
-from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
+from bilevel.conditions.protocol import Condition, GradientCondition, check_signature, is_gradient, scalar
 from bilevel.problem import Problem
-from bilevel.solvers import InnerSolver
-from bilevel.start import Start, evaluate
+from bilevel.solvers import InnerSolver, check_solver
+from bilevel.start import Start, starting_point
 from bilevel.types import Hypergradient, PyTree, Solution
 
 
@@ -20,7 +21,8 @@ class Method(Protocol):
     :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
     ``warm_start`` of its result, or the adjoint ``linear.solution`` if that is None. In the first step it passes the
     result of the method's ``first_warm_start(w, memory)``, with the start w and the memory of the inner solver, or
-    zeros like w for a method without that function.
+    zeros like w for a method without that function. A method with ``start_is_constant = True`` takes ``init`` as a
+    constant: JAX's derivative in it is then zero, and :func:`value_and_hypergradient` warns about it.
     """
 
     def __call__(
@@ -32,6 +34,15 @@ class Method(Protocol):
         data: PyTree,
         linear_init: PyTree | None = None,
     ) -> Hypergradient: ...
+
+
+def check_arguments(owner: str, problem: Problem, solver: InnerSolver, method: Method) -> None:
+    """Raise TypeError for a problem, an inner solver or a method of another type."""
+    if not hasattr(problem, "condition"):
+        name = problem.__name__ if isinstance(problem, type) else type(problem).__name__
+        raise TypeError(f"{owner} needs a problem, got {name}: pass Problem(condition, outer)")
+    check_solver(owner, solver)
+    check_signature(owner, "method", method, "problem", "solver", "theta", "init", "data", "linear_init")
 
 
 def first_warm_start(method: Method, w: PyTree, memory: PyTree) -> PyTree:
@@ -48,32 +59,7 @@ def outer_variables(theta: PyTree) -> PyTree:
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(tree.numbers_as_floats(theta), "theta")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: there are two "
-                "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
-                "part"
-            )
-    return theta
-
-
-def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
-    """Return ``init``, or ``init(theta, data)`` where it is a function, as floating-point arrays.
-
-    Raises:
-        TypeError: for a leaf that is not floating point.
-    """
-    start = evaluate(init, theta, data)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
-        if not tree.is_floating(leaf):
-            raise TypeError(
-                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write an "
-                "integer as a float (0.0), move a count or a mask to data, and split a complex variable into two real "
-                "ones"
-            )
-    return start
+    return tree.real_arrays(tree.numbers_as_floats(theta), "theta")
 
 
 def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
@@ -94,11 +80,16 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
         found: Any = problem.outer(w, theta, data)
         is_pair = isinstance(found, tuple) and len(found) == 2
         if problem.has_aux and not is_pair:
-            raise TypeError(f"outer with has_aux=True returns (value, aux), got {type(found).__name__}: return a pair")
-        if isinstance(found, tuple) and not problem.has_aux:
-            raise TypeError(f"outer returns a scalar, got a tuple of {len(found)}: for (value, aux) say has_aux=True")
+            raise TypeError("outer with has_aux=True returns (value, aux), got one value: return a pair")
         value, aux = found if problem.has_aux else (found, None)
-        return jnp.asarray(value), aux  # an outer function that ignores w may return a Python number
+        for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex):
+                raise TypeError(
+                    f"the aux of outer holds arrays and numbers, got {type(leaf).__name__} at "
+                    f"aux{jax.tree_util.keystr(path)}: jit returns arrays alone, so leave it out"
+                )
+        # An outer function that ignores w may return a Python number.
+        return scalar(value, "outer function", "for (value, aux) say has_aux=True"), aux
 
     return outer
 

@@ -6,7 +6,7 @@ arguments that returns w, or a Solution, is a solver too. An iterative solver al
 the same numbers as the solver's loop.
 """
 
-from bilevel.solvers.descent import GradientDescent, Optax
+from bilevel.solvers.descent import GradientDescent, Optax, check_transformation
 from bilevel.solvers.fixed_point import Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
 from bilevel.solvers.from_optimistix import Optimistix
@@ -16,6 +16,7 @@ from bilevel.solvers.newton import HessianFree
 from bilevel.solvers.protocol import (
     InnerSolver,
     IterativeSolver,
+    check_solver,
     new_memory,
     report,
     resumed,
@@ -35,6 +36,8 @@ __all__ = [
     "LevenbergMarquardt",
     "Optax",
     "Optimistix",
+    "check_solver",
+    "check_transformation",
     "new_memory",
     "report",
     "resumed",
