@@ -27,7 +27,9 @@ class LU:
     The operator is written out as a matrix, which takes n products and n² numbers of memory for n unknowns. The status
     follows from the backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and from an estimate of the reciprocal condition number,
     ``LinearInfo.rcond``, which takes four solves with the factors. It is SINGULAR for an rcond below eps,
-    ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps.
+    ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps. Where the terms of a product Ax
+    cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. If x solves the
+    written-out matrix, and the residual is below 1, the status is then ILL_CONDITIONED.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
