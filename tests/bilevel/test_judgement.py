@@ -99,6 +99,8 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
         if bl.Status(int(info.status)).ok:
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
                 wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
+        elif make is not None and error > 0.1:
+            continue  # another library's solver was stopped by rounding at a wrong x, which is refused
         elif dtype == F64 or kappa < 1e5:
             # BiCGStab's residual rises before it falls, which costs digits. So in float32 it is judged by SciPy's
             # BiCGStab in float32.
@@ -123,7 +125,7 @@ def test_no_answer_is_wrong_with_an_ok_status_or_right_with_a_failed_one(name, d
 @pytest.mark.parametrize("name", ["LU", "QR", "SVD", "Cholesky", "CG", "NormalCG", "GMRES", "BiCGStab", "LSMR"])
 def test_the_table_of_judgements_of_lineax(name, dtype):
     lineax = pytest.importorskip("lineax")
-    eps = 1e-14 if dtype == F64 else 1e-6
+    eps = 1e-12 if dtype == F64 else 1e-5
     options = {"rtol": eps, "atol": eps, "max_steps": 200}
     iterative = {
         "GMRES": lambda: lineax.GMRES(**options, restart=20),
