@@ -281,7 +281,7 @@ def _start(init: PyTree) -> PyTree:
     """Return ``init`` without its derivative. A differentiation in it warns."""
     arrays, others = _partition(init)
     if tree.is_traced(arrays):
-        arrays = _without_derivative(without_tangent(arrays))
+        arrays = _without_derivative(without_tangent(arrays, "a solver function"))
     return others.join(arrays)
 
 

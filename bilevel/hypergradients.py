@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.advice import advise
-from bilevel.conditions.protocol import Condition
+from bilevel.conditions.protocol import Condition, check_condition_type
 from bilevel.failures import Policy, check_policy, check_status, succeeded
 from bilevel.layer_failures import LinearWatch, check_solution, is_concrete
-from bilevel.linear import CG, GMRES, choose_linear
-from bilevel.methods.protocol import Method, outer_variables, starting_point
+from bilevel.linear import CG, GMRES, check_linear, choose_linear
+from bilevel.methods.protocol import Method, check_arguments, outer_variables, starting_point
 from bilevel.problem import Problem
-from bilevel.solvers import InnerSolver
+from bilevel.solvers import InnerSolver, check_solver
 from bilevel.start import Program, Start, StartFunction, choose_start, is_function, trace
 from bilevel.theorem import check_symmetry, solve_implicitly
 from bilevel.types import Hypergradient, LinearSolver, PyTree, Solution
@@ -53,7 +53,8 @@ def value_and_hypergradient(
         ValueError: for an unknown ``on_failure``, and, when called, for a condition, a solver and a method that do not
             fit each other. The message lists alternatives. It is also raised when JAX asks for a derivative of the
             result that the method does not know.
-        TypeError: when called, if neither or both of init and start are given, and for a leaf of θ, init or data that
+        TypeError: for a problem, a solver or a method of another type, such as a class in place of an instance. When
+            called, if neither or both of init and start are given, and for a leaf of θ, init or data that
             is not an array.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
@@ -68,6 +69,7 @@ def value_and_hypergradient(
         (1.0, -0.5)
     """
     check_policy(on_failure)
+    check_arguments("value_and_hypergradient", problem, solver, method)
     linear = getattr(method, "linear", None)
 
     @partial(jax.jit, static_argnames="program")
@@ -92,6 +94,8 @@ def value_and_hypergradient(
         theta, data = tree.traceable(tree.numbers_as_floats(theta), "theta"), tree.traceable(data, "data")
         if is_function(init):
             program, init = trace(init, theta, data)
+        elif tree.is_traced(init) and getattr(method, "start_is_constant", False):
+            init = without_tangent(tree.arrays(init, "init"), "a hypergradient")
         out, status = compiled(theta, tree.traceable(init, "init"), data, linear_init, program=program)
         if on_failure != "ignore" and not succeeded(status):
             hint = partial(
@@ -138,7 +142,7 @@ def implicit_layer(
     Raises:
         ValueError: for a linear solver that needs a symmetric operator if the condition is not declared symmetric, and
             for an unknown ``on_failure``.
-        TypeError: when called, as :func:`value_and_hypergradient`.
+        TypeError: as :func:`value_and_hypergradient`.
         HypergradientError: when the layer is called or differentiated, on a failed solve, with ``on_failure="raise"``.
 
     Example:
@@ -150,7 +154,10 @@ def implicit_layer(
         6.0
     """
     check_policy(on_failure)
+    check_condition_type("implicit_layer", condition)
+    check_solver("implicit_layer", solver)
     if linear is not None:
+        check_linear("implicit_layer", linear)
         check_symmetry(linear, condition)
     watch = LinearWatch(on_failure)
 
@@ -167,7 +174,7 @@ def implicit_layer(
         if is_function(init):
             init = jax.lax.stop_gradient(tree.arrays(init(*tree.arrays((theta, data))), "init"))
         elif tree.is_traced(init):
-            init = without_tangent(tree.arrays(init, "init"))
+            init = without_tangent(tree.arrays(init, "init"), "an implicit_layer")
         init = tree.traceable(init, "init")
         if on_failure == "ignore" or not is_concrete((theta, init, data)):
             solution = compiled(theta, init, data, watched=False)
@@ -188,22 +195,26 @@ def _default_linear(condition: Condition, w: PyTree) -> LinearSolver:
     return replace(solver, max_steps=1000, tol=1e-5) if isinstance(solver, CG | GMRES) else solver
 
 
-@jax.custom_jvp
-def without_tangent(init: PyTree) -> PyTree:
-    """Return ``init``, the start of a layer. Its derivative is zero, and JAX warns when it differentiates ``init``."""
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def without_tangent(init: PyTree, owner: str) -> PyTree:
+    """Return ``init``, the start of ``owner``.
+
+    Its derivative is zero, and JAX warns when it differentiates ``init``.
+    """
+    del owner
     return init
 
 
 @without_tangent.defjvp
-def _warn(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+def _warn(owner: str, primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
     del tangents
     warnings.warn(
-        "the init of an implicit_layer is being differentiated, and the solution's derivative in init is zero: the "
-        "arguments are (theta, init, data) for a layer, and those of a solver function decorated by custom_root or "
-        "custom_fixed_point are (init, theta, ...); exchange theta and init if they are swapped, and otherwise pass "
-        "jax.lax.stop_gradient(init)",
+        f"the init of {owner} is being differentiated, and the solution's derivative in init is zero: the arguments "
+        "are (theta, init, data) for a layer or a hypergradient, and those of a solver function decorated by "
+        "custom_root or custom_fixed_point are (init, theta, ...); exchange theta and init if they are swapped, and "
+        "otherwise pass jax.lax.stop_gradient(init)",
         UserWarning,
         stacklevel=2,
     )
     (init,) = primals
-    return without_tangent(init), jax.tree.map(jnp.zeros_like, init)
+    return without_tangent(init, owner), jax.tree.map(jnp.zeros_like, init)

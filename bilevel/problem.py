@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bilevel.conditions.protocol import Condition, check_signature
+from bilevel.conditions.protocol import Condition, check_condition_type, check_signature
 from bilevel.types import PyTree
 
 
@@ -17,7 +17,7 @@ class Problem:
         has_aux: whether ``outer`` returns ``(scalar, aux)``, where aux is any pytree.
 
     Raises:
-        TypeError: for an outer function that does not take three arguments.
+        TypeError: for a condition that is not one, and for an outer function that does not take three arguments.
     """
 
     condition: Condition
@@ -25,4 +25,5 @@ class Problem:
     has_aux: bool = False
 
     def __post_init__(self) -> None:
+        check_condition_type("Problem", self.condition)
         check_signature("Problem", "outer", self.outer, "w", "theta", "data")

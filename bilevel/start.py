@@ -62,6 +62,23 @@ def evaluate(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     return tree.arrays(init(theta, data) if is_function(init) else init, "init")
 
 
+def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
+    """Return ``init``, or ``init(theta, data)`` where it is a function, as floating-point arrays.
+
+    Raises:
+        TypeError: for a leaf that is not floating point.
+    """
+    start = evaluate(init, theta, data)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
+        if not tree.is_floating(leaf):
+            raise TypeError(
+                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write an "
+                "integer as a float (0.0), move a count or a mask to data, and split a complex variable into two real "
+                "ones"
+            )
+    return start
+
+
 class Program:
     """A traced start function, without the arrays that it captured. Two programs of the same operations are equal."""
 

@@ -65,6 +65,19 @@ def arrays(a: PyTree, name: str = "") -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _array(leaf, f"{name}{jax.tree_util.keystr(path)}"), a)
 
 
+def real_arrays(a: PyTree, name: str) -> PyTree:
+    """Return the outer variables as :func:`arrays`, or raise TypeError for a complex leaf."""
+    a = arrays(a, name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(a):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"outer variables are real, got {leaf.dtype} at {name}{jax.tree_util.keystr(path)}: there are two "
+                "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
+                "part"
+            )
+    return a
+
+
 def traceable(a: PyTree, name: str) -> PyTree:
     """Return a tree that can be passed to ``jax.jit``.
 
@@ -121,9 +134,16 @@ def numbers_as_floats(theta: PyTree) -> PyTree:
     A Python number has no dtype of its own, so ``theta=1`` means ``theta=1.0``. If θ also has a floating-point leaf,
     its Python integers are constants. Booleans, and arrays and NumPy scalars of an integer dtype, are always constants.
     """
-    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(theta)):
+    if any(not _is_integer(leaf) for leaf in jax.tree.leaves(theta)):
         return theta
     return jax.tree.map(lambda leaf: float(leaf) if type(leaf) is int else leaf, theta)
+
+
+def _is_integer(leaf: object) -> bool:
+    try:
+        return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    except TypeError:  # no array: :func:`arrays` refuses it
+        return False
 
 
 def scale(factor: PyTree, a: PyTree) -> PyTree:

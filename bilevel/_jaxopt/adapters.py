@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel._jaxopt.converted import Converted
-from bilevel._jaxopt.library import jaxopt, option_defaults, solver_class
+from bilevel._jaxopt.library import jaxopt, option_defaults, solver_class, without_division_by_zero
 from bilevel.types import PyTree
 
 
@@ -44,7 +44,7 @@ def run_solver(solver, options, condition, init, theta, data):
     if name.startswith("Scipy"):
         _check_concrete(name, (init, theta, data))
     fields = option_defaults(cls)
-    dtype = jnp.dtype(float) if name in _OF_DEFAULT_DTYPE else _common_dtype(init)
+    dtype = jnp.result_type(float) if name in _OF_DEFAULT_DTYPE else _common_dtype(init)
     if name not in _OF_ANY_DTYPE:
         condition = Converted(condition, init, dtype)
         init = condition.packed(jax.tree.map(lambda leaf: leaf.astype(dtype), init))
@@ -57,7 +57,7 @@ def run_solver(solver, options, condition, init, theta, data):
     given = call.given | ({"implicit_diff": False} if "implicit_diff" in fields else {})
     # Without implicit_diff, jaxopt would by default run a scan over all maxiter steps, which cannot stop early.
     defaults = call.defaults | ({"unroll": False} if "unroll" in fields else {})
-    solver = cls(**given, **(defaults | options))
+    solver = without_division_by_zero(cls)(**given, **(defaults | options))
     if isinstance(solver, jaxopt.OSQP):  # OSQP does not pass the option on to its inner solver
         solver._box_osqp.implicit_diff = False
     w, state = solver.run(call.start, *call.arguments)

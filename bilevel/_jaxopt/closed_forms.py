@@ -51,9 +51,9 @@ def simplex(x, value=1.0):
     number = jnp.arange(1, x.size + 1)
     fits = lax.stop_gradient(value) + number * ordered > jnp.cumsum(ordered)
     last = jnp.maximum(jnp.sum(fits), 1)
-    support = centred >= ordered[last - 1]
+    support = centred >= _between(jnp.append(ordered, -jnp.inf), last, last - 1)
     excess = jnp.sum(jnp.where(support, centred, 0)) - value
-    point = jnp.where(support, centred - excess / jnp.sum(support).astype(x.dtype), 0)
+    point = jnp.where(support, centred - excess / jnp.maximum(jnp.sum(support), 1).astype(x.dtype), 0)
     return _nan_unless((value >= 0) & jnp.isfinite(largest), jnp.where(point < 0, 0, point))
 
 
@@ -140,8 +140,9 @@ def box_section(x, hyperparams, tol=None):
     all_pieces = 0, breakpoints.size - 1
     lower, upper = while_loop(lambda bounds: bounds[1] - bounds[0] > 1, halve, all_pieces, breakpoints, fixed_c)
     # At the largest possible c, the piece begins at the last breakpoint, and no entry is free.
-    free = (first <= breakpoints[lower]) & (last >= breakpoints[upper]) & (w != 0)
-    is_past = last <= breakpoints[lower]
+    middle = _between(breakpoints, lower, upper)
+    free = (first < middle) & (last > middle) & (w != 0)
+    is_past = last < middle
     bound = jnp.where(is_past == (w > 0), high, low)
     bound = jnp.where(w == 0, jnp.clip(x, low, high), bound)
     fixed_sum = jnp.sum(jnp.where(free, 0, weights * jnp.where(free, 0, bound)))
@@ -150,6 +151,18 @@ def box_section(x, hyperparams, tol=None):
     point = jnp.where(free, x + tau * weights, bound)
     violation = jnp.stack([jnp.abs(weights @ point - c), jnp.max(jnp.where(low > high, jnp.inf, 0))])
     return nan_if_violated(point, violation, jnp.maximum(jnp.abs(c), jnp.max(jnp.abs(weights * x))))
+
+
+def _between(ordered, lower, upper):
+    """Return a finite number between two entries of a vector, given by their indices. Either may be infinite.
+
+    XLA may compute one expression twice with different rounding errors, once for a sorted vector and once for a
+    comparison with its entries. A comparison with a number between two entries has the same result for both.
+    """
+    low, high = ordered[lower], ordered[upper]
+    low = jnp.where(jnp.isneginf(low), jnp.where(jnp.isposinf(high), 0, high - 1 - jnp.abs(high)), low)
+    high = jnp.where(jnp.isposinf(high), low + 1 + jnp.abs(low), high)
+    return 0.5 * low + 0.5 * high
 
 
 def norm(x):

@@ -12,26 +12,38 @@ import jax.numpy as jnp
 from bilevel._jaxopt import closed_forms, polyhedra, proximal, transport
 
 
-def _at_least_float32(function):
-    """Wrap a function to compute in float32 for bfloat16 and float16, for which JAX has no linear algebra."""
+def _in_widest_precision(function):
+    """Wrap a function to compute in the widest dtype of its arguments, and in float32 at least.
+
+    JAX has no linear algebra for bfloat16 and float16. The result has the dtype of the first argument. If an argument
+    is narrower than the computation, its numbers are rounded, so that constraints which hold exactly before the
+    rounding may contradict each other. The function gets the coarsest machine epsilon as ``rounding``.
+    """
 
     @functools.wraps(function)
     def widened(x, *args, **options):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        if wide == x.dtype:
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves((x, args)) if _is_floating_array(leaf)]
+        wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype("float32"))
+        if all(dtype == wide for dtype in dtypes):
             return function(x, *args, **options)
-        return function(x.astype(wide), *jax.tree.map(lambda leaf: leaf.astype(wide), args), **options).astype(x.dtype)
+        rounding = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+        args = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), args)
+        return function(x.astype(wide), *args, rounding=rounding, **options).astype(x.dtype)
 
     return widened
 
 
+def _is_floating_array(leaf):
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 BY_NAME = {
-    "projection_affine_set": _at_least_float32(polyhedra.affine_set),
-    "projection_polyhedron": _at_least_float32(polyhedra.polyhedron),
-    "projection_transport": _at_least_float32(transport.transport),
-    "projection_birkhoff": _at_least_float32(transport.birkhoff),
-    "kl_projection_transport": _at_least_float32(transport.kl_transport),
-    "kl_projection_birkhoff": _at_least_float32(transport.kl_birkhoff),
+    "projection_affine_set": _in_widest_precision(polyhedra.affine_set),
+    "projection_polyhedron": _in_widest_precision(polyhedra.polyhedron),
+    "projection_transport": _in_widest_precision(transport.transport),
+    "projection_birkhoff": _in_widest_precision(transport.birkhoff),
+    "kl_projection_transport": _in_widest_precision(transport.kl_transport),
+    "kl_projection_birkhoff": _in_widest_precision(transport.kl_birkhoff),
     "projection_box": closed_forms.box,
     "projection_box_section": closed_forms.box_section,
     "projection_hypercube": closed_forms.hypercube,

@@ -7,6 +7,9 @@ say whether they converged. ``CG`` of :mod:`bilevel.linear` runs ``solve_cg`` an
 import inspect
 import warnings
 
+import jax
+import jax.numpy as jnp
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import jaxopt
@@ -42,3 +45,38 @@ def option_defaults(solver):
     if issubclass(cls, jaxopt.OSQP):  # OSQP passes tol on to BoxOSQP in its **kwargs
         defaults["tol"] = option_defaults("BoxOSQP")["tol"]
     return defaults
+
+
+def without_division_by_zero(cls):
+    """Return the solver class, or for Broyden and PolyakSGD a subclass that finds no NaN at the limit of rounding.
+
+    Broyden divides by the changes of w and of the residual, which may be zero. The subclass then forgets its estimate
+    of the Jacobian, and starts its line search anew. PolyakSGD divides by the square of the gradient's norm, which is
+    zero at a minimum. The subclass then keeps w.
+    """
+
+    def update_broyden(self, params, state, *arguments, **options):
+        step = cls.update(self, params, state, *arguments, **options)
+        fine = _is_finite((step.state.d_history, step.state.c_history))
+        histories = _where(fine, (step.state.d_history, step.state.c_history), 0)
+        stepsize = _where(fine, step.state.stepsize, self.max_stepsize)
+        state = step.state._replace(d_history=histories[0], c_history=histories[1], stepsize=stepsize)
+        return step._replace(state=state)
+
+    def update_polyak(self, params, state, *arguments, **options):
+        step = cls.update(self, params, state, *arguments, **options)
+        divided = jnp.isfinite(step.state.stepsize) | ~jnp.isfinite(step.state.error)
+        return step._replace(params=jax.tree.map(lambda new, old: jnp.where(divided, new, old), step.params, params))
+
+    for base, update in ((jaxopt.Broyden, update_broyden), (jaxopt.PolyakSGD, update_polyak)):
+        if issubclass(cls, base):
+            return type(cls.__name__, (cls,), {"update": update})
+    return cls
+
+
+def _is_finite(values):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values)]).all()
+
+
+def _where(condition, values, number):
+    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jnp.asarray(number, leaf.dtype)), values)

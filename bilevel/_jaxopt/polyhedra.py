@@ -13,20 +13,21 @@ from bilevel._jaxopt.feasibility import nan_if_violated
 from bilevel._jaxopt.loops import while_loop
 
 
-def affine_set(x, hyperparams):
+def affine_set(x, hyperparams, rounding=0.0):
     """Return the nearest y to x with Ay = b.
 
     Args:
         x: the point to project, ``[n]``.
         hyperparams: ``(A, b)`` of shapes ``[m, n]`` and ``[m]``. The rows of A may be linearly dependent, and m may be
             0. ``(None, None)`` is no constraint.
+        rounding: as for :func:`~bilevel._jaxopt.feasibility.nan_if_violated`.
     """
     rows, right = _constraints(x, *hyperparams)
     point = _onto_rows(x, rows, right)
-    return nan_if_violated(point, jnp.abs(rows @ point - right), _size(x, right))
+    return nan_if_violated(point, jnp.abs(rows @ point - right), _size(x, right), rounding)
 
 
-def polyhedron(x, hyperparams, tol=None):
+def polyhedron(x, hyperparams, tol=None, rounding=0.0):
     """Return the nearest y to x with Ay = b and Gy ≤ h.
 
     Args:
@@ -36,6 +37,7 @@ def polyhedron(x, hyperparams, tol=None):
             may be ∞.
         tol: the largest violation with which a row still counts as satisfied. The row is scaled to length 1, and the
             violation is relative to x and h. None means 4·eps.
+        rounding: as for :func:`affine_set`.
     """
     equal, b = _constraints(x, *hyperparams[:2])
     unequal, h = _constraints(x, *hyperparams[2:])
@@ -46,7 +48,7 @@ def polyhedron(x, hyperparams, tol=None):
     right = jnp.concatenate([b, jnp.where(active, h, 0)])
     point = _onto_rows(x, rows, right)
     violation = jnp.concatenate([jnp.abs(equal @ point - b), unequal @ point - h])
-    return nan_if_violated(point, violation, _size(x, right))
+    return nan_if_violated(point, violation, _size(x, right), rounding)
 
 
 def _constraints(x, matrix, right):

@@ -21,7 +21,7 @@ KL_STEPS = 300
 15, 3 and 20 steps."""
 
 
-def transport(similarity, marginals, tol=None):
+def transport(similarity, marginals, tol=None, rounding=0.0):
     """Return the T nearest to the similarity matrix with T ≥ 0, T1 = a and Tᵀ1 = b.
 
     An interior-point method identifies the positive entries of T, at any scale of S. Semismooth Newton steps correct
@@ -34,8 +34,10 @@ def transport(similarity, marginals, tol=None):
         marginals: ``(a, b)``, vectors of lengths m and n with equal sums and without negative entries.
         tol: the error of the row and column sums, relative to the largest sum, at which the Newton steps end; None for
             16·eps.
+        rounding: the machine epsilon of the narrowest dtype in which the sums were given, if that is not the dtype of
+            ``similarity``. Sums whose totals differ by at most 4·``rounding`` are scaled to one total.
     """
-    a, b = marginals
+    a, b = _balanced(*marginals, rounding)
     fixed = lax.stop_gradient((similarity, a, b))
     allowed = _allowed(*fixed)
     similarity = jnp.where(allowed, similarity, 0)
@@ -52,7 +54,7 @@ def transport(similarity, marginals, tol=None):
     return _with_checked_sums(result, a, b)
 
 
-def kl_transport(similarity, marginals, tol=None):
+def kl_transport(similarity, marginals, tol=None, rounding=0.0):
     """Return the T with T1 = a and Tᵀ1 = b of the least KL divergence to exp(S).
 
     Newton's method solves the dual problem for S/4ᵏ, then for 4S/4ᵏ and so on up to S, each from the solution of the
@@ -62,8 +64,9 @@ def kl_transport(similarity, marginals, tol=None):
         similarity: the matrix S, ``[m, n]``. The entries −∞ of S are 0 in T.
         marginals: as for :func:`transport`.
         tol: as for :func:`transport`, for the Newton steps that are not differentiated.
+        rounding: as for :func:`transport`.
     """
-    a, b = marginals
+    a, b = _balanced(*marginals, rounding)
     fixed = lax.stop_gradient((similarity, a, b))
     allowed = _allowed(*fixed)
     similarity = jnp.where(allowed, similarity, 0)
@@ -77,18 +80,29 @@ def kl_transport(similarity, marginals, tol=None):
     return _with_checked_sums(jnp.where(allowed, jnp.exp(logarithm), 0), a, b)
 
 
-def birkhoff(similarity, tol=None):
+def birkhoff(similarity, tol=None, rounding=0.0):
     """Return the doubly stochastic matrix nearest to the square matrix ``similarity``; see :func:`transport`."""
-    return transport(similarity, _ones(similarity), tol)
+    return transport(similarity, _ones(similarity), tol, rounding)
 
 
-def kl_birkhoff(similarity, tol=None):
+def kl_birkhoff(similarity, tol=None, rounding=0.0):
     """Return the doubly stochastic matrix of the least KL divergence to exp(similarity); see :func:`kl_transport`."""
-    return kl_transport(similarity, _ones(similarity), tol)
+    return kl_transport(similarity, _ones(similarity), tol, rounding)
 
 
 def _ones(similarity):
     return tuple(jnp.ones(size, similarity.dtype) for size in similarity.shape)
+
+
+def _balanced(a, b, rounding):
+    """Return the sums, scaled to the mean of their totals where the totals differ by no more than their rounding."""
+    if not rounding:
+        return a, b
+    totals = lax.stop_gradient(jnp.stack([a.sum(), b.sum()]))
+    total = jnp.mean(totals)
+    is_rounded = (total > 0) & (jnp.abs(totals[0] - totals[1]) <= 4 * rounding * total)
+    of_a, of_b = jnp.where(is_rounded, total / jnp.where(is_rounded, totals, 1), 1)
+    return a * of_a, b * of_b
 
 
 def _allowed(similarity, a, b):

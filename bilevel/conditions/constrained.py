@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-
 from bilevel import tree
 from bilevel.conditions.forward_mode import differentiable_forwards
 from bilevel.conditions.protocol import (
@@ -12,9 +10,11 @@ from bilevel.conditions.protocol import (
     StrongConvexity,
     check_signature,
     check_strong_convexity,
+    gradient_of,
     like_w,
     no_scaling,
 )
+from bilevel.conditions.stationary import NO_AUX
 from bilevel.types import Objective, PyTree
 
 
@@ -136,5 +136,5 @@ def check_step_size(name: str, step_size: float) -> None:
 
 def descend(condition: Projected | ProximalGradient, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
     """Return w − η∇_w objective: one step of gradient descent."""
-    gradient = jax.grad(condition.objective)(w, theta, data)
+    gradient = gradient_of(condition.objective, w, theta, data, NO_AUX)
     return tree.subtract(w, tree.scale(condition.step_size, gradient))

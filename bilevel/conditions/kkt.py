@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bilevel.conditions.protocol import Residual, check_signature, like_w, no_scaling
+from bilevel.conditions.protocol import Residual, check_signature, like_w, no_scaling, scalar
+from bilevel.conditions.stationary import NO_AUX
 from bilevel.types import Objective, PyTree
 
 
@@ -60,7 +61,7 @@ class KKT:
         def functions(x: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
             objective, equality, inequality = self._functions(x, theta, data)
             return (
-                jnp.asarray(objective),
+                scalar(objective, "objective", NO_AUX),
                 like_w(equality, equal, "equality", same_shapes=False, template="its multipliers"),
                 like_w(inequality, unequal, "inequality", same_shapes=False, template="its multipliers"),
             )

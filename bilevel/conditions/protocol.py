@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.types import PyTree
+from bilevel.types import Objective, PyTree
 
 Residual = Callable[[PyTree, PyTree, PyTree], PyTree]
 """``residual(w, theta, data)``, a pytree like w."""
@@ -147,6 +147,9 @@ def check_signature(owner: str, name: str, function: Callable | None, *arguments
     expected = f"{owner} calls {name}({', '.join(arguments)})"
     if function is None:
         return
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(f"{expected}, got the class {name}: pass an instance, {name}(…) with its arguments")
     if not callable(function):
         raise TypeError(f"{expected}, got {type(function).__name__}: pass a function")
     try:
@@ -160,6 +163,30 @@ def check_signature(owner: str, name: str, function: Callable | None, *arguments
             f"{expected}, got a function of {signature}: let it take these {len(arguments)} positional arguments, even "
             "if it does not use all of them"
         ) from error
+
+
+def check_condition_type(owner: str, condition: object) -> None:
+    """Raise TypeError for something that is no condition, such as a class of conditions in place of an instance."""
+    if isinstance(condition, type) or not callable(getattr(condition, "residual", None)):
+        got = f"the class {condition.__name__}" if isinstance(condition, type) else type(condition).__name__
+        remedy = "pass its condition" if hasattr(condition, "condition") else "pass one, such as Stationary(objective)"
+        raise TypeError(f"{owner} needs a condition, got {got}: {remedy}")
+
+
+def scalar(value: PyTree, name: str, remedy: str) -> jax.Array:
+    """Return the value of a user's function as an array, or raise TypeError if it is not one real number."""
+    if isinstance(value, tuple):
+        raise TypeError(f"the {name} returns a scalar, got a tuple of {len(value)}: {remedy}")
+    if jax.tree_util.all_leaves([value]) and jnp.ndim(value) > 0:
+        raise TypeError(
+            f"the {name} returns a scalar, got an array of shape {jnp.shape(value)}: return its sum or mean"
+        )
+    return jnp.asarray(value)
+
+
+def gradient_of(objective: Objective, w: PyTree, theta: PyTree, data: PyTree, remedy: str) -> PyTree:
+    """Return the gradient in w of a user's objective, or raise TypeError if the objective returns no scalar."""
+    return jax.grad(lambda w: scalar(objective(w, theta, data), "objective", remedy))(w)
 
 
 def is_gradient(condition: Condition) -> TypeGuard[GradientCondition]:

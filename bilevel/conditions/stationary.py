@@ -12,10 +12,15 @@ from bilevel.conditions.protocol import (
     aux_of,
     check_signature,
     check_strong_convexity,
+    gradient_of,
     no_scaling,
+    scalar,
     without_aux,
 )
 from bilevel.types import Objective, PyTree
+
+SAY_HAS_AUX = "for (value, aux) say has_aux=True"
+NO_AUX = "return the value alone, because this condition takes no aux"
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ class Stationary:
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
-        return jnp.asarray(self.objective(w, theta, data))
+        return scalar(self.objective(w, theta, data), "objective", SAY_HAS_AUX)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-        return jax.grad(self.objective)(w, theta, data)
+        return gradient_of(self.objective, w, theta, data, SAY_HAS_AUX)
 
     def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """Return the second output of ``objective``; None without ``has_aux``."""
@@ -127,12 +132,12 @@ class Proximal:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
         difference = self._difference(w, theta, data)
         penalty = tree.vdot(difference, tree.scale(self._strength(theta, data), difference))
-        value = jnp.asarray(self.objective(w, theta, data))
+        value = scalar(self.objective(w, theta, data), "objective", NO_AUX)
         return value + 0.5 * penalty.astype(value.dtype)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         pull = tree.scale(self._strength(theta, data), self._difference(w, theta, data))
-        return tree.add(jax.grad(self.objective)(w, theta, data), pull)
+        return tree.add(gradient_of(self.objective, w, theta, data, NO_AUX), pull)
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
         # An entry of a learned λ that is not positive leaves its unknowns unscaled, because λ^-½ does not exist.

@@ -6,7 +6,7 @@ solvers are implemented here. In float32 the recursive residual of an iterative 
 magnitude. So every solve ends with one more product Ax, which gives the true residual and the sign of ⟨x, Ax⟩.
 """
 
-from bilevel.linear.any_solver import run_linear
+from bilevel.linear.any_solver import check_linear, run_linear
 from bilevel.linear.choose import DENSE_LIMIT, LinearChoice, choose_linear
 from bilevel.linear.dense import LU, Cholesky
 from bilevel.linear.from_lineax import Lineax
@@ -26,6 +26,7 @@ __all__ = [
     "Neumann",
     "NormalCG",
     "Nystrom",
+    "check_linear",
     "choose_linear",
     "run_linear",
 ]

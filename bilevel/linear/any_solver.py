@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.linear import diagnosis
@@ -30,8 +31,8 @@ def run_linear(
     """Run a linear solver, and make the report if the solver returns x alone.
 
     That report holds the true residual, computed with one more product, and the status of a solver without ``tol``. A
-    pair of x and None, as from `jax.scipy.sparse.linalg`, counts as x alone. A solver without a third argument gets no
-    ``init``.
+    pair of x and None, or of x and one number, as from `jax.scipy.sparse.linalg`, counts as x alone. A solver without a
+    third argument gets no ``init``.
 
     Raises:
         ValueError: for a solver that returns neither x nor a pair of x and a :class:`LinearInfo`, and for a function of
@@ -43,12 +44,12 @@ def run_linear(
             f"jaxopt's {name} takes other arguments than a linear solver here: use bl.{_OF_JAXOPT[name]}()"
         )
     found: Any = linear(matvec, b, init) if _takes_init(linear, matvec, b) else linear(matvec, b)
-    if isinstance(found, tuple) and len(found) == 2:
-        if isinstance(found[1], LinearInfo):
-            return found[0], found[1]
-        if found[1] is None:
-            found = found[0]
-    got, expected = ((jax.tree.structure(x), tree.shapes(x)) for x in (found, b))
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], LinearInfo):
+        return found[0], found[1]
+    expected = _form(b)
+    if isinstance(found, tuple) and len(found) == 2 and _form(found) != expected and _is_code(found[1]):
+        found = found[0]
+    got = _form(found)
     if got != expected:
         raise ValueError(
             f"a linear solver returns x, a pytree like b of {expected[0]} and shapes {expected[1]}, or a pair of x and "
@@ -56,6 +57,38 @@ def run_linear(
         )
     x = tree.like(tree.arrays(found), b)
     return x, diagnosis.report(matvec, b, x, None)
+
+
+def check_linear(owner: str, linear: object) -> None:
+    """Raise TypeError for something that cannot be called as a linear solver, such as a class of solvers."""
+    if not callable(linear) or isinstance(linear, type) or not _fits(linear):
+        got = f"the class {linear.__name__}" if isinstance(linear, type) else type(linear).__name__
+        remedy = f"pass an instance, {linear.__name__}(…)" if isinstance(linear, type) else "pass one, such as CG(20)"
+        raise TypeError(f"{owner} calls linear(matvec, b, init), got {got}: {remedy}")
+
+
+def _fits(linear: Any) -> bool:
+    """Return whether a function takes (matvec, b) or (matvec, b, init). True for one without a signature."""
+    try:
+        signature = inspect.signature(linear)
+    except (TypeError, ValueError):  # a builtin may have no signature
+        return True
+    for count in (2, 3):
+        try:
+            signature.bind(*range(count))
+            return True
+        except TypeError:
+            pass
+    return False
+
+
+def _form(x: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(x), tree.shapes(x)
+
+
+def _is_code(found: object) -> bool:
+    """Return whether the second output of a solver is None or one number, which says how the solver ended."""
+    return found is None or (jax.tree_util.all_leaves([found]) and jnp.ndim(found) == 0)
 
 
 def _takes_init(linear: LinearSolver, matvec: MatVec, b: PyTree) -> bool:

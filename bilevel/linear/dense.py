@@ -27,7 +27,9 @@ class LU:
     The operator is written out as a matrix, which takes n products and n² numbers of memory for n unknowns. The status
     follows from the backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and from an estimate of the reciprocal condition number,
     ``LinearInfo.rcond``, which takes four solves with the factors. The status is SINGULAR for an rcond below eps,
-    ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps.
+    ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps. Where the terms of a product Ax
+    cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. If x solves the
+    written-out matrix, and the residual is below 1, the status is then ILL_CONDITIONED.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
@@ -147,7 +149,13 @@ def report_direct(
     backward = info.relative_residual / (1 + norm * growth)
     eps = tree.eps(b)
     status = jnp.where(rcond < eps**0.5, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.CONVERGED))
-    status = jnp.where(backward <= eps**0.5, status, jnp.int32(Status.BREAKDOWN))
+    # The terms of a product such as x − Mx may cancel, so that its rounding errors exceed √eps‖A‖‖x‖ although the
+    # matrix is exact. The matrix then judges x. The product shows how many digits may be lost.
+    flat = jnp.concatenate([jnp.ravel(leaf).astype(matrix.dtype) for leaf in jax.tree.leaves(b)])
+    of_matrix = diagnosis.relative_residual(flat, flat - matrix @ solution) / (1 + norm * growth)
+    cancels = (of_matrix <= eps**0.5) & (info.relative_residual < 1)
+    of_product = jnp.where(cancels, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.BREAKDOWN))
+    status = jnp.where(backward <= eps**0.5, status, of_product)
     if needs_regular:
         status = jnp.where((rcond < eps) & jnp.isfinite(tree.norm(solution)), jnp.int32(Status.SINGULAR), status)
     status = jnp.where(info.status >= int(breakdown), info.status, status)

@@ -18,9 +18,10 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 class Lineax:
     """A solver of Lineax, for the adjoint system. Needs ``pip install '.[lineax]'``.
 
-    b is divided by its norm before the solve, so that ``atol`` of the solver is relative to ‖b‖, as its ``rtol`` is.
-    The unknowns are raveled into one vector, and products with A are all that the solver knows about A. For CG and
-    Cholesky, A is tagged with ``positive_semidefinite_tag``, so they need a symmetric condition.
+    b is divided by its norm before the solve, so that ``atol`` of the solver is relative to ‖b‖, as its ``rtol`` is. A
+    is divided by about ‖Ab‖/‖b‖, which costs one product. The unknowns are raveled into one vector, and products with A
+    are all that the solver knows about A. For CG and Cholesky, A is tagged with ``positive_semidefinite_tag``, so they
+    need a symmetric condition.
 
     The status follows from the true relative residual of x:
 
@@ -28,7 +29,8 @@ class Lineax:
       If it is larger: STOPPED where Lineax met its own tolerance, STAGNATION or BREAKDOWN where Lineax reports one of
       them, and MAX_STEPS otherwise.
     - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
-      otherwise. If Lineax reports a stagnation or a breakdown, the status is at least STAGNATION or BREAKDOWN.
+      otherwise. If Lineax reports a stagnation or a breakdown and the residual is above √eps, the status is at least
+      STAGNATION or BREAKDOWN.
     - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
       of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver without
       ``well_posed=True``, find the shortest solution of a singular system, and do not report it as SINGULAR.
@@ -122,6 +124,7 @@ class Lineax:
         )
         if tol is None:  # a residual alone does not show that the solver stagnated or broke down
             failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
+            failed &= info.relative_residual > tree.eps(b) ** 0.5  # an exact answer ends BiCGStab with a breakdown too
             info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
         return denormalise(size, x, info)
 
@@ -145,7 +148,19 @@ def _solve(
     """Return x, the steps taken (None for a factorisation), and the status of a residual above the tolerance."""
     lineax = _import_lineax()
     tags = lineax.positive_semidefinite_tag if definite else ()
-    operator = lineax.FunctionLinearOperator(matvec, jax.ShapeDtypeStruct(b.shape, b.dtype), tags)
+    # b has norm 1, and A is scaled to about ‖Ab‖ = 1, because products of small or large numbers leave float32. Powers
+    # of two change no digit. The barrier keeps XLA from multiplying the factors of AᵀA, whose product leaves float32.
+    if isinstance(solver, lineax.LSMR):  # it mixes numbers of JAX's default dtype with those of b
+        narrow, dtype = matvec, b.dtype
+        matvec = lambda v: narrow(v.astype(dtype)).astype(float)  # noqa: E731
+        b, start = b.astype(float), None if start is None else start.astype(float)
+    product = jax.lax.stop_gradient(matvec(b))
+    size = tree.norm(product)
+    size = jnp.where((size > 0) & jnp.isfinite(size), jnp.exp2(jnp.round(jnp.log2(size))), 1)
+    start = None if start is None else size * start
+    operator = lineax.FunctionLinearOperator(
+        lambda v: jax.lax.optimization_barrier(matvec(v) / size), jax.ShapeDtypeStruct(b.shape, b.dtype), tags
+    )
     # Neither x nor the report needs a derivative here: bilevel.theorem attaches that of x. Lineax's own derivative rule
     # would stop the program where its linear solve fails.
     operator, b, start = jax.tree.map(
@@ -166,7 +181,12 @@ def _solve(
         failure = jnp.where(spent, jnp.int32(Status.MAX_STEPS), failure)
     nonzero = jnp.any(b != 0)  # BiCGStab divides zero by zero for b = 0
     failure = jnp.where(nonzero, failure, jnp.int32(Status.MAX_STEPS))
-    return jnp.where(nonzero, found.value, jnp.zeros_like(b)), steps, failure
+    # If Ab is a multiple of b, then so is x. BiCGStab divides zero by zero after it has found this x.
+    product = product / size
+    factor = tree.vdot(product, b) / tree.safe_divisor(tree.vdot(product, product))
+    is_multiple = tree.norm(b - factor * product) <= 4 * jnp.finfo(b.dtype).eps
+    x = jnp.where(is_multiple, factor * b, found.value) / size
+    return jnp.where(nonzero, x, jnp.zeros_like(b)), steps, jnp.where(is_multiple, jnp.int32(Status.MAX_STEPS), failure)
 
 
 def _import_lineax() -> Any:

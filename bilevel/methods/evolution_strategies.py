@@ -53,6 +53,8 @@ class EvolutionStrategies:
     scale: float = 0.01
     seed: int = 0
 
+    start_is_constant = True
+
     def __post_init__(self) -> None:
         if self.pairs < 1 or not self.scale > 0:
             raise ValueError(

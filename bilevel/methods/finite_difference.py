@@ -50,6 +50,8 @@ class FiniteDifference:
     linear: CG | Neumann
     step: float | None = None
 
+    start_is_constant = True
+
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
             raise ValueError(f"FiniteDifference needs a step above 0, got {self.step}; pass None for eps^⅓")

@@ -39,6 +39,8 @@ class FirstOrder:
         (2.0, 4.0)
     """
 
+    start_is_constant = True
+
     def __call__(
         self,
         problem: Problem,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import solvers, tree
 from bilevel.conditions.protocol import is_gradient
+from bilevel.linear import check_linear
 from bilevel.methods.protocol import Start, outer_derivatives, starting_point
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
@@ -33,6 +34,7 @@ class Implicit:
             function ``(matvec, b) -> x`` is accepted too, and the true residual of its x is then computed here.
 
     Raises:
+        TypeError: for a linear solver that cannot be called with (matvec, b), such as a class in place of an instance.
         ValueError: when called, for a linear solver that needs a symmetric operator if the condition is not declared
             symmetric.
 
@@ -47,6 +49,11 @@ class Implicit:
     """
 
     linear: LinearSolver
+
+    start_is_constant = True
+
+    def __post_init__(self) -> None:
+        check_linear("Implicit", self.linear)
 
     def __call__(
         self,

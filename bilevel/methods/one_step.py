@@ -36,6 +36,8 @@ class OneStep:
         (1.111, 1.0)
     """
 
+    start_is_constant = True
+
     def __call__(
         self,
         problem: Problem,

@@ -5,12 +5,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel import solvers, tree
-from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
+from bilevel.conditions.protocol import Condition, GradientCondition, check_signature, is_gradient, scalar
 from bilevel.problem import Problem
-from bilevel.solvers import InnerSolver
-from bilevel.start import Start, evaluate
+from bilevel.solvers import InnerSolver, check_solver
+from bilevel.start import Start, starting_point
 from bilevel.types import Hypergradient, PyTree, Solution
 
 
@@ -20,7 +21,9 @@ class Method(Protocol):
     :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
     ``warm_start`` of its result, or the adjoint ``linear.solution`` if ``warm_start`` is None. In the first step,
     :func:`minimize` passes the result of the method's ``first_warm_start(w, memory)``, where w and ``memory`` are those
-    from which the inner solver starts. For a method without that function, it passes zeros like w.
+    from which the inner solver starts. For a method without that function, it passes zeros like w. A method with
+    ``start_is_constant = True`` takes ``init`` as a constant: JAX's derivative in it is then zero, and
+    :func:`value_and_hypergradient` warns about it.
     """
 
     def __call__(
@@ -32,6 +35,15 @@ class Method(Protocol):
         data: PyTree,
         linear_init: PyTree | None = None,
     ) -> Hypergradient: ...
+
+
+def check_arguments(owner: str, problem: Problem, solver: InnerSolver, method: Method) -> None:
+    """Raise TypeError for a problem, an inner solver or a method of another type."""
+    if not hasattr(problem, "condition"):
+        name = problem.__name__ if isinstance(problem, type) else type(problem).__name__
+        raise TypeError(f"{owner} needs a problem, got {name}: pass Problem(condition, outer)")
+    check_solver(owner, solver)
+    check_signature(owner, "method", method, "problem", "solver", "theta", "init", "data", "linear_init")
 
 
 def first_warm_start(method: Method, w: PyTree, memory: PyTree) -> PyTree:
@@ -48,32 +60,7 @@ def outer_variables(theta: PyTree) -> PyTree:
     Raises:
         TypeError: for a complex leaf.
     """
-    theta = tree.arrays(tree.numbers_as_floats(theta), "theta")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"outer variables are real, got {leaf.dtype} at theta{jax.tree_util.keystr(path)}: there are two "
-                "conventions for a derivative in a complex variable; split the variable into its real and imaginary "
-                "parts"
-            )
-    return theta
-
-
-def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
-    """Return ``init``, or ``init(theta, data)`` where it is a function, as floating-point arrays.
-
-    Raises:
-        TypeError: for a leaf that is not floating point.
-    """
-    start = evaluate(init, theta, data)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
-        if not tree.is_floating(leaf):
-            raise TypeError(
-                f"inner variables are floating point, got {leaf.dtype} at init{jax.tree_util.keystr(path)}: write an "
-                "integer as a float (0.0), move a count or a mask to data, and split a complex variable into two real "
-                "ones"
-            )
-    return start
+    return tree.real_arrays(tree.numbers_as_floats(theta), "theta")
 
 
 def solve_constant(solver: InnerSolver, condition: Condition, init: Start, theta: PyTree, data: PyTree) -> Solution:
@@ -97,12 +84,15 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
             raise TypeError(
                 f"outer with has_aux=True must return (value, aux), got {type(found).__name__}: return a pair"
             )
-        if isinstance(found, tuple) and not problem.has_aux:
-            raise TypeError(
-                f"outer must return a scalar, got a tuple of {len(found)}: for (value, aux) say has_aux=True"
-            )
         value, aux = found if problem.has_aux else (found, None)
-        return jnp.asarray(value), aux  # an outer function that ignores w may return a Python number
+        for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex):
+                raise TypeError(
+                    f"the aux of outer holds arrays and numbers, got {type(leaf).__name__} at "
+                    f"aux{jax.tree_util.keystr(path)}: jit returns arrays alone, so leave it out"
+                )
+        # An outer function that ignores w may return a Python number.
+        return scalar(value, "outer function", "for (value, aux) say has_aux=True"), aux
 
     return outer
 

@@ -50,6 +50,11 @@ class Unrolled:
     checkpoint: bool = False
     first_order: bool = False
 
+    @property
+    def start_is_constant(self) -> bool:
+        """Whether the derivative in ``init`` is left out."""
+        return self.last is not None
+
     def __call__(
         self,
         problem: Problem,

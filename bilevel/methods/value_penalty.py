@@ -50,6 +50,8 @@ class ValuePenalty:
 
     penalty: float
 
+    start_is_constant = True
+
     def __post_init__(self) -> None:
         if not 0 < self.penalty < float("inf"):
             raise ValueError(

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.failures import Policy, check_policy
-from bilevel.methods.protocol import Method, outer_variables, starting_point
+from bilevel.methods.protocol import Method, check_arguments, outer_variables, starting_point
 from bilevel.outer.progress import Bar
 from bilevel.outer.records import Minimum, OuterState, StepRecord
 from bilevel.outer.run import Run, owned, run_under_trace
 from bilevel.outer.step import Setup, state_before
 from bilevel.problem import Problem
-from bilevel.solvers import InnerSolver
+from bilevel.solvers import InnerSolver, check_transformation
 from bilevel.start import Start, StartFunction, choose_start, is_function, trace
 from bilevel.types import Hypergradient, PyTree
 
@@ -126,6 +126,8 @@ def minimize(
     if steps < 1 or every < 1:
         raise ValueError(f"minimize needs steps of at least 1, got {steps}, and every of at least 1, got {every}")
     check_policy(on_failure)
+    check_arguments("minimize", problem, solver, method)
+    check_transformation("minimize", optimizer)
     init = choose_start(init, start)
     theta = _checked(theta)
     constant, batches = _batches(data)

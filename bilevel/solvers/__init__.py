@@ -6,7 +6,7 @@ arguments that returns w, or a Solution, is a solver too. An iterative solver al
 computes the same numbers as the solver's loop.
 """
 
-from bilevel.solvers.descent import GradientDescent, Optax
+from bilevel.solvers.descent import GradientDescent, Optax, check_transformation
 from bilevel.solvers.fixed_point import FISTA, Anderson, FixedPointIteration
 from bilevel.solvers.from_jaxopt import Jaxopt
 from bilevel.solvers.from_optimistix import Optimistix
@@ -17,6 +17,7 @@ from bilevel.solvers.newton import HessianFree
 from bilevel.solvers.protocol import (
     InnerSolver,
     IterativeSolver,
+    check_solver,
     new_memory,
     report,
     resumed,
@@ -38,6 +39,8 @@ __all__ = [
     "Minibatches",
     "Optax",
     "Optimistix",
+    "check_solver",
+    "check_transformation",
     "new_memory",
     "report",
     "resumed",

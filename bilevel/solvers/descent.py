@@ -97,6 +97,14 @@ class GradientDescent:
         return iterate(self, condition, init, theta, data)
 
 
+def check_transformation(owner: str, transformation: object) -> None:
+    """Raise TypeError for something that is no optax transformation, such as the function that makes one."""
+    if not (callable(getattr(transformation, "init", None)) and callable(getattr(transformation, "update", None))):
+        name = getattr(transformation, "__name__", type(transformation).__name__)
+        remedy = f"call it, as in optax.{name}(...)" if callable(transformation) else "pass one, as optax.adam(0.1)"
+        raise TypeError(f"{owner} needs an optax.GradientTransformation, got {name}: {remedy}")
+
+
 @renamed_field("steps", "max_steps")
 @dataclass(frozen=True)
 class Optax:
@@ -110,6 +118,7 @@ class Optax:
         memory: the transformation's state from which a run goes on; None for a new one. :func:`minimize` sets it.
 
     Raises:
+        TypeError: for something that is no transformation, such as ``optax.adam`` in place of ``optax.adam(0.1)``.
         ValueError: for a negative budget or tol, and, when called, for a condition that is not a gradient, or a
             transformation that requires further arguments, such as the objective's value.
     """
@@ -123,6 +132,7 @@ class Optax:
 
     def __post_init__(self) -> None:
         check_budget("Optax", self.max_steps, self.tol)
+        check_transformation("Optax", self.transformation)
 
     def check(self, condition: Condition) -> None:
         check_gradient("Optax", condition)

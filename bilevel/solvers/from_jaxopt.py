@@ -1,5 +1,6 @@
 """The inner solver Jaxopt, which runs a solver of the library jaxopt."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -73,9 +74,12 @@ class Jaxopt:
 
     def __init__(self, solver: type | str, **options: object):
         if not isinstance(solver, type | str):
+            is_partial = isinstance(solver, functools.partial)
+            name = getattr(solver.func, "__name__", "LBFGS") if is_partial else type(solver).__name__
+            got = f"a functools.partial of {name}" if is_partial else f"{name}(…), an instance"
             raise TypeError(
-                f"Jaxopt takes a class and makes the solver from the condition, got {type(solver).__name__}(…), an "
-                f'instance: use Jaxopt("{type(solver).__name__}", …) with its options, such as maxiter and tol'
+                f"Jaxopt takes a class and makes the solver from the condition, got {got}: use "
+                f'Jaxopt("{name}", …) with its options, such as maxiter and tol'
             )
         object.__setattr__(self, "solver", solver)
         object.__setattr__(self, "options", tuple(options.items()))

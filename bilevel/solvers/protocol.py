@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.conditions.protocol import Condition, GradientCondition, is_gradient
-from bilevel.start import Start, StartFunction, choose_start, evaluate
+from bilevel.conditions.protocol import Condition, GradientCondition, check_condition_type, check_signature, is_gradient
+from bilevel.start import Start, StartFunction, choose_start, starting_point
 from bilevel.types import PyTree, Solution, Status
 
 InnerSolver = Callable[[Condition, PyTree, PyTree, PyTree], PyTree | Solution]
@@ -125,11 +125,14 @@ def solve(
 
     Raises:
         ValueError: for a solver that returns another tree or other shapes than ``init`` has.
-        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
-            array.
+        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
+            for a complex leaf of θ, for a leaf of init that is not floating point, and for a class in place of an
+            instance.
     """
-    theta, data = tree.arrays(theta, "theta"), tree.arrays(data, "data")
-    init = evaluate(choose_start(init, start), theta, data)
+    check_condition_type("solve", condition)
+    check_solver("solve", solver)
+    theta, data = tree.real_arrays(theta, "theta"), tree.arrays(data, "data")
+    init = starting_point(choose_start(init, start), theta, data)
     run = _compiled_run if _is_compilable(solver, condition, (init, theta, data)) else _run
     found = run(solver, condition, init, theta, data)
     if isinstance(found, Solution):
@@ -168,6 +171,11 @@ def _like_start(w: PyTree, init: PyTree) -> PyTree:
             f"got shapes {got}: return w without further outputs, and give init the shapes of the solution"
         )
     return tree.like(tree.arrays(w), tree.arrays(init))
+
+
+def check_solver(owner: str, solver: InnerSolver) -> None:
+    """Raise TypeError for something that cannot be called as an inner solver, such as a class of solvers."""
+    check_signature(owner, "solver", solver, "condition", "init", "theta", "data")
 
 
 def check_budget(name: str, max_steps: int, tol: float | None) -> None:

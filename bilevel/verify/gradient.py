@@ -154,7 +154,7 @@ def check_hypergradient(
     """
     selected = select_references(against)
     init = choose_start(init, start)
-    theta, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
+    theta, data = tree.real_arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
     out = jax.jit(method_program(problem, solver, method, init))(*method_arguments(theta, init, data))
     directions = _directions(directions, gradient_vector(out.gradient, theta))
     run = MethodRun(problem, solver, theta, init, data, out, directions)

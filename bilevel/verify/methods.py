@@ -129,7 +129,7 @@ def compare_methods(
     if not methods or runs < 1:
         raise ValueError(f"compare_methods needs at least one method and one run, got {len(methods)} and {runs}")
     init = choose_start(init, start)
-    theta, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
+    theta, data = tree.real_arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
     reference = _reference(problem, solver, theta, init, data)
     rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
     words = "nothing: no reference is available here"

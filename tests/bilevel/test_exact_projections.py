@@ -142,6 +142,20 @@ def test_sums_that_disagree_have_no_projection(name):
     assert np.isnan(jax.jit(TRANSPORT[name])(jnp.eye(3), (jnp.ones(3), jnp.full(3, 1.01)))).all()
 
 
+@pytest.mark.slow("compiles a projection for each pair of dtypes", fast="projection_transport-bfloat16-bfloat16")
+@pytest.mark.parametrize("of_sums", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("of_similarity", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("name", TRANSPORT)
+def test_sums_that_agree_up_to_their_rounding_have_a_projection(name, of_similarity, of_sums):
+    rows, columns = (jnp.asarray(sums).astype(of_sums) for sums in ([0.4, 0.6], [0.5, 0.5]))
+    plan = TRANSPORT[name](jnp.array([[1.0, 2.0], [3.0, 4.0]]).astype(of_similarity), (rows, columns))
+    assert plan.dtype == of_similarity
+    rounding = max(float(jnp.finfo(dtype).eps) for dtype in (of_similarity, of_sums))
+    np.testing.assert_allclose(plan.astype(float), [[0.2, 0.2], [0.3, 0.3]], atol=rounding)
+    wrong = TRANSPORT[name](jnp.eye(2).astype(of_similarity), (rows, 1.1 * columns))
+    assert np.isnan(wrong.astype(float)).all()
+
+
 def polyhedra(m, k, rng):
     """Draw points x ``[draws, 6]`` and polyhedra with m equalities and k inequalities, whose rows differ in length."""
     inside = SCALES[:, None] * rng.normal(size=(DRAWS, 6))
@@ -351,6 +365,24 @@ def test_a_box_section_may_have_infinite_bounds_and_weights_of_every_sign():
         if free.any():
             tau = ((y - x)[k, free] / weights[k, free]).mean()
             np.testing.assert_allclose(y[k], np.clip(x[k] + tau * weights[k], low[k], high[k]), atol=1e-8)
+
+
+@pytest.mark.parametrize("toward", [-np.inf, np.inf])
+def test_supports_do_not_depend_on_the_last_digit_of_a_sorted_vector(toward, monkeypatch):
+    # XLA may compute the sorted vector and the entries that are compared with it with different rounding errors.
+    x = jnp.array([0.5, 0.9, 0.3, -2.0])
+    free, bounds = np.eye(4)[:3], (jnp.full(4, -0.5), jnp.full(4, 0.4), jnp.ones(4), 0.3)
+    cases = [
+        (projection("projection_simplex"), None, [4 / 15, 2 / 3, 1 / 15, 0.0], free.T @ (np.eye(3) - 1 / 3) @ free),
+        # 0.9 is above its bound 0.4, −2 is below its bound −0.5, and the other two entries move by the same amount.
+        (projection("projection_box_section"), bounds, [0.3, 0.4, 0.1, -0.5],
+         np.outer([1, 0, -1, 0], [0.5, 0, -0.5, 0])),
+    ]  # fmt: skip
+    sort = jnp.sort
+    monkeypatch.setattr(jnp, "sort", lambda v: jnp.nextafter(sort(v), jnp.asarray(toward, v.dtype)))
+    for function, params, point, slope in cases:
+        np.testing.assert_allclose(function(x, params), point, atol=1e-14)
+        np.testing.assert_allclose(jax.jacfwd(function)(x, params), slope, atol=1e-14)
 
 
 @pytest.mark.slow("compiles a projection inside shard_map")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
+from bilevel.linear import run_linear
 from bilevel.start import trace
 
 MATRIX = np.array([[2.0, 0.5], [0.5, 3.0]])
@@ -535,8 +538,9 @@ def dense_solution(matvec, b):
         lambda matvec, b, init=None: dense_solution(matvec, b),
         lambda matvec, b, init: (dense_solution(matvec, b), None),
         lambda matvec, b, init: jax.scipy.sparse.linalg.cg(matvec, b, init),
+        jax.scipy.sparse.linalg.gmres,  # returns x and 0
     ],
-    ids=["x", "with a start", "x and None", "jax's cg"],
+    ids=["x", "with a start", "x and None", "jax's cg", "jax's gmres"],
 )
 def test_a_linear_solver_may_return_x_alone(linear):
     out = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(linear))(jnp.asarray(THETA), jnp.zeros(2), None)
@@ -550,6 +554,19 @@ def test_the_report_on_a_solver_that_returns_x_alone_has_the_true_residual():
     residual = SOLUTION - MATRIX @ (0.5 * SOLUTION)
     expected = np.linalg.norm(residual) / np.linalg.norm(SOLUTION)
     np.testing.assert_allclose(out.linear.relative_residual, expected, rtol=1e-10)
+
+
+def test_a_number_that_a_solver_returns_with_x_is_not_believed():
+    function = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(lambda matvec, b: (-b, 0)), "ignore")
+    out = function(jnp.asarray(THETA), jnp.zeros(2), None)
+    assert float(out.linear.relative_residual) > 1 and int(out.linear.status) == bl.Status.MAX_STEPS
+
+
+def test_an_x_that_is_a_pair_is_not_taken_for_x_and_a_number():
+    x, info = run_linear(
+        lambda matvec, b: (b[0] / 2, b[1] / 2), lambda v: (2 * v[0], 2 * v[1]), (jnp.ones(3), jnp.asarray(5.0))
+    )
+    assert float(x[1]) == 2.5 and float(info.relative_residual) == 0
 
 
 @pytest.mark.slow("compiles each linear solver", fast="linear0")
@@ -580,6 +597,35 @@ def test_least_squares_of_jaxopt_solve_a_root_of_any_shape(solver, init):
         np.testing.assert_allclose(leaf, 2.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", ["LevenbergMarquardt", "AndersonAcceleration"])
+def test_solvers_of_jaxopt_give_no_warning_in_single_precision(solver):
+    condition = {"LevenbergMarquardt": bl.Root(lambda w, theta, data: w**3 - theta),
+                 "AndersonAcceleration": bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta)}[solver]  # fmt: skip
+    with jax.enable_x64(False), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bl.solve(bl.Jaxopt(solver, maxiter=30), condition, jnp.full(2, 1.5), jnp.ones(2), None)
+    np.testing.assert_allclose(found.w, 1.0 if solver == "LevenbergMarquardt" else 2.0, rtol=1e-5)
+
+
+@pytest.mark.slow("compiles Broyden's method in each precision", fast="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_tolerance_of_broyden_that_the_precision_cannot_reach_costs_no_digits(dtype):
+    cube = bl.Root(lambda w, theta, data: w**3 - theta)
+    init, theta = jnp.full(2, 1.5, dtype), jnp.array([1.0, 2.0], dtype)
+    found = bl.solve(bl.Jaxopt("Broyden", maxiter=60, tol=1e-30), cube, init, theta, None)
+    assert int(found.status) in (bl.Status.MAX_STEPS, bl.Status.CONVERGED)  # MAX_STEPS names tol and float64
+    np.testing.assert_allclose(found.w.astype(float), [1.0, 2 ** (1 / 3)], rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-30, 0.0])
+def test_polyak_steps_stop_at_the_minimum(tol):
+    solver = bl.Jaxopt("PolyakSGD", maxiter=60, tol=tol, fun_min=0.0)
+    square = bl.Stationary(lambda w, theta, data: jnp.sum((w - theta) ** 2))
+    found = bl.solve(solver, square, jnp.zeros(2), jnp.ones(2), None)
+    np.testing.assert_allclose(found.w, 1.0, atol=1e-3)
+    assert bl.Status(int(found.status)).ok
+
+
 OF_ANY_OBJECTIVE = [bl.Implicit(bl.CG(1)), bl.Unrolled(), bl.Unrolled(last=2), bl.ForwardUnrolled(), bl.OneStep(),
                     bl.FiniteDifference(bl.CG(1)), bl.ValuePenalty(10.0), bl.EvolutionStrategies(2)]  # fmt: skip
 
@@ -590,6 +636,39 @@ def test_an_outer_function_may_be_a_constant(method):
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: 1.0)
     out = bl.value_and_hypergradient(problem, bl.GradientDescent(0.5, 40), method)(1.0, 0.0, None)
     assert float(out.value) == 1.0 and abs(float(out.gradient)) < 1e-9
+
+
+VALUE_AND_AUX = lambda w, theta, data: (0.5 * jnp.sum((w - theta) ** 2), w)  # noqa: E731
+VECTOR = lambda w, theta, data: w - theta  # noqa: E731
+
+
+@pytest.mark.parametrize("objective", [VALUE_AND_AUX, VECTOR], ids=["aux", "vector"])
+@pytest.mark.parametrize("name", ["Stationary", "Proximal", "Projected", "ProximalGradient"])
+def test_an_objective_that_returns_no_scalar_is_refused_with_a_remedy(name, objective):
+    condition = {
+        "Stationary": lambda: bl.Stationary(objective),
+        "Proximal": lambda: bl.Proximal(objective, 1.0),
+        "Projected": lambda: bl.Projected(objective, lambda w, theta, data: w),
+        "ProximalGradient": lambda: bl.ProximalGradient(objective, lambda w, theta, data, step: w),
+    }[name]()
+    remedy = "for (value, aux) say has_aux=True" if name == "Stationary" else "this condition takes no aux"
+    message = re.escape(remedy) if objective is VALUE_AND_AUX else r"an array of shape \(2,\): return its sum"
+    for call in (condition.residual, getattr(condition, "potential", condition.residual)):
+        with pytest.raises(TypeError, match=message):
+            call(jnp.zeros(2), jnp.ones(2), None)
+
+
+@pytest.mark.slow("traces each method", fast="method3")
+@pytest.mark.parametrize("method", OF_ANY_OBJECTIVE)
+def test_an_outer_function_with_a_vector_or_a_string_is_refused_with_a_remedy(method):
+    condition = bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta) ** 2))
+    for outer, has_aux, message in (
+        (lambda w, theta, data: w, False, r"an array of shape \(2,\): return its sum or mean"),
+        (lambda w, theta, data: (jnp.sum(w), {"a": "text"}), True, r"got str at aux\['a'\]: .* leave it out"),
+    ):
+        function = bl.value_and_hypergradient(bl.Problem(condition, outer, has_aux), bl.GradientDescent(0.5, 3), method)
+        with pytest.raises(TypeError, match=message):
+            function(jnp.ones(2), jnp.zeros(2), None)
 
 
 def test_an_outer_function_of_another_form_than_has_aux_says_is_refused():
@@ -635,6 +714,89 @@ def test_a_function_of_other_arguments_is_refused_when_it_is_declared(name):
         WRONG_DECLARATIONS[name]()
 
 
+WRONG_KINDS = {
+    "a class of linear solvers": (lambda: bl.Implicit(bl.CG), r"the class CG: pass an instance, CG\(…\)"),
+    "a class in a layer": (lambda: bl.implicit_layer(PROBLEM.condition, DESCENT, bl.LU), "the class LU: pass an inst"),
+    "a class of inner solvers": (
+        lambda: bl.value_and_hypergradient(PROBLEM, bl.GradientDescent, bl.Implicit(bl.CG(2))),
+        "calls solver.* got the class GradientDescent: pass an instance",
+    ),
+    "a class in solve": (
+        lambda: bl.solve(bl.HessianFree, PROBLEM.condition, jnp.zeros(2), THETA, None),
+        "got the class HessianFree: pass an instance",
+    ),
+    "a class of methods": (
+        lambda: bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Unrolled),
+        "the class Unrolled: pass an instance",
+    ),
+    "a class of conditions": (lambda: bl.Problem(bl.Root, squared), "got the class Root: pass one"),
+    "a condition for a problem": (
+        lambda: bl.value_and_hypergradient(PROBLEM.condition, DESCENT, bl.Implicit(bl.CG(2))),
+        r"needs a problem, got Stationary: pass Problem\(condition, outer\)",
+    ),
+    "a problem for a condition": (
+        lambda: bl.implicit_layer(PROBLEM, DESCENT, bl.CG(2)),
+        "needs a condition, got Problem: pass its condition",
+    ),
+    "a linear solver for a method": (
+        lambda: bl.value_and_hypergradient(PROBLEM, DESCENT, bl.CG(2)),
+        r"calls method\(problem, .* got a function of \(matvec",
+    ),
+    "a method for a linear solver": (
+        lambda: bl.implicit_layer(PROBLEM.condition, DESCENT, bl.Implicit(bl.CG(2))),
+        "calls linear.* got Implicit: pass one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_a_class_or_another_kind_of_object_is_refused_with_a_remedy(name):
+    call, message = WRONG_KINDS[name]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_function_that_makes_a_transformation_is_refused_with_a_remedy():
+    optax = pytest.importorskip("optax")
+    with pytest.raises(TypeError, match=r"Optax needs .*, got adam: call it"):
+        bl.Optax(optax.adam, 3)
+    arguments = PROBLEM, jnp.asarray(THETA), jnp.zeros(2), None, DESCENT, bl.Implicit(bl.CG(2))
+    with pytest.raises(TypeError, match=r"minimize needs .*, got sgd: call it"):
+        bl.minimize(*arguments, optax.sgd, 1)
+
+
+METHODS_OF_INIT = {
+    "right": [bl.Unrolled(), bl.ForwardUnrolled()],
+    "zero": [bl.Implicit(bl.CG(2)), bl.OneStep(), bl.FiniteDifference(bl.CG(2)), bl.ValuePenalty(10.0),
+             bl.EvolutionStrategies(2), bl.Unrolled(last=2)],
+}  # fmt: skip
+
+
+@pytest.mark.slow("compiles each method", fast="zero-0")
+@pytest.mark.parametrize(
+    ("kind", "index"), [(kind, i) for kind, all_ in METHODS_OF_INIT.items() for i in range(len(all_))]
+)
+def test_a_derivative_in_init_is_right_or_zero_with_a_warning(kind, index):
+    method = METHODS_OF_INIT[kind][index]
+    function = bl.value_and_hypergradient(PROBLEM, bl.GradientDescent(0.1, 3), method, "ignore")
+
+    def value(init):
+        return function(jnp.asarray(THETA), init, None).value
+
+    for transform in (lambda f: f, jax.jit):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            slope = jax.grad(transform(value))(jnp.ones(2))
+        told = any("init of a hypergradient is being differentiated" in str(w.message) for w in caught)
+        if kind == "zero":
+            assert told and not slope.any()
+        else:
+            shift = 1e-6 * np.eye(2)
+            expected = [(float(value(1 + d)) - float(value(1 - d))) / 2e-6 for d in shift]
+            assert not told
+            np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+
 FUNCTION = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(bl.CG(4)))
 LAYER = bl.implicit_layer(PROBLEM.condition, DESCENT, bl.CG(4))
 
@@ -671,8 +833,13 @@ def test_an_argument_that_is_not_an_array_is_refused_with_a_remedy(entry):
     words = "is not an array or a number, got {}: let .* static field .*equinox.partition"
     with pytest.raises(TypeError, match=r"data\['f'\] " + words.format(r"\w+")):
         call(theta, init, {"f": jnp.sin})
-    with pytest.raises(TypeError, match=r"theta\[1\] " + words.format("str")):
-        call([theta, "name"], init, None)
+    for leaf, kind in (("name", "str"), (object(), "object")):
+        with pytest.raises(TypeError, match=r"theta\[1\] " + words.format(kind)):
+            call([theta, leaf], init, None)
+    with pytest.raises(TypeError, match=r"outer variables are real, got complex128 at theta|is complex, .*: split it"):
+        call(theta.astype(complex), init, None)
+    with pytest.raises(TypeError, match=r"inner variables are floating point, got int64 at init"):
+        call(theta, init.astype(int), None)
     with pytest.raises(TypeError, match=r"init\[1\] " + words.format("str")):
         call(theta, [init, "name"], None)
     with pytest.raises(TypeError, match=r"init is not an array or a number|init\[0\] is not an array or a number"):
@@ -683,6 +850,8 @@ def test_solvers_of_jaxopt_that_do_not_fit_are_refused_with_a_remedy():
     jaxopt = pytest.importorskip("jaxopt")
     with pytest.raises(TypeError, match=r'LBFGS\(…\), an instance: use Jaxopt\("LBFGS", …\)'):
         bl.Jaxopt(jaxopt.LBFGS(quadratic))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r'a functools.partial of LBFGS: use Jaxopt\("LBFGS", …\)'):
+        bl.Jaxopt(functools.partial(jaxopt.LBFGS, maxiter=3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jaxopt's LBFGS gets its function from the condition: leave out fun"):
         bl.solve(bl.Jaxopt("LBFGS", fun=quadratic), PROBLEM.condition, jnp.zeros(2), jnp.asarray(THETA), None)
     for name, ours in (("solve_lu", "LU"), ("solve_cg", "CG"), ("solve_gmres", "GMRES")):

@@ -61,8 +61,10 @@ def textbook_cg(matrix, b, steps):
 
 def by_the_same_algorithm(name, matrix, b, steps):
     """Return the answer of the same kind of algorithm in NumPy or SciPy, in the dtype of ``matrix``."""
-    if name in ("LU", "Cholesky"):
+    if name in ("LU", "Cholesky", "QR", "SVD"):
         return np.linalg.solve(matrix, b)
+    if name == "LSMR":
+        return scipy.sparse.linalg.lsmr(matrix, b, atol=1e-14, btol=1e-14, conlim=0, maxiter=steps)[0]
     if name == "NormalCG":
         return textbook_cg(matrix.T @ matrix, matrix.T @ b, steps)
     if name == "GMRES":
@@ -72,9 +74,12 @@ def by_the_same_algorithm(name, matrix, b, steps):
     return textbook_cg(matrix, b, steps)
 
 
-def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS):
-    """Return messages about the solves whose status is wrong, and the number of all solves that were judged."""
-    solver, limits = SOLVERS[name](steps), jnp.finfo(dtype)
+def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS, make=None):
+    """Return messages about the solves whose status is wrong, and the number of all solves that were judged.
+
+    ``make(steps)`` returns the solver; None for the one of that name in SOLVERS.
+    """
+    solver, limits = (make or SOLVERS[name])(steps), jnp.finfo(dtype)
     eps = float(limits.eps)
     solve = jax.jit(lambda matrix, b: solver(lambda v: matrix @ v, b))
     wrong, count = [], 0
@@ -94,6 +99,8 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
         if bl.Status(int(info.status)).ok:
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
                 wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
+        elif make is not None and error > (1e-6 if dtype == F64 else 10 * eps * true_kappa):
+            continue  # another library's solver was stopped by rounding at a wrong x, which is refused
         elif dtype == F64 or kappa < 1e5:
             # BiCGStab's residual rises before it falls, which costs digits. So in float32 it is judged by SciPy's
             # BiCGStab in float32.
@@ -111,6 +118,68 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
 def test_no_answer_is_wrong_with_an_ok_status_or_right_with_a_failed_one(name, dtype):
     wrong, count = misjudged(name, dtype, 60, 8, (0, 1), (1e-20, 1.0, 1e20), (1.0, 1e4, 1e8))
     assert not wrong and count > 20
+
+
+@pytest.mark.slow("solves hundreds of systems by each solver of Lineax")
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", ["LU", "QR", "SVD", "Cholesky", "CG", "NormalCG", "GMRES", "BiCGStab", "LSMR"])
+def test_the_table_of_judgements_of_lineax(name, dtype):
+    lineax = pytest.importorskip("lineax")
+    eps = 1e-12 if dtype == F64 else 1e-5
+    options = {"rtol": eps, "atol": eps, "max_steps": 200}
+    iterative = {
+        "GMRES": lambda: lineax.GMRES(**options, restart=20),
+        "NormalCG": lambda: lineax.Normal(lineax.CG(**options)),
+    }
+    if name in ("LU", "QR", "SVD", "Cholesky"):
+        solver = getattr(lineax, name)()
+    else:
+        solver = iterative.get(name, lambda: getattr(lineax, name)(**options))()
+    scales, conditions = (1e-20, 1e-10, 1.0, 1e10, 1e20), (1.0, 1e2, 1e4, 1e8, 1e12)
+    if name == "NormalCG" and dtype == F32:  # Lineax's method works on AᵀA, whose condition number is the square
+        conditions = (1.0, 1e1, 1e2)
+    wrong, count = misjudged(name, dtype, 200, 6, (0, 1), scales, conditions, lambda steps: bl.Lineax(solver))
+    assert not wrong, count
+    assert count > 70
+
+
+@pytest.mark.slow("compiles a hypergradient for each linear solver and precision")
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_table_of_judgements_of_least_squares(name, dtype):
+    # w minimises ½‖s(Mw − θ)‖², so that the adjoint system has the matrix s²MᵀM, which is scaled from 1e-20 to 1e20.
+    def residuals(w, theta, data):
+        matrix, scale, _ = data
+        return scale * (matrix @ w - theta)
+
+    problem = bl.Problem(bl.LeastSquares(residuals), lambda w, theta, data: w @ data[2])
+    solver = SOLVERS[name](60)
+    function = bl.value_and_hypergradient(problem, lambda c, init, theta, data: init, bl.Implicit(solver), "ignore")
+    solve, eps, wrong, count = jax.jit(function), float(jnp.finfo(dtype).eps), [], 0
+    for kappa, scale, seed in itertools.product((1.0, 1e2, 1e4, 1e6), (1e-10, 1e-5, 1.0, 1e5, 1e10), range(3)):
+        plain, cost = system(kappa, 6, False, seed)
+        data = [jnp.asarray(part, dtype) for part in (plain, scale, cost)]
+        matrix, of_matrix, of_cost = (np.asarray(part, float) for part in data)
+        theta = data[0] @ jnp.ones(6, dtype)
+        info = solve(theta, jnp.ones(6, dtype), data).linear
+        squared = matrix.T @ matrix
+        exact = np.linalg.solve(squared, of_cost)
+        error = np.linalg.norm(np.asarray(info.solution, float) * of_matrix**2 - exact) / np.linalg.norm(exact)
+        case = f"{name} κ={kappa:g} s={scale:g} {seed=}: {status_of(info)}, error {error:.2g}"
+        condition = np.linalg.cond(squared)
+        # The products are rounded as those with M and with Mᵀ one after the other, so their errors are eps·κ(M)² too.
+        if bl.Status(int(info.status)).ok:
+            if not error <= condition * (1.01 * float(info.relative_residual) + 20 * eps):
+                wrong.append(case)
+        elif dtype == F64 or condition < 1e5:
+            precision = np.float32 if name == "BiCGStab" and dtype == F32 else np.float64
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                other = by_the_same_algorithm(name, squared.astype(precision), of_cost.astype(precision), 60)
+            if np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact):
+                wrong.append(f"{case}, and NumPy or SciPy is right to 1e-6")
+        count += 1
+    assert not wrong and count == 60
 
 
 @pytest.mark.slow("solves thousands of systems")
@@ -266,6 +335,18 @@ def test_products_that_cancel_are_not_taken_for_an_asymmetry(dtype):
     problem = bl.Problem(condition, lambda w, theta, data: jnp.sum(w * jnp.arange(20).astype(dtype)))
     function = bl.value_and_hypergradient(problem, lambda condition, init, theta, data: theta, bl.Implicit(bl.LU()))
     assert bl.Status(int(function(jnp.ones(20, dtype), jnp.zeros(20, dtype), None).status)).ok
+
+
+@pytest.mark.parametrize("linear", [bl.LU(), bl.Cholesky()])
+def test_a_factorisation_of_an_exact_matrix_is_accepted_where_its_products_are_noise(linear):
+    # The eigenvalues of I − M are about 1e-6, so that rounding makes up several per cent of a product x − Mx.
+    matrix = np.eye(20) - symmetric_with(np.linspace(1e-6, 3e-6, 20), np.random.default_rng(0))
+    matrix = jnp.asarray(matrix + matrix.T, F32) / 2
+    b = jnp.arange(20).astype(F32)
+    x, info = linear(lambda v: v - matrix @ v, b)
+    exact = np.linalg.solve(np.eye(20) - np.asarray(matrix, float), np.arange(20))
+    assert np.linalg.norm(np.asarray(x, float) - exact) < 1e-6 * np.linalg.norm(exact)
+    assert float(info.relative_residual) > 1e-3 and status_of(info) == "ILL_CONDITIONED"
 
 
 @pytest.mark.slow("compiles Newton's method for each number of directions", fast="10-float64")
