@@ -24,9 +24,9 @@ class GradientDescent:
     """Gradient descent: w ← w − step_size · F(w, θ, data) from ``init``, with F the gradient of the inner objective.
 
     Args:
-        step_size: a positive number, or a schedule: a function of the step, counted from 0, as optax has them. On a
-            convex objective, the iteration without momentum converges for values below 2 / (largest eigenvalue of
-            ∂F/∂w).
+        step_size: a positive number. On a convex objective, the iteration without momentum converges for values below
+            2 / (largest eigenvalue of ∂F/∂w). In Python it may be a schedule: a function of the step, counted from 0,
+            as optax has them.
         max_steps: the budget, in gradients.
         tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
         momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
@@ -90,6 +90,7 @@ class GradientDescent:
         """Return the step size at a step, which a number does not depend on."""
         if not callable(self.step_size):
             return self.step_size
+        assert step is not None, "the memory of a schedule holds the step"
         with jax.numpy_dtype_promotion("standard"):  # a schedule may multiply floats by the integer step
             return self.step_size(step)
 

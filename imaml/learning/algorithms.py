@@ -99,6 +99,13 @@ REFERENCE_DAMPING = 10.0
 """The constant that the public code adds to λ in the adjoint system of :mod:`imaml.learning.problem`."""
 
 
+def constant_step_size(descent: bl.GradientDescent) -> float:
+    """Return the step size of gradient descent, or raise ValueError for a schedule."""
+    if callable(descent.step_size):
+        raise ValueError(f"the step size must be a number here, got the schedule {descent.step_size}")
+    return descent.step_size
+
+
 @dataclass(frozen=True)
 class DescendThenPull:
     """The inner loop of the public code: descent on the support loss, then one step on the proximal term.
@@ -113,7 +120,7 @@ class DescendThenPull:
 
     def __call__(self, condition, init, theta, data):
         descended = bl.solve(self.descent, bl.Stationary(condition.objective), init, theta, data)
-        factor = self.descent.step_size * self.strength
+        factor = constant_step_size(self.descent) * self.strength
         return jax.tree.map(lambda w, center: w - factor * (w - center), descended.w, condition.center(theta, data))
 
 

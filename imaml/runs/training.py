@@ -8,6 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -179,21 +180,28 @@ def _train(
     _warn_of_test_classes(origin.get("start", {}), preset, description["data"], on_warning)
     evaluation = None
     with (
-        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset))
-        if is_first()
-        else NullRunFolder()
-    ) as folder:
+        (
+            RunFolder(
+                directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset)
+            )
+            if is_first()
+            else NullRunFolder()
+        ) as folder,
+        ThreadPoolExecutor(1) as writer,
+    ):
         first = initial_state(preset)
         begun = state = from_first(folder.resume(first if theta is None else replace(first, theta=theta)))
         selection = validator.begin(folder.saved.get("validation"))
-        if is_first() and source is None:
-            run_data.keep(directory, present)
+        # Compress the copy of the glyphs on another thread while the step is traced, which takes half a second.
+        kept = writer.submit(run_data.keep, directory, present) if is_first() and source is None else None
         if is_first():
             on_begin(directory, description, int(begun.step))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
             steps = 0 if validator.ends(selection) else preset.outer.steps - int(begun.step)
             for state, report in _steps(preset, mesh, begun, classes["train"].source, compiler, steps):
+                if kept is not None:
+                    kept.result()  # raises the error of a full disk
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 progress = validator.validated(progress, state.theta)
                 selection = validator.chosen(selection, progress)
@@ -207,6 +215,8 @@ def _train(
                     break
                 if validator.ends(selection):
                     break
+            if kept is not None:
+                kept.result()
             done = int(state.step)
             facts, loss = validator.saved(selection, done)
             folder.save(done, state, facts, loss)

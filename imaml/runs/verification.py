@@ -32,7 +32,7 @@ from jax.flatten_util import ravel_pytree
 import bilevel as bl
 from imaml.datasets import Dataset
 from imaml.errors import InputError
-from imaml.learning.algorithms import Learner
+from imaml.learning.algorithms import Learner, constant_step_size
 from imaml.learning.meta_gradient import meta_gradient
 from imaml.learning.tasks import Task
 from imaml.runs import data as run_data
@@ -255,7 +255,7 @@ def check_solution(
         implicit = compiling(_implicit(learner), theta, theta, task, **QUICK)
     rate = 1 / _largest_curvature(derivatives, start)
     if isinstance(learner.solver, bl.GradientDescent):
-        rate = min(learner.solver.step_size, rate)
+        rate = min(constant_step_size(learner.solver), rate)
 
     def slopes(direction, number):
         """Return φ after the last of ``steps``, and the slope of MAML's loss along a direction after each of them."""
