@@ -37,7 +37,7 @@ def transport(similarity, marginals, tol=None, rounding=0.0):
         rounding: the machine epsilon of the narrowest dtype in which the sums were given, if that is not the dtype of
             ``similarity``. Sums whose totals differ by at most 4·``rounding`` are scaled to one total.
     """
-    a, b = _balanced(*marginals, rounding)
+    a, b = _balanced(marginals, rounding)
     fixed = lax.stop_gradient((similarity, a, b))
     allowed = _allowed(*fixed)
     similarity = jnp.where(allowed, similarity, 0)
@@ -66,7 +66,7 @@ def kl_transport(similarity, marginals, tol=None, rounding=0.0):
         tol: as for :func:`transport`, for the Newton steps that are not differentiated.
         rounding: as for :func:`transport`.
     """
-    a, b = _balanced(*marginals, rounding)
+    a, b = _balanced(marginals, rounding)
     fixed = lax.stop_gradient((similarity, a, b))
     allowed = _allowed(*fixed)
     similarity = jnp.where(allowed, similarity, 0)
@@ -94,8 +94,9 @@ def _ones(similarity):
     return tuple(jnp.ones(size, similarity.dtype) for size in similarity.shape)
 
 
-def _balanced(a, b, rounding):
+def _balanced(marginals, rounding):
     """Return the sums, scaled to the mean of their totals where the totals differ by no more than their rounding."""
+    a, b = marginals
     if not rounding:
         return a, b
     totals = lax.stop_gradient(jnp.stack([a.sum(), b.sum()]))

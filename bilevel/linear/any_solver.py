@@ -86,7 +86,7 @@ def _form(x: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
     return jax.tree.structure(x), tree.shapes(x)
 
 
-def _is_code(found: object) -> bool:
+def _is_code(found: Any) -> bool:
     """Return whether the second output of a solver is None or one number, which says how the solver ended."""
     return found is None or (jax.tree_util.all_leaves([found]) and jnp.ndim(found) == 0)
 
