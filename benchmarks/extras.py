@@ -55,6 +55,16 @@ found = bl.solve(solver, condition, 2.0, 9.0, None)
 assert int(found.status) == bl.Status.CONVERGED and abs(float(found.w) - 3) < 1e-4, found
 """
 
+WITH_LOGGER = """
+import glob
+import imaml
+
+preset = imaml.preset("sinusoid-5shot-gd")
+preset = imaml.replace(preset, outer=imaml.replace(preset.outer, steps=2, tasks=2))
+imaml.train(preset, "run", evaluation_tasks=2, loggers=[LOGGER])
+assert glob.glob("run/WRITTEN")
+"""
+
 USERS_TEST = """
 import jax.numpy as jnp
 from hypothesis import given, settings
@@ -137,6 +147,17 @@ def equinox(env: Environment) -> None:
     _test_networks(env)
 
 
+def tensorboard(env: Environment) -> None:
+    """Train with the logger for TensorBoard, by the real tensorboardX."""
+    env.run("-c", WITH_LOGGER.replace("LOGGER", "imaml.TensorBoard()").replace("WRITTEN", "tensorboard/events*"))
+
+
+def wandb(env: Environment) -> None:
+    """Train with the logger for Weights & Biases, by the real wandb without a network."""
+    logger = "imaml.WeightsAndBiases(options={'mode': 'offline'})"
+    env.run("-c", WITH_LOGGER.replace("LOGGER", logger).replace("WRITTEN", "wandb/offline*"))
+
+
 def _test_networks(env: Environment) -> None:
     """Run the tests of modules as networks. Those of a library that is not installed are skipped."""
     env.run("-m", "pip", "install", "--quiet", "pytest")
@@ -174,7 +195,10 @@ def dev(env: Environment) -> None:
     assert "skipped" not in report, report
 
 
-JOBS = {job.__name__: job for job in (base, testing, flax, equinox, lineax, optimistix, docs, dev, benchmarks)}
+JOBS = {
+    job.__name__: job
+    for job in (base, testing, flax, equinox, lineax, optimistix, tensorboard, wandb, docs, dev, benchmarks)
+}
 
 
 def check(extra: str) -> None:

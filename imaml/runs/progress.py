@@ -78,7 +78,7 @@ class Reporter:
         if self._unfinished:
             print(file=self._stream, flush=True)
         self._unfinished = False
-        self._first = None
+        self._first = self._validation = None
 
     def _show(self, progress):
         time_left = _time_left(self._first, progress)

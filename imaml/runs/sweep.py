@@ -133,7 +133,7 @@ class Sweep:
         options = " ".join(f"--{path} {value}" for path, value in best.settings.items())
         others = [trial for trial in self.trials if trial.validated and trial is not best]
         close = sum(abs(trial.value - best.value) <= trial.interval + best.interval for trial in others)
-        tie = f" The interval of the best one overlaps with those of {close} others." if close else ""
+        tie = f" Its interval overlaps with those of {close} of {len(others)} others." if close else ""
         return f"Best on validation: {options}.{tie} Test classes were not looked at."
 
 

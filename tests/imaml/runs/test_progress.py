@@ -53,6 +53,10 @@ def test_the_last_validation_is_shown_until_the_next_one():
         reporter.step(replace(progress(step), validation=validation))
     lines = stream.getvalue().splitlines()
     assert ["validation 62.5%" in line for line in lines] == [False, True, True]
+    reporter.finish()  # the next step may be that of another run
+    reporter._shown = float("-inf")
+    reporter.step(progress(1))
+    assert "validation" not in stream.getvalue().splitlines()[-1]
 
 
 def test_the_bar_is_redrawn_at_most_ten_times_a_second(clock):
