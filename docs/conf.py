@@ -14,7 +14,8 @@ project = "bilevel and imaml"
 author = "the authors of bilevel and imaml"
 project_copyright = "2026, " + author
 release = version = importlib.metadata.version("bilevel-imaml")
-PROJECT_URLS = dict(entry.split(", ", 1) for entry in importlib.metadata.metadata("bilevel-imaml").get_all("Project-URL"))
+metadata = importlib.metadata.metadata("bilevel-imaml")
+urls = dict(entry.split(", ", 1) for entry in metadata.get_all("Project-URL", []))
 
 extensions = [
     "myst_parser",
@@ -60,7 +61,7 @@ html_title = f"{project} {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 # Each page links to its source once pyproject.toml names the address of the repository.
-if repository := PROJECT_URLS.get("Repository"):
+if repository := urls.get("Repository"):
     html_theme_options = {"source_repository": repository, "source_branch": "main", "source_directory": "docs/"}
 html_math_renderer = "mathml"
 html_copy_source = False

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sphinx.errors import ExtensionError
-
 DOCS = Path(__file__).parents[1]
 WIDTH = 80
 """Number of characters in a line of the help."""
@@ -35,7 +33,7 @@ def commands(text):
     listed = re.search(r"^  COMMAND\n(.*?)(?=^\S|^$)", text, flags=re.MULTILINE | re.DOTALL)
     names = re.findall(r"^    ([a-z][\w-]*)", listed[1] if listed else "", flags=re.MULTILINE)
     if not names:
-        raise ExtensionError(f"the help of imaml lists no commands:\n{text}")
+        raise RuntimeError(f"the help of imaml lists no commands:\n{text}")
     return names
 
 
@@ -49,7 +47,7 @@ def help_of(*command):
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     if done.returncode:
-        raise ExtensionError(f"imaml {' '.join(command)} --help exited with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"imaml {' '.join(command)} --help exited with {done.returncode}:\n{done.stderr[-3000:]}")
     return done.stdout
 
 

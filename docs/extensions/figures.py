@@ -69,7 +69,11 @@ def error_figure(axes):
 def _method(name):
     """Return the call of this library for a curve of figure 2."""
     budget = name.removeprefix("iMAML, ").partition(" ")[0]
-    calls = {"MAML": "Unrolled()", "MAML, unrolled": "Unrolled()", "MAML, steps recomputed": "Unrolled(checkpoint=True)"}
+    calls = {
+        "MAML": "Unrolled()",
+        "MAML, unrolled": "Unrolled()",
+        "MAML, steps recomputed": "Unrolled(checkpoint=True)",
+    }
     return f"`{calls.get(name) or f'Implicit(CG({budget}))'}`"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from docutils.parsers.rst import directives
 from sphinx.errors import ExtensionError
@@ -60,7 +61,10 @@ def run(path):
     program = DRAW if path.suffix == ".py" else NOTEBOOKS
     command = [sys.executable, str(program), str(path), str(GENERATED)]
     # The light and the dark run of an example compile the same programs, so the second run takes them from a cache.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(GENERATED / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(GENERATED / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | cache)
     if done.returncode:
         raise ExtensionError(f"{path.name} exited with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -78,7 +82,7 @@ class Example(SphinxDirective):
     """
 
     required_arguments = 1
-    option_spec = {"alt": directives.unchanged_required}
+    option_spec: ClassVar = {"alt": directives.unchanged_required}
 
     def run(self):
         return self.parse_text_to_nodes(shown(self.arguments[0], self.options["alt"]))
@@ -87,7 +91,8 @@ class Example(SphinxDirective):
 def shown(name, alt):
     """Return the Markdown that shows an example."""
     pictures = [
-        f"```{{image}} generated/{name}-{mode}.png\n:class: only-{mode}\n:alt: {alt}\n```\n" for mode in ("light", "dark")
+        f"```{{image}} generated/{name}-{mode}.png\n:class: only-{mode}\n:alt: {alt}\n```\n"
+        for mode in ("light", "dark")
     ]
     output = f"```{{literalinclude}} generated/{name}.txt\n:language: text\n```\n"
     code = f"```{{literalinclude}} ../examples/{name}.py\n:language: python\n```\n"

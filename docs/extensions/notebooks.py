@@ -1,8 +1,8 @@
 """Make a Jupyter notebook from a page or from an example, run it, and keep the outputs in it.
 
-`python notebooks.py SOURCE FOLDER` writes FOLDER/NAME.ipynb, where SOURCE is a page, NAME.md, or an example, NAME.py. The
-cells run in this process and not in a Jupyter kernel, so that the site needs no Jupyter. An error in a cell ends the
-program, unless the page expects the error.
+`python notebooks.py SOURCE FOLDER` writes FOLDER/NAME.ipynb, where SOURCE is a page, NAME.md, or an example, NAME.py.
+The cells run in this process and not in a Jupyter kernel, so that the site needs no Jupyter. An error in a cell ends
+the program, unless the page expects the error.
 """
 
 import ast
@@ -33,7 +33,7 @@ def from_page(text):
     """Return the cells of a page: each doctest as code without prompts and outputs, and the rest as Markdown."""
     cells, end = [], 0
     for block in FENCE.finditer(text):
-        info, body = block[2].strip(), block[3]
+        body = block[3]
         if body.lstrip().startswith(">>>"):
             cells += [Cell("markdown", _plain(text[end : block.start()])), *_code_cells(body)]
             end = block.end()
@@ -61,6 +61,7 @@ def _code_cells(body):
 def _plain(text):
     """Return Markdown without what only Sphinx understands, and without links into the site."""
     text = re.sub(r"^```\{code-block\} (\w+)\n(?::caption: (.*)\n)?(?::.*\n)*\n?", _captioned, text, flags=re.MULTILINE)
+    text = re.sub(r"^.*\{download\}.*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^```+\{(?!code-block).*?^```+\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{\w+\}`(?:([^`<]+) <[^`>]+>|~?([^`]+))`", lambda found: f"`{found[1] or found[2]}`", text)
     return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text).strip()
@@ -75,14 +76,15 @@ def from_script(text):
     tree = ast.parse(text)
     title, _, rest = ast.get_docstring(tree).partition("\n")
     cells = [Cell("markdown", f"# {title.rstrip('.')}\n{rest}\n\n{INSTALL}")]
-    lines, begin, parts = text.splitlines(), tree.body[0].end_lineno, []
+    lines, begin, parts, joins = text.splitlines(), tree.body[0].end_lineno, [], False
     for node in tree.body[1:]:
-        if parts and not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If) and not parts[-1][1]:
-            parts[-1][0].extend(lines[begin : node.end_lineno])  # imports and constants share a cell
+        part, begin = lines[begin : node.end_lineno], node.end_lineno
+        joined, joins = joins, isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)
+        if joins and joined:
+            parts[-1] += part  # imports and constants share a cell
         else:
-            parts.append((lines[begin : node.end_lineno], not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)))
-        begin = node.end_lineno
-    for part, _ in parts:
+            parts.append(part)
+    for part in parts:
         source = re.sub(r'^if __name__ == "__main__":\n', "", "\n".join(part).strip("\n"))
         if source.startswith("    "):
             source = re.sub(r"^    ", "", source, flags=re.MULTILINE).replace("*sys.argv[1:]", "")

@@ -39,7 +39,9 @@ def test_a_block_declares_its_language(block):
         assert not COMMANDS.search(block.text), "write commands in an sh block, or with their output in a console block"
     # PyTorch and benchopt are no dependencies of the tests.
     uses_others = re.search(r"\b(torch|torchopt|higher|l2l|benchopt)\.", block.text) is not None
-    assert (uses_others and block.language == "python") == block.not_run, "mark exactly the blocks with PyTorch or benchopt as not run"
+    assert (uses_others and block.language == "python") == block.not_run, (
+        "mark exactly the blocks with PyTorch or benchopt as not run"
+    )
 
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=repr)
