@@ -46,9 +46,10 @@ def record(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def rows(header, lines):
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+def rows(header, lines, words=1):
+    """Return a Markdown table. Its first columns have words, and the others have numbers, aligned at the right."""
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines]) + "\n"
 
 
 def error_table():
@@ -105,7 +106,7 @@ def seconds():
 
 def seconds_table():
     header = ["computation", "library", "seconds", "ratio to ours"]
-    return rows(header, [[what, who, f"{time:.3f}", f"{ratio:.2f}"] for what, who, time, ratio in seconds()])
+    return rows(header, [[what, who, f"{time:.3f}", f"{ratio:.2f}"] for what, who, time, ratio in seconds()], words=2)
 
 
 def seconds_figure(axes):
@@ -146,6 +147,8 @@ def samples_table():
 def samples_figure(axes):
     for name, gaps in samples().items():
         axes.loglog(AFTER, gaps, "o-", ms=4, label=name)
+    axes.set_xticks(AFTER, [f"{limit:g}" for limit in AFTER])
+    axes.minorticks_off()
     axes.set(xlabel="seconds", ylabel="h(θ) − h*")
     axes.legend()
 
