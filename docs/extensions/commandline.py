@@ -24,7 +24,7 @@ def write(app):
 
 def page():
     """Return one section in Markdown for each command, with its help."""
-    sections = [f"## imaml {name}\n\n{_block(help_of(name))}" for name in commands(help_of())]
+    sections = [f"### imaml {name}\n\n{_block(help_of(name))}" for name in commands(help_of())]
     return "\n".join([_block(help_of()), *sections])
 
 
