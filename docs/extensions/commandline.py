@@ -52,4 +52,4 @@ def help_of(*command):
 
 
 def _block(text):
-    return f"````text\n{text.strip()}\n````\n"
+    return f"````{{code-block}} text\n:class: help\n\n{text.strip()}\n````\n"

@@ -25,6 +25,8 @@ After this page you can add. See [another page](../other.md#there) and [elsewher
 
 Download this page as {download}`a notebook <../generated/page.ipynb>`.
 
+![A picture](../images/picture.png)
+
 ```{code-block} python
 :caption: a_file.py
 
@@ -59,7 +61,8 @@ def test_a_page_becomes_a_notebook_with_outputs():
     assert "# A title" in begin["source"] and notebooks.INSTALL in begin["source"]
     assert "`a_file.py`:\n\n```python\nprint" in begin["source"]
     assert "another page and [elsewhere](https://example.org)" in begin["source"]
-    assert "download" not in begin["source"] and end["source"] == "The end of `bilevel.minimize`."
+    assert "ownload" not in begin["source"] and "picture" not in begin["source"]
+    assert end["source"] == "The end of `bilevel.minimize`."
     assert printed["source"].endswith("print(1 + 1)") and ">>>" not in printed["source"]
     assert printed["outputs"] == [{"output_type": "stream", "name": "stdout", "text": "2\n"}]
     assert shown["outputs"][0]["data"] == {"text/plain": "three", "text/html": "<b>3</b>"}
