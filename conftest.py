@@ -17,15 +17,21 @@ from pathlib import Path, PurePath
 import pytest
 
 SLOW_PAGES = {
+    "docs/moving/benchmark_bilevel.md": "runs a stochastic loop to its end",
     "docs/moving/higher.md": "unrolls long inner solves",
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
+    "docs/moving/learn2learn.md": "compiles the meta-gradients of two algorithms",
     "docs/moving/optimistix.md": "compiles solvers of three libraries",
     "docs/moving/torchopt.md": "compiles a layer for each part",
     "docs/own-data.md": "trains two small runs",
     "docs/own-network.md": "draws the parameters of modules of two libraries",
+    "docs/own-loop.md": "compiles a step in several ways",
+    "docs/own-solver.md": "compiles each way to differentiate a solver",
+    "docs/trouble.md": "compiles a gradient for each fault and its remedy",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/start/imaml.md": "compiles the adaptation of a convolutional network",
     "docs/testing.md": "checks several methods against every reference",
+    "docs/which-method.md": "compiles ten methods",
 }
 """The reason for each page whose doctests are slow, by the path relative to this folder. A page cannot have a mark."""
 

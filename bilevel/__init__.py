@@ -86,6 +86,7 @@ from bilevel.methods import (
     Unrolled,
     ValuePenalty,
 )
+from bilevel.notebook import html_table
 from bilevel.outer import History, Minimum, OuterState, StepRecord, initial_state, minimize
 from bilevel.problem import Problem
 from bilevel.solvers import (
@@ -188,6 +189,7 @@ __all__ = [  # noqa: RUF022  # by group, as in the API pages
     "Status",
     "HypergradientError",
     "check_status",
+    "html_table",
     # Trust
     "check_condition",
     "ConditionReport",

@@ -8,11 +8,15 @@ import enum
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from bilevel.notebook import html_table
 
 PyTree = Any
 Objective = Callable[[PyTree, PyTree, PyTree], jax.Array]
@@ -114,9 +118,58 @@ _MESSAGES = {
 }
 
 
+class _ShownAsTable:
+    """A dataclass that a notebook shows as a table of its fields, together with those of the records in it."""
+
+    def _repr_html_(self) -> str:
+        return html_table(("field", "value"), _field_rows(self))
+
+
+def _field_rows(record: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Return the name and the value of each field that is not None. Nested records have dotted names."""
+    rows = []
+    for name in (field.name for field in fields(record)):
+        value = getattr(record, name)
+        if isinstance(value, _ShownAsTable):
+            rows += _field_rows(value, f"{prefix}{name}.")
+        elif value is not None:
+            rows.append((f"{prefix}{name}", _status_text(value) if name == "status" else _text(value)))
+    return rows
+
+
+def _status_text(status: Any) -> str:
+    """Return the name of a status, and its message if it is a failure; the array's type if it is traced or a batch."""
+    if not _is_concrete(status) or np.ndim(status):
+        return _text(status)
+    found = Status(int(status))
+    return found.name if found.ok else f"{found.name}: {found.message}"
+
+
+def _text(tree: PyTree) -> str:
+    """Return the numbers of small arrays, and the dtype and shape of large or traced ones, leaf by leaf."""
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    shown = "; ".join(f"{name}{': ' * bool(name)}{_leaf_text(leaf)}" for name, leaf in leaves[:_LEAVES])
+    return shown + (f"; … {len(leaves)} leaves" if len(leaves) > _LEAVES else "")
+
+
+_LEAVES, _ENTRIES = 8, 6
+"""The most leaves of a tree, and the most entries of a leaf, whose numbers a table shows."""
+
+
+def _is_concrete(leaf: Any) -> bool:
+    """Return True for a number or an array with entries, not for a tracer or the description of an array."""
+    return not isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
+
+
+def _leaf_text(leaf: Any) -> str:
+    if not _is_concrete(leaf) or np.size(leaf) > _ENTRIES:
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return np.array2string(np.asarray(leaf), precision=4, separator=", ")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Solution:
+class Solution(_ShownAsTable):
     """The result of an inner solver.
 
     Attributes:
@@ -137,7 +190,7 @@ class Solution:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LinearInfo:
+class LinearInfo(_ShownAsTable):
     """The report on a linear solve Ax = b.
 
     Attributes:
@@ -171,7 +224,7 @@ class LinearInfo:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Hypergradient:
+class Hypergradient(_ShownAsTable):
     """The outer value, its total derivative in θ, and the reports on both solves.
 
     Attributes:

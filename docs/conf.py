@@ -14,19 +14,24 @@ project = "bilevel and imaml"
 author = "the authors of bilevel and imaml"
 project_copyright = "2026, " + author
 release = version = importlib.metadata.version("bilevel-imaml")
+metadata = importlib.metadata.metadata("bilevel-imaml")
+urls = dict(entry.split(", ", 1) for entry in metadata.get_all("Project-URL", []))
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
     # Extensions of this project, in docs/extensions.
+    "commandline",
     "docstrings",
+    "figures",
     "gallery",
     "mathml",
     "refusals",
 ]
-exclude_patterns = ["extensions", "generated/*.md"]
+exclude_patterns = ["extensions", "generated/*"]
 default_role = "code"
 nitpicky = True
 nitpick_ignore_regex = [
@@ -47,10 +52,17 @@ napoleon_use_ivar = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
+# A copy button takes the code of a doctest or a console block: it leaves out prompts and outputs.
+copybutton_prompt_text = r">>> |\.\.\. |\w*\$ "
+copybutton_prompt_is_regexp = True
+
 html_theme = "furo"
-html_title = project
+html_title = f"{project} {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+# Each page links to its source once pyproject.toml names the address of the repository.
+if repository := urls.get("Repository"):
+    html_theme_options = {"source_repository": repository, "source_branch": "main", "source_directory": "docs/"}
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sourcelink = False

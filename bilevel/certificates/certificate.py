@@ -34,6 +34,7 @@ from bilevel import tree
 from bilevel.certificates.error_bounds import Bounds, Constants, Step, distance, linear_algebra, newton_step, system_at
 from bilevel.certificates.lipschitz import Lipschitz
 from bilevel.conditions import StrongConvexity
+from bilevel.notebook import html_table
 from bilevel.problem import Problem
 from bilevel.types import Hypergradient, LinearSolver, PyTree
 
@@ -138,7 +139,17 @@ class Certificate:
         return (*_assumptions(self), *(_SENTENCES[finding] for finding in Finding if bits & finding))
 
     def __str__(self) -> str:
-        return _batch_table(self) if jnp.ndim(self.kind) else _table(self)
+        return "\n".join([self._title(), *map(_line, self._rows()), *(f"- {reason}" for reason in self.reasons)])
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._rows()
+        return html_table(header, rows, [self._title(), *self.reasons])
+
+    def _title(self):
+        return _batch_title(self) if jnp.ndim(self.kind) else _title(self)
+
+    def _rows(self):
+        return _batch_rows(self) if jnp.ndim(self.kind) else _rows(self)
 
 
 _SENTENCES = {
@@ -308,28 +319,43 @@ def _assumptions(certificate):
         yield "Every constant was declared, or proved from the problem's structure or a factorisation."
 
 
-def _table(certificate):
+def _title(certificate):
+    order = "first order" if bool(certificate.first_order) else "not first order"
+    return f"Hypergradient: {CertificateKind(int(certificate.kind)).name.lower()}; error estimate: {order}"
+
+
+def _rows(certificate):
+    """Return the header and the rows of one certificate's table: a name, an absolute and a relative number as text."""
     norm = float(certificate.norm)
-    rows = {
+    errors = {
         "error estimate": certificate.estimate,
         "error bound": certificate.bound,
         "bound after correction": certificate.corrected_bound,
         "rounding floor": certificate.rounding,
     }
-    order = "first order" if bool(certificate.first_order) else "not first order"
-    lines = [f"Hypergradient: {CertificateKind(int(certificate.kind)).name.lower()}; error estimate: {order}"]
-    lines += [f"{'':24}{'absolute':>12}{'relative':>12}", f"{'norm of the gradient':24}{norm:12.3e}"]
-    lines += [f"{name:24}{float(value):12.3e}{float(value) / norm if norm else np.nan:12.3e}"
-              for name, value in rows.items()]  # fmt: skip
-    lines += [f"{'inner error bound':24}{float(certificate.inner_error):12.3e}"]
-    return "\n".join([*lines, *(f"- {reason}" for reason in certificate.reasons)])
+    return [
+        ("", "absolute", "relative"),
+        ("norm of the gradient", f"{norm:.3e}", ""),
+        *((name, f"{float(e):.3e}", f"{float(e) / norm if norm else np.nan:.3e}") for name, e in errors.items()),
+        ("inner error bound", f"{float(certificate.inner_error):.3e}", ""),
+    ]
 
 
-def _batch_table(certificate):
+def _batch_title(certificate):
     kinds = np.asarray(certificate.kind).ravel()
     counts = ", ".join(f"{np.sum(kinds == kind)} {kind.name.lower()}" for kind in CertificateKind)
-    lines = [f"{kinds.size} hypergradients: {counts}", f"{'relative':16}{'median':>12}{'largest':>12}"]
+    return f"{kinds.size} hypergradients: {counts}"
+
+
+def _batch_rows(certificate):
+    """Return the header and the rows of a batch's table, with the median and the largest number of all tasks."""
+    rows = [("relative", "median", "largest")]
     for name in ("estimate", "bound"):
         values = np.asarray(getattr(certificate, f"relative_{name}")).ravel()
-        lines.append(f"{name:16}{np.median(values):12.3e}{np.max(values):12.3e}")
-    return "\n".join([*lines, *(f"- {reason}" for reason in certificate.reasons)])
+        rows.append((name, f"{np.median(values):.3e}", f"{np.max(values):.3e}"))
+    return rows
+
+
+def _line(row):
+    name, absolute, relative = row
+    return f"{name:24}{absolute:>12}{relative:>12}".rstrip()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
+from bilevel.notebook import html_table
 from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify import kinks
@@ -55,9 +56,19 @@ class ConditionReport:
         return next(check for check in self.checks if check.name == name)
 
     def __str__(self) -> str:
-        rows = [(check.name, "ok" if check.ok else "FAILED", check.found) for check in self.checks]
-        remedies = [wrapped(f"{check.name}: {check.remedy}") for check in self.checks if not check.ok]
-        return "\n".join([table(("check", "", "found"), rows), *remedies])
+        return "\n".join([table(_HEADER, self._rows()), *map(wrapped, self._remedies())])
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._rows(), self._remedies())
+
+    def _rows(self):
+        return [(check.name, "ok" if check.ok else "FAILED", check.found) for check in self.checks]
+
+    def _remedies(self):
+        return [f"{check.name}: {check.remedy}" for check in self.checks if not check.ok]
+
+
+_HEADER = ("check", "", "found")
 
 
 def check_condition(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from bilevel import tree
+from bilevel.notebook import html_table
 from bilevel.problem import Problem
 from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
@@ -76,11 +77,18 @@ class HypergradientReport:
     derivatives: np.ndarray
 
     def __str__(self) -> str:
-        header = ("reference", "verdict", "error", "allowed", "worst at", "method", "reference")
         rows = [_row(entry) for entry in self.comparisons]
-        notes = [wrapped(f"{entry.name}: {entry.note}") for entry in self.comparisons if entry.note]
-        lines = [table(header, rows), *notes, wrapped(f"{'ok' if self.ok else 'NOT OK'}: {self.verdict}")]
-        return "\n".join(lines)
+        return "\n".join([table(_HEADER, rows), *map(wrapped, self._notes())])
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, map(_row, self.comparisons), self._notes())
+
+    def _notes(self):
+        notes = [f"{entry.name}: {entry.note}" for entry in self.comparisons if entry.note]
+        return [*notes, f"{'ok' if self.ok else 'NOT OK'}: {self.verdict}"]
+
+
+_HEADER = ("reference", "verdict", "error", "allowed", "worst at", "method", "reference")
 
 
 def _row(entry):

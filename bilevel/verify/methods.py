@@ -12,6 +12,7 @@ from jax.custom_derivatives import linear_call
 
 from bilevel import tree
 from bilevel.conditions import Condition
+from bilevel.notebook import html_table
 from bilevel.problem import Problem
 from bilevel.start import Start, StartFunction, choose_start
 from bilevel.types import Hypergradient, PyTree, Status
@@ -69,8 +70,16 @@ class MethodComparison:
         return all(row.status.ok and row.error is not None and np.isfinite(row.error) for row in self.methods)
 
     def __str__(self) -> str:
-        header = ("method", "error", "seconds", "compile", "KiB", "products", "steps", "status")
-        rows = [
+        return f"{tables.table(_HEADER, self._rows())}\n{self._note()}"
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._rows(), [self._note()])
+
+    def _note(self):
+        return f"error: relative to {self.reference}"
+
+    def _rows(self):
+        return [
             (
                 row.label if len(row.label) <= 32 else f"{row.label[:31]}…",
                 tables.figure(row.error),
@@ -83,7 +92,9 @@ class MethodComparison:
             )
             for row in self.methods
         ]
-        return f"{tables.table(header, rows)}\nerror: relative to {self.reference}"
+
+
+_HEADER = ("method", "error", "seconds", "compile", "KiB", "products", "steps", "status")
 
 
 def compare_methods(

@@ -60,6 +60,14 @@ class Evaluation:
     def __str__(self) -> str:
         return "\n".join(evaluation._sentence() for evaluation in self.each)
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (entry.metric, f"{entry.value:.4f} ± {entry.interval:.4f}", str(entry.tasks), entry.normalisation)
+            for entry in self.each
+        ]
+        notes = [] if self.chance is None else [f"Chance: {self.chance:.4f}."]
+        return bl.html_table(("metric", "value", "tasks", "batch normalisation over"), rows, notes)
+
     def _sentence(self):
         if self.chance is None:
             what, level = f"{self.value:.3f} ± {self.interval:.3f} on {self.tasks} tasks", ""
@@ -178,6 +186,11 @@ class Verification:
         checks = [asdict(check) for check in self.checks]
         report = {"preset": self.preset, "parameters": self.parameters, "ok": self.ok, "seconds": self.seconds}
         return report | {"checks": checks}
+
+    def _repr_html_(self) -> str:
+        rows = [(check.name, "ok" if check.ok else "FAILED", check.found) for check in self.checks]
+        notes = [f"{self.preset}, {self.parameters} parameters, {'ok' if self.ok else 'NOT OK'}, {self.seconds:.0f} s"]
+        return bl.html_table(("check", "", "found"), rows, notes)
 
     def __str__(self) -> str:
         title = f"{self.preset}: meta-gradient of one task, {self.parameters} parameters, float64"

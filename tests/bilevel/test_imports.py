@@ -17,7 +17,8 @@ ARROWS = arrows(ROOT / "bilevel")
 BELOW = {name: targets for name, targets in ARROWS.items() if name != "bilevel"}
 # Each room with the rooms that it may import from, the lowest first.
 ALLOWED = {
-    "types": set(),
+    "notebook": set(),
+    "types": {"notebook"},
     "_deprecation": set(),
     "tree": {"types"},
     "spectrum": {"tree", "types"},
@@ -59,9 +60,9 @@ ALLOWED = {
         "tree",
         "types",
     },
-    "certificates": {"spectrum", "problem", "conditions", "tree", "types"},
+    "certificates": {"notebook", "spectrum", "problem", "conditions", "tree", "types"},
     # The verifiers share no gradient code with the methods that they check.
-    "verify": {"spectrum", "problem", "conditions", "start", "tree", "types"},
+    "verify": {"notebook", "spectrum", "problem", "conditions", "start", "tree", "types"},
     "testing": {"verify", "_deprecation", "_jaxopt", "problem", "conditions", "start", "types"},
 }
 

@@ -37,9 +37,11 @@ def test_a_block_declares_its_language(block):
     assert block.language in LANGUAGES or block.language.startswith("{"), "no test checks a block in this language"
     if block.language in ("", "text"):
         assert not COMMANDS.search(block.text), "write commands in an sh block, or with their output in a console block"
-    # PyTorch is not a dependency of the tests.
-    uses_pytorch = block.language == "python" and re.search(r"\b(torch|torchopt|higher)\.", block.text) is not None
-    assert uses_pytorch == block.not_run, "mark exactly the blocks with PyTorch as not run"
+    # PyTorch and benchopt are no dependencies of the tests.
+    uses_others = re.search(r"\b(torch|torchopt|higher|l2l|benchopt)\.", block.text) is not None
+    assert (uses_others and block.language == "python") == block.not_run, (
+        "mark exactly the blocks with PyTorch or benchopt as not run"
+    )
 
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=repr)

@@ -110,8 +110,20 @@ def test_every_public_name_has_a_docstring(package):
 def test_the_gallery_shows_every_example():
     gallery = (ROOT / "docs" / "gallery.md").read_text()
     for example in (ROOT / "examples").glob("*.py"):
-        shown = [f"generated/{example.stem}-{mode}.png" in gallery for mode in ("light", "dark")]
-        assert all(shown) and f"../examples/{example.name}" in gallery, example.stem
+        assert f"```{{example}} {example.stem}\n:alt: " in gallery, example.stem
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_begins_with_what_the_reader_can_do_after_it(page):
+    if page.name != "changelog.md" and not {"_build", "generated"} & set(page.parts):
+        begin = page.read_text().splitlines()[2]
+        assert begin.startswith("After this page you "), begin
+
+
+def test_the_words_that_readers_search_for_are_in_headings():
+    text = (ROOT / "docs" / "trouble.md").read_text()
+    headings = " ".join(re.findall(r"^## (.+)$", text, flags=re.MULTILINE))
+    assert all(word in headings for word in ("NaN", "OOM", "L-BFGS", "BatchNorm", "indefinite"))
 
 
 def test_the_list_of_error_messages_is_complete():

@@ -82,7 +82,8 @@ def test_the_table_lists_the_best_first_and_failures_last():
     assert "70.00% ± 1.00%" in lines[2] and "training failed" in lines[4]
     assert lines[-1] == "Best on validation: --strength 3.0. Test classes were not looked at."
     errors = Sweep("tiny", "mean squared error", (trial(0.5, strength=2.0), trial(0.49, strength=3.0)))
-    assert errors.best.settings == {"strength": 3.0} and "Its interval overlaps with those of 1 of 1 others." in str(errors)
+    assert errors.best.settings == {"strength": 3.0}
+    assert "Its interval overlaps with those of 1 of 1 others." in str(errors)
     records = json.loads(json.dumps(found.records(), allow_nan=False))
     assert records["best"] == {"strength": 3.0} and records["trials"][2]["value"] is None
     assert Sweep("tiny", "accuracy", trials[:1]).best is None
