@@ -60,7 +60,7 @@ from bilevel.conditions import (
     theta_itself,
 )
 from bilevel.decorators import custom_fixed_point, custom_root
-from bilevel.failures import HypergradientError, check_status
+from bilevel.errors import HypergradientError, check_status
 from bilevel.hypergradients import implicit_layer, value_and_hypergradient
 from bilevel.linear import (
     CG,

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from bilevel import tree
 from bilevel.conditions.general import FixedPoint, Root
 from bilevel.conditions.protocol import Condition
-from bilevel.failures import Policy
+from bilevel.errors import Policy
 from bilevel.hypergradients import implicit_layer, without_tangent
 from bilevel.solvers import InnerSolver, report
 from bilevel.types import LinearSolver, MatVec, PyTree, Solution

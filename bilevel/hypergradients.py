@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.advice import advise
 from bilevel.conditions.protocol import Condition, check_condition_type
-from bilevel.failures import Policy, check_policy, check_status, succeeded
-from bilevel.layer_failures import LinearWatch, check_solution, is_concrete
+from bilevel.errors import Policy, check_policy, check_status, succeeded
+from bilevel.layer_errors import LinearWatch, check_solution, is_concrete
 from bilevel.linear import CG, GMRES, check_linear, choose_linear
 from bilevel.methods.protocol import Method, check_arguments, outer_variables, starting_point
 from bilevel.problem import Problem

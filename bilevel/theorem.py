@@ -5,7 +5,7 @@ h = ∂outer/∂θ:
 
     Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
 
-A status is only data here; :mod:`bilevel.failures` raises the errors.
+A status is only data here; :mod:`bilevel.errors` raises the errors.
 """
 
 from collections.abc import Callable

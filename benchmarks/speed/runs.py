@@ -57,8 +57,8 @@ def host_share(rounds: int) -> dict[str, object]:
     from imaml import datasets
     from imaml.parallel.devices import global_mesh, on_all, use_all_cores
     from imaml.runs import training
-    from imaml.runs.compilation import StepCompiler
     from imaml.runs.meta_step import initial_state
+    from imaml.runs.step_compiler import StepCompiler
     from imaml.settings.overrides import override
     from imaml.settings.published_presets import preset, presets
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.failures import Policy, check_policy
+from bilevel.errors import Policy, check_policy
 from bilevel.methods.protocol import Method, check_arguments, outer_variables, starting_point
 from bilevel.outer.progress import Bar
 from bilevel.outer.records import Minimum, OuterState, StepRecord

@@ -14,7 +14,7 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.advice import advise
-from bilevel.failures import HypergradientError, Policy, check_status
+from bilevel.errors import HypergradientError, Policy, check_status
 from bilevel.outer.records import History, Minimum, OuterState, StepRecord
 from bilevel.outer.step import CompiledLoop, Setup, compiled_loop
 from bilevel.types import Hypergradient, PyTree, Status

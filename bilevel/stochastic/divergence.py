@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bilevel.failures import Policy, raise_or_warn
+from bilevel.errors import Policy, raise_or_warn
 from bilevel.stochastic.rates import RATES
 from bilevel.types import Status
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
-from bilevel.failures import Policy, check_policy
+from bilevel.errors import Policy, check_policy
 from bilevel.methods.protocol import outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.stochastic.curvature import choose_rates

@@ -26,7 +26,6 @@ from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.runs import data as run_data
 from imaml.runs.checkpoints import KEEP
-from imaml.runs.compilation import StepCompiler
 from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.folder import NullRunFolder, RunFolder
 from imaml.runs.interruption import stop_on_signals
@@ -36,6 +35,7 @@ from imaml.runs.meta_step import TrainState, initial_state
 from imaml.runs.progress import Reporter
 from imaml.runs.results import Run
 from imaml.runs.start import read_start
+from imaml.runs.step_compiler import StepCompiler
 from imaml.runs.validation import Validator
 from imaml.runs.versions import versions
 from imaml.settings.preset import Preset

@@ -184,7 +184,7 @@ def test_a_run_in_use_is_refused_with_the_process_that_uses_it_and_can_be_evalua
 
 
 def test_a_read_only_folder_is_reported_before_anything_is_compiled(here, sealed, capsys, monkeypatch):
-    monkeypatch.setattr("imaml.runs.compilation.meta_step", lambda *_: pytest.fail("must not compile"))
+    monkeypatch.setattr("imaml.runs.step_compiler.meta_step", lambda *_: pytest.fail("must not compile"))
     with sealed({}) as folder:
         stderr = error_of([*TRAIN_WITH_ONE_QUERY, "--out", str(folder)], capsys)
         assert stderr.endswith(f": {folder / files.LOCK}") and ("Read-only" in stderr or "denied" in stderr)

@@ -72,7 +72,7 @@ def check_status(
         >>> out = jax.vmap(function, in_axes=(None, None, 0))(1.0, 0.0, jnp.array([1.0, 0.01, 2.0]))
         >>> check_status(out)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        bilevel.failures.HypergradientError: inner solve, MAX_STEPS in 1 of 3 tasks (1): the true residual ...
+        bilevel.errors.HypergradientError: inner solve, MAX_STEPS in 1 of 3 tasks (1): the true residual ...
     """
     check_policy(on_failure)
     if on_failure == "ignore" or isinstance(out.value, Tracer):

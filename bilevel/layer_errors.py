@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from bilevel import tree
-from bilevel.failures import Policy, raise_or_warn
+from bilevel.errors import Policy, raise_or_warn
 from bilevel.linear import run_linear
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
