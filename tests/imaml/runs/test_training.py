@@ -37,7 +37,7 @@ from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.learning.tasks import Episode
 from imaml.parallel.devices import global_mesh, on_all
-from imaml.runs import checkpoints, compilation, training
+from imaml.runs import checkpoints, step_compiler, training
 from imaml.runs import folder as runfolder
 from imaml.runs import log as runlog
 from imaml.runs.interruption import stop_on_signals
@@ -121,7 +121,7 @@ def test_the_step_is_compiled_while_reading_and_again_if_the_shapes_were_not_as_
 @pytest.mark.slow("compiles the meta-step")
 def test_each_step_draws_other_tasks(uninterrupted, tiny_pixels):
     step, states = (
-        jax.jit(compilation.meta_step(PRESET)),
+        jax.jit(step_compiler.meta_step(PRESET)),
         [replace(initial_state(PRESET), step=jnp.int32(i)) for i in (0, 1)],
     )
     values = [float(step(*on_all((s, tiny_pixels), global_mesh(PRESET.outer.tasks)))[1].value) for s in states]
@@ -189,7 +189,7 @@ def test_a_signal_while_compiling_ahead_acts_after_the_trace(tmp_path, tiny_pixe
         meanwhile(ImageClasses.blank(*tiny_pixels.shape))
         return pytest.fail("the signal did not stop the run")
 
-    monkeypatch.setattr(compilation.StepCompiler, "begin", begin)
+    monkeypatch.setattr(step_compiler.StepCompiler, "begin", begin)
     monkeypatch.setattr(datasets, "load", load)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run")
@@ -312,7 +312,7 @@ def test_too_few_held_out_classes_are_refused_before_training(tiny_pixels, monke
 
 
 def test_training_in_which_no_task_has_a_usable_gradient_is_refused(tmp_path, monkeypatch):
-    original = compilation.meta_step
+    original = step_compiler.meta_step
 
     def without_gradients(preset, mesh=None):
         def step(state, source):
@@ -323,7 +323,7 @@ def test_training_in_which_no_task_has_a_usable_gradient_is_refused(tmp_path, mo
 
         return step
 
-    monkeypatch.setattr(compilation, "meta_step", without_gradients)
+    monkeypatch.setattr(step_compiler, "meta_step", without_gradients)
     monkeypatch.setattr(training, "PATIENCE", 3)
     with pytest.raises(InputError) as refused:
         train(tmp_path)
@@ -339,7 +339,7 @@ def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny
     assert runlog.read_log(tmp_path) == [] and checkpoints.newest(tmp_path) is None
     state = initial_state(DIVERGING)
     start, pixels = on_all((state, tiny_pixels), global_mesh(DIVERGING.outer.tasks))
-    after, report = jax.jit(compilation.meta_step(DIVERGING))(start, pixels)
+    after, report = jax.jit(step_compiler.meta_step(DIVERGING))(start, pixels)
     assert int(report.tasks) == 0 and int(after.step) == 1
     assert_equal_states(replace(after, step=state.step), state)
 
@@ -358,7 +358,7 @@ def test_residuals_in_the_progress_are_medians_over_finite_values():
 def test_a_hundred_steps_are_traced_once(traces, tiny_pixels):
     preset, traced = replace(PRESET, outer=replace(PRESET.outer, steps=100)), len(traces)
     mesh = global_mesh(preset.outer.tasks)
-    compiler = compilation.StepCompiler(preset, mesh)
+    compiler = step_compiler.StepCompiler(preset, mesh)
     steps = training._steps(preset, mesh, initial_state(preset), tiny_pixels, compiler, 100)
     # Read each step's number before the step after the next is dispatched, as training does. Devices need one thread
     # each for a sum over devices, and a hundred dispatched steps would exhaust the thread pool.

@@ -13,7 +13,7 @@ from tiny_preset import dataset, tiny_preset
 
 import imaml
 from imaml import datasets
-from imaml.runs import checkpoints, compilation, evaluation
+from imaml.runs import checkpoints, evaluation, step_compiler
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
 from imaml.storage import files
@@ -30,12 +30,12 @@ PRESET = tiny_preset(STEPS)
 
 
 def counted_meta_step(traced):
-    """Return a replacement of ``compilation.meta_step`` that counts traces.
+    """Return a replacement of ``step_compiler.meta_step`` that counts traces.
 
     The replacement returns the same function for the same preset and mesh, so that JAX can reuse a trace. That function
     appends its preset to ``traced`` whenever JAX traces it.
     """
-    original = compilation.meta_step
+    original = step_compiler.meta_step
 
     @functools.cache
     def meta_step(preset, mesh=None):
@@ -72,7 +72,7 @@ def programs(meta_step):
     which JAX then does not trace anew.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "meta_step", meta_step)
+        patch.setattr(step_compiler, "meta_step", meta_step)
         patch.setattr(evaluation, "task_scores", _task_scores)
         patch.setattr(evaluation, "over_tasks", _over_tasks)
         yield
