@@ -53,7 +53,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
 # A copy button takes the code of a doctest or a console block: it leaves out prompts and outputs.
-copybutton_prompt_text = r">>> |\.\.\. |\w*\$ "
+copybutton_prompt_text = r">>> |\.\.\. |\w*\$ +"
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
