@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from bilevel.conditions.protocol import Condition
+from bilevel import spectrum, tree
+from bilevel.conditions.protocol import Condition, adjoint_residual
 from bilevel.linear.dense import LU, Cholesky
 from bilevel.linear.iterative import CG, GMRES
 from bilevel.types import LinearSolver, PyTree
@@ -22,25 +24,51 @@ DENSE_LIMIT = 500
 
 It takes n products with A and stores the n² entries of A.
 """
+LANCZOS_STEPS = 60
+"""Lanczos steps, each of one product with A, for the eigenvalues of more than ``DENSE_LIMIT`` unknowns."""
+FLOOR = 1e-2
+"""Smallest eigenvalue of a damped system, relative to the largest one of A. CG then needs fewer than 100 iterations."""
 
 
-def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice:
+def choose_linear(
+    condition: Condition, w: PyTree | None = None, theta: PyTree = None, data: PyTree = None, *, damped: bool = False
+) -> LinearChoice:
     """Choose a linear solver that fits the structure of a condition, and say why.
+
+    With ``damped=True``, A = ∂F/∂w may be indefinite at w, as it often is for a network. If A then has an eigenvalue
+    that is not positive, the solver gets a ridge r that makes A + rI positive definite. The hypergradient is no longer
+    the derivative of a solution of F(w, θ) = 0, which a saddle point does not have in a useful sense. It is the
+    derivative of the solution of F(w, θ) + r(w − w̄) = 0, with w̄ = w held constant. The reason states r. For a
+    :class:`Proximal`, A is the scaled matrix I + H/λ.
 
     Args:
         condition: the choice depends on its ``symmetric`` and ``positive_definite``.
         w: a pytree like the inner variables, or of their shapes. If it is given, the choice also depends on the number
-            of its entries.
+            of its entries. With ``damped``, it is the inner solution.
+        theta, data: the point where A is evaluated; only ``damped`` uses them.
+        damped: whether to look at the eigenvalues of A, and to choose a ridge. Up to ``DENSE_LIMIT`` unknowns they are
+            computed from the matrix. For more, Lanczos's method estimates them from 60 products. Its estimate of the
+            smallest one is too large, so the ridge is chosen as if that one were twice as far below zero.
 
     Returns:
-        ``(solver, reason)``; the reason is one sentence.
+        ``(solver, reason)``; the reason is one sentence, or with ``damped`` a few.
+
+    Raises:
+        ValueError: with ``damped``, if w is missing, the condition is not symmetric, or an eigenvalue is not finite.
+        TypeError: with ``damped``, for a traced w, θ or data.
 
     Example:
         >>> from bilevel.conditions import Stationary
         >>> solver, reason = choose_linear(Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2))
         >>> type(solver).__name__, reason
         ('CG', 'Stationary is symmetric: conjugate gradients need one product an iteration and four vectors.')
+        >>> saddle = Stationary(lambda w, theta, data: 0.5 * (w[0] ** 2 - 0.25 * w[1] ** 2) - w @ theta)
+        >>> solver, reason = choose_linear(saddle, jnp.array([1.0, -4.0]), jnp.ones(2), damped=True)
+        >>> type(solver).__name__, round(solver.ridge, 4)
+        ('Cholesky', 0.26)
     """
+    if damped:
+        return _choose_damped(condition, w, theta, data)
     name = type(condition).__name__
     # A Python number has no attribute size and counts as one unknown.
     size = None if w is None else sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(w))
@@ -53,3 +81,50 @@ def choose_linear(condition: Condition, w: PyTree | None = None) -> LinearChoice
         return LinearChoice(CG(max_steps=100, tol=1e-6), f"{name} is symmetric: {why}")
     why = "until it restarts, GMRES has the smallest residual of all Krylov methods with as many products."
     return LinearChoice(GMRES(max_steps=100, tol=1e-6), f"{name} is not symmetric: {why}")
+
+
+def _choose_damped(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> LinearChoice:
+    name = type(condition).__name__
+    if w is None or not condition.symmetric:
+        raise ValueError(
+            f"choose_linear(damped=True) needs a symmetric condition and its inner solution w, got {name} and "
+            f"{'no w' if w is None else 'a w'}: a ridge makes a matrix definite only if it is symmetric; LU and GMRES "
+            "need no definite matrix"
+        )
+    w, theta, data = tree.arrays(w, "w"), tree.arrays(theta, "theta"), tree.arrays(data, "data")
+    if tree.is_traced((w, theta, data)):
+        raise TypeError("choose_linear(damped=True) reads eigenvalues, so call it outside of jit, vmap and grad")
+    size = sum(leaf.size for leaf in jax.tree.leaves(w))
+    eigenvalues = jax.jit(_eigenvalues, static_argnums=0)(condition, w, theta, data)
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    if not jnp.isfinite(low + high):
+        raise ValueError(f"{name} has no finite eigenvalues at this point: check w, θ and the data")
+    dense = size <= DENSE_LIMIT
+    found = f"{name} has eigenvalues from {low:.3g} to {high:.3g} at this w"
+    rounding = size * tree.eps(w) * max(abs(low), abs(high))
+    if low > rounding:
+        undamped = Cholesky() if dense else CG(max_steps=100, tol=1e-6)
+        doubt = "" if dense else "; Lanczos's method may have missed a smaller one"
+        return LinearChoice(undamped, f"{found}, so it needs no ridge{doubt}.")
+    least = FLOOR * max(abs(low), abs(high))
+    ridge = least - (1 if dense else 2) * min(low, 0.0)
+    reason = (
+        f"{found}, so w is not a strict minimum. The ridge {ridge:.3g} makes them positive. The hypergradient is "
+        f"therefore that of the residual F(w, θ) + {ridge:.3g}·(w − w̄), with w̄ = w held constant. If more inner steps "
+        "lead to a minimum, no ridge is needed."
+    )
+    return LinearChoice(Cholesky(ridge) if dense else CG(max_steps=100, tol=1e-6, ridge=ridge), reason)
+
+
+def _eigenvalues(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
+    """Return eigenvalues, or Ritz values, of the matrix that a linear solver gets, in ascending order."""
+    _, product = jax.linearize(lambda w: adjoint_residual(condition)(w, theta, data), w)
+    scaling = condition.scaling(theta, data)
+
+    def matvec(u: PyTree) -> PyTree:
+        return product(u) if scaling is None else tree.scale(scaling, product(tree.scale(scaling, u)))
+
+    if sum(leaf.size for leaf in jax.tree.leaves(w)) > DENSE_LIMIT:
+        return spectrum.ritz_values(matvec, w, LANCZOS_STEPS)
+    dense = spectrum.matrix(matvec, w)
+    return jnp.linalg.eigvalsh(0.5 * (dense + dense.T))

@@ -25,8 +25,8 @@ BATCHES = 16
 """The largest number of batches of an iterator that are kept until the statuses of their steps are known."""
 SHORT, LONG = 0.1, 0.5
 """Limits in seconds for one :meth:`Run.advance`. If it took less than ``SHORT``, the next one takes up to twice as many
-steps. If it took more than ``LONG``, the next one takes half as many. The host can then handle interrupts and redraw
-the bar in time."""
+steps, or 16 times as many if it took less than a sixteenth of ``SHORT``. If it took more than ``LONG``, the next one
+takes half as many. The host can then handle interrupts and redraw the bar in time."""
 
 
 class Run:
@@ -102,7 +102,8 @@ class Run:
 
     def _adapt(self, seconds: float) -> None:
         length = self._length
-        length = 2 * length if seconds < SHORT else max(1, length // 2) if seconds > LONG else length
+        factor = 16 if seconds < SHORT / 16 else 2
+        length = factor * length if seconds < SHORT else max(1, length // 2) if seconds > LONG else length
         self._length = min(length, CAPACITY if self._constant else BATCHES)
 
     def _failure(self, batch: PyTree) -> HypergradientError:
