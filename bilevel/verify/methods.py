@@ -14,7 +14,7 @@ from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.notebook import html_table
 from bilevel.problem import Problem
-from bilevel.start import Start, StartFunction, choose_start
+from bilevel.start import Start, StartFunction, choose_start, starting_point
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import tables
 from bilevel.verify.flat import gradient_vector
@@ -141,6 +141,7 @@ def compare_methods(
         raise ValueError(f"compare_methods needs at least one method and one run, got {len(methods)} and {runs}")
     init = choose_start(init, start)
     theta, data = tree.real_arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
+    starting_point(init, theta, data)  # raises an error for a leaf that is not floating point
     reference = _reference(problem, solver, theta, init, data)
     rows = tuple(_measure(problem, solver, theta, init, data, method, reference, runs) for method in methods)
     words = "nothing: no reference is available here"
