@@ -1,8 +1,7 @@
 """A portfolio on the simplex, and the risk aversion with the smallest loss on later returns.
 
-The inner problem minimises risk minus expected return over weights that are not negative and sum to one. θ holds the
-logarithm of the risk aversion, and tilts of the mean returns. The outer value is the loss on later returns plus a
-penalty on the tilts.
+The inner problem minimises risk minus expected return over non-negative weights with sum one. θ holds the log of the
+risk aversion, and tilts of the mean returns. The outer value is the loss on later returns plus a penalty on the tilts.
 """
 
 import sys
