@@ -115,7 +115,7 @@ GUARDS = (
     _guard(
         "a curvature of rounding size in Newton's method",
         "test_newton_steps_do_not_diverge_along_a_null_direction",
-        "conjugate_gradients",
+        "bilevel.linear.watched_cg:conjugate_gradients",
         "curvature > 4 * eps * stretch * length**2",
         "curvature > 0",
     ),
@@ -151,14 +151,14 @@ GUARDS = (
     _guard(
         "indefinite operator: curvature met on the way",
         "TestIndefinite",
-        "conjugate_gradients",
+        "bilevel.linear.watched_cg:conjugate_gradients",
         "reported_curvature < -_ROUNDING",
         "jnp.bool_(False)",
     ),
     _guard(
         "indefinite operator: curvature of the solution",
         "TestIndefinite",
-        "diagnose",
+        "bilevel.linear.diagnosis:diagnose",
         "_CURVATURE <= rounding_of_curvature(...)",
         "jnp.bool_(False)",
     ),
@@ -202,7 +202,7 @@ GUARDS = (
     _guard(
         "singular operator: a null direction of conjugate gradients",
         "TestSingular",
-        "conjugate_gradients",
+        "bilevel.linear.watched_cg:conjugate_gradients",
         "meaningful & zero_curvature & _SHORT",
         "jnp.bool_(False)",
     ),
@@ -231,7 +231,7 @@ GUARDS = (
     _guard(
         "NaN in the linear solve",
         "TestNotFinite.test_a_product_that_is_not_finite_is_reported_by_the_linear_solve",
-        "diagnose",
+        "bilevel.linear.diagnosis:diagnose",
         "jnp.where(jnp.isfinite(residual), _STATUS, _NONFINITE)",
         "_STATUS",
     ),
@@ -344,7 +344,7 @@ GUARDS = (
     _guard(
         "leaves: complex θ refused",
         "TestLeaves.test_complex_and_integer_variables_are_refused_with_a_reason",
-        "outer_variables",
+        "real_arrays",
         "jnp.issubdtype(...)",
         "False",
     ),

@@ -121,11 +121,7 @@ def check_condition(
         (False, ['symmetry'])
     """
     captured = _check_captured(problem, theta)  # compares objects, so it needs θ before the conversion to arrays
-    theta, w, data = (
-        tree.real_arrays(tree.numbers_as_floats(theta), "theta"),
-        tree.arrays(w, "w"),
-        tree.arrays(data, "data"),
-    )
+    theta, w, data = tree.arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(w, "w"), tree.arrays(data, "data")
     leaves = _check_leaves(theta, w, data)
     if not leaves.ok:
         return ConditionReport((leaves,))

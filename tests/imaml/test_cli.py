@@ -315,7 +315,12 @@ def test_a_start_is_passed_on_and_gets_a_folder_of_its_own(here, monkeypatch, ca
 @pytest.mark.parametrize("words, best", [([], None), (["--best"], True), (["--last"], False)])
 def test_the_checkpoint_of_an_evaluation_is_the_one_that_was_asked_for(words, best, here, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("imaml.runs.evaluation.evaluate", lambda run, **options: calls.append(options["best"]))
+
+    def evaluate(run, **options):
+        calls.append(options["best"])
+        return imaml.Evaluation("accuracy", 0.5, 0.1, 0.2, 600, "none")
+
+    monkeypatch.setattr("imaml.runs.evaluation.evaluate", evaluate)
     assert cli.main(["evaluate", "run", *words]) == 0 and calls == [best]
 
 
