@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 import pytest
 
 SLOW_PAGES = {
+    "docs/choosing.md": "compiles a damped solve of a network",
     "docs/moving/benchmark_bilevel.md": "runs a stochastic loop to its end",
     "docs/moving/higher.md": "unrolls long inner solves",
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
@@ -30,6 +31,7 @@ SLOW_PAGES = {
     "docs/trouble.md": "compiles a gradient for each fault and its remedy",
     "docs/start/define.md": "runs an outer loop to its end",
     "docs/start/imaml.md": "compiles the adaptation of a convolutional network",
+    "docs/stochastic.md": "compiles several stochastic loops",
     "docs/testing.md": "checks several methods against every reference",
     "docs/which-method.md": "compiles ten methods",
 }

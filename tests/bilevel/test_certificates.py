@@ -190,6 +190,7 @@ def test_a_certified_bound_holds_where_the_first_order_test_fails():
     assert abs(1 / (1 + 9) - exact) <= float(certificate.bound)
 
 
+@pytest.mark.slow("compiles four certificates")
 def test_the_estimate_covers_unrolled_gradients_and_a_gradient_of_wrong_sign_is_detected():
     problem, case = quadratic_everywhere("affine root")
     exact = jax.grad(lambda theta: problem.outer(case.exact(theta, case.data), theta, case.data))(case.theta)

@@ -367,6 +367,7 @@ def test_a_box_section_may_have_infinite_bounds_and_weights_of_every_sign():
             np.testing.assert_allclose(y[k], np.clip(x[k] + tau * weights[k], low[k], high[k]), atol=1e-8)
 
 
+@pytest.mark.slow("compiles two projections and their derivatives", fast="-inf")
 @pytest.mark.parametrize("toward", [-np.inf, np.inf])
 def test_supports_do_not_depend_on_the_last_digit_of_a_sorted_vector(toward, monkeypatch):
     # XLA may compute the sorted vector and the entries that are compared with it with different rounding errors.

@@ -211,6 +211,7 @@ def poisoned(stage):
 
 
 class TestNotFinite:
+    @pytest.mark.slow("compiles three methods for each stage", fast="method0-*")
     @pytest.mark.parametrize(
         ("stage", "named"),
         [("data", "inner solve"), ("loss", "inner solve"), ("outer", "outer function"), ("gradient", "gradient")],

@@ -587,6 +587,7 @@ def test_least_squares_may_have_no_unknowns(solver):
     assert solution.w.shape == (0,) and bl.Status(int(solution.status)).ok
 
 
+@pytest.mark.slow("compiles two solvers for each shape", fast="tree-*")
 @pytest.mark.parametrize("solver", ["LevenbergMarquardt", "GaussNewton"])
 @pytest.mark.parametrize("init", [1.5, np.full((2, 2), 1.5), {"a": np.full(2, 1.5)}], ids=["scalar", "matrix", "tree"])
 def test_least_squares_of_jaxopt_solve_a_root_of_any_shape(solver, init):

@@ -55,7 +55,7 @@ def tolerance(matrix, eps=EPS, power=1):
     return 100 * eps * np.linalg.cond(matrix) ** power
 
 
-@pytest.mark.slow("compiles the derivatives of each solver", fast=("LU", "CG"))
+@pytest.mark.slow("compiles the derivatives of each solver")
 @pytest.mark.parametrize("name", ALL)
 def test_the_solution_of_a_call_by_itself_is_differentiable(name):
     b, inverse = jnp.array([1.0, -2.0, 0.5]), np.linalg.inv(SYMMETRIC)
@@ -69,6 +69,7 @@ def test_the_solution_of_a_call_by_itself_is_differentiable(name):
         np.testing.assert_allclose(mode(solve, 1)(b, 0.0), -inverse @ inverse @ b, rtol=1e-9)
 
 
+@pytest.mark.slow("compiles each solver", fast=("CG", "LU", "GMRES"))
 @pytest.mark.parametrize("name", ALL)
 def test_solves_a_definite_system_on_a_tree(name):
     b = np.array([1.0, -2.0, 0.5])
@@ -84,6 +85,7 @@ def test_solves_a_general_system_and_not_its_transpose(name):
     np.testing.assert_allclose(flat(x), np.linalg.solve(GENERAL, b), rtol=tolerance(GENERAL))
 
 
+@pytest.mark.slow("compiles each solver in each precision", fast=("*-CG", "*-LU"))
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_keeps_the_dtype_and_accepts_scalars(name, dtype):
@@ -92,6 +94,7 @@ def test_keeps_the_dtype_and_accepts_scalars(name, dtype):
     assert bl.Status(int(info.status)).ok
 
 
+@pytest.mark.slow("compiles a batch of dense solves")
 def test_one_unknown_is_divided_and_not_factorised():
     def solve(a, b):
         return bl.LU()(lambda v: a * v, b)
@@ -103,6 +106,7 @@ def test_one_unknown_is_divided_and_not_factorised():
     assert [bl.Status(int(status)).name for status in info.status] == ["CONVERGED", "SINGULAR", "NONFINITE"]
 
 
+@pytest.mark.slow("compiles the loop of each solver", fast=("CG", "LU", "Cholesky", "Neumann"))
 @pytest.mark.parametrize("name", ALL)
 def test_a_zero_right_hand_side_and_a_multiple_of_the_identity_are_exact(name):
     x, info = ALL[name](operator(SYMMETRIC), tree(np.zeros(3)))
@@ -124,6 +128,7 @@ def test_scales_with_the_right_hand_side(name, dtype, scale):
     np.testing.assert_allclose(flat(scaled) / scale, flat(one), rtol=tolerance(SYMMETRIC, eps))
 
 
+@pytest.mark.slow("compiles each solver twice", fast=("*-CG", "*-LU", "*-Cholesky", "*-Neumann"))
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("where", ["b", "A"])
 def test_nan_is_nonfinite(name, where):
@@ -179,6 +184,7 @@ def test_a_recursive_residual_below_the_true_one_is_stagnation():
     assert float(info.relative_residual) > 1e-5 and int(info.status) == bl.Status.STAGNATION
 
 
+@pytest.mark.slow("compiles each solver", fast=("CG", "LU", "Cholesky", "Neumann"))
 @pytest.mark.parametrize("name", ALL)
 def test_ridge_is_added_to_the_operator(name):
     solver = dataclasses.replace(ALL[name], ridge=0.5)
@@ -198,6 +204,7 @@ def test_starts_from_the_given_init(name):
     assert int(solver(operator(SYMMETRIC), tree(b))[1].status) == bl.Status.MAX_STEPS
 
 
+@pytest.mark.slow("compiles each iterative solver", fast="CG")
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_the_inverse_as_a_preconditioner_solves_in_one_step(name):
     diagonal = jnp.logspace(0, 4, 8)

@@ -106,6 +106,7 @@ def assert_equal_to_the_bit(first, second):
 # --- The contract of every algorithm -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("compiles each algorithm", fast=("SOBA", "SABA"))
 @each_algorithm
 def test_ten_steps_and_ten_more_equal_twenty_to_the_bit(algorithm):
     whole = run(algorithm, 20)
@@ -118,6 +119,7 @@ def test_ten_steps_and_ten_more_equal_twenty_to_the_bit(algorithm):
     assert int(whole.state.step) == 20
 
 
+@pytest.mark.slow("compiles each algorithm", fast="SOBA")
 @each_algorithm
 def test_a_further_call_with_other_rates_and_budgets_traces_nothing(algorithm):
     traces = []
@@ -135,6 +137,7 @@ def test_a_further_call_with_other_rates_and_budgets_traces_nothing(algorithm):
     assert len(traces) == count
 
 
+@pytest.mark.slow("compiles each algorithm in each precision", fast="float32-SOBA")
 @each_algorithm
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 def test_dtypes_are_kept_and_integer_leaves_of_theta_are_constants(algorithm, dtype):
@@ -172,6 +175,7 @@ def test_theta_tends_to_the_closed_form(algorithm):
         np.testing.assert_allclose(found.adjoint, adjoint, atol=1e-12)
 
 
+@pytest.mark.slow("compiles each algorithm", fast=("SOBA", "SABA"))
 @each_algorithm
 def test_batches_of_all_samples_find_the_closed_form(algorithm):
     theta, w, adjoint = DATA.solution
@@ -343,6 +347,7 @@ def test_f2sa_follows_two_variables_with_one_inner_step():
 # --- Samplers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("draws many orders", fast=("5", "17"))
 @pytest.mark.parametrize("count", [1, 2, 5, 17, 100])
 def test_a_random_order_has_every_batch_once_and_in_each_place_equally_often(count):
     keys = jax.random.split(jax.random.key(0), 2000)
@@ -382,6 +387,7 @@ def test_the_mean_over_all_samples_and_the_mean_over_the_batches_are_exact(size)
     np.testing.assert_allclose(jnp.sum(terms), data.mean(), atol=1e-14)
 
 
+@pytest.mark.slow("takes thousands of steps", fast="SABA-with_replacement")
 @pytest.mark.parametrize("sampling", ["with_replacement", "without_replacement"])
 @pytest.mark.parametrize("kind", [SABA, SRBA], ids=["SABA", "SRBA"])
 def test_a_last_batch_of_another_size_does_not_move_the_solution(kind, sampling):
@@ -428,6 +434,7 @@ def test_a_table_is_updated_in_place(monkeypatch):
 # --- Divergence ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("compiles each algorithm", fast="SOBA")
 @each_algorithm
 def test_a_divergence_is_reported_and_the_last_finite_state_is_kept(algorithm):
     with pytest.raises(bl.HypergradientError, match=r"stochastic loop, .*inner_rate=3\.0") as caught:
@@ -526,7 +533,7 @@ def test_a_rate_may_be_a_function_of_the_step():
     np.testing.assert_allclose(run(falling, 30).theta, run(other, 30).theta, rtol=1e-12)
 
 
-@pytest.mark.slow("compiles the estimates for each algorithm", fast="SABA")
+@pytest.mark.slow("compiles the estimates for each algorithm")
 @pytest.mark.parametrize("kind", [SOBA, SABA, SRBA, AmIGO, F2SA], ids=lambda kind: kind.__name__)
 def test_rates_that_are_left_out_are_chosen_and_reported(kind):
     found = run(kind(inner_batch=48, outer_batch=40), 2000)

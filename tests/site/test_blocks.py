@@ -44,6 +44,7 @@ def test_a_block_declares_its_language(block):
     )
 
 
+@pytest.mark.slow("runs the tests of each script in a process", fast="docs/start/test.md:104")
 @pytest.mark.parametrize("block", SCRIPTS, ids=repr)
 def test_a_script_on_a_page_runs_and_its_tests_pass(block):
     from bilevel.testing.fixture import Hypergradients

@@ -314,6 +314,7 @@ def test_zero_tasks_are_refused(wrap):
         wrap(meta_gradient(LINE))({"slope": jnp.ones(()), "offset": jnp.zeros(())}, lines(0))
 
 
+@pytest.mark.slow("compiles a meta-gradient for each kind of number", fast="2-0.5_0")
 @pytest.mark.parametrize("slope, offset", [(2.0, 0.5), (2, 0.5), (2, np.float64(0.5)), (np.float64(2), np.array(0.5))])
 def test_a_python_number_in_theta_counts_as_a_float(slope, offset):
     theta = {"slope": slope, "offset": offset}

@@ -161,6 +161,7 @@ def newest_checkpoint(directory):
     return checkpoints.newest(directory, lambda path, message: pytest.fail(message))
 
 
+@pytest.mark.slow("starts two processes")
 def test_a_signal_to_one_process_stops_both_at_the_same_step(interrupted_run):
     assert [code for code, _, _ in interrupted_run.stopped] == [143, 143], interrupted_run.stopped
     assert f"stopped at step {interrupted_run.steps[0]} of {STEPS} and saved" in interrupted_run.stopped[0][1]

@@ -49,6 +49,7 @@ class Writer:
         self.closed = True
 
 
+@pytest.mark.slow("trains a run twice")
 def test_a_logger_sees_each_step_once_over_a_resumption_and_the_evaluation(tmp_path):
     first, second = Recorder(), Recorder()
     train(tmp_path, on_progress=stop_at(STOP_AT), loggers=[first])

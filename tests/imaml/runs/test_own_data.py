@@ -106,6 +106,7 @@ def finished(whole):
     return whole.directory
 
 
+@pytest.mark.slow("trains and evaluates runs on several folders")
 def test_a_changed_missing_or_moved_folder_is_refused_or_found(whole, cards, tmp_path):
     # Make a run on `cards`, whose files are equal to those of the finished run.
     finished = tmp_path / "run"

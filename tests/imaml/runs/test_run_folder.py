@@ -33,6 +33,7 @@ from imaml.settings.parts import MLP
 pytestmark = pytest.mark.usefixtures("traces")
 
 
+@pytest.mark.slow("writes the folder of a run for each setting", fast="other0-*")
 @pytest.mark.parametrize(
     "other, difference",
     [

@@ -109,6 +109,7 @@ def test_validation_classes_that_are_missing_or_too_few_are_refused_before_train
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow("trains a run")
 def test_sinusoids_are_validated_on_other_tasks_than_the_test_tasks():
     preset = imaml.preset("sinusoid-5shot-gd")
     theta = preset.functions.init(preset.keys.init)
@@ -120,6 +121,7 @@ def test_sinusoids_are_validated_on_other_tasks_than_the_test_tasks():
 # --- A run with validation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("trains and evaluates a run")
 def test_the_log_has_the_accuracy_that_an_evaluation_of_the_validation_classes_gives(validated):
     found = validations(validated.directory)
     assert list(found) == [2, 4, 6]
@@ -249,6 +251,7 @@ def test_the_rate_of_an_extended_run_is_that_of_a_run_of_the_new_length(tmp_path
     assert 0.3 * rate < largest < 3 * rate
 
 
+@pytest.mark.slow("trains a run")
 def test_a_shorter_run_or_another_setting_is_no_extension(tmp_path):
     train(tmp_path, with_steps(PRESET, 2))
     before = contents(tmp_path)
@@ -278,6 +281,7 @@ def test_a_run_starts_from_trained_parameters_with_a_new_optimiser(kind, uninter
     assert run.step == 0 and all(not np.any(leaf) for leaf in jax.tree.leaves(seen[0].optimizer))
 
 
+@pytest.mark.slow("trains two runs")
 def test_a_fine_tuned_run_records_its_start_and_resumes_only_with_it(uninterrupted, tmp_path):
     source = uninterrupted.run.directory
     folder = tmp_path / "tuned"
