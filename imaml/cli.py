@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM.
 
     Args:
-        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
-            failure ends the process without waiting for its threads. If the process has joined others, a failure ends
-            it in any case; see :func:`.leave`.
+        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``. A failure
+            then ends the process without waiting for its threads. A process that has joined others is ended by a
+            failure in any case; see :func:`.leave`.
     """
     owns_process = arguments is None  # with arguments, the threads may be the caller's
     try:
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         record: the result in JSON types, for ``--json``.
-        text: the result in words. Nothing is printed if it and the record are empty.
+        text: the result in words. Nothing is printed if text and record are both empty.
         code: the exit code.
     """
 
@@ -191,7 +191,7 @@ def _loggers(options):
 
 
 def _dataset_name(options):
-    """Return the name of a command's dataset: that of the option or the preset, or of the folder of one's own data."""
+    """Return the name of the dataset: with ``--dataset folder`` that of the folder, else the option's or preset's."""
     from imaml.datasets import FOLDER
 
     if options.dataset == FOLDER and options.data is not None:

@@ -1,4 +1,4 @@
-"""The arguments of the command line: words and a TOML file become the options of a command and a preset."""
+"""Arguments of the command line. :func:`parse` turns the typed words and a TOML file into options and a preset."""
 
 from imaml.arguments.parsing import parse
 

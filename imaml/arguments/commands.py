@@ -32,7 +32,7 @@ CONFIG = (
 )
 
 LOGGERS = ("tensorboard", "wandb")
-"""Where ``imaml train --log`` sends the progress."""
+"""The words that ``imaml train --log`` accepts."""
 FORMATS = ("terminal", "markdown", "json")
 """The forms of the table of ``imaml compare``."""
 
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         named: the arguments by their key in a TOML file: an option without its dashes, or the lower-case placeholder of
             a positional argument.
         options: the names of the options, such as ``"--out"``.
-        actions: all arguments, with the settings that :func:`add_settings` adds.
+        actions: all arguments in the help, including the settings that :func:`add_settings` adds.
     """
 
     def __init__(self, *arguments, **keywords):
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Print the versions of the dependencies, which are looked up only then, and exit."""
+    """Print the versions of imaml and its dependencies, and exit. They are looked up only for this option."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         found = versions()
@@ -136,7 +136,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         type=one_of(*LOGGERS),
         default=[],
-        help="send the progress there as well; can be given twice. The log metrics.jsonl is written in any case",
+        help="send the progress to this program too; can be given twice. The log metrics.jsonl is written in any case",
     )
     train.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")
     train.add_argument(
@@ -183,7 +183,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--part",
         metavar="PART",
         default="test",
-        help="test (default), or validation for the validation classes of your own dataset",
+        help="evaluate on the test classes (test, the default) or on the validation classes (validation)",
     )
 
     predict = commands.add_parser("predict", help="adapt a run to a folder of labelled images, and label other images")
@@ -216,7 +216,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     verify = commands.add_parser(
-        "verify", help="check a preset's meta-gradient at its real size", epilog=EPILOG.format("verify")
+        "verify", help="check a preset's meta-gradient on the full-size network", epilog=EPILOG.format("verify")
     )
     _add_preset(verify)
     _add_data(verify)
@@ -317,7 +317,7 @@ def add_settings(command: Parser, values: dict[str, object] | None = None) -> No
     """Add the settings to the help of a command.
 
     Args:
-        command: the parser of ``train`` or ``verify``.
+        command: the parser of a command in :data:`WITH_SETTINGS`.
         values: the settings of one preset, with their values. With None, the settings of all presets are added, without
             values.
     """
@@ -332,7 +332,10 @@ def add_settings(command: Parser, values: dict[str, object] | None = None) -> No
 
 
 def unknown_option(words: Sequence[str], options: Sequence[str], prog: str) -> InputError | None:
-    """Return the error for the first word that looks like an option and is none of ``options``, or None."""
+    """Return the error for the first word that begins with ``--`` and is not in ``options``; None without such a word.
+
+    Words after a lone ``--`` are not checked.
+    """
     for word in words:
         if word == "--":
             break
@@ -360,8 +363,8 @@ def _add_best(command):
         "--best",
         action="store_const",
         const=True,
-        help="take the checkpoint with the best validation or, in a run without validation, with the least training "
-        "loss instead of the last one",
+        help="take the checkpoint with the best validation; in a run without validation, take the one with the least "
+        "training loss instead of the last one",
     )
     command.add_argument(
         "--last",

@@ -11,14 +11,14 @@ from imaml.settings.overrides import CHOICES
 from imaml.settings.published_presets import presets
 
 PLACES = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE, "RUN": shtab.FILE}
-"""What completes an argument with these placeholders: folders, or files and folders."""
+"""What the shell offers for an argument with each placeholder: folders, or files and folders."""
 
 
 def script(shell: str) -> str:
-    """Return a script that completes commands, options and settings, and the words that some of them take.
+    """Return a script that completes commands, options, settings, and those values that are words from a list.
 
-    The words are those of the installed packages: a package that is installed later needs a new script for its presets
-    and datasets.
+    The names of presets and datasets are those of the packages that are installed now. After the installation of
+    another package, make a new script.
 
     Args:
         shell: one of :data:`imaml.arguments.commands.SHELLS`.
@@ -37,7 +37,7 @@ def script(shell: str) -> str:
 
 
 def _words(command, action):
-    """Return the words that an argument of a command takes, if there is a list of them."""
+    """Return the words that an argument of a command takes; None if there is no list of them."""
     if action.metavar == "true|false":
         return ("true", "false")
     words = {

@@ -11,7 +11,7 @@ from imaml.arguments.commands import Parser
 from imaml.errors import InputError
 
 SAME_AS = {"meta-steps": "outer.steps"}
-"""The options that are other names of a setting."""
+"""The options that are another name of a setting."""
 
 
 class Override(NamedTuple):
@@ -42,7 +42,7 @@ def apply(file: Path, command: Parser, with_settings: bool) -> list[Override]:
     Args:
         file: the TOML file.
         command: the parser of the command. An argument that the file has is no longer required.
-        with_settings: whether the command accepts settings. If so, each key that is no option counts as a setting.
+        with_settings: whether the command accepts settings. If so, each key that is not an option counts as a setting.
 
     Raises:
         InputError: if the file is not TOML, if a key is unknown, or if a value does not suit its option.
@@ -93,7 +93,7 @@ def _set_default(file, key, command, action, value):
     if switch != isinstance(value, bool):
         raise InputError(f"{file}: {key} takes {'true or false' if switch else 'a number or a word'}, got {value!r}")
     if switch:
-        value = action.const if value else action.default  # --last sets False
+        value = action.const if value else action.default  # action.const is False for --last
     elif isinstance(action.default, list):  # an option that can be given several times
         value = [_converted(file, key, action, each) for each in (value if isinstance(value, list) else [value])]
     else:
@@ -103,7 +103,7 @@ def _set_default(file, key, command, action, value):
 
 
 def _converted(file, key, action, value):
-    """Return the value of an option as argparse would from its text."""
+    """Return the value of an option, converted from its text as argparse would convert it."""
     text = _text(file, key, value)
     try:
         return text if action.type is None else action.type(text)

@@ -1,4 +1,4 @@
-"""The words of a command line, parsed into the options of a command and its preset."""
+"""The parser of a command line: its words become the options of a command and its preset."""
 
 import argparse
 import difflib
@@ -13,12 +13,12 @@ from imaml.errors import InputError, check_choice
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return the options of a command, such as ``["train", "--strength", "0.5"]``.
+    """Parse the words of a command line, such as ``["train", "--strength", "0.5"]``.
 
     The result has one attribute for each argument of the command, and the name of the command as ``command``. For
-    ``train`` and ``verify``, ``chosen`` is the :class:`imaml.Preset` with all overridden settings. Options and settings
-    in the TOML file of ``--config`` count as if they were typed first, so the words win over the file. For a setting
-    with a deprecated path, a message is printed to stderr.
+    ``train``, ``verify`` and ``sweep``, its attribute ``chosen`` is the :class:`imaml.Preset` with all overridden
+    settings. Options and settings in the TOML file of ``--config`` count as if they were typed first, so the words win
+    over the file. For a setting with a deprecated path, a message is printed to stderr.
 
     Args:
         words: the words of the command line after ``imaml``.
@@ -57,7 +57,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _values(word):
-    """Return the settings of the preset called ``word``, with their values; None if ``word`` is an option."""
+    """Return the settings of the preset called ``word`` with their values; None if ``word`` is an option."""
     if word.startswith("-"):
         return None
     from imaml.settings.overrides import settings
@@ -80,7 +80,7 @@ def _split(words, options):
     """Split the arguments of a command into those for argparse, and overrides of settings.
 
     A setting is written ``--path value`` or ``--path=value``. Every option that is not in ``options`` counts as a
-    setting. Its text is None if no value follows.
+    setting. The text of the override is None if no value follows.
     """
     known, overrides, rest = [], [], list(words)
     while rest:
@@ -96,7 +96,7 @@ def _split(words, options):
 
 
 def _chosen(options, overrides, known):
-    """Return the preset of a command with the overridden settings; ``known`` lists the other options of the command."""
+    """Return the preset of a command with the overridden settings. ``known`` lists the command's options."""
     from imaml.settings.published_presets import preset, presets
 
     chosen = preset(presets()[0] if options.preset is None else options.preset)

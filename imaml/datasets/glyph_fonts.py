@@ -1,8 +1,8 @@
 """The characters of the glyphs dataset, rendered from the fonts of matplotlib and thinned to skeletons.
 
-This module makes the file that :mod:`.glyphs` draws. Only ``benchmarks.make_glyphs`` and tests import it. The
-characters depend on the fonts of matplotlib and its FreeType, and on the Unicode tables of Python. FreeType computes in
-integers.
+This module makes the file of skeletons from which :mod:`.glyphs` draws. Only ``benchmarks.make_glyphs`` and tests
+import it. The characters depend on the fonts of matplotlib and its FreeType, and on the Unicode tables of Python. They
+do not depend on the machine, because FreeType computes in integers.
 """
 
 import unicodedata
@@ -71,7 +71,7 @@ def _fonts() -> list:
 
 
 def _script(code: int) -> str | None:
-    """Return the script of a character or its group in SIGNS, or None if it belongs to neither."""
+    """Return the script of a character or its group in SIGNS; None if it has neither."""
     name, category = unicodedata.name(chr(code), ""), unicodedata.category(chr(code))
     for script in TRAIN_SCRIPTS + TEST_SCRIPTS:
         if category[0] in "LN" and name.removeprefix("EXTENDED ").startswith(script):
@@ -91,7 +91,7 @@ def _characters(fonts: list) -> list[_Character]:
 
     Variants are left out, and so are characters that have neither a listed script nor a group in SIGNS.
 
-    Of two characters that look alike, `_distinct` keeps the one that comes first in this order.
+    The order of the result matters: of two characters that look alike, `_distinct` keeps the one that comes first.
     """
     charmaps = [font.get_charmap() for font in fonts]
     order = ("LATIN", *TEST_SCRIPTS, *TRAIN_SCRIPTS[1:], *SIGNS.values())

@@ -29,7 +29,7 @@ from imaml.storage import arrays
 FILE = Path(__file__).with_name("glyphs.npz")
 """The skeletons of all classes. ``python -m benchmarks.make_glyphs`` makes it."""
 FINGERPRINT = "d37b61869608fd56d1808f765f92d94707aefd0956e0cbb8749e82f206c14638"
-"""The fingerprint of the dataset. A change that alters a pixel needs a new file, and a new fingerprint."""
+"""The fingerprint of the dataset. A change of this module or of the file that alters a pixel needs a new one."""
 SEED = 20190910
 SAMPLES = 20
 SIDE = 28
@@ -210,7 +210,7 @@ def packed(skeletons: np.ndarray, faces: np.ndarray, labels: list[str], training
 
 
 def _unpacked(contents):
-    """Return the skeletons of an array in :data:`FILE`, bool ``[faces, FINE, FINE]``."""
+    """Return the skeletons that the arrays of :data:`FILE` encode, bool ``[faces, FINE, FINE]``."""
     pixels = np.cumsum(contents["gaps_low"] + 256 * contents["gaps_high"].astype(np.int64))
     skeletons = np.zeros((int(contents["faces"].sum(dtype=int)), FINE, FINE), bool)
     skeletons.reshape(-1)[pixels] = True
@@ -242,8 +242,8 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
     """Return the dataset. The first call draws it in a few seconds; later calls read it from the cache.
 
     Both splits are uint8 ``[classes, 20, 28, 28, 1]`` with ink 255 and paper 0, and labels such as
-    ``"ARMENIAN/U+0531"``. The pixels depend on this module, its file, and the random streams of NumPy. A warning is
-    given if they are not those of :data:`FINGERPRINT`.
+    ``"ARMENIAN/U+0531"``. The pixels depend on this module, its file, and the random streams of NumPy. The call that
+    draws them gives a warning if their fingerprint is not :data:`FINGERPRINT`.
 
     Args:
         meanwhile: a function of one argument: blank classes in the shape of the training classes. It is called just

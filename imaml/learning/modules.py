@@ -6,7 +6,7 @@ In few-shot learning, batch normalisation takes mean and variance from the batch
 ``Network.apply`` therefore runs a module in training mode and drops the new averages. For the support set's statistics,
 the module runs on the support set in training mode, and then on the query set with the averages of that one call.
 
-If a module has a method ``features``, its output is the last hidden layer, which :func:`imaml.diagnose` uses.
+If a module has a method ``features``, its result is taken as the last hidden layer, which :func:`imaml.diagnose` uses.
 """
 
 import inspect
@@ -28,7 +28,7 @@ def linen_network(module: Any, input_shape: tuple[int, ...]) -> Network:
 
     Args:
         module: a ``flax.linen.Module`` from inputs ``[batch, *input_shape]`` to outputs ``[batch, outputs]``. With
-            batch normalisation, ``__call__`` has an argument ``train``, and the layers have
+            batch normalisation, ``__call__`` must have an argument ``train``, and each ``BatchNorm`` must have
             ``use_running_average=not train`` and ``momentum=0.0``.
         input_shape: the shape of one input, such as ``(28, 28, 1)``.
 
@@ -101,7 +101,7 @@ def nnx_network(make: Callable[[Any], Any]) -> Network:
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), averages_like)
 
     def run(parameters, averages, x, training, method):
-        # Copies have variables of the present trace. Flax refuses to change those of an outer trace.
+        # Copy the variables: the module changes them, and Flax refuses to change variables of an outer trace.
         state, averages = (jax.tree.map(lambda leaf: leaf, tree) for tree in (parameters_like, averages))
         nnx.replace_by_pure_dict(state, parameters)
         model = nnx.merge(graph, state, averages)
@@ -125,13 +125,13 @@ def equinox_network(make: Callable[[jax.Array], Any]) -> Network:
     """Return the network of an Equinox module.
 
     Args:
-        make: a function from a random key to an ``equinox.Module`` from one input, without an axis of examples, to
-            ``[outputs]``. With batch normalisation, its layers have ``axis_name="batch"`` and ``mode="ema"``, and the
-            module takes and returns a state: ``module(x, state) -> (outputs, state)``. The state is new in every call,
-            so the averages are the statistics of one batch.
+        make: a function from a random key to an ``equinox.Module``. The module maps one input, without an axis of
+            examples, to ``[outputs]``. With batch normalisation, each ``BatchNorm`` must have ``axis_name="batch"`` and
+            ``mode="ema"``, and the module takes and returns a state: ``module(x, state) -> (outputs, state)``. The
+            network runs the module in training mode with a new state, so the averages are the statistics of one batch.
 
     Raises:
-        InputError: if a batch normalisation has another mode, whose averages are no statistics of one batch.
+        InputError: if a ``BatchNorm`` has another mode. Its averages would not be the statistics of one batch.
         ImportError: if Equinox is missing.
     """
     import equinox as eqx

@@ -1,4 +1,4 @@
-"""Charts as SVG elements, whose colours are classes of ``page.css`` and so follow the scheme of the page."""
+"""Charts as SVG elements. Their colours are CSS classes of ``page.css``, so they follow a light or dark page."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
 
 
 class Series(NamedTuple):
-    """What a chart draws over its x axis.
+    """One line, or one set of dots, in a chart.
 
     Attributes:
         label: the name in the legend.
         style: the CSS class that gives the colour, such as ``"blue"``.
         x: numbers, ``[points]``.
         y: numbers, ``[points]``.
-        low: lower ends of a band or of error bars; None if there are none.
+        low: lower ends of the band around a line, or of the error bars of dots; None for neither.
         high: upper ends.
-        kind: ``"line"``, ``"dashed"`` or ``"dots"``. A line has a band, and dots have error bars.
+        kind: ``"line"``, ``"dashed"`` or ``"dots"``. In the legend of :func:`shares`, ``"area"``.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Series(NamedTuple):
 
 
 class _Axis(NamedTuple):
-    """Scale of one axis: from values to positions in the picture, ``start`` for ``low`` and ``end`` for ``high``."""
+    """Scale of one axis, which maps the value ``low`` to the position ``start``, and ``high`` to ``end``."""
 
     low: float
     high: float
@@ -62,13 +62,13 @@ def chart(
     """Return a figure with a chart of lines, dots and bands.
 
     Args:
-        title: the heading, which says what the y axis has.
-        series: what to draw. Points that are not finite are left out, and on a logarithmic axis those that are not
-            above 0.
+        title: the heading, which says what the y axis shows.
+        series: what to draw. Points that are not finite are left out. A logarithmic axis also leaves out points at or
+            below 0.
         x_label: the name of the x axis.
         log: whether the y axis is logarithmic.
-        limits: ends of the y axis; None for an end that includes all points.
-        shown: the text of a number at the y axis.
+        limits: the lower and the upper end of the y axis. An end of None is chosen to include all points.
+        shown: a function that returns the text of a number at the y axis.
         note: a sentence below the chart.
     """
     series = [_drawable(each, log) for each in series]
@@ -112,12 +112,12 @@ def binned(steps: np.ndarray, values: np.ndarray, bins: int = 120) -> tuple[np.n
 
     Args:
         steps: the meta-steps, ``[entries]``.
-        values: one number for each of them. Numbers that are not finite are left out of the means.
+        values: one number for each meta-step. Numbers that are not finite are left out of means and percentiles.
         bins: the largest number of stretches.
 
     Returns:
-        The last meta-step of each stretch, the mean, the 10th and the 90th percentile. A stretch without a finite
-        number has NaN.
+        The last meta-step of each stretch, the mean, the 10th and the 90th percentile. The last three are NaN for a
+        stretch without a finite number.
     """
     stretches = np.array_split(np.arange(len(steps)), min(bins, max(1, len(steps))))
     rows = [(steps[each[-1]], *_summary(values[each])) for each in stretches if len(each)]
@@ -153,7 +153,7 @@ def _axis(values, limits, start, end, log=False):
 
 
 def _ticks(axis):
-    """Return at most about six round numbers on an axis."""
+    """Return at most seven round numbers on an axis."""
     if axis.log:
         first, last = round(math.log10(axis.low)), round(math.log10(axis.high))
         factors = (1, 2, 5) if last - first <= 2 else (1,)

@@ -1,4 +1,4 @@
-"""The sections of a report about the tasks of a classifier: what is taken for what, and some tasks in full."""
+"""The sections of a report about the tasks of a classifier: which classes it confuses, and some example tasks."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from imaml.runs.outcomes import Outcomes
 from imaml.settings.preset import Preset
 
 LARGEST_MATRIX = 20
-"""A matrix of more classes than this is too large to read. The classes that are hardest are then listed instead."""
+"""The largest number of classes for which a matrix can be read. With more, the report lists the hardest classes."""
 HARDEST = 12
+"""Number of hardest classes in the list."""
 SUPPORT_SHOWN, QUERIES_SHOWN = 5, 3
-"""Images of each class that an example task shows."""
+"""The largest numbers of support and query images of each class that an example task shows."""
 
 
 def confusion(found: Outcomes, classes: Any, paper_is_black: bool) -> Html:
@@ -44,7 +45,7 @@ def confusion(found: Outcomes, classes: Any, paper_is_black: bool) -> Html:
             element(
                 "p",
                 f"The {HARDEST} of {len(classes)} classes with the most query images that were not recognised. "
-                "A class is asked for only a few times, so its share is a rough number.",
+                "Each class is in only a few tasks, so these counts are rough.",
                 class_="note",
             ),
             _hardest(found.confusion(len(classes)), classes, paper_is_black),
@@ -78,7 +79,7 @@ def _matrix(counts, labels):
 
 
 def _hardest(counts, classes, paper_is_black):
-    """Return a card for each of the classes with the most mistakes, with the classes that it is taken for."""
+    """Return a card for each of the hardest classes, which names up to three classes that it is taken for."""
     asked, missed = counts.sum(1), counts.sum(1) - np.diag(counts)
 
     def named(index, *lines):
@@ -106,7 +107,7 @@ def _first_image(classes, index):
 
 
 def examples(found: Outcomes, preset: Preset, classes: Any, paper_is_black: bool) -> Html:
-    """Return the section with example tasks: the first tasks, and the first ones with a mistake.
+    """Return the section with the example tasks that :func:`chosen` selects.
 
     Args:
         found: the outcomes of the tasks of an evaluation.
@@ -117,8 +118,8 @@ def examples(found: Outcomes, preset: Preset, classes: Any, paper_is_black: bool
     """
     indices, tasks = chosen(found), len(found.targets)
     note = (
-        "The first two tasks of the evaluation, and the first two others with a mistake. The images without a frame "
-        "are support images, to which the network is adapted. The images with a frame are query images, with the "
+        "The first two tasks of the evaluation, and the next two that have a mistake. The images without a frame are "
+        "support images, to which the network is adapted. The images with a frame are query images, with the "
         "predicted class and its probability."
     )
     mistakes = (found.predicted != found.targets).sum(1)
@@ -131,7 +132,7 @@ def examples(found: Outcomes, preset: Preset, classes: Any, paper_is_black: bool
 
 
 def chosen(found: Outcomes) -> list[int]:
-    """Return the indices of the tasks that a report shows: the first two, and the first two others with a mistake."""
+    """Return the indices of the tasks that a report shows: the first two, and the next two that have a mistake."""
     first = list(range(min(2, len(found.targets))))
     wrong = np.flatnonzero((found.predicted != found.targets).any(1))
     return first + [int(index) for index in wrong if index not in first][:2]
@@ -143,7 +144,7 @@ def _title(index, mistakes):
 
 
 def _classes(found, preset, classes, index, tasks, paper_is_black):
-    """Yield a row for each class of a task: its support images, and its query images with their predictions."""
+    """Yield a row for each class of a task, with support images of the class, and query images with predictions."""
     task: Task = run_outcomes.task(preset, classes, index, tasks)
     names = _names(found, classes, index)
     black = paper_is_black and not preset.episode.bright_paper

@@ -20,9 +20,9 @@ class Comparison:
 
     Attributes:
         runs: what the files of each run say.
-        differences: the settings in which the runs differ, by dotted path, with the value in each run. A run that does
-            not have a setting has None. Parts of other types are listed as ``type of PART``, and other data as
-            ``data``.
+        differences: the settings in which the runs differ, by dotted path, with the value in each run. The value is
+            None for a run without the setting. If the types of a part differ, they are listed as ``type of PART``. If
+            the data differ, the first 12 digits of their fingerprints are listed as ``data``.
     """
 
     runs: tuple[Summary, ...]
@@ -90,12 +90,12 @@ def _differences(runs):
     ]
     paths = sorted({path for each in described for path in each})
     values = {path: tuple(each.get(path) for each in described) for path in paths}
-    # A preset of another name has no other results.
+    # The name of a preset does not affect the results.
     return {path: each for path, each in values.items() if path != "name" and any(value != each[0] for value in each)}
 
 
 def _rows(name, run):
-    """Return a row for each evaluation of a run, or one row for an unfinished run."""
+    """Return a row for each evaluation of a run, or one row for a run without an evaluation."""
     planned = run.settings["outer.steps"]
     steps = f"{run.step:,}" if run.step == planned else f"{run.step:,} of {planned:,}"
     first = (name, run.preset, run.algorithm, steps, f"{run.tasks:,}")

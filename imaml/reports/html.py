@@ -1,4 +1,4 @@
-"""The little HTML that a report needs: elements with escaped text, tables, images inline, and a whole page."""
+"""The HTML of a report: elements with escaped text, tables, inline images, and a whole page."""
 
 import base64
 import html
@@ -20,8 +20,8 @@ def element(name: str, *children: str | None, **attributes: object) -> Html:
     Args:
         name: the name of the tag.
         children: the content: other elements, or text, which is escaped. None is left out.
-        attributes: the attributes. An underscore at the end of a name is removed, and others become dashes. An
-            attribute of None is left out.
+        attributes: the attributes. An underscore at the end of a name is removed, and other underscores become dashes.
+            An attribute of None is left out.
 
     >>> element("p", "θ < φ", element("b", "!"), class_="note")
     '<p class="note">θ &lt; φ<b>!</b></p>'
@@ -66,8 +66,8 @@ def image(pixels: Any, text: str, **attributes: object) -> Html:
     """Return an image element with its PNG inline.
 
     Args:
-        pixels: ``[height, width, channels]``, uint8 or floats in [0, 1]. One channel is grey, and three are colours. Of
-            any other number of channels the mean is shown.
+        pixels: ``[height, width, channels]``, uint8 or floats in [0, 1]. Three channels are shown in colour. For any
+            other number of channels, their mean is shown in grey.
         text: the text for readers who do not see the image.
         attributes: further attributes of the element.
     """

@@ -25,8 +25,8 @@ def learning_curve(directory: Path, ways: int | None) -> Path:
 
     Args:
         directory: the run's folder, with its log and, if the run is finished, its result.
-        ways: number of classes of a task, for a line at the chance level 1/ways. None for a regression, whose picture
-            has no panel of accuracy.
+        ways: number of classes of a task, for a line at the chance level 1/ways. None for a regression: the picture
+            then has no panel of accuracy.
 
     Returns:
         The path of the PNG file.

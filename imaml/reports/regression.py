@@ -11,11 +11,13 @@ from imaml.runs.outcomes import Outcomes
 from imaml.settings.preset import Preset
 
 EXAMPLES = 6
-"""Number of curves that a report shows."""
+"""The largest number of curves that a report shows."""
 
 
 def curves(found: Outcomes, theta: Any, preset: Preset, classes: Any) -> Html:
-    """Return the section with the errors of all tasks, and with curves between the smallest and the largest error.
+    """Return the section with quantiles of the tasks' errors, and with curves from the smallest to the largest error.
+
+    Curves are drawn only if inputs and outputs are single numbers.
 
     Args:
         found: the outcomes of the tasks of an evaluation.
@@ -45,7 +47,7 @@ def curves(found: Outcomes, theta: Any, preset: Preset, classes: Any) -> Html:
 
 
 def _curve(theta, preset, classes, index, errors):
-    """Return the chart of one task; None if its inputs are not numbers."""
+    """Return the chart of one task; None if an input is not a single number."""
     task = run_outcomes.task(preset, classes, index, len(errors))
     if task.query_x.shape[1:] != (1,):
         return None

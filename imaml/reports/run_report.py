@@ -41,26 +41,27 @@ def report(
 ) -> Path:
     """Write a report of a run as one HTML file, and return the file's path.
 
-    The report has the learning curve, the residuals and statuses over training, the settings and what departs from the
-    preset, the evaluation, and what the learner does on held-out tasks: which classes are taken for which, and example
-    tasks with their images and predictions. For a regression it has example curves. The file needs no script, font or
-    image from elsewhere.
+    The report has the learning curve, the residuals and statuses over training, the evaluation, the settings, and those
+    settings that differ from the preset. For held-out tasks, it shows which classes are taken for which, and example
+    tasks with their images and predictions. For a regression it shows example curves instead. The file needs no script,
+    font or image from elsewhere.
 
     Args:
         run: a run's folder or a :class:`imaml.Run`. The run need not be finished.
         path: the file, which is replaced if it exists. By default ``report.html`` in the run's folder.
         preset: the preset that the run was trained with, for a run with parts of your own types, as in
             :func:`imaml.evaluate`.
-        tasks: number of held-out tasks for the confusion and the examples, at least 2; by default as many as in the
-            evaluation of the run, whose tasks they then are.
+        tasks: number of held-out tasks for the confusion and the examples, at least 2. By default, the tasks are those
+            of the run's evaluation, or 600 tasks if the run has none.
         data: the folder of the data, as in :func:`imaml.evaluate`.
         dataset: one's own data, as in :func:`imaml.evaluate`.
-        on_event: called with a message before a computation that takes longer.
+        on_event: called with a message before the data are read, and before θ is adapted to the tasks.
         on_warning: called with a message if a checkpoint is damaged, if classes are left out, or if outputs of the
             network are not finite.
 
     Raises:
-        InputError: if the folder holds no intact checkpoint, and as :func:`imaml.evaluate` does.
+        InputError: if the folder holds no intact checkpoint, if ``tasks`` is less than 2, and as
+            :func:`imaml.evaluate` does.
         OSError: if the file cannot be written.
 
     ``imaml.report("runs/first")`` writes ``runs/first/report.html``.

@@ -103,7 +103,10 @@ def _statuses(log):
 
 
 def _ends(log):
-    """Return a sentence about tasks that were left out, and the number of tasks and the meaning of each status."""
+    """Return a sentence about tasks that were left out, and a list of the statuses.
+
+    The list has the number of tasks and the meaning of each status.
+    """
     counts = Counter()
     for entry in log:
         counts.update(entry.statuses)
@@ -171,7 +174,7 @@ def settings(run: Summary) -> Html:
 
 
 def _published(run) -> Preset | None:
-    """Return the preset from which a run started, with the run's algorithm; None if it is not known."""
+    """Return the preset that has the name of the run's preset, with the run's algorithm; None if it is not known."""
     if run.preset not in presets():
         return None
     found = preset(run.preset)

@@ -92,16 +92,16 @@ def choose(
     The returned preset has the name of the dataset. The source is None for a dataset of this package.
 
     Args:
-        preset: the settings. Their dataset is used if ``dataset`` is None, and a folder of images is read in the shape
-            that their network takes.
+        preset: the settings. Its dataset is used if ``dataset`` is None. A folder of images is read in the shape that
+            its network takes.
         data: the folder of the files of a dataset that is chosen by its name.
         dataset: a dataset, or the name of one.
         directory: the folder of a run, which may remember a folder of images or the files of a registered dataset.
         meanwhile, on_warning: see :func:`load`.
 
     Raises:
-        InputError: if there is no such dataset, if it cannot be read, if the preset draws sinusoids, or if the run in
-            ``directory`` cannot read its own dataset again.
+        InputError: if there is no such dataset, if it cannot be read, if another dataset is chosen for a preset that
+            draws sinusoids, or if the dataset of the run in ``directory`` cannot be read again.
     """
     sinusoids = dataset is None or (isinstance(dataset, str) and dataset == "sinusoid")
     if type(preset.episode) is Curve and not sinusoids:
@@ -141,7 +141,7 @@ def _chosen(preset, data, dataset, directory, meanwhile, on_warning):
 
 
 def _remembered(directory):
-    """Return the source that the newest checkpoint in a run's folder has, with the dataset's name, or None."""
+    """Return the source in the newest checkpoint of a run's folder, with the dataset's name; None without a source."""
     found = None if directory is None else checkpoints.newest(directory)
     if found is None or "source" not in found.description:
         return None
@@ -242,10 +242,10 @@ def usable(
 
 
 def part_of(preset: Preset, dataset: Dataset, part: str) -> Any:
-    """Return a part of a dataset, None if it does not have the part.
+    """Return a part of a dataset; None if it does not have the part.
 
     If the dataset has no validation classes, ``preset.validation.held_out`` is the fraction of its training classes
-    that are validation classes instead.
+    that serve as validation classes. The training part is then the remaining classes.
 
     Args:
         preset: the settings.
@@ -253,7 +253,8 @@ def part_of(preset: Preset, dataset: Dataset, part: str) -> Any:
         part: ``"train"``, ``"validation"`` or ``"test"``.
 
     Raises:
-        InputError: if classes are to be held out, but the training part is not made of classes, or too few of them.
+        InputError: if classes are to be held out, but the training part does not consist of classes of images, or has
+            too few of them.
     """
     if part == "test" or getattr(dataset, "validation", None) is not None or not preset.validation.held_out:
         return getattr(dataset, part, None)
@@ -279,7 +280,10 @@ def without_held_out(preset: Preset, classes: Any, name: str) -> tuple[Any, Any]
 
 
 def check_shape(preset: Preset, classes: Any, name: str) -> None:
-    """Raise InputError if images are missing, not of the network's shape, or to be rotated and not square."""
+    """Raise InputError if there are no images, or if they do not have the network's shape.
+
+    The error is also raised if the preset rotates images and they are not square.
+    """
     if isinstance(preset.episode, Episode) and not hasattr(classes, "samples"):
         raise InputError(f"{preset.name} draws tasks from images, but {name} has none: choose another dataset")
     shape, wanted = getattr(classes, "image_shape", None), getattr(preset.network, "image_shape", None)

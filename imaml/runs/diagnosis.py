@@ -1,4 +1,4 @@
-"""What to compare a learner with: classifiers on its features without adaptation, and how calibrated it is."""
+"""Diagnosis of a learner: a comparison with classifiers on its features without adaptation, and its calibration."""
 
 import warnings
 from collections.abc import Callable
@@ -68,14 +68,14 @@ class Diagnosis:
     Attributes:
         adapted: accuracy of the adapted network, the same as that of :func:`imaml.evaluate`.
         nearest_mean: accuracy of assigning each query image to the class whose support images have the nearest mean.
-            The distance is Euclidean, in the features of the trained θ without adaptation. None if the network does not
-            tell its features.
-        linear_probe: accuracy of logistic regression on the same features of the support images. Its penalty is that of
-            scikit-learn's default: the sum of the losses plus ½‖weights‖². None if the network does not tell its
-            features.
+            The distance is Euclidean, in the features of the trained θ without adaptation. None if the network has no
+            function ``features``.
+        linear_probe: accuracy of logistic regression on the same features, fitted to the support images. As in
+            scikit-learn by default, it minimises the sum of the losses plus ½‖weights‖². None if the network has no
+            function ``features``.
         calibration: calibration of the probabilities of the adapted network, over all query images of all tasks.
-        beside: the same with the support set's statistics in batch normalisation, if this diagnosis has those of the
-            query batch. Otherwise None.
+        beside: the diagnosis with the support set's statistics in batch normalisation. None for a network without batch
+            normalisation, and in the diagnosis that is itself ``beside`` another one.
     """
 
     adapted: Evaluation
@@ -85,7 +85,7 @@ class Diagnosis:
     beside: "Diagnosis | None" = None
 
     def record(self) -> dict[str, Any]:
-        """Return the diagnosis as a dictionary of JSON types. A mean of no predictions is None."""
+        """Return the diagnosis as a dictionary of JSON types. NaN, such as the mean of an empty bin, becomes None."""
         return _without_nan(asdict(self))
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ def diagnose(
     """Compare a learner with simple classifiers on its own features, and measure the calibration of its probabilities.
 
     The tasks are those of :func:`imaml.evaluate`. If the nearest mean or the linear probe is as accurate as the adapted
-    network, then the adaptation adds nothing to the features.
+    network, then the adaptation adds nothing to the features of θ.
 
     Args:
         run, preset, tasks, data, best, on_event, dataset, part: as in :func:`imaml.evaluate`.
@@ -122,7 +122,8 @@ def diagnose(
         InputError: for a regression, and as :func:`imaml.evaluate` does.
 
     ``found = imaml.diagnose("runs/glyphs-5way-1shot-gd")`` compares the run of the default preset. ``print(found)``
-    prints the four numbers for both kinds of statistics, and ``found.calibration.bins`` has the reliability diagram.
+    prints accuracies and calibration for both kinds of statistics, and ``found.calibration.bins`` has the data of a
+    reliability diagram.
     """
     theta, preset, classes = resolved(run, preset, data, best, on_event, dataset, part)
     check(preset.episode.metric == "accuracy", f"{preset.name} is a regression: its outputs are no probabilities")
@@ -176,8 +177,8 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
 def _task_outputs(preset: Preset) -> Callable[[tuple[Any, Any], jax.Array], Any]:
     """Return a function ``((theta, source), keys) -> (labels, *outputs)``, with outputs for each normalisation.
 
-    They are the logits of the adapted network, and the classes that the nearest mean and the linear probe predict, or
-    None if the network does not tell its features.
+    Each output is a triple: the logits of the adapted network, the classes that the nearest mean predicts, and the
+    classes that the linear probe predicts. The last two are None if the network has no function ``features``.
     """
     learner, network = preset.test_learner, preset.functions
 
@@ -210,8 +211,9 @@ def _fit(features, task, preset):
 def fit_probe(features: jax.Array, one_hot: jax.Array) -> jax.Array:
     """Minimise the sum of the cross-entropies plus ½‖weights‖² over weights and biases.
 
-    Each of the :data:`PROBE_STEPS` steps replaces the Hessian of the cross-entropy by the constant ½ XᵀX, which is
-    never smaller. Nesterov's extrapolation accelerates the steps, and is restarted when it points uphill.
+    Each of the :data:`PROBE_STEPS` steps replaces the Hessian of the cross-entropy by the constant ½ XᵀX for each
+    class, which is an upper bound. Nesterov's extrapolation accelerates the steps, and is restarted when it points
+    uphill.
 
     Args:
         features: ``[examples, features]``.

@@ -27,7 +27,7 @@ from imaml.runs.results import Run
 from imaml.settings.preset import Preset
 
 CHUNK = 32
-"""Images that one call of the compiled network takes. The last chunk is padded, so one program serves any number."""
+"""Images in one call of the compiled network. The last chunk is padded, so one program serves any number of images."""
 
 
 def load(
@@ -43,10 +43,10 @@ def load(
     Args:
         run: a run's folder, a file that :meth:`TrainedLearner.save` or ``imaml export`` wrote, or a
             :class:`imaml.Run`.
-        preset: the preset that the run was trained with. It is required for a safetensors file of another library. It
-            is also required if a part of it has a type of your own, such as a network class, unless the preset is
-            registered (:func:`imaml.register_preset`) or offered by an installed package. Otherwise the preset is
-            restored from ``run``.
+        preset: the preset that the run was trained with. It is required for a safetensors file that another library
+            wrote. It is also required if a part of the preset has a type of your own, such as a network class, unless
+            the preset is registered (:func:`imaml.register_preset`) or offered by an installed package. By default, the
+            preset is restored from ``run``.
         best: which checkpoint of a folder to take, as in :func:`imaml.evaluate`. By default it is the one with the best
             validation or, in a run without validation, the last one.
         on_event: called with a message if that checkpoint is damaged and another one is used.

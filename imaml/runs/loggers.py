@@ -1,6 +1,6 @@
 """Loggers, which send the progress of a training run to another program: TensorBoard, or Weights & Biases.
 
-Every run also writes its log to ``metrics.jsonl`` in its folder. The libraries of the loggers are optional, and are
+A run writes its log to ``metrics.jsonl`` in its folder in any case. The libraries of the loggers are optional, and are
 imported when training begins.
 """
 
@@ -17,7 +17,7 @@ from imaml.runs.results import Evaluation
 
 
 class Logger(Protocol):
-    """What :func:`imaml.train` needs of a logger. Only process 0 of a run in several processes calls it."""
+    """The methods of a logger that :func:`imaml.train` calls. In a run of several processes, only process 0 does so."""
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
         """Start to log.
@@ -32,11 +32,15 @@ class Logger(Protocol):
         """Log a meta-step."""
 
     def end(self, evaluation: Evaluation | None) -> None:
-        """Log the evaluation of a finished run, and close. None if the run was stopped, failed or is not evaluated."""
+        """Log the evaluation of a finished run, and close the logger.
+
+        Args:
+            evaluation: None if the run was stopped, failed or is not evaluated.
+        """
 
 
 def scalars(progress: Progress) -> dict[str, float]:
-    """Return the numbers of a meta-step by name, such as ``train/loss``; the share of each status is among them.
+    """Return the numbers of a meta-step by name, such as ``train/loss``, and the share of tasks with each status.
 
     >>> found = scalars(Progress(1, 10, 1.5, 0.25, 4, 0.1, 0.2, {"BUDGET_USED": 3, "MAX_STEPS": 1}, 2.0))
     >>> found["train/loss"], found["status/MAX_STEPS"], "validation/value" in found
@@ -86,7 +90,7 @@ class TensorBoard:
     _last: int = field(default=0, init=False, repr=False)
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
-        """Open the event file. Events of an earlier process after meta-step ``step`` are hidden by TensorBoard."""
+        """Open the event file. TensorBoard then hides earlier events of meta-steps after ``step``."""
         library = _imported("tensorboardX", "tensorboard")
         folder = directory / "tensorboard" if self.directory is None else Path(self.directory)
         self._last = step
@@ -111,7 +115,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logger that sends a run to Weights & Biases, by the library wandb.
 
-    A resumed run goes on as the same run there. The run's folder keeps its id in ``wandb-id``.
+    A resumed run continues its run at Weights & Biases, whose id is in the file ``wandb-id`` of the run's folder.
 
     Args:
         project: the name of the project.
@@ -123,7 +127,7 @@ class WeightsAndBiases:
     _run: Any = field(default=None, init=False, repr=False)
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
-        """Start a run, or go on with the run whose id is in the folder."""
+        """Start a run at Weights & Biases. If ``step`` is not 0, continue the run whose id is in the folder."""
         library = _imported("wandb", "wandb")
         path = directory / "wandb-id"
         identity = path.read_text().strip() if step and path.exists() else uuid4().hex
@@ -143,7 +147,7 @@ class WeightsAndBiases:
 
 
 class Loggers:
-    """Several loggers as one, of which only those that have begun are ended."""
+    """Several loggers as one. A logger gets meta-steps and is ended only if its ``begin`` raised no error."""
 
     def __init__(self, loggers: Sequence[Logger]):
         self._loggers, self._begun = loggers, []

@@ -1,7 +1,7 @@
-"""The tasks of an evaluation one by one: what the adapted network answers, and which classes a task has.
+"""The tasks of an evaluation one by one: the outputs of the adapted network, and the classes of a task.
 
 An evaluation keeps only the mean score over its tasks. This module computes the outputs for the same tasks, so that a
-report can show which images are taken for which.
+report can show which classes are taken for which.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Outcomes:
     Attributes:
         outputs: float ``[tasks, examples, outputs]``, with the published normalisation, which takes the statistics of
             the query batch.
-        targets: int ``[tasks, examples]``, the labels of the examples in their task, or the targets of a regression,
+        targets: int ``[tasks, examples]``, the labels of the examples in their task. For a regression, float
             ``[tasks, examples, outputs]``.
         drawn: int ``[tasks, ways]``, the index of the class that has each label of a task. None for a regression, and
             for tasks of one's own whose classes are not known.
@@ -49,8 +49,8 @@ class Outcomes:
         """Count the examples by their true and their predicted label.
 
         Args:
-            classes: None for the labels within a task, which are the same 0, 1, … in every task. The number of classes
-                of the data to count by class instead. ``drawn`` must be known then.
+            classes: None to count by the labels within a task, which are 0, 1, … in every task. To count by class
+                instead, the number of classes of the data; ``drawn`` must not be None then.
 
         Returns:
             Integers ``[labels, labels]``: the row is the true label, and the column the predicted one.
@@ -108,7 +108,7 @@ def fit(theta: Any, preset: Preset, task: Task, x: np.ndarray) -> tuple[np.ndarr
         theta: the parameters θ.
         preset: the settings.
         task: the task.
-        x: inputs as those of the task, ``[points, ...]``.
+        x: inputs of the same shape as those of the task, ``[points, ...]``.
     """
     learner = preset.test_learner
     program = jax.jit(lambda theta, task, x: (learner.apply(theta, x), learner.apply(learner.adapt(theta, task).w, x)))

@@ -16,7 +16,7 @@ from imaml.runs.results import Run
 from imaml.settings.preset import Preset
 
 ORIGIN = ("preset", "dataset", "step", "data")
-"""The facts about the run that trained the parameters that a new run keeps."""
+"""The facts that a new run keeps about the run that trained its first parameters."""
 
 
 def read_start(
@@ -31,12 +31,13 @@ def read_start(
         on_event: called with a message if a damaged checkpoint is replaced by another one.
 
     Returns:
-        θ, and a description in JSON types with the entry ``"start"``: ``from`` in words, the SHA-256 of the arrays and
-        their names, and what is known of the run that trained them. If ``start`` is None, θ is None and the
-        description is empty.
+        θ, and a description in JSON types with the entry ``"start"``. The entry has ``from``, the place of the
+        parameters in words; ``sha256``, the digest of the arrays and their names; and those facts in :data:`ORIGIN`
+        that are known. If ``start`` is None, θ is None and the description is empty.
 
     Raises:
-        InputError: if there is no run or file, if it is damaged, or if the arrays do not fit the network.
+        InputError: if there is no run or file, if it is damaged, or if the arrays do not have the shapes and dtypes of
+            the network's parameters.
     """
     if start is None:
         return None, {}
@@ -52,7 +53,7 @@ def read_start(
 
 
 def _read(start, on_event):
-    """Return the name of a start in words, its arrays by the names of the parameters, and facts about its training."""
+    """Return the place of a start in words, its arrays with their names, and facts about the run that trained them."""
     if isinstance(start, str | Path):
         description, named = learner.read_trained(Path(start), None, on_event)
         description = description or {}

@@ -26,12 +26,13 @@ class Summary:
         data: the fingerprint of the data.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
         step: number of meta-steps done.
-        best_step: number of meta-steps before the best validation, whose parameters are the result; None in a run
-            without validation.
+        best_step: number of meta-steps before the best validation, whose parameters are the result; None if there
+            was no validation.
         seconds: wall time of training, summed over resumptions.
-        evaluations: the evaluations in ``result.json`` as dictionaries; empty if the run is not finished.
-        log: the log of the run.
-        restored: the preset. None if a part has a type that cannot be restored from a file.
+        evaluations: the evaluations in ``result.json`` as dictionaries; empty if the run is not finished or was not
+            evaluated.
+        log: the entries of the run's log.
+        restored: the preset. None if it cannot be restored, for example because a part has a type of one's own.
     """
 
     directory: Path

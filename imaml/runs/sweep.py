@@ -21,7 +21,10 @@ from imaml.settings.renamed import current_path
 from imaml.tables import table
 
 HELD_OUT = 0.1
-"""The fraction of the training classes that validate a sweep if neither the dataset nor the preset has any others."""
+"""The fraction of the training classes that a sweep holds out for validation if the preset does not validate.
+
+It is used only for a dataset without validation classes, and only if ``preset.validation.held_out`` is 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Trial:
 
     @property
     def validated(self) -> bool:
-        """Whether there is a validation."""
+        """Whether ``value`` is the result of a validation, so not NaN."""
         return not math.isnan(self.value)
 
 
@@ -79,7 +82,7 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The combination with the best validation, None if there is none."""
+        """The combination with the best validation; None if no combination was validated."""
         return next((trial for trial in self.ranked if trial.validated), None)
 
     def table(self, form: str = "terminal") -> str:
@@ -156,8 +159,9 @@ def sweep(
     diverges is listed as failed, and the sweep goes on.
 
     Args:
-        preset: the settings that all combinations share. If it has no validation, each run is validated after its last
-            meta-step. If the dataset then has no validation classes, a tenth of its training classes is held out.
+        preset: the settings that all combinations share. If ``preset.validation.every`` is 0, each run is validated
+            after its last meta-step. If the dataset then has no validation classes, ``preset.validation.held_out`` of
+            its training classes are held out, or a tenth if this fraction is 0.
         over: for each setting, by its dotted path as in ``imaml presets NAME``, the values to try.
         directory: the folder for the folders of the runs.
         data: the folder of the dataset's files, as in :func:`imaml.train`.
@@ -213,7 +217,7 @@ def presets_over(preset: Preset, over: Mapping[str, Sequence[Any]]) -> list[tupl
         validation = preset.validation
         held_out = validation.held_out or HELD_OUT
         preset = replace(preset, validation=replace(validation, every=preset.outer.steps, held_out=held_out))
-    # The algorithm replaces the inner loop, whose settings other paths may vary.
+    # Override the algorithm first: it replaces the inner loop, whose settings other paths may vary.
     paths = sorted(over, key=lambda path: path != "algorithm")
     found = []
     for values in itertools.product(*(over[path] for path in paths)):

@@ -1,6 +1,6 @@
 """Derivatives of a task's losses, conjugate gradients and unrolled gradient descent, without code of :mod:`bilevel`.
 
-:mod:`imaml.runs.verification` compares with them.
+:mod:`imaml.runs.verification` compares the results of :mod:`bilevel` with them.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,8 +63,8 @@ class TaskDerivatives:
         """Gradient descent on the inner objective, differentiated in forward mode along a direction in θ.
 
         ``unrolled(phi, tangent, direction, rate, count, theta, task)`` takes ``count`` steps from φ, whose derivative
-        along the direction is ``tangent``, and returns both after the steps. Forward mode stores no iterates, so the
-        memory does not depend on the number of steps.
+        along the direction is ``tangent``. It returns φ and its derivative after the steps. Forward mode stores no
+        iterates, so the memory does not depend on the number of steps.
         """
 
     def query(self, phi: Vector) -> tuple[float, Vector]:
@@ -87,7 +87,7 @@ class TaskDerivatives:
 def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector) -> Iterator[tuple[Vector, float, float]]:
     """Yield x, ‖b − Ax‖ and the curvature pᵀAp of the search direction p, for each step of conjugate gradients.
 
-    The steps solve Ax = b from x = 0. As in the CG of the presets, they go on after a negative curvature.
+    The iteration for Ax = b starts at x = 0. Like the CG of the presets, it continues after a negative curvature.
 
     Args:
         product: the function x ↦ Ax, with A symmetric.

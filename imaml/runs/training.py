@@ -72,11 +72,11 @@ def train(
     with the best validation, not the last one, and ``preset.validation.patience`` stops a run that does not improve any
     more. A resumed run validates at the same meta-steps, with the same tasks, as an uninterrupted one.
 
-    A run is extended if ``preset`` differs from that of the folder in a larger ``outer.steps`` alone. This holds for a
-    stopped run, a finished one, and one that stopped early. The state of Adam is kept. From there on, the learning rate
-    is that of a run of the new length. A rate that had fallen to 0 thus rises again: a cosine that ended after 1,000
-    meta-steps goes on at half of the first rate in a run of 2,000. The folder records each extension, and keeps the
-    earlier result as ``result-NNNNNNNN.json``.
+    A run is extended if ``preset`` differs from that of the folder only by a larger ``outer.steps``. This holds for a
+    stopped run, a finished one, and one that stopped early. The state of Adam is kept. After the extension, the
+    learning rate is that of a run of the new length. A rate that had fallen to 0 thus rises again: a cosine that ended
+    after 1,000 meta-steps goes on at half of the first rate in a run of 2,000. The folder records each extension, and
+    keeps the earlier result as ``result-NNNNNNNN.json``, with the old number of meta-steps in its name.
 
     If JAX runs in several processes, each process must call this function. The tasks are then divided among the
     processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
@@ -92,15 +92,16 @@ def train(
             folder or a registered dataset again; any other object must be passed again.
         start: the parameters to start from, for fine-tuning: a run's folder, a file that :meth:`TrainedLearner.save`
             wrote, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and
-            ``directory`` must be another folder than that run's. It records where θ came from with a SHA-256 of the
-            arrays, and resumes only with a start of the same contents. By default, θ is drawn with the seed.
+            ``directory`` must be another folder than that of the run to start from. The new run records where θ came
+            from with a SHA-256 of the arrays, and resumes only with a start of the same contents. By default, θ is
+            drawn with the seed.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
         on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
-            checkpoint was saved with other versions, if ``result.json`` is not replaced, or if outputs in the
-            evaluation are not finite, if a run is extended, or if ``start`` may have been trained on test classes of
-            these data; ``on_event`` by default.
+            checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in the evaluation
+            are not finite, if a run is extended, or if ``start`` may have been trained on test classes of these data;
+            ``on_event`` by default.
         on_progress: called after every meta-step.
         progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
             or a file, there is a line every ten seconds instead of the bar.
@@ -192,7 +193,7 @@ def _train(
         first = initial_state(preset)
         begun = state = from_first(folder.resume(first if theta is None else replace(first, theta=theta)))
         selection = validator.begin(folder.saved.get("validation"))
-        # Compress the copy of the glyphs on another thread while the step is traced, which takes half a second.
+        # Compress the copy of the glyphs on another thread while this thread traces the step.
         kept = writer.submit(run_data.keep, directory, present) if is_first() and source is None else None
         if is_first():
             on_begin(directory, description, int(begun.step))
@@ -240,7 +241,7 @@ def _check_alike(facts):
 
 
 def _warn_of_test_classes(start, preset, data, on_warning):
-    """Call ``on_warning`` if the parameters were trained on other data of the same name, split in another way."""
+    """Call ``on_warning`` if the parameters were trained on other data of the same name, maybe split differently."""
     if start.get("dataset") == preset.dataset and start.get("data", data) != data:
         on_warning(
             f"{start['from']} was trained on other data that are called {preset.dataset} too: test classes of the "

@@ -1,6 +1,6 @@
 """Validation during training: it chooses the best meta-step of a run, and may end the run early.
 
-Validation tasks are drawn from validation classes. The test classes choose nothing.
+Validation tasks are drawn from validation classes. The test classes are not used.
 """
 
 import math
@@ -32,7 +32,7 @@ class Selection:
     waited: int = 0
 
     def after(self, step: int, value: float, metric: str) -> "Selection":
-        """Return the selection after another validation. Of two equal values, the earlier one is the best."""
+        """Return the selection after another validation. Of two equal values, the earlier one counts as better."""
         better = value > self.value if metric == "accuracy" else value < self.value
         if self.step == 0 or better or (math.isnan(self.value) and not math.isnan(value)):
             return Selection(step, value)
@@ -62,7 +62,7 @@ class Validator:
         self._scores = None if classes is None else scores_of(preset, classes, self._settings.tasks)
 
     def begin(self, saved: dict[str, Any] | None) -> Selection:
-        """Return the selection that process 0 has read from a checkpoint, in every process.
+        """Return, in every process, the selection that process 0 has read from a checkpoint.
 
         Args:
             saved: the entry ``"validation"`` in a checkpoint's description, or None.
@@ -88,14 +88,14 @@ class Validator:
         return selection.after(progress.step, progress.validation, self._preset.episode.metric)
 
     def ends(self, selection: Selection) -> bool:
-        """Return True if the run stops early."""
+        """Return True if the run stops early, because ``patience`` validations in a row were not better."""
         return 0 < self._settings.patience <= selection.waited
 
     def saved(self, selection: Selection, step: int) -> tuple[dict[str, Any], float | None]:
         """Return what a checkpoint after ``step`` meta-steps saves about validation: facts, and its loss.
 
-        The best checkpoint is the one with the least loss. Only one checkpoint has a finite loss: that of the best
-        validation so far. In a run without validation, there are no facts, and the loss is None.
+        The best checkpoint is the one with the least loss. The loss is finite only if the validation at ``step`` is the
+        best so far. In a run without validation, there are no facts, and the loss is None.
         """
         if self._scores is None:
             return {}, None

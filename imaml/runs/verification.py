@@ -53,8 +53,8 @@ STAGES = 7  # number of messages of a verification
 LONG = 1000
 """CG budget of a solve that counts as exact."""
 MORE, NEAR = 32, 0.1
-"""The explanation of a distance tries budgets of CG up to ``MORE`` times the preset's, and stops at a distance below
-``NEAR``."""
+"""To explain the error of the truncated gradient, CG runs with budgets of up to ``MORE`` times the preset's, until the
+relative error of the gradient is below ``NEAR``."""
 QUICK = {"xla_backend_optimization_level": 0}
 """Options to compile a program that runs once: all optimisations would take longer than they save."""
 
@@ -126,8 +126,9 @@ def check_system(
 
     Returns:
         Two checks. The first passes if a long CG solve reaches a relative residual of ``SOLVED``. The second passes if
-        the residual that the learner reports for its own CG solve is the true one and at most 1. The text of the second
-        also gives the relative error of the learner's gradient. If it passes, it is a :class:`.BudgetCheck`.
+        the residual that the learner reports for its own CG solve is the true one and at most 1. Unless the residual is
+        above 1, the second is a :class:`.BudgetCheck`, whose text also gives the relative error of the learner's
+        gradient.
     """
     on_event("computing the meta-gradient at the preset's budget")
     batch = jax.tree.map(lambda array: array[None], task)
@@ -181,7 +182,7 @@ def check_system(
 def _longer(derivatives, phi, exact, steps):
     """Run CG for twice, four times, … the steps, and return the fields ``longer`` and ``indefinite`` of the check.
 
-    The longest budget is ``MORE`` times the steps, or the first with a distance below ``NEAR``.
+    The longest budget is ``MORE`` times the steps, or the first one that leaves a relative error below ``NEAR``.
     """
     v, found, least = derivatives.query(phi)[1], [], 0.0
     path = conjugate_gradients(lambda u: derivatives.inner(phi, phi, u)[1] / derivatives.strength, v)
@@ -205,9 +206,9 @@ def _implicit(learner):
 
 @contextmanager
 def _compiler():
-    """Yield a function (function, *arguments, **options) → program, which compiles on another thread.
+    """Yield a function (function, *arguments, **options) → program that compiles the program on another thread.
 
-    The first call of the program waits for the compilation. All programs compile at the same time, on all cores.
+    Calling a program waits until it is compiled. Up to one compilation per core runs at the same time.
     """
     threads = ThreadPoolExecutor(os.cpu_count())
 
@@ -258,7 +259,7 @@ def check_solution(
         rate = min(constant_step_size(learner.solver), rate)
 
     def slopes(direction, number):
-        """Return φ after the last of ``steps``, and the slope of MAML's loss along a direction after each of them."""
+        """Return φ after ``steps[-1]`` steps, and MAML's slope along a direction after each number in ``steps``."""
         phi, tangent, done, found = start, direction, 0, []
         for count in steps:
             phi, tangent = unrolled(phi, tangent, direction, rate, count - done, start, task)
@@ -267,7 +268,7 @@ def check_solution(
             on_progress(number * steps[-1] + done, directions * steps[-1])
         return phi, found
 
-    # The random directions do not depend on the solution, so that unrolling along them also gives the start of Newton.
+    # The random directions do not depend on the solution. Unroll along them first: the last φ is where Newton starts.
     chosen = np.random.default_rng(0).normal(size=(directions, start.size))
     chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
     paths = [slopes(direction, number) for number, direction in enumerate(chosen[1:])]

@@ -1,8 +1,9 @@
 """The settings of all presets with their meanings, read from the source of the records without importing them.
 
-``imaml train --help`` lists every setting. The records that have the settings import JAX, which takes most of a second.
-This module therefore parses the files that define the records, and takes the meaning of each field from the ``Args:``
-section of its record. The settings of one preset, with their values, are :func:`imaml.settings.overrides.settings`.
+``imaml train --help`` lists every setting. A setting is a field of a record, such as a preset or a solver. The modules
+that define the records import JAX, which takes most of a second. This module therefore parses their source files, and
+takes the meaning of each field from the ``Args:`` section of its record.
+:func:`imaml.settings.overrides.settings` returns the settings of one preset with their values.
 """
 
 import ast
@@ -30,8 +31,9 @@ class Setting:
     Attributes:
         path: the dotted path, such as ``"inner.max_steps"``.
         value: a placeholder for the value: ``"N"``, ``"X"``, ``"WORD"`` or ``"true|false"``.
-        meaning: a description in plain text. If several kinds of a part have the setting, such as two inner solvers,
-            the description has the meaning for each.
+        meaning: a description in plain text. A part can have several types, such as two inner solvers. If they differ
+            in the meaning, or if only some of them have the setting, the description names each type before its
+            meaning.
     """
 
     path: str
@@ -86,7 +88,10 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Field:
-    """A field: a setting if ``value`` is not empty; otherwise ``records`` has the names of the records it may hold."""
+    """A field of a record. It is a setting if ``value`` is not empty.
+
+    Otherwise ``records`` has the names of the records that the field may hold.
+    """
 
     name: str
     value: str
@@ -95,7 +100,7 @@ class _Field:
 
 
 def _find(module: str, name: str) -> _Record:
-    """Return the class called ``name`` in a module, which may import it, or called ``bl.Name`` for an alias ``bl``."""
+    """Return the class that a module calls ``name``. The module defines or imports it, or calls it ``alias.Name``."""
     first, _, rest = name.partition(".")
     for node in _tree(module).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -127,7 +132,7 @@ def _fields(record: _Record) -> Iterator[_Field]:
             annotated = ast.unparse(node.annotation).split(" | ")
             kinds = [kind for kind in annotated if kind != "None"]
             word = "WORD" if kinds[0].startswith("Literal[") else VALUES.get(kinds[0], "")
-            plain = word and "None" not in annotated  # a value that may be None is no setting
+            plain = word and "None" not in annotated  # a field that may be None is not a setting
             records = tuple(kind for kind in kinds if re.fullmatch(r"(\w+\.)?[A-Z]\w*", kind))
             yield _Field(node.target.id, word if plain else "", records, meanings.get(node.target.id, ""))
 

@@ -33,7 +33,7 @@ TIMEOUT = 400.0
 
 @pytest.fixture(scope="session")
 def glyph_cache(tmp_path_factory, tiny_pixels):
-    """A cache folder with twelve glyph classes of six images per split. Drawing the real glyphs takes seconds."""
+    """A cache folder with twelve classes of six glyphs in each split, because drawing the real ones takes seconds."""
     folder = tmp_path_factory.mktemp("glyph-cache")
 
     def build():

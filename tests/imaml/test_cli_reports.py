@@ -22,7 +22,7 @@ SINUSOID = imaml.preset("sinusoid-5shot-gd")
 
 @pytest.fixture
 def called(monkeypatch):
-    """The calls of ``report`` and ``sweep``, which do nothing and return plausible results."""
+    """The recorded calls of stand-ins for ``report`` and ``sweep``, which do no work and return plausible results."""
     calls = []
     trial = Trial({"strength": 2.0}, SINUSOID, Path("out/strength=2.0"), 0.5, 0.1, 9, 3.0)
 

@@ -1,4 +1,4 @@
-"""Modules of Flax and Equinox as networks: their outputs, their batch statistics, and runs with them."""
+"""Tests of networks made from Flax and Equinox modules: outputs, batch statistics, and runs."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec

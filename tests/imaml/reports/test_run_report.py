@@ -1,4 +1,4 @@
-"""Tests of the report of a run: one file that needs no other, with the numbers of the run and of its evaluation."""
+"""Tests of the report of a run: it needs no other file, and has the numbers of the run and of its evaluation."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ PRESET = replace(tiny_preset(3), episode=replace(tiny_preset(3).episode, ways=3,
 
 
 class Page(HTMLParser):
-    """The elements of a page; it fails where they are not closed in order."""
+    """Parser that collects the elements and words of a page, and fails if an element is not closed in order."""
 
     def __init__(self, text):
         super().__init__()

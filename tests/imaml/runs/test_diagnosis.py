@@ -1,4 +1,4 @@
-"""Nearest class mean, linear probe and calibration, next to scikit-learn and to numbers computed by hand."""
+"""Tests of nearest class mean, linear probe and calibration against scikit-learn and numbers computed by hand."""
 
 import json
 from dataclasses import dataclass, replace

@@ -32,7 +32,7 @@ class Recorder:
 
 
 class Writer:
-    """A stand-in for ``tensorboardX.SummaryWriter`` that records what it is given."""
+    """A stand-in for ``tensorboardX.SummaryWriter`` that records its arguments, and whether it is closed."""
 
     def __init__(self, folder, purge_step=None):
         self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, {}, False

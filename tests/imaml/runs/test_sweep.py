@@ -21,7 +21,7 @@ PRESET = replace(tiny_preset(4), validation=Validation(every=2, tasks=8))
 
 
 class Untouchable:
-    """Test classes that cannot be looked at."""
+    """Test classes that fail the test if an attribute or the length is read."""
 
     def __getattr__(self, name):
         raise AssertionError(f"{name} of the test classes was looked at")
@@ -31,7 +31,7 @@ class Untouchable:
 
 
 class WithoutTest:
-    """A dataset whose test classes cannot be looked at."""
+    """A dataset with the test classes of :class:`Untouchable`."""
 
     name, test = "hidden", Untouchable()
 

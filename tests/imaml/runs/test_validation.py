@@ -1,4 +1,4 @@
-"""Validation during training, extended runs, and runs that start from the parameters of other runs."""
+"""Tests of validation during training, of extended runs, and of runs that start from trained parameters."""
 
 import json
 import math
@@ -158,7 +158,7 @@ def test_a_stopped_run_with_validation_resumes_to_the_same_numbers(validated, tm
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Make the accuracies of the validations those of a list, whatever θ is."""
+    """Return a function that sets the accuracies of the validations to those of a list, whatever θ is."""
 
     def script(accuracies):
         def validated(validator, progress, theta):
@@ -190,7 +190,7 @@ def test_a_run_stops_early_after_enough_validations_without_a_better_one(stop, t
     again = train(tmp_path, EARLY)
     assert (again.step, again.finished, again.evaluation) == (4, True, run.evaluation)
     assert_equal_states(again.theta, run.theta)
-    # An extension goes on in spite of the early stop, and counts the patience anew.
+    # An extended run continues although it had stopped early, and its count of waited validations starts at 0 again.
     longer = train(tmp_path, with_steps(EARLY, STEPS + 1), on_progress=stop_at(5))
     assert (longer.step, longer.best_step) == (5, 5)
 
@@ -240,7 +240,7 @@ def test_an_extended_run_with_a_constant_rate_equals_a_longer_run(stop, uninterr
 
 @pytest.mark.slow("compiles the meta-step for two lengths")
 def test_the_rate_of_an_extended_run_is_that_of_a_run_of_the_new_length(tmp_path):
-    """The first step of the extension moves θ as Adam does with the rate of the long cosine, which is not 0."""
+    """The first step of the extension changes θ by about the learning rate of the long cosine, which is not 0."""
     falling = replace(PRESET, outer=replace(PRESET.outer, steps=4, final_fraction=0.0))
     train(tmp_path, falling)
     before = saved_state(tmp_path).theta
