@@ -332,10 +332,7 @@ def add_settings(command: Parser, values: dict[str, object] | None = None) -> No
 
 
 def unknown_option(words: Sequence[str], options: Sequence[str], prog: str) -> InputError | None:
-    """Return the error for the first word that begins with ``--`` and is not in ``options``; None without such a word.
-
-    Words after a lone ``--`` are not checked.
-    """
+    """Return the error for the first word before a lone ``--`` that is an unknown option; None without such a word."""
     for word in words:
         if word == "--":
             break

@@ -16,7 +16,7 @@ HEADER = ("run", "preset", "algorithm", "meta-steps", "tasks seen", "test result
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side. It prints as a table.
+    """Several runs side by side. It prints as a table of results and a table of differences.
 
     Attributes:
         runs: what the files of each run say.
@@ -75,7 +75,7 @@ def compare(runs: Sequence[str | Path | Run]) -> Comparison:
     Raises:
         InputError: if there is no run, or if a folder holds no intact checkpoint or a damaged result.
 
-    ``print(imaml.compare(["runs/first", "runs/other"]))`` shows the table.
+    ``print(imaml.compare(["runs/first", "runs/other"]))`` shows the tables.
     """
     check(len(runs) > 0, "there is no run to compare: name the folders of runs")
     found = tuple(summary(run.directory if isinstance(run, Run) else run) for run in runs)

@@ -194,7 +194,7 @@ def _task_outputs(preset: Preset) -> Callable[[tuple[Any, Any], jax.Array], Any]
         for apply, features, support in functions:
             guesses = (None, None)
             if fitted is not None:
-                check(features is not None, "the network has features, but not with the support set's statistics")
+                check(features is not None, "the network has features, but no features_with_support_statistics")
                 guesses = _guess(fitted, features(theta, task.query_x, *support))
             found.append((apply(phi, task.query_x, *support), *guesses))
         return (task.query_y, *found)

@@ -109,7 +109,8 @@ def train(
             in any case.
         evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
             the same run on more tasks. 0 for no evaluation: the test classes are then not looked at.
-        checkpoint_seconds: least time between two checkpoints; the one at the end is saved in any case.
+        checkpoint_seconds: least time between two checkpoints. The checkpoint at the end, and one after each validation
+            that is the best so far, are saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
             one with the best validation or, without validation, the one with the least mean query loss, on training
             classes, over the 100 meta-steps before it.

@@ -11,7 +11,7 @@ solver stops at parameters φ before it has reached the inner solution. Two ques
    solved to an inner gradient of 1e-9. The implicit gradient g is compared with central differences, for which the
    inner problem is solved again at each θ. It is also compared with unrolled MAML, whose gradient converges to g as the
    number of steps grows. With ReLU, gradient descent steps across kinks of the objective and reaches no stationary
-   point. This comparison therefore uses a smooth variant of the network, with the same sizes and the same task:
+   point. Both comparisons therefore use a smooth variant of the network, with the same sizes and the same task:
    softplus(10x)/10 in place of ReLU, means in place of maxima.
 """
 
