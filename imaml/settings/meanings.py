@@ -31,9 +31,9 @@ class Setting:
     Attributes:
         path: the dotted path, such as ``"inner.max_steps"``.
         value: a placeholder for the value: ``"N"``, ``"X"``, ``"WORD"`` or ``"true|false"``.
-        meaning: a description in plain text. A part can have several types, such as two inner solvers. If they differ
-            in the meaning, or if only some of them have the setting, the description names each type before its
-            meaning.
+        meaning: a description in plain text. A part can have several types, such as two inner solvers. If these types
+            give the setting different meanings, or if only some of them have it, the description has the name of each
+            type before the meaning there.
     """
 
     path: str
@@ -100,7 +100,10 @@ class _Field:
 
 
 def _find(module: str, name: str) -> _Record:
-    """Return the class that a module calls ``name``. The module defines or imports it, or calls it ``alias.Name``."""
+    """Return the class called ``name`` in a module.
+
+    The module defines the class, imports it, or imports its module: then ``name`` is ``bl.Name`` for the alias ``bl``.
+    """
     first, _, rest = name.partition(".")
     for node in _tree(module).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
