@@ -2,7 +2,7 @@
 
 import shtab
 
-from imaml.arguments.commands import WITH_SETTINGS, add_settings, parsers
+from imaml.arguments.commands import FORMATS, LOGGERS, WITH_SETTINGS, add_settings, parsers
 from imaml.datasets import FOLDER, registry
 from imaml.learning.algorithms import ALGORITHMS
 from imaml.reproduction import trained
@@ -48,7 +48,8 @@ def _words(command, action):
         "part": ("test", "validation"),
         "ink": ("dark", "bright"),
         "work": tuple(WORKS),
-        "format": FORMS,
+        "format": FORMATS if command == "compare" else FORMS,
+        "log": LOGGERS,
         **CHOICES,
     }
     return words.get(action.dest)

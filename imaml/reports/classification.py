@@ -44,8 +44,8 @@ def confusion(found: Outcomes, classes: Any, paper_is_black: bool) -> Html:
             element("h3", "The hardest classes"),
             element(
                 "p",
-                f"The {HARDEST} of {len(classes)} classes with the most query images that were not recognised. "
-                "Each class is in only a few tasks, so these counts are rough.",
+                f"Up to {HARDEST} of {len(classes)} classes: those with the most query images that were not "
+                "recognised. Each class is in only a few tasks, so these counts are rough.",
                 class_="note",
             ),
             _hardest(found.confusion(len(classes)), classes, paper_is_black),

@@ -96,11 +96,10 @@ def _differences(runs):
 
 def _rows(name, run):
     """Return a row for each evaluation of a run, or one row for a run without an evaluation."""
-    planned = run.settings["outer.steps"]
-    steps = f"{run.step:,}" if run.step == planned else f"{run.step:,} of {planned:,}"
+    steps = f"{run.step:,}" if run.ended else f"{run.step:,} of {run.settings['outer.steps']:,}"
     first = (name, run.preset, run.algorithm, steps, f"{run.tasks:,}")
     if not run.evaluations:
-        return [[*first, "not finished", "", duration(run.seconds)]]
+        return [[*first, "not evaluated" if run.ended else "not finished", "", duration(run.seconds)]]
     rows = [[*first, result(each), each["normalisation"], duration(run.seconds)] for each in run.evaluations]
     return [rows[0], *([*[""] * len(first), *row[len(first) : -1], ""] for row in rows[1:])]
 

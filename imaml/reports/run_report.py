@@ -93,10 +93,10 @@ def report(
 def _head(run: Summary, preset: Preset, computed) -> Html:
     """Return the title and the most important numbers."""
     best = (run.evaluations or computed)[0]
-    planned = run.settings["outer.steps"]
-    steps = f"{run.step:,}" if run.step == planned else f"{run.step:,} of {planned:,}"
+    steps = f"{run.step:,}" if run.ended else f"{run.step:,} of {run.settings['outer.steps']:,}"
+    unfinished = "" if run.ended or run.evaluations else ", not finished"
     tiles = [
-        (result(best).removeprefix("error "), f"test {best['metric']}" + ("" if run.evaluations else ", not finished")),
+        (result(best).removeprefix("error "), f"test {best['metric']}{unfinished}"),
         (steps, "meta-steps"),
         (f"{run.tasks:,}", "training tasks"),
         (duration(run.seconds), "training time"),
@@ -122,7 +122,7 @@ def _evaluation(run: Summary, preset: Preset, computed) -> Html:
     texts = [what + ("" if chance is None else f" Guessing gets {chance:.0%} right.")]
     if run.best_step is not None:
         texts.append(f"The parameters are those after {run.best_step:,} meta-steps, which had the best validation.")
-    elif not run.evaluations:
+    elif not run.evaluations and not run.ended:
         texts.append(
             f"The run is not finished: this is the evaluation of its parameters after {run.step:,} meta-steps."
         )

@@ -69,12 +69,12 @@ def _validations(log, label):
 
 
 def _evaluations(run, label):
-    """Return a point at the last meta-step for each evaluation on test tasks."""
+    """Return a point for each evaluation on test tasks, at the meta-step whose parameters were evaluated."""
     words = {"query batch": ", query batch", "support set": ", support statistics"}
     found = []
     for evaluation, style in zip(run.evaluations, ("orange", "purple"), strict=False):
         value, interval = evaluation["value"], evaluation["interval"]
-        ends = np.array([[run.log[-1].step], [value], [value - interval], [value + interval]], float)
+        ends = np.array([[run.best_step or run.log[-1].step], [value], [value - interval], [value + interval]], float)
         name = label + words.get(evaluation["normalisation"], "")
         found.append(Series(name, style, *ends, kind="dots"))
     return found

@@ -54,6 +54,11 @@ class Summary:
         return self.step * self.settings["outer.tasks"]
 
     @property
+    def ended(self) -> bool:
+        """Whether the run has taken all of its meta-steps."""
+        return self.step == self.settings["outer.steps"]
+
+    @property
     def algorithm(self) -> str:
         """The algorithm, such as ``"imaml"``."""
         return self.settings.get("algorithm", "imaml")

@@ -530,6 +530,8 @@ def test_bash_completes_commands_options_settings_and_their_words(tmp_path, caps
         "imaml train --network.pooling t": {"true"},
         "imaml predict run --ink ": {"dark", "bright"},
         "imaml reproduce f": {"figure2a", "figure2b"},
+        "imaml compare run --format j": {"json"},
+        "imaml train --log t": {"tensorboard"},
     }
     lines = [f"source {script}"]
     for line in cases:
