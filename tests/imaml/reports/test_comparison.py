@@ -52,16 +52,16 @@ def test_the_table_has_the_results_the_cost_and_the_differences(runs):
     assert "85.00 % ± 1.00 %  query batch" in lines[2] and "2:03" in lines[2] and "  100  " in lines[2]
     assert lines[3].split() == ["80.00", "%", "±", "1.00", "%", "support", "set"]
     assert "40 of 100" in lines[4] and "160" in lines[4] and "not finished" in lines[4]
+    differences = {line.split()[0]: line.split()[1:] for line in lines[8:]}
+    assert differences["strength"] == ["0.1", "0.5"] and differences["inner.step_size"] == ["0.2", "–"]
+    assert differences["data"] == ["f" * 12, "0" * 12] and differences["inner.cg_steps"] == ["–", "5"]
+    assert "seed" not in differences and "name" not in differences
 
 
 def test_a_run_that_has_ended_without_an_evaluation_is_not_called_unfinished(tmp_path):
     ended = write_run(tmp_path / "ended", replace(GLYPHS, outer=replace(GLYPHS.outer, steps=100)), 100)
     line = str(imaml.compare([ended])).splitlines()[2]
     assert "not evaluated" in line and "not finished" not in line
-    differences = {line.split()[0]: line.split()[1:] for line in lines[8:]}
-    assert differences["strength"] == ["0.1", "0.5"] and differences["inner.step_size"] == ["0.2", "–"]
-    assert differences["data"] == ["f" * 12, "0" * 12] and differences["inner.cg_steps"] == ["–", "5"]
-    assert "seed" not in differences and "name" not in differences
 
 
 def test_the_records_are_json_and_the_markdown_is_two_tables(runs):
