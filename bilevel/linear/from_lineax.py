@@ -148,8 +148,9 @@ def _solve(
     """Return x, the steps taken (None for a factorisation), and the status of a residual above the tolerance."""
     lineax = _import_lineax()
     tags = lineax.positive_semidefinite_tag if definite else ()
-    # b has norm 1, and A is scaled to about ‖Ab‖ = 1, because products of small or large numbers leave float32. Powers
-    # of two change no digit. The barrier keeps XLA from multiplying the factors of AᵀA, whose product leaves float32.
+    # b has norm 1, and A is scaled to about ‖Ab‖ = 1, because products of small or large numbers leave the range of
+    # float32. The scale is a power of two, so the scaling changes no digit. The barrier keeps XLA from multiplying the
+    # scales of both factors of AᵀA, because their product may leave that range.
     if isinstance(solver, lineax.LSMR):  # it mixes numbers of JAX's default dtype with those of b
         narrow, dtype = matvec, b.dtype
         matvec = lambda v: narrow(v.astype(dtype)).astype(float)  # noqa: E731
