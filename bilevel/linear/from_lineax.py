@@ -29,8 +29,8 @@ class Lineax:
       If it is larger: STOPPED where Lineax met its own tolerance, STAGNATION or BREAKDOWN where Lineax reports one of
       them, and MAX_STEPS otherwise.
     - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
-      otherwise. If Lineax reports a stagnation or a breakdown and the residual is above √eps, the status is at least
-      STAGNATION or BREAKDOWN.
+      otherwise. If Lineax reports a stagnation or a breakdown and the residual is above √eps, the status is STAGNATION
+      or BREAKDOWN, or a status with a larger number.
     - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
       of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver without
       ``well_posed=True``, find the shortest solution of a singular system, and do not report it as SINGULAR.
