@@ -2,8 +2,8 @@
 
     python -m benchmarks.code_lines FILE…
 
-Blank lines, comments and docstrings do not count. In a notebook, neither do IPython's commands and the options of a
-cell.
+Blank lines, comments and docstrings do not count. In a notebook, IPython's commands and the options of a cell do not
+count either.
 """
 
 import io
@@ -41,7 +41,8 @@ def count(code: str) -> int:
         if token.type in IGNORED:
             starts = starts or token.type == tokenize.NEWLINE
             continue
-        # A string at the start of a statement is a docstring: no other such string has an effect.
+        # A string at the start of a statement is taken for a docstring. If the statement goes on, its other tokens do
+        # count.
         if not (starts and token.type == tokenize.STRING):
             lines.update(range(token.start[0], token.end[0] + 1))
         starts = False

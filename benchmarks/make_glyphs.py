@@ -3,8 +3,8 @@
     python -m benchmarks.make_glyphs            # compare the file in the package with what matplotlib renders
     python -m benchmarks.make_glyphs --write    # replace it
 
-A new file may change the dataset. FINGERPRINT in imaml/datasets/glyphs.py must then be changed too, and runs on the
-former glyphs keep theirs.
+A new file may change the dataset. Then change FINGERPRINT in imaml/datasets/glyphs.py too. A run on the former glyphs
+keeps a copy of them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> int:
         print(f"fingerprint {ImageDataset.from_dictionary('glyphs', glyphs.draw_file()).fingerprint()}")
         return 0
     same = arrays.digest(rendered) == arrays.digest(arrays.read(glyphs.FILE))
-    print(f"matplotlib {version('matplotlib')} renders {'the same' if same else 'other'} glyphs as in the file")
+    print(f"matplotlib {version('matplotlib')} renders {'the glyphs of' if same else 'other glyphs than'} the file")
     return 0 if same else 1
 
 

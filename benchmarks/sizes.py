@@ -3,18 +3,20 @@
     taskset -c 0 python -m benchmarks.sizes [--rounds 15] [--sizes 1 3 50 500 10000] [--no-record]
 
 The inner problem is a ridge regression with one penalty exp(θⱼ) for each of n features, on min(n, 100) samples. All
-libraries take the same 20 steps of gradient descent, and at most 10 iterations of CG to a relative residual of 1e-6.
-The outer value is the validation error, and its derivative in θ has n entries. The tables have:
+libraries evaluate 20 gradients for gradient descent, and run CG to a relative residual of 1e-6. Optimistix does not
+update w after its first gradient, so it takes 19 steps. CG takes at most 10 iterations in bilevel and jaxopt, and has
+lineax's own limit in Optimistix. The outer value is the validation error, and its derivative in θ has n entries. These
+calls are timed:
 
-- under jit: ``jax.jit(jax.value_and_grad(loss))``, of ours also ``jax.jit`` of the hypergradient;
-- vmap over 256: the same under ``jax.vmap`` over 256 θ;
-- called eagerly: ``loss`` and ``jax.value_and_grad(loss)`` without ``jit``;
-- called from Python: our hypergradient and layer, which compile themselves and check the statuses in each call, against
-  the compiled functions of the other libraries.
+- under jit: ``jax.jit`` of ``loss`` and of ``jax.value_and_grad(loss)``, and ``jax.jit`` of our hypergradient;
+- vmap over 256 under jit: ``jax.value_and_grad(loss)`` under ``jax.vmap`` over 256 θ, for at most 50 unknowns;
+- eagerly: ``loss`` and ``jax.value_and_grad(loss)`` without ``jit``;
+- from Python: our hypergradient and layer, which compile themselves and check the statuses in each call, next to the
+  compiled functions of the other libraries.
 
-A round times every contender once, and the order changes from round to round. The tables have the medians of seconds,
-and the median over rounds of the ratio to the faster of the two other libraries in the same round. A ratio below 1
-means that ours is faster. The record is written to benchmarks/results/sizes.json.
+A round times every contender once, and the order alternates between rounds. The table has the medians of seconds, and
+the median over rounds of the ratio to the faster of the two other libraries in the same round. A ratio below 1 means
+that ours is faster. The record is written to benchmarks/results/sizes.json, unless ``--no-record`` is given.
 """
 
 import argparse

@@ -23,9 +23,8 @@ from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, St
 def check_solution(solution: Solution, on_failure: Policy) -> None:
     """Raise an error or warn about a failed inner solve of a layer. A status that is traced is not checked."""
     number, residual_norm = solution.status, solution.residual_norm
-    if isinstance(
-        number, Tracer
-    ):  # outside of a derivative, stop_gradient would take half of the time of this function
+    # Without a tracer, stop_gradient changes nothing and would take half of the time of this function.
+    if isinstance(number, Tracer):
         number, residual_norm = jax.lax.stop_gradient((number, residual_norm))
     if isinstance(number, Tracer):
         return

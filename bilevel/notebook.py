@@ -1,4 +1,4 @@
-"""Tables in HTML, as which a notebook shows reports and records."""
+"""HTML tables, in which a notebook shows reports and records."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -12,7 +12,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], notes: Iter
 
     Args:
         header: the titles of the columns.
-        rows: the cells of each row as text, as many as the header has. Characters such as ``<`` are escaped.
+        rows: for each row, one cell of text for each column. Characters such as ``<`` are escaped.
         notes: sentences below the table.
 
     Raises:

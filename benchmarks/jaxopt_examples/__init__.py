@@ -1,1 +1,1 @@
-"""Compares the examples in examples/from_jaxopt/ with the same programs in jaxopt, in time and in lines of code."""
+"""A comparison of the examples in examples/from_jaxopt/ with the same programs in jaxopt: time and lines of code."""

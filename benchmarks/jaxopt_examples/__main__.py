@@ -2,13 +2,13 @@
 
     taskset -c 0 python -m benchmarks.jaxopt_examples [NAME…] [--rounds 3] [--theirs FOLDER]
 
-Each round clears JAX's caches. It then runs, for each example, our program, jaxopt's as its examples run it, and
-jaxopt's with a compiled ``update``, first with compilation and then three times without. The order changes from round
-to round. The table has the medians over rounds of the ratios to ours, so a ratio above 1 means that ours is faster.
-The process should be pinned to one core.
+There are three programs for each example: ours, jaxopt's as its examples run it, and jaxopt's with a compiled
+``update``. A round clears JAX's caches and runs each program once with compilation. Then it runs each program three
+times without compilation. The order of the first runs alternates between rounds. The table has the medians over rounds
+of the ratios to ours, so a ratio above 1 means that ours is faster. The process should be pinned to one core.
 
-FOLDER holds jaxopt's examples under their file names. With it, the table has the lines of code of both. Without
-arguments for examples, the record is written to benchmarks/results/jaxopt_examples.json.
+FOLDER holds jaxopt's examples under their file names. With it, the table also has their lines of code. If no NAME is
+given, all examples run, and the record is written to benchmarks/results/jaxopt_examples.json.
 """
 
 import argparse
@@ -47,7 +47,7 @@ COMPARED = 5
 WARM = 3
 """Number of runs without compilation in a round, of which the median counts."""
 STEPS = {"sinusoids": 50, "equilibrium": peers.EQUILIBRIUM_STEPS}
-"""Numbers of outer steps that are smaller than the example's."""
+"""Numbers of outer steps of the examples that take fewer steps here than by default."""
 
 
 def example(name: str):

@@ -3,8 +3,8 @@
 They follow jaxopt's own examples. An outer loop calls ``OptaxSolver.update`` from Python and, where jaxopt's example
 does so, starts each inner solve from the previous solution. Some settings differ from jaxopt's examples, so that both
 libraries take the same inner steps or stop by the same rule: step sizes are fixed, and ``tol`` is that of our example,
-or 0 to spend the budget. jaxopt divides the residual of a projection or a proximal step by the step size before it
-compares it with ``tol``.
+or 0 to spend the budget. For projections and proximal steps, jaxopt compares the residual divided by the step size with
+``tol``, so ``tol`` is divided by the step size too.
 
 Each function takes the module of our example and its data, and returns ``run(jit) -> outer values``. With ``jit=True``,
 ``update`` is compiled as a whole. jaxopt's examples leave it as it is, and only the derivative in it is compiled.
@@ -25,13 +25,14 @@ with warnings.catch_warnings():
     from jaxopt import implicit_diff, linear_solve
 
 EQUILIBRIUM_STEPS = 20
-"""Number of training steps of the equilibrium model, which is smaller than in the example."""
+"""Number of training steps of the equilibrium model. The example takes more."""
 
 
 def _runner(outer, optimizer, theta, w, steps, data, warm_start=True):
     """Return ``run(jit)`` for an outer function ``outer(theta, init, data) -> (value, w)``."""
     solver = jaxopt.OptaxSolver(outer, optimizer, has_aux=True)
-    # Both are kept for all runs, so that only the first run compiles. init_state evaluates the outer function once.
+    # The compiled update and the initial state are kept for all runs, so that only the first run compiles. init_state
+    # evaluates the outer function once.
     compiled = jax.jit(solver.update)
     initial_state = functools.cache(lambda jit: solver.init_state(theta, w, data(0)))
 

@@ -48,7 +48,7 @@ def option_defaults(solver):
 
 
 def without_division_by_zero(cls):
-    """Return the solver class, or for Broyden and PolyakSGD a subclass that finds no NaN at the limit of rounding.
+    """Return the solver class, or for Broyden and PolyakSGD a subclass that returns no NaN at the limit of rounding.
 
     Broyden divides by the changes of w and of the residual, which may be zero. The subclass then forgets its estimate
     of the Jacobian, and starts its line search anew. PolyakSGD divides by the square of the gradient's norm, which is

@@ -25,9 +25,15 @@ DENSE_LIMIT = 500
 It takes n products with A and stores the n² entries of A.
 """
 LANCZOS_STEPS = 60
-"""Lanczos steps, each of one product with A, for the eigenvalues of more than ``DENSE_LIMIT`` unknowns."""
+"""Number of Lanczos steps that estimate the eigenvalues for more than ``DENSE_LIMIT`` unknowns.
+
+Each step takes one product with A.
+"""
 FLOOR = 1e-2
-"""Smallest eigenvalue of a damped system, relative to the largest one of A. CG then needs fewer than 100 iterations."""
+"""Smallest eigenvalue of a damped system, relative to the largest absolute eigenvalue of A.
+
+CG then needs fewer than 100 iterations.
+"""
 
 
 def choose_linear(
@@ -36,10 +42,9 @@ def choose_linear(
     """Choose a linear solver that fits the structure of a condition, and say why.
 
     With ``damped=True``, A = ∂F/∂w may be indefinite at w, as it often is for a network. If A then has an eigenvalue
-    that is not positive, the solver gets a ridge r that makes A + rI positive definite. The hypergradient is no longer
-    the derivative of a solution of F(w, θ) = 0, which a saddle point does not have in a useful sense. It is the
-    derivative of the solution of F(w, θ) + r(w − w̄) = 0, with w̄ = w held constant. The reason states r. For a
-    :class:`Proximal`, A is the scaled matrix I + H/λ.
+    that is not positive, the solver gets a ridge r that makes A + rI positive definite. The hypergradient is then not
+    the derivative of a solution of F(w, θ) = 0. It is the derivative of the solution of F(w, θ) + r(w − w̄) = 0, with
+    w̄ = w held constant. The reason states r. For a :class:`Proximal`, A is the scaled matrix I + H/λ.
 
     Args:
         condition: the choice depends on its ``symmetric`` and ``positive_definite``.

@@ -29,7 +29,7 @@ class LU:
     ``LinearInfo.rcond``, which takes four solves with the factors. The status is SINGULAR for an rcond below eps,
     ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps. Where the terms of a product Ax
     cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. If x solves the
-    written-out matrix, and the residual is below 1, the status is then ILL_CONDITIONED.
+    system with the written-out matrix, and the relative residual is below 1, the status is then ILL_CONDITIONED.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
@@ -150,7 +150,8 @@ def report_direct(
     eps = tree.eps(b)
     status = jnp.where(rcond < eps**0.5, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.CONVERGED))
     # The terms of a product such as x − Mx may cancel, so that its rounding errors exceed √eps‖A‖‖x‖ although the
-    # matrix is exact. The matrix then judges x. The product shows how many digits may be lost.
+    # matrix is exact. Then x is accepted, as ILL_CONDITIONED, if its backward error with the matrix is at most √eps and
+    # its relative residual with the product is below 1.
     flat = jnp.concatenate([jnp.ravel(leaf).astype(matrix.dtype) for leaf in jax.tree.leaves(b)])
     of_matrix = diagnosis.relative_residual(flat, flat - matrix @ solution) / (1 + norm * growth)
     cancels = (of_matrix <= eps**0.5) & (info.relative_residual < 1)

@@ -29,8 +29,8 @@ class Lineax:
       If it is larger: STOPPED where Lineax met its own tolerance, STAGNATION or BREAKDOWN where Lineax reports one of
       them, and MAX_STEPS otherwise.
     - The same solvers without ``tol``: BUDGET_USED if the residual is below 1 or below that of ``init``, and MAX_STEPS
-      otherwise. If Lineax reports a stagnation or a breakdown and the residual is above √eps, the status is at least
-      STAGNATION or BREAKDOWN.
+      otherwise. If Lineax reports a stagnation or a breakdown and the residual is above √eps, the status is STAGNATION
+      or BREAKDOWN, or a status with a larger number.
     - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
       of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver without
       ``well_posed=True``, find the shortest solution of a singular system, and do not report it as SINGULAR.
@@ -148,8 +148,9 @@ def _solve(
     """Return x, the steps taken (None for a factorisation), and the status of a residual above the tolerance."""
     lineax = _import_lineax()
     tags = lineax.positive_semidefinite_tag if definite else ()
-    # b has norm 1, and A is scaled to about ‖Ab‖ = 1, because products of small or large numbers leave float32. Powers
-    # of two change no digit. The barrier keeps XLA from multiplying the factors of AᵀA, whose product leaves float32.
+    # b has norm 1, and A is scaled to about ‖Ab‖ = 1, because products of small or large numbers leave the range of
+    # float32. The scale is a power of two, so the scaling changes no digit. The barrier keeps XLA from multiplying the
+    # scales of both factors of AᵀA, because their product may leave that range.
     if isinstance(solver, lineax.LSMR):  # it mixes numbers of JAX's default dtype with those of b
         narrow, dtype = matvec, b.dtype
         matvec = lambda v: narrow(v.astype(dtype)).astype(float)  # noqa: E731

@@ -60,9 +60,9 @@ def minimize(
             as floating point.
         init: where the first inner solve starts, a pytree like w; None with ``start``. A function, a method or a
             ``functools.partial`` is taken as ``start``.
-        data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early where the
-            iterator does. The loop takes no more batches from it than it takes steps, except before an error: up to 15
-            batches after that of the failed step may then have been taken.
+        data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early if the iterator
+            does. The loop takes one batch for each step. Before an error it may also have taken up to 15 batches after
+            that of the failed step.
         solver: finds the inner solution.
         method: differentiates the inner solution with respect to θ.
         optimizer: an ``optax.GradientTransformation``. One that needs ``value``, ``grad`` and ``value_fn`` (a line

@@ -25,8 +25,8 @@ class GradientDescent:
 
     Args:
         step_size: a positive number. On a convex objective, the iteration without momentum converges for values below
-            2 / (largest eigenvalue of ∂F/∂w). In Python it may be a schedule: a function of the step, counted from 0,
-            as optax has them.
+            2 / (largest eigenvalue of ∂F/∂w). It may also be a schedule, like those of optax: a function of the number
+            of the step, counted from 0.
         max_steps: the budget, in gradients.
         tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
         momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
@@ -87,7 +87,7 @@ class GradientDescent:
         return w, velocity if step is None else (velocity, step + 1)
 
     def size_at(self, step: jax.Array | None) -> jax.Array | float:
-        """Return the step size at a step, which a number does not depend on."""
+        """Return the step size at a step. If ``step_size`` is a number, ``step`` is not used."""
         if not callable(self.step_size):
             return self.step_size
         assert step is not None, "the memory of a schedule holds the step"

@@ -65,9 +65,10 @@ class FISTA:
 
         x₊ = T(y),   t₊ = ½(1 + √(1 + 4t²)),   y₊ = x₊ + (t − 1)/t₊ · (x₊ − x),   t₀ = 1.
 
-    On a convex objective with a step size of at most 1/L, the objective's error falls as 1/k² in k steps, where that of
-    :class:`FixedPointIteration` falls as 1/k. With ``restart`` it falls linearly if the objective is strongly convex.
-    The last step does not extrapolate, so the solution lies in the set of a projection.
+    Let L be the Lipschitz constant of the gradient of a convex objective, and the step size at most 1/L. After k steps,
+    the error of the objective's value is of the order of 1/k². With :class:`FixedPointIteration` it is of the order of
+    1/k. With ``restart``, it falls linearly if the objective is strongly convex. The last step does not extrapolate, so
+    the solution of a :class:`Projected` lies in its set.
 
     Args:
         max_steps: the budget, in evaluations of the mapping. With a ``tol``, one more is taken at the end.

@@ -23,8 +23,9 @@ from bilevel.types import PyTree, Solution
 class GaussNewton:
     """The Gauss-Newton method with a backtracking line search, for :class:`LeastSquares` and systems of equations.
 
-    The step is the shortest d that minimises ‖r + Jd‖, by a singular value decomposition of J. It is halved until ½‖r‖²
-    falls by at least 10⁻⁴ of the linear prediction (Armijo's rule). For a condition such as :class:`Root`, r is its
+    For m residuals r with the Jacobian J in n unknowns, the step is the shortest d that minimises ‖r + Jd‖. A singular
+    value decomposition of J gives d. The step is halved until ½‖r‖² falls by at least 10⁻⁴ of the linear prediction
+    (Armijo's rule). For a condition such as :class:`Root`, r is its
     residual, and the method is Newton's. The m·n entries of J are stored, so use :class:`HessianFree` for a
     :class:`LeastSquares` with very many unknowns.
 
@@ -36,8 +37,8 @@ class GaussNewton:
         halvings: as for :class:`HessianFree`.
         lower, upper: bounds of w, each a number, or a pytree like w; None for no bound. They keep the iterates where
             the residuals are defined, for example above zero for a logarithm. The start and every step are clipped to
-            them. The solution must lie inside the bounds: where it lies on one, F is not zero, and
-            :class:`Projected` declares the problem.
+            them. The solution must lie inside the bounds. If the minimum within the bounds lies on a bound, F is not
+            zero there, and ``tol`` is not met. Use :class:`Projected` as the condition of such a problem.
 
     Raises:
         ValueError: for a negative budget, tol or number of halvings, and, when called, for a condition that is the
@@ -110,11 +111,12 @@ class GaussNewton:
 class LevenbergMarquardt:
     """The Levenberg-Marquardt method, for :class:`LeastSquares` and systems of equations.
 
-    The step d minimises ‖r + Jd‖² + μ‖d‖², by a QR decomposition of the matrix with the rows of J and of √μ·I. The step
-    is taken if ½‖r‖² falls. The gain ratio ρ is the decrease of ½‖r‖² divided by the decrease that the linear model
-    predicts. After a step that is taken, the damping μ is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second,
-    third, … refused step in a row, μ is multiplied by 2, 4, 8, …. There may be fewer residuals than unknowns, and J may
-    have any rank. For a condition such as :class:`Root`, r is its residual. The m·n entries of J are stored.
+    For m residuals r with the Jacobian J in n unknowns, the step d minimises ‖r + Jd‖² + μ‖d‖². A QR decomposition of
+    the matrix with the rows of J and of √μ·I gives d. The step is taken if ½‖r‖² falls. The gain ratio ρ is the
+    decrease of ½‖r‖² divided by the decrease that the linear model predicts. After a step that is taken, the damping μ
+    is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second, third, … refused step in a row, μ is multiplied by
+    2, 4, 8, …. There may be fewer residuals than unknowns, and J may have any rank. For a condition such as
+    :class:`Root`, r is its residual. The m·n entries of J are stored.
 
     Args:
         max_steps: the budget, refused steps included. Each takes a Jacobian (the smaller of m and n products), a QR
@@ -162,7 +164,7 @@ class LevenbergMarquardt:
             moved = residuals(x + step)
             decrease = 0.5 * jnp.vdot(r - moved, r + moved)
             predicted = 0.5 * jnp.vdot(step, damping * step - jacobian.T @ r)
-            # Near the minimum both are rounding errors of ½‖r‖². With the slack, their ratio is then close to one.
+            # Near the minimum, both changes are rounding errors of ½‖r‖². The slack brings their ratio close to 1.
             slack = 4 * jnp.finfo(r.dtype).eps * jnp.vdot(r, r)
             gain = (decrease + slack) / tree.safe_divisor(predicted + slack)
             accepted = gain > 0  # False for NaN

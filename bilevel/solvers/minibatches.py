@@ -15,21 +15,21 @@ from bilevel.types import PyTree, Solution
 class Minibatches:
     """Stochastic gradient descent: each step of ``solver`` takes the gradient on a random batch of the data.
 
-    ``data`` is a pytree of arrays with one leading axis of samples, and the objective is a mean over the samples that
-    it is given. The batches are drawn with replacement. The residual in the Solution is the true one, on all samples,
+    ``data`` is a pytree of arrays with one leading axis of samples, and the objective is a mean over the samples in
+    ``data``. The batches are drawn with replacement. The residual in the Solution is the true one, on all samples,
     and costs one gradient on all of them. Its norm does not fall below the noise of the last steps, so let the step
     size fall: pass a schedule, such as ``optax.exponential_decay``. A method that differentiates the solution, such as
-    :class:`Implicit`, uses all samples. :func:`bilevel.stochastic.minimize` uses batches for everything.
+    :class:`Implicit`, uses all samples. :func:`bilevel.stochastic.minimize` uses batches for the derivatives too.
 
     Args:
         solver: a :class:`GradientDescent` or :class:`Optax` without ``tol``. Its ``max_steps`` is the number of
             batches.
         batch: the number of samples in a batch.
-        seed: of the random batches. Every call draws the same ones.
+        seed: the seed of the random batches. Every call draws the same batches.
 
     Raises:
-        ValueError: for another solver, a solver with a ``tol`` and a batch below 1; when called, for a condition that
-            is not a gradient, and for data without samples or with leaves of different leading axes.
+        ValueError: for any other solver, for a solver with a ``tol``, and for a batch below 1. When called, for a
+            condition that is not a gradient, and for data without samples or with leaves of different leading axes.
 
     Source: Robbins and Monro (1951); for hypergradients, Ji, Yang and Liang (2021), algorithm 2 (stocBiO).
 

@@ -62,8 +62,8 @@ def report(
         w: the inner variables found.
         steps: the steps taken.
         tol: the tolerance for ‖F(w, θ)‖; None for the status BUDGET_USED.
-        stopped: whether the solver stopped by itself. The status of a residual above ``tol`` is then STOPPED, and
-            MAX_STEPS otherwise.
+        stopped: whether the solver stopped by itself. If the residual is above ``tol``, the status is STOPPED for True
+            and MAX_STEPS for False.
     """
     residual_norm = tree.norm(jax.lax.stop_gradient(residual))
     if tol is None:
@@ -124,7 +124,7 @@ def solve(
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
-        ValueError: for a solver that returns another tree or other shapes than ``init`` has.
+        ValueError: for a solver that returns a tree whose structure or shapes are not those of ``init``.
         TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
             for a complex leaf of θ, for a leaf of init that is not floating point, and for a class in place of an
             instance.

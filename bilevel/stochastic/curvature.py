@@ -24,9 +24,9 @@ RESPONSE_STEPS = 20
 OUTER_STEPS = 6
 """Lanczos steps for the outer curvature, of two linear solves each. The chosen rate has a margin of a factor 2."""
 WORK = 2**26
-"""The product of the entries of w and of the samples in the estimates over all samples. More are left out."""
+"""Limit for the number of entries of w times the number of samples, in the estimates of ``lowest`` and ``outer``."""
 FEWEST = 256
-"""The number of samples in these estimates if w has very many entries."""
+"""The estimates use this number of samples even if ``WORK`` allows fewer."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Curvature:
 
     Attributes:
         batch: the largest norm ‖∂F/∂w‖₂ among some inner batches.
-        lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w over the samples. It is over-estimated where
-            ∂F/∂w is ill-conditioned, because it is a Ritz value.
+        lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w on the inner samples. The estimate is a Ritz
+            value, so it is too large where ∂F/∂w is ill-conditioned.
         outer: the largest absolute eigenvalue of the Hessian, at d = 0, of d ↦ outer(w + Rd, θ + d). Here w is the
             point after one Newton step, and Rd is the linear response of w to the change d of θ.
     """

@@ -89,7 +89,8 @@ def from_script(text):
         if source.startswith("    "):
             source = re.sub(r"^    ", "", source, flags=re.MULTILINE).replace("*sys.argv[1:]", "")
         cells.append(Cell("code", source.strip("\n")))
-    if not any("sys." in cell.source for cell in cells):  # only the last lines, without their arguments here, used it
+    # The last lines lost their command-line arguments above, so the example may not need sys any more.
+    if not any("sys." in cell.source for cell in cells):
         cells = [cell._replace(source=re.sub(r"^import sys\n+", "", cell.source, flags=re.MULTILINE)) for cell in cells]
     return [cell for cell in cells if cell.source]
 

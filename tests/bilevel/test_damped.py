@@ -84,7 +84,8 @@ def test_the_damped_gradient_is_certified_as_that_of_the_damped_problem(double_p
         difference = (value(THETA + 1e-4) - value(THETA - 1e-4)) / 2e-4
         np.testing.assert_allclose(out.gradient, difference, rtol=1e-5)
 
-        # The quick form stays at the center, where the damped problem is not solved. The certificate says so.
+        # With the ridge in the linear solver alone, w stays at the center, where the damped problem is not solved. The
+        # certificate says so.
         linear = bl.Implicit(bl.Cholesky(ridge))
         quick = bl.value_and_hypergradient(PROBLEM, lambda *_: center, linear)(THETA, center, data)
         assert not bl.certify(damped, THETA, quick, data).ok

@@ -100,7 +100,7 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
                 wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
         elif make is not None and error > (1e-6 if dtype == F64 else 10 * eps * true_kappa):
-            continue  # another library's solver was stopped by rounding at a wrong x, which is refused
+            continue  # rounding stopped another library's solver at a wrong x, so the failed status is right
         elif dtype == F64 or kappa < 1e5:
             # BiCGStab's residual rises before it falls, which costs digits. So in float32 it is judged by SciPy's
             # BiCGStab in float32.
@@ -167,7 +167,7 @@ def test_the_table_of_judgements_of_least_squares(name, dtype):
         error = np.linalg.norm(np.asarray(info.solution, float) * of_matrix**2 - exact) / np.linalg.norm(exact)
         case = f"{name} κ={kappa:g} s={scale:g} {seed=}: {status_of(info)}, error {error:.2g}"
         condition = np.linalg.cond(squared)
-        # The products are rounded as those with M and with Mᵀ one after the other, so their errors are eps·κ(M)² too.
+        # A product with MᵀM is a product with M and then one with Mᵀ, so its rounding error is also up to eps·κ(M)².
         if bl.Status(int(info.status)).ok:
             if not error <= condition * (1.01 * float(info.relative_residual) + 20 * eps):
                 wrong.append(case)
