@@ -134,7 +134,7 @@ class FISTA:
             self.update, lambda state: residual(state[0]), self.start(init), self.max_steps, self.tol
         )
         x = tree.subtract(y, last)  # T(y)
-        return report(residual(x), x, steps, self.tol)
+        return report(residual(x), x, steps, self.tol, stopped=tree.norm(last) <= self.tol)
 
 
 @renamed_field("maxiter", "max_steps")
