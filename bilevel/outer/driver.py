@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.errors import Policy, check_policy
 from bilevel.methods.protocol import Method, check_arguments, outer_variables, starting_point
+from bilevel.outer.loop import Setup, state_before
 from bilevel.outer.progress import Bar
 from bilevel.outer.records import Minimum, OuterState, StepRecord
 from bilevel.outer.run import Run, owned, run_under_trace
-from bilevel.outer.step import Setup, state_before
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver, check_transformation
 from bilevel.start import Start, StartFunction, choose_start, is_function, trace

@@ -15,8 +15,8 @@ import numpy as np
 from bilevel import tree
 from bilevel.advice import advise
 from bilevel.errors import HypergradientError, Policy, check_status
+from bilevel.outer.loop import CompiledLoop, Setup, compiled_loop
 from bilevel.outer.records import History, Minimum, OuterState, StepRecord
-from bilevel.outer.step import CompiledLoop, Setup, compiled_loop
 from bilevel.types import Hypergradient, PyTree, Status
 
 CAPACITY = 1024
