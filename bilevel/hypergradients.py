@@ -195,17 +195,21 @@ def _default_linear(condition: Condition, w: PyTree) -> LinearSolver:
     return replace(solver, max_steps=1000, tol=1e-5) if isinstance(solver, CG | GMRES) else solver
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def without_tangent(init: PyTree, owner: str) -> PyTree:
     """Return ``init``, the start of ``owner``.
 
     Its derivative is zero, and JAX warns when it differentiates ``init``.
     """
+    return _without_tangent(init, owner)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _without_tangent(init, owner):
     del owner
     return init
 
 
-@without_tangent.defjvp
+@_without_tangent.defjvp
 def _warn(owner: str, primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
     del tangents
     warnings.warn(
@@ -217,4 +221,4 @@ def _warn(owner: str, primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[
         stacklevel=2,
     )
     (init,) = primals
-    return without_tangent(init, owner), jax.tree.map(jnp.zeros_like, init)
+    return _without_tangent(init, owner), jax.tree.map(jnp.zeros_like, init)
