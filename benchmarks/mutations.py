@@ -38,7 +38,7 @@ MUTATIONS = (
         "condition.residual(adjoint, _THETA, _DATA)",
     ),
     Fault("scaling D missing once", "solve_scaled", "_V = tree.scale(_D, _U)", "_V = _U"),
-    Fault("scaling D missing in the product", "solve_scaled", "tree.scale(_D, matvec(_DU))", "matvec(_DU)"),
+    Fault("scaling D missing in the product", "scaled_operator", "tree.scale(_D, matvec(_DU))", "matvec(_DU)"),
     Fault(
         "linear_init ignored",
         "solve_scaled",

@@ -14,6 +14,7 @@ import numpy as np
 from bilevel import spectrum, tree
 from bilevel.conditions.protocol import Condition, is_gradient
 from bilevel.linear import CG, DENSE_LIMIT, GMRES, LU, BiCGStab, Neumann, NormalCG
+from bilevel.linear.system import scaled_operator
 from bilevel.solvers import GradientDescent, InnerSolver, Jaxopt
 from bilevel.types import Hypergradient, LinearSolver, MatVec, PyTree, Status
 
@@ -105,7 +106,7 @@ def _dense(matvec: MatVec, w: PyTree) -> Iterator[str]:
 def _step_size_of_neumann(condition, theta, data, matvec, w, linear: Neumann) -> Iterator[str]:
     scaling = condition.scaling(theta, data)
     if scaling is not None:
-        matvec = _scaled(matvec, scaling)
+        matvec = scaled_operator(matvec, scaling)
     values = spectrum.ritz_values(lambda v: tree.add(matvec(v), tree.scale(linear.ridge, v)), w, LANCZOS_STEPS)
     if not condition.symmetric or not values[0] > 0:
         norm = float(spectrum.operator_norm(matvec, w)) + linear.ridge
@@ -118,10 +119,6 @@ def _step_size_of_neumann(condition, theta, data, matvec, w, linear: Neumann) ->
         f"The operator's largest eigenvalue L is about {largest:.3g}, so the series converges for a step_size below "
         f"2/L = {2 / largest:.3g}; with 1/L = {1 / largest:.3g}, about {terms} terms give a residual of {goal:.1g}."
     )
-
-
-def _scaled(matvec: MatVec, scaling: PyTree) -> MatVec:
-    return lambda v: tree.scale(scaling, matvec(tree.scale(scaling, v)))
 
 
 def _step_size(condition, theta, data, w, solver: GradientDescent) -> Iterator[str]:

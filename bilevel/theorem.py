@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import solvers, tree
 from bilevel.conditions.protocol import Condition, adjoint_residual, is_gradient
 from bilevel.linear import run_linear
+from bilevel.linear.system import scaled_operator
 from bilevel.solvers import InnerSolver
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree, Solution, Status
 
@@ -84,11 +85,7 @@ def solve_scaled(
         return solve_linear(linear, matvec, b, symmetric, init)
     ones = jax.tree.map(jnp.ones_like, b)
     scaled_init = None if init is None else jax.tree.map(jnp.divide, init, tree.scale(scaling, ones))
-
-    def scaled_matvec(u: PyTree) -> PyTree:
-        return tree.scale(scaling, matvec(tree.scale(scaling, u)))
-
-    u, info = solve_linear(linear, scaled_matvec, tree.scale(scaling, b), symmetric, scaled_init)
+    u, info = solve_linear(linear, scaled_operator(matvec, scaling), tree.scale(scaling, b), symmetric, scaled_init)
     v = tree.scale(scaling, u)
     return v, replace(info, solution=v)
 

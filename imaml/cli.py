@@ -68,7 +68,7 @@ def _run(arguments):
             with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
                 outcome = COMMANDS[options.command](options)
             if outcome.text or outcome.record:
-                print(json.dumps(_finite(outcome.record), indent=2) if options.json else outcome.text)
+                print(_json(outcome.record) if options.json else outcome.text)
             return outcome.code
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -79,6 +79,10 @@ def _run(arguments):
         print("\nstopped", file=sys.stderr)
         return 130
     return USAGE_ERROR
+
+
+def _json(record):
+    return json.dumps(_finite(record), indent=2)
 
 
 def _finite(value):
@@ -271,7 +275,7 @@ def _compare(options):
     from imaml.reports.comparison import compare
 
     found = compare(options.runs)
-    text = json.dumps(_finite(found.records()), indent=2) if options.format == "json" else found.table(options.format)
+    text = _json(found.records()) if options.format == "json" else found.table(options.format)
     return Outcome(found.records(), text)
 
 

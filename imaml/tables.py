@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-FORMATS = ("terminal", "markdown")
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], form: str = "terminal") -> str:
     """Return a table as text.

@@ -4,6 +4,7 @@ jaxopt's linear solvers take a matrix-vector product and a right-hand side, and 
 say whether they converged. ``CG`` of :mod:`bilevel.linear` runs ``solve_cg`` and computes the true residual afterwards.
 """
 
+import functools
 import inspect
 import warnings
 
@@ -47,6 +48,7 @@ def option_defaults(solver):
     return defaults
 
 
+@functools.cache
 def without_division_by_zero(cls):
     """Return the solver class, or for Broyden and PolyakSGD a subclass that returns no NaN at the limit of rounding.
 

@@ -43,7 +43,7 @@ def run_linear(
         raise ValueError(
             f"jaxopt's {name} takes other arguments than a linear solver here: use bl.{_OF_JAXOPT[name]}()"
         )
-    found: Any = linear(matvec, b, init) if _takes_init(linear, matvec, b) else linear(matvec, b)
+    found: Any = linear(matvec, b, init) if _takes(linear, 3, unknown=False) else linear(matvec, b)
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], LinearInfo):
         return found[0], found[1]
     expected = _form(b)
@@ -61,25 +61,11 @@ def run_linear(
 
 def check_linear(owner: str, linear: object) -> None:
     """Raise TypeError for something that cannot be called as a linear solver, such as a class of solvers."""
-    if not callable(linear) or isinstance(linear, type) or not _fits(linear):
+    fits = callable(linear) and any(_takes(linear, count, unknown=True) for count in (2, 3))
+    if isinstance(linear, type) or not fits:
         got = f"the class {linear.__name__}" if isinstance(linear, type) else type(linear).__name__
         remedy = f"pass an instance, {linear.__name__}(…)" if isinstance(linear, type) else "pass one, such as CG(20)"
         raise TypeError(f"{owner} calls linear(matvec, b, init), got {got}: {remedy}")
-
-
-def _fits(linear: Any) -> bool:
-    """Return whether a function takes (matvec, b) or (matvec, b, init). True for one without a signature."""
-    try:
-        signature = inspect.signature(linear)
-    except (TypeError, ValueError):  # a builtin may have no signature
-        return True
-    for count in (2, 3):
-        try:
-            signature.bind(*range(count))
-            return True
-        except TypeError:
-            pass
-    return False
 
 
 def _form(x: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
@@ -91,10 +77,14 @@ def _is_code(found: Any) -> bool:
     return found is None or (jax.tree_util.all_leaves([found]) and jnp.ndim(found) == 0)
 
 
-def _takes_init(linear: LinearSolver, matvec: MatVec, b: PyTree) -> bool:
-    """Return whether a solver has a third positional argument, for ``init``."""
+def _takes(linear: Any, count: int, unknown: bool) -> bool:
+    """Return whether a function takes ``count`` positional arguments, or ``unknown`` if it has no signature."""
     try:
-        inspect.signature(linear).bind(matvec, b, None)
-    except (TypeError, ValueError):
+        signature = inspect.signature(linear)
+    except (TypeError, ValueError):  # a builtin may have no signature
+        return unknown
+    try:
+        signature.bind(*range(count))
+    except TypeError:
         return False
     return True

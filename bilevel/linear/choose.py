@@ -9,6 +9,7 @@ from bilevel import spectrum, tree
 from bilevel.conditions.protocol import Condition, adjoint_residual
 from bilevel.linear.dense import LU, Cholesky
 from bilevel.linear.iterative import CG, GMRES
+from bilevel.linear.system import scaled_operator
 from bilevel.types import LinearSolver, PyTree
 
 
@@ -125,10 +126,7 @@ def _eigenvalues(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -
     """Return eigenvalues, or Ritz values, of the matrix that a linear solver gets, in ascending order."""
     _, product = jax.linearize(lambda w: adjoint_residual(condition)(w, theta, data), w)
     scaling = condition.scaling(theta, data)
-
-    def matvec(u: PyTree) -> PyTree:
-        return product(u) if scaling is None else tree.scale(scaling, product(tree.scale(scaling, u)))
-
+    matvec = product if scaling is None else scaled_operator(product, scaling)
     if sum(leaf.size for leaf in jax.tree.leaves(w)) > DENSE_LIMIT:
         return spectrum.ritz_values(matvec, w, LANCZOS_STEPS)
     dense = spectrum.matrix(matvec, w)

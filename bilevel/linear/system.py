@@ -108,6 +108,11 @@ def limit_of_rounding(eps: float, b_norm: jax.Array, norm: jax.Array, x: PyTree)
     return eps * (b_norm + norm * tree.norm(x))
 
 
+def scaled_operator(matvec: MatVec, scaling: PyTree) -> MatVec:
+    """Return u ↦ D A D u for ``matvec`` A and the diagonal matrix D that ``scaling`` holds."""
+    return lambda u: tree.scale(scaling, matvec(tree.scale(scaling, u)))
+
+
 def in_accumulation_dtype(matvec: MatVec, like: PyTree) -> MatVec:
     """Wrap ``matvec``, which maps trees with the dtypes of ``like``, for trees in the accumulation dtype.
 

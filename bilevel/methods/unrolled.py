@@ -52,7 +52,7 @@ class Unrolled:
 
     @property
     def start_is_constant(self) -> bool:
-        """Whether the derivative in ``init`` is left out."""
+        """True if the method leaves out the derivative in ``init``."""
         return self.last is not None
 
     def __call__(

@@ -11,7 +11,7 @@ from imaml.settings.overrides import CHOICES
 from imaml.settings.published_presets import presets
 
 PLACES = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE, "RUN": shtab.FILE}
-"""What the shell offers for an argument with each placeholder: folders, or files and folders."""
+"""The kind of path that a shell completes for each placeholder: a folder, or a file or folder."""
 
 
 def script(shell: str) -> str:

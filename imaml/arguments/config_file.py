@@ -3,12 +3,12 @@
 import argparse
 import difflib
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imaml.arguments.commands import Parser
 from imaml.errors import InputError
+from imaml.settings.paths import flat
 
 SAME_AS = {"meta-steps": "outer.steps"}
 """The options that are another name of a setting."""
@@ -53,7 +53,7 @@ def apply(file: Path, command: Parser, with_settings: bool) -> list[Override]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not TOML: {error}") from error
     found = []
-    for key, value in _flat(content):
+    for key, value in flat(content).items():
         name = key.replace("_", "-")
         if name == "config":
             raise InputError(f"{file}: a file cannot name another one: remove {key}")
@@ -69,14 +69,6 @@ def apply(file: Path, command: Parser, with_settings: bool) -> list[Override]:
             known = ", ".join(name for name in command.named if name != "config")
             raise InputError(f"{file}: there is no option {key!r}: {hint}known: {known}")
     return found
-
-
-def _flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def _text(file, key, value):

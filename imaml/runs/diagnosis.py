@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from imaml.datasets import Dataset
-from imaml.errors import InputError, check
+from imaml.errors import check
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
-from imaml.runs.evaluation import keys_of, mean_scores, normalisations, resolved
+from imaml.runs.evaluation import check_tasks, keys_of, mean_scores, normalisations, resolved
 from imaml.runs.results import Evaluation, Run
 from imaml.settings.preset import Preset
 
@@ -127,9 +127,7 @@ def diagnose(
     """
     theta, preset, classes = resolved(run, preset, data, best, on_event, dataset, part)
     check(preset.episode.metric == "accuracy", f"{preset.name} is a regression: its outputs are no probabilities")
-    preset.episode.check(classes, preset.dataset)
-    if tasks < 2:
-        raise InputError(f"a confidence interval needs at least 2 tasks, got {tasks}")
+    check_tasks(preset, classes, tasks)
     mesh = local_mesh(tasks)
     program = jax.jit(over_tasks(_task_outputs(preset), mesh, SPREAD))
     outputs = program((on_all(theta, mesh), on_all(classes.source, mesh)), keys_of(preset, classes, tasks))

@@ -237,9 +237,7 @@ def evaluate_classes(
     Raises:
         InputError: if the classes cannot fill a task, or for fewer than 2 tasks.
     """
-    preset.episode.check(classes, preset.dataset)
-    if tasks < 2:
-        raise InputError(f"a confidence interval needs at least 2 tasks, got {tasks}")
+    check_tasks(preset, classes, tasks)
     means, intervals = mean_scores(scores_of(preset, classes, tasks)(theta), on_event)
     found = zip(normalisations(preset), means, intervals, strict=True)
     metric, chance = preset.episode.metric, preset.episode.chance
@@ -247,6 +245,13 @@ def evaluate_classes(
         Evaluation(metric, float(mean), float(interval), chance, tasks, name) for name, mean, interval in found
     )
     return replace(published, beside=next(iter(others), None))
+
+
+def check_tasks(preset: Preset, classes: Any, tasks: int) -> None:
+    """Raise InputError if the classes cannot fill a task, or for fewer than 2 tasks."""
+    preset.episode.check(classes, preset.dataset)
+    if tasks < 2:
+        raise InputError(f"a confidence interval needs at least 2 tasks, got {tasks}")
 
 
 def scores_of(preset: Preset, classes: Any, tasks: int) -> Callable[[Any], np.ndarray]:

@@ -1,6 +1,5 @@
 """The parameters that a run starts from instead of drawing them, for fine-tuning on other data."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import numpy as np
 
 from imaml.errors import check
 from imaml.runs import learner, parameters
-from imaml.runs.checkpoints import described, named_leaves, pack
+from imaml.runs.checkpoints import named_leaves, pack
 from imaml.runs.results import Run
 from imaml.settings.preset import Preset
+from imaml.storage import arrays
 
 ORIGIN = ("preset", "dataset", "step", "data")
 """The facts that a new run keeps about the run that trained its first parameters."""
@@ -48,7 +48,7 @@ def read_start(
         check(
             leaf.dtype == wanted.dtype, f"{name} of {where} is {leaf.dtype}, but should be {wanted.dtype}: convert it"
         )
-    facts = {"from": str(where), "sha256": _digest(theta)}
+    facts = {"from": str(where), "sha256": arrays.digest({name: pack(leaf) for name, leaf in named_leaves(theta)})}
     return theta, {"start": facts | {key: origin[key] for key in ORIGIN if key in origin}}
 
 
@@ -74,11 +74,3 @@ def _of_preset(preset):
 
 def _named(theta):
     return [(name, np.asarray(leaf)) for name, leaf in named_leaves(jax.tree.map(jnp.asarray, theta))]
-
-
-def _digest(theta):
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of the parameters."""
-    found = hashlib.sha256(repr(described(theta)).encode())
-    for leaf in jax.tree.leaves(theta):
-        found.update(np.ascontiguousarray(pack(leaf)).tobytes())
-    return found.hexdigest()

@@ -1,4 +1,4 @@
-"""What the files in a run's folder say about the run, without its parameters: for tables and reports of runs."""
+"""The settings, the progress and the results of a run, read from the files in its folder for tables and reports."""
 
 import json
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from imaml.errors import InputError
 from imaml.runs import checkpoints
 from imaml.runs.folder import RESULT
 from imaml.runs.log import Progress, read_log, time_of
+from imaml.settings.paths import flat
 from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
 
@@ -55,7 +56,7 @@ class Summary:
 
     @property
     def ended(self) -> bool:
-        """Whether the run has taken all of its meta-steps."""
+        """True if the run has taken all of its meta-steps."""
         return self.step == self.settings["outer.steps"]
 
     @property
@@ -97,18 +98,6 @@ def summary(directory: str | Path) -> Summary:
         log=log,
         restored=restored,
     )
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted path.
-
-    >>> flat({"seed": 0, "inner": {"max_steps": 16}})
-    {'seed': 0, 'inner.max_steps': 16}
-    """
-    found = {}
-    for name, value in config.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def evaluations_in(result: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def validated(self) -> bool:
-        """Whether ``value`` is the result of a validation, so not NaN."""
+        """True if the run was validated, so that ``value`` is a number and not NaN."""
         return not math.isnan(self.value)
 
 

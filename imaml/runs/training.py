@@ -194,16 +194,18 @@ def _train(
         first = initial_state(preset)
         begun = state = from_first(folder.resume(first if theta is None else replace(first, theta=theta)))
         selection = validator.begin(folder.saved.get("validation"))
-        # Compress the copy of the glyphs on another thread while this thread traces the step.
-        kept = writer.submit(run_data.keep, directory, present) if is_first() and source is None else None
         if is_first():
             on_begin(directory, description, int(begun.step))
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
             steps = 0 if validator.ends(selection) else preset.outer.steps - int(begun.step)
+            if is_first() and source is None:
+                # Compress the copy of the glyphs on another thread while this thread traces the step.
+                kept = writer.submit(run_data.keep, directory, present)
+                if steps > 0:
+                    compiler.begin(classes["train"].source)
+                kept.result()
             for state, report in _steps(preset, mesh, begun, classes["train"].source, compiler, steps):
-                if kept is not None:
-                    kept.result()  # raises the error of a full disk
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 progress = validator.validated(progress, state.theta)
                 selection = validator.chosen(selection, progress)
@@ -217,8 +219,6 @@ def _train(
                     break
                 if validator.ends(selection):
                     break
-            if kept is not None:
-                kept.result()
             done = int(state.step)
             facts, loss = validator.saved(selection, done)
             folder.save(done, state, facts, loss)
