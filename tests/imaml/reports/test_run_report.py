@@ -1,6 +1,7 @@
 """Tests of the report of a run: it needs no other file, and has the numbers of the run and of its evaluation."""
 
 import re
+import signal
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -109,7 +110,7 @@ def test_the_examples_have_the_predictions_and_mistakes_of_the_tasks(reported):
 
 
 @pytest.mark.slow("trains a run and adapts to its tasks")
-def test_an_unfinished_run_is_reported_with_an_evaluation_of_its_parameters(reported, tmp_path):
+def test_a_run_without_an_evaluation_is_reported_with_one_of_its_parameters(reported, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
     for name in ("checkpoint-00000003.npz", "metrics.jsonl"):
@@ -117,7 +118,21 @@ def test_an_unfinished_run_is_reported_with_an_evaluation_of_its_parameters(repo
     path = imaml.report(copy, tmp_path / "page.html", PRESET, dataset=reported.data, tasks=4)
     text = Page(path.read_text()).text
     expected = evaluate_classes(reported.run.theta, reported.run.preset, reported.data.test, 4)
-    assert "not finished" in text and f"{100 * expected.value:.2f} % ±" in text
+    assert "not finished" not in text and f"{100 * expected.value:.2f} % ±" in text
+
+
+@pytest.mark.slow("trains a run and adapts to its tasks")
+def test_an_unfinished_run_is_called_so(reported, tmp_path):
+    def stop_after_two_steps(progress):
+        if progress.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = imaml.train(PRESET, tmp_path, dataset=reported.data, evaluation_tasks=4, on_progress=stop_after_two_steps)
+    text = Page(imaml.report(tmp_path, preset=PRESET, dataset=reported.data, tasks=4).read_text()).text
+    expected = evaluate_classes(run.theta, PRESET, reported.data.test, 4)
+    assert run.step == 2 and run.evaluation is None
+    assert "The run is not finished: this is the evaluation of its parameters after 2 meta-steps." in text
+    assert f"{100 * expected.value:.2f} % ±" in text and "2 of 3" in text
 
 
 @pytest.mark.slow("trains a regression")
