@@ -61,6 +61,7 @@ def status(record):
     return bl.Status(int(record.status))
 
 
+@pytest.mark.slow("compiles each solver", fast=("CG", "LU", "GMRES"))
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_solver_of_lineax_agrees_with_numpy_and_reports_the_true_residual(name):
     matrix = MATRIX if name in SYMMETRIC_ONLY else TWISTED
@@ -128,6 +129,7 @@ def test_the_status_of_lineax(case):
     assert status(info).name == expected
 
 
+@pytest.mark.slow("compiles each solver", fast=("solver1", "solver2"))
 @pytest.mark.parametrize("solver", [lineax.LU(), lineax.QR(), lineax.SVD(), lineax.AutoLinearSolver(well_posed=None)])
 def test_a_direct_solver_of_lineax_is_judged_as_ours(solver):
     matrix, b = scipy.linalg.hilbert(8), np.array([1.0, -1, 2, -2, 3, -3, 4, -4])

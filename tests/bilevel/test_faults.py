@@ -172,6 +172,7 @@ class TestNotSymmetric:
         condition = bl.Root(lambda w, theta, data: jnp.asarray(matrix) @ w - theta, symmetric=True)
         return bl.Problem(condition, lambda w, theta, data: -14 * w[0] - 14 * w[1])
 
+    @pytest.mark.slow("compiles each solver", fast=("linear0", "linear2"))
     @pytest.mark.parametrize("linear", [bl.CG(2), bl.LU(), bl.Cholesky(), bl.GMRES(2)])
     def test_a_false_declaration_is_reported(self, linear):
         function = bl.value_and_hypergradient(self.problem(SHEAR), solved_by(SHEAR), bl.Implicit(linear))
@@ -269,6 +270,7 @@ class TestBatches:
             problem, bl.HessianFree(3), bl.Implicit(bl.CG(4, engine="watched")), on_failure
         )
 
+    @pytest.mark.slow("compiles a batch for each fault", fast="nan-NONFINITE")
     @pytest.mark.parametrize(
         ("bad", "status"), [(jnp.nan, "NONFINITE"), (-1.0, "NEGATIVE_CURVATURE"), (0.0, "SINGULAR")]
     )

@@ -28,6 +28,7 @@ def assert_trees_close(actual, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)
 
 
+@pytest.mark.slow("compiles each problem", fast=("imaml", "ridge", "quadratic"))
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient_agree_with_the_closed_form(name):
     case = CASES[name]()

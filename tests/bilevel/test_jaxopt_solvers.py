@@ -258,6 +258,7 @@ def test_an_option_that_describes_the_function_is_refused(option):
         solver(GRADIENT[0], jnp.zeros(2), jnp.asarray(SLOPE), None)
 
 
+@pytest.mark.slow("compiles each solver", fast="BoxOSQP")
 @pytest.mark.parametrize("name", ["OSQP", "BoxOSQP"])
 def test_a_program_without_a_feasible_point_is_a_failure_even_without_tol(name):
     infeasible = bl.KKT(valley, inequality=lambda x, theta, data: jnp.stack([x[0], 1 - x[0]]))  # 1 ≤ x₀ ≤ 0

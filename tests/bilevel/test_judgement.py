@@ -299,6 +299,7 @@ def test_a_factorisation_is_judged_by_its_backward_error_and_reports_the_conditi
     assert status_of(easy) == "CONVERGED" and float(easy.rcond) == 0.25
 
 
+@pytest.mark.slow("compiles GMRES for each system", fast="2")
 @pytest.mark.parametrize("seed", range(3))
 def test_gmres_solves_ill_conditioned_systems_in_float32(seed):
     plain, right = system(2e4, 40, False, seed)
@@ -385,6 +386,7 @@ class TestRemedies:
     def exact(self, condition, init, theta, data):
         return theta / self.curvatures
 
+    @pytest.mark.slow("compiles a failing solve and its remedy", fast="2000")
     @pytest.mark.parametrize("steps", [20, 2000])
     def test_the_limit_of_the_step_size(self, steps):
         message = self.message(bl.GradientDescent(0.01 if steps == 20 else 1.0, steps, tol=1e-6), bl.CG(3))

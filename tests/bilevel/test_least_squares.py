@@ -45,6 +45,7 @@ def test_the_solution_of_scipy_with_a_residual_that_is_not_zero(solver):
     jax.tree.map(lambda w, exact: np.testing.assert_allclose(w, exact, rtol=1e-7), out.w, expected)
 
 
+@pytest.mark.slow("compiles a batch of solves for each solver", fast="LevenbergMarquardt")
 @EITHER
 def test_vmap_solves_each_task(solver):
     thetas = jnp.array([0.1, 2.0])

@@ -78,6 +78,7 @@ def test_solves_a_definite_system_on_a_tree(name):
     assert float(info.relative_residual) < tolerance(SYMMETRIC) and bl.Status(int(info.status)).ok
 
 
+@pytest.mark.slow("compiles each solver", fast=("GMRES", "BiCGStab", "Neumann"))
 @pytest.mark.parametrize("name", ANY)
 def test_solves_a_general_system_and_not_its_transpose(name):
     b = np.array([1.0, -2.0, 0.5])

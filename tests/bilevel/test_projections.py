@@ -176,6 +176,7 @@ IMPOSSIBLE = {
 }
 
 
+@pytest.mark.slow("compiles each projection", fast="projection_box_section")
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_an_empty_set_is_nonfinite(name):
     out = on_vectors(bl.jaxopt_projection(name, IMPOSSIBLE[name]), -1.0, steps=2, on_failure="ignore")

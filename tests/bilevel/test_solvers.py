@@ -294,6 +294,7 @@ def test_minibatches_takes_the_gradient_of_the_drawn_samples_and_reports_the_res
     assert int(out.steps) == 3 and int(out.status) == bl.Status.BUDGET_USED
 
 
+@pytest.mark.slow("compiles a solve with each solver", fast="Optax")
 @pytest.mark.parametrize("transformed", [False, True], ids=["GradientDescent", "Optax"])
 def test_minibatches_with_a_falling_step_size_approaches_the_solution_and_its_hypergradient(transformed):
     random = np.random.default_rng(0)
@@ -345,6 +346,7 @@ def test_hessian_free_is_newtons_method_if_cg_has_as_many_steps_as_unknowns():
     np.testing.assert_allclose(out.w, case.exact(case.theta, case.data), rtol=1e-9)
 
 
+@pytest.mark.slow("compiles a solve for each scale", fast=("1e+25", "1e-12"))
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
 def test_hessian_free_takes_the_same_steps_at_every_scale_of_the_objective(scale):
     # In float32 the square of a slope of size 1e-25 is zero, and the square of 1e25 is infinite.

@@ -28,6 +28,7 @@ def rounding(matrix, dtype, factor=10):
 
 
 class TestRitzValues:
+    @pytest.mark.slow("compiles for each number of steps", fast=("3-*", "12-float32"))
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [1, 2, 3, 12, 30])
     def test_n_steps_give_all_eigenvalues(self, n, dtype):
@@ -48,6 +49,7 @@ class TestRitzValues:
         values = ritz_of(matrix, dtype, steps=steps, start=jnp.asarray(start))
         np.testing.assert_allclose(values, expected, rtol=0, atol=rounding(matrix, dtype, 100))
 
+    @pytest.mark.slow("compiles for several numbers of steps", fast="float32")
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_every_value_lies_within_the_spectrum_and_more_steps_widen_the_range(self, dtype):
         matrix = symmetric(np.geomspace(1e-3, 10.0, 60)).astype(dtype)
@@ -82,6 +84,7 @@ class TestRitzValues:
         values = ritz_of(eigenvalue * np.eye(n), dtype)
         np.testing.assert_allclose(values, np.full(n, eigenvalue), rtol=10 * np.finfo(dtype).eps, atol=0)
 
+    @pytest.mark.slow("compiles for each scale", fast="1000000000000.0")
     @pytest.mark.parametrize("scale", [1e-12, 1e12])
     def test_the_scale_of_the_map_does_not_matter(self, scale):
         matrix = symmetric(np.linspace(-2.0, 5.0, 20))

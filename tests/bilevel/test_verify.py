@@ -131,6 +131,7 @@ def test_an_unsolved_inner_problem_is_distinguished_from_a_wrong_formula():
     assert not start.ok and "evaluated at the initial point" in start.verdict
 
 
+@pytest.mark.slow("compiles every reference")
 def test_an_unfinished_linear_solve_is_distinguished_from_a_wrong_formula():
     case = problems.quadratic()
     truncated = check(case, bl.Implicit(bl.CG(1)))
@@ -285,6 +286,7 @@ def test_a_declared_strong_convexity_above_the_curvature_is_found():
         assert failed(report) == ([] if declared == 2.0 else ["strong convexity"])
 
 
+@pytest.mark.slow("runs every check of a large operator")
 def test_the_spectrum_of_a_large_operator_is_estimated_by_lanczos():
     curvature = jnp.linspace(-1.0, 10.0, 1200)
     problem = stationary(lambda w, theta, data: 0.5 * jnp.sum(curvature * (w - theta) ** 2))

@@ -56,6 +56,7 @@ def test_the_shape_of_the_training_classes_is_known_before_they_are_decoded(tiny
     assert len(announced) == 1  # a load from the cache does not call `meanwhile`
 
 
+@pytest.mark.slow("decodes the real archives")
 def test_official_drawings_have_bright_ink_on_black(real):
     assert 10 < real.train.pixels.mean() < 40  # about 8 % of a drawing is ink
     assert np.median(real.test.pixels) == 0 and real.test.pixels.max() == 255
@@ -68,6 +69,7 @@ def test_a_second_load_takes_less_than_a_second_and_gives_the_same_data(real, om
     assert np.array_equal(again.train.pixels, real.train.pixels) and again.test.labels == real.test.labels
 
 
+@pytest.mark.slow("decodes the real archives")
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_official_pixels_equal_the_inverse_of_those_that_pillow_resizes(real, part: str, omniglot_directory: Path):
     classes = getattr(real, part)

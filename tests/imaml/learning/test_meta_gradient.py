@@ -134,6 +134,7 @@ def test_the_dense_system_detects_a_wrong_sign_and_a_change_of_strength_by_a_ten
         assert np.abs(flat(preset_result.gradient) - fault).max() > 10 * tolerance
 
 
+@pytest.mark.slow("compiles two meta-gradients of a network")
 def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyph_task):
     preset, (_, task) = replace(PRESET, network=TinyMLP()), glyph_task
     network = preset.network.build(preset.episode.ways)

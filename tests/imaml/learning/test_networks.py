@@ -67,6 +67,7 @@ def test_convolution_at_stride_1_equals_xlas_in_value_and_derivative(shape, x64)
         np.testing.assert_allclose(a, b, rtol=0, atol=100 * 25 * max(x.size, kernel.size) * EPS)
 
 
+@pytest.mark.slow("compiles two convolutions for each shape", fast="shape2-1")
 @pytest.mark.parametrize("shape, stride", [((2, 7, 5, 3), 2), ((2, 6, 6, 1), 2), ((2, 7, 5, 3), 1)])
 def test_xlas_convolution_equals_the_product_of_patches_in_value_and_derivative(shape, stride, x64):
     random = np.random.default_rng(sum(shape))
@@ -87,6 +88,7 @@ def test_products_in_bfloat16_round_the_operands_of_xlas_convolution():
     assert convolution(x, kernel, 1, "xla", "float32")[0, 0, 0, 0] == x[0, 0, 0, 0]
 
 
+@pytest.mark.slow("compiles a network in each precision", fast=("xla-*", "patches-bfloat16"))
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("method", ["patches", "xla"])
 def test_each_precision_computes_a_network_within_its_rounding_error(products, method):

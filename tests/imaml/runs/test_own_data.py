@@ -178,6 +178,7 @@ def test_a_run_on_arrays_says_at_evaluation_what_to_pass(tmp_path, tiny_pixels):
         train(PRESET, tmp_path, data=tmp_path, dataset=again)
 
 
+@pytest.mark.slow("trains a run")
 def test_a_registered_dataset_is_found_by_its_name_and_its_files(cards, tmp_path):
     folders = []
 

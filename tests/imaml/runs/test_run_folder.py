@@ -83,6 +83,7 @@ def test_a_run_saved_without_types_is_resumed_and_evaluated(uninterrupted, tmp_p
     assert train(tmp_path).evaluation == uninterrupted.run.evaluation
 
 
+@pytest.mark.slow("builds a run for each type", fast="other0")
 @pytest.mark.parametrize("other", [PRESET, replace(PRESET, name="glyphs-5way-1shot-gd")])
 def test_the_message_about_a_part_of_an_unknown_type_names_it_and_says_what_to_pass(other, tmp_path, uninterrupted):
     found = checkpoints.newest(uninterrupted.run.directory)
@@ -223,6 +224,7 @@ def test_a_read_only_run_can_be_evaluated_but_not_trained(uninterrupted, sealed)
         assert contents(folder) == files_before
 
 
+@pytest.mark.slow("trains a run")
 def test_a_second_run_in_the_folder_is_refused_and_the_first_continues(uninterrupted, tmp_path):
     refusals = []
 
@@ -298,6 +300,7 @@ def test_a_smaller_evaluation_does_not_replace_a_result(uninterrupted, tmp_path)
     assert json.loads(result.read_text())["evaluations"] == larger.records()
 
 
+@pytest.mark.slow("evaluates a run for each change", fast=("config", "no result"))
 @pytest.mark.parametrize(
     "change",
     [

@@ -197,6 +197,7 @@ def test_a_run_stops_early_after_enough_validations_without_a_better_one(stop, t
     assert (longer.step, longer.best_step) == (5, 5)
 
 
+@pytest.mark.slow("trains a run")
 def test_a_damaged_best_checkpoint_is_reported(tmp_path, scripted):
     scripted([0.9, 0.7, 0.7, 0.6, 0.5, 0.4])
     train(tmp_path, VALIDATED)
