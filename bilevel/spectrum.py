@@ -100,8 +100,8 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
         start: s, a pytree like ``like``, not zero; None for a standard normal one with a fixed seed.
 
     Returns:
-        The Ritz values in ascending order, ``[min(steps, n)]``, in the dtype of ``like``, or float32 where that is
-        narrower. They are NaN if a product is.
+        The Ritz values in ascending order, ``[min(steps, n)]``, in the dtype of ``like``, or in float32 if the dtype of
+        ``like`` is narrower. They are NaN if a product contains NaN.
 
     Raises:
         ValueError: for ``steps`` below 1, or a ``like`` without entries.

@@ -1,6 +1,6 @@
-"""Compare our stochastic bilevel algorithms with those of benchopt/benchmark_bilevel, on one core.
+"""Compare our stochastic bilevel algorithms with those of benchopt/benchmark_bilevel, the peer, on one core.
 
-    python -m benchmarks.bilevel tune --peer DIR --peer-python PATH    choose rates on a grid, by the peer's own solvers
+    python -m benchmarks.bilevel tune --peer DIR --peer-python PATH    choose the rates on grids; see the function tune
     python -m benchmarks.bilevel run --peer DIR --peer-python PATH     run both sides in alternating turns
     python -m benchmarks.bilevel table                                 print the records as Markdown tables
     python -m benchmarks.bilevel plot                                  draw docs/images/stochastic-PROBLEM.png
@@ -84,7 +84,8 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
 
 
 def _measured(points, reference, one, sizes):
-    """Return a run's times, steps, oracle calls and measures as lists for a record, up to the last finite point."""
+    """Return a run's times, steps, oracle calls and measures at its finite points, as lists for a record.
+    """
     sound = [bool(np.isfinite(z).all() and np.isfinite(x).all()) for z, x in zip(points["z"], points["x"], strict=True)]
     kept = [number for number, finite in enumerate(sound) if finite]
     measures = [reference.measure(points["z"][number], points["x"][number]) for number in kept]

@@ -1,7 +1,8 @@
 """Race of several contenders on one problem: turns of equal seconds, one after another, on one core.
 
-Each contender has a process of its own. Only one process runs at a time, so all of them are pinned to the same core.
-The load of the machine changes from second to second; short turns let it affect all contenders alike.
+A contender is an algorithm of this library or of the peer, benchmark_bilevel; these are the two sides. Each contender
+has a process of its own. Only one process runs at a time, so all of them are pinned to the same core. The load of the
+machine changes from second to second; short turns let it affect all contenders alike.
 """
 
 import sys

@@ -51,7 +51,7 @@ def finite_differences(
         solver: any inner solver that JAX can trace.
         theta: outer variables, any pytree; the derivative is taken there.
         init: the solver's start, a tree like w or ``init(theta, data)``.
-        data: of the problem.
+        data: the third argument of the problem's functions.
         directions: unit vectors ``[m, entries of θ]``. None means each coordinate of a θ of at most 64 entries, and 8
             random directions in a larger one.
         step: the largest h. None means a tenth of the norm of those entries of θ that the direction moves, or 0.1
