@@ -84,8 +84,7 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
 
 
 def _measured(points, reference, one, sizes):
-    """Return a run's times, steps, oracle calls and measures at its finite points, as lists for a record.
-    """
+    """Return a run's times, steps, oracle calls and measures at its finite points, as lists for a record."""
     sound = [bool(np.isfinite(z).all() and np.isfinite(x).all()) for z, x in zip(points["z"], points["x"], strict=True)]
     kept = [number for number, finite in enumerate(sound) if finite]
     measures = [reference.measure(points["z"][number], points["x"][number]) for number in kept]

@@ -99,7 +99,8 @@ def minimize(
 
     Raises:
         ValueError: for ``steps`` or ``every`` below one, an iterator without any batch, an unknown ``on_failure``, a
-            ``state`` that does not fit the other arguments, and ``stop`` in a loop that depends on traced arrays.
+            ``state`` that does not fit the other arguments, a solver or method that cannot be used with the condition,
+            and ``stop`` in a loop that depends on traced arrays.
         TypeError: for a problem, solver, method or optimizer of another type, such as a class in place of an instance;
             for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ whose
             arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; for a leaf of
@@ -187,7 +188,7 @@ def initial_state(
     iterator, pass one of its batches.
 
     Raises:
-        TypeError: as :func:`minimize`.
+        TypeError: as :func:`minimize`, for ``theta``, ``init``, ``start`` and ``data``.
     """
     init, theta, data = choose_start(init, start), _checked(theta), tree.arrays(data, "data")
     setup = Setup(problem, solver, method, optimizer, warm_start)
