@@ -14,8 +14,8 @@ again, so the study can be run in several calls. With ``--minutes M``, a call st
 
 After every ``EVERY`` meta-steps, a record gets:
 
-- a point of the curve, which summarises the training tasks of these steps: query accuracy on *training* classes, loss,
-  residuals, and the fraction of the tasks with each status;
+- a point of the learning curve, which summarises the training tasks of these steps: query accuracy on *training*
+  classes, loss, residuals, and the fraction of the tasks with each status;
 - a probe of four fixed training tasks: the extreme Ritz values of H, the Hessian of the support loss at the adapted
   parameters φ, and the inner residual at φ relative to that at θ. The extreme eigenvalues of H lie at or beyond these
   Ritz values. With ``--certify``, the probe before the first meta-step, every fourth probe after it, and the last one

@@ -141,7 +141,7 @@ def suites(n: int) -> dict[str, dict[str, Program]]:
 
 
 def measure(programs: dict[str, Program], rounds: int) -> dict:
-    """Return the seconds of each contender by round, their medians, and the ratios to the faster of the peers."""
+    """Return the seconds of each contender by round, the medians, and the ratios to the faster other library."""
     repeats = {}
     for name, program in programs.items():
         jax.block_until_ready(program())  # compiles

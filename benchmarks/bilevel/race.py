@@ -128,7 +128,7 @@ def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[in
                 worker.begin(problem, arrays, contender, seed)
             until, turn, running = TURN, 0, set(range(len(contenders)))
             while running:
-                # Alternate the order, so that no contender always runs after the same other one.
+                # Alternate the order, so that a contender does not always run after the same one.
                 for number in sorted(running, reverse=turn % 2 == 1):
                     answer = workers[number].ask(seconds=min(until, seconds))
                     if answer["seconds"] >= seconds or not answer["finite"]:

@@ -25,7 +25,7 @@ class Setup:
     """The parts of a loop that are not arrays. Equal setups that can be hashed share one compiled loop.
 
     Attributes:
-        program: the caller's start function in a loop without warm starts; None with warm starts, or without such a
+        program: the caller's start function in a loop without warm starts; None with warm starts, or without a start
             function.
     """
 
