@@ -23,7 +23,7 @@ SLOW_PAGES = {
     "docs/moving/jaxopt.md": "runs the solvers of jaxopt next to ours",
     "docs/moving/learn2learn.md": "compiles the meta-gradients of two algorithms",
     "docs/moving/optimistix.md": "compiles solvers of three libraries",
-    "docs/moving/torchopt.md": "compiles a layer for each part",
+    "docs/moving/torchopt.md": "compiles a layer for each section",
     "docs/own-data.md": "trains two small runs",
     "docs/own-network.md": "draws the parameters of modules of two libraries",
     "docs/own-loop.md": "compiles a step in several ways",

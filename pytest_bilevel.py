@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def hypergradient(request: pytest.FixtureRequest):
-    """The assertions of bilevel.testing, in float64; --hypergradient-report lists their worst errors."""
+    """The assertions of bilevel.testing, with float64 enabled; --hypergradient-report lists their worst errors."""
     # The scope is the session, because Hypothesis rejects function-scoped fixtures.
     from bilevel.testing.fixture import Hypergradients
 

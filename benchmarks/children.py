@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Missing(RuntimeError):
-    """Error for a process that cannot be started on this machine, or that has ended; the message has the reason."""
+    """Error for a process that cannot be started or has ended, or for a missing record; the message has the reason."""
 
 
 class Child:

@@ -1,12 +1,12 @@
-"""Compare inner solvers at the θ of a trained run, where the curvature of the support loss is largest.
+"""Compare inner solvers on tasks of training classes, at the θ of a trained run.
 
     python -m benchmarks.inner_solvers RUN [--data DIR] [--tasks 24] [--out FILE]
 
-The tasks are of training classes. For each inner solver, the command prints the mean query loss and accuracy, the
-medians of the inner residual and of CG's relative residual, and the mean cosine between a task's meta-gradient and a
-nearly exact one. The nearly exact one is computed with 800 stable inner steps and 60 CG iterations. At the end, the
-command prints the largest Ritz value of H, the Hessian of the support loss, as a median over tasks. It prints one value
-for θ, where descent starts, and one for the parameters φ that the run's own inner solver reaches.
+For each inner solver, the command prints the mean query loss and accuracy, the medians of the inner residual and of
+CG's relative residual, and the mean cosine between a task's meta-gradient and a nearly exact one. The nearly exact one
+is computed with 800 stable inner steps and 60 CG iterations. At the end, the command prints the largest Ritz value of
+H, the Hessian of the support loss, as a median over tasks. It prints one value for θ, where descent starts, and one for
+the parameters φ that the run's own inner solver reaches.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.kill_nine --kills 200
 
 A child process saves checkpoints as fast as it can, and reports each finished save. After some saves it is killed by
-SIGKILL at a random moment, mostly during a further save. The folder must then hold no damaged checkpoint. Its newest
-checkpoint must be at least as new as the last one that the child reported, and must have all bits of its step. The next
-child resumes in the same folder.
+SIGKILL at a random moment, mostly during a further save. The newest intact checkpoint in the folder must then be at
+least as new as the last one that the child reported, and must have all bits of its step. No newer checkpoint may be
+damaged. The next child resumes in the same folder.
 
 A kill does not simulate a loss of power, against which files are flushed. tests/imaml/storage/test_files.py tests the
 order of flushes.
@@ -92,7 +92,7 @@ class Tally:
         kills: children killed.
         saves: saves that the children finished.
         amid_a_save: kills during a save. Such a kill leaves a temporary file.
-        lost: kills after which a finished checkpoint was missing, old or damaged.
+        lost: kills after which the last finished checkpoint was missing, or a checkpoint was damaged.
     """
 
     kills: int = 0

@@ -1,4 +1,4 @@
-"""Measure what `bilevel.minimize` adds to the time of its step.
+"""Measure what `bilevel.minimize` adds to the time of an outer step.
 
     XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" \\
         taskset -c 0 python -m benchmarks.outer_loop [--steps 3000] [--rounds 7] [--out FILE]
@@ -7,8 +7,8 @@ The problem is a ridge regression on 64 samples of 22 features with one penalty 
 one inner step, one term of the Neumann series and one step of Adam. Each round times, one after the other:
 
 - a hand-written loop that calls one jitted step, on constant data and on an iterator of NumPy batches;
-- `minimize` with the same parts: with the default arguments on both kinds of data, and with a callback after each step
-  on constant data.
+- `minimize` with the same solver, method and optimiser: with the default arguments on both kinds of data, and with a
+  callback after each step on constant data.
 
 The command prints the medians over rounds, and the median difference from the hand-written loop in the same round. It
 then runs 20,000 steps on an iterator and prints the seconds between the last batch and the result. Last, it prints the

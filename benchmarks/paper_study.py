@@ -1,4 +1,4 @@
-"""Train the paper's setting and variants that differ from it in one factor, to find why the setting trains badly.
+"""Train the setting of the implicit MAML paper, and variants of it, to find why the setting trains badly.
 
     python -m benchmarks.paper_study --data DIR [VARIANT …] [--steps 400] [--certify] [--minutes M] [--out DIR]
 
@@ -14,11 +14,12 @@ again, so the study can be run in several calls. With ``--minutes M``, a call st
 
 After every ``EVERY`` meta-steps, a record gets:
 
-- a point of the curve, which summarises the training tasks of these steps: query accuracy on *training* classes, loss,
-  residuals, and the share of each status;
+- a point of the learning curve, which summarises the training tasks of these steps: query accuracy on *training*
+  classes, loss, residuals, and the fraction of the tasks with each status;
 - a probe of four fixed training tasks: the extreme Ritz values of H, the Hessian of the support loss at the adapted
-  parameters φ, and the inner residual at φ relative to that at θ. H has eigenvalues at or beyond its Ritz values. With
-  ``--certify``, every fourth probe and the last also contain the result of ``bl.certify`` for one task's hypergradient.
+  parameters φ, and the inner residual at φ relative to that at θ. The extreme eigenvalues of H lie at or beyond these
+  Ritz values. With ``--certify``, the probe before the first meta-step, every fourth probe after it, and the last one
+  also contain the result of ``bl.certify`` for one task's hypergradient.
 
 At the end, a record contains the accuracy on tasks of held-out classes. Batch normalisation uses the statistics of the
 query batch, as published.

@@ -1,4 +1,4 @@
-"""Print the tables and draw the pictures of the study of the paper's setting, from its records.
+"""Print the tables and draw the pictures of :mod:`benchmarks.paper_study`, from its records.
 
     python -m benchmarks.paper_study_report [--records DIR] [--pictures DIR]
 
@@ -43,7 +43,7 @@ def row(record: dict, again: dict | None = None) -> tuple[str, ...]:
     """Return the cells of a variant's line in :func:`table`, as formatted text.
 
     Ritz values, inner residual and the certificate's correction are those of the last probe. The linear residual is the
-    median over the curve. Negative curvature and tasks left out are means over the curve.
+    median over the points of the learning curve. Negative curvature and tasks left out are means over these points.
 
     Args:
         record: the record of the variant.
@@ -80,7 +80,7 @@ FOLLOWED: dict[str, Callable[[dict], float]] = {
     "linear residual": itemgetter("linear_residual"),
     "tasks with negative curvature": _negative,
 }
-"""Quantities of a long run that :func:`course` and :func:`draw_long` show, as functions of a point of its curve."""
+"""Quantities that :func:`course` and :func:`draw_long` show for a long run, as functions of a point of its curve."""
 
 
 def _correction(probe):

@@ -32,7 +32,9 @@ TESTED = 300
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TunedTask(Task):
-    """A :class:`imaml.Task` with λ and the inner rate as further data, so that both are arguments of the program.
+    """A :class:`imaml.Task` that also holds λ and the inner learning rate.
+
+    Compiled programs then take both as arguments, and variants that differ only in them share one program.
 
     Attributes:
         strength: λ, a float32 scalar.
@@ -55,7 +57,7 @@ class Descent:
 
     Args:
         max_steps: number of steps.
-        momentum: factor of the sum of earlier gradients.
+        momentum: the factor in m ← momentum·m + F, w ← w − inner_rate·m (Polyak's heavy ball).
     """
 
     max_steps: int
@@ -137,7 +139,7 @@ def step_of(learner: TunedLearner, tasks: int, queries: int) -> Callable:
         queries: number of query images of each class.
     """
     episode = Episode(WAYS, 1, queries)
-    gradient = meta_gradient(learner, axis=AXIS)  # type: ignore[arg-type]  # has the used attributes of Learner
+    gradient = meta_gradient(learner, axis=AXIS)  # type: ignore[arg-type]  # has problem, solver and method
 
     def on_each_device(fixed, keys):
         theta, pixels, knobs = fixed
@@ -161,7 +163,9 @@ def step_of(learner: TunedLearner, tasks: int, queries: int) -> Callable:
 
 
 def stretch(reports: list[MetaGradient], step: int) -> dict:
-    """Return one point of the curve: means and medians over all tasks of the last meta-steps.
+    """Return one point of the learning curve, from the reports of the meta-steps since the previous point.
+
+    Accuracy and loss are means over the meta-steps with a finite loss. The residuals are medians over the tasks.
 
     Args:
         reports: reports of these meta-steps.
@@ -195,14 +199,19 @@ def _hypergradient(learner):
 
 @jax.jit
 def _curvature(phi, theta, task):
-    """Return the smallest and largest Ritz value of H at φ, and the inner residual ‖F‖ at θ, the start."""
+    """Return the smallest and the largest Ritz value of H at φ, and the norm of the inner residual at the start w = θ.
+
+    H is the Hessian of the support loss without the proximal term, and φ the adapted parameters.
+    """
     product = jax.linearize(jax.grad(lambda phi: OBJECTIVE(phi, theta, task)), phi)[1]
     values = ritz_values(product, phi)
     return values[0], values[-1], tree.norm(PROBLEM.condition.residual(theta, theta, task))
 
 
 def probe(learner: TunedLearner, theta: dict, tasks: TunedTask, certified: bool) -> dict:
-    """Return Ritz values of H and the inner residual of each probed task, and a certificate for the first task.
+    """Return, for each probed task, the extreme Ritz values of H, and the inner residual at φ divided by that at θ.
+
+    With ``certified``, add three results of :func:`bilevel.certify` for the first task.
 
     Args:
         learner: the learner.
@@ -227,7 +236,8 @@ def probe(learner: TunedLearner, theta: dict, tasks: TunedTask, certified: bool)
         certificate = bl.certify(PROBLEM, theta, outs[0], each[0], linear=bl.CG(CERTIFYING_STEPS))
         found |= {
             "gradient": float(certificate.norm),
-            # Certificate.estimate is at least Certificate.rounding, which may be infinite. This distance is not.
+            # Not Certificate.estimate: it is raised to at least Certificate.rounding, which may be infinite even where
+            # the distance between the two gradients is finite.
             "correction": float(tree.norm(tree.subtract(outs[0].gradient, certificate.gradient))),
             "first_order": bool(certificate.first_order),
         }

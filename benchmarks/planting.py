@@ -122,7 +122,7 @@ class Sources:
             if isinstance(pattern, ast.expr) != isinstance(replacement, ast.expr):
                 kinds = [_kind(pattern), _kind(replacement)]
                 raise PlantingError(
-                    f"the pattern is {kinds[0]} and the replacement {kinds[1]}: both must be of one sort"
+                    f"the pattern is {kinds[0]} and the replacement {kinds[1]}: write two expressions or two statements"
                 )
             node, bound = self._only_match(fault, place)
             _check_names(replacement, bound, place, node)

@@ -1,22 +1,26 @@
-"""Time derivatives through a solution for 1 to 10,000 unknowns, next to jaxopt and Optimistix, in one process.
+"""Measure the time of derivatives through an inner solution in bilevel, jaxopt and Optimistix, in one process.
 
     taskset -c 0 python -m benchmarks.sizes [--rounds 15] [--sizes 1 3 50 500 10000] [--no-record]
 
-The inner problem is a ridge regression with one penalty exp(θⱼ) for each of n features, on min(n, 100) samples. All
-libraries evaluate 20 gradients for gradient descent, and run CG to a relative residual of 1e-6. Optimistix does not
-update w after its first gradient, so it takes 19 steps. CG takes at most 10 iterations in bilevel and jaxopt, and has
-lineax's own limit in Optimistix. The outer value is the validation error, and its derivative in θ has n entries. These
-calls are timed:
+The inner problem is a ridge regression with one penalty exp(θⱼ) for each of n features, on min(n, 100) samples. By
+default n goes from 1 to 10,000. All libraries evaluate 20 gradients for gradient descent; bilevel may evaluate one more
+for its report. Optimistix evaluates its first gradient without an update of w, so its 20 gradients make 19 updates. CG
+has the tolerance 1e-6. In Optimistix, this tolerance is relative and absolute, and is tested entry by entry. CG takes
+at most 10 iterations in bilevel and jaxopt, and has lineax's own limit in Optimistix. The outer value is the validation
+error, and its derivative in θ has n entries. Below, ``loss(theta, data)`` is the outer value at the inner solution.
+These calls are timed:
 
 - under jit: ``jax.jit`` of ``loss`` and of ``jax.value_and_grad(loss)``, and ``jax.jit`` of our hypergradient;
 - vmap over 256 under jit: ``jax.value_and_grad(loss)`` under ``jax.vmap`` over 256 θ, for at most 50 unknowns;
 - eagerly: ``loss`` and ``jax.value_and_grad(loss)`` without ``jit``;
-- from Python: our hypergradient and layer, which compile themselves and check the statuses in each call, next to the
-  compiled functions of the other libraries.
+- from Python: our hypergradient and our layer, called without ``jax.jit``. They compile themselves in the first call,
+  and check the statuses in each call. The other libraries' functions, and the gradient of our layer, are compiled with
+  ``jax.jit``.
 
-A round times every contender once, and the order alternates between rounds. The table has the medians of seconds, and
-the median over rounds of the ratio to the faster of the two other libraries in the same round. A ratio below 1 means
-that ours is faster. The record is written to benchmarks/results/sizes.json, unless ``--no-record`` is given.
+A round times every contender once, and the order alternates between rounds. The table has the median time of a call in
+microseconds. It also has the median over rounds of our time divided by that of the faster of the other two libraries in
+the same round. A ratio below 1 means that ours is faster. The record is written to benchmarks/results/sizes.json,
+unless ``--no-record`` is given.
 """
 
 import argparse
@@ -137,7 +141,7 @@ def suites(n: int) -> dict[str, dict[str, Program]]:
 
 
 def measure(programs: dict[str, Program], rounds: int) -> dict:
-    """Return the seconds of each contender by round, their medians, and the ratios to the faster of the peers."""
+    """Return the seconds of each contender by round, the medians, and the ratios to the faster other library."""
     repeats = {}
     for name, program in programs.items():
         jax.block_until_ready(program())  # compiles

@@ -4,16 +4,17 @@
         taskset -c 0 python -m benchmarks.stochastic_steps [--rounds 7] [--out FILE]
 
 The problem is a logistic regression in float32 with one penalty for all parameters, and a validation loss. SOBA and
-SABA are timed next to the same arithmetic in a hand-written ``jax.lax.scan``. The scan reads contiguous batches in a
-random order that was drawn before. The sizes are:
+SABA are timed next to the same arithmetic in a hand-written ``jax.lax.scan``. The scan reads contiguous batches. Their
+numbers are drawn at random, with replacement, before the timing. The sizes are:
 
 - batches of 64 out of 10³ to 10⁶ samples of 22 features;
-- batches of 8 out of 64 samples of 10³ to 10⁶ features, which are the parameters.
+- batches of 8 out of 64 samples of 10³ to 10⁶ features, with one parameter for each feature.
 
 In each round, `minimize` and the hand-written scan are timed one after the other. The command prints the median time
-of each, and the median of the ratio of both times in a round. Only calls after the compilation are timed. The status is
-1 if a step of SOBA takes more than 1.3 times as long as in the hand-written scan, for any size. In both, a step on 10⁶
-samples takes longer than a step on 10³ samples, because the samples no longer fit into the caches of the processor.
+of each, and the median of the ratio of both times in a round. Only calls after the compilation are timed. The exit
+status is 1 if a step of SOBA takes more than 1.3 times as long as in the hand-written scan, for any size. In both, a
+step on 10⁶ samples takes longer than a step on 10³ samples, because the samples no longer fit into the caches of the
+processor.
 """
 
 import argparse
@@ -53,7 +54,11 @@ PROBLEM = bl.Problem(bl.Stationary(inner), lambda w, theta, x: loss(w, x))
 
 
 def samples(count: int, features: int, seed: int) -> jax.Array:
-    """Return standard normal features, divided by the square root of their number, and the sign of the first one."""
+    """Return samples as rows.
+
+    A row holds standard normal features, divided by the square root of the number of features, and then the label,
+    which is the sign of the first feature.
+    """
     x = jax.random.normal(jax.random.key(seed), (count, features), jnp.float32)
     return jnp.concatenate([x / features**0.5, jnp.sign(x[:, :1])], axis=1)
 

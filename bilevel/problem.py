@@ -17,7 +17,8 @@ class Problem:
         has_aux: whether ``outer`` returns ``(scalar, aux)``, where aux is any pytree.
 
     Raises:
-        TypeError: for a condition that is not one, and for an outer function that does not take three arguments.
+        TypeError: for a ``condition`` without a residual, or a class in place of an instance, and for an outer function
+            that does not take three arguments.
     """
 
     condition: Condition

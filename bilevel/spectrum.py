@@ -87,7 +87,7 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
 
     They are the eigenvalues of QᵀAQ, where the columns of Q are an orthonormal basis of the Krylov space
     span{s, As, A²s, …} of the start s. The extreme ones converge first. With as many steps as the map has distinct
-    eigenvalues they are exact, provided that s has a part in every eigenspace.
+    eigenvalues they are exact, provided that s has a component in every eigenspace.
 
     The recursion costs one product a step and holds a basis of ``steps`` vectors. It can be jitted and vmapped. If the
     Krylov space has fewer dimensions than steps, the remaining entries repeat the Rayleigh quotient ⟨s, As⟩ / ⟨s, s⟩.
@@ -100,8 +100,8 @@ def ritz_values(matvec: MatVec, like: PyTree, steps: int = RITZ_STEPS, start: Py
         start: s, a pytree like ``like``, not zero; None for a standard normal one with a fixed seed.
 
     Returns:
-        The Ritz values in ascending order, ``[min(steps, n)]``, in the dtype of ``like``, or float32 where that is
-        narrower. They are NaN if a product is.
+        The Ritz values in ascending order, ``[min(steps, n)]``, in the dtype of ``like``, or in float32 if the dtype of
+        ``like`` is narrower. They are NaN if a product contains NaN.
 
     Raises:
         ValueError: for ``steps`` below 1, or a ``like`` without entries.

@@ -66,7 +66,7 @@ def starting_point(init: Start, theta: PyTree, data: PyTree) -> PyTree:
     """Return ``init``, or ``init(theta, data)`` where it is a function, as floating-point arrays.
 
     Raises:
-        TypeError: for a leaf that is not floating point.
+        TypeError: if ``init`` is None, and for a leaf that is not floating point.
     """
     start = evaluate(init, theta, data)
     for path, leaf in jax.tree_util.tree_leaves_with_path(start):

@@ -1,4 +1,4 @@
-"""Functions on pytrees, mostly linear algebra, that ``optax.tree`` does not have.
+"""Functions on pytrees, mostly linear algebra.
 
 Reductions accumulate in the widest dtype among the floating-point leaves, and in float32 at least, because a sum of a
 million terms loses its digits in bfloat16. Trees may hold leaves that are not floating point, such as a count or a

@@ -42,7 +42,7 @@ class Status(enum.IntEnum):
     """The true residual meets the tolerance. For LU and Cholesky, the backward error is at most √eps instead, and rcond
     is at least √eps."""
     BUDGET_USED = 1
-    """No tolerance was set. The solver spent its budget, and the residual shows how accurate the result is."""
+    """No tolerance was set, so most solvers spent their budget. The residual shows how accurate the result is."""
     ILL_CONDITIONED = 2
     """The backward error of a factorisation is at most √eps, but more than half of the digits of x may be lost."""
     STAGNATION = 3

@@ -1,7 +1,8 @@
 """Implicit MAML in your own training loop: a Flax network learns to fit a sine to five points.
 
-Each task is a sine with another amplitude and phase. `imaml.Learner` takes any function `apply(parameters, x)`, in this
-example `apply` of a Flax module. The picture shows the network before and after its adaptation to a new sine.
+Each task is a sine with another amplitude and phase. `imaml.Learner` takes any function `apply(parameters, x)`. In this
+example, it is the method `apply` of a Flax module. The picture shows the network before and after its adaptation to a
+new sine.
 """
 
 import sys

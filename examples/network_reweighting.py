@@ -1,9 +1,9 @@
 """Data reweighting for a network of 1.1 million parameters: seconds and memory of stochastic and of implicit steps.
 
 Half of the labels of 1,000 digits are redrawn at random. Each digit has a weight, and θ holds the logits of the
-weights. A step of SOBA or F2SA uses 50 training and 50 validation digits. A step of `Implicit` uses all digits, in 20
-steps of the inner solver and 10 steps of CG. At the start the Hessian is indefinite, and the penalty on w helps to keep
-the adjoint of SOBA bounded. F2SA needs neither an adjoint nor second derivatives.
+weights. A step of SOBA uses 50 training and 50 validation digits, and a step of F2SA uses 100 of each. A step of
+`Implicit` uses all digits, in 20 steps of the inner solver and 10 steps of CG. At the start the Hessian is indefinite,
+and the penalty on w helps to keep the adjoint of SOBA bounded. F2SA needs neither an adjoint nor second derivatives.
 """
 
 import sys

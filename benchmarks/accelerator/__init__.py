@@ -1,1 +1,1 @@
-"""Training for the cells of the paper's table 2 on an accelerator, in calls of minutes that resume earlier calls."""
+"""Training for the cells of table 2 of the implicit MAML paper, in short calls that resume the earlier ones."""

@@ -1,10 +1,11 @@
-"""Find the fastest way to compute meta-gradients here, then train for the cells of table 2 in the given minutes.
+"""Find the fastest accurate way to compute meta-gradients on this machine, then train for the cells of table 2.
 
     python -m benchmarks.accelerator --minutes 9 --out DIR --data OMNIGLOT
     python -m benchmarks.accelerator --minutes 1 --out DIR --cells glyphs-5way-1shot-gd:12:4 -- --network.filters 4
 
-Each call of the command resumes the runs in DIR, and stops them 15 seconds before the given minutes are over. On a CPU,
-several short calls give the same bits as one long call. docs/scaling.md says what a bare machine needs.
+The cells are those of the implicit MAML paper. Each call of the command resumes the runs in DIR, and tells them to stop
+15 seconds before the given minutes are over. On a CPU, several short calls give the same bits as one long call.
+docs/scaling.md says what a bare machine needs.
 """
 
 import argparse

@@ -36,7 +36,8 @@ class Way:
     """A way to compute the same meta-gradient.
 
     Attributes:
-        together: how tasks are grouped: ``"one"`` after another, ``"groups"`` of at most :data:`GROUP`, or ``"all"``.
+        together: which tasks are computed together: only ``"one"``, ``"groups"`` of at most :data:`GROUP` tasks, or
+            ``"all"``.
         convolutions: see :func:`imaml.learning.networks.convolution`.
         products: a key of :data:`imaml.learning.networks.PRODUCTS`.
     """

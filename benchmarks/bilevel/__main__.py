@@ -1,14 +1,14 @@
-"""Compare our stochastic bilevel algorithms with those of benchopt/benchmark_bilevel, on one core.
+"""Compare our stochastic bilevel algorithms with those of benchopt/benchmark_bilevel, the peer, on one core.
 
-    python -m benchmarks.bilevel tune --peer DIR --peer-python PATH    choose rates on a grid, by the peer's own solvers
-    python -m benchmarks.bilevel run --peer DIR --peer-python PATH     run both sides in alternating turns
+    python -m benchmarks.bilevel tune --peer DIR --peer-python PATH    choose the rates on grids; see the function tune
+    python -m benchmarks.bilevel run --peer DIR --peer-python PATH     run both libraries in alternating turns
     python -m benchmarks.bilevel table                                 print the records as Markdown tables
     python -m benchmarks.bilevel plot                                  draw docs/images/stochastic-PROBLEM.png
     python -m benchmarks.bilevel docs                                  put the tables into docs/stochastic-benchmark.md
 
 DIR is a clone of github.com/benchopt/benchmark_bilevel, and PATH a Python that has benchopt and JAX. Without them,
-`run` runs our side alone, and `tune` ends with status 2. docs/stochastic-benchmark.md describes the benchmark. No other
-program should run on the machine during a measurement.
+`run` runs our algorithms alone, and `tune` ends with status 2. docs/stochastic-benchmark.md describes the benchmark. No
+other program should run on the machine during a measurement.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
     """Return, for each algorithm, the rates with the least measure after ``options.seconds``, and all rates tried.
 
     The measure is the plan's ``metric``. The peer's solvers choose the rates of the stochastic algorithms, which both
-    sides then use. Our side chooses the rates of the full-batch methods.
+    libraries then use. The rates of the full-batch methods are chosen by runs of these methods.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
     reference = PROBLEMS[problem].reference(Data.load(arrays))
@@ -84,7 +84,7 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
 
 
 def _measured(points, reference, one, sizes):
-    """Return a run's times, steps, oracle calls and measures as lists for a record, up to the last finite point."""
+    """Return a run's times, steps, oracle calls and measures at its finite points, as lists for a record."""
     sound = [bool(np.isfinite(z).all() and np.isfinite(x).all()) for z, x in zip(points["z"], points["x"], strict=True)]
     kept = [number for number, finite in enumerate(sound) if finite]
     measures = [reference.measure(points["z"][number], points["x"][number]) for number in kept]

@@ -9,7 +9,7 @@ BATCH = 64
 INNER_STEPS = 10
 """Steps of w, and steps of the adjoint, in one step of AmIGO: the peer's default."""
 PERIOD_FRACTION = 0.5
-"""SRBA's period, divided by the number of batches of both sums: the peer's default."""
+"""SRBA's period, divided by the number of inner and outer batches together: the peer's default."""
 EXTRA = {"AmIGO": {"n_inner_steps": INNER_STEPS}, "SRBA": {"period_frac": PERIOD_FRACTION}}
 
 
@@ -61,7 +61,7 @@ def grid(plan: Plan) -> list[dict]:
 
 
 def contender(problem: str, algorithm: str, rates: dict, ours: bool) -> Contender:
-    """Return a contender of one side; the label names the side and the algorithm."""
+    """Return a contender of this library (``ours``) or of the peer; its label names the library and the algorithm."""
     label = f"{algorithm}, {'bilevel' if ours else 'benchmark_bilevel'}"
     if algorithm == "full batch":
         return Contender(f"full batch {rates['optimizer']}, bilevel", algorithm, rates, 1, ours)
@@ -72,8 +72,8 @@ def contender(problem: str, algorithm: str, rates: dict, ours: bool) -> Contende
 def oracles_of_a_step(algorithm: str, inner_samples: int, outer_samples: int) -> float:
     """Return the mean number of oracle calls of one step.
 
-    An oracle call is, for one sample, a gradient ∇₁G_i, a product ∇²₁₁G_i v, a product ∇²₂₁G_i v, or the gradient of
-    F_j in one of its two arguments.
+    G_i and F_j are the inner and the outer function of one sample. An oracle call is, for one sample, a gradient ∇₁G_i,
+    a product ∇²₁₁G_i v, a product ∇²₂₁G_i v, or the gradient of F_j in one of its two arguments.
     """
     single = 5 * BATCH
     if algorithm == "SRBA":

@@ -15,7 +15,10 @@ ADJOINT_STEPS, DIRECTION_STEPS = 10, 5
 
 
 class Stochastic:
-    """A stochastic algorithm in the form of the peer's solvers; see :mod:`benchmarks.bilevel.turns`."""
+    """A stochastic algorithm with the interface of the solvers of benchmark_bilevel, the peer.
+
+    The interface is ``run(callback)``, ``inner_var`` and ``outer_var``; see :mod:`benchmarks.bilevel.turns`.
+    """
 
     def __init__(self, problem, data, settings: dict):
         import jax
@@ -96,7 +99,8 @@ class FullBatch:
         if options["optimizer"] == "adam":
             optimizer = optax.adam(options["rate"])
         else:
-            # A step changes no logarithm of a penalty by more than 1: h is flat where the penalties are extreme.
+            # Clip each entry of a step to [−1, 1]. In the logistic problem, x holds logarithms of penalties, and the
+            # outer value is flat where a penalty is very large or very small. A longer step could leave x there.
             optimizer = optax.chain(optax.scale_by_lbfgs(), optax.scale(-options["rate"]), optax.clip(1.0))
         self._z, self._x = jnp.asarray(data.z), jnp.asarray(data.x)
         self._start = optimizer.init(self._x)

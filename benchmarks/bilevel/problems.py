@@ -1,8 +1,9 @@
 """The three problems of the benchmark: their arrays, their losses on a batch, and exact values in float64.
 
-Both sides use the arrays and the losses of this module, so it imports JAX and NumPy but not ``bilevel``. A loss takes
-the inner variables z, the outer variables x and a batch, and returns a mean over the samples of the batch. The exact
-values are computed by NumPy without JAX. They share no code with either side.
+The workers of this library and of the peer, benchmark_bilevel, use the arrays and the losses of this module, so it does
+not import ``bilevel``. A loss takes the inner variables z, the outer variables x and a batch, and returns a mean over
+the samples of the batch. The exact values are computed by NumPy and SciPy without JAX. They share no code with the
+solvers.
 """
 
 import json
@@ -67,14 +68,14 @@ class Data:
 
 
 def _samples_with_curvature(rng, count, spectrum):
-    """Return random vectors a_i whose matrices a_i a_iᵀ have the mean U diag(spectrum) Uᵀ, with a random rotation U."""
+    """Return random vectors a_i with E[a_i a_iᵀ] = U diag(spectrum) Uᵀ, where U is a random rotation."""
     size = len(spectrum)
     rotation, _ = np.linalg.qr(rng.standard_normal((size, size)))
     return rng.standard_normal((count, size)) @ (rotation * np.sqrt(spectrum)) @ rotation.T
 
 
 def _quadratic_samples(rng, count, inner, outer):
-    """Return one sum's samples: a Hessian in z, one in x, a cross matrix and two linear terms for each sample."""
+    """Return the samples of one objective: for each, Hessians in z and in x, a cross matrix and two linear terms."""
     a = _samples_with_curvature(rng, count, np.geomspace(SMALLEST_CURVATURE, LARGEST_CURVATURE, inner))
     flat = np.append(0.0, np.geomspace(SMALLEST_CURVATURE, LARGEST_CURVATURE, outer - 1))
     b = _samples_with_curvature(rng, count, flat)
@@ -382,8 +383,8 @@ class Cleaning:
     def inner(z, x, batch: Batch):
         """Return the inner objective on a batch.
 
-        A batch is a contiguous slice of the samples on both sides, so the outer variables of a batch are a slice of x.
-        The derivative of a slice is faster than that of ``x[batch["index"]]``, which is a scatter.
+        In this library and in the peer, a batch is a contiguous slice of the samples, so the outer variables of a batch
+        are a slice of x. The derivative of a slice is faster than that of ``x[batch["index"]]``, which is a scatter.
         """
         own = jax.lax.dynamic_slice_in_dim(x, batch["index"][0], len(batch["index"]))
         return jnp.mean(jax.nn.sigmoid(own) * Cleaning.losses(z, batch)) + PENALTY * jnp.sum(z**2)
@@ -408,7 +409,7 @@ class CleaningReference:
         self._outer, self._test = data.outer, data.test
 
     def measure(self, z: np.ndarray, x: np.ndarray) -> dict[str, float]:
-        """Return the validation loss F(z) and the share of test images that z classifies wrongly."""
+        """Return the validation loss F(z) and the fraction of test images that z classifies wrongly."""
         weights = np.asarray(z, np.float64).reshape(-1, CLASSES)
         scores = self._outer["image"] @ weights
         top = scores.max(axis=1)

@@ -1,7 +1,8 @@
 """Race of several contenders on one problem: turns of equal seconds, one after another, on one core.
 
-Each contender has a process of its own. Only one process runs at a time, so all of them are pinned to the same core.
-The load of the machine changes from second to second; short turns let it affect all contenders alike.
+A contender is an algorithm of this library or of the peer, benchmark_bilevel; these are the two sides. Each contender
+has a process of its own. Only one process runs at a time, so all of them are pinned to the same core. The load of the
+machine changes from second to second; short turns let it affect all contenders alike.
 """
 
 import sys
@@ -127,7 +128,7 @@ def race(problem: str, arrays: Path, contenders: list[Contender], seeds: list[in
                 worker.begin(problem, arrays, contender, seed)
             until, turn, running = TURN, 0, set(range(len(contenders)))
             while running:
-                # Alternate the order, so that no contender always runs after the same other one.
+                # Alternate the order, so that a contender does not always run after the same one.
                 for number in sorted(running, reverse=turn % 2 == 1):
                     answer = workers[number].ask(seconds=min(until, seconds))
                     if answer["seconds"] >= seconds or not answer["finite"]:

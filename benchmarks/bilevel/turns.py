@@ -1,8 +1,12 @@
-"""Turns of a solver: on a request, a worker process runs it up to a total processor time, and records its variables.
+"""The loop of a worker process that runs a solver in turns and records the solver's variables.
 
-A solver has the form of benchmark_bilevel's: ``run(callback)`` calls ``callback()`` before every block of steps, and
-goes on while it returns True; ``inner_var`` and ``outer_var`` are the variables after the last block. The callback here
-waits for the block's arrays, stops the clock, keeps the point, and waits for the next request if the turn is over.
+Each request names a number of seconds. The worker continues the run until the total processor time of the run reaches
+that number.
+
+A solver has the interface of the solvers of benchmark_bilevel. ``run(callback)`` calls ``callback()`` before every
+block of steps, and goes on while the callback returns True. ``inner_var`` and ``outer_var`` are the variables after the
+last block. The callback of this module waits for the block's arrays, stops the clock, records the point, and waits for
+the next request if the turn is over.
 
 The clock counts the processor time of the whole process. A process is pinned to one core and has one thread that
 computes, so this is the time that the solver would take on a core of its own. Other programs on the machine do not

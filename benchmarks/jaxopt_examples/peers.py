@@ -7,7 +7,8 @@ or 0 to spend the budget. For projections and proximal steps, jaxopt compares th
 ``tol``, so ``tol`` is divided by the step size too.
 
 Each function takes the module of our example and its data, and returns ``run(jit) -> outer values``. With ``jit=True``,
-``update`` is compiled as a whole. jaxopt's examples leave it as it is, and only the derivative in it is compiled.
+``update`` is compiled as a whole. jaxopt's examples do not compile ``update``, so only the derivative in it is
+compiled.
 """
 
 import functools

@@ -50,7 +50,7 @@ TASKS = (1, 4, 16, 64)
 GPU_TASKS = {"W1": 32, "W2": 8}
 """Numbers of tasks on a GPU, which computes many small tasks at once."""
 KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "1000000000"))
-"""Variables that make glibc keep freed memory for the next call, because page faults take a tenth of a task's time."""
+"""Environment variables that make glibc keep freed memory, because page faults take a tenth of a task's time."""
 
 
 def agree(options) -> bool:
@@ -212,7 +212,7 @@ def _relative(found, exact):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a suite; return 1 if it fails, 2 if a library's Python is missing, otherwise 0."""
+    """Run a suite; return 1 if it fails, 2 if a contender's process cannot start or has ended, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument(

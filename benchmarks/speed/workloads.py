@@ -55,7 +55,8 @@ class FewShot:
     def parameters(self, dtype: str) -> dict[str, np.ndarray]:
         """Return the initial parameters, with Glorot's kernels.
 
-        Convolution kernels have shape ``[filters, 9 · channels]``, positions row by row, channels innermost.
+        Convolution kernels have shape ``[filters, 9 · input channels]``. The second axis is flattened from
+        ``[3, 3, input channels]``: rows, columns, channels.
         """
         random = np.random.default_rng(1)
         found = {}
@@ -78,8 +79,9 @@ def _glorot(random, inputs, outputs, fan_out):
 class Linear:
     """The hypergradient of a linear model's validation loss with respect to θ, with one penalty ½e^θⱼwⱼ² per feature.
 
-    All libraries solve the inner problem by the same number of gradient steps of size 1/L, and the adjoint system by
-    conjugate gradients with the same tolerance.
+    All libraries evaluate the same number of inner gradients, with step size 1/L, and solve the adjoint system by
+    conjugate gradients with the number ``tol``. Optimistix takes one update fewer. Its CG applies ``tol`` to each entry
+    instead of the norm, and has no budget of ``iterations``.
 
     Args:
         name: key in ``ITEMS``.
@@ -89,7 +91,7 @@ class Linear:
         validation: number of validation samples.
         steps: number of inner gradient steps.
         iterations: CG budget.
-        tol: relative tolerance of CG.
+        tol: relative tolerance of CG; in Optimistix also the absolute tolerance.
         penalty: typical size of e^θⱼ, which is this number times a random factor.
     """
 

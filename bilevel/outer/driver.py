@@ -60,19 +60,20 @@ def minimize(
             as floating point.
         init: where the first inner solve starts, a pytree like w; None with ``start``. A function, a method or a
             ``functools.partial`` is taken as ``start``.
-        data: a pytree, or an iterator of pytrees of one shape, one for each step. The loop ends early if the iterator
-            does. The loop takes one batch for each step. Before an error it may also have taken up to 15 batches after
-            that of the failed step.
+        data: a pytree, or an iterator of pytrees of one shape, the batches. Each step takes one batch. The loop ends
+            early if the iterator does. Before an error, the loop may also have taken up to 15 batches after that of the
+            failed step.
         solver: finds the inner solution.
         method: differentiates the inner solution with respect to θ.
         optimizer: an ``optax.GradientTransformation``. One that needs ``value``, ``grad`` and ``value_fn`` (a line
             search, Polyak's step) gets them. Each evaluation of ``value_fn`` with its gradient takes an inner
             solve and an adjoint solve.
         steps: outer steps of this call.
-        warm_start: if True, each solve starts from the previous solution, and :class:`Optax` and the momentum of
-            :class:`GradientDescent` go on with their schedules and moments. If False, each inner solve starts from
-            ``init`` or ``start`` with a new memory, and each adjoint solve from the solver's default. Set it to False
-            if the start depends on θ and the hypergradient shall include the derivative of the start (MAML).
+        warm_start: if True, each solve starts from the previous solution, and :class:`Optax` and
+            :class:`GradientDescent` go on with their schedules, moments and momentum. If False, each inner solve starts
+            from ``init`` or ``start`` with a new memory, and each adjoint solve starts from the default of the linear
+            solver. Set it to False if the start depends on θ and the hypergradient shall include the derivative of the
+            start (MAML).
         callback: called after every ``every`` steps, and after the last one, with the number of the step, the θ at
             which it was taken, and its :class:`Hypergradient`. A callback after each step costs 50 to 100 µs a step. It
             may raise an exception to end the loop without a result; ``stop`` keeps the result. It is not called for a
@@ -85,8 +86,8 @@ def minimize(
             traced arrays no status can be inspected, and each choice acts as ``"ignore"``.
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
         state: the ``state`` of an earlier result. This call continues that loop, and its results are the same to the
-            bit as those of one longer call. ``theta`` then gives only the structure, and ``init`` is used only without
-            warm starts. An iterator must yield the batch of the next step first.
+            bit as those of one longer call. ``theta`` then gives only the structure, the shapes and the dtypes.
+            ``init`` is used only without warm starts. An iterator must yield the batch of the next step first.
         stop: called after the same steps as ``callback``, with the :class:`StepRecord` of the last step. If it returns
             True, the loop ends after this step.
         every: the number of steps between two calls of ``callback`` and ``stop``. A call with ``state`` goes on
@@ -98,10 +99,13 @@ def minimize(
 
     Raises:
         ValueError: for ``steps`` or ``every`` below one, an iterator without any batch, an unknown ``on_failure``, a
-            ``state`` that does not fit the other arguments, and ``stop`` in a loop that depends on traced arrays.
-        TypeError: for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ
-            whose arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; and for a
-            leaf of θ, init or data that is not an array.
+            ``state`` that does not fit the other arguments, a solver or method that cannot be used with the condition,
+            and ``stop`` in a loop that depends on traced arrays.
+        TypeError: for a problem, solver, method or optimizer of another type, such as a class in place of an instance;
+            for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ whose
+            arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; for a leaf of
+            θ, init or data that is not an array; for a complex leaf of θ; and for a leaf of init that is not floating
+            point.
         HypergradientError: on a failed status, with ``on_failure="raise"``. The message names the step and its θ. The
             error's ``state`` is the state before that step, and its ``result`` is the step's :class:`Hypergradient`.
 
@@ -184,7 +188,7 @@ def initial_state(
     iterator, pass one of its batches.
 
     Raises:
-        TypeError: as :func:`minimize`.
+        TypeError: as :func:`minimize`, for ``theta``, ``init``, ``start`` and ``data``.
     """
     init, theta, data = choose_start(init, start), _checked(theta), tree.arrays(data, "data")
     setup = Setup(problem, solver, method, optimizer, warm_start)

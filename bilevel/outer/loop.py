@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of a loop that are not arrays. Equal setups share one compiled loop.
+    """The parts of a loop that are not arrays. Equal setups that can be hashed share one compiled loop.
 
     Attributes:
-        program: the caller's start function in a loop without warm starts; None with warm starts, or without such a
+        program: the caller's start function in a loop without warm starts; None with warm starts, or without a start
             function.
     """
 
@@ -55,8 +55,8 @@ def outer_step(
         start: without warm starts, the start of the inner solver, or the arrays that the start function captured. It
             is not used with warm starts.
         data: a batch.
-        halt: whether a step with a failed status changes nothing and is not counted. Without ``halt``, a step whose
-            gradient or value is not finite is counted, and changes nothing else.
+        halt: whether a step with a failed status changes nothing and is not counted. Without ``halt``, a step with
+            status NONFINITE, or whose gradient has a norm that overflows, is counted, and changes nothing else.
 
     Returns:
         the state after the step, its record, and the hypergradient.
@@ -144,7 +144,7 @@ _cached_loop = lru_cache(maxsize=64)(CompiledLoop)
 
 
 def compiled_loop(setup: Setup, capacity: int, observe: bool) -> CompiledLoop:
-    """Return the compiled loop of a setup, the same one for equal setups."""
+    """Return the compiled loop of a setup, from a cache if the setup can be hashed."""
     try:
         return _cached_loop(setup, capacity, observe)
     except TypeError:  # a part cannot be hashed, for example because one of its fields is an array

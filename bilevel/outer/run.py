@@ -37,7 +37,8 @@ class Run:
         number: the number of steps taken since the first call.
         exhausted: whether the iterator of batches has ended.
         is_traced: whether the steps depend on tracers. Then the host cannot look at them: see :func:`run_under_trace`.
-        last: θ before the last step, and that step's hypergradient; None unless ``observe``.
+        last: θ before the last step, and that step's hypergradient; None before the first step, and without
+            ``observe``.
     """
 
     state: OuterState
@@ -107,7 +108,7 @@ class Run:
         self._length = min(length, CAPACITY if self._constant else BATCHES)
 
     def _failure(self, batch: PyTree) -> HypergradientError:
-        """Return the error of the failed step, from the state before that step and its batch."""
+        """Return the error of the failed step, from the state before that step and the batch of that step."""
         state = jax.tree.map(jnp.copy, self.state)
         advance = compiled_loop(self._setup, 1, True).advance
         observed = advance(state, self._sound, self._start, batch, self._one, self._halt)[-1]

@@ -71,9 +71,10 @@ class FISTA:
     the solution of a :class:`Projected` lies in its set.
 
     Args:
-        max_steps: the budget, in evaluations of the mapping. With a ``tol``, one more is taken at the end.
+        max_steps: the budget, in evaluations of the mapping. The reported residual takes one more, or two with a
+            ``tol``.
         tol: stop at ‖y − T(y)‖ ≤ tol and return T(y); None takes all ``max_steps``, with status BUDGET_USED.
-        restart: set t = 1 after a step with ⟨y − x₊, x₊ − x⟩ > 0, where the momentum points uphill.
+        restart: set t = 1 in a step with ⟨y − x₊, x₊ − x⟩ > 0, where the momentum points uphill.
 
     Raises:
         ValueError: for a negative budget or tol, and, when called, for a condition that has no mapping.

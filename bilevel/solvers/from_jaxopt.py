@@ -44,9 +44,10 @@ class Jaxopt:
     To stop the solver, jaxopt compares ``tol`` with an error measure of its own. The status compares ``tol`` with the
     norm of the condition's true residual. It is CONVERGED if the norm is at most ``tol``. If the norm is larger, the
     status is STOPPED if the solver stopped before its budget ended, and MAX_STEPS otherwise. For some conditions the
-    two measures differ by a factor, such as the ``step_size`` of :class:`Projected`. If the status is STOPPED,
-    :func:`value_and_hypergradient` and :func:`minimize` run the solver again with smaller values of ``tol``. These runs
-    serve the error message only. It names the first value for which the true residual is at most the given ``tol``.
+    two measures differ by a factor, such as the ``step_size`` of :class:`Projected`. For a message about a status of
+    STOPPED or MAX_STEPS, :func:`value_and_hypergradient` and :func:`minimize` may run the solver again, to find a
+    remedy. They try smaller values of ``tol`` after STOPPED, and a fixed ``stepsize`` if the solver has this option and
+    it is not set. The message names the first options with which the true residual is at most the given ``tol``.
 
     Args:
         solver: the class, or its name (``"LBFGS"``). With a name, jaxopt is imported when the solver is called.

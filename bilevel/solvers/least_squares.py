@@ -112,11 +112,11 @@ class LevenbergMarquardt:
     """The Levenberg-Marquardt method, for :class:`LeastSquares` and systems of equations.
 
     For m residuals r with the Jacobian J in n unknowns, the step d minimises ‖r + Jd‖² + μ‖d‖². A QR decomposition of
-    the matrix with the rows of J and of √μ·I gives d. The step is taken if ½‖r‖² falls. The gain ratio ρ is the
-    decrease of ½‖r‖² divided by the decrease that the linear model predicts. After a step that is taken, the damping μ
-    is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second, third, … refused step in a row, μ is multiplied by
-    2, 4, 8, …. There may be fewer residuals than unknowns, and J may have any rank. For a condition such as
-    :class:`Root`, r is its residual. The m·n entries of J are stored.
+    the matrix with the rows of J and of √μ·I gives d. The step is taken if ½‖r‖² falls, or stays the same up to
+    rounding. The gain ratio ρ is the decrease of ½‖r‖² divided by the decrease that the linear model predicts. After a
+    step that is taken, the damping μ is multiplied by max(⅓, 1 − (2ρ − 1)³). After the first, second, third, … refused
+    step in a row, μ is multiplied by 2, 4, 8, …. There may be fewer residuals than unknowns, and J may have any rank.
+    For a condition such as :class:`Root`, r is its residual. The m·n entries of J are stored.
 
     Args:
         max_steps: the budget, refused steps included. Each takes a Jacobian (the smaller of m and n products), a QR

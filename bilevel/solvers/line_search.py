@@ -14,7 +14,7 @@ def line_search(
 ) -> PyTree:
     """Return the first of w + d, w + d/2, … that meets Armijo's rule with the factor 10⁻⁴.
 
-    If no trial meets the rule, return the last one, or w if the objective is lower at w than at the last trial.
+    If no trial meets the rule, return the last one if the objective there is not above that at w, and w otherwise.
     """
     # An objective of float64 data has a float64 value, although w and its gradient are float32. Give both one dtype.
     here, predicted = tree.widened((potential(w), tree.vdot(gradient, direction)))

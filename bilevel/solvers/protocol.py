@@ -124,10 +124,11 @@ def solve(
         start: in place of ``init``, a function ``start(theta, data)`` that returns a pytree like w.
 
     Raises:
-        ValueError: for a solver that returns a tree whose structure or shapes are not those of ``init``.
+        ValueError: for a solver that returns a tree whose structure or shapes are not those of ``init``, and for a
+            solver that cannot solve the condition.
         TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
-            for a complex leaf of θ, for a leaf of init that is not floating point, and for a class in place of an
-            instance.
+            for a complex leaf of θ, for a leaf of init that is not floating point, for a condition without a residual,
+            for a solver that does not take these four arguments, and for a class in place of an instance.
     """
     check_condition_type("solve", condition)
     check_solver("solve", solver)
@@ -151,7 +152,8 @@ _compiled_run = jax.jit(_run, static_argnames=("solver", "condition"))
 def _is_compilable(solver: InnerSolver, condition: Condition, arguments: PyTree) -> bool:
     """Return whether to compile the call of a solver.
 
-    That is True if JAX can trace and hash the solver, and no argument is traced already.
+    That is True if JAX can trace the solver, if the solver and the condition can be hashed, and if no argument is
+    traced already.
     """
     if not getattr(solver, "traceable", False) or tree.is_traced(arguments):
         return False

@@ -26,7 +26,7 @@ OUTER_STEPS = 6
 WORK = 2**26
 """Limit for the number of entries of w times the number of samples, in the estimates of ``lowest`` and ``outer``."""
 FEWEST = 256
-"""The estimates use this number of samples even if ``WORK`` allows fewer."""
+"""The estimates of ``lowest`` and ``outer`` may use this number of samples even if ``WORK`` allows fewer."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Curvature:
 
     Attributes:
         batch: the largest norm ‖∂F/∂w‖₂ among some inner batches.
-        lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w on the inner samples. The estimate is a Ritz
+        lowest: the smallest eigenvalue of the symmetric part of ∂F/∂w, on some inner samples. The estimate is a Ritz
             value, so it is too large where ∂F/∂w is ill-conditioned.
         outer: the largest absolute eigenvalue of the Hessian, at d = 0, of d ↦ outer(w + Rd, θ + d). Here w is the
             point after one Newton step, and Rd is the linear response of w to the change d of θ.
@@ -83,7 +83,7 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
 def estimate(problem: Problem, theta: PyTree, w: PyTree, inner: PyTree, outer: PyTree, inner_batch: int) -> Curvature:
     """Return the curvatures near (w, θ), from at most 8 inner batches, 4096 inner samples and 4096 outer samples.
 
-    If w has more than 16,384 entries, fewer samples are used, but at least 256.
+    If w has more than 16,384 entries, the limits of 4096 are lower, but at least 256.
 
     Raises:
         ValueError: if ``batch`` or ``outer`` is zero or not finite.

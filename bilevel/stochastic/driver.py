@@ -94,8 +94,8 @@ def minimize(
 ) -> StochasticMinimum:
     """Minimise outer(w*(θ), θ) over θ by steps on batches of samples.
 
-    The steps run in compiled chunks of ``evaluate_every`` steps. A further call with the same functions, the same
-    shapes and an algorithm with other numbers compiles nothing.
+    The steps run in compiled chunks of ``evaluate_every`` steps. A further call with the same functions, shapes and
+    settings compiles nothing. The numbers in the rates, the penalty and the averaging of the algorithm may differ.
 
     Args:
         problem: ``problem.condition`` gets an inner batch as ``data``, and ``problem.outer`` gets an outer batch. The
@@ -130,6 +130,7 @@ def minimize(
 
     Raises:
         ValueError: for an invalid argument, or for arguments that do not fit together; the message names them.
+        TypeError: for a leaf that is not an array, a complex leaf of θ, and a leaf of w that is not floating point.
         HypergradientError: for a run that diverged, with ``on_failure="raise"``. Its ``result`` is the
             :class:`StochasticMinimum` with the last sound state.
 

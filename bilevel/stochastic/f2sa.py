@@ -19,8 +19,9 @@ PENALTY = Power(10.0, -1 / 7)
 class F2SA:
     """Fully first-order stochastic approximation: no second derivatives, and no adjoint.
 
-    G is the inner objective, and outer is the outer function. The sequence y follows the minimum of G, and the sequence
-    z follows that of outer + λG. In each step both start from their last values and take ``inner_steps`` steps
+    G is the inner objective, and outer is the outer function. The sequence y follows the minimiser of G, and the
+    sequence z follows the minimiser of outer + λG. In each step both start from their last values and take
+    ``inner_steps`` steps
 
         y ← y − ρ ∇G(y),        z ← z − ρ(∇G(z) + ∇outer(z)/λ),
 

@@ -147,7 +147,7 @@ def _draws(state, oracle, algorithm, steps):
 
 @jax.jit
 def largest_entry(state: State) -> jax.Array:
-    """Return the largest absolute entry of the state without its tables; it is not finite if an entry is not."""
+    """Return the largest absolute entry of θ, w, the adjoint and the memory; it is not finite if an entry is not."""
     leaves = [leaf for leaf in jax.tree.leaves((state.theta, state.w, state.adjoint, state.memory)) if leaf.size]
     peaks = [jnp.max(jnp.abs(leaf)).astype(jnp.result_type(float)) for leaf in leaves if tree.is_floating(leaf)]
     return jnp.max(jnp.stack(peaks))

@@ -32,7 +32,10 @@ def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None
 
 
 def available() -> int:
-    """Return the free bytes of the first local device, or of the machine if the device does not report them."""
+    """Return the free bytes of the first local device, or of the machine if the device does not report them.
+
+    On a machine without ``/proc/meminfo``, half of the physical memory is taken as free.
+    """
     statistics: Any = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)

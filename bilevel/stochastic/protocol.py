@@ -5,8 +5,8 @@ batch. Every algorithm but F2SA moves w, the adjoint v and θ against estimates 
 
     D_w = F,        D_v = Aᵀv − g,        D_θ = h − Bᵀv.
 
-Where D_w and D_v over all samples are zero, w is the inner solution, v the adjoint, and D_θ the hypergradient. The sign
-of v is that of ``Hypergradient.linear.solution``.
+Where D_w and D_v over all samples are zero, w is the inner solution, v is the solution of the adjoint system, and D_θ
+is the hypergradient. The sign of v is that of ``Hypergradient.linear.solution``.
 
 Source: Dagréou, Ablin, Vaiter, Moreau (2022), A framework for bilevel optimization that enables stochastic and global
 variance reduction algorithms. The v of the paper has the opposite sign.

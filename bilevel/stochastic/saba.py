@@ -39,7 +39,7 @@ class SABA:
         outer_batch: samples in an outer batch.
         sampling: as for :class:`SOBA`.
         memory_limit: the largest size of the tables in bytes. The default is half of the free memory of the device, or
-            of the machine if the device is a CPU.
+            of the machine if the device does not report its memory, as a CPU.
 
     Raises:
         ValueError: from ``init``, for tables above the memory limit.
@@ -89,7 +89,7 @@ class Table(NamedTuple):
 
     Attributes:
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
-        mean: the mean of the rows, in which each batch counts with its share of the samples.
+        mean: the mean of the rows, in which each batch has the weight of its number of samples.
         waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
         place: the index of the batch that ``waiting`` belongs to.
     """

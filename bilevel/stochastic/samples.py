@@ -28,7 +28,7 @@ T = TypeVar("T")
 PASS = 4096
 """Samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not with the samples."""
 FEW = 16
-"""The largest number of batches whose random order is computed by ranks: a Feistel network on so few is biased."""
+"""Up to this number of batches are ordered by ranks: a Feistel network on so few numbers is biased."""
 ROUNDS = 12
 """Rounds of the Feistel network."""
 
@@ -100,7 +100,7 @@ class Samples:
         return self.size % self.batch
 
     def weight(self, number: jax.Array) -> jax.Array:
-        """Return the share of a batch in all samples: its size divided by n."""
+        """Return the weight of a batch in the mean over all samples: the size of the batch divided by n."""
         full, rest = self.batch / self.size, self.rest / self.size
         if not self.rest:
             return jnp.asarray(full)
@@ -184,8 +184,8 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
     """Return the entry at ``place`` of a random permutation of 0 … count − 1, without making the permutation.
 
     A Feistel network permutes the numbers below a power of two. A result that is not below ``count`` is put into the
-    network again, until the result is below ``count``. For a small ``count``, the permutation is the order of ``count``
-    random numbers.
+    network again, until the result is below ``count``. For a ``count`` of at most ``FEW``, the permutation is the order
+    of ``count`` random numbers.
 
     Source: Black, Rogaway (2002), Ciphers with arbitrary finite domains.
 

@@ -12,15 +12,16 @@ from bilevel.stochastic.rates import Power, Rate, at_step, descend
 from bilevel.stochastic.samples import Sampling
 
 AVERAGING = Power(1.0, 0.5)
-"""The default of β, which falls like the rates of SOBA."""
+"""Default of ``MASOBA.averaging``: β = 1/√(t + 1) at step t. Estimated rates of SOBA fall with the same exponent."""
 
 
 @register("inner_rate", "linear_rate", "outer_rate")
 @dataclass(frozen=True)
 class SOBA:
-    """Stochastic bilevel algorithm: w, the adjoint and θ move at once, on one inner and one outer batch.
+    """Stochastic bilevel algorithm: each step moves w, the adjoint v and θ, on one inner and one outer batch.
 
-    With the directions of a batch, all three at the old point (w, v, θ):
+    A step evaluates the three directions at (w, v, θ), before it moves any of these. F, A, B, g and h are those of
+    :mod:`bilevel.stochastic.protocol`:
 
         w ← w − ρ F,        v ← v − ρ′(Aᵀv − g),        θ ← θ − γ(h − Bᵀv).
 
@@ -29,7 +30,8 @@ class SOBA:
 
     Args:
         inner_rate: ρ, a :data:`Rate`; None for one that is estimated: see :func:`choose_rates`.
-        linear_rate: ρ′, as for ``inner_rate``.
+        linear_rate: ρ′, a :data:`Rate`. None stands for the value of ``inner_rate`` if that is given, and otherwise for
+            the estimated inner rate.
         outer_rate: γ, as for ``inner_rate``, or an optax transformation.
         inner_batch: samples in an inner batch.
         outer_batch: samples in an outer batch.
@@ -73,7 +75,7 @@ class MASOBA:
         inner_rate: as for :class:`SOBA`.
         linear_rate: as for :class:`SOBA`.
         outer_rate: as for :class:`SOBA`.
-        averaging: β, a :data:`Rate` of at most 1. By default it falls like the rates of SOBA.
+        averaging: β, a :data:`Rate` of at most 1. The default is 1/√(t + 1) at step t.
         inner_batch: as for :class:`SOBA`.
         outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
@@ -107,7 +109,11 @@ class MASOBA:
 
 
 def batch_directions(oracle: Oracle, state: State, draws: Draws) -> Directions:
-    """Return the directions on the first inner and the first outer batch of a step, averaged over the shares."""
+    """Return the directions on the first inner and the first outer batch of a step.
+
+    If the samples are divided into shares, such as one for each device (see :class:`Oracle`), the result is the mean
+    over the shares.
+    """
     inner = oracle.inner(draws.inner[0], state.w, state.adjoint, state.theta)
     return oracle.average(directions(inner, oracle.outer(draws.outer[0], state.w, state.theta)))
 

@@ -40,8 +40,9 @@ class Check:
         problem: the problem, the case or the condition in a few words.
         method: the name of the method with its settings; empty for a condition.
         reference: the reference, ``closed form``, or the property of the condition.
-        error: the largest error, relative to the reference's largest entry. For the properties ``residual`` and
-            ``symmetry`` of a condition, the measured number. For another property, 0 if it holds, else infinity.
+        error: the largest error, relative to the largest entry of the reference, or to the absolute tolerance if that
+            is larger. For the properties ``residual`` and ``symmetry`` of a condition, the measured number. For another
+            property, 0 if it holds, else infinity.
         rtol: the relative tolerance.
         message: why the check failed; empty if it passed.
     """
@@ -103,6 +104,7 @@ def assert_hypergradient(
             also if a reference is too inaccurate, or if the gradient is not a tree like ``theta``.
         ValueError: for an unknown reference, or for one that cannot be computed
             (:class:`~bilevel.verify.references.ReferenceUnavailable`).
+        TypeError: if neither or both of ``init`` and ``start`` are given.
 
     Example:
         >>> import bilevel as bl
@@ -146,7 +148,7 @@ def assert_case(
         solver: the solver under test; None means ``case.solver``.
         method: the method under test; None means ``case.method``.
         rtol: tolerance for each of the solution, the value and the hypergradient, relative to its largest entry; None
-            means ``case.rtol``, 1000·eps·κ.
+            means ``case.rtol``, 1000·eps·κ. The absolute tolerance is a thousandth of this number.
         record: called with each :class:`Check` before it is asserted.
 
     Raises:
@@ -191,8 +193,8 @@ def assert_condition(
 
     The properties that a condition can declare are symmetry, positive definiteness and strong convexity. The assertions
     are rows of :func:`~bilevel.check_condition`. For more than 1000 unknowns the matrix A = ∂F/∂w is not written out.
-    The checks can then disprove positive definiteness and strong convexity, but never prove them. Symmetry is always
-    checked on three random pairs of vectors.
+    The checks can then disprove positive definiteness and strong convexity, but never prove them. A declared symmetry
+    is checked on three random pairs of vectors, for any number of unknowns.
 
     Args:
         problem: a condition, or a problem that has one.

@@ -1,8 +1,8 @@
 """Hypothesis strategies that draw bilevel problems with known solutions, for tests of your own method or solver.
 
 The examples have few different shapes, so that a program compiled for one example serves many. Hypothesis shrinks a
-failing example towards the first value of each argument and towards seed 0. By default this is a small, flat,
-well-conditioned problem. The example prints as the call that makes it again.
+failing example towards the first value of each argument and towards seed 0. With the default arguments, these values
+give a small, flat, well-conditioned problem. The example prints as the call that makes it again.
 
 Example:
     >>> from hypothesis import given, settings

@@ -52,7 +52,8 @@ def _reachable_values(root: Any) -> Iterator[Any]:
         elif hasattr(value, "__code__"):
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             named = [value.__globals__.get(name) for name in value.__code__.co_names]
-            # Modules and functions among the globals are not followed: they would lead to the whole program.
+            # Of the globals, only arrays, dicts and tuples are followed. Modules and functions would lead to the whole
+            # program.
             pending += cells + [entry for entry in named if isinstance(entry, jax.Array | np.ndarray | dict | tuple)]
 
 

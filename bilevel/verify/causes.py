@@ -1,8 +1,8 @@
 """Find the likely cause of a wrong gradient.
 
 Each known mistake is a formula. The formulas are evaluated one after the other, and the first one that gives the same
-numbers as the method is named. If A = ∂F/∂w at the method's w is singular or has more than 1000 rows, the formulas with
-this A are left out.
+numbers as the method is named. If A = ∂F/∂w at the method's w is singular, is not finite, or has more than 1000 rows,
+the formulas with this A are left out.
 """
 
 import dataclasses

@@ -125,7 +125,8 @@ def check_hypergradient(
     - ``rtol`` times the reference's largest derivative,
     - the reference's own uncertainty,
     - the rounding, in θ's precision, of the terms that make up the derivative,
-    - the effect of the inner residual and of the linear residual, each if a ``tol`` was set for that solve and was met.
+    - the effect of the inner residual and of the linear residual, each if that solve met its ``tol`` or is an accepted
+      factorisation.
 
     The last two items need the inner Jacobian as a matrix. They are zero if this matrix is singular or has more than
     1000 rows.
@@ -147,8 +148,8 @@ def check_hypergradient(
     Raises:
         ValueError: for an unknown reference, for an empty ``against``, or for directions that do not have the shape
             ``[m, entries of θ]``.
-        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
-            array.
+        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
+            and for a complex leaf of θ.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:

@@ -36,7 +36,7 @@ class LocalProblem:
 
     @staticmethod
     def at(problem: Problem, theta: PyTree, w: PyTree, data: PyTree) -> "LocalProblem":
-        """Prepare the jitted functions of ``problem``. Call ``at`` and them within ``double_precision()``."""
+        """Prepare the jitted functions of ``problem``. Call them, and ``at``, within ``double_precision()``."""
         theta, w, data = (as_double(part) for part in (theta, w, data))
         flat_w, flat_theta = flatten(w, "w"), flatten(theta, "theta")
 

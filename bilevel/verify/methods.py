@@ -111,7 +111,8 @@ def compare_methods(
     """Run each method on one problem and measure its error, time, memory and products.
 
     Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
-    differences if A is singular or has more than 1000 rows. Each method is compiled once and timed ``runs`` times.
+    differences if A is singular or has more than 1000 rows. If Newton's method does not find the inner solution, both
+    references use the solver's output. Each method is compiled once and timed ``runs`` times.
 
     Products are counted in a separate run, in which a callback counts each use of the derivative of F in w. Derivatives
     of ``potential``, which some methods take, are not counted.
@@ -124,8 +125,8 @@ def compare_methods(
 
     Raises:
         ValueError: for no methods, or fewer than one run.
-        TypeError: if neither or both of init and start are given, and for a leaf of θ, init or data that is not an
-            array.
+        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
+            for a complex leaf of θ, and for a leaf of init that is not floating point.
 
     Example:
         >>> import jax.numpy as jnp

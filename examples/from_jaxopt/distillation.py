@@ -1,6 +1,6 @@
 """Dataset distillation: ten learned images, one for each digit, from which a linear classifier learns all digits.
 
-The counterpart of jaxopt's notebook dataset_distillation, on the digits of scikit-learn.
+This example is the counterpart of jaxopt's notebook dataset_distillation, on the digits of scikit-learn.
 """
 
 import jax.numpy as jnp

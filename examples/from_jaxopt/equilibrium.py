@@ -1,6 +1,6 @@
 """A deep equilibrium model in Flax: the hidden state of each image is the fixed point of a residual block.
 
-The counterpart of jaxopt's example deep_equilibrium_model.py, on the digits of scikit-learn.
+This example is the counterpart of jaxopt's deep_equilibrium_model.py, on the digits of scikit-learn.
 """
 
 import flax.linen as nn

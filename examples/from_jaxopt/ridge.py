@@ -1,6 +1,6 @@
 """Ridge regression on scikit-learn's diabetes data, with the penalty exp(θ) learned on a validation set.
 
-The counterpart of jaxopt's example ridge_reg_implicit_diff.py.
+This example is the counterpart of jaxopt's ridge_reg_implicit_diff.py.
 """
 
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Implicit MAML: a network learns to fit a sine to ten points.
 
-The counterpart of jaxopt's notebook maml.
+This example is the counterpart of jaxopt's notebook maml.
 """
 
 import flax.linen as nn

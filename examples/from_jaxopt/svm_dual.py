@@ -1,7 +1,7 @@
 """A multiclass linear SVM, solved in the dual, with the penalty exp(θ) learned on a validation set.
 
-Each row of the dual variables lies on a simplex. The counterpart of jaxopt's example multiclass_linear_svm.py, which
-solves the dual for one penalty.
+Each row of the dual variables lies on a simplex. This example is the counterpart of jaxopt's multiclass_linear_svm.py,
+which solves the dual for one fixed penalty.
 """
 
 import jax

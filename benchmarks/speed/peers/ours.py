@@ -1,4 +1,4 @@
-"""This library: ``imaml.meta_gradient`` and ``bl.value_and_hypergradient`` with default settings."""
+"""This library: programs that call ``imaml.meta_gradient`` and ``bl.value_and_hypergradient``."""
 
 import jax
 import jax.numpy as jnp

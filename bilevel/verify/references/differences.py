@@ -41,17 +41,17 @@ def finite_differences(
     """Return central differences of G(θ) = outer(w*(θ), θ), extrapolated.
 
     With D(h) = (G(θ + hd) − G(θ − hd)) / 2h the extrapolation (4D(h/2) − D(h)) / 3 has the error O(h⁴). It is computed
-    at five h, each half a decade below the last. The uncertainty of a value is its difference from the value at the
-    next larger h, plus the rounding of G divided by h. The value with the smallest uncertainty is returned. If the left
-    and the right slope do not approach each other as h shrinks, there is a kink, and half of the jump is added to the
-    uncertainty.
+    at five h, each smaller than the one before by the factor √10. The uncertainty of a value is its difference from the
+    value at the next larger h, plus the rounding of G divided by h. The value with the smallest uncertainty is
+    returned. If the left and the right slope do not approach each other as h shrinks, there is a kink, and half of the
+    jump is added to the uncertainty.
 
     Args:
         problem: the condition and the outer function.
         solver: any inner solver that JAX can trace.
         theta: outer variables, any pytree; the derivative is taken there.
         init: the solver's start, a tree like w or ``init(theta, data)``.
-        data: of the problem.
+        data: the third argument of the problem's functions.
         directions: unit vectors ``[m, entries of θ]``. None means each coordinate of a θ of at most 64 entries, and 8
             random directions in a larger one.
         step: the largest h. None means a tenth of the norm of those entries of θ that the direction moves, or 0.1

@@ -31,7 +31,9 @@ def choose_directions(directions: np.ndarray | None, theta: Flat) -> tuple[np.nd
         directions = random_directions(entries, RANDOM_DIRECTIONS)
     directions = np.asarray(directions, np.float64)
     if directions.ndim != 2 or directions.shape[1] != entries:
-        raise ValueError(f"directions need the shape [m, {entries}], one entry for each of θ, got {directions.shape}")
+        raise ValueError(
+            f"directions need the shape [m, {entries}], with one column for each entry of θ, got {directions.shape}"
+        )
     if are_coordinates(directions):
         return directions, theta.labels
     return directions, tuple(f"direction {number}" for number in range(len(directions)))
