@@ -1,4 +1,4 @@
-"""bl.Optimistix and bl.Lineax: solvers of two other libraries, with the reports and derivatives of this library."""
+"""bl.Optimistix and bl.Lineax run two other libraries' solvers, with the reports and derivatives of this library."""
 
 import subprocess
 import sys

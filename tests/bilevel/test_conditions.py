@@ -1,4 +1,4 @@
-"""Hypergradients of every condition agree with a closed form or with central differences."""
+"""The hypergradient of a condition agrees with a closed form or with central differences."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""A damped linear solver at an inner solution that is not a minimum, on a network of tanh."""
+"""A damped linear solver at an inner solution that is not a minimum, on a tanh network."""
 
 import jax
 import jax.numpy as jnp

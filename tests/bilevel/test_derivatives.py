@@ -65,7 +65,7 @@ REFUSED = r" does not know this derivative of its result: use Implicit, or Unrol
 
 
 def estimate(name, variable):
-    """Return the gradient that a method computes. Its derivative of w is FACTORS[name] times the exact one."""
+    """Return the gradient that a method computes. The method's derivative of w is FACTORS[name] times the exact one."""
     direct = {"t": S, "s": T}[variable]
     return direct + FACTORS.get(name, 1.0) * (EXACT[variable] - direct)
 

@@ -44,7 +44,7 @@ SHORTER = {
 LONGER = {"stochastic_hyper_cleaning": 90, "network_reweighting": 125, "text_mixture": 110}
 """Limits on the number of lines, which an example must stay below; the limit of the other examples is 60.
 
-These examples are longer because they contain their data and their networks.
+These examples are longer because they prepare their data or define a network.
 """
 
 

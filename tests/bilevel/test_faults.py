@@ -260,7 +260,7 @@ def test_an_error_can_be_pickled():
 
 
 class TestBatches:
-    """One bad task among eight is reported, and the numbers of the others do not change."""
+    """One bad task among eight is reported, and the numbers of the other tasks do not change."""
 
     @staticmethod
     def function(on_failure="raise"):

@@ -614,7 +614,8 @@ def test_a_tolerance_of_broyden_that_the_precision_cannot_reach_costs_no_digits(
     cube = bl.Root(lambda w, theta, data: w**3 - theta)
     init, theta = jnp.full(2, 1.5, dtype), jnp.array([1.0, 2.0], dtype)
     found = bl.solve(bl.Jaxopt("Broyden", maxiter=60, tol=1e-30), cube, init, theta, None)
-    assert int(found.status) in (bl.Status.MAX_STEPS, bl.Status.CONVERGED)  # MAX_STEPS names tol and float64
+    # The message of MAX_STEPS names tol and float64.
+    assert int(found.status) in (bl.Status.MAX_STEPS, bl.Status.CONVERGED)
     np.testing.assert_allclose(found.w.astype(float), [1.0, 2 ** (1 / 3)], rtol=2 * float(jnp.finfo(dtype).eps))
 
 

@@ -246,7 +246,7 @@ def test_invalid_arguments_are_refused():
 
 
 class CountedProblem:
-    """The problem above, with a count of the traces of its objective."""
+    """The problem of :func:`problem`, with a count of the traces of its objective."""
 
     def __init__(self):
         self.traces = 0
@@ -561,7 +561,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(method, optimizer, data):
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), half.history, rest.history)
     assert_same_bits(joined, jax.tree.map(np.asarray, whole.history))
     assert not np.array_equal(whole.w, half.w)
-    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the first call kept half.state
+    assert_same_bits(call(10, 10, state=half.state).state, whole.state)  # the state itself, not read from a file
 
 
 @pytest.mark.slow("starts Python twice")

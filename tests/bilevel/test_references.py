@@ -30,7 +30,7 @@ def test_each_reference_is_the_closed_form_within_its_own_uncertainty(name, refe
 
 
 def test_each_reference_answers_its_own_question():
-    """The solution w = θ has the derivative 1. Each step halves the error, so w after three steps has 1 − ⅛."""
+    """The solution w = θ has the derivative 1. After three steps, which halve the error, the derivative is 1 − ⅛."""
     problem = bl.Problem(bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2), lambda w, theta, data: w**2)
     arguments = problem, bl.GradientDescent(0.5, 3), 1.0, 0.0, None
     w = 7 / 8

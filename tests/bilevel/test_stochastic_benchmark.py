@@ -1,6 +1,7 @@
 """The benchmark of stochastic algorithms: exact values of its problems, its record of a run, and a small run.
 
-A worker process runs its solver in turns, each for a requested time, and records points at scheduled times.
+A worker process runs its solver in turns. A turn ends when the total processor time reaches a requested number of
+seconds. The process records the solver's variables at scheduled times.
 """
 
 import json
@@ -127,7 +128,7 @@ def test_a_recorder_keeps_the_last_point_before_each_scheduled_time():
 class Counter:
     """A solver that counts its blocks of steps, with the interface of benchmark_bilevel's solvers.
 
-    Its θ becomes NaN after ``broken_after`` blocks.
+    Its ``outer_var`` becomes NaN in the block after ``broken_after`` blocks.
     """
 
     def __init__(self, broken_after=10**9):

@@ -1,10 +1,10 @@
-"""Every combination of condition, inner solver, method, linear solver and transformation, in float64.
+"""Combinations of a condition, an inner solver, a method, a linear solver and a transformation, in float64.
 
-Each combination agrees with a closed form (conditions_solved.py), or falls under a rule of the table below, or is left
-out because other combinations represent it. Combinations under a rule are tested as well. A refused combination raises
-an error with the rule's reason. A combination whose linear solve fails reports a failed status, except in a layer,
-which returns no status. A combination without a second derivative raises an error when JAX asks for it. The tests go
-through the whole product, so that no combination is forgotten.
+The conditions are all but LeastSquares. Each combination agrees with a closed form (conditions_solved.py), or falls
+under a rule of the table below, or is left out because other combinations represent it. Combinations under a rule are
+tested as well. A refused combination raises an error with the rule's reason. A combination whose linear solve fails
+reports a failed status, except in a layer, which returns no status. A combination without a second derivative raises an
+error when JAX asks for it. The tests go through the whole product, so that no combination is forgotten.
 
 Compiling the whole product takes some 400 s. All combinations are therefore tested for two conditions only, a symmetric
 and a general one. For every other condition, Implicit is tested with each inner solver and LU. Each other method is

@@ -968,7 +968,10 @@ def tasks(w, theta, data):
 
 
 def group_lasso_by_numpy(y, strength):
-    """Return the minimum of a regression of two tasks with a penalty on the length of each row. No row is 0 there."""
+    """Return the minimum of a regression of two tasks with a penalty on the length of each row of w.
+
+    At this minimum, no row of w is 0.
+    """
 
     def gradient(w):
         w = w.reshape(3, 2)
