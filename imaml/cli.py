@@ -195,7 +195,7 @@ def _loggers(options):
 
 
 def _dataset_name(options):
-    """Return the name of the dataset: with ``--dataset folder`` that of the folder, else the option's or preset's."""
+    """Return the name of the folder for ``--dataset folder``, and otherwise the name in ``--dataset`` or the preset."""
     from imaml.datasets import FOLDER
 
     if options.dataset == FOLDER and options.data is not None:

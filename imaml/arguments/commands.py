@@ -109,7 +109,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS,
-        help="print the versions of the dependencies and exit",
+        help="print the versions of imaml and its dependencies and exit",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

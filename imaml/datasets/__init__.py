@@ -40,8 +40,8 @@ def load(
             starts can compile a program for that shape. If the arrays are in the cache, ``meanwhile`` is not called.
 
     Raises:
-        InputError: if the name is unknown, if ``directory`` does not suit the dataset, if a file, a font or Pillow is
-            missing, or if a file is damaged.
+        InputError: if the name is unknown, if ``directory`` does not suit the dataset, if a file or Pillow is missing,
+            if a file is damaged, or if a registered or offered function does not return a dataset.
     """
     if name == "glyphs":
         if directory is not None:
