@@ -1,8 +1,9 @@
 """Sharding of a batch of tasks over the devices of one or several processes. Only this module creates meshes.
 
 Each device holds a replica of the meta-parameters and of the dataset. It processes an equal share of the batch. In
-a meta-step, devices exchange only sums over tasks. The random key of a task depends on the run's key, the meta-step and
-the position of the task in the batch. The batch therefore does not depend on the number of devices.
+a meta-step, devices exchange only sums over tasks, and the residuals and the status of each task. The random key of a
+task depends on the run's key, the meta-step and the position of the task in the batch. The batch therefore does not
+depend on the number of devices.
 """
 
 import contextlib

@@ -93,15 +93,16 @@ def choose(
 
     Args:
         preset: the settings. Its dataset is used if ``dataset`` is None. A folder of images is read in the shape that
-            its network takes.
+            the preset's network takes.
         data: the folder of the files of a dataset that is chosen by its name.
         dataset: a dataset, or the name of one.
         directory: the folder of a run, which may remember a folder of images or the files of a registered dataset.
         meanwhile, on_warning: see :func:`load`.
 
     Raises:
-        InputError: if there is no such dataset, if it cannot be read, if another dataset is chosen for a preset that
-            draws sinusoids, or if the dataset of the run in ``directory`` cannot be read again.
+        InputError: if there is no such dataset, if it cannot be read, if ``data`` is given with a dataset that is not
+            chosen by its name, if another dataset is chosen for a preset that draws sinusoids, or if the dataset of the
+            run in ``directory`` cannot be read again.
     """
     sinusoids = dataset is None or (isinstance(dataset, str) and dataset == "sinusoid")
     if type(preset.episode) is Curve and not sinusoids:

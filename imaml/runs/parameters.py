@@ -1,7 +1,7 @@
 """Files of trained parameters: named arrays, with a description of the preset that they were trained with.
 
 A file is in the safetensors format, or an ``.npz`` archive of NumPy. The arrays have the names of the parameters, such
-as ``block0/kernel``. The description is JSON: the settings and the types of the preset's parts, and facts about the
+as ``block0/kernel``. The description is JSON: the settings of the preset with their types, and facts about the
 training. A file that this package writes contains a checksum of the arrays. Reading runs no code: pickles are refused.
 """
 

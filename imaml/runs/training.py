@@ -82,8 +82,8 @@ def train(
     processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
 
     Args:
-        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with parts of
-            the same types.
+        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with the same
+            types of the preset and of its components, such as ``network``.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's files, for a dataset that is read from files.
         dataset: one's own data: an :class:`imaml.ImageDataset`, another object with ``name``, ``train``, ``test`` and
@@ -99,9 +99,9 @@ def train(
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
         on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
-            checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in the evaluation
-            are not finite, if a run is extended, or if ``start`` may have been trained on test classes of these data;
-            ``on_event`` by default.
+            checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in a validation or
+            the evaluation are not finite, if a run is extended, or if ``start`` may have been trained on test classes
+            of these data; ``on_event`` by default.
         on_progress: called after every meta-step.
         progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
             or a file, there is a line every ten seconds instead of the bar.

@@ -1,4 +1,4 @@
-"""The parts of a :class:`imaml.Preset`: network, rotations, outer loop, validation and baselines' inner loops."""
+"""The components of a :class:`imaml.Preset`: network, rotations, outer loop, validation and baselines' inner loops."""
 
 from dataclasses import dataclass
 

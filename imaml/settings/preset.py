@@ -228,9 +228,9 @@ class Preset:
         return json.loads(json.dumps(self._saved_fields(), default=plain))
 
     def types(self) -> dict[str, str]:
-        """Return the names of the types of this preset and of its parts.
+        """Return the names of the types of this preset and of its components, which are the records in its fields.
 
-        The key of the preset is ``"preset"``, and the key of a part is its dotted path. ``validation`` has no key,
+        The key of the preset is ``"preset"``, and the key of a component is its dotted path. ``validation`` has no key,
         because it can have no other type.
         Two presets with equal configs and different types can give different runs.
         """

@@ -333,7 +333,7 @@ def of_another_generator(theta, rest, key):
 def test_a_state_with_other_leaves_is_refused_and_the_difference_named(change, difference, saved):
     with pytest.raises(InputError) as caught:
         checkpoints.newest(saved).restore(like=change(*state()))
-    assert f"another shape than this preset's ({difference})" in str(caught.value)
+    assert f"whose leaves differ from the expected ones ({difference})" in str(caught.value)
 
 
 # --- Disks ---------------------------------------------------------------------------------------------------------

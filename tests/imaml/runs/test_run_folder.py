@@ -59,10 +59,10 @@ def test_a_preset_that_differs_only_in_the_type_of_a_part_is_another_run(uninter
     directory = uninterrupted.run.directory
     before = contents(directory)
     difference = re.escape("(episode: imaml.Episode → tiny_preset.PermutedEpisode)")
-    with pytest.raises(InputError, match=f"holds a run with parts of other types {difference}"):
+    with pytest.raises(InputError, match=f"whose preset, or a component of it, has another type {difference}"):
         train(directory, OTHER_TYPES)
     for run in (directory, uninterrupted.run):
-        with pytest.raises(InputError, match=f"parts of other types than the given preset has {difference}"):
+        with pytest.raises(InputError, match=f"other types than the given preset and its components have {difference}"):
             imaml.evaluate(run, OTHER_TYPES, EVALUATION_TASKS)
     assert contents(directory) == before
     # Parameters belong to no run, so they can be evaluated on tasks of any type.

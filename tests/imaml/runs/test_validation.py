@@ -291,9 +291,9 @@ def test_a_fine_tuned_run_records_its_start_and_resumes_only_with_it(uninterrupt
     assert described["data"] == checkpoints.newest(source).description["data"]
     other = jax.tree.map(lambda leaf: leaf + 1, uninterrupted.run.theta)
     for wrong in (None, other):
-        with pytest.raises(InputError, match=f"holds a run that started from {source}: resume it with the same start"):
+        with pytest.raises(InputError, match=f"holds a run that started from {source}: resume it with the same start="):
             train(folder, start=wrong)
-    with pytest.raises(InputError, match="holds a run that drew its first parameters"):
+    with pytest.raises(InputError, match="whose initial parameters were drawn at random: resume it without start="):
         train(source, start=other)
     run = train(folder, start=uninterrupted.run.theta)  # the same parameters from another place
     assert json.loads((folder / RESULT).read_text())["start"] == described

@@ -155,7 +155,7 @@ def test_the_error_of_the_truncated_gradient_is_explained_in_words(error, explai
     sentences = [
         f"differs from the exact solution of the same system by {error:.0%} of that solution's norm",
         "cosine 0.20, and g leaves 53% of the right-hand side",
-        "(--linear.max_steps). On this task, 10 steps leave 233% and a distance of 133%; 20 steps leave 40%",
+        "(--linear.max_steps). On this task, 10 steps give a residual of 233% and a distance of 133%; 20 steps",
         "is indefinite here" if indefinite else "A larger --strength makes the system easier",
         "its 16 steps leave 7% of the norm of the inner gradient at the start. More steps (--inner.max_steps)",
     ]
