@@ -94,7 +94,8 @@ def download(
 
     Raises:
         InputError: if the name is unknown, if this package cannot download the dataset, if another process downloads to
-            the same folder, if the download fails, or if the downloaded files are not the official ones.
+            the same folder, if the download fails, if Pillow is missing, or if the downloaded files are not the
+            official ones.
         OSError: if the folder cannot be written.
     """
     if name == "glyphs":

@@ -45,7 +45,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
-    A run of glyphs is evaluated on the copy of them in its folder, which does not depend on the installed matplotlib.
+    A run of glyphs is evaluated on the copy of them in its folder, even if this version of the package draws others.
     For a run on one's own folder of images, or on a registered dataset, the data are read again. The evaluation is
     refused if they have changed, because their held-out classes may then include training classes of the run.
 

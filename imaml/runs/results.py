@@ -143,9 +143,9 @@ class BudgetCheck(bl.Check):
         paragraphs = [
             f"{TRUNCATED}: the preset stops CG early on purpose, as the paper does. Its meta-gradient g differs from "
             f"the exact solution of the same system by {distance:.0%} of that solution's norm. The zero vector would "
-            f"differ by 100%. The angle between g and the exact solution has the cosine {self.cosine:.2f}, and g "
-            f"leaves {self.residual:.0%} of the right-hand side v. This is the price of the budget and not a mistake: "
-            "the row checks only that the residual that CG reports is the true one.",
+            f"differ by 100%. The angle between g and the exact solution has the cosine {self.cosine:.2f}, and the "
+            f"relative residual of g is {self.residual:.0%}. This is the price of the budget and not a mistake: the "
+            "row checks only that the residual that CG reports is the true one.",
             "The distance is a matter of CG steps (--linear.max_steps)."
             + (f" On this task, {'; '.join(tried)}." if tried else ""),
         ]

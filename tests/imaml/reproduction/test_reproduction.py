@@ -1,4 +1,4 @@
-"""Reproduction of the paper: records of runs, table 2, figure 2a with fewer tasks, and figure 2b with a small network."""
+"""Reproduction of the paper: records, table 2, figure 2a with fewer tasks, and figure 2b with a small network."""
 
 import dataclasses
 import json

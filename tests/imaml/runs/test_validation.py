@@ -109,7 +109,7 @@ def test_validation_classes_that_are_missing_or_too_few_are_refused_before_train
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow("trains a run")
+@pytest.mark.slow("compiles two evaluations")
 def test_sinusoids_are_validated_on_other_tasks_than_the_test_tasks():
     preset = imaml.preset("sinusoid-5shot-gd")
     theta = preset.functions.init(preset.keys.init)
