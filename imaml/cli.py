@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM.
 
     Args:
-        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``. A failure
-            then ends the process without waiting for its threads. A process that has joined others is ended by a
+        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
+            failure ends the process without waiting for its threads. A process that has joined others is ended by a
             failure in any case; see :func:`.leave`.
     """
     owns_process = arguments is None  # with arguments, the threads may be the caller's

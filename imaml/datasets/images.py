@@ -2,8 +2,8 @@
 
 The images of an :class:`ImageClasses` are indexed by ``[class, sample]``. No class is in two of the three parts, which
 are the training, validation and test classes. The split belongs to the dataset and is not a setting of a run. Every
-checkpoint stores the dataset's fingerprint. An evaluation of a run's folder refuses the dataset if it has another
-fingerprint than in training. The saved parameters are therefore not tested on a class that they were trained on.
+checkpoint stores the dataset's fingerprint. An evaluation of a run's folder refuses a dataset that has the name, but
+not the fingerprint, of the one in training: the saved parameters may have been trained on its test classes.
 """
 
 import hashlib
@@ -148,8 +148,8 @@ class ImageDataset:
             name: the name of the dataset; by default the name of the folder.
 
         Returns:
-            A dataset that a run remembers: :func:`imaml.evaluate` reads the folder again, and refuses it if an image or
-            a label has changed.
+            The dataset. A run saves its ``recipe``, by which :func:`imaml.evaluate` reads the folder again. The folder
+            is refused if an image or a label has changed.
 
         Raises:
             InputError: if the folder or a class holds nothing to read, if an image cannot be decoded, if Pillow is

@@ -8,7 +8,7 @@ from imaml.errors import InputError, check, check_choice
 
 PARTS = ("train", "validation", "test")
 ALIASES = {"val": "validation"}
-"""Other names of the parts, which folders often have."""
+"""Names that a folder or a split may use instead of those in :data:`PARTS`."""
 FRACTIONS = (0.64, 0.16, 0.2)
 """The fractions of the classes in each part, as in Mini-ImageNet."""
 

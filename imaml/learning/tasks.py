@@ -121,7 +121,7 @@ class Episode:
         """Return which classes :meth:`sample` draws with a key: int32 ``[ways]``, class i of the task at position i.
 
         Args:
-            classes: number of classes of the dataset's part.
+            classes: number of classes from which the task is drawn.
             key: a typed random key.
         """
         return jax.random.choice(jax.random.split(key, 3)[0], classes, (self.ways,), replace=False)

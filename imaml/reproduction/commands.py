@@ -46,9 +46,9 @@ class Recorded:
 
     Attributes:
         file: the file of the record.
-        row: the row of table 2 that the run belongs to, or None.
+        row: the name of the row of table 2 that the run belongs to, or None.
         meta_steps: meta-steps of the run.
-        seconds: time that the run took.
+        seconds: wall time of training, without the evaluation.
     """
 
     file: Path

@@ -216,7 +216,7 @@ def enough_images(
 def usable(
     preset: Preset, dataset: Dataset, part: str, on_warning: Callable[[str], None] = lambda message: None
 ) -> Any:
-    """Return the classes of a part that a preset can use.
+    """Return those training, validation or test classes of a dataset that a preset can use.
 
     Args:
         preset: the settings.

@@ -61,7 +61,7 @@ def evaluate(
             must have the types that the run was trained with. With θ, any types are accepted.
         tasks: number of tasks, at least 2.
         data: the folder of the dataset's files, for a dataset that is read from files. For a run on a folder of images
-            that has been moved, its new place.
+            that has been moved, this is the new place of the folder.
         best: which checkpoint of a folder to take. True for the one with the best validation or, in a run without
             validation, with the least loss on training classes. False for the last one. None for the one with the best
             validation or, in a run without validation, the last one.

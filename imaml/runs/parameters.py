@@ -27,7 +27,7 @@ Named = list[tuple[str, np.ndarray]]
 """Arrays with the names of their parameters."""
 FACTS = ("data", "source", "step", "versions", "start", "extended")
 """Facts about the training that a description may have: the fingerprint of the data, where data of one's own come from,
-the meta-steps, the versions, where θ came from before the training, and the extensions of the run."""
+the number of meta-steps, the versions, where θ came from before the training, and the extensions of the run."""
 
 
 def write(path: Path, theta: Any, preset: Preset, facts: Mapping[str, Any]) -> None:

@@ -107,8 +107,9 @@ def train(
             or a file, there is a line every ten seconds instead of the bar.
         loggers: where else to send the progress, such as :class:`imaml.TensorBoard`. The log in the folder is written
             in any case.
-        evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
-            the same run on more tasks. 0 for no evaluation: the test classes are then not looked at.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end. If ``result.json`` has an evaluation of
+            the same run on more tasks, it is not replaced. 0 for no evaluation: the test classes are then not looked
+            at.
         checkpoint_seconds: least time between two checkpoints. The checkpoint at the end, and one after each validation
             that is the best so far, are saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
@@ -266,7 +267,7 @@ def _compile_ahead(preset, compiler, expected):
 
 
 def _steps(preset, mesh, state, source, compiler, remaining) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """Yield state and report of each of the remaining steps. The next step is dispatched before each yield."""
+    """Yield state and report of each of the remaining steps. The next step, if any, is dispatched first."""
     if remaining <= 0:
         return
     step = compiler.step(source)

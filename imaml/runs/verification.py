@@ -47,7 +47,7 @@ DIFFERENCED = 1e-4
 STATIONARY = 1e-9
 """Norm of the inner gradient at which the inner problem counts as solved.
 
-Differences over steps of 1e-3 in θ then have an error of about 1e-6.
+Differences over steps of about 1e-3 in θ then have an error of about 1e-6.
 """
 STAGES = 7  # number of messages of a verification
 LONG = 1000
@@ -207,7 +207,7 @@ def _implicit(learner):
 
 @contextmanager
 def _compiler():
-    """Yield a function (function, *arguments, **options) → program that compiles the program on another thread.
+    """Yield a function ``(function, *arguments, **options) → program`` that compiles on another thread.
 
     Calling a program waits until it is compiled. Up to one compilation per core runs at the same time.
     """
