@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 EPILOG = (
     "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. Only some presets have a "
-    "setting whose description begins with the name of a part, such as MLP; 'imaml {} PRESET --help' shows the "
+    "setting whose description begins with the name of a type, such as MLP; 'imaml {} PRESET --help' shows the "
     "settings of one preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
 )
 REPRODUCE_EPILOG = (

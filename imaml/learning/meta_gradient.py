@@ -14,7 +14,7 @@ from imaml.learning.algorithms import Learner, float_arrays
 from imaml.learning.tasks import Task
 
 NONE_FINITE = (
-    "no task of the batch has finite numbers: the value is NaN and the meta-gradient zero. Check the data of the "
+    "no task of the batch has finite numbers: the value is NaN and the meta-gradient is zero. Check the data of the "
     "tasks, and lower the inner step size"
 )
 

@@ -171,7 +171,10 @@ def read(path: Path) -> Checkpoint:
     except (KeyError, ValueError, TypeError) as error:
         raise arrays.DamagedFile(f"its description is missing or unreadable ({error})") from error
     if version not in READ:
-        raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
+        readable = " and ".join(map(str, READ))
+        raise InputError(
+            f"{path} was written by another version of imaml (format {version}; this version reads {readable})"
+        )
     return Checkpoint(path, description, [contents[name] for name in array_names(description["leaves"], version)])
 
 

@@ -172,7 +172,7 @@ def test_a_run_on_arrays_says_at_evaluation_what_to_pass(tmp_path, tiny_pixels):
     again = ImageDataset.from_arrays(*arrays)
     assert imaml.evaluate(tmp_path, PRESET, 4, dataset=again) == run.evaluation
     assert train(PRESET, tmp_path, dataset=again).evaluation == run.evaluation
-    with pytest.raises(InputError, match="is the folder of a dataset that is chosen by its name: omit it"):
+    with pytest.raises(InputError, match="is chosen by its name, but the dataset was passed as an object: omit data"):
         train(PRESET, tmp_path, data=tmp_path, dataset=again)
 
 
