@@ -123,8 +123,8 @@ def _chosen(preset, data, dataset, directory, meanwhile, on_warning):
     if dataset is not None and not isinstance(dataset, str):
         check(
             data is None,
-            f"data={str(data)!r} names the folder of a dataset that is chosen by its name, but the dataset was passed as "
-            "an object: omit data",
+            f"data={str(data)!r} names the folder of a dataset that is chosen by its name, but the dataset was passed "
+            "as an object: omit data",
         )
         found = checked(dataset, "dataset")
         return found, getattr(found, "recipe", None) or {"kind": "object", "type": type_name(type(found))}
