@@ -381,7 +381,7 @@ def _add_dataset(command):
         "--dataset",
         metavar="NAME",
         help="use another dataset than the preset's: 'folder' reads your own images from --data DIR, which holds one "
-        "folder of images for each class; any other NAME is a dataset that an installed package offers",
+        "folder of images for each class; any other NAME is a dataset of this or of another installed package",
     )
 
 

@@ -32,8 +32,8 @@ class RunFolder:
             meta-steps extends the run. A checkpoint of an earlier version, which did not save ``types``, is accepted
             without them.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
-        seconds: :meth:`record` saves a checkpoint if more than this time has passed since the last one. A state with a
-            finite ``loss`` is saved at once.
+        seconds: :meth:`record` saves a checkpoint if more than this time has passed since the last one or since
+            :meth:`resume`. A state with a finite ``loss`` is saved at once.
         on_warning: called with a message if a damaged checkpoint is renamed, if the checkpoint was saved with other
             versions, if the run is extended, or if an existing ``result.json`` is not replaced because it was evaluated
             on more tasks.

@@ -86,10 +86,11 @@ def train(
             types of the preset and of its components, such as ``network``.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's files, for a dataset that is read from files.
-        dataset: one's own data: an :class:`imaml.ImageDataset`, another object with ``name``, ``train``, ``test`` and
-            ``fingerprint()``, the name of a registered dataset, or ``"folder"`` to read the images in ``data``. Its
-            name replaces the preset's dataset in the settings of the run. A resumed run with ``run.preset`` reads a
-            folder or a registered dataset again; any other object must be passed again.
+        dataset: another dataset than the preset's: an :class:`imaml.ImageDataset`, another object with ``name``,
+            ``train``, ``test`` and ``fingerprint()``, the name of a dataset of this package or of a registered one, or
+            ``"folder"`` to read the images in ``data``. The dataset's name replaces that in the preset, in the settings
+            of the run. A resumed run with ``run.preset`` reads a folder or a registered dataset again; any other object
+            must be passed again.
         start: the parameters to start from, for fine-tuning: a run's folder, a file that :meth:`TrainedLearner.save`
             wrote, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and
             ``directory`` must be another folder than that of the run to start from. The new run records where θ came

@@ -22,7 +22,7 @@ from imaml.runs.log import read_log
 
 ROOT = Path(__file__).parents[3]
 PRESET, STEPS = "glyphs-5way-1shot-gd", 100
-# With a large λ, the tasks have finite meta-gradients with this small network from the first meta-step.
+# With a large λ, tasks have usable meta-gradients with this small network from the first meta-step.
 SMALL = ["--", "--network.filters", "4", "--strength", "10", "--outer.queries", "1"]
 
 
