@@ -55,8 +55,8 @@ def report(
         data: the folder of the data, as in :func:`imaml.evaluate`.
         dataset: one's own data, as in :func:`imaml.evaluate`.
         on_event: called with a message before the data are read, and before θ is adapted to the tasks.
-        on_warning: called with a message if a checkpoint is damaged, if classes are left out, or if outputs of the
-            network are not finite.
+        on_warning: called with a message if a checkpoint or the copy of the glyphs is damaged, if classes are left out,
+            or if outputs of the network are not finite.
 
     Raises:
         InputError: if the folder holds no intact checkpoint, if ``tasks`` is less than 2, and as
