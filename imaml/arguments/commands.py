@@ -268,7 +268,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     presets = commands.add_parser("presets", help="list the presets, or show one")
     presets.add_argument("preset", nargs="?", metavar="NAME", help="the preset to show")
 
-    record = commands.add_parser("record", help="write the settings, results and parameters of a finished run to a folder")
+    record = commands.add_parser("record", help="write settings, results and parameters of a finished run to a folder")
     record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
     record.add_argument("--out", metavar="DIR", type=Path, help="the folder for the record; default: records")
     record.add_argument("--note", metavar="TEXT", default="", help="a remark for readers of the record")

@@ -89,7 +89,7 @@ def _is_variant(code: int) -> bool:
 def _characters(fonts: list) -> list[_Character]:
     """Return the characters that at least MIN_FONTS fonts have.
 
-    Variants are left out, and so are characters that have neither a listed script nor a group in SIGNS.
+    Variants are left out. Characters that have neither a listed script nor a group in SIGNS are left out too.
 
     The order of the result matters: of two characters that look alike, `_distinct` keeps the one that comes first.
     """
