@@ -3,8 +3,7 @@
 On a CPU, XLA's convolution of a few small images takes about ten times as long as the same arithmetic written as one
 matrix product. Under ``vmap`` over tasks that each have their own kernel, XLA uses a grouped convolution, which is
 slower still. A convolution is therefore written here as a product of patches and a matrix. The patches are concatenated
-slices of the image. At stride 2, a slice takes every second row and column. Without a gather, the gradient has no slow
-scatter.
+slices of the image. At stride 2, a slice takes every second row. Without a gather, the gradient has no slow scatter.
 """
 
 import math
