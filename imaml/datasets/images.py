@@ -2,8 +2,8 @@
 
 The images of an :class:`ImageClasses` are indexed by ``[class, sample]``. No class is in two of the three parts, which
 are the training, validation and test classes. The split belongs to the dataset and is not a setting of a run. Every
-checkpoint stores the dataset's fingerprint. An evaluation of a run's folder refuses a dataset that has the name, but
-not the fingerprint, of the one in training: the saved parameters may have been trained on its test classes.
+checkpoint stores the dataset's fingerprint. An evaluation of a run's folder refuses a dataset with the same name as in
+training but another fingerprint, because the saved parameters may have been trained on its test classes.
 """
 
 import hashlib
