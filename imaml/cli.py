@@ -169,7 +169,7 @@ def _train_here(options, chosen, writes):
     else:
         text = str(run.evaluation) + ("" if options.quiet else f"\nlearning curve: {picture}")
     if run.finished and run.best_step is not None and not options.quiet:
-        best = f"the parameters after {run.best_step} of {run.step} meta-steps had the best validation and are the result"
+        best = f"the parameters after {run.best_step} of {run.step} meta-steps had the best validation and are kept"
         text = f"{best}\n{text}"
     record = {
         "preset": chosen.name,
