@@ -8,7 +8,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -184,15 +183,10 @@ def _train(
     _warn_of_test_classes(origin.get("start", {}), preset, description["data"], on_warning)
     evaluation = None
     with (
-        (
-            RunFolder(
-                directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset)
-            )
-            if is_first()
-            else NullRunFolder()
-        ) as folder,
-        ThreadPoolExecutor(1) as writer,
-    ):
+        RunFolder(directory, description, keep_checkpoints, checkpoint_seconds, on_warning, partial(completed, preset))
+        if is_first()
+        else NullRunFolder()
+    ) as folder:
         first = initial_state(preset)
         begun = state = from_first(folder.resume(first if theta is None else replace(first, theta=theta)))
         selection = validator.begin(folder.saved.get("validation"))
@@ -201,12 +195,6 @@ def _train(
         with stop_on_signals(lambda: on_event("stopping after this meta-step; a second signal stops at once")) as stop:
             started, idle = time.monotonic(), 0
             steps = 0 if validator.ends(selection) else preset.outer.steps - int(begun.step)
-            if is_first() and source is None:
-                # Compress the copy of the glyphs on another thread while this thread traces the step.
-                kept = writer.submit(run_data.keep, directory, present)
-                if steps > 0:
-                    compiler.begin(classes["train"].source)
-                kept.result()
             for state, report in _steps(preset, mesh, begun, classes["train"].source, compiler, steps):
                 progress = _progress(preset, state, report, time.monotonic() - started)
                 progress = validator.validated(progress, state.theta)
@@ -224,6 +212,8 @@ def _train(
             done = int(state.step)
             facts, loss = validator.saved(selection, done)
             folder.save(done, state, facts, loss)
+            if is_first() and source is None:
+                run_data.keep(directory, present)
         theta = from_first(folder.best(state)).theta if selection.step else state.theta
         finished = done == preset.outer.steps or validator.ends(selection)
         if finished and not stop and evaluation_tasks:

@@ -73,7 +73,7 @@ def quadratic_everywhere(name):
     return bl.Problem(case.condition, outer), case
 
 
-@pytest.mark.slow("compiles a certificate for each problem", fast="contraction")
+@pytest.mark.slow("compiles a certificate for each problem")
 @pytest.mark.parametrize("name", CASES)
 def test_the_error_after_correction_is_of_second_order_in_the_perturbation(name):
     """w and the adjoint are perturbed by a size δ. The gradient's error is then O(δ), and O(δ²) after the correction.
@@ -229,6 +229,7 @@ def test_inaccurate_linear_solves_are_detected():
     assert int(certificate.findings) & bl.Finding.SLOPPY and int(certificate.kind) == KINDS.INVALID
 
 
+@pytest.mark.slow("certifies with several linear solvers")
 def test_a_bound_holds_however_inaccurate_the_linear_solves_are():
     """w is exact, the adjoint v̂ is wrong, and one Neumann term with a tiny step corrects almost nothing."""
     case = case_of("ridge")
@@ -301,7 +302,7 @@ def test_vmap_and_jit_equal_a_loop():
     assert "2 hypergradients" in str(batch)
 
 
-@pytest.mark.slow("searches for the extreme of each constant", fast="LOGISTIC")
+@pytest.mark.slow("searches for the extreme of each constant")
 @pytest.mark.parametrize("loss", ["HALF_SQUARED", "LOGISTIC", "SOFTMAX"])
 def test_constants_of_linear_models_hold_and_are_tight(loss):
     """A random search over w and v finds no second or third derivative above the constant that bounds it.

@@ -106,7 +106,7 @@ SETS = {
 } | {name: (np.array(radius), lambda t: t) for name, radius in BALLS.items()}
 
 
-@pytest.mark.slow("compiles each projection with two derivatives", fast="projection_box")
+@pytest.mark.slow("compiles each projection with two derivatives")
 @pytest.mark.parametrize("name", SETS)
 def test_a_projection_is_differentiated_in_the_parameters_of_its_set(name):
     theta, params = SETS[name]
@@ -295,6 +295,7 @@ def test_a_quadratic_program_is_differentiated_in_all_its_data():
         np.testing.assert_allclose(out.gradient[name], value, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow("compiles two derivatives of a KKT point")
 def test_an_inactive_inequality_leaves_the_derivative_unchanged():
     theta = {key: jnp.asarray(value) for key, value in PROGRAM.items()}
     gradients = []
@@ -347,6 +348,7 @@ def test_a_centre_with_another_tree_structure_is_refused_with_a_remedy():
             function(jnp.zeros(2), {"w": jnp.zeros(2), "log": 0.0}, None)
 
 
+@pytest.mark.slow("compiles a nested hypergradient")
 def test_a_problem_of_three_levels_has_a_closed_form():
     # The lowest solution is u(v) = vθ. The middle one is v = argmin ½(v − θ²)² + ½(v − 2u(v))² = θ²/(1 + (1 − 2θ)²).
     # The outer value is v².

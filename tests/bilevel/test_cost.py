@@ -36,6 +36,7 @@ def flops(function, *arguments):
     return cost["flops"]
 
 
+@pytest.mark.slow("compiles a gradient and its parts to count operations")
 def test_a_hypergradient_costs_at_most_five_percent_more_than_its_parts():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(SAMPLES, FEATURES))

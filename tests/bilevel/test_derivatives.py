@@ -261,6 +261,7 @@ def test_a_layer_is_differentiated_twice_in_reverse_mode(linear):
     assert float(jax.grad(jax.grad(value))(0.3)) == pytest.approx(float(jax.grad(jax.grad(exact))(0.3)), rel=1e-9)
 
 
+@pytest.mark.slow("compiles a second derivative")
 def test_a_layer_is_differentiated_twice_if_only_some_leaves_of_the_residual_depend_on_theta():
     root = bl.Root(lambda w, theta, data: (w[0] * jnp.exp(theta) + w[1], w[0] - 1.0))
     exact = lambda condition, init, theta, data: (jnp.ones(()), -jnp.exp(theta))  # noqa: E731
@@ -342,7 +343,7 @@ class TestLayerFailures:
             slope = jax.grad(lambda theta, layer=layer: jnp.sum(layer(theta, jnp.zeros(600), None)))(1.0)
             assert float(slope) == pytest.approx(float(jnp.sum(1 / weights)), rel=1e-3)
 
-    @pytest.mark.slow("differentiates a layer in each mode", fast="grad")
+    @pytest.mark.slow("differentiates a layer in each mode")
     @pytest.mark.parametrize(
         "derivative",
         [

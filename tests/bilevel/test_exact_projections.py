@@ -65,7 +65,7 @@ def advantage(name, similarity, plan):
     return (best - np.sum(score * plan)) / max(1, np.abs(score).max())
 
 
-@pytest.mark.slow("judges 300 drawn projections by linear programs", fast="projection_birkhoff-shape0")
+@pytest.mark.slow("judges 300 drawn projections by linear programs")
 @pytest.mark.parametrize("shape", [(3, 3), (6, 6), (4, 9)])
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_matrices_of_every_scale_are_projected_to_rounding(name, shape):
@@ -142,7 +142,7 @@ def test_sums_that_disagree_have_no_projection(name):
     assert np.isnan(jax.jit(TRANSPORT[name])(jnp.eye(3), (jnp.ones(3), jnp.full(3, 1.01)))).all()
 
 
-@pytest.mark.slow("compiles a projection for each pair of dtypes", fast="projection_transport-bfloat16-bfloat16")
+@pytest.mark.slow("compiles a projection for each pair of dtypes")
 @pytest.mark.parametrize("of_sums", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("of_similarity", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("name", TRANSPORT)
@@ -367,7 +367,7 @@ def test_a_box_section_may_have_infinite_bounds_and_weights_of_every_sign():
             np.testing.assert_allclose(y[k], np.clip(x[k] + tau * weights[k], low[k], high[k]), atol=1e-8)
 
 
-@pytest.mark.slow("compiles two projections and their derivatives", fast="-inf")
+@pytest.mark.slow("compiles two projections and their derivatives")
 @pytest.mark.parametrize("toward", [-np.inf, np.inf])
 def test_supports_do_not_depend_on_the_last_digit_of_a_sorted_vector(toward, monkeypatch):
     # XLA may compute the sorted vector and the entries that are compared with it with different rounding errors.

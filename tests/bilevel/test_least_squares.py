@@ -139,7 +139,7 @@ SCALAR = {
 }
 
 
-@pytest.mark.slow("compiles a layer to second order", fast="gauss_newton")
+@pytest.mark.slow("compiles a layer to second order")
 @pytest.mark.parametrize("operator", SCALAR)
 def test_the_derivative_of_each_operator(operator):
     condition = bl.LeastSquares(lambda w, theta, data: (w**2 - theta["t"], w - 1.0), operator=operator)
@@ -160,6 +160,7 @@ def test_the_derivative_of_each_operator(operator):
     np.testing.assert_allclose(derivatives, [expected, expected, along_theta + along_w * expected], rtol=1e-9)
 
 
+@pytest.mark.slow("compiles third derivatives")
 def test_gauss_newton_is_exact_to_any_order_where_the_residuals_are_zero():
     def solution(theta):  # w = θ²; the residuals capture θ in a closure
         condition = bl.LeastSquares(lambda w, _, data: (w - theta**2, w**3 - theta**6), operator="gauss_newton")

@@ -270,6 +270,7 @@ def test_nystrom_at_full_rank_is_the_regularised_inverse(rank):
     assert float(info.relative_residual) < tolerance(SYMMETRIC) * 20
 
 
+@pytest.mark.slow("compiles two preconditioned solves")
 def test_nystrom_reports_an_answer_that_outgrew_its_residual():
     factor = np.random.default_rng(0).normal(size=(6, 8))
     matrix = factor.T @ factor  # of rank 6, so in bfloat16 x moves far along the null space

@@ -101,7 +101,7 @@ def test_first_order_on_a_mapping_replaces_the_matrix_by_the_identity():
     np.testing.assert_allclose(out.gradient, 2 * THETA**2 + 2 * THETA * THETA, rtol=1e-12)
 
 
-@pytest.mark.slow("compiles for each problem", fast="quadratic")
+@pytest.mark.slow("compiles for each problem")
 @pytest.mark.parametrize("make", [ridge, quadratic, imaml])
 def test_finite_differences_of_gradients_have_an_error_of_the_documented_order(make):
     case = make()

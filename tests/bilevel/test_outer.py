@@ -153,7 +153,7 @@ def test_a_batch_of_nan_changes_nothing_in_later_steps():
     assert names == ["BUDGET_USED", "NONFINITE", *["BUDGET_USED"] * 3]
 
 
-@pytest.mark.slow("compiles outer loops with warm and with cold starts", fast="1")
+@pytest.mark.slow("compiles outer loops with warm and with cold starts")
 @pytest.mark.parametrize("steps", [1, 2])
 def test_warm_and_cold_starts_take_the_same_first_step(steps):
     # With one step of conjugate gradients the result depends on the start.
@@ -328,6 +328,7 @@ def test_a_problem_that_cannot_be_hashed_is_minimised():
     np.testing.assert_allclose(out.theta, 2 * TARGET, rtol=1e-12)
 
 
+@pytest.mark.slow("runs a long loop")
 def test_the_history_holds_every_step_of_a_long_loop():
     out = run(bl.GradientDescent(0.3, 1), bl.Implicit(bl.Neumann(1, 0.2)), 2500, optax.sgd(0.01))
     again = run(bl.GradientDescent(0.3, 1), bl.Implicit(bl.Neumann(1, 0.2)), 700, optax.sgd(0.01))
@@ -336,6 +337,7 @@ def test_the_history_holds_every_step_of_a_long_loop():
     assert bool(jnp.all(jnp.diff(out.history.value[10:1000]) < 0))
 
 
+@pytest.mark.slow("compiles two loops")
 def test_an_iterator_may_use_one_buffer_for_all_batches():
     def reused(number):
         buffer = np.zeros(())

@@ -84,6 +84,7 @@ def rows(output):
     return re.findall(r"^  (ok|WRONG) +(\S+) +(\S+) +(\d+) +(.*)$", output, re.MULTILINE)
 
 
+@pytest.mark.slow("runs pytest on a file of its own")
 def test_right_and_wrong_methods_and_the_report(pytester, run):
     pytester.makepyfile(test_project=PROJECT)
     result = run("--hypergradient-report")

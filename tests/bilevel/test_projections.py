@@ -147,6 +147,7 @@ def test_the_polyhedron_has_the_first_and_second_derivatives_of_its_active_set()
     np.testing.assert_allclose(hessian(POLYHEDRON), jax.hessian(value_by_its_active_set)(POLYHEDRON), atol=1e-10)
 
 
+@pytest.mark.slow("compiles the active-set method")
 def test_a_polyhedron_may_have_linearly_dependent_rows():
     # Every row comes twice, also that of the active inequality. The multipliers are then not unique, but the point is.
     def twice(theta, data):

@@ -272,6 +272,7 @@ def test_a_schedule_gives_each_step_its_size_and_goes_on_in_minimize():
     np.testing.assert_allclose(found.w, w, rtol=1e-14)
 
 
+@pytest.mark.slow("compiles a failing solve and its remedy")
 def test_a_schedule_that_diverges_is_told_the_limit_of_its_steps():
     problem = bl.Problem(diagonal_quadratic(), lambda w, theta, data: jnp.sum(w))
     limit = 2 / max(EIGENVALUES)

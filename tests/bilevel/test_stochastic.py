@@ -188,7 +188,7 @@ def test_batches_of_all_samples_find_the_closed_form(algorithm):
 
 
 @each_algorithm
-@pytest.mark.slow("compiles each algorithm for one and for two devices", fast="SABA")
+@pytest.mark.slow("compiles each algorithm for one and for two devices")
 def test_two_devices_agree_with_one_device_that_draws_two_shares(algorithm):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("devices"))

@@ -50,7 +50,7 @@ def test_the_exact_gradient_equals_central_differences_of_the_exact_value(name):
     np.testing.assert_allclose(reference.value_and_gradient(x)[1], differences, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.slow("compiles an inner solve for each problem", fast="tiny-logistic")
+@pytest.mark.slow("compiles an inner solve for each problem")
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_exact_value_and_gradient_equal_those_of_the_losses(name):
     problem = PROBLEMS[name]
@@ -83,6 +83,7 @@ def test_the_least_value_of_the_logistic_problem_is_below_every_value_nearby():
     assert reference.measure(data.z, reference.minimiser)["gradient"] < 1e-9
 
 
+@pytest.mark.slow("makes the data of a problem")
 def test_hyper_cleaning_has_standardised_images_and_a_weight_for_each_image():
     problem = PROBLEMS["tiny-cleaning"]
     data = problem.data(seed=1)

@@ -395,11 +395,8 @@ GROUPS = list(dict.fromkeys((c.condition, c.method) for c in RUN))
     fast=(
         "Stationary-Implicit",
         "Stationary-Unrolled",
-        "Stationary-ForwardUnrolled",
-        "Stationary-EvolutionStrategies",
         "Stationary-ValuePenalty",
         "Root-Implicit",
-        "KKT, equality-Implicit",
     ),
 )
 @pytest.mark.parametrize(("condition", "method"), GROUPS)

@@ -86,7 +86,7 @@ def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     assert "1 of 4 entries are off" in message
 
 
-@pytest.mark.slow("compiles a reference and the likely causes", fast="bare gradient")
+@pytest.mark.slow("compiles a reference and the likely causes")
 @pytest.mark.parametrize("method", [EXACT, faulty(lambda right, direct: right)], ids=["reported", "bare gradient"])
 def test_an_unfinished_inner_solve_is_distinguished_from_a_wrong_method(method):
     with pytest.raises(AssertionError, match=r"the inner problem is not solved: ‖F‖ = .* allow more steps"):
@@ -199,6 +199,7 @@ def test_a_condition_with_a_false_declaration_fails(message):
         testing.assert_condition(condition, theta, {"a": jnp.asarray(w)}, None)
 
 
+@pytest.mark.slow("runs every check of a large condition")
 def test_a_large_condition_is_checked_by_products():
     size = 1200
     weights = jnp.linspace(1.0, 2.0, size)

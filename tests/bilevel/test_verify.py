@@ -64,7 +64,7 @@ def check(case, method, solver=NEWTON, against=("dense",), **options):
     return bl.check_hypergradient(case.problem, case.theta, case.init, case.data, solver, method, against, **options)
 
 
-@pytest.mark.slow("compiles every reference", fast="contraction")
+@pytest.mark.slow("compiles every reference")
 @pytest.mark.parametrize("name", ["contraction", "affine root", "imaml"])
 def test_a_right_method_agrees_with_every_reference(name):
     report = check(problems.CASES[name](), bl.Implicit(bl.LU()), against=("finite_differences", "unrolled", "dense"))

@@ -310,6 +310,7 @@ def uneven():
     return UnevenClasses(np.array(values, np.uint8).reshape(-1, 1, 1, 1), COUNTS, ("a", "b", "c"))
 
 
+@pytest.mark.slow("draws a thousand tasks")
 def test_a_task_of_uneven_classes_has_different_images_of_different_classes(uneven):
     episode = Episode(ways=2, shots=2, queries=1)
     keys = jax.random.split(jax.random.key(0), 200)

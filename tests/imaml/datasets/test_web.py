@@ -264,6 +264,7 @@ def test_an_interrupted_download_keeps_its_part(official, server, tmp_path, caps
     assert part.read_bytes() == CONTENT[: web.CHUNK]
 
 
+@pytest.mark.slow("reads an official archive")
 def test_an_official_archive_passes_the_checks_after_a_download(
     omniglot_directory: Path, tmp_path, server, fresh_cache
 ):

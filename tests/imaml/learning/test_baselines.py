@@ -78,6 +78,7 @@ def test_the_meta_gradient_is_its_closed_form(algorithm, tasks):
     assert int(out.tasks) == 4 and not np.asarray(out.linear_residual).any()
 
 
+@pytest.mark.slow("compiles the meta-gradient of each algorithm")
 def test_the_algorithms_have_different_meta_gradients(tasks):
     gradients = [flat(jax.jit(meta_gradient(linear_learner(name)))(THETA, tasks).gradient) for name in ALGORITHMS]
     for i, one in enumerate(gradients):

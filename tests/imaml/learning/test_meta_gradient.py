@@ -119,10 +119,12 @@ def preset_result(glyph_task):
     return jax.jit(meta_gradient(PRESET.learner))(theta, batch_of(task))
 
 
+@pytest.mark.slow("computes the Hessian of a network")
 def test_the_presets_gradient_solves_the_dense_system(preset_result, exact, tolerance):
     np.testing.assert_allclose(flat(preset_result.gradient), exact, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow("computes the Hessian of a network")
 def test_the_dense_system_detects_a_wrong_sign_and_a_change_of_strength_by_a_ten_thousandth(
     preset_result, dense, exact, tolerance
 ):
@@ -150,6 +152,7 @@ def test_a_presets_gradient_equals_that_of_bilevel_on_a_handwritten_problem(glyp
     np.testing.assert_allclose(flat(out.gradient), flat(expected.gradient), rtol=0, atol=atol)
 
 
+@pytest.mark.slow("computes the Hessian of a network")
 def test_the_residuals_loss_and_accuracy_of_the_preset_equal_those_of_the_dense_computation(preset_result, dense):
     out = preset_result
     np.testing.assert_allclose(out.inner_residual, [np.linalg.norm(dense.residual)], rtol=1e-9)
@@ -314,7 +317,7 @@ def test_zero_tasks_are_refused(wrap):
         wrap(meta_gradient(LINE))({"slope": jnp.ones(()), "offset": jnp.zeros(())}, lines(0))
 
 
-@pytest.mark.slow("compiles a meta-gradient for each kind of number", fast="2-0.5_0")
+@pytest.mark.slow("compiles a meta-gradient for each kind of number")
 @pytest.mark.parametrize("slope, offset", [(2.0, 0.5), (2, 0.5), (2, np.float64(0.5)), (np.float64(2), np.array(0.5))])
 def test_a_python_number_in_theta_counts_as_a_float(slope, offset):
     theta = {"slope": slope, "offset": offset}
@@ -326,6 +329,7 @@ def test_a_python_number_in_theta_counts_as_a_float(slope, offset):
     jax.tree.map(np.testing.assert_array_equal, LINE.adapt(theta, task), LINE.adapt(arrays, task))
 
 
+@pytest.mark.slow("compiles the meta-gradient for one and for two devices")
 def test_two_devices_give_the_result_of_one(clean, softmax_theta, softmax_tasks):
     if jax.local_device_count() < 2:
         pytest.skip("needs two devices")

@@ -143,7 +143,7 @@ def test_rows_after_the_counted_ones_are_normalised_by_the_statistics_of_the_cou
     np.testing.assert_allclose(out, expected, atol=60 * 10 * EPS)
 
 
-@pytest.mark.slow("compiles a network for each way to shrink images", fast="pooling")
+@pytest.mark.slow("compiles a network for each way to shrink images")
 @pytest.mark.parametrize("pool", [None, max_pool], ids=["stride", "pooling"])
 def test_with_support_statistics_a_query_image_has_the_same_logits_alone_and_in_a_batch(pool, x64):
     network = conv4(3, 2, (16, 16, 1), pool=pool)

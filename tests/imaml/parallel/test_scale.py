@@ -167,6 +167,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(interrupted_run):
     assert f"stopped at step {interrupted_run.steps[0]} of {STEPS} and saved" in interrupted_run.stopped[0][1]
 
 
+@pytest.mark.slow("starts two processes")
 def test_after_a_kill_the_other_process_stops_in_time_and_names_the_lost_one(interrupted_run):
     code, _, err = interrupted_run.lost
     assert code == processes.LOST, interrupted_run.lost
@@ -175,6 +176,7 @@ def test_after_a_kill_the_other_process_stops_in_time_and_names_the_lost_one(int
     assert interrupted_run.seconds < 10  # the kernel closes the connection at once; 10 s allow for a loaded machine
 
 
+@pytest.mark.slow("starts two processes")
 def test_two_processes_interrupted_twice_give_the_result_of_one_process(
     interrupted_run, tiny_pixels, tmp_path, monkeypatch
 ):
@@ -197,6 +199,7 @@ def test_two_processes_interrupted_twice_give_the_result_of_one_process(
     assert f"test accuracy {alone.evaluation.accuracy:.2%}" in interrupted_run.done[0][1]
 
 
+@pytest.mark.slow("starts two processes")
 def test_only_process_0_writes_files_and_prints(interrupted_run):
     out, other_out = (stdout for _, stdout, _ in interrupted_run.done)
     best = checkpoints.best(interrupted_run.directory)

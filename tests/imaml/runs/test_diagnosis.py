@@ -129,6 +129,7 @@ def test_probabilities_that_are_frequencies_are_calibrated():
     assert sure.expected_error == 0 and sure.bins[-1].count == 3
 
 
+@pytest.mark.slow("compiles the adaptation of a network")
 def test_a_network_that_does_not_tell_its_features_has_only_a_calibration(tiny_pixels):
     preset = replace(PRESET, network=Normalised(tells_features=False))
     found = imaml.diagnose(preset.functions.init(preset.keys.init), preset, 2, dataset=dataset(tiny_pixels))

@@ -141,6 +141,7 @@ def test_one_task_has_no_interval(uninterrupted):
         imaml.evaluate(uninterrupted.run, tasks=1)
 
 
+@pytest.mark.slow("trains and evaluates a run")
 def test_an_evaluation_warns_if_it_uses_an_older_checkpoint_than_the_damaged_last_one(tmp_path):
     train(tmp_path, checkpoint_seconds=0.0)
     (tmp_path / f"checkpoint-{STEPS:08}.npz").write_bytes(b"")

@@ -140,6 +140,7 @@ def test_a_regression_predicts_as_gradient_descent_does(sinusoid):
 # --- Many tasks ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("adapts a thousand tasks")
 def test_a_thousand_tasks_are_adapted_by_one_program_that_is_traced_once(sinusoid, monkeypatch):
     traces, adapt = [], Learner.adapt
     monkeypatch.setattr(Learner, "adapt", lambda *arguments: traces.append(1) or adapt(*arguments))

@@ -135,6 +135,7 @@ def test_a_changed_missing_or_moved_folder_is_refused_or_found(whole, cards, tmp
         imaml.evaluate(finished, PRESET, 4, data=moved)
 
 
+@pytest.mark.slow("trains a run")
 def test_another_dataset_in_the_folder_of_a_run_is_refused_and_changes_nothing(finished, tiny_pixels):
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.name != "lock"}
     other = ImageDataset.from_arrays(tiny_pixels.reshape(72, 28, 28), np.repeat(np.arange(12), 6), name="cards")
@@ -149,6 +150,7 @@ def test_another_dataset_in_the_folder_of_a_run_is_refused_and_changes_nothing(f
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.name != "lock"} == before
 
 
+@pytest.mark.slow("trains a run")
 def test_the_validation_classes_are_evaluated_on_request(finished, whole):
     data = whole.dataset
     swapped = replace(data, test=data.validation, validation=data.test, name="swapped")
@@ -192,6 +194,7 @@ def test_a_registered_dataset_is_found_by_its_name_and_its_files(cards, tmp_path
     assert train(replace(PRESET, dataset="cards"), tmp_path / "other", data=cards).evaluation == run.evaluation
 
 
+@pytest.mark.slow("compiles the meta-step for uneven classes")
 def test_small_classes_are_left_out_with_a_warning_that_names_them(cards, tmp_path):
     for number in range(1, 6):
         (cards / "c2" / f"{number}.png").unlink(missing_ok=True)
@@ -265,6 +268,7 @@ class Shaped(TinyMLP):
         return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
 
 
+@pytest.mark.slow("compiles the meta-step for another dataset")
 def test_a_dataset_of_this_package_by_name_is_a_setting_of_the_run(tmp_path, tiny_pixels, monkeypatch):
     labels = [f"{number:02}" for number in range(12)]
     tiny = ImageDataset("omniglot", *(ImageClasses(tiny_pixels, tuple(part + x for x in labels)) for part in "ab"))

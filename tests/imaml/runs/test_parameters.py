@@ -160,6 +160,7 @@ def test_a_preset_that_cannot_be_saved_or_has_other_types_is_refused(tmp_path):
 # --- Runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("trains a run")
 @pytest.mark.usefixtures("traces")
 def test_a_run_its_folder_and_its_checkpoint_are_loaded(uninterrupted, tmp_path):
     run = uninterrupted.run

@@ -76,6 +76,7 @@ def without_types(directory, target, name=PRESET.name):
     checkpoints.save(target, found.step, found.restore(initial_state(PRESET)), facts)
 
 
+@pytest.mark.slow("evaluates two runs")
 def test_a_run_saved_without_types_is_resumed_and_evaluated(uninterrupted, tmp_path):
     without_types(uninterrupted.run.directory, tmp_path)
     assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
@@ -161,6 +162,7 @@ def glyphs(monkeypatch, tiny_pixels):
     return install
 
 
+@pytest.mark.slow("trains a run in two parts")
 def test_a_run_keeps_its_glyphs_and_does_not_depend_on_the_installed_ones(glyphs, uninterrupted, tmp_path):
     stop_halfway(tmp_path)
     glyphs(1)  # as if a later version of the package drew other glyphs
@@ -171,6 +173,7 @@ def test_a_run_keeps_its_glyphs_and_does_not_depend_on_the_installed_ones(glyphs
         assert imaml.evaluate(what, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
 
 
+@pytest.mark.slow("trains a run in two parts")
 def test_a_damaged_copy_of_the_glyphs_is_written_again_and_without_a_copy_other_glyphs_are_refused(glyphs, tmp_path):
     stop_halfway(tmp_path)
     copy = tmp_path / "glyphs.npz"
@@ -257,6 +260,7 @@ def test_refusing_a_run_changes_no_file(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow("trains and evaluates a run")
 def test_the_last_and_the_best_checkpoint_are_kept_and_the_best_can_be_evaluated(tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setattr(runlog, "RECENT", 1)
     losses = {p.step: p.loss for p in uninterrupted.progress}
@@ -281,6 +285,7 @@ def test_temporary_files_of_a_killed_process_are_deleted_on_resuming(tmp_path):
     assert not ours.exists() and foreign.exists()
 
 
+@pytest.mark.slow("evaluates a run several times")
 def test_a_smaller_evaluation_does_not_replace_a_result(uninterrupted, tmp_path):
     for name, content in contents(uninterrupted.run.directory).items():
         (tmp_path / name).write_bytes(content)

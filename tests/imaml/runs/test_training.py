@@ -231,6 +231,7 @@ def test_a_killed_or_stopped_process_is_resumed_to_the_same_bits(number, code, u
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.slow("trains a run in two parts")
 def test_a_crash_loses_only_the_steps_after_the_checkpoint(uninterrupted, tmp_path):
     def crash(progress):
         if progress.step == STOP_AT + 1:
@@ -311,6 +312,7 @@ def test_too_few_held_out_classes_are_refused_before_training(tiny_pixels, monke
         train(tmp_path / "run")
 
 
+@pytest.mark.slow("trains a run without a usable gradient")
 def test_training_in_which_no_task_has_a_usable_gradient_is_refused(tmp_path, monkeypatch):
     original = step_compiler.meta_step
 

@@ -133,6 +133,7 @@ def test_the_log_has_the_accuracy_that_an_evaluation_of_the_validation_classes_g
     assert "validation" not in (validated.directory / runlog.FILE).read_text().splitlines()[0]
 
 
+@pytest.mark.slow("trains a run with validation")
 def test_the_best_validation_gives_the_parameters_of_the_run_and_of_its_folder(validated, tmp_path):
     chosen = trained(validated.directory)
     assert (chosen.step, chosen.description["validation"]["step"]) == (validated.best_step, validated.best_step)
@@ -144,6 +145,7 @@ def test_the_best_validation_gives_the_parameters_of_the_run_and_of_its_folder(v
     assert imaml.evaluate(validated.directory, VALIDATED, tasks=4) == validated.evaluation
 
 
+@pytest.mark.slow("trains a run with validation")
 def test_a_stopped_run_with_validation_resumes_to_the_same_numbers(validated, tmp_path):
     train(tmp_path, VALIDATED, on_progress=stop_at(3))
     resumed = train(tmp_path, VALIDATED)
@@ -173,7 +175,7 @@ def scripted(monkeypatch):
 EARLY = replace(VALIDATED, validation=Validation(every=1, tasks=8, held_out=0.25, patience=2))
 
 
-@pytest.mark.slow("trains three runs", fast="resumed")
+@pytest.mark.slow("trains three runs")
 @pytest.mark.parametrize("stop", [None, 3], ids=["uninterrupted", "resumed"])
 def test_a_run_stops_early_after_enough_validations_without_a_better_one(stop, tmp_path, scripted):
     scripted([0.5, 0.7, 0.7, 0.6, 0.9, 0.9])
@@ -219,7 +221,7 @@ def test_the_first_of_two_equal_validations_is_the_best_and_nan_is_the_worst():
 # --- Extended runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow("compiles the meta-step for a shorter run", fast="stopped")
+@pytest.mark.slow("compiles the meta-step for a shorter run")
 @pytest.mark.parametrize("stop", [None, 2], ids=["finished", "stopped"])
 def test_an_extended_run_with_a_constant_rate_equals_a_longer_run(stop, uninterrupted, tmp_path):
     messages = []

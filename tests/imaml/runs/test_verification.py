@@ -98,6 +98,7 @@ def test_a_cg_solve_with_a_residual_above_1_fails_its_check_with_a_remedy(settin
     )
 
 
+@pytest.mark.slow("unrolls the inner steps of a network")
 def test_a_wrong_sign_is_caught_by_differences_and_by_unrolling(setting, monkeypatch):
     monkeypatch.setattr("bilevel.methods.implicit.solve_scaled", faulty(lambda v, b: -v))
     _, differences, unrolled = solution_checks(setting)
