@@ -1,8 +1,8 @@
 """The dataset of a run: where it comes from, and how a run finds it again.
 
-A run of glyphs keeps a copy of them in its folder. They are drawn from a file of this package, which a later version
-may replace. With the copy, a run is resumed and evaluated on the data that it was trained on. The copy takes about
-6 MB.
+A run of glyphs writes a copy of them to its folder when it ends or is stopped. The glyphs are drawn from a file of this
+package, which a later version may replace. With the copy, a run is resumed and evaluated on the data that it was
+trained on. The copy takes about 6 MB.
 
 A run of any other dataset of this package stores the name of the dataset in its settings. A run on one's own data also
 stores a *source* in its checkpoints, a dictionary that says how to read the data again. Its ``kind`` is ``"folder"``,
