@@ -157,7 +157,7 @@ def _samples(first_face: int, number: int, code: int) -> tuple[np.ndarray, ...]:
 
 
 def _draw_inside(fields: np.ndarray, face: np.ndarray, inverse, shift, bend) -> np.ndarray:
-    """Draw like `draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink never does."""
+    """Draw like `draw`, but reduce a distortion until no ink touches the edge. Undistorted ink never touches it."""
     pictures = np.empty((len(face), SIDE, SIDE), np.uint8)
     upright = np.eye(2, dtype=np.float32)
     redo = np.arange(len(face))

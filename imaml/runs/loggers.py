@@ -17,7 +17,7 @@ from imaml.runs.results import Evaluation
 
 
 class Logger(Protocol):
-    """The methods of a logger that :func:`imaml.train` calls. In a run of several processes, only process 0 does so."""
+    """The methods of a logger that :func:`imaml.train` calls. In a run of several processes, only process 0 calls them."""
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
         """Start to log.
@@ -115,7 +115,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logger that sends a run to Weights & Biases, by the library wandb.
 
-    A resumed run continues its run at Weights & Biases, whose id is in the file ``wandb-id`` of the run's folder.
+    A resumed run continues its run at Weights & Biases. The file ``wandb-id`` in the run's folder has the id of that
+    run.
 
     Args:
         project: the name of the project.
