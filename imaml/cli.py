@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM.
 
     Args:
-        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``. A failure
-            then ends the process without waiting for its threads. A process that has joined others is ended by a
+        arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
+            failure ends the process without waiting for its threads. A process that has joined others is ended by a
             failure in any case; see :func:`.leave`.
     """
     owns_process = arguments is None  # with arguments, the threads may be the caller's
@@ -169,7 +169,7 @@ def _train_here(options, chosen, writes):
     else:
         text = str(run.evaluation) + ("" if options.quiet else f"\nlearning curve: {picture}")
     if run.finished and run.best_step is not None and not options.quiet:
-        best = f"{run.step} meta-steps; the best validation, after {run.best_step} of them, chooses the parameters"
+        best = f"the parameters after {run.best_step} of {run.step} meta-steps had the best validation and are kept"
         text = f"{best}\n{text}"
     record = {
         "preset": chosen.name,
@@ -195,7 +195,7 @@ def _loggers(options):
 
 
 def _dataset_name(options):
-    """Return the name of the dataset: with ``--dataset folder`` that of the folder, else the option's or preset's."""
+    """Return the name of the folder for ``--dataset folder``, and otherwise the name in ``--dataset`` or the preset."""
     from imaml.datasets import FOLDER
 
     if options.dataset == FOLDER and options.data is not None:

@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 EPILOG = (
     "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. Only some presets have a "
-    "setting whose description begins with the name of a part, such as MLP; 'imaml {} PRESET --help' shows the "
+    "setting whose description begins with the name of a type, such as MLP; 'imaml {} PRESET --help' shows the "
     "settings of one preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
 )
 REPRODUCE_EPILOG = (
@@ -109,7 +109,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS,
-        help="print the versions of the dependencies and exit",
+        help="print the versions of imaml and its dependencies and exit",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -268,7 +268,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     presets = commands.add_parser("presets", help="list the presets, or show one")
     presets.add_argument("preset", nargs="?", metavar="NAME", help="the preset to show")
 
-    record = commands.add_parser("record", help="write the settings and results of a finished run into one small file")
+    record = commands.add_parser("record", help="write settings, results and parameters of a finished run to a folder")
     record.add_argument("run_directory", metavar="RUN", type=Path, help="the folder of a finished run")
     record.add_argument("--out", metavar="DIR", type=Path, help="the folder for the record; default: records")
     record.add_argument("--note", metavar="TEXT", default="", help="a remark for readers of the record")
@@ -381,7 +381,7 @@ def _add_dataset(command):
         "--dataset",
         metavar="NAME",
         help="use another dataset than the preset's: 'folder' reads your own images from --data DIR, which holds one "
-        "folder of images for each class; any other NAME is a dataset that an installed package offers",
+        "folder of images for each class; any other NAME is a dataset of this or of another installed package",
     )
 
 

@@ -27,6 +27,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         InputError: for words that cannot be used. For an unknown command, option or setting, the message suggests a
             similar one if there is one.
         OSError: if the TOML file cannot be read.
+        SystemExit: after the text of ``--help`` or ``--version`` is printed.
     """
     parser, commands = parsers()
     before = [word for word in words[:1] if word.startswith("-")]

@@ -40,8 +40,8 @@ def load(
             starts can compile a program for that shape. If the arrays are in the cache, ``meanwhile`` is not called.
 
     Raises:
-        InputError: if the name is unknown, if ``directory`` does not suit the dataset, if a file, a font or Pillow is
-            missing, or if a file is damaged.
+        InputError: if the name is unknown, if ``directory`` does not suit the dataset, if a file or Pillow is missing,
+            if a file is damaged, or if a registered or offered function does not return a dataset.
     """
     if name == "glyphs":
         if directory is not None:
@@ -94,7 +94,8 @@ def download(
 
     Raises:
         InputError: if the name is unknown, if this package cannot download the dataset, if another process downloads to
-            the same folder, if the download fails, or if the downloaded files are not the official ones.
+            the same folder, if the download fails, if Pillow is missing, or if the downloaded files are not the
+            official ones.
         OSError: if the folder cannot be written.
     """
     if name == "glyphs":

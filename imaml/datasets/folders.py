@@ -14,7 +14,7 @@ from imaml.errors import InputError, check, check_choice
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif": "GIF", ".webp": "WEBP"}
 """The suffixes of image files, and their formats. A file may have any of the formats, whatever its suffix is."""
 UNDIVIDED = "all"
-"""The name of the one part that holds all classes of a folder without the subfolders ``train`` and ``test``."""
+"""The key of all classes in the result of :func:`class_folders`, if the folder does not divide them into parts."""
 FITS = ("crop", "pad", "stretch")
 
 
@@ -42,15 +42,16 @@ class Reading(NamedTuple):
 
 
 def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
-    """Return ``files[part][label]``, the image files of each class in each part, sorted by name.
+    """Return ``files[part][label]``, the image files of each class in each part (training, validation or test).
 
     If ``directory`` has the subfolders ``train`` and ``test``, and no others except ``val`` or ``validation``, these
     subfolders are the parts, and their own subfolders are the classes. Otherwise the subfolders of ``directory`` are
-    the classes of the one part :data:`UNDIVIDED`. Hidden files, and files with a suffix that is not in
-    :data:`SUFFIXES`, are ignored.
+    the classes of the one part :data:`UNDIVIDED`. Classes and files are sorted by name. Hidden files and folders, and
+    files with a suffix that is not in :data:`SUFFIXES`, are ignored.
 
     Raises:
-        InputError: if the folder does not exist, if it has no subfolders, or if a class has no image.
+        InputError: if the folder does not exist, if it or one of its parts has no subfolders, or if a class has no
+            image.
     """
     folders = _subfolders(directory)
     names = {ALIASES.get(path.name, path.name): path for path in folders}
@@ -152,7 +153,7 @@ def _decode(path: Path, reading: Reading) -> tuple[np.ndarray, bytes]:
 
 
 def _flat(image: Any, channels: int) -> Any:
-    """Return the first frame of an image upright, on white where it is transparent, in grey or RGB of 8 bits."""
+    """Return the first frame of an image in 8-bit grey or RGB. It is turned upright, and transparency becomes white."""
     from PIL import Image, ImageOps
 
     if image.mode.startswith("I;16"):  # convert would clip 16 bits to 255 instead of scaling them

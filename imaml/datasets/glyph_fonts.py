@@ -34,7 +34,7 @@ SIGNS = {"N": "NUMBER", "Sm": "MATH", "Sc": "CURRENCY", "L": "LETTERLIKE"}
 VARIANTS = ("<font>", "<super>", "<sub>", "<fraction>")  # tags in the Unicode decomposition of a variant
 
 MIN_FONTS = 4
-DARK = 80  # pixels with a higher grey level are ink; less than 128, because hairlines are only one fine pixel wide
+DARK = 80  # pixels above this grey level are ink; it is below 128, because hairlines are only one fine pixel wide
 BLUR = 3.0  # softness of the pen, in picture pixels, for comparing characters that look alike
 DISTINCT = 0.05  # characters look alike if one minus the cosine of their blurred pictures is below this
 DISTINCT_ACROSS = 0.07  # the same threshold for a training and a test character
@@ -89,7 +89,7 @@ def _is_variant(code: int) -> bool:
 def _characters(fonts: list) -> list[_Character]:
     """Return the characters that at least MIN_FONTS fonts have.
 
-    Variants are left out, and so are characters that have neither a listed script nor a group in SIGNS.
+    Variants are left out. Characters that have neither a listed script nor a group in SIGNS are left out too.
 
     The order of the result matters: of two characters that look alike, `_distinct` keeps the one that comes first.
     """
@@ -124,7 +124,7 @@ def _canvas(font, glyph, x: int, y: int) -> np.ndarray:
     canvas = np.zeros((FINE, FINE), np.uint8)
     try:
         font.draw_glyph_to_bitmap(canvas, x, y, glyph)
-    except TypeError:  # matplotlib before 3.11 needs an FT2Image; later versions deprecate it
+    except TypeError:  # matplotlib before 3.11 needs an FT2Image, which 3.11 deprecates
         from matplotlib.ft2font import FT2Image
 
         canvas = FT2Image(FINE, FINE)

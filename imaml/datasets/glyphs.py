@@ -97,7 +97,7 @@ def draw(fields: np.ndarray, face: np.ndarray, inverse, shift, bend, softness: f
 
     ``inverse`` ``[images, 2, 2]`` maps picture coordinates to coordinates of the undistorted character. ``shift``
     ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. All are float32 with x before y, and
-    broadcast over images.
+    broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
     """
     grid = np.arange(SIDE, dtype=np.float32) - np.float32((SIDE - 1) / 2)
     u, v = grid[None, None, :] - shift[:, 0, None, None], grid[None, :, None] - shift[:, 1, None, None]
@@ -157,7 +157,7 @@ def _samples(first_face: int, number: int, code: int) -> tuple[np.ndarray, ...]:
 
 
 def _draw_inside(fields: np.ndarray, face: np.ndarray, inverse, shift, bend) -> np.ndarray:
-    """Draw like `draw`, but reduce a distortion until the ink does not touch the edge. Undistorted ink never does."""
+    """Draw like `draw`, but reduce a distortion until no ink touches the edge. Undistorted ink never touches it."""
     pictures = np.empty((len(face), SIDE, SIDE), np.uint8)
     upright = np.eye(2, dtype=np.float32)
     redo = np.arange(len(face))

@@ -1,9 +1,9 @@
 """The record of an image dataset: classes of small images with a fixed split into training and test classes.
 
-The images of an :class:`ImageClasses` are indexed by ``[class, sample]``. The parts hold different classes. The split
-is part of the dataset, not a setting of a run. Every checkpoint stores the dataset's fingerprint. An evaluation of a
-run's folder refuses the dataset if it has another fingerprint than in training. The saved parameters are therefore not
-tested on a class that they were trained on.
+The images of an :class:`ImageClasses` are indexed by ``[class, sample]``. No class is in two of the three parts, which
+are the training, validation and test classes. The split belongs to the dataset and is not a setting of a run. Every
+checkpoint stores the dataset's fingerprint. An evaluation of a run's folder refuses a dataset with the same name as in
+training but another fingerprint, because the saved parameters may have been trained on its test classes.
 """
 
 import hashlib
@@ -132,8 +132,8 @@ class ImageDataset:
         RGB, and resized by a Lanczos filter. Tasks contain them as float32 in [0, 1].
 
         Args:
-            directory: the folder. If all its subfolders are called ``train``, ``val`` (or ``validation``) and
-                ``test``, these are the parts, each with a folder for each of its classes.
+            directory: the folder. If it has the subfolders ``train`` and ``test``, and no others except ``val`` or
+                ``validation``, these are the parts, each with a folder for each of its classes.
             size: height and width of the result in pixels.
             channels: 1 for grey, 3 for RGB.
             fit: what happens to an image that is not square: ``"crop"`` cuts off both ends of its longer side,
@@ -148,8 +148,8 @@ class ImageDataset:
             name: the name of the dataset; by default the name of the folder.
 
         Returns:
-            A dataset that a run remembers: :func:`imaml.evaluate` reads the folder again, and refuses it if an image or
-            a label has changed.
+            The dataset. A run saves its ``recipe``, by which :func:`imaml.evaluate` reads the folder again. The folder
+            is refused if an image or a label has changed.
 
         Raises:
             InputError: if the folder or a class holds nothing to read, if an image cannot be decoded, if Pillow is
@@ -223,7 +223,7 @@ class ImageDataset:
         return cls.from_folder(recipe["directory"] if directory is None else directory, **keywords)
 
     def dictionary(self) -> dict[str, np.ndarray]:
-        """Return the training and test classes as named arrays, the inverse of :meth:`from_dictionary`."""
+        """Return the training and test classes as named arrays. Both must be :class:`ImageClasses`."""
         parts = {"train": self.train, "test": self.test}
         pixels = {f"{part}_pixels": classes.pixels for part, classes in parts.items()}
         return pixels | {f"{part}_labels": np.array(classes.labels) for part, classes in parts.items()}

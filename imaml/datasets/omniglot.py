@@ -61,8 +61,8 @@ _CACHE_VERSION = 1
 
 # The largest official drawing has 522 bytes. An uncompressed RGBA picture of 105 x 105 pixels has 44 kB.
 _MAX_DRAWING_BYTES = 64 * 1024
-_MAX_TOTAL_BYTES = 64 * 1024 * 1024  # the official archives: 8 MB together
-_MAX_ARCHIVE_BYTES = 32 * 1024 * 1024  # the official archives: less than 10 MB each
+_MAX_TOTAL_BYTES = 64 * 1024 * 1024  # for the drawings of one archive; all official drawings have 8 MB together
+_MAX_ARCHIVE_BYTES = 32 * 1024 * 1024  # for one archive; each official one has less than 10 MB
 
 _DRAWING = re.compile(r"[^/]+/[^/]+/character\d\d/\d{4}_\d\d\.png", re.ASCII)
 _IGNORED = re.compile(r"(.*/)?(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.DOTALL)
@@ -133,8 +133,9 @@ def download(
         on_progress: called with the number of bytes received and the archive's size, which is None if it is unknown.
 
     Raises:
-        InputError: if an archive cannot be downloaded, if a downloaded archive is not Omniglot's, or if another process
-            downloads to the same folder. If the network fails, the message says which files to copy by hand.
+        InputError: if an archive cannot be downloaded, if a downloaded archive is not Omniglot's, if Pillow is missing,
+            or if another process downloads to the same folder. If the network fails, the message says which files to
+            copy by hand.
         OSError: if the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def register_dataset(name: str, read: Reader) -> None:
             :class:`imaml.ImageDataset`, or another record with ``name``, ``train``, ``test`` and ``fingerprint()``.
 
     Raises:
-        InputError: if the name is empty or taken by this package, or if ``read`` is not a function.
+        InputError: if the name is not a string, is empty, or is taken by this package, or if ``read`` cannot be called.
 
     >>> import numpy as np
     >>> import imaml
@@ -101,7 +101,8 @@ def checked(dataset: Any, what: str) -> Any:
     """Return ``dataset``.
 
     Raises:
-        InputError: if it lacks an attribute of :class:`Dataset`. The message begins with ``what``.
+        InputError: if it is a class, if it lacks an attribute of :class:`Dataset`, or if its name is not a string. The
+            message begins with ``what``.
     """
     if isinstance(dataset, type) or not isinstance(dataset, Dataset) or not isinstance(dataset.name, str):
         raise InputError(

@@ -8,7 +8,7 @@ from imaml.errors import InputError, check, check_choice
 
 PARTS = ("train", "validation", "test")
 ALIASES = {"val": "validation"}
-"""Other names of the parts, which folders often have."""
+"""Names that a folder or a split may use instead of those in :data:`PARTS`."""
 FRACTIONS = (0.64, 0.16, 0.2)
 """The fractions of the classes in each part, as in Mini-ImageNet."""
 
@@ -28,8 +28,8 @@ def divide(labels: Sequence[str], split: Split, seed: int, name: str) -> dict[st
         name: the name of the dataset, for messages.
 
     Raises:
-        InputError: if there are fewer than two classes, if the fractions cannot be used, or if a part or a label is
-            unknown.
+        InputError: if there are fewer than two classes, if the fractions cannot be used, if a part or a label is
+            unknown, if a part names a class twice, or if the training or test part is empty.
 
     >>> divide(["ant", "bee", "cow", "dog"], (0.5, 0.0, 0.5), seed=0, name="animals")
     {'train': ['ant', 'bee'], 'validation': [], 'test': ['cow', 'dog']}

@@ -64,8 +64,8 @@ class UnevenClasses:
             hashed in :meth:`update`.
 
     Raises:
-        InputError: if ``pixels`` has another dtype or number of axes, if the counts do not add up to the number of
-            images, or if the labels are not distinct or not as many as the counts.
+        InputError: if ``pixels`` has another dtype or number of axes, if a count is below 1, if the counts do not add
+            up to the number of images, or if the labels are not distinct or not as many as the counts.
     """
 
     pixels: np.ndarray

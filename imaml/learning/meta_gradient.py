@@ -14,7 +14,7 @@ from imaml.learning.algorithms import Learner, float_arrays
 from imaml.learning.tasks import Task
 
 NONE_FINITE = (
-    "no task of the batch has finite numbers: the value is NaN and the meta-gradient zero. Check the data of the "
+    "no task of the batch has finite numbers: the value is NaN and the meta-gradient is zero. Check the data of the "
     "tasks, and lower the inner step size"
 )
 
@@ -30,14 +30,14 @@ class MetaGradient:
     Attributes:
         value: mean query loss over the tasks whose status is not NONFINITE; NaN if there is no such task.
         gradient: mean hypergradient over the tasks that count, a pytree like θ; zero if no task counts.
-        accuracy: fraction of query examples whose largest output is at their label, over the same tasks as ``value``.
-            NaN if there is no such task, and for regression, whose targets are not integers.
+        accuracy: fraction of query examples for which the output at the label is the largest, over the same tasks as
+            ``value``. NaN if there is no such task, and for regression, whose targets are not integers.
         tasks: the number of tasks that count towards the gradient, an int32 scalar.
         inner_residual: norm of the inner objective's gradient at the adapted parameters of each task, ``[batch]``.
         linear_residual: true relative residual of each task's adjoint system, ``[batch]``; zero for a method that
             solves no linear system.
-        status: the more severe :class:`bilevel.Status` of the two solves of each task, or NONFINITE if the task's value
-            or gradient is not finite; int32 ``[batch]``.
+        status: the more severe :class:`bilevel.Status` of the inner and the linear solve of each task, or NONFINITE if
+            the task's value or gradient is not finite; int32 ``[batch]``.
     """
 
     value: jax.Array

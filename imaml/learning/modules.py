@@ -6,7 +6,8 @@ In few-shot learning, batch normalisation takes mean and variance from the batch
 ``Network.apply`` therefore runs a module in training mode and drops the new averages. For the support set's statistics,
 the module runs on the support set in training mode, and then on the query set with the averages of that one call.
 
-If a module has a method ``features``, its result is taken as the last hidden layer, which :func:`imaml.diagnose` uses.
+If a module has a method ``features``, the result of the method is taken as the last hidden layer, which
+:func:`imaml.diagnose` uses.
 """
 
 import inspect

@@ -3,7 +3,7 @@
 On a CPU, XLA's convolution of a few small images takes about ten times as long as the same arithmetic written as one
 matrix product. Under ``vmap`` over tasks that each have their own kernel, XLA uses a grouped convolution, which is
 slower still. A convolution is therefore written here as a product of patches and a matrix. The patches are concatenated
-slices (at stride 2, of the even and odd rows and columns). Without a gather, the gradient has no slow scatter.
+slices of the image. At stride 2, a slice takes every second row. Without a gather, the gradient has no slow scatter.
 """
 
 import math
@@ -30,7 +30,8 @@ class Network:
             ``support_x``. None for a network without batch normalisation.
         features: ``features(parameters, x [batch, ...]) -> [batch, features]``, the last hidden layer, of which the
             outputs are a linear function. None if it is not known.
-        features_with_support_statistics: the same for ``apply_with_support_statistics``.
+        features_with_support_statistics: a function ``(parameters, x, support_x) -> [batch, features]``, the last
+            hidden layer of ``apply_with_support_statistics``. None if it is not known.
     """
 
     init: Callable[[jax.Array], Parameters]

@@ -1,7 +1,7 @@
 """Few-shot tasks, and how they are sampled: a support set to adapt to, and a query set to evaluate on.
 
-Sampling is a pure function of a random key and of the dataset's array, if the dataset has one. It therefore needs no
-work on the host and runs inside the compiled meta-step.
+Sampling is a pure function of a random key and of the dataset's arrays, if there are any. It therefore needs no work on
+the host and runs inside the compiled meta-step.
 """
 
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ class Episode:
         """Return which classes :meth:`sample` draws with a key: int32 ``[ways]``, class i of the task at position i.
 
         Args:
-            classes: number of classes of the dataset's part.
+            classes: number of classes from which the task is drawn.
             key: a typed random key.
         """
         return jax.random.choice(jax.random.split(key, 3)[0], classes, (self.ways,), replace=False)

@@ -1,8 +1,9 @@
 """Sharding of a batch of tasks over the devices of one or several processes. Only this module creates meshes.
 
 Each device holds a replica of the meta-parameters and of the dataset. It processes an equal share of the batch. In
-a meta-step, devices exchange only sums over tasks. The random key of a task depends on the run's key, the meta-step and
-the position of the task in the batch. The batch therefore does not depend on the number of devices.
+a meta-step, devices exchange only sums over tasks, and the residuals and the status of each task. The random key of a
+task depends on the run's key, the meta-step and the position of the task in the batch. The batch therefore does not
+depend on the number of devices.
 """
 
 import contextlib
@@ -44,7 +45,8 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
 
     Args:
         tasks: number of tasks in a batch. The number of devices in the mesh must divide it.
-        devices: number of devices per process, or ``"all"``. None takes the largest number that ``tasks`` allows.
+        devices: number of devices per process, or ``"all"``. None takes the largest number that every process has and
+            for which the mesh divides ``tasks``.
 
     Raises:
         InputError: if a process has fewer devices than requested, or if the number of devices in the mesh does not

@@ -1,4 +1,4 @@
-"""Detection of processes that have ended, by a TCP connection from each process to process 0.
+"""Detection of processes that have ended, by a TCP connection from each other process to process 0.
 
 If a process dies, a collective operation of the other processes either fails without naming the lost process, or never
 returns. When a process ends for whatever reason, the kernel closes its TCP connections. The closed connection

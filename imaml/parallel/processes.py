@@ -21,8 +21,8 @@ MEETING_SECONDS = 300
 HEARTBEAT_SECONDS = 60
 """Time without a heartbeat from one process after which JAX's runtime ends all processes."""
 VERDICT_SECONDS = 5.0
-"""Time for which a process waits before it raises an error, because the cause may be that another process was lost. In
-that case the monitor ends the process while it waits."""
+"""Time for which a process waits before it raises the error of a failed computation, because the cause may be that
+another process was lost. In that case the monitor ends the process while it waits."""
 LOST = os.EX_TEMPFAIL
 """Exit status of a process that stops because another process was lost. A new attempt may succeed."""
 

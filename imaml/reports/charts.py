@@ -67,7 +67,8 @@ def chart(
             below 0.
         x_label: the name of the x axis.
         log: whether the y axis is logarithmic.
-        limits: the lower and the upper end of the y axis. An end of None is chosen to include all points.
+        limits: the lower and the upper end of the y axis. An end of None is chosen to include all points. A logarithmic
+            axis is extended to powers of ten.
         shown: a function that returns the text of a number at the y axis.
         note: a sentence below the chart.
     """
@@ -87,7 +88,7 @@ def shares(title: str, names: Sequence[str], styles: Sequence[str], x: np.ndarra
 
     Args:
         title: the heading.
-        names: the kinds.
+        names: the name of each kind, for the legend.
         styles: the CSS class of each kind.
         x: the right ends of the intervals over which the shares are taken, ``[intervals]``, ascending.
         parts: ``[intervals, kinds]``, with rows that sum to 1.

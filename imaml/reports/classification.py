@@ -13,7 +13,7 @@ from imaml.settings.preset import Preset
 LARGEST_MATRIX = 20
 """The largest number of classes for which a matrix can be read. With more, the report lists the hardest classes."""
 HARDEST = 12
-"""The largest number of classes in this list."""
+"""The largest number of classes in the list of the hardest classes."""
 SUPPORT_SHOWN, QUERIES_SHOWN = 5, 3
 """The largest numbers of support and query images of each class that an example task shows."""
 

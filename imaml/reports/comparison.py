@@ -19,10 +19,11 @@ class Comparison:
     """Several runs side by side. It prints as a table of results and a table of differences.
 
     Attributes:
-        runs: what the files of each run say.
-        differences: the settings in which the runs differ, by dotted path, with the value in each run. The value is
-            None for a run without the setting. If the types of a part differ, they are listed as ``type of PART``. If
-            the data differ, the first 12 digits of their fingerprints are listed as ``data``.
+        runs: the summary of each run's files.
+        differences: the settings in which the runs differ, by dotted path, with the value in each run. The preset's
+            name is left out. The value is None for a run without the setting. If a component of the settings, such as
+            ``inner``, has different types, they are listed as ``type of inner``. If the data differ, the first 12
+            digits of their fingerprints are listed as ``data``.
     """
 
     runs: tuple[Summary, ...]

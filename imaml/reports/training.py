@@ -26,7 +26,7 @@ def training(run: Summary) -> Html:
     log = run.log
     if not log:
         return section("Training", element("p", "The folder has no log of the training."))
-    smoothed = "Lines are means over stretches of meta-steps, and bands go from their 10th to their 90th percentile."
+    smoothed = "Each line shows means over stretches of meta-steps. Its band goes from the 10th to the 90th percentile."
     charts = [_error(run)] if log[0].accuracy is None else [_accuracy(run), _loss(log)]
     charts += [_residuals(log), _statuses(log)]
     return section(

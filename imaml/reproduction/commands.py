@@ -46,9 +46,9 @@ class Recorded:
 
     Attributes:
         file: the file of the record.
-        row: the row of table 2 that the run belongs to, or None.
+        row: the name of the row of table 2 that the run belongs to, or None.
         meta_steps: meta-steps of the run.
-        seconds: time that the run took.
+        seconds: wall time of training, without the evaluation.
     """
 
     file: Path
@@ -78,7 +78,8 @@ def reproduce(
         on_event: called with a message before each long computation.
 
     Raises:
-        InputError: as :func:`check` does, if a record cannot be read, or if XLA does not report a program's memory.
+        InputError: for arguments that :func:`check` refuses, for a record that cannot be read, or if XLA does not
+            report a program's memory.
         OSError: if ``out`` cannot be written.
     """
     check(what, directory, form)
@@ -122,8 +123,7 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
         hardware: the machine that trained the run, in words; by default this machine.
 
     Raises:
-        InputError: if the folder holds no finished run or no intact checkpoint, if its log is incomplete, or if the
-            settings of the run cannot be recorded.
+        InputError: for a run that :func:`.records.of_run` refuses, or if the folder holds no intact checkpoint.
         OSError: if the record cannot be written.
     """
     made = records.of_run(run, note, hardware)

@@ -26,12 +26,14 @@ from imaml.learning.problem import task_problem
 from imaml.learning.tasks import Task
 
 TASKS, UNKNOWNS, SAMPLES, STRENGTH, NOISE = 16, 100, 10, 0.05, 0.1
-"""Fewer samples than unknowns, as in few-shot learning: the rank of H is at most ``SAMPLES``, so CG needs few steps."""
+"""There are fewer samples than unknowns, as in few-shot learning. The rank of H is at most ``SAMPLES``, so CG needs few
+steps."""
 DECAY = 30.0
 """Ratio of the largest to the smallest scale of a feature."""
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CG_STEPS = (2, 5, 11)
-"""I + H/λ has 11 different eigenvalues: ten from the samples, and 1. In exact arithmetic, 11 CG steps suffice."""
+"""I + H/λ has 11 different eigenvalues: ten that depend on the samples, and the number 1. In exact arithmetic, 11 CG
+steps suffice."""
 
 
 class Curve(NamedTuple):

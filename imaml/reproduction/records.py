@@ -122,7 +122,8 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
 
     Raises:
         InputError: if the folder holds no finished run, if the run was trained on one's own data, was extended or
-            started from trained parameters, or if its log lacks a step, so that the time is unknown.
+            started from trained parameters, if its log lacks a step, so that the time is unknown, or if
+            :func:`command_of` refuses its settings.
     """
     result = _result(directory)
     if "source" in result:
@@ -179,11 +180,11 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
     Args:
         name: name of the preset.
         config: all settings, as :meth:`imaml.Preset.config` returned them in this or an earlier version.
-        types: the types of the preset's parts, as :meth:`imaml.Preset.types` returned them. None if they were not
-            saved; they are then those of the published preset.
+        types: the types of the preset and of its components, as :meth:`imaml.Preset.types` returned them. None if they
+            were not saved. They are then those of the published preset.
 
     Raises:
-        InputError: if there is no such preset, if a part has another type than in that preset, or if this version
+        InputError: if there is no such preset, if a type differs from that in the published preset, or if this version
             cannot express the settings.
     """
     from imaml.settings.overrides import settings
@@ -192,8 +193,8 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
     begun = preset(name).using(config.get("algorithm", "imaml"))
     if types is not None and (found := differences(begun.types(), types)):
         raise InputError(
-            f"a run can be recorded only if its parts have the types of the preset {name}, but the run has other types "
-            f"({'; '.join(found)})"
+            f"a run can be recorded only if its settings have the types of the preset {name}, but the run has other "
+            f"types ({'; '.join(found)})"
         )
     wanted = settings(restore(name, config))
     words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]

@@ -49,7 +49,7 @@ def _ordered(records: Iterable[Record]) -> list[Record]:
     """Return the records that have a cell in table 2, in the cells' order.
 
     Within a cell, records with the paper's equations come before those of the reference code. Among records of the same
-    kind, longer runs come first.
+    fidelity, longer runs come first.
     """
     order = list(TABLE_2)
     placed = [record for record in records if record.cell in TABLE_2]

@@ -65,7 +65,8 @@ def evaluate(name: str, tasks: int = 600, data: str | Path | None = None, direct
         directory: the folder of the records.
 
     Raises:
-        InputError: if no record of that name has parameters, or if the data differ from those of the recorded run.
+        InputError: if no record of that name has parameters, if one of its files is damaged, if the data differ from
+            those of the recorded run, or for fewer than 2 tasks.
     """
     check_choice("record with trained parameters", name, names(directory))
     record = records.read_one(directory / f"{name}.json")

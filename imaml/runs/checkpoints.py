@@ -1,10 +1,13 @@
 """Checkpoints of a run: each file is written completely or not at all, and contains a description of the run.
 
-:mod:`imaml.storage.arrays` stores a checksum in each file, and verifies it whenever the file is read. The arrays have
-the names of the parameters: ``numpy.load`` finds a kernel of the network as ``"theta/block0/kernel"``.
+:mod:`imaml.storage.arrays` stores a checksum in each file, and verifies it whenever the file is read. Each array is
+named after the path of its leaf in the state: ``numpy.load`` finds a kernel of the network as
+``"theta/block0/kernel"``. :func:`array_names` lists the exceptions.
 
-A run's folder holds its last checkpoints and the best one, which is the one that was saved with the least ``loss``.
-Training saves the mean query loss on *training* classes, so held-out classes never select a checkpoint.
+A run's folder holds its last checkpoints and the best one, which is the one that was saved with the least ``loss``. In
+a run without validation, ``loss`` is the mean query loss on training classes. With validation, it comes from the score
+on validation classes, and is finite only for a validation that is the best so far. Test classes never select a
+checkpoint.
 """
 
 import json
@@ -68,7 +71,7 @@ class Checkpoint:
             pairs = zip(self.description["leaves"], wanted, strict=False)
             changed = (f"{_format_leaf(old)} → {_format_leaf(new)}" for old, new in pairs if old != new)
             difference = next(changed, "number of leaves")
-            raise InputError(f"{self.path} holds a state of another shape than this preset's ({difference})")
+            raise InputError(f"{self.path} holds a state whose leaves differ from the expected ones ({difference})")
         like_leaves, structure = jax.tree.flatten(like)
         return jax.tree.unflatten(structure, map(_unpack, self.leaves, like_leaves))
 
@@ -104,7 +107,8 @@ def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda pat
         on_damaged: called with path and message for each damaged checkpoint that is newer than the returned one.
 
     Raises:
-        InputError: if all checkpoints are damaged, or if one was written in another format.
+        InputError: if all checkpoints are damaged, or if one that is at least as new as the newest intact one has a
+            format that is not in :data:`READ`.
         OSError: if a file cannot be read.
     """
     damaged = {}
@@ -129,7 +133,7 @@ def best(directory: Path) -> Checkpoint | None:
     """Return the intact checkpoint with the least loss, the later one of a tie, or None if there is none.
 
     Raises:
-        InputError: if a checkpoint was written in another format.
+        InputError: if a checkpoint has a format that is not in :data:`READ`.
         OSError: if a file cannot be read.
     """
     intact = []
@@ -157,7 +161,7 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
         DamagedFile: if the file is incomplete or changed.
-        InputError: if it was written in another format.
+        InputError: if its format is not in :data:`READ`.
         OSError: if it cannot be read.
     """
     contents = arrays.read(path)
@@ -167,7 +171,10 @@ def read(path: Path) -> Checkpoint:
     except (KeyError, ValueError, TypeError) as error:
         raise arrays.DamagedFile(f"its description is missing or unreadable ({error})") from error
     if version not in READ:
-        raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
+        readable = " and ".join(map(str, READ))
+        raise InputError(
+            f"{path} was written by another version of imaml (format {version}; this version reads {readable})"
+        )
     return Checkpoint(path, description, [contents[name] for name in array_names(description["leaves"], version)])
 
 

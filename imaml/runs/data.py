@@ -1,8 +1,8 @@
 """The dataset of a run: where it comes from, and how a run finds it again.
 
-A run of glyphs keeps a copy of them in its folder. They are drawn from a file of this package, which a later version
-may replace. With the copy, a run is resumed and evaluated on the data that it was trained on. The copy takes about
-6 MB.
+A run of glyphs writes a copy of them to its folder when it ends or is stopped. The glyphs are drawn from a file of this
+package, which a later version may replace. With the copy, a run is resumed and evaluated on the data that it was
+trained on. The copy takes about 6 MB.
 
 A run of any other dataset of this package stores the name of the dataset in its settings. A run on one's own data also
 stores a *source* in its checkpoints, a dictionary that says how to read the data again. Its ``kind`` is ``"folder"``,
@@ -93,15 +93,16 @@ def choose(
 
     Args:
         preset: the settings. Its dataset is used if ``dataset`` is None. A folder of images is read in the shape that
-            its network takes.
+            the preset's network takes.
         data: the folder of the files of a dataset that is chosen by its name.
         dataset: a dataset, or the name of one.
         directory: the folder of a run, which may remember a folder of images or the files of a registered dataset.
         meanwhile, on_warning: see :func:`load`.
 
     Raises:
-        InputError: if there is no such dataset, if it cannot be read, if another dataset is chosen for a preset that
-            draws sinusoids, or if the dataset of the run in ``directory`` cannot be read again.
+        InputError: if there is no such dataset, if it cannot be read, if ``data`` is given with a dataset that is not
+            chosen by its name, if another dataset is chosen for a preset that draws sinusoids, or if the dataset of the
+            run in ``directory`` cannot be read again.
     """
     sinusoids = dataset is None or (isinstance(dataset, str) and dataset == "sinusoid")
     if type(preset.episode) is Curve and not sinusoids:
@@ -120,7 +121,11 @@ def choose(
 def _chosen(preset, data, dataset, directory, meanwhile, on_warning):
     """Return the chosen dataset and its source."""
     if dataset is not None and not isinstance(dataset, str):
-        check(data is None, f"data={str(data)!r} is the folder of a dataset that is chosen by its name: omit it")
+        check(
+            data is None,
+            f"data={str(data)!r} names the folder of a dataset that is chosen by its name, but the dataset was passed "
+            "as an object: omit data",
+        )
         found = checked(dataset, "dataset")
         return found, getattr(found, "recipe", None) or {"kind": "object", "type": type_name(type(found))}
     name = preset.dataset if dataset is None else dataset
@@ -215,7 +220,7 @@ def enough_images(
 def usable(
     preset: Preset, dataset: Dataset, part: str, on_warning: Callable[[str], None] = lambda message: None
 ) -> Any:
-    """Return the classes of a part that a preset can use.
+    """Return those training, validation or test classes of a dataset that a preset can use.
 
     Args:
         preset: the settings.

@@ -45,7 +45,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run on held-out tasks, by default on 600 as in the paper.
 
-    A run of glyphs is evaluated on the copy of them in its folder, which does not depend on the installed matplotlib.
+    A run of glyphs is evaluated on the copy of them in its folder, even if this version of the package draws others.
     For a run on one's own folder of images, or on a registered dataset, the data are read again. The evaluation is
     refused if they have changed, because their held-out classes may then include training classes of the run.
 
@@ -55,18 +55,19 @@ def evaluate(
 
     Args:
         run: a run's folder, a :class:`imaml.Run`, or parameters θ, a pytree of arrays.
-        preset: the settings. They are required with θ. They are also required for a folder whose run has parts of types
-            that neither this package nor a registered preset of the same name has, such as a network class of your own.
-            Otherwise the default is the run's settings. The parts must have the types that the run was trained with;
-            with θ, any types are accepted.
+        preset: the settings. They are required with θ. They are also required for a folder whose run has settings of
+            types that neither this package nor a registered preset of the same name has, such as a network class of
+            your own. Otherwise the default is the run's settings. The preset and its components, such as ``network``,
+            must have the types that the run was trained with. With θ, any types are accepted.
         tasks: number of tasks, at least 2.
         data: the folder of the dataset's files, for a dataset that is read from files. For a run on a folder of images
-            that has been moved, its new place.
+            that has been moved, this is the new place of the folder.
         best: which checkpoint of a folder to take. True for the one with the best validation or, in a run without
             validation, with the least loss on training classes. False for the last one. None for the one with the best
             validation or, in a run without validation, the last one.
-        on_event: called with a message if the checkpoint is damaged and another one is used, if outputs of the
-            network are not finite, or if classes have too few images and are left out.
+        on_event: called with a message if the checkpoint is missing or damaged and another one is used, if the copy of
+            the glyphs is damaged, if outputs of the network are not finite, or if classes have too few images and are
+            left out.
         dataset: one's own data, as in :func:`imaml.train`. It is required for a folder whose run was trained on an
             object that cannot be read again. A dataset of another name than in training may have any contents.
         part: ``"test"`` or ``"validation"``. Choose settings by the validation classes, and keep the test classes for
@@ -151,7 +152,7 @@ def trained(
     Args:
         directory: the run's folder.
         best: which checkpoint to return, as in :func:`evaluate`.
-        on_event: called with a message if that checkpoint is damaged and another one is returned.
+        on_event: called with a message if that checkpoint is missing or damaged and another one is returned.
 
     Raises:
         InputError: if there is no intact checkpoint.
@@ -187,12 +188,12 @@ def preset_of(where: Path, description: dict[str, Any], given: Preset | None = N
         where: the run's folder or the file, for messages.
         description: the description in the file, with ``preset``, ``config`` and ``types``. Earlier versions did not
             save ``types``.
-        given: the preset that a user passed, which is returned if its parts have the saved types.
+        given: the preset that a user passed, which is returned if it and its components have the saved types.
         call: the function of :mod:`imaml` that takes the preset, for the message.
 
     Raises:
-        InputError: if the parts of ``given`` have other types, or if nothing is given and the preset cannot be
-            restored.
+        InputError: if ``given`` or one of its components has another type, or if nothing is given and the preset
+            cannot be restored.
     """
     types = description.get("types")
     if types is not None:
@@ -207,7 +208,7 @@ def preset_of(where: Path, description: dict[str, Any], given: Preset | None = N
 
 
 def check_types(where: Path, saved: dict[str, str], preset: Preset | None) -> None:
-    """Raise InputError if ``preset`` is given and its parts have other types than those saved with a run.
+    """Raise InputError if ``preset`` is given, and it or a component has another type than the one saved with a run.
 
     Args:
         where: the run's folder or a file of trained parameters, for the message.
@@ -216,9 +217,9 @@ def check_types(where: Path, saved: dict[str, str], preset: Preset | None) -> No
     """
     if preset is not None and (found := differences(saved, preset.types())):
         raise InputError(
-            f"{where} was trained with parts of other types than the given preset has ({'; '.join(found)}): pass "
-            "the preset that it was trained with. To evaluate its parameters with other parts, pass the parameters "
-            "instead of the run: imaml.evaluate(theta, preset)"
+            f"{where} was trained with other types than the given preset and its components have "
+            f"({'; '.join(found)}): pass the preset that it was trained with. To evaluate its parameters with the "
+            "given preset, pass the parameters instead of the run: imaml.evaluate(theta, preset)"
         )
 
 
@@ -259,8 +260,8 @@ def scores_of(preset: Preset, classes: Any, tasks: int) -> Callable[[Any], np.nd
 
     Args:
         preset: the settings.
-        classes: images by class, or the curves of a regression. An integer attribute ``stream``, 0 if there is none,
-            selects the tasks of a part that has the same contents as another part.
+        classes: images by class, or the curves of a regression. If they have an integer attribute ``stream``, the
+            tasks depend on it. Parts with the same contents, such as those of the sinusoids, differ in ``stream``.
         tasks: number of tasks, at least 2.
 
     Returns:

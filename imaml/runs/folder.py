@@ -32,8 +32,11 @@ class RunFolder:
             meta-steps extends the run. A checkpoint of an earlier version, which did not save ``types``, is accepted
             without them.
         keep: number of last checkpoints that are kept; the best one is kept in addition.
-        seconds: least time between two checkpoints that :meth:`record` saves.
-        on_warning: called with a message about a damaged checkpoint, about other versions, or about a kept result.
+        seconds: :meth:`record` saves a checkpoint if more than this time has passed since the last one or since
+            :meth:`resume`. A state with a finite ``loss`` is saved at once.
+        on_warning: called with a message if a damaged checkpoint is renamed, if the checkpoint was saved with other
+            versions, if the run is extended, or if an existing ``result.json`` is not replaced because it was evaluated
+            on more tasks.
         completed: converts the ``config`` of an earlier version's checkpoint to the settings of this version.
 
     Attributes:
@@ -78,7 +81,8 @@ class RunFolder:
             initial: the state of a new run; its structure is the one that a checkpoint must have.
 
         Raises:
-            InputError: if the folder holds a run with other settings or data, or only damaged checkpoints.
+            InputError: if the folder holds a run with another ``config``, ``types``, ``data`` or ``start``, if its
+                state has other leaves than ``initial``, or as :func:`.checkpoints.newest` does.
         """
         damaged = []
         found = checkpoints.newest(self._directory, lambda path, message: damaged.append((path, message)))
@@ -114,7 +118,7 @@ class RunFolder:
             state: the state after them.
             facts: JSON-serialisable facts about the run at this step, such as the best validation so far.
             loss: the number by which the best checkpoint is chosen. None for the mean query loss on training classes
-                over the last meta-steps.
+                over the last 100 meta-steps, which is infinite after fewer meta-steps.
         """
         if step == self._saved_step:
             return
@@ -174,8 +178,8 @@ class RunFolder:
             )
         if other_types := self._other_types(saved):
             raise InputError(
-                f"{self._directory} holds a run with parts of other types ({'; '.join(other_types)}): "
-                "use another --out, or train with the types of that run"
+                f"{self._directory} holds a run whose preset, or a component of it, has another type "
+                f"({'; '.join(other_types)}): use another --out, or train with a preset of those types"
             )
         if saved["data"] != wanted["data"]:
             place = saved.get("source", {}).get("directory")
@@ -185,11 +189,10 @@ class RunFolder:
                 "delete the folder"
             )
         if saved.get("start", {}).get("sha256") != wanted.get("start", {}).get("sha256"):
-            begun = f"started from {saved['start']['from']}" if "start" in saved else "drew its first parameters"
-            raise InputError(
-                f"{self._directory} holds a run that {begun}: resume it with the same start as before (start=, or "
-                "--start), or use another --out"
-            )
+            begun = "whose initial parameters were drawn at random: resume it without start= or --start"
+            if "start" in saved:
+                begun = f"that started from {saved['start']['from']}: resume it with the same start= or --start"
+            raise InputError(f"{self._directory} holds a run {begun}, or use another --out")
         self._description = wanted | {fact: saved[fact] for fact in ("start", "extended") if fact in saved}
         self.saved = saved
         if other_versions := differences(saved["versions"], wanted["versions"]):

@@ -43,17 +43,17 @@ def load(
     Args:
         run: a run's folder, a file that :meth:`TrainedLearner.save` or ``imaml export`` wrote, or a
             :class:`imaml.Run`.
-        preset: the preset that the run was trained with. It is required for a safetensors file that another library
-            wrote. It is also required if a part of the preset has a type of your own, such as a network class, unless
-            the preset is registered (:func:`imaml.register_preset`) or offered by an installed package. By default, the
-            preset is restored from ``run``.
+        preset: the preset that the run was trained with. It is required for a file without a description of the
+            preset, such as a safetensors file that another library wrote. It is also required if the preset has a type
+            of your own, such as a network class, unless it is registered (:func:`imaml.register_preset`) or offered by
+            an installed package. By default, the preset is restored from ``run``.
         best: which checkpoint of a folder to take, as in :func:`imaml.evaluate`. By default it is the one with the best
             validation or, in a run without validation, the last one.
-        on_event: called with a message if that checkpoint is damaged and another one is used.
+        on_event: called with a message if that checkpoint is missing or damaged and another one is used.
 
     Raises:
-        InputError: if there is no run or file, if it is damaged, if its preset cannot be restored or has parts of other
-            types than ``preset``, or if the arrays do not fit the network.
+        InputError: if there is no run or file, if it is damaged, if its preset cannot be restored or has other types
+            than ``preset``, or if the arrays do not fit the network.
         OSError: if a file cannot be read.
 
     >>> import os, tempfile
@@ -310,7 +310,8 @@ class Adapted:
             outputs if ``support_y`` had one.
 
         Raises:
-            InputError: for examples of another shape, dtype or range.
+            InputError: for examples of another shape, dtype or range, for another number of tasks than those that were
+                adapted to, or if outputs of the network are not finite.
         """
         outputs = self._outputs(x, transductive)
         if self.labels is None:

@@ -17,7 +17,7 @@ from imaml.runs.results import Evaluation
 
 
 class Logger(Protocol):
-    """The methods of a logger that :func:`imaml.train` calls. In a run of several processes, only process 0 does so."""
+    """The methods of a logger that :func:`imaml.train` calls. In a run of several processes, process 0 calls them."""
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
         """Start to log.
@@ -40,7 +40,7 @@ class Logger(Protocol):
 
 
 def scalars(progress: Progress) -> dict[str, float]:
-    """Return the numbers of a meta-step by name, such as ``train/loss``, and the share of tasks with each status.
+    """Return the numbers of a meta-step by name, such as ``train/loss``, and the fraction of tasks with each status.
 
     >>> found = scalars(Progress(1, 10, 1.5, 0.25, 4, 0.1, 0.2, {"BUDGET_USED": 3, "MAX_STEPS": 1}, 2.0))
     >>> found["train/loss"], found["status/MAX_STEPS"], "validation/value" in found
@@ -90,7 +90,7 @@ class TensorBoard:
     _last: int = field(default=0, init=False, repr=False)
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
-        """Open the event file. TensorBoard then hides earlier events of meta-steps after ``step``."""
+        """Open the event file. If ``step`` is not 0, TensorBoard hides earlier events of meta-steps after ``step``."""
         library = _imported("tensorboardX", "tensorboard")
         folder = directory / "tensorboard" if self.directory is None else Path(self.directory)
         self._last = step
@@ -115,7 +115,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logger that sends a run to Weights & Biases, by the library wandb.
 
-    A resumed run continues its run at Weights & Biases, whose id is in the file ``wandb-id`` of the run's folder.
+    A resumed run continues its run at Weights & Biases. The file ``wandb-id`` in the run's folder has the id of that
+    run.
 
     Args:
         project: the name of the project.

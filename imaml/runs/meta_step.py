@@ -75,8 +75,8 @@ def meta_step(preset: Preset, mesh: Mesh | None = None) -> Callable[[TrainState,
             number of tasks.
 
     Returns:
-        A pure function ``step(state, source) -> (state, report)``. For images, ``source`` is the training classes'
-        pixels, uint8 ``[classes, samples, height, width, channels]``; for curves it is the empty tuple. If no task has
+        A pure function ``step(state, source) -> (state, report)``. ``source`` is the attribute ``source`` of the
+        training classes, such as the pixels of :class:`.ImageClasses`; for curves it is the empty tuple. If no task has
         a usable gradient, θ and Adam's state stay unchanged.
 
     Source: Rajeswaran et al. (2019), algorithm 1, with Adam as the outer optimiser.

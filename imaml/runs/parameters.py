@@ -1,7 +1,7 @@
 """Files of trained parameters: named arrays, with a description of the preset that they were trained with.
 
 A file is in the safetensors format, or an ``.npz`` archive of NumPy. The arrays have the names of the parameters, such
-as ``block0/kernel``. The description is JSON: the settings and the types of the preset's parts, and facts about the
+as ``block0/kernel``. The description is JSON: the settings of the preset with their types, and facts about the
 training. A file that this package writes contains a checksum of the arrays. Reading runs no code: pickles are refused.
 """
 
@@ -27,7 +27,7 @@ Named = list[tuple[str, np.ndarray]]
 """Arrays with the names of their parameters."""
 FACTS = ("data", "source", "step", "versions", "start", "extended")
 """Facts about the training that a description may have: the fingerprint of the data, where data of one's own come from,
-the meta-steps, the versions, where θ came from before the training, and the extensions of the run."""
+the number of meta-steps, the versions, where θ came from before the training, and the extensions of the run."""
 
 
 def write(path: Path, theta: Any, preset: Preset, facts: Mapping[str, Any]) -> None:

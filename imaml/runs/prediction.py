@@ -80,8 +80,8 @@ def predict_files(
             bright ink, and False for any other dataset.
 
     Raises:
-        InputError: if a folder or a file cannot be used, if the number of classes is not the preset's, or if the
-            learner does not classify images.
+        InputError: if a folder or a file cannot be used, if the number of classes is not the preset's, if the learner
+            does not classify images, or if the inner steps diverge.
     """
     preset = learner.preset
     shape = getattr(preset.network, "image_shape", None)

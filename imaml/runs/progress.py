@@ -63,7 +63,10 @@ class Reporter:
             self._redraw(f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else ""))
 
     def part(self, done: int, total: int) -> None:
-        """Show how many parts of the last event are done. A stream that is no terminal gets a line now and then."""
+        """Show how many parts of the work that the last event announced are done.
+
+        A stream that is no terminal gets at most one line in :data:`LINE_SECONDS`, and none for the last part.
+        """
         now = time.monotonic()
         if done < total and now - self._shown < (BAR_SECONDS if self._bar else LINE_SECONDS):
             return

@@ -89,7 +89,8 @@ class Run:
         finished: whether all meta-steps are done, or the run stopped early because validation did not improve. If not,
             the same call of :func:`imaml.train` resumes the run.
         stopped_by: the signal that stopped the run, or None.
-        evaluation: evaluation on held-out tasks; None if the run was stopped, even after the last meta-step.
+        evaluation: evaluation on held-out tasks. None if the run was stopped, even after the last meta-step, or if
+            :func:`imaml.train` was called with ``evaluation_tasks=0``.
         dataset: one's own dataset, if the run was trained on one. Otherwise None.
         best_step: number of meta-steps before the best validation; None in a run without validation.
     """
@@ -135,13 +136,16 @@ class BudgetCheck(bl.Check):
     def explained(self) -> str:
         """Return paragraphs on what the distance means, and on the settings that lower it."""
         distance = float(self.value or 0)
-        tried = [f"{steps} steps leave {left:.0%} and a distance of {far:.0%}" for steps, left, far in self.longer]
+        tried = [
+            f"{steps} steps give a residual of {left:.0%} and a distance of {far:.0%}"
+            for steps, left, far in self.longer
+        ]
         paragraphs = [
             f"{TRUNCATED}: the preset stops CG early on purpose, as the paper does. Its meta-gradient g differs from "
             f"the exact solution of the same system by {distance:.0%} of that solution's norm. The zero vector would "
-            f"differ by 100%. The angle between g and the exact solution has the cosine {self.cosine:.2f}, and g "
-            f"leaves {self.residual:.0%} of the right-hand side v. This is the price of the budget and not a mistake: "
-            "the row checks only that the residual that CG reports is the true one.",
+            f"differ by 100%. The angle between g and the exact solution has the cosine {self.cosine:.2f}, and the "
+            f"relative residual of g is {self.residual:.0%}. This is the price of the budget and not a mistake: the "
+            "row checks only that the residual that CG reports is the true one.",
             "The distance is a matter of CG steps (--linear.max_steps)."
             + (f" On this task, {'; '.join(tried)}." if tried else ""),
         ]

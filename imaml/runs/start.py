@@ -28,7 +28,7 @@ def read_start(
         preset: the settings of the new run.
         start: a run's folder, a file of trained parameters, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or
             parameters θ. None to draw θ with the seed of the preset.
-        on_event: called with a message if a damaged checkpoint is replaced by another one.
+        on_event: called with a message if the checkpoint of a run is missing or damaged and another one is used.
 
     Returns:
         θ, and a description in JSON types with the entry ``"start"``. The entry has ``from``, the place of the

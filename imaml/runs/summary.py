@@ -22,8 +22,8 @@ class Summary:
         directory: the run's folder.
         preset: the name of the run's preset.
         settings: all settings by dotted path, as this version names them.
-        types: the names of the types of the preset's parts, by their dotted path. Empty for a run of a version that did
-            not save them.
+        types: the result of :meth:`Preset.types` for the run's preset. Empty for a run of a version that did not save
+            it.
         data: the fingerprint of the data.
         versions: versions of Python, this package, jax, jaxlib and numpy, and the devices.
         step: number of meta-steps done.
@@ -33,7 +33,7 @@ class Summary:
         evaluations: the evaluations in ``result.json`` as dictionaries; empty if the run is not finished or was not
             evaluated.
         log: the entries of the run's log.
-        restored: the preset. None if it cannot be restored, for example because a part has a type of one's own.
+        restored: the preset. None if it cannot be restored, for example because it has a type of one's own.
     """
 
     directory: Path
@@ -66,13 +66,13 @@ class Summary:
 
 
 def summary(directory: str | Path) -> Summary:
-    """Return what the files of a run say.
+    """Return the summary of a run from the files in its folder.
 
     Args:
         directory: the run's folder. The run need not be finished.
 
     Raises:
-        InputError: if the folder holds no intact checkpoint, or a damaged result.
+        InputError: if the folder holds no intact checkpoint, a damaged result, or a checkpoint of another version.
     """
     directory = Path(directory)
     found = checkpoints.newest(directory)

@@ -156,7 +156,7 @@ def sweep(
 
     Each combination is a run of ``preset.outer.steps`` meta-steps in its own folder. The same call resumes a sweep that
     was stopped, and trains no finished run again. The test classes are not looked at. A combination whose training
-    diverges is listed as failed, and the sweep goes on.
+    diverges, or finds no usable gradient, is listed as failed, and the sweep goes on.
 
     Args:
         preset: the settings that all combinations share. If ``preset.validation.every`` is 0, each run is validated

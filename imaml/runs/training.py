@@ -81,14 +81,15 @@ def train(
     processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
 
     Args:
-        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with parts of
-            the same types.
+        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with the same
+            types of the preset and of its components, such as ``network``.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's files, for a dataset that is read from files.
-        dataset: one's own data: an :class:`imaml.ImageDataset`, another object with ``name``, ``train``, ``test`` and
-            ``fingerprint()``, the name of a registered dataset, or ``"folder"`` to read the images in ``data``. Its
-            name replaces the preset's dataset in the settings of the run. A resumed run with ``run.preset`` reads a
-            folder or a registered dataset again; any other object must be passed again.
+        dataset: another dataset than the preset's: an :class:`imaml.ImageDataset`, another object with ``name``,
+            ``train``, ``test`` and ``fingerprint()``, the name of a dataset of this package or of a registered one, or
+            ``"folder"`` to read the images in ``data``. The dataset's name replaces that in the preset, in the settings
+            of the run. A resumed run with ``run.preset`` reads a folder or a registered dataset again; any other object
+            must be passed again.
         start: the parameters to start from, for fine-tuning: a run's folder, a file that :meth:`TrainedLearner.save`
             wrote, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and
             ``directory`` must be another folder than that of the run to start from. The new run records where θ came
@@ -98,16 +99,17 @@ def train(
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
         on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
-            checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in the evaluation
-            are not finite, if a run is extended, or if ``start`` may have been trained on test classes of these data;
-            ``on_event`` by default.
+            checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in a validation or
+            the evaluation are not finite, if a run is extended, or if ``start`` may have been trained on test classes
+            of these data; ``on_event`` by default.
         on_progress: called after every meta-step.
         progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
             or a file, there is a line every ten seconds instead of the bar.
         loggers: where else to send the progress, such as :class:`imaml.TensorBoard`. The log in the folder is written
             in any case.
-        evaluation_tasks: number of held-out tasks in the evaluation at the end. ``result.json`` keeps an evaluation of
-            the same run on more tasks. 0 for no evaluation: the test classes are then not looked at.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end. If ``result.json`` has an evaluation of
+            the same run on more tasks, it is not replaced. 0 for no evaluation: the test classes are then not looked
+            at.
         checkpoint_seconds: least time between two checkpoints. The checkpoint at the end, and one after each validation
             that is the best so far, are saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
@@ -256,7 +258,7 @@ def _compile_ahead(preset, compiler, expected):
 
 
 def _steps(preset, mesh, state, source, compiler, remaining) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """Yield state and report of each of the remaining steps. The next step is dispatched before each yield."""
+    """Yield state and report of each of the remaining steps. The next step, if any, is dispatched first."""
     if remaining <= 0:
         return
     step = compiler.step(source)

@@ -92,7 +92,7 @@ class Validator:
         return 0 < self._settings.patience <= selection.waited
 
     def saved(self, selection: Selection, step: int) -> tuple[dict[str, Any], float | None]:
-        """Return what a checkpoint after ``step`` meta-steps saves about validation: facts, and its loss.
+        """Return the facts about validation, and the loss, that a checkpoint after ``step`` meta-steps saves.
 
         The best checkpoint is the one with the least loss. The loss is finite only if the validation at ``step`` is the
         best so far. In a run without validation, there are no facts, and the loss is None.

@@ -6,7 +6,7 @@ solver stops at parameters φ before it has reached the inner solution. Two ques
 1. Does the preset's CG iterate on the system (I + H/λ)g = v, whose solution is the meta-gradient g? Here λ is the
    preset's ``strength``, H the Hessian of the support loss at φ, and v the gradient of the query loss at φ. The
    preset's g is compared with the g of a CG solve to a relative residual of 1e-9. The residuals of both are computed
-   with a Hessian-vector product that this module derives from the support loss alone.
+   with a Hessian-vector product that :mod:`imaml.runs.task_derivatives` derives from the support loss alone.
 2. Is the solution g of this system the derivative of the query loss at the inner solution? Here the inner problem is
    solved to an inner gradient of 1e-9. The implicit gradient g is compared with central differences, for which the
    inner problem is solved again at each θ. It is also compared with unrolled MAML, whose gradient converges to g as the
@@ -47,7 +47,7 @@ DIFFERENCED = 1e-4
 STATIONARY = 1e-9
 """Norm of the inner gradient at which the inner problem counts as solved.
 
-Differences over steps of 1e-3 in θ then have an error of about 1e-6.
+Differences over steps of about 1e-3 in θ then have an error of about 1e-6.
 """
 STAGES = 7  # number of messages of a verification
 LONG = 1000
@@ -78,8 +78,9 @@ def verify(
         steps: numbers of steps of unrolled MAML, increasing.
         directions: number of directions in θ along which gradients are compared with differences and with unrolled
             MAML, at least 1. The first is the implicit gradient; the others are random.
-        on_event: called with a message before each computation, such as ``"2 of 7: …"``.
-        on_progress: called with the parts of the present computation that are done, and with their number.
+        on_event: called with a message before each computation, such as ``"2 of 7: …"``, and if classes have too few
+            images and are left out.
+        on_progress: called with two numbers: the parts of the present computation that are done, and all its parts.
 
     Raises:
         InputError: if the data cannot be used, or if the preset's algorithm is not implicit MAML as in the paper.
@@ -206,7 +207,7 @@ def _implicit(learner):
 
 @contextmanager
 def _compiler():
-    """Yield a function (function, *arguments, **options) → program that compiles the program on another thread.
+    """Yield a function ``(function, *arguments, **options) → program`` that compiles on another thread.
 
     Calling a program waits until it is compiled. Up to one compilation per core runs at the same time.
     """
@@ -241,7 +242,7 @@ def check_solution(
         steps: numbers of steps of unrolled MAML, increasing.
         directions: number of directions in θ, at least 1: the implicit gradient, then random ones.
         on_event: called with a message before each computation.
-        on_progress: called with the parts of the present computation that are done, and with their number.
+        on_progress: called with two numbers: the parts of the present computation that are done, and all its parts.
 
     Returns:
         Three checks: the inner problem and the adjoint system are solved, the implicit gradient agrees with central

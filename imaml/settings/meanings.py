@@ -31,9 +31,9 @@ class Setting:
     Attributes:
         path: the dotted path, such as ``"inner.max_steps"``.
         value: a placeholder for the value: ``"N"``, ``"X"``, ``"WORD"`` or ``"true|false"``.
-        meaning: a description in plain text. A part can have several types, such as two inner solvers. If these types
-            give the setting different meanings, or if only some of them have it, the description has the name of each
-            type before the meaning there.
+        meaning: a description in plain text. A component of a preset can have several types: ``inner`` can be one of
+            two solvers. If these types give the setting different meanings, or if only some of them have it, the
+            description has the name of each type before the meaning for that type.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Setting:
 
 
 def settings_with_meanings() -> tuple[Setting, ...]:
-    """Return the settings of all presets whose parts have types of this package, in the order of the records.
+    """Return the settings of all presets whose components have types of this package, in the order of the records.
 
     >>> next(setting for setting in settings_with_meanings() if setting.path == "outer.steps")
     Setting(path='outer.steps', value='N', meaning='meta-steps of a run.')
@@ -68,7 +68,7 @@ def settings_with_meanings() -> tuple[Setting, ...]:
 
 
 def _joined(by_kind, kinds):
-    """Return the meanings of a setting in the kinds of a part that have it, as one text."""
+    """Return as one text the meanings of a setting for each type of its component that has the setting."""
     meanings = {kind: field.meaning for kind, field in by_kind.items()}
     if len(set(meanings.values())) == 1 and len(meanings) == kinds:
         return next(iter(meanings.values()))

@@ -1,4 +1,4 @@
-"""The parts of a :class:`imaml.Preset`: network, rotations, outer loop, validation and baselines' inner loops."""
+"""The components of a :class:`imaml.Preset`: network, rotations, outer loop, validation and baselines' inner loops."""
 
 from dataclasses import dataclass
 
@@ -112,7 +112,7 @@ class Outer:
         tasks: tasks in a meta-step.
         queries: query images of each class of a training task, or query points of a training curve.
         steps: meta-steps of a run.
-        final_fraction: learning rate at the last meta-step as a fraction of the first. Between them, the rate follows
+        final_fraction: learning rate at the end of the run as a fraction of the first. In between, the rate follows
             half a cosine. With 1, the rate is constant.
         epsilon: Adam's ε.
         at_once: tasks that a device computes together; see :func:`imaml.meta_gradient`.

@@ -80,8 +80,8 @@ class Preset:
     Args:
         name: the name on the command line.
         dataset: ``"glyphs"`` (drawings of characters), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"``
-            (both read from files), or a name that :func:`imaml.register_dataset` has registered. In the settings of a
-            run on one's own data, it is the name of those data.
+            (both read from files), or a name that :func:`imaml.register_dataset` has registered or an installed package
+            offers. In the settings of a run on one's own data, it is the name of those data.
         episode: how tasks are sampled. Training tasks have ``outer.queries`` queries instead of ``episode.queries``.
         rotations: whether images are rotated in training and in evaluation. None for a dataset without rotations.
         network: the kind and size of the network.
@@ -228,9 +228,9 @@ class Preset:
         return json.loads(json.dumps(self._saved_fields(), default=plain))
 
     def types(self) -> dict[str, str]:
-        """Return the names of the types of this preset and of its parts.
+        """Return the names of the types of this preset and of its components, which are the records in its fields.
 
-        The key of the preset is ``"preset"``, and the key of a part is its dotted path. ``validation`` has no key,
+        The key of the preset is ``"preset"``, and the key of a component is its dotted path. ``validation`` has no key,
         because it can have no other type.
         Two presets with equal configs and different types can give different runs.
         """

@@ -1,7 +1,7 @@
 """The published presets: one frozen record for each, with its citation and its departures from the publication.
 
 Presets of one's own can be registered too. :mod:`imaml.settings.preset` and :mod:`imaml.settings.parts` define the
-record and its parts.
+record and its components.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ def preset(name: str) -> Preset:
         name: one of :func:`presets`.
 
     Raises:
-        InputError: if the name is unknown, or if the package that offers the preset cannot be imported. For an unknown
-            name, the message lists all names and, if one is similar, suggests that one.
+        InputError: if the name is unknown, or if the entry point that offers the preset cannot be imported or is not a
+            preset of that name. For an unknown name, the message lists all names and, if one is similar, suggests it.
     """
     known = _registered | _PRESETS
     if name in known:
@@ -53,7 +53,7 @@ def presets() -> tuple[str, ...]:
 def register_preset(preset: Preset) -> None:
     """Make a preset available by its name, to :func:`imaml.preset` and :func:`imaml.evaluate`.
 
-    A run of a registered preset can be evaluated from its folder even if the preset has parts of your own types. A
+    A run of a registered preset can be evaluated from its folder even if the preset has types of your own. A
     package offers its preset by an entry point instead, which the command line finds as well. The entry point names the
     preset, or a function without arguments that returns the preset::
 
@@ -96,12 +96,12 @@ def restore(name: str, config: dict[str, Any], types: dict[str, str] | None = No
     Args:
         name: the name of the preset, which need not be one of :func:`presets` if ``types`` is given.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
-        types: the result of :meth:`Preset.types`. None for a run of a version that did not save it; the parts then
-            have the types of the preset of that name.
+        types: the result of :meth:`Preset.types`. None for a run of a version that did not save it. The types are then
+            those of the preset of that name.
 
     Raises:
-        InputError: if ``types`` is None and the name is unknown, if a part has a type that neither this package nor the
-            preset of that name has, or if the config does not fit this version.
+        InputError: if ``types`` is None and the name is unknown, if ``types`` has a type that neither this package nor
+            the preset of that name has, or if the config does not fit this version.
     """
     if types is None or name in presets():
         return with_config(preset(name), config, types)

@@ -21,7 +21,7 @@ def with_current_names(record: Any, config: dict[str, Any], path: str = "") -> d
     Fields that ``record`` does not have under any name keep their names, so that the caller can refuse them.
 
     Args:
-        record: a preset, or one of its parts, of the same class as the record that was saved.
+        record: a preset, or one of its components, of the same class as the record that was saved.
         config: nested dictionaries, the result of :meth:`imaml.Preset.config` in this or an earlier version.
         path: the dotted path of ``record`` in the preset; empty for the preset.
     """

@@ -22,10 +22,10 @@ PARTS: dict[str, Any] = {
     type_name(kind): kind
     for kind in (Episode, Curve, Rotations, Conv4, MLP, Outer, bl.GradientDescent, bl.HessianFree, bl.CG)
 }
-"""The types of parts that can be restored from a file, by their saved names.
+"""The types of a preset's components that can be restored from a file, by their saved names.
 
-A part of another type is restored only if the preset to start from, for example a registered one, has a part of that
-type in the same place. No type is imported by its name.
+A component of another type is restored only if the preset to start from, for example a registered one, has a component
+of that type in the same place. No type is imported by its name.
 """
 
 
@@ -36,7 +36,7 @@ def completed(record: Any, config: dict[str, Any]) -> dict[str, Any]:
     its default, which is the behaviour of the versions before it.
 
     Args:
-        record: a preset with the same kinds of parts as the one that was saved.
+        record: a preset whose components have the same types as those of the one that was saved.
         config: the result of :meth:`Preset.config`, from this or an earlier version. It is not modified.
     """
     filled = _with_defaults(record, with_current_names(record, config))
@@ -69,11 +69,11 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
         chosen: the preset to start from. It gives the fields that a config does not have, such as the citation.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
         types: the result of :meth:`Preset.types` of the same preset. None for a config of a version that did not save
-            the types; the parts then have the types of ``chosen``.
+            the types, which are then those of ``chosen``.
 
     Raises:
-        InputError: if a part has a type that neither this package nor ``chosen`` has, or if this version does not know
-            a setting of the config, requires a setting that the config lacks, or refuses a value.
+        InputError: if ``types`` has a type that neither this package nor ``chosen`` has, or if this version does not
+            know a setting of the config, requires a setting that the config lacks, or refuses a value.
     """
     foreign = f"the settings of {chosen.name} were saved by another version"
     try:
@@ -91,7 +91,7 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
 
 
 def _with_parts(chosen, config, types):
-    """Return a copy of a preset with the algorithm of a config, and with parts of the saved types."""
+    """Return a copy of a preset with the algorithm of a config, and with components of the saved types."""
     own = chosen.types()
     foreign = [
         f"{path} is {name}"
@@ -99,10 +99,10 @@ def _with_parts(chosen, config, types):
         if own.get(path) != name and (name not in PARTS or path == "preset" or "." in path)
     ]
     if foreign:
-        raise InputError(f"a part of {chosen.name} has a type that imaml does not define ({', '.join(foreign)})")
+        raise InputError(f"the preset {chosen.name} has a type that imaml does not define ({', '.join(foreign)})")
     parts = {}
     for path, name in types.items():
-        if path == "preset" or "." in path:  # a record inside another part is restored with that part
+        if path == "preset" or "." in path:  # a record inside a component is restored with it
             continue
         if name in PARTS:
             fields = with_current_names(PARTS[name], config[path], path)

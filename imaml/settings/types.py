@@ -34,7 +34,7 @@ def _imported_name(module):
 
 
 def types_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted path and the type's name of each record inside ``value``, which is a part of a preset.
+    """Yield the dotted path and the type's name of ``value``, if it is a record, and of each record inside it.
 
     Records are dataclasses and named tuples. Lists, tuples and dictionaries are searched for records.
     """

@@ -1,4 +1,7 @@
-"""The accelerator command keeps the fastest way that is accurate enough, and several calls equal one long call."""
+"""``python -m benchmarks.accelerator`` trains with the fastest sufficiently accurate way to compute meta-gradients.
+
+A run that is stopped and resumed gives the same numbers as an uninterrupted run.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ from imaml.runs.log import read_log
 
 ROOT = Path(__file__).parents[3]
 PRESET, STEPS = "glyphs-5way-1shot-gd", 100
-# With a large λ, the tasks have finite meta-gradients with this small network from the first meta-step.
+# With a large λ, tasks have usable meta-gradients with this small network from the first meta-step.
 SMALL = ["--", "--network.filters", "4", "--strength", "10", "--outer.queries", "1"]
 
 
@@ -48,7 +51,7 @@ def test_a_cell_is_parsed_with_and_without_its_length():
 def begin(out, minutes=20):
     """Start the command in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes", str(minutes), "--out", str(out)]
-    # The command runs only briefly, so XLA compiles without most optimisations, which takes half the time.
+    # The command runs only briefly. Compiling without most of XLA's optimisations takes half the time.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen([*command, "--cells", f"{PRESET}:{STEPS}:4", *SMALL], cwd=ROOT, env=environment)
 

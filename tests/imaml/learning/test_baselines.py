@@ -48,7 +48,7 @@ def linear_learner(algorithm, steps=STEPS, strength=1.0):
 
 
 def descend(x, y, steps=STEPS):
-    """Return φ after ``steps`` of gradient descent from THETA on the mean squared error, and its Jacobian dφ/dθ."""
+    """Return φ after ``steps`` gradient steps from THETA on the mean squared error, and its Jacobian dφ/dθ."""
     phi, jacobian = THETA["w"], np.eye(FEATURES)
     for _ in range(steps):
         phi = phi - RATE * 2 * x.T @ (x @ phi - y) / len(x)

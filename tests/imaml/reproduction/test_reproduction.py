@@ -1,4 +1,4 @@
-"""Reproduction of the paper: records of runs, table 2, and figures 2a and 2b on smaller problems."""
+"""Reproduction of the paper: records, table 2, figure 2a with fewer tasks, and figure 2b with a small network."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ EVALUATION = {
 
 
 def finished_run(directory, seconds=(1.0, 2.0, 3.0), preset=OMNIGLOT):
-    """Write a folder as training does, with one meta-step for each entry of ``seconds``, and return the folder."""
+    """Write the log and the result of a run with one meta-step for each entry of ``seconds``, and return the folder."""
     directory.mkdir()
     preset = dataclasses.replace(preset, outer=dataclasses.replace(preset.outer, steps=len(seconds)))
     steps = [
@@ -294,7 +294,7 @@ def test_a_wrong_command_is_refused_in_one_line(arguments, expected, tmp_path, m
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
-    """The folder of a finished run with a checkpoint, and its state."""
+    """The folder of a finished run with a checkpoint, and the state in that checkpoint."""
     network = dataclasses.replace(OMNIGLOT.network, filters=2)
     run = finished_run(
         tmp_path_factory.mktemp("trained") / "run", preset=dataclasses.replace(OMNIGLOT, network=network)
@@ -320,7 +320,7 @@ def test_a_run_is_recorded_and_shown_in_the_table_with_a_picture(trained_run, tm
 
 
 def blank_omniglot(monkeypatch, fingerprint):
-    """Replace the datasets by random images whose fingerprint is ``fingerprint``."""
+    """Replace the datasets by random images whose fingerprint is ``fingerprint``, and return the test classes."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 28, 28, 1), dtype=np.uint8)
     train, classes = (ImageClasses(pixels, tuple(f"{split}{i}" for i in range(6))) for split in ("train", "test"))
     dataset = ImageDataset("omniglot", train, classes)

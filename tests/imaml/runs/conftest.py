@@ -1,4 +1,4 @@
-"""Fixtures of a tiny training run, shared by the tests of training, of evaluation and of a run's folder."""
+"""Fixtures of a tiny training run, shared by the tests in this folder."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Tests of the loggers and the progress bar of a training run, with stand-ins for the libraries of the loggers."""
+"""Tests of the loggers and the printed progress of a training run, with stand-ins for the loggers' libraries."""
 
 import sys
 from types import SimpleNamespace

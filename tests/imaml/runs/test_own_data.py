@@ -94,7 +94,7 @@ def test_a_run_on_a_folder_records_the_folder_and_is_resumed_and_evaluated(whole
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_pixels, cached_programs, quick_compilation):
-    """A finished run on a folder of cards. Tests change neither of the two folders."""
+    """A finished run on a folder of cards. Tests change neither the folder of the run nor that of the cards."""
     folder = tmp_path_factory.mktemp("whole")
     data = ImageDataset.from_folder(write_cards(folder, tiny_pixels), split=SPLIT)
     return train(PRESET, folder / "run", dataset=data)
@@ -174,7 +174,7 @@ def test_a_run_on_arrays_says_at_evaluation_what_to_pass(tmp_path, tiny_pixels):
     again = ImageDataset.from_arrays(*arrays)
     assert imaml.evaluate(tmp_path, PRESET, 4, dataset=again) == run.evaluation
     assert train(PRESET, tmp_path, dataset=again).evaluation == run.evaluation
-    with pytest.raises(InputError, match="is the folder of a dataset that is chosen by its name: omit it"):
+    with pytest.raises(InputError, match="is chosen by its name, but the dataset was passed as an object: omit data"):
         train(PRESET, tmp_path, data=tmp_path, dataset=again)
 
 
@@ -343,7 +343,7 @@ def test_tasks_and_data_of_ones_own_are_trained_and_evaluated(tmp_path):
     assert imaml.evaluate(tmp_path, preset, 4, dataset=data) == run.evaluation
     with pytest.raises(InputError, match=r"has a type that imaml does not define \(episode is .*Lines\)"):
         imaml.evaluate(tmp_path, tasks=4, dataset=data)
-    imaml.register_preset(preset)  # now the folder alone suffices
+    imaml.register_preset(preset)  # now the preset is found by its name
     assert imaml.evaluate(tmp_path, tasks=4, dataset=data) == run.evaluation
     with pytest.raises(InputError, match="on other data"):
         train(preset, tmp_path, dataset=replace(data, test=Slopes(jnp.array([4.0]))))

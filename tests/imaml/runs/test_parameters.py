@@ -153,7 +153,7 @@ def test_a_preset_that_cannot_be_saved_or_has_other_types_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"\(network is tiny_preset.TinyMLP\).*imaml.load\(run, preset\)"):
         imaml.load(tmp_path / "own.npz")
     assert bits(imaml.load(tmp_path / "own.npz", PRESET).theta) == bits(theta)
-    with pytest.raises(InputError, match="parts of other types than the given preset"):
+    with pytest.raises(InputError, match="other types than the given preset and its components have"):
         imaml.load(tmp_path / "own.npz", SMALL)
 
 

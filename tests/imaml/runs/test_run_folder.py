@@ -59,10 +59,10 @@ def test_a_preset_that_differs_only_in_the_type_of_a_part_is_another_run(uninter
     directory = uninterrupted.run.directory
     before = contents(directory)
     difference = re.escape("(episode: imaml.Episode → tiny_preset.PermutedEpisode)")
-    with pytest.raises(InputError, match=f"holds a run with parts of other types {difference}"):
+    with pytest.raises(InputError, match=f"whose preset, or a component of it, has another type {difference}"):
         train(directory, OTHER_TYPES)
     for run in (directory, uninterrupted.run):
-        with pytest.raises(InputError, match=f"parts of other types than the given preset has {difference}"):
+        with pytest.raises(InputError, match=f"other types than the given preset and its components have {difference}"):
             imaml.evaluate(run, OTHER_TYPES, EVALUATION_TASKS)
     assert contents(directory) == before
     # Parameters belong to no run, so they can be evaluated on tasks of any type.
@@ -105,7 +105,7 @@ def test_the_message_about_an_unknown_preset_of_a_run_saved_without_types_says_w
 
 @pytest.mark.slow("trains and evaluates a regression")
 def test_a_preset_with_a_name_of_its_own_is_trained_and_evaluated(tmp_path, capsys, monkeypatch):
-    # The parts of this preset have types that imaml defines, so the folder alone can be evaluated.
+    # The components of this preset have types that imaml defines, so the folder alone can be evaluated.
     sinusoids = imaml.preset("sinusoid-5shot-gd")
     outer = replace(sinusoids.outer, steps=1, tasks=2, at_once=1)
     own = replace(sinusoids, name="mine", network=MLP(hidden=3), inner=bl.GradientDescent(0.01, 1), outer=outer)
@@ -166,7 +166,7 @@ def glyphs(monkeypatch, tiny_pixels):
 @pytest.mark.slow("trains a run in two parts")
 def test_a_run_keeps_its_glyphs_and_does_not_depend_on_the_installed_ones(glyphs, uninterrupted, tmp_path):
     stop_halfway(tmp_path)
-    glyphs(1)  # as after an upgrade of matplotlib
+    glyphs(1)  # as if a later version of the package drew other glyphs
     assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS).tasks == EVALUATION_TASKS
     run = train(tmp_path)
     assert_same_run(tmp_path, uninterrupted)

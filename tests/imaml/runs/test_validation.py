@@ -109,7 +109,7 @@ def test_validation_classes_that_are_missing_or_too_few_are_refused_before_train
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow("trains a run")
+@pytest.mark.slow("compiles two evaluations")
 def test_sinusoids_are_validated_on_other_tasks_than_the_test_tasks():
     preset = imaml.preset("sinusoid-5shot-gd")
     theta = preset.functions.init(preset.keys.init)
@@ -294,9 +294,9 @@ def test_a_fine_tuned_run_records_its_start_and_resumes_only_with_it(uninterrupt
     assert described["data"] == checkpoints.newest(source).description["data"]
     other = jax.tree.map(lambda leaf: leaf + 1, uninterrupted.run.theta)
     for wrong in (None, other):
-        with pytest.raises(InputError, match=f"holds a run that started from {source}: resume it with the same start"):
+        with pytest.raises(InputError, match=f"holds a run that started from {source}: resume it with the same start="):
             train(folder, start=wrong)
-    with pytest.raises(InputError, match="holds a run that drew its first parameters"):
+    with pytest.raises(InputError, match="whose initial parameters were drawn at random: resume it without start="):
         train(source, start=other)
     run = train(folder, start=uninterrupted.run.theta)  # the same parameters from another place
     assert json.loads((folder / RESULT).read_text())["start"] == described

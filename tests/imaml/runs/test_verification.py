@@ -52,7 +52,7 @@ def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
     assert all(check.ok for check in checks.values()), list(checks.values())
     assert 1e-6 < checks["CG at its budget"].value < 1  # Six CG steps do not solve the system exactly.
     budget = checks["CG at its budget"]
-    # Twelve steps come nearer than the tolerance of the explanation.
+    # Twelve CG steps bring the relative error of the gradient below verification.NEAR, so no longer budget is tried.
     assert [steps for steps, *_ in budget.longer] == [12]
     assert budget.longer[0][1] < budget.residual < 1 and budget.longer[0][2] < budget.value
     assert 0 < budget.inner_residual < 1 and budget.inner_steps == 16
@@ -110,11 +110,12 @@ def test_every_gap_of_unrolled_maml_must_be_smaller_than_the_one_before():
         assert verification._check_gaps(np.array(gaps), (1, 2, 3)).ok is ok
 
 
-@pytest.mark.slow("verifies a preset with two networks")
+@pytest.mark.slow("evaluates a preset's convolutional network and its smooth variant")
 def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeypatch):
-    """The preset's network is used for the system, and its smooth variant for the solution, with the same θ and task.
+    """``check_system`` gets the preset's network, and ``check_solution`` gets its smooth variant.
 
-    The two checks are replaced by recorders: for a convolutional network they take too long to compile in a test.
+    Both get the same θ and task. The two checks are replaced by functions that record their arguments, because for a
+    convolutional network they take too long to compile in a test.
     """
     calls = []
     for name in ("check_system", "check_solution"):
@@ -130,9 +131,9 @@ def test_a_preset_is_checked_with_its_own_network_and_its_smooth_variant(monkeyp
     assert outputs.shape == smooth.shape == (5, 5) and 0 < jnp.abs(outputs - smooth).max() < 1
 
 
-@pytest.mark.slow("verifies a small learner to its end")
+@pytest.mark.slow("runs every stage of a verification, on a small learner")
 def test_each_computation_is_announced_with_its_number(setting, monkeypatch):
-    """The real checks run on a small learner in place of the preset's."""
+    """The preset's learner is replaced by a small one, on which the checks themselves run."""
     system, solution = verification.check_system, verification.check_solution
     learner, theta, task = setting
     monkeypatch.setattr(verification, "check_system", lambda *arguments: system(learner, theta, task, arguments[-1]))
@@ -155,8 +156,8 @@ def test_the_error_of_the_truncated_gradient_is_explained_in_words(error, explai
     report = " ".join(str(verification.Verification("tiny", 100, (row,), 1.0)).split())
     sentences = [
         f"differs from the exact solution of the same system by {error:.0%} of that solution's norm",
-        "cosine 0.20, and g leaves 53% of the right-hand side",
-        "(--linear.max_steps). On this task, 10 steps leave 233% and a distance of 133%; 20 steps leave 40%",
+        "cosine 0.20, and the relative residual of g is 53%.",
+        "(--linear.max_steps). On this task, 10 steps give a residual of 233% and a distance of 133%; 20 steps",
         "is indefinite here" if indefinite else "A larger --strength makes the system easier",
         "its 16 steps leave 7% of the norm of the inner gradient at the start. More steps (--inner.max_steps)",
     ]

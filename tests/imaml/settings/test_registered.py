@@ -1,4 +1,4 @@
-"""Presets of one's own: registered by name, and restored from a run's folder with parts of one's own types."""
+"""Presets of one's own: registered by name, and restored with types of one's own from what a run's folder holds."""
 
 from dataclasses import dataclass, replace
 
