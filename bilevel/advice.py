@@ -1,8 +1,8 @@
 """Find out which remedy of a failed solve would work, and say so in the error message.
 
 Every function here is called only after a failure, and with concrete values. So it may take products, factorise, and
-run a solver again. The numbers in the message, such as a step size, a tolerance or a ridge, were computed or tried at
-the solution that failed.
+run a solver again. The numbers in the message, such as a step size, a tolerance or a ridge, are computed at the w that
+the failed solve returned, or tried from there. If gradient descent diverged, they are computed at w = 0.
 """
 
 from collections.abc import Iterator
@@ -58,39 +58,52 @@ def advise(
 
 
 def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> Iterator[str]:
-    matvec = jax.linearize(lambda w: condition.residual(w, theta, data), out.inner.w)[1]
+    w = out.inner.w
+    unscaled = jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
+    scaling = condition.scaling(theta, data)
+    # The linear solver sees this operator, to which it adds its ridge.
+    matvec = unscaled if scaling is None else scaled_operator(unscaled, scaling)
     values, smallest, largest = None, 0.0, 0.0
     if condition.symmetric:
-        values = np.asarray(spectrum.ritz_values(matvec, out.inner.w, LANCZOS_STEPS))
-        # A small negative value may be rounding.
-        smallest, largest = float(values[0] + 10 * np.finfo(values.dtype).eps * abs(values).max()), float(values[-1])
+        values = np.asarray(spectrum.ritz_values(matvec, w, LANCZOS_STEPS))
+        smallest, largest = _smallest(values), float(values[-1])
         if smallest < 0 and status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
-            yield (
-                f"The operator's smallest eigenvalue is at most {smallest:.3g}: increase λ by more than "
-                f"{-smallest:.3g}, or use a ridge above {-smallest:.3g}."
-            )
+            if scaling is None:
+                yield f"The smallest eigenvalue of ∂F/∂w is at most {smallest:.3g}: use a ridge above {-smallest:.3g}."
+            else:
+                lacking = -_smallest(np.asarray(spectrum.ritz_values(unscaled, w, LANCZOS_STEPS)))
+                yield (
+                    f"The smallest eigenvalue of ∂F/∂w is at most {-lacking:.3g}: increase λ by more than "
+                    f"{lacking:.3g}, or use a ridge above {-smallest:.3g}, which is added to I + H/λ."
+                )
             return
     if isinstance(linear, Neumann):
-        yield from _step_size_of_neumann(condition, theta, data, matvec, out.inner.w, linear)
+        yield from _step_size_of_neumann(condition, matvec, w, linear)
         return
     if status == Status.SINGULAR:
-        norm = float(spectrum.operator_norm(matvec, out.inner.w)) if values is None else float(abs(values).max())
-        eps = tree.eps(out.inner.w)
-        yield (
-            f"‖A‖ is about {norm:.3g}: a ridge of {eps**0.5 * norm:.1g} bounds the condition number by about "
-            f"{eps**-0.5:.1g}."
+        norm = float(spectrum.operator_norm(matvec, w)) if values is None else float(abs(values).max())
+        eps = tree.eps(w)
+        yield f"‖A‖ is about {norm:.3g}: " + (
+            f"try a ridge of {eps**0.5 * norm:.1g}. It need not suffice, because A is not symmetric."
+            if values is None
+            else f"a ridge of {eps**0.5 * norm:.1g} bounds the condition number by about {eps**-0.5:.1g}."
         )
         return
     if status == Status.MAX_STEPS and isinstance(linear, CG) and smallest > 0:
         # After k steps the error of CG, in the norm of A, is at most 2((√κ − 1)/(√κ + 1))^k times that of the start.
-        kappa, goal = largest / smallest, linear.tol or tree.eps(out.inner.w) ** 0.5
+        kappa, goal = largest / smallest, linear.tol or tree.eps(w) ** 0.5
         steps = int(np.ceil(0.5 * kappa**0.5 * np.log(2 * kappa**0.5 / goal)))
         yield (
             f"The condition number is at least {kappa:.3g}. If it is no larger, CG needs at most {steps} steps to a "
             f"relative residual of {goal:.1g}."
         )
     if isinstance(linear, CG | NormalCG | GMRES | BiCGStab):
-        yield from _dense(matvec, out.inner.w)
+        yield from _dense(matvec, w)
+
+
+def _smallest(values: np.ndarray) -> float:
+    """Return the smallest Ritz value plus its rounding error, so that a negative result is not rounding alone."""
+    return float(values[0] + 10 * np.finfo(values.dtype).eps * abs(values).max())
 
 
 def _dense(matvec: MatVec, w: PyTree) -> Iterator[str]:
@@ -103,13 +116,10 @@ def _dense(matvec: MatVec, w: PyTree) -> Iterator[str]:
             yield f"LU() solves this system of {size} unknowns, whose rcond is {float(info.rcond):.1g}."
 
 
-def _step_size_of_neumann(condition, theta, data, matvec, w, linear: Neumann) -> Iterator[str]:
-    scaling = condition.scaling(theta, data)
-    if scaling is not None:
-        matvec = scaled_operator(matvec, scaling)
+def _step_size_of_neumann(condition, matvec, w, linear: Neumann) -> Iterator[str]:
     values = spectrum.ritz_values(lambda v: tree.add(matvec(v), tree.scale(linear.ridge, v)), w, LANCZOS_STEPS)
     if not condition.symmetric or not values[0] > 0:
-        norm = float(spectrum.operator_norm(matvec, w)) + linear.ridge
+        norm = float(spectrum.operator_norm(matvec, w))
         yield f"‖A‖ is about {norm:.3g}; the series may diverge for every step_size: use GMRES or LU."
         return
     largest, smallest = float(values[-1]), float(values[0])
@@ -117,7 +127,8 @@ def _step_size_of_neumann(condition, theta, data, matvec, w, linear: Neumann) ->
     terms = int(np.ceil(largest / smallest * np.log(1 / goal)))
     yield (
         f"The operator's largest eigenvalue L is about {largest:.3g}, so the series converges for a step_size below "
-        f"2/L = {2 / largest:.3g}; with 1/L = {1 / largest:.3g}, about {terms} terms give a residual of {goal:.1g}."
+        f"2/L = {2 / largest:.3g}. With a step_size of 1/L = {1 / largest:.3g}, about {terms} terms give a relative "
+        f"residual of {goal:.1g}."
     )
 
 
@@ -153,8 +164,8 @@ def _options_of_jaxopt(condition, theta, data, out, solver: Jaxopt) -> Iterator[
     tol, options = solver.tol, dict(solver.options)
     if tol is None:
         return
-    # The solver's own measure and ‖F‖ fall together, so a tol of about tol·ratio should do. Much smaller values are not
-    # tried, because they may be out of reach of the solver's line search.
+    # jaxopt stops when its own error measure meets tol, and ‖F‖ was then still tol/ratio. If both fall in proportion, a
+    # tol of tol·ratio suffices. Much smaller values are not tried: they may be out of reach of its line search.
     ratio = tol / float(out.inner.residual_norm)
     smaller = [{"tol": float(f"{tol * 10.0**-k:.1g}")} for k in range(1, 5) if 10.0 ** (1 - k) > 0.5 * ratio]
     trials = smaller if int(out.inner.status) == Status.STOPPED else []
@@ -168,7 +179,7 @@ def _options_of_jaxopt(condition, theta, data, out, solver: Jaxopt) -> Iterator[
         if float(again.residual_norm) <= tol:
             named = ", ".join(f"{name}={value:g}" for name, value in trial.items())
             yield (
-                f"With {named}, the solver goes on from this w to a true residual of {float(again.residual_norm):.1g} "
-                f"in {int(again.steps)} steps."
+                f"With {named}, the solver continues from the w at which it ended, and reaches a true residual of "
+                f"{float(again.residual_norm):.1g} in {int(again.steps)} steps."
             )
             return

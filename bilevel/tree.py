@@ -54,6 +54,21 @@ def _scaled_norm(a, squares):
     return unit * jnp.sqrt(vdot(scaled, scaled))
 
 
+@jax.custom_batching.custom_vmap
+def in_any_task(flag: jax.Array) -> jax.Array:
+    """Return a boolean scalar unchanged; under ``jax.vmap``, return whether it is True in any task.
+
+    A ``jax.lax.cond`` on the result stays a branch under ``jax.vmap``. A cond on a flag that differs between tasks
+    would become a select of both branches, for which JAX copies each array in the branches once for every task.
+    """
+    return flag
+
+
+@in_any_task.def_vmap
+def _in_any_task_of_a_batch(axis_size, in_batched, flags):
+    return in_any_task(jnp.any(flags, axis=0)), False
+
+
 def arrays(a: PyTree, name: str = "") -> PyTree:
     """Return the tree with every leaf as a JAX array.
 

@@ -144,7 +144,8 @@ def report(
     start = jnp.ones_like(found.relative_residual)
     if tol is None and init is not None and needs_definite:
         no_better_than_zero = found.relative_residual >= 1
-        start = jax.lax.cond(no_better_than_zero, lambda: start_residual(matvec, b, init), lambda: start)
+        needed = tree.in_any_task(no_better_than_zero)
+        start = jax.lax.cond(needed, lambda: start_residual(matvec, b, init), lambda: start)
     elif tol is None and init is not None:  # not in a branch, for the reason that `_in_a_branch` gives
         start = start_residual(matvec, b, init)
     status = judge(found.relative_residual, tol, failure, start)
@@ -190,8 +191,11 @@ def report_recursion(
 def _in_a_branch(matvec: MatVec, trivial: jax.Array) -> MatVec:
     """Return ``matvec`` in the branch of a cond that is taken unless ``trivial``, which says that b = 0 and x = 0.
 
+    Under ``jax.vmap``, the branch is taken unless all tasks are trivial.
+
     XLA allocates the buffers of a branch apart from those of the solve. That lowers the memory of a few-shot
     meta-gradient by 5 %. Only solvers of symmetric systems use such a branch, because JAX 0.12 cannot batch a branch
     that contains a ``custom_jvp``. Some projections contain one, but a condition with a projection is not symmetric.
     """
-    return lambda x: jax.lax.cond(trivial, lambda x: jax.tree.map(jnp.zeros_like, x), matvec, x)
+    needed = tree.in_any_task(~trivial)
+    return lambda x: jax.lax.cond(needed, matvec, lambda x: jax.tree.map(jnp.zeros_like, x), x)

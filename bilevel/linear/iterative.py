@@ -321,9 +321,8 @@ def _without_zero_products(matvec: MatVec) -> MatVec:
 
     def product(v: PyTree) -> PyTree:
         nonzero = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(v)]
-        return jax.lax.cond(
-            jnp.stack(nonzero).any() if nonzero else True, matvec, lambda v: jax.tree.map(jnp.zeros_like, v), v
-        )
+        needed = tree.in_any_task(jnp.stack(nonzero).any()) if nonzero else True
+        return jax.lax.cond(needed, matvec, lambda v: jax.tree.map(jnp.zeros_like, v), v)
 
     return product
 

@@ -1,5 +1,7 @@
 """A hypergradient costs little more than its parts: inner solve, adjoint solve, outer gradient and pull-back to θ."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +85,41 @@ def test_an_adjoint_solve_costs_its_iterations_and_one_product(maxiter):
     bl.CG(maxiter)(matvec, jnp.ones(300))
     jax.effects_barrier()
     assert len(products) == maxiter + 1  # one product an iteration, and one for the true residual
+
+
+LINEAR_SOLVERS = {
+    "CG": bl.CG(5),
+    "watched CG": bl.CG(5, engine="watched"),
+    "NormalCG": bl.NormalCG(5),
+    "GMRES": bl.GMRES(5),
+    "BiCGStab": bl.BiCGStab(5),
+    "Neumann": bl.Neumann(5),
+    "Nystrom": bl.Nystrom(5),
+}
+
+
+@pytest.mark.slow("compiles a batch for each linear solver")
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
+def test_data_that_all_tasks_of_a_batch_share_are_not_copied_for_each_task(name):
+    tasks, samples, features = 7, 41, 31
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(samples, features)))
+    problem = bl.Problem(
+        bl.Stationary(lambda w, theta, x: jnp.mean(jax.nn.softplus(x @ w)) + jnp.exp(theta) * w @ w),
+        lambda w, theta, x: jnp.sum((x @ w) ** 2),
+    )
+    solver, linear = bl.GradientDescent(0.1, 5), LINEAR_SOLVERS[name]
+    hypergradient = bl.value_and_hypergradient(problem, solver, bl.Implicit(linear))
+    layer = bl.implicit_layer(problem.condition, solver, linear)
+    thetas, init = jnp.linspace(-1, 1, tasks), jnp.zeros(features)
+
+    def solve(theta):
+        return linear(lambda v: x.T @ (x @ v) / samples + jnp.exp(theta) * v, jnp.ones(features), init)
+
+    def derivative_of_the_layer(theta):
+        return jax.grad(lambda theta: problem.outer(layer(theta, init, x), theta, x))(theta)
+
+    for of_a_task in (lambda theta: hypergradient(theta, init, x), derivative_of_the_layer, solve):
+        program = jax.jit(jax.vmap(of_a_task)).lower(thetas).compile().as_text()
+        assert f"[{tasks},{features}]" in program
+        shapes = itertools.permutations((tasks, samples, features))
+        assert not [shape for shape in shapes if f"[{','.join(map(str, shape))}]" in program]

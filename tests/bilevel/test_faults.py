@@ -74,18 +74,31 @@ class TestIndefinite:
                 for solver in (bl.CG(30), bl.CG(30, engine="watched")):
                     assert status_of(solver(matvec, b)[1]) == "BUDGET_USED"
 
-    def test_the_error_names_the_regularisation_that_suffices(self):
-        # With λ = 1 the eigenvalues are 1 − 3 and 1, so λ is too small by 2.
+    @pytest.mark.parametrize("strength, ridge", [(1.0, 2.0), (0.25, 11.0)])
+    def test_the_error_names_the_regularisation_that_suffices(self, strength, ridge):
+        # H + λI has the eigenvalues λ − 3 and λ. The ridge is added to I + H/λ, which has the eigenvalue 1 − 3/λ.
         def loss(w, theta, data):
             return 0.5 * jnp.sum(jnp.array([-3.0, 0.0]) * w**2) + jnp.sum(w)
 
         def at_the_saddle(condition, init, theta, data):
-            return jnp.array([0.5, -1.0]) + theta * jnp.array([-0.5, 1.0])
+            slope = jnp.array([-3.0, 0.0]) + condition.strength
+            return (condition.strength * theta - 1) / slope
 
-        problem = bl.Problem(bl.Proximal(loss, 1.0), lambda w, theta, data: jnp.sum(w))
-        function = bl.value_and_hypergradient(problem, at_the_saddle, bl.Implicit(bl.CG(5, engine="watched")))
-        with pytest.raises(bl.HypergradientError, match=r"NEGATIVE_CURVATURE.*at most -2: increase λ by more than 2,"):
-            function(jnp.zeros(2), jnp.zeros(2), None)
+        def hypergradient(strength, ridge=0.0):
+            problem = bl.Problem(bl.Proximal(loss, strength), lambda w, theta, data: jnp.sum(w))
+            linear = bl.CG(5, ridge=ridge, engine="watched")
+            return bl.value_and_hypergradient(problem, at_the_saddle, bl.Implicit(linear))(
+                jnp.zeros(2), jnp.zeros(2), None
+            )
+
+        lacking = 3 - strength
+        text = rf"NEGATIVE_CURVATURE.*at most -{lacking:g}: increase λ by more than {lacking:g}, or use a ridge above "
+        with pytest.raises(bl.HypergradientError, match=text + f"{ridge:g}, which is added to I"):
+            hypergradient(strength)
+        with pytest.raises(bl.HypergradientError, match="NEGATIVE_CURVATURE"):
+            hypergradient(strength, 0.9 * ridge)
+        hypergradient(strength, 1.1 * ridge)
+        hypergradient(strength + 1.1 * lacking)
 
 
 class TestSingular:
