@@ -74,7 +74,8 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
     """Return the outer function in the form that returns ``(value, aux)``; aux is None without ``has_aux``.
 
     Raises:
-        TypeError: when called, if the outer function returns another form than ``has_aux`` says.
+        TypeError: when called, if the outer function returns no pair with ``has_aux``, a value that is no scalar, or an
+            aux with a leaf that is neither an array nor a number.
     """
 
     def outer(w: PyTree, theta: PyTree, data: PyTree) -> tuple[jax.Array, PyTree]:
