@@ -205,7 +205,7 @@ def certify(
         data: the data with which ``out`` was computed.
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖² wherever the solution may be, a number or ``f(theta, data)``. None
             takes the condition's declaration. If that is None too, the Newton–Kantorovich theorem is used instead.
-        lipschitz: the constants that are known. Every other constant is derived from the problem's structure or probed.
+        lipschitz: the constants that are known. :class:`Lipschitz` says how the other constants are found.
         linear: solves Ax = b and Aᵀx = b. None means a factorisation, or GMRES above ``DENSE_LIMIT`` unknowns.
 
     Returns:

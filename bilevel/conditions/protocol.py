@@ -1,4 +1,4 @@
-"""The protocol of a condition, and what all conditions share."""
+"""The protocol of a condition, and the checks and wrappers that conditions share."""
 
 import inspect
 from collections.abc import Callable

@@ -189,7 +189,7 @@ def report_recursion(
 
 
 def _in_a_branch(matvec: MatVec, trivial: jax.Array) -> MatVec:
-    """Return ``matvec`` in the branch of a cond that is taken unless ``trivial``, which says that b = 0 and x = 0.
+    """Return ``matvec`` in a branch of a cond that JAX skips if ``trivial`` is True, that is, if b = 0 and x = 0.
 
     XLA allocates the buffers of a branch apart from those of the solve. That lowers the memory of a few-shot
     meta-gradient by 5 %. Only solvers of symmetric systems use such a branch, because JAX 0.12 cannot batch a branch

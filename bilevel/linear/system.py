@@ -1,4 +1,4 @@
-"""Parts that all linear solvers share: option checks, the ridge, the scale of b, the dtype, the record of a loop."""
+"""Parts that linear solvers share: option checks, the ridge, the scale of b, the dtype, the record of a loop."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""The protocol of a method, and what all methods share: checked inputs and the derivatives of the outer function."""
+"""The protocol of a method, and what methods share: checked inputs and the derivatives of the outer function."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -18,12 +18,12 @@ from bilevel.types import Hypergradient, PyTree, Solution
 class Method(Protocol):
     """A way to differentiate the inner solution.
 
-    :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
-    ``warm_start`` of its result, or the adjoint ``linear.solution`` if ``warm_start`` is None. In the first step,
+    With warm starts, :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer
+    step: ``warm_start`` of its result, or the adjoint ``linear.solution`` if ``warm_start`` is None. In the first step,
     :func:`minimize` passes the result of the method's ``first_warm_start(w, memory)``, where w and ``memory`` are those
-    from which the inner solver starts. For a method without that function, it passes zeros like w. A method with
-    ``start_is_constant = True`` takes ``init`` as a constant: JAX's derivative in it is then zero, and
-    :func:`value_and_hypergradient` warns about it.
+    from which the inner solver starts. For a method without that function, it passes zeros like w. Without warm starts,
+    it passes None. A method with ``start_is_constant = True`` takes ``init`` as a constant: JAX's derivative in it is
+    then zero, and :func:`value_and_hypergradient` warns about it.
     """
 
     def __call__(
