@@ -274,7 +274,7 @@ def _partition(arguments: PyTree) -> tuple[list[Any], _Constants]:
 
 
 def _is_array(leaf: Any) -> bool:
-    """Return whether a leaf becomes an array. A Python integer or boolean may be a count or a flag, so it does not."""
+    """Return whether a leaf becomes an array. A Python integer or boolean does not: it may be a count or a flag."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, np.inexact)  # bfloat16 has the kind V
     return isinstance(leaf, jax.Array | float)
