@@ -1,8 +1,8 @@
 """Decorators that make a solver function of one's own differentiable: custom_root and custom_fixed_point.
 
-The decorated function keeps its arguments. In each call, the arrays among them become θ of an :func:`implicit_layer`
-whose residual is called with the same arguments. The layer starts at the solution that the function has found and
-leaves it unchanged, so it only attaches the derivative.
+The decorated function keeps its arguments. In each call, the arrays and Python floats in the arguments after ``init``
+become θ of an :func:`implicit_layer`. Its residual is called with w and these arguments. The layer starts at the
+solution that the function has found and leaves it unchanged, so it only attaches the derivative.
 """
 
 import functools
@@ -40,10 +40,11 @@ def custom_root(
     """Return a decorator that differentiates a solver function by the implicit function theorem.
 
     The solver function may have any arguments after ``init``. Its result w satisfies
-    ``residual(w, *args, **kwargs) = 0`` with the same arguments and defaults. The result is differentiated with respect
-    to the floating-point arrays and Python floats in all arguments but ``init``, in forward and in reverse mode, to any
-    order, under ``jax.vmap`` and ``jax.jit``. Any other leaf of an argument, such as a string, a function, None or a
-    Python integer, is a constant.
+    ``residual(w, *args, **kwargs) = 0``. The residual gets every argument after ``init``, with the solver function's
+    default for an argument that the call omits. JAX can differentiate the result with respect to the floating-point
+    arrays and Python floats in all arguments but ``init``, in forward and in reverse mode, to any order, under
+    ``jax.vmap`` and ``jax.jit``. Any other leaf of an argument, such as a string, a function, None or a Python integer,
+    is a constant.
 
     Args:
         residual: ``residual(w, *args, **kwargs)``, a pytree like w.
@@ -63,14 +64,17 @@ def custom_root(
         ``decorate(solver) -> solver``. The derivative of w in ``init`` is zero by definition, and a warning says so
         where JAX asks for it. ``init`` may be None for a solver function that does not use it. The solver function
         itself is not compiled. The layer that attaches the derivative is compiled once for each set of shapes, dtypes
-        and constants, if the constants can be hashed.
+        and constants, if the constants can be hashed. The compiled layers of the last 32 sets of constants are kept.
 
     Raises:
-        TypeError: for a residual that cannot be called, and, when called, for a residual that does not take the
-            solver's arguments, or for a callback under a trace whose ``init`` is not a tree of arrays.
-        ValueError: for ``callback`` together with ``has_aux``, an unknown ``on_failure``, and a linear solver that
-            needs a symmetry that is not declared.
-        HypergradientError: when called or differentiated, on a failed solve, with ``on_failure="raise"``.
+        TypeError: from this function, for a residual or a linear solver that cannot be called. From the decorated
+            function, for a call without ``init``, for a residual that does not take the solver's arguments, and, with
+            ``callback`` under a trace, for an ``init`` that is not a pytree of arrays.
+        ValueError: from this function, for ``callback`` together with ``has_aux``, an unknown ``on_failure``, and a
+            linear solver that needs a symmetric operator if ``symmetric`` is False. From the decorated function, for a
+            residual that returns no tree like w.
+        HypergradientError: from the decorated function, when it is called or differentiated, on a failed solve, with
+            ``on_failure="raise"``.
 
     Source: Blondel et al. (2022), Efficient and modular implicit differentiation, section 2.1.
 
@@ -221,14 +225,17 @@ def _check_arguments(name: str, function: Callable[..., PyTree], args: tuple, kw
             signature.bind(None, *args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"{name} calls its function, with the signature {signature}, with w and the arguments of the solver after "
-            f"init, here {len(args)} by position and {sorted(kwargs)} by name ({error}): give both functions the same "
-            "arguments"
+            f"{name}: the residual or mapping has the signature {signature}, but it is called with w and the solver "
+            f"function's arguments after init, here {len(args)} by position and {sorted(kwargs)} by name ({error}): "
+            "let it take w and then the same arguments as the solver function after init"
         ) from error
 
 
 class _Constants:
-    """The arguments of a call without their arrays. Two are equal if their constants have equal types and values."""
+    """The arguments of a call without their arrays and Python floats.
+
+    Two instances are equal if their tree structures and the types and values of their constants are equal.
+    """
 
     def __init__(self, structure: Any, leaves: list[Any]):
         self._structure = structure
@@ -249,25 +256,25 @@ class _Constants:
         return isinstance(other, _Constants) and (self._structure, self._leaves) == (other._structure, other._leaves)
 
     def join(self, arrays: list[Any]) -> PyTree:
-        """Return the tree with ``arrays`` in the places of its arrays."""
+        """Return the arguments, with ``arrays`` in the places of their arrays and Python floats."""
         remaining = iter(arrays)
         leaves = [next(remaining) if leaf is _ARRAY else leaf for _, leaf in self._leaves]
         return jax.tree.unflatten(self._structure, leaves)
 
 
 _ARRAY = object()
-"""The mark of an array in :class:`_Constants`."""
+"""The placeholder of an array or a Python float in :class:`_Constants`."""
 
 
 def _partition(arguments: PyTree) -> tuple[list[Any], _Constants]:
-    """Return the arrays and Python floats among the leaves, and all else."""
+    """Return the arrays and Python floats among the leaves, and the :class:`_Constants` with all other leaves."""
     leaves, structure = jax.tree.flatten(arguments)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     return arrays, _Constants(structure, [_ARRAY if _is_array(leaf) else leaf for leaf in leaves])
 
 
 def _is_array(leaf: Any) -> bool:
-    """Return whether a leaf becomes an array. A Python integer or boolean may be a count or a flag, so it stays."""
+    """Return whether a leaf becomes an array. A Python integer or boolean does not: it may be a count or a flag."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, np.inexact)  # bfloat16 has the kind V
     return isinstance(leaf, jax.Array | float)
@@ -278,7 +285,7 @@ def _without_derivative(leaves: list[Any]) -> list[Any]:
 
 
 def _start(init: PyTree) -> PyTree:
-    """Return ``init`` without its derivative. A differentiation in it warns."""
+    """Return ``init`` without a derivative. If JAX differentiates in ``init``, a warning says that this is zero."""
     arrays, others = _partition(init)
     if tree.is_traced(arrays):
         arrays = _without_derivative(without_tangent(arrays, "a solver function"))
@@ -286,7 +293,10 @@ def _start(init: PyTree) -> PyTree:
 
 
 def _on_host(name: str, solver: SolverFunction) -> SolverFunction:
-    """Return a function that calls the solver function with NumPy arrays, under a trace by a callback on the host."""
+    """Return a function that calls the solver function with NumPy arrays.
+
+    Under a trace, the call is a callback on the host.
+    """
 
     def run(init: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         arrays, constants = _partition((init, args, kwargs))
@@ -299,8 +309,8 @@ def _on_host(name: str, solver: SolverFunction) -> SolverFunction:
             return call(*arrays)
         if not jax.tree.leaves(init) or not all(map(_is_array, jax.tree.leaves(init))):
             raise TypeError(
-                f"{name} with callback=True needs the shapes of w under jit, vmap and scan: give init as a pytree of "
-                f"arrays like w, got {type(init).__name__}"
+                f"{name} with callback=True needs the shapes of w under a trace, such as that of jit or vmap: give "
+                f"init as a pytree of arrays like w, got {type(init).__name__}"
             )
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)), init)
 

@@ -25,7 +25,8 @@ class HypergradientError(RuntimeError):
     Attributes:
         result: the complete :class:`Hypergradient`, with the failed status. In an error of :func:`implicit_layer`, it
             is the :class:`Solution` of a failed inner solve, or None after a failed linear solve. In an error of
-            ``stochastic.minimize``, it is the :class:`StochasticMinimum` with the last sound state.
+            ``stochastic.minimize``, it is the :class:`StochasticMinimum` with the state of the last evaluation that did
+            not fail.
         state: from :func:`minimize`, the :class:`OuterState` before the failed step; otherwise None.
     """
 
@@ -88,8 +89,8 @@ def check_status(
 def raise_or_warn(message: str, result: Any, on_failure: Policy) -> None:
     """Raise :class:`HypergradientError`, warn, or do nothing.
 
-    The warning names the line three calls up the stack. For :func:`check_status`, called by a hypergradient function,
-    this is the line of the user that called the hypergradient function.
+    The warning names the line three calls up the stack. If a hypergradient function called :func:`check_status`, that
+    is the user's line that called the hypergradient function.
     """
     if on_failure == "raise":
         raise HypergradientError(message, result)

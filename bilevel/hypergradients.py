@@ -54,8 +54,9 @@ def value_and_hypergradient(
             fit each other. The message lists alternatives. It is also raised when JAX asks for a derivative of the
             result that the method does not know.
         TypeError: for a problem, a solver or a method of another type, such as a class in place of an instance. When
-            called, if neither or both of init and start are given, and for a leaf of θ, init or data that
-            is not an array.
+            called, if neither or both of init and start are given, for a leaf of θ, init or data that is neither an
+            array nor a number, for a complex leaf of θ, for a leaf of init that is not floating point, and for an outer
+            or inner objective that returns no scalar.
         HypergradientError: when called, on a failed status, with ``on_failure="raise"``.
 
     Example:
@@ -135,14 +136,15 @@ def implicit_layer(
     Returns:
         ``layer(theta, init, data, *, start=None) -> w``, for ``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.vmap``
         and ``jax.jit``. It is compiled once for each set of shapes and dtypes. ``init`` and ``start`` are as for
-        :func:`value_and_hypergradient`. The derivative of w in ``init`` is zero by definition, and a warning says so
-        where JAX asks for it. A traced array that the condition captures in a closure is differentiated too. A
-        ``theta`` of Python integers alone is taken as floating point.
+        :func:`value_and_hypergradient`, except that a function is not compiled: each call runs it. The
+        derivative of w in ``init`` is zero by definition, and a warning says so where JAX asks for it. A traced array
+        that the condition captures in a closure is differentiated too. A ``theta`` of Python integers alone is taken as
+        floating point.
 
     Raises:
         ValueError: for a linear solver that needs a symmetric operator if the condition is not declared symmetric, and
-            for an unknown ``on_failure``.
-        TypeError: as :func:`value_and_hypergradient`.
+            for an unknown ``on_failure``. When called, for a condition and a solver that do not fit each other.
+        TypeError: as for :func:`value_and_hypergradient`, and for a linear solver that cannot be called.
         HypergradientError: when the layer is called or differentiated, on a failed solve, with ``on_failure="raise"``.
 
     Example:
@@ -196,9 +198,9 @@ def _default_linear(condition: Condition, w: PyTree) -> LinearSolver:
 
 
 def without_tangent(init: PyTree, owner: str) -> PyTree:
-    """Return ``init``, the start of ``owner``.
+    """Return ``init``, the start of ``owner``, without a derivative.
 
-    Its derivative is zero, and JAX warns when it differentiates ``init``.
+    When JAX differentiates in ``init``, a warning says that the derivative is zero.
     """
     return _without_tangent(init, owner)
 

@@ -7,8 +7,8 @@ from html import escape
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = ()) -> str:
     """Return a table in HTML, with one paragraph below it for each note.
 
-    A class whose method ``_repr_html_`` returns such a table is shown as this table in a notebook. All reports of this
-    library do this. The page's own style applies, because the table sets no colours and no fonts.
+    A notebook shows an object as such a table if the method ``_repr_html_`` of its class returns one, as in the reports
+    of this library. The page's own style applies, because the table sets no colours and no fonts.
 
     Args:
         header: the titles of the columns.

@@ -31,9 +31,10 @@ def run_solver(solver, options, condition, init, theta, data):
         data: passed to the condition.
 
     Returns:
-        w like ``init``; the number of steps taken (function evaluations if the solver does not count steps, and 0 if it
-        counts neither); and whether the solver stopped before its budget ended. That is False for a solver that counts
-        no steps or has no budget.
+        Three values. The first is w, with the tree structure of ``init`` and possibly other dtypes. The second is the
+        number of steps taken. A solver that does not count steps gives its function evaluations, or 0 if it does
+        not count these either. The third is whether the solver stopped before its budget ended: False for a solver that
+        counts no steps or has no budget.
 
     Raises:
         ValueError: if jaxopt has no such solver, if the solver does not fit the condition, if an option sets or

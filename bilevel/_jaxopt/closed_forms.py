@@ -4,7 +4,8 @@ They replace those of jaxopt, which divide by a norm, a radius or a row that may
 that of one side. A box bound or a radius that holds with equality counts as active, so for a radius of 0 the derivative
 with respect to the point is 0. The bound of a halfspace that holds with equality counts as inactive.
 
-If no point satisfies the constraints, the result is NaN.
+If no point satisfies the constraints, the result contains NaN. For a box, only the entries whose bounds contradict each
+other are NaN.
 """
 
 import functools
@@ -154,7 +155,7 @@ def box_section(x, hyperparams, tol=None):
 
 
 def _between(ordered, lower, upper):
-    """Return a finite number between two entries of a vector, given by their indices. Either may be infinite.
+    """Return a finite number between two entries of a vector, given by their indices. Either entry may be infinite.
 
     XLA may compute one expression twice with different rounding errors, once for a sorted vector and once for a
     comparison with its entries. A comparison with a number between two entries has the same result for both.

@@ -1,4 +1,4 @@
-"""A condition as jaxopt's solvers can take it: in one dtype, and with trees that may hold any leaves."""
+"""The wrapper that gives jaxopt's solvers a condition in one dtype, and lists of leaves for some classes of trees."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from bilevel import tree
 
 
 class Converted:
-    """A condition whose functions take and return one dtype, and trees that jaxopt can work with.
+    """A condition whose functions take w in one dtype, as a tree that jaxopt can work with, and return that dtype.
 
-    The user's functions still get w as they declared it, in its own dtypes. An objective with float64 data would return
-    a float64 value for a float32 w. jaxopt's step size would then change from float32 to float64 inside its loop, which
-    JAX refuses.
+    The user's functions still get w with the tree structure and the dtypes of ``init``. Without the conversion, an
+    objective with float64 data would return a float64 value for a float32 w. jaxopt's step size would then change from
+    float32 to float64 inside its loop, which JAX refuses.
 
     jaxopt builds trees like w with scalars or stacked arrays as leaves. A class that checks the shapes of its fields
-    refuses them, so jaxopt gets the list of leaves in place of such a w.
+    refuses these leaves. If w is an instance of such a class, jaxopt gets the list of its leaves instead.
     """
 
     def __init__(self, condition, init, dtype):
@@ -26,7 +26,7 @@ class Converted:
         return w if self._structure is None else jax.tree.leaves(w)
 
     def unpacked(self, w):
-        """Return w from :meth:`packed`."""
+        """Return the w for which :meth:`packed` returned this argument."""
         return w if self._structure is None else jax.tree.unflatten(self._structure, w)
 
     def __getattr__(self, name):

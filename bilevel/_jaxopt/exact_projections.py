@@ -17,7 +17,8 @@ def _in_widest_precision(function):
 
     JAX has no linear algebra for bfloat16 and float16. The result has the dtype of the first argument. If an argument
     is narrower than the computation, its numbers are rounded, so that constraints which hold exactly before the
-    rounding may contradict each other. The function gets the coarsest machine epsilon as ``rounding``.
+    rounding may contradict each other. The function then gets the largest machine epsilon of the arguments' dtypes as
+    ``rounding``.
     """
 
     @functools.wraps(function)
@@ -60,4 +61,7 @@ BY_NAME = {
     "prox_elastic_net": proximal.elastic_net,
     "prox_group_lasso": proximal.group_lasso,
 }
-"""A function of jaxopt that is not in this table has none of these defects and is used unchanged."""
+"""The replacements, by their names in jaxopt.
+
+A function of jaxopt that is not in this table is exact, has finite derivatives, and is used unchanged.
+"""

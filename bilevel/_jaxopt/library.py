@@ -1,7 +1,8 @@
 """The import of jaxopt, without its deprecation warning, and its solver classes with their options.
 
 jaxopt's linear solvers take a matrix-vector product and a right-hand side, and return the solution alone. They do not
-say whether they converged. ``CG`` of :mod:`bilevel.linear` runs ``solve_cg`` and computes the true residual afterwards.
+say whether they converged. By default, ``CG`` of :mod:`bilevel.linear` runs ``solve_cg`` and computes the true residual
+afterwards.
 """
 
 import functools
@@ -50,11 +51,11 @@ def option_defaults(solver):
 
 @functools.cache
 def without_division_by_zero(cls):
-    """Return the solver class, or for Broyden and PolyakSGD a subclass that returns no NaN at the limit of rounding.
+    """Return the solver class, or for Broyden and PolyakSGD a subclass without NaN where jaxopt divides by zero.
 
-    Broyden divides by the changes of w and of the residual, which may be zero. The subclass then forgets its estimate
-    of the Jacobian, and starts its line search anew. PolyakSGD divides by the square of the gradient's norm, which is
-    zero at a minimum. The subclass then keeps w.
+    Broyden divides by the changes of w and of the residual, which may be zero. The subclass then discards its estimate
+    of the Jacobian, and resets the step size of its line search. PolyakSGD divides by the square of the gradient norm,
+    which is zero at a minimum. The subclass then keeps w.
     """
 
     def update_broyden(self, params, state, *arguments, **options):

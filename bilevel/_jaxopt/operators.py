@@ -20,7 +20,7 @@ def jaxopt_projection(
     finite. The result is exact to rounding for inputs of any scale. The KL projections are differentiable up to the
     third order, and all other projections to any order. At a kink the derivative is finite and that of one side. For
     example, the projection of a point onto a ball of radius 0 has the derivative 0 with respect to the point. The
-    result is NaN if no point satisfies the constraints. A function given in place of a name is used unchanged.
+    result contains NaN if no point satisfies the constraints. A function given in place of a name is used unchanged.
 
     Args:
         projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a
@@ -30,7 +30,8 @@ def jaxopt_projection(
         tol: for the polyhedron, the largest violation with which a constraint still counts as satisfied. Its row is
             scaled to length 1, and the violation is relative to the point and the right-hand side. None means 4·eps.
             For transport and Birkhoff, the error of the row and column sums at which the iteration ends, relative to
-            the largest sum. None means 16·eps. The box section ignores ``tol``.
+            the largest sum (for their KL versions, to the largest column sum). None means 16·eps. The box section
+            ignores ``tol``.
 
     Returns:
         ``projection(w, theta, data)``.
@@ -64,7 +65,8 @@ def jaxopt_prox(
     """Return a proximal operator of `jaxopt.prox` in the form that :class:`ProximalGradient` takes.
 
     The derivatives of an operator given by name are finite. At a kink, where an entry or a group of entries becomes 0,
-    the derivative is 0. Without a penalty the operator is the identity, with the identity as derivative.
+    the derivative is 0. With a penalty of strength 0, the operator and its derivative are the identity, except for the
+    ``non_negative`` operators: they then replace negative entries by 0.
 
     Args:
         prox: the function, or its name (``"prox_lasso"``), for which this call imports jaxopt.

@@ -82,7 +82,7 @@ def _active_rows(x, equal, b, unequal, h, tol):
     The rows that the mask selects are linearly independent of each other and of the rows of A. The method begins with
     the nearest point on Ay = b. It adds the most violated row to the active ones, and moves along the part of the row
     that is orthogonal to the active rows, until the row is satisfied. It drops an active row whose multiplier becomes
-    zero on the way. The distance to x grows in each step, so no set of active rows occurs twice.
+    zero on the way. The distance to x grows with each row that is added, so the method ends.
     """
     if unequal.shape[0] == 0:
         return jnp.zeros(0, bool)

@@ -34,8 +34,9 @@ def transport(similarity, marginals, tol=None, rounding=0.0):
         marginals: ``(a, b)``, vectors of lengths m and n with equal sums and without negative entries.
         tol: the error of the row and column sums, relative to the largest sum, at which the Newton steps end; None for
             16·eps.
-        rounding: the machine epsilon of the narrowest dtype in which the sums were given, if that is not the dtype of
-            ``similarity``. Sums whose totals differ by at most 4·``rounding`` are scaled to one total.
+        rounding: the largest machine epsilon among the dtypes in which the arguments were given, or 0 if none of these
+            dtypes is narrower than that of ``similarity``. If the totals of a and b differ by at most the fraction
+            4·``rounding``, both vectors are scaled to the mean of the totals.
     """
     a, b = _balanced(marginals, rounding)
     fixed = lax.stop_gradient((similarity, a, b))
@@ -63,7 +64,8 @@ def kl_transport(similarity, marginals, tol=None, rounding=0.0):
     Args:
         similarity: the matrix S, ``[m, n]``. The entries −∞ of S are 0 in T.
         marginals: as for :func:`transport`.
-        tol: as for :func:`transport`, for the Newton steps that are not differentiated.
+        tol: the error of the row sums, relative to the largest column sum, at which the Newton steps that are not
+            differentiated end; None for 16·eps.
         rounding: as for :func:`transport`.
     """
     a, b = _balanced(marginals, rounding)
@@ -95,7 +97,7 @@ def _ones(similarity):
 
 
 def _balanced(marginals, rounding):
-    """Return the sums, scaled to the mean of their totals where the totals differ by no more than their rounding."""
+    """Return the row and column sums, both scaled to the mean of their totals if these differ by rounding alone."""
     a, b = marginals
     if not rounding:
         return a, b
@@ -140,7 +142,8 @@ def _interior_point(similarity, a, b, allowed):
     """Return potentials (α, β) near those of :func:`transport`, by Mehrotra's predictor-corrector method.
 
     The unknowns are T, the multipliers M of T ≥ 0, α and β, with T − M = S + α1ᵀ + 1βᵀ, the given sums, and T∘M = 0.
-    The iteration ends when the mean of T∘M is at most 10·eps times the square of the largest entry of T.
+    The iteration ends when the mean of T∘M is at most 10·eps times the square of the largest entry of T, or after
+    ``INTERIOR_STEPS`` steps.
     """
     eps = jnp.finfo(similarity.dtype).eps
     total = jnp.where(a.sum() > 0, a.sum(), 1)
@@ -241,10 +244,10 @@ def _largest(vector):
 
 
 def _step_length(slope_at, first):
-    """Return a step in (0, 1] along which a convex function decreases, with a slope of at most half the first one.
+    """Return a step in (0, 1] at which the slope of a convex function has at most half of its first absolute value.
 
-    A step of 1 is also taken if the function still decreases at its end. The bisection uses the slope, because it has
-    smaller rounding errors than the function's value.
+    A step of 1 is also taken if the function still decreases there. At most 30 bisections are made. They use the slope,
+    because the slope has smaller rounding errors than the function's value.
     """
 
     def is_too_long(search):
@@ -265,7 +268,7 @@ def _kl_logarithm(similarity, a, b, allowed, tol):
     """Return log T of :func:`kl_transport`.
 
     Scaling each column to its sum eliminates β, and no exponential overflows. Newton's method minimises the rest of the
-    dual problem over α. A bisection of the slope along each step makes the method converge from everywhere.
+    dual problem over α. A bisection of the slope along each step makes the method converge from any start.
     """
     eps = jnp.finfo(similarity.dtype).eps
     size = jnp.maximum(jnp.max(b), jnp.finfo(b.dtype).tiny)

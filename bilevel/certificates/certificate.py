@@ -122,8 +122,9 @@ class Certificate:
     def first_order(self) -> jax.Array:
         """True if the estimate is within a factor of two of the error, up to terms of third order.
 
-        The test is that a second Newton step changes little, that both linear solves are accurate, and that all numbers
-        are finite. An estimate that was raised to ``rounding`` may exceed the error by any factor.
+        The test is that a second Newton step changes the gradient little, that both linear solves are accurate, and
+        that the estimate and this change are finite. An estimate that was raised to ``rounding`` may exceed the error
+        by any factor.
         """
         return (self.findings & int(Finding.NONLINEAR | Finding.SLOPPY | Finding.NONFINITE)) == 0
 
@@ -153,7 +154,9 @@ class Certificate:
 
 
 _SENTENCES = {
-    Finding.NONFINITE: "The inner solution, the adjoint vector or a constant holds a NaN or an infinity.",
+    Finding.NONFINITE: (
+        "The gradient, the inner solution, the adjoint vector or a Newton step holds a NaN or an infinity."
+    ),
     Finding.CURVATURE: (
         "The declared curvature is disproved: the strong convexity is not positive, or A at the inner solution has a "
         "direction of less curvature than the declared strong convexity or definiteness allows."
@@ -166,8 +169,8 @@ _SENTENCES = {
         "estimate as an order of magnitude."
     ),
     Finding.SLOPPY: (
-        f"The linear solves of the correction miss a relative residual of {SOLVE_TOLERANCE}: give `linear` a larger "
-        "budget, or leave it out."
+        f"A linear solve of the correction has a relative residual above {SOLVE_TOLERANCE}: pass as `linear` a solver "
+        "with a larger budget, or LU."
     ),
     Finding.OTHER_GRADIENT: (
         "The gradient differs from h − Bᵀv with the adjoint vector v that was returned with it, so it comes from "
@@ -188,11 +191,12 @@ def certify(
 ) -> Certificate:
     """Estimate and bound the distance of ``out.gradient`` from the exact hypergradient, and correct it.
 
-    The result of any method can be certified. The function is pure and compiled once per problem and shape. It costs
-    four linear solves (five if ``out.linear`` is None, because the adjoint vector must be found first), about ten
-    products with second derivatives, and Lanczos's method for the spectrum of A = ∂F/∂w and for each constant that is
-    probed. Without ``linear``, an A of at most 500 unknowns (``DENSE_LIMIT``) is written out and factorised instead.
-    The residual must be differentiable in forward mode.
+    The result of any method can be certified. The function is pure. It is compiled once for each problem,
+    ``linear``, set of constants that are functions, and set of shapes and dtypes. It costs four linear solves (five if
+    ``out.linear`` is None, because the adjoint vector must be found first), about ten products with second
+    derivatives, and Lanczos's method for the spectrum of A = ∂F/∂w and for each constant that is probed. Without
+    ``linear``, an A of at most 500 unknowns (``DENSE_LIMIT``) is written out as a matrix. The solves and its spectrum
+    then use factorisations of this matrix. The residual must be differentiable in forward mode.
 
     Args:
         problem: the condition and the outer function.
@@ -201,7 +205,7 @@ def certify(
         data: the data with which ``out`` was computed.
         strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖² wherever the solution may be, a number or ``f(theta, data)``. None
             takes the condition's declaration. If that is None too, the Newton–Kantorovich theorem is used instead.
-        lipschitz: the constants that are known. Every other constant is derived from the problem's structure or probed.
+        lipschitz: the constants that are known. :class:`Lipschitz` says how the other constants are found.
         linear: solves Ax = b and Aᵀx = b. None means a factorisation, or GMRES above ``DENSE_LIMIT`` unknowns.
 
     Returns:

@@ -177,7 +177,7 @@ class Bounds(NamedTuple):
     gradient: jax.Array
     """Bound of ‖(h − Bᵀv) − G*‖."""
     rounding: jax.Array
-    """The bound that ``gradient`` would be if r₁ and r₂ were nothing but rounding errors."""
+    """The value that ``gradient`` would have if r₁ and r₂ were rounding errors alone."""
     residual_rounding: jax.Array
     """Allowance for rounding in r₁."""
     defect_rounding: jax.Array

@@ -34,7 +34,7 @@ class Lipschitz:
 
     If a constant is None, :func:`certify` derives it from the problem's structure where possible: from an outer
     function or a residual that does not use θ, or from a :class:`Proximal` whose objective and strength do not use θ.
-    Other constants are probed at one point, which proves nothing.
+    Unless an argument below says otherwise, any other constant is probed at one point, which proves nothing.
 
     Args:
         outer_w: L_g, the constant of w ↦ ∂outer/∂w.

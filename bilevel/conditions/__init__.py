@@ -1,8 +1,10 @@
 """Conditions: what holds at the inner solution, declared as a residual F(w, θ, data) that vanishes there.
 
-Everything else follows from the residual. The inner solver drives it to zero, and the implicit function theorem
-differentiates it: dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition also declares its structure, such as symmetry. A
-solver that needs a structure which the condition does not declare raises an error before it runs.
+The residual defines the inner solution and its derivative in θ. The inner solver looks for the w* with
+F(w*, θ, data) = 0. The implicit function theorem gives its derivative: dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition also
+declares its structure, such as symmetry. A linear solver that needs symmetry, and an inner solver that needs a gradient
+or a mapping, are refused with an error if the condition does not have it. Positive definiteness is not checked
+beforehand. If it is missing, CG and Cholesky report NEGATIVE_CURVATURE.
 """
 
 from bilevel.conditions.constrained import Projected, ProximalGradient

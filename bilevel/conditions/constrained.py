@@ -23,7 +23,8 @@ class Projected:
     """The condition w = P(w − η∇_w objective) of a minimum over a convex set, with the projection P onto the set.
 
     The objective and the set may depend on θ. The projection has a kink where a constraint becomes active. At a
-    solution on a kink, the derivative is that of one side.
+    solution on a kink, the derivative is the one that JAX takes there. For a projection of :func:`jaxopt_projection`
+    it is that of one side, and for ``jnp.maximum`` it is the mean of both sides.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``.
@@ -34,8 +35,11 @@ class Projected:
         strong_convexity: as for :class:`FixedPoint`.
 
     Raises:
-        ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite.
-        TypeError: for a function that does not take these arguments.
+        ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite. On each
+            evaluation, if ``projection`` returns a tree with another structure than w, or shapes that do not broadcast
+            to those of w.
+        TypeError: for a function that does not take these arguments. On each evaluation, if ``objective`` returns no
+            scalar.
 
     Source: Blondel et al. (2022), Efficient and modular implicit differentiation, section 2.2.
 
@@ -76,7 +80,8 @@ class ProximalGradient:
     """The condition w = prox_ηr(w − η∇_w objective) of a minimum of objective + r, with the proximal operator of r.
 
     For many r, such as ‖w‖₁, the proximal operator has a kink where an entry becomes zero. At a solution on a kink, the
-    derivative is that of one side.
+    derivative is the one that JAX takes there. For an operator of :func:`jaxopt_prox` it is that of one side, and for
+    ``jnp.maximum`` it is the mean of both sides.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``, the smooth part.
@@ -87,8 +92,11 @@ class ProximalGradient:
         strong_convexity: as for :class:`FixedPoint`.
 
     Raises:
-        ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite.
-        TypeError: for a function that does not take these arguments.
+        ValueError: for a step size or a number μ (the strong convexity) that is not positive and finite. On each
+            evaluation, if ``prox`` returns a tree with another structure than w, or shapes that do not broadcast to
+            those of w.
+        TypeError: for a function that does not take these arguments. On each evaluation, if ``objective`` returns no
+            scalar.
 
     Source: Bertrand et al. (2020), Implicit differentiation of Lasso-type models.
 

@@ -17,7 +17,7 @@ def differentiable_forwards(function: Callable[..., PyTree], *arguments: PyTree)
     A ``jax.custom_vjp`` defines only the reverse mode: JAX cannot push a tangent through it. If its rule runs a solver,
     as in jaxopt's projections that solve an optimisation problem, JAX cannot transpose the vjp either. So the tangent
     of every function that calls a ``jax.custom_vjp`` is computed with the whole Jacobian. That takes one reverse pass
-    for each entry of the output and supports first derivatives only.
+    for each entry of the output. The tangent itself cannot be differentiated in forward mode.
     """
     if not _holds_custom_vjp(jax.make_jaxpr(function)(*arguments).jaxpr):
         return function(*arguments)

@@ -30,7 +30,8 @@ class Root:
 
     Raises:
         ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
-            evaluation, if ``residual`` returns a tree with another structure or other shapes than w.
+            evaluation, if ``residual`` returns a tree with another structure or other shapes than w, or no pair with
+            ``has_aux``.
         TypeError: for a residual that does not take three arguments.
 
     Example:
@@ -75,8 +76,8 @@ class FixedPoint:
 
     Raises:
         ValueError: on construction, if ``strong_convexity`` is a number that is not both positive and finite. On each
-            evaluation, if ``mapping`` returns a tree with another structure than w, or shapes that do not broadcast to
-            those of w.
+            evaluation, if ``mapping`` returns a tree with another structure than w, shapes that do not broadcast to
+            those of w, or no pair with ``has_aux``.
         TypeError: for a mapping that does not take three arguments.
 
     Example:

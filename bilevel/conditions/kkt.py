@@ -17,8 +17,8 @@ class KKT:
     Here w = (x, ν, μ) with the multipliers ν and μ. With the Lagrangian
     L = objective + ⟨ν, equality⟩ + ⟨μ, inequality⟩ the residual is (∇_x L, equality, μ·inequality). An inactive
     inequality has μ = 0 and no effect on the derivative. The adjoint system is singular where an active inequality has
-    μ = 0, or where the gradients of the active constraints are linearly dependent. The residual vanishes for wrong
-    signs too, so the solver must ensure μ ≥ 0 and inequality ≤ 0.
+    μ = 0, or where the gradients of the active constraints are linearly dependent. The residual may also vanish at
+    points with μ < 0 or inequality > 0, so the solver must ensure μ ≥ 0 and inequality ≤ 0.
 
     Args:
         objective: ``objective(x, theta, data) -> scalar``.
@@ -28,7 +28,8 @@ class KKT:
     Raises:
         ValueError: in ``residual``, for a w that is not a triple (x, ν, μ), and for a constraint that is not a tree
             like its multipliers.
-        TypeError: for a function that does not take three arguments.
+        TypeError: for a function that does not take three arguments, and, in ``residual``, for an objective that
+            returns no scalar.
 
     Source: Amos and Kolter (2017), OptNet, equation 6.
 

@@ -1,4 +1,4 @@
-"""The protocol of a condition, and what all conditions share."""
+"""The protocol of a condition, and the checks and wrappers that conditions share."""
 
 import inspect
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class WithoutAux:
 
 
 def without_aux(function: Residual, name: str, has_aux: bool) -> Residual:
-    """Return a condition's function without its aux. A function that is wrapped already is returned unchanged."""
+    """Return a condition's function without its aux. One that has no aux, or is wrapped already, is not changed."""
     return WithoutAux(function, name) if has_aux and not isinstance(function, WithoutAux | LikeW) else function
 
 
@@ -174,12 +174,12 @@ def check_condition_type(owner: str, condition: object) -> None:
 
 
 def scalar(value: PyTree, name: str, remedy: str) -> jax.Array:
-    """Return the value of a user's function as an array, or raise TypeError if it is not one real number."""
+    """Return the value of a user's function as an array, or raise TypeError for a tuple or an array with axes."""
     if isinstance(value, tuple):
-        raise TypeError(f"the {name} returns a scalar, got a tuple of {len(value)}: {remedy}")
+        raise TypeError(f"the {name} must return a scalar, got a tuple of {len(value)}: {remedy}")
     if jax.tree_util.all_leaves([value]) and jnp.ndim(value) > 0:
         raise TypeError(
-            f"the {name} returns a scalar, got an array of shape {jnp.shape(value)}: return its sum or mean"
+            f"the {name} must return a scalar, got an array of shape {jnp.shape(value)}: return its sum or mean"
         )
     return jnp.asarray(value)
 

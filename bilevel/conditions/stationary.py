@@ -38,7 +38,7 @@ class Stationary:
     Raises:
         ValueError: for a number μ that is not positive and finite, and, in use, for an objective with ``has_aux`` that
             does not return a pair.
-        TypeError: for an objective that does not take three arguments.
+        TypeError: for an objective that does not take three arguments, and, in use, for one that returns no scalar.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +88,8 @@ class Proximal:
 
     The Jacobian of the condition is A = H + λI, with the Hessian H of the objective. The adjoint system Av = g is
     solved in the scaled form (I + H/λ)u = g/√λ with v = u/√λ. The eigenvalues of I + H/λ are close to one if H is
-    small compared with λ.
+    small compared with λ. For one λ per parameter, the scaled operator is I + Λ^-½ H Λ^-½ with the diagonal matrix Λ.
+    It is symmetric too.
 
     Args:
         objective: ``objective(w, theta, data) -> scalar``, without the proximal term.
@@ -102,9 +103,8 @@ class Proximal:
     Raises:
         ValueError: for a number λ or μ that is not positive and finite, and, in use, for a centre whose tree structure
             is not that of w.
-        TypeError: for a function that does not take these arguments.
-
-    For one λ per parameter, the scaled operator is I + Λ^-½ H Λ^-½ with the diagonal matrix Λ, which is symmetric too.
+        TypeError: for a function that does not take these arguments, and, in use, for an objective that returns no
+            scalar.
 
     Source: Rajeswaran, Finn, Kakade, Levine (2019), equation 3.
     """

@@ -11,15 +11,15 @@ from bilevel.types import MatVec
 
 
 class _State(NamedTuple):
-    """The state of the recursion; x, r, p, v, ρ, α and ω are those of the source.
+    """The state of the recursion. The names x, r, p, v, ρ, α and ω are those of van der Vorst (1992).
 
     Attributes:
-        shadow: the residual at the last start. The recursion takes inner products of later residuals with it.
+        shadow: the shadow residual, which is the residual at the start or at the last restart.
         best: the iterate with the smallest recursive residual so far.
         least: the norm of that residual.
         iterations: iterations taken.
-        norm: the largest ‖Ap‖ / ‖p‖ so far.
-        fresh: whether the next iteration is the first one after a start.
+        norm: the largest ‖Au‖ / ‖u‖ over the vectors u that were multiplied by A, a lower bound of ‖A‖.
+        fresh: whether the next iteration is the first one after the start or a restart.
         broke: whether the recursion has broken down.
         going: whether there is another iteration.
     """
@@ -53,9 +53,10 @@ def bicgstab(
     """Solve Ax = b for a vector b, and return the iterate with the smallest recursive residual.
 
     The residual is not monotone and may grow by orders of magnitude before it falls. The recursion stops at
-    ‖r‖ ≤ tol·‖b‖ and at the limit of rounding. If a denominator is zero up to rounding, the recursion restarts from the
-    current residual. It has broken down if the first iteration after a start also has a denominator of zero and does
-    not lower the residual.
+    ‖r‖ ≤ tol·‖b‖, and at ‖r‖ ≤ eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax. It restarts from the
+    current x and residual if ⟨shadow, v⟩, ω or the next ρ = ⟨shadow, r⟩ is zero up to rounding, because α or a later β
+    divides by these numbers. It has broken down if this happens in the first iteration after the start or a restart,
+    and the residual of that iteration is not below the smallest one so far.
 
     Source: van der Vorst (1992).
     """

@@ -31,10 +31,11 @@ def cgls(
     eps: float,
     preconditioner: MatVec,
 ) -> Recursion:
-    """Solve AᵀAx = Aᵀb for a vector b by conjugate gradients that never form AᵀA and keep r = b − Ax.
+    """Solve AᵀAx = Aᵀb for a vector b by conjugate gradients that never form AᵀA and update r = b − Ax.
 
-    The recursion stops at ‖r‖ ≤ tol·‖b‖, at the limit of rounding, at a direction p with Ap = 0 up to rounding, and at
-    an r ≠ 0 with Aᵀr = 0 up to rounding. The last two show that A is singular. The directions are divided by the slope
+    The recursion stops at ‖r‖ ≤ tol·‖b‖, and at ‖r‖ ≤ eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax. It
+    also stops at a direction p with Ap = 0 up to rounding, and at an r ≠ 0 with Aᵀr = 0 up to rounding. Either of these
+    two events shows that A is singular. The directions are divided by the slope
     ‖Aᵀr‖, so that no number is of the order of ‖A‖² and A may have any scale.
 
     Source: Hestenes and Stiefel (1952), section 10; Björck, Elfving, Strakoš (1998) for the rounding errors.
@@ -43,7 +44,7 @@ def cgls(
     size = tree.norm(b)
 
     def gradient(r):
-        """Return the slope ‖s‖ of s = Aᵀr, z = M⁻¹s / ‖s‖, and ⟨s, z⟩ / ‖s‖."""
+        """With s = Aᵀr, return the slope ‖s‖, the vector z = M⁻¹s / ‖s‖, and the scalar ⟨s, z⟩ / ‖s‖."""
         (s,) = transpose(r)
         slope = tree.norm(s)
         s = s / tree.safe_divisor(slope)

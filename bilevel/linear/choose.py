@@ -23,7 +23,7 @@ class LinearChoice(NamedTuple):
 DENSE_LIMIT = 500
 """Largest number n of unknowns for which :func:`choose_linear` chooses a dense factorisation.
 
-It takes n products with A and stores the n² entries of A.
+The factorisation takes n products with A and stores the n² entries of A.
 """
 LANCZOS_STEPS = 60
 """Number of Lanczos steps that estimate the eigenvalues for more than ``DENSE_LIMIT`` unknowns.
@@ -33,7 +33,7 @@ Each step takes one product with A.
 FLOOR = 1e-2
 """Smallest eigenvalue of a damped system, relative to the largest absolute eigenvalue of A.
 
-CG then needs fewer than 100 iterations.
+CG then needs at most about 100 iterations to reach the relative residual 1e-6.
 """
 
 
@@ -45,7 +45,8 @@ def choose_linear(
     With ``damped=True``, A = ∂F/∂w may be indefinite at w, as it often is for a network. If A then has an eigenvalue
     that is not positive, the solver gets a ridge r that makes A + rI positive definite. The hypergradient is then not
     the derivative of a solution of F(w, θ) = 0. It is the derivative of the solution of F(w, θ) + r(w − w̄) = 0, with
-    w̄ = w held constant. The reason states r. For a :class:`Proximal`, A is the scaled matrix I + H/λ.
+    w̄ = w held constant. The reason states r. For a :class:`Proximal` of strength λ, A is the scaled matrix I + H/λ,
+    and the term in the residual is rλ(w − w̄).
 
     Args:
         condition: the choice depends on its ``symmetric`` and ``positive_definite``.
@@ -53,8 +54,8 @@ def choose_linear(
             of its entries. With ``damped``, it is the inner solution.
         theta, data: the point where A is evaluated; only ``damped`` uses them.
         damped: whether to look at the eigenvalues of A, and to choose a ridge. Up to ``DENSE_LIMIT`` unknowns they are
-            computed from the matrix. For more, Lanczos's method estimates them from 60 products. Its estimate of the
-            smallest one is too large, so the ridge is chosen as if that one were twice as far below zero.
+            computed from the matrix. For more, Lanczos's method estimates them from 60 products. The
+            estimate of the smallest one is too large, so the ridge is chosen as if it were twice as far below zero.
 
     Returns:
         ``(solver, reason)``; the reason is one sentence, or with ``damped`` a few.
@@ -114,9 +115,10 @@ def _choose_damped(condition: Condition, w: PyTree, theta: PyTree, data: PyTree)
         return LinearChoice(undamped, f"{found}, so it needs no ridge{doubt}.")
     least = FLOOR * max(abs(low), abs(high))
     ridge = least - (1 if dense else 2) * min(low, 0.0)
+    factor = f"{ridge:.3g}·" if condition.scaling(theta, data) is None else f"{ridge:.3g}·λ·"
     reason = (
         f"{found}, so w is not a strict minimum. The ridge {ridge:.3g} makes them positive. The hypergradient is "
-        f"therefore that of the residual F(w, θ) + {ridge:.3g}·(w − w̄), with w̄ = w held constant. If more inner steps "
+        f"therefore that of the residual F(w, θ) + {factor}(w − w̄), with w̄ = w held constant. If more inner steps "
         "lead to a minimum, no ridge is needed."
     )
     return LinearChoice(Cholesky(ridge) if dense else CG(max_steps=100, tol=1e-6, ridge=ridge), reason)

@@ -28,14 +28,14 @@ class LU:
     follows from the backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and from an estimate of the reciprocal condition number,
     ``LinearInfo.rcond``, which takes four solves with the factors. The status is SINGULAR for an rcond below eps,
     ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps. Where the terms of a product Ax
-    cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. If x solves the
-    system with the written-out matrix, and the relative residual is below 1, the status is then ILL_CONDITIONED.
+    cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. The status
+    is then ILL_CONDITIONED if x solves the system with the written-out matrix, and the relative residual is below 1.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:
-        ValueError: for a negative ridge.
+        ValueError: for a negative ridge, and, when called, for an operator that is not square.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Cholesky:
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:
-        ValueError: for a negative ridge.
+        ValueError: for a negative ridge, and, when called, for an operator that is not square.
 
     Example:
         >>> import jax.numpy as jnp
@@ -135,7 +135,7 @@ def report_direct(
         solution: x as a vector in the dtype of the matrix.
         solve: the function v ↦ A⁻¹v of a factorisation, for the estimate of the condition number.
         solve_transposed: v ↦ A⁻ᵀv.
-        breakdown: the status of an x that is not finite although A and b are.
+        breakdown: the status of an x that is not finite although A and b are finite.
         needs_regular: whether the algorithm requires a regular A. If so, the status for a singular A is SINGULAR.
     """
     matrix, solution = jax.lax.stop_gradient((matrix, solution))

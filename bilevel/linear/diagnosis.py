@@ -17,8 +17,8 @@ class SolveDiagnostics:
 
     Attributes:
         relative_residual: the true ‖b − Ax‖ / ‖b‖, or ‖b − Ax‖ where b = 0; infinite where x is not finite.
-        status: NONFINITE where A or b is not finite, the solver's ``breakdown`` where x alone is not, and CONVERGED
-            otherwise.
+        status: NONFINITE where A or b is not finite, the argument ``breakdown`` of :func:`diagnose` where only x is not
+            finite, and CONVERGED otherwise.
         not_definite: whether ⟨x, Ax⟩ ≤ 0 up to rounding for this x ≠ 0, so that A is not positive definite.
         growth: ‖x‖ / ‖b‖, or ‖x‖ where b = 0.
     """
@@ -36,7 +36,7 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.BR
         matvec: A.
         b: the right-hand side.
         x: the computed solution.
-        breakdown: the status of an x that is not finite although A and b are.
+        breakdown: the status of an x that is not finite although A and b are finite.
     """
     length = tree.norm(x)
     finite = jnp.isfinite(length)
@@ -70,15 +70,15 @@ def rounding_of_curvature(length: jax.Array, product_length: jax.Array) -> jax.A
 
 
 def outgrown(residual: jax.Array, stretch: jax.Array, eps: float) -> jax.Array:
-    """Return whether ‖x‖ is so large that x may have no correct digit, although its residual is small.
+    """Return whether ‖x‖ is so large that x may have no correct digit.
 
     Args:
         residual: ‖b − Ax‖ / ‖b‖.
         stretch: ‖A‖‖x‖ / ‖b‖, at most the condition number of A where Ax = b.
         eps: the machine epsilon.
 
-    A stretch above 1/√eps alone is no fault, because an ill-conditioned A can cause it. It is a fault if the residual
-    or the rounding error eps·stretch is also above 0.1.
+    A stretch above 1/√eps alone does not make the result True, because an ill-conditioned A can cause it. The result
+    is True if the residual or the rounding error eps·stretch is also above 0.1.
     """
     return (stretch > eps**-0.5) & ((residual > 0.1) | (eps * stretch > 0.1))
 
@@ -99,7 +99,8 @@ def judge(
     With ``tol``, it is CONVERGED for a relative residual of at most ``tol``, else ``failure``. Without ``tol``, it is
     BUDGET_USED for a relative residual below 1, else MAX_STEPS: x = 0 has the residual 1, so an x with a residual of
     1 or more is no better than zero. ``start`` is the relative residual of the point where the solve began. It may be
-    above 1 near the end of an outer loop with warm starts. A residual below ``start`` is then BUDGET_USED too.
+    above 1 near the end of an outer loop with warm starts. The status of a residual below ``start`` is then BUDGET_USED
+    too.
     """
     if tol is None:
         return jnp.where(residual < jnp.maximum(start, 1), jnp.int32(Status.BUDGET_USED), jnp.int32(Status.MAX_STEPS))
@@ -133,7 +134,7 @@ def report(
             the cost of one product. With ``needs_definite``, this is done only if the relative residual of x is 1 or
             more.
         failure: the status of a residual above ``tol``.
-        breakdown: the status of an x that is not finite although A and b are.
+        breakdown: the status of an x that is not finite although A and b are finite.
         needs_definite: whether the algorithm requires a positive definite A. If ⟨x, Ax⟩ ≤ 0 up to rounding, the status
             is then NEGATIVE_CURVATURE.
     """
@@ -189,7 +190,7 @@ def report_recursion(
 
 
 def _in_a_branch(matvec: MatVec, trivial: jax.Array) -> MatVec:
-    """Return ``matvec`` in the branch of a cond that is taken unless ``trivial``, which says that b = 0 and x = 0.
+    """Return ``matvec`` in a branch of a cond that JAX skips if ``trivial`` is True, that is, if b = 0 and x = 0.
 
     Under ``jax.vmap``, the branch is taken unless all tasks are trivial.
 

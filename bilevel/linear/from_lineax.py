@@ -32,8 +32,9 @@ class Lineax:
       otherwise. If Lineax reports a stagnation or a breakdown and the residual is above √eps, the status is STAGNATION
       or BREAKDOWN, or a status with a larger number.
     - LU, QR, SVD, Cholesky, AutoLinearSolver without ``tol``: as for :class:`LU`, by the backward error and an estimate
-      of the condition number, which takes an LU factorisation of the matrix. SVD, and AutoLinearSolver without
-      ``well_posed=True``, find the shortest solution of a singular system, and do not report it as SINGULAR.
+      of the condition number, which takes an LU factorisation of the matrix. SVD and
+      ``AutoLinearSolver(well_posed=False)`` find the shortest solution of a singular system. With them, and with
+      ``AutoLinearSolver(well_posed=None)``, a singular system is not reported as SINGULAR.
     - The same solvers with ``tol``: CONVERGED if the residual is at most ``tol``, and BREAKDOWN otherwise. If x is not
       finite, as after a division by zero, the status is SINGULAR.
     - CG and Cholesky: NEGATIVE_CURVATURE if x is not finite. CG, and Cholesky with ``tol``, have this status also if
@@ -55,7 +56,7 @@ class Lineax:
         ImportError: if Lineax is not installed.
         TypeError: for a solver that is not an instance of a solver of Lineax.
         ValueError: for a negative tol or ridge, and for the solvers of diagonal, triangular and tridiagonal matrices,
-            because products do not show that structure.
+            because products do not show that structure. When called, for an operator that is not square.
 
     Example:
         >>> import jax.numpy as jnp
@@ -130,7 +131,7 @@ class Lineax:
 
     @property
     def _needs_regular(self) -> bool:
-        """False for the solvers that find the shortest solution of a singular system."""
+        """False for SVD, and for AutoLinearSolver unless ``well_posed=True``: they may solve a singular system."""
         lineax = _import_lineax()
         finds_shortest = isinstance(self.solver, lineax.AutoLinearSolver) and self.solver.well_posed is not True
         return not (finds_shortest or isinstance(self.solver, lineax.SVD))

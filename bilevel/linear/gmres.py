@@ -50,9 +50,10 @@ def gmres(
 ) -> Recursion:
     """Solve Ax = b for a vector b, by the smallest residual over a Krylov space of AM⁻¹.
 
-    The Hessenberg matrix is reduced by Givens rotations as it grows. Its least-squares problem then has the condition
-    number of A, not its square, and the residual is known after each product. The recursion stops at
-    ‖b − Ax‖ ≤ tol·‖b‖ and at the limit of rounding. It also stops if the next product lies in the span of the earlier
+    The Hessenberg matrix is reduced by Givens rotations as it grows. The least-squares problem with this matrix then
+    has at most the condition number of AM⁻¹, not the square of it, and the residual is known after each product. The
+    recursion stops at ‖b − Ax‖ ≤ tol·‖b‖, and at a residual of at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding
+    errors in b − Ax. It also stops if the next product lies in the span of the earlier
     products, because A is then singular, and after a cycle that does not lower the residual.
 
     Source: Saad and Schultz (1986); Saad (2003), sections 6.5 and 9.3.2.

@@ -41,24 +41,27 @@ class CG:
 
     Two engines run the same recursion. ``"jaxopt"`` is jaxopt's ``solve_cg``. Its report is computed from the result x
     alone. It holds the true residual, and its status is NEGATIVE_CURVATURE if ⟨x, Ax⟩ ≤ 0 or if the recursion divided
-    by zero. A search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. On a singular system that is also
-    ill-conditioned, a budget that is too large may move x along the null space. ``"watched"`` is a loop of this
-    library. It also reports the iterations taken and the least curvature among the search directions. Its status is
-    NEGATIVE_CURVATURE if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a direction to zero and the relative
-    residual stays above √eps and ``tol``. It is STAGNATION if the recursion ended before ``max_steps`` and the true
-    residual is above ``tol``. The loop computes three more vector norms in each iteration.
+    by zero. A search direction p with ⟨p, Ap⟩ < 0 is not reported if ⟨x, Ax⟩ > 0. On a singular system whose nonzero
+    eigenvalues span many orders of magnitude, further iterations of this engine may move x along the null space of A.
+    ``"watched"`` is a loop of this library. It also reports the iterations taken and the least curvature among the
+    search directions. Its status is NEGATIVE_CURVATURE if a direction has ⟨p, Ap⟩ < 0. It is SINGULAR if A maps a
+    direction to zero and the relative residual stays above √eps and ``tol``. It is STAGNATION if the recursion ended
+    before ``max_steps`` and the true residual is above ``tol``. The loop computes three more vector norms in each
+    iteration.
 
     Args:
         max_steps: the budget, in iterations. Each iteration takes one product with A. The error after k iterations is
             of order ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. Unless the solve
+            fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below the residual of the
+            ``init`` of the call, and MAX_STEPS otherwise.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
         preconditioner: a function r ↦ M⁻¹r with a symmetric positive definite M; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
 
     Raises:
-        ValueError: for a budget below one, a negative tolerance or ridge, or an unknown engine.
+        ValueError: for a budget below one, a negative tolerance or ridge, or an unknown engine, and, when called, for
+            an operator that is not square.
 
     Source: Hestenes and Stiefel (1952).
 
@@ -102,15 +105,18 @@ class NormalCG:
     Args:
         max_steps: the budget, in iterations. The error after k iterations is of order ((κ − 1)/(κ + 1))^k, with the
             condition number κ of A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion also
-            ends at the limit of rounding.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. Unless the solve
+            fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below the residual of the
+            ``init`` of the call, and MAX_STEPS otherwise. With or without ``tol``, the recursion also ends when the
+            residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
         ridge: solve (A + ridge·I)x = b instead. The ridge of jaxopt's ``solve_normal_cg`` means another system,
             (AᵀA + ridge·I)x = Aᵀb.
-        preconditioner: a function r ↦ M⁻¹r for AᵀA, with a symmetric positive definite M; None for the identity.
+        preconditioner: a function s ↦ M⁻¹s with a symmetric positive definite M ≈ AᵀA; None for the identity. It is
+            applied to multiples of Aᵀ(b − Ax).
 
     Raises:
-        ValueError: for a budget below one or a negative tolerance or ridge.
+        ValueError: for a budget below one or a negative tolerance or ridge, and, when called, for an operator that is
+            not square.
 
     Source: Hestenes and Stiefel (1952), section 10; Björck, Elfving, Strakoš (1998).
 
@@ -144,17 +150,20 @@ class GMRES:
     Args:
         max_steps: the budget, in iterations. Each iteration takes one product with A. Each cycle takes one more, for
             its true residual.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, also within a cycle; None takes up to ``max_steps``, with status BUDGET_USED,
-            or MAX_STEPS if ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``,
-            the recursion also ends at the limit of rounding.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, also within a cycle. With None, the solver takes up to ``max_steps``
+            iterations. Unless the solve fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖
+            or below the residual of the ``init`` of the call, and MAX_STEPS otherwise. With or without ``tol``, the
+            recursion also ends when the residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in
+            b − Ax.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
             the identity.
-        restart: iterations in a cycle. A cycle takes no more iterations than b has entries. The memory is
-            ``restart`` + 1 vectors as large as b.
+        restart: iterations in a cycle. A cycle takes no more iterations than b has entries. The basis takes
+            min(``restart``, ``max_steps``, entries of b) + 1 vectors as large as b.
 
     Raises:
-        ValueError: for a budget or restart below one or a negative tolerance or ridge.
+        ValueError: for a budget or restart below one or a negative tolerance or ridge, and, when called, for an
+            operator that is not square.
 
     Source: Saad and Schultz (1986).
 
@@ -194,14 +203,17 @@ class BiCGStab:
 
     Args:
         max_steps: the budget, in iterations. Each iteration takes two products with A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖; None takes up to ``max_steps``, with status BUDGET_USED, or MAX_STEPS if
-            ‖b − Ax‖ is at least ‖b‖ and at least the residual of ``init``. With or without ``tol``, the recursion also
-            ends at the limit of rounding.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. Unless the solve
+            fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below the residual of the
+            ``init`` of the call, and MAX_STEPS otherwise. With or without ``tol``, the recursion also ends when the
+            residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
         ridge: solve (A + ridge·I)x = b instead.
-        preconditioner: a function r ↦ M⁻¹r; None for the identity.
+        preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
+            the identity.
 
     Raises:
-        ValueError: for a budget below one or a negative tolerance or ridge.
+        ValueError: for a budget below one or a negative tolerance or ridge, and, when called, for an operator that is
+            not square.
 
     Source: van der Vorst (1992).
 
@@ -231,7 +243,7 @@ Iterative = CG | NormalCG | GMRES | BiCGStab
 
 
 def _solve_with_jaxopt(solver: CG, matvec: MatVec, b: PyTree, init: PyTree | None) -> tuple[PyTree, LinearInfo]:
-    """Run jaxopt's CG in the accumulation dtype, and report on its result."""
+    """Run jaxopt's CG in the dtype of :func:`tree.widened`, and report on its result."""
     from bilevel._jaxopt import library  # imports jaxopt
 
     operator = square("CG", matvec, solver.ridge, b, init)
@@ -315,8 +327,10 @@ COUNTS = ("iterations", "null", "broke")
 def _without_zero_products(matvec: MatVec) -> MatVec:
     """Return ``matvec`` with the product of a zero vector replaced by zeros.
 
-    JAX's CG multiplies its start by A even if the start is zero. Only CG gets this ``matvec``. The ``matvec`` of the
-    other solvers is transposed by JAX, which cannot transpose a ``cond`` that depends on v.
+    jaxopt's ``solve_cg`` calls ``jax.scipy.sparse.linalg.cg``, which multiplies its start by A even if the start is
+    zero. Only the jaxopt engine of CG needs this function, because the loops of this library take no product for a zero
+    start. It must not be used in ``_solve_general``, where JAX transposes ``matvec``: JAX cannot transpose a ``cond``
+    whose predicate depends on v.
     """
 
     def product(v: PyTree) -> PyTree:

@@ -17,20 +17,21 @@ from bilevel.types import LinearInfo, MatVec, PyTree
 class Nystrom:
     """The solution x = (ρI + H_r)⁻¹b with the rank-r Nyström approximation H_r of a positive semi-definite A.
 
-    H_r = C W⁺ Cᵀ with C = AΩ and W = ΩᵀAΩ, where the r columns of Ω are an orthonormal basis of a random space. The
+    H_r = C W⁺ Cᵀ with C = AΩ and W = ΩᵀAΩ, where the r columns of Ω are an orthonormal basis of a random subspace. The
     inverse follows from Woodbury's identity. The r products are independent of each other and can run at the same time,
     while those of CG follow one another. At full rank the solution is exact for A + ρI.
 
     Args:
         rank: r, at most the number of unknowns.
-        ridge: ρ > 0; the residual reported is that of (A + ρI)x = b.
+        ridge: ρ > 0; the reported residual is ‖b − (A + ρI)x‖ / ‖b‖.
         tol: the status is CONVERGED if ‖b − (A + ρI)x‖ ≤ tol·‖b‖, else MAX_STEPS. With None it is BREAKDOWN if
-            ‖x‖ is so large that x may have no correct digit, MAX_STEPS if that residual is at least ‖b‖, and
-            BUDGET_USED otherwise.
+            ‖x‖ is so large that x may have no correct digit, MAX_STEPS if ‖b − (A + ρI)x‖ ≥ ‖b‖, and BUDGET_USED
+            otherwise.
         seed: the seed of the random Ω.
 
     Raises:
-        ValueError: for a rank below one, a ridge that is not positive, or a negative tol.
+        ValueError: for a rank below one, a ridge that is not positive, or a negative tol, and, when called, for an
+            operator that is not square.
 
     Source: Hataya and Yamada (2023), Nyström method for accurate and scalable implicit differentiation.
 
@@ -73,7 +74,7 @@ class Nystrom:
         normal = jax.random.normal(jax.random.key(self.seed), (b.size, min(self.rank, b.size)), b.dtype)
         sketch, _ = jnp.linalg.qr(normal)
         columns = jax.vmap(matvec, in_axes=1, out_axes=1)(sketch)
-        # W is singular if A is, so eigenvalues of the size of rounding errors are left out.
+        # W may be singular if A is, so eigenvalues of the size of rounding errors are left out.
         core = sketch.T @ columns
         values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
         # A sum of b.size terms is rounded in b's dtype, and each product is rounded in the leaves' dtype.

@@ -27,11 +27,13 @@ class Neumann:
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
         tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
             ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. Without ``tol``,
-            this holds only if ‖b − Ax‖ is also at least the residual of ``init``. All terms are summed in every case.
+            this holds only if ‖b − Ax‖ is also at least the residual of ``init``, and the status is also BREAKDOWN if
+            ‖x‖ is so large that x may have no correct digit. All terms are summed in every case.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:
-        ValueError: for fewer than one term, a step size that is not positive, or a negative tol or ridge.
+        ValueError: for fewer than one term, a step size that is not positive, or a negative tol or ridge, and, when
+            called, for an operator that is not square.
 
     Source: Lorraine, Vicol, Duvenaud (2020), algorithm 3.
 

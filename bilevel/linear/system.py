@@ -1,4 +1,4 @@
-"""Parts that all linear solvers share: option checks, the ridge, the scale of b, the dtype, the record of a loop."""
+"""Parts that linear solvers share: option checks, the ridge, the scale of b, the dtype, the record of a loop."""
 
 from dataclasses import dataclass, replace
 
@@ -38,7 +38,11 @@ class Recursion:
 
 
 def square(name: str, matvec: MatVec, ridge: float, b: PyTree, init: PyTree | None = None) -> MatVec:
-    """Return the operator v ↦ Av + ridge·v, which raises ValueError when it is called if A is not square."""
+    """Return the operator v ↦ Av + ridge·v. A call of it raises ValueError if A is not square.
+
+    Raises:
+        ValueError: for an ``init`` with other shapes than b.
+    """
     if init is not None and tree.shapes(init) != tree.shapes(b):
         raise ValueError(
             f"{name} needs a square operator, so init must have the shapes of b: b has {tree.shapes_for_message(b)}, "
@@ -75,7 +79,7 @@ sides with float16 leaves are scaled to norm 1."""
 def normalise(
     b: PyTree, init: PyTree | None = None, target: float = NORM_OF_B
 ) -> tuple[jax.Array, PyTree, PyTree | None]:
-    """Return the number c for which ‖b / c‖ = ``target``, and b / c and init / c.
+    """Return the number c for which ‖b / c‖ = ``target`` (1 if b has a float16 leaf), and b / c and init / c.
 
     A cotangent of norm 1e-20 or 1e20 is then solved as accurately as one of norm 1. A ‖b‖ of zero, or one that is not
     finite, is replaced by 1. :func:`denormalise` takes c as ``size``.
@@ -128,8 +132,8 @@ def recursive_tol(tol: float | None, b: PyTree) -> float:
     """Return the relative residual at which a recursion stops.
 
     It is 0.9·tol, or 0.5·tol for a ``tol`` of at most 80·eps, so that the true residual meets ``tol`` in spite of
-    rounding errors. A recursion also stops at the limit of rounding, below which squares of residuals would underflow
-    and give 0/0.
+    rounding errors. A recursion also stops at the limit of rounding (:func:`limit_of_rounding`): far below it, squares
+    of residuals would underflow and give 0/0.
     """
     tol = tol or 0.0
     return (0.9 if tol > 80 * tree.eps(b) else 0.5) * tol

@@ -30,8 +30,9 @@ class Implicit:
     the order of ‖F(w)‖, the norm of the condition's residual, plus the residual of the linear solver.
 
     Args:
-        linear: solves the adjoint system; :class:`CG`, :class:`Cholesky` and :class:`Nystrom` need a symmetric one. A
-            function ``(matvec, b) -> x`` is accepted too, and the true residual of its x is then computed here.
+        linear: solves the adjoint system; :class:`CG`, :class:`Cholesky`, :class:`Nystrom`, and :class:`Lineax` with CG
+            or Cholesky need a symmetric one. A function ``(matvec, b) -> x`` is accepted too, and the true residual of
+            its x is then computed here.
 
     Raises:
         TypeError: for a linear solver that cannot be called with (matvec, b), such as a class in place of an instance.

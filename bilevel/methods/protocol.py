@@ -1,4 +1,4 @@
-"""The protocol of a method, and what all methods share: checked inputs and the derivatives of the outer function."""
+"""The protocol of a method, and what methods share: checked inputs and the derivatives of the outer function."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -18,12 +18,12 @@ from bilevel.types import Hypergradient, PyTree, Solution
 class Method(Protocol):
     """A way to differentiate the inner solution.
 
-    :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer step:
-    ``warm_start`` of its result, or the adjoint ``linear.solution`` if ``warm_start`` is None. In the first step,
+    With warm starts, :func:`minimize` passes ``linear_init``, the warm start that the method returned in the last outer
+    step: ``warm_start`` of its result, or the adjoint ``linear.solution`` if ``warm_start`` is None. In the first step,
     :func:`minimize` passes the result of the method's ``first_warm_start(w, memory)``, where w and ``memory`` are those
-    from which the inner solver starts. For a method without that function, it passes zeros like w. A method with
-    ``start_is_constant = True`` takes ``init`` as a constant: JAX's derivative in it is then zero, and
-    :func:`value_and_hypergradient` warns about it.
+    from which the inner solver starts. For a method without that function, it passes zeros like w. Without warm starts,
+    it passes None. A method with ``start_is_constant = True`` takes ``init`` as a constant: JAX's derivative in it is
+    then zero, and :func:`value_and_hypergradient` warns about it.
     """
 
     def __call__(
@@ -74,7 +74,8 @@ def outer_with_aux(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], Any]:
     """Return the outer function in the form that returns ``(value, aux)``; aux is None without ``has_aux``.
 
     Raises:
-        TypeError: when called, if the outer function returns another form than ``has_aux`` says.
+        TypeError: when called, if the outer function returns no pair with ``has_aux``, a value that is no scalar, or an
+            aux with a leaf that is neither an array nor a number.
     """
 
     def outer(w: PyTree, theta: PyTree, data: PyTree) -> tuple[jax.Array, PyTree]:

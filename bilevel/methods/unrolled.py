@@ -19,9 +19,9 @@ class Unrolled:
     """Backpropagation through the inner solver's steps, all of them or the last few.
 
     The result is the derivative of what the solver computed, not of the solution. It tends to the derivative of the
-    solution as the steps converge.
-    Memory grows with the number of steps that are differentiated. If ``init`` is a function of θ, its derivative is
-    included unless ``last`` leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
+    solution as the steps converge. Memory grows with the number of steps that are differentiated, except with
+    ``first_order`` and gradient descent. If ``init`` is a function of θ, its derivative is included unless ``last``
+    leaves steps out. With ``init=lambda theta, data: theta`` this is MAML.
 
     By default, JAX can differentiate the result again, to any order. If ``last`` leaves steps out, JAX can
     differentiate only the value: its derivative in θ is the gradient, and its derivative in data goes through the last
@@ -40,8 +40,8 @@ class Unrolled:
 
     Raises:
         ValueError: when called, for ``last`` below one or above the solver's steps, for a solver that offers no single
-            steps (:class:`HessianFree`, :class:`Jaxopt`, a function), and for a solver with a ``tol``, whose number of
-            steps is known only at run time.
+            steps (such as :class:`HessianFree`, :class:`Jaxopt` or a function), for a solver with a ``tol``, whose
+            number of steps is known only at run time, and for a condition that the solver cannot solve.
 
     Source: Franceschi et al. (2017); truncation: Shaban et al. (2019).
     """
@@ -123,7 +123,7 @@ class ForwardUnrolled:
     ``init`` is a function of θ, its derivative is included.
 
     JAX can differentiate the result again. If the solver has a ``tol``, or offers no single steps
-    (:class:`HessianFree`, :class:`Jaxopt`, a function), its loop may have an unknown length. Reverse mode
+    (such as :class:`HessianFree`, :class:`Jaxopt` or a function), its loop may have an unknown length. Reverse mode
     (``jax.grad``) is then certain to work only for the derivative of the value in θ. Forward mode can compute all
     derivatives.
 
