@@ -206,6 +206,8 @@ def _dataset_name(options):
 def _evaluate(options):
     if (options.run_directory is None) == (options.record is None):
         raise InputError("evaluate takes the folder of a run, or --record NAME")
+    if options.record is not None and (options.part != "test" or options.best is not None):
+        raise InputError("--part, --best and --last choose from the folder of a run: omit them with --record")
     start_jax()
     if options.record is not None:
         from imaml.reproduction import trained

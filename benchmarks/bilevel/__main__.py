@@ -135,7 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
                     known = report.load(options.out, "rates") if path.exists() else {}
                     report.save(options.out, "rates", known | {problem: tune(problem, folder, options, peer)})
                 else:
-                    run(problem, folder, options, peer, peers)
+                    try:
+                        run(problem, folder, options, peer, peers)
+                    except Missing as error:
+                        print(error, file=sys.stderr)
+                        return 2
     if options.suite in ("run", "table"):
         print(report.table(options.out))
     if options.suite == "docs":

@@ -45,7 +45,7 @@ def divide(labels: Sequence[str], split: Split, seed: int, name: str) -> dict[st
             f'and the last above 0, or the labels of each part as in {{"train": […], "test": […]}}; got {split!r}'
         )
     test = max(1, round(fractions[2] * len(labels)))
-    validation = min(round(fractions[1] * len(labels)), len(labels) - test - 1)
+    validation = max(0, min(round(fractions[1] * len(labels)), len(labels) - test - 1))
     # Use RandomState: numpy guarantees that its stream never changes, but not that of Generator (NEP 19).
     order = np.random.RandomState(seed).permutation(len(labels))
     ends = {"test": order[:test], "validation": order[test : test + validation], "train": order[test + validation :]}

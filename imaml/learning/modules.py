@@ -184,7 +184,7 @@ def _network(init, in_training, with_averages, has_averages, module):
         return apply, with_support if has_averages else None
 
     apply, with_support = by("__call__")
-    features, features_with_support = by("features") if hasattr(module, "features") else (None, None)
+    features, features_with_support = by("features") if callable(getattr(module, "features", None)) else (None, None)
     return Network(init, apply, with_support, features, features_with_support)
 
 

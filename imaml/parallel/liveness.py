@@ -99,10 +99,13 @@ def accept_connections(port: int, processes: int, seconds: float) -> dict[int, s
             except TimeoutError:
                 raise InputError(f"processes {missing} did not connect to port {port} within {seconds:.0f} s") from None
             opened.enter_context(line).settimeout(_ANSWER_SECONDS)
-            if _receive(line, len(_GREETING)) != _GREETING:  # some other program has connected
+            numbers = b""
+            if _receive(line, len(_GREETING)) == _GREETING:
+                numbers = _receive(line, 2 * _MESSAGE_BYTES)
+            if len(numbers) < 2 * _MESSAGE_BYTES:  # some other program has connected, or the process has ended
                 line.close()
                 continue
-            caller, announced = (int.from_bytes(_receive(line)) for _ in range(2))
+            caller, announced = (int.from_bytes(part) for part in (numbers[:_MESSAGE_BYTES], numbers[_MESSAGE_BYTES:]))
             if announced != processes or caller not in missing:
                 raise InputError(
                     f"process {caller} of {announced} has connected, but process 0 of {processes} waits for one of the "

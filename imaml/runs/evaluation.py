@@ -82,7 +82,7 @@ def evaluate(
     Source: Rajeswaran et al. (2019), table 2.
     """
     theta, preset, classes = resolved(run, preset, data, best, on_event, dataset, part)
-    return evaluate_classes(theta, preset, classes, tasks, on_event)
+    return replace(evaluate_classes(theta, preset, classes, tasks, on_event), part=part)
 
 
 def resolved(

@@ -32,6 +32,7 @@ class Evaluation:
             ``"query batch"``, as published, ``"support set"``, or ``"none"`` for a network without batch normalisation.
         beside: the evaluation of the same tasks with the support set's statistics, if this evaluation uses the query
             batch's. Otherwise None.
+        part: the held-out classes of the tasks, ``"test"`` or ``"validation"``.
     """
 
     metric: str
@@ -41,6 +42,7 @@ class Evaluation:
     tasks: int
     normalisation: str
     beside: "Evaluation | None" = None
+    part: str = "test"
 
     @property
     def each(self) -> "tuple[Evaluation, ...]":
@@ -48,9 +50,9 @@ class Evaluation:
         return (replace(self, beside=None), *(() if self.beside is None else (self.beside,)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the evaluations in ``each`` as dictionaries of JSON types, without the entry ``beside``."""
+        """Return the evaluations in ``each`` as dictionaries of JSON types, without ``beside`` and ``part``."""
         fields = [asdict(evaluation) for evaluation in self.each]
-        return [{name: value for name, value in entry.items() if name != "beside"} for entry in fields]
+        return [{name: value for name, value in entry.items() if name not in ("beside", "part")} for entry in fields]
 
     @property
     def accuracy(self) -> float:
@@ -74,7 +76,7 @@ class Evaluation:
         else:
             what = f"{self.value:.2%} ± {self.interval:.2%} on {self.tasks} tasks of held-out classes"
             level = f" (chance {self.chance:.0%})"
-        return f"test {self.metric} {what}{level}{_EXPLAINED[self.normalisation]}"
+        return f"{self.part} {self.metric} {what}{level}{_EXPLAINED[self.normalisation]}"
 
 
 @dataclass(frozen=True)

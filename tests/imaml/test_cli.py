@@ -116,6 +116,8 @@ def error_of(arguments, capsys):
         ("evaluate .", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate . --best", "there is no run in .: it holds no intact checkpoint"),
         ("evaluate nowhere", "there is no run in nowhere"),
+        ("evaluate --record any --part validation", "--part, --best and --last choose from the folder of a run"),
+        ("evaluate --record any --last", "--part, --best and --last choose from the folder of a run"),
         ("evaluate . --tasks many", "invalid int value: 'many'"),
         ("evaluate . --task 3", "there is no option --task: did you mean --tasks?"),
         ("data", "required: NAME"),

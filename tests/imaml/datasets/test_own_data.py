@@ -157,6 +157,7 @@ def test_the_split_is_seeded_disjoint_and_complete():
         ((0.8, 0.2, 0.0), "the last above 0"),
         ((1.5, -1.0, 0.5), "three fractions"),
         ("half", "three fractions"),
+        ((0.1, 0.0, 0.9), "leaves none of 3 classes for training"),
         ({"train": ["0"], "tset": ["1"]}, "there is no part of a split 'tset': did you mean test?"),
         ({"train": ["0"], "test": ["zero"]}, "there is no class of arrays 'zero'"),
         ({"train": ["0"]}, "no class in the part 'test'"),

@@ -251,3 +251,9 @@ def test_replace_refuses_what_is_no_field_and_what_is_no_network():
     for wrong in (Thawed(), Small, object(), lambda outputs: None):
         with pytest.raises(InputError, match="network should be a frozen dataclass"):
             imaml.replace(preset, network=wrong)
+
+
+@pytest.mark.skipif(not HAS["flax"], reason="needs the extra flax")
+def test_an_attribute_features_that_is_a_number_is_not_taken_for_the_last_hidden_layer():
+    network = imaml.linen_network(nn.Dense(OUTPUTS), (INPUTS,))
+    assert network.features is None

@@ -19,7 +19,7 @@ from tiny_preset import dataset, tiny_preset
 
 import imaml
 from imaml import InputError, cli, datasets
-from imaml.parallel import processes
+from imaml.parallel import liveness, processes
 from imaml.parallel.devices import check_shares, global_mesh
 from imaml.parallel.liveness import LivenessMonitor, accept_connections, connect, free_port, receive_number, send_number
 from imaml.parallel.processes import Processes
@@ -329,12 +329,14 @@ def test_a_process_with_another_count_or_a_wrong_number_is_refused(caller):
     assert str(error) == expected
 
 
-def test_a_connection_without_the_greeting_is_ignored():
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1", liveness._GREETING, liveness._GREETING + b"1"])
+def test_a_connection_without_the_greeting_or_without_numbers_is_ignored(sent):
     port = free_port()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(accept_connections, port, 2, 10.0)
         with connect_when_listening(port) as other_program:
-            other_program.sendall(b"GET / HTTP/1.1")
+            other_program.sendall(sent)
+            other_program.shutdown(socket.SHUT_WR)
             own_lines = connect("127.0.0.1", port, 1, 2, 10.0)
             lines = first.result()
     with lines[1], own_lines[0]:

@@ -155,7 +155,8 @@ def test_the_validation_classes_are_evaluated_on_request(finished, whole):
     data = whole.dataset
     swapped = replace(data, test=data.validation, validation=data.test, name="swapped")
     validation = imaml.evaluate(finished, PRESET, 4, part="validation")
-    assert validation == imaml.evaluate(finished, PRESET, 4, dataset=swapped)
+    assert validation == replace(imaml.evaluate(finished, PRESET, 4, dataset=swapped), part="validation")
+    assert str(validation).startswith("validation accuracy ")
     with pytest.raises(InputError, match="there is no part of a dataset 'train'"):
         imaml.evaluate(finished, PRESET, 4, part="train")
     with pytest.raises(InputError, match="the dataset swapped has no validation classes"):
