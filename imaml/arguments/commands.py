@@ -17,6 +17,10 @@ REPRODUCE_EPILOG = (
     "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
     "takes minutes."
 )
+DIAGNOSE_EPILOG = (
+    "The nearest class mean and the linear probe classify the features of the trained network without adaptation. If "
+    "they are as accurate as the adapted network, adaptation adds nothing to the features."
+)
 COMPLETION_EPILOG = (
     "For bash: imaml completion bash > ~/.local/share/bash-completion/completions/imaml. "
     "For zsh: imaml completion zsh > DIR/_imaml, with a folder DIR of $fpath. "
@@ -110,17 +114,14 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="NAME",
         help="evaluate trained parameters that come with the package, by the name of their record",
     )
-    _add_data(evaluate)
-    evaluate.add_argument(
-        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
-    )
-    _add_best(evaluate)
-    evaluate.add_argument(
-        "--part",
-        metavar="PART",
-        default="test",
-        help="evaluate on the test classes (test, the default) or on the validation classes (validation)",
-    )
+    _add_evaluation(evaluate)
+
+    diagnose = commands.add_parser(
+        "diagnose", help="compare a run with classifiers that do not adapt, and measure its calibration",
+        epilog=DIAGNOSE_EPILOG,
+    )  # fmt: skip
+    diagnose.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    _add_evaluation(diagnose)
 
     predict = commands.add_parser("predict", help="adapt a run to a folder of labelled images, and label other images")
     _add_trained(predict)
@@ -258,6 +259,20 @@ def _add_preset(command):
 def _add_trained(command):
     command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
     _add_best(command)
+
+
+def _add_evaluation(command):
+    _add_data(command)
+    command.add_argument(
+        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
+    )
+    _add_best(command)
+    command.add_argument(
+        "--part",
+        metavar="PART",
+        default="test",
+        help="take the test classes (test, the default) or the validation classes (validation)",
+    )
 
 
 def _add_best(command):

@@ -100,7 +100,9 @@ def test_the_notebook_of_an_example_has_all_of_its_code(example):
 
 def test_the_reference_of_the_command_line_has_each_command():
     text = commandline.help_of()
-    assert {"train", "evaluate", "predict", "verify", "presets", "reproduce", "data"} <= set(commandline.commands(text))
+    assert {"train", "evaluate", "diagnose", "predict", "verify", "presets", "reproduce", "data"} <= set(
+        commandline.commands(text)
+    )
     assert max(map(len, text.splitlines())) <= commandline.WIDTH
     assert "--keep-checkpoints" in commandline.help_of("train")
     with pytest.raises(RuntimeError, match="lists no commands"):
