@@ -61,11 +61,7 @@ def test_diagnose_passes_its_options_on_and_prints_the_diagnosis(monkeypatch, ca
     assert main(["diagnose", "runs/first", *words]) == 0
     out, err = capsys.readouterr()
     record = json.loads(out)
-    assert (record["run"], record["part"], record["calibration"]["expected_error"]) == (
-        "runs/first",
-        "validation",
-        0.25,
-    )
+    assert (record["run"], record["part"], record["adapted"]["value"]) == ("runs/first", "validation", 0.5)
     assert record["calibration"]["bins"][0]["accuracy"] is None and err == "classes are left out\n"
     default = {"tasks": 600, "data": None, "best": None, "part": "test"}
     given = {"tasks": 40, "data": "cards", "best": False, "part": "validation"}
