@@ -116,7 +116,7 @@ def _overridden(chosen, each: Override, command, known):
     current = current_path(chosen, each.path)
     prefix = "" if each.file is None else f"{each.file}: "
     if current not in settings(chosen):
-        raise InputError(f"{prefix}{_unknown(each, chosen, command, known, settings(chosen))}")
+        raise InputError(f"{prefix}{_no_setting(each, chosen, command, known, settings(chosen))}")
     if each.text is None:
         raise InputError(f"--{each.path} needs a value")
     if current != each.path:
@@ -127,7 +127,7 @@ def _overridden(chosen, each: Override, command, known):
         raise InputError(f"{prefix}{error}") from error
 
 
-def _unknown(each: Override, chosen, command, options, settings):
+def _no_setting(each: Override, chosen, command, options, settings):
     """Return what is wrong with a setting that the preset does not have: a mistyped word, or a setting of others."""
     every = f"see 'imaml {command} {chosen.name} --help'"
     if each.path in {setting.path for setting in settings_with_meanings()}:
