@@ -7,6 +7,8 @@ from imaml.reports.html import Html, element, section, table
 from imaml.runs.diagnosis import BINS, Calibration, calibration
 from imaml.runs.outcomes import Outcomes
 
+FEWEST = 10
+"""The smallest number of predictions of a bin that the diagram shows. The accuracy of fewer is mostly chance."""
 STYLES = ("orange", "purple")
 """The CSS class of each kind of statistics, as in the chart of the accuracy."""
 
@@ -25,19 +27,19 @@ def reliability(found: Outcomes, normalisations: tuple[str, ...]) -> Html:
     explanation = (
         "The confidence of a prediction is the largest probability. Probabilities are calibrated if, of the "
         "predictions with a confidence of 80 %, 80 % are right. The expected calibration error is the distance between "
-        f"accuracy and confidence in each of {BINS} bins of the confidence, averaged over the predictions."
+        f"accuracy and confidence in each of {BINS} bins of the confidence, averaged over the predictions. The log loss "
+        "is the mean of −log of the probability of the true class."
     )
     rows = [
         [name, f"{each.expected_error:.2%}", f"{each.negative_log_likelihood:.3f} nats"]
         for name, each in measured.items()
     ]
-    header = ["statistics of batch normalisation", "expected calibration error", "negative log-likelihood"]
+    header = ["normalised over", "calibration error", "log loss"]
+    bins = [_bins(name, each) for name, each in measured.items()]
     return section(
         "Calibration",
         element("p", explanation),
-        table(header, rows, numbers=(1, 2)),
-        element("div", _diagram(measured), class_="charts"),
-        *(_bins(name, each) for name, each in measured.items()),
+        element("div", _diagram(measured), element("div", table(header, rows, (1, 2)), *bins), class_="charts"),
     )
 
 
@@ -45,9 +47,13 @@ def _diagram(measured: dict[str, Calibration]) -> Html:
     ends = np.array([0.0, 1.0])
     series = [Series("calibrated", "grey", ends, ends, kind="dashed")]
     for (name, each), style in zip(measured.items(), STYLES, strict=False):
-        x, y = ([getattr(bin, part) for bin in each.bins] for part in ("confidence", "accuracy"))
+        drawn = [bin for bin in each.bins if bin.count >= FEWEST]
+        x, y = ([getattr(bin, part) for bin in drawn] for part in ("confidence", "accuracy"))
         series.append(Series(_label(name), style, x, y, kind="dots"))
-    note = "Below the dashed line the network claims more than it knows, and above it less."
+    note = (
+        "Below the dashed line, predictions are right less often than they claim, and above it more often. Bins with "
+        f"fewer than {FEWEST} predictions are not drawn."
+    )
     return chart("Accuracy by confidence", series, "confidence", limits=(0, 1), shown="{:.0%}".format, note=note)
 
 

@@ -96,12 +96,11 @@ def _head(run: Summary, preset: Preset, computed) -> Html:
     found = run.evaluations or computed
     steps = f"{run.step:,}" if run.ended else f"{run.step:,} of {run.settings['outer.steps']:,}"
     unfinished = "" if run.ended or run.evaluations else ", not finished"
-    over = [f", normalised over the {each['normalisation']}" if len(found) > 1 else "" for each in found]
-    tiles = [
-        *(
-            (result(each).removeprefix("error "), f"test {each['metric']}{by}{unfinished}")
-            for each, by in zip(found, over, strict=True)
-        ),
+    tiles = []
+    for each in found:
+        over = f", normalised over the {each['normalisation']}" if len(found) > 1 else ""
+        tiles.append((_result(each), f"test {each['metric']}{over}{unfinished}"))
+    tiles += [
         (steps, "meta-steps"),
         (f"{run.tasks:,}", "training tasks"),
         (duration(run.seconds), "training time"),
@@ -115,11 +114,21 @@ def _head(run: Summary, preset: Preset, computed) -> Html:
     )
 
 
+def _result(evaluation):
+    """Return the value and the interval, with a line break allowed only before the interval."""
+    return (
+        result(evaluation)
+        .removeprefix("error ")
+        .replace(" %", "\N{NO-BREAK SPACE}%")
+        .replace("± ", "±\N{NO-BREAK SPACE}")
+    )
+
+
 def _evaluation(run: Summary, preset: Preset, computed) -> Html:
     """Return the section with the evaluations of the run."""
     found: Any = run.evaluations or computed
     rows = [
-        [result(each), f"{each['tasks']:,}", EXPLAINED.get(each["normalisation"], each["normalisation"])]
+        [_result(each), f"{each['tasks']:,}", EXPLAINED.get(each["normalisation"], each["normalisation"])]
         for each in found
     ]
     chance = found[0].get("chance")

@@ -71,7 +71,8 @@ def test_the_commands_of_the_section_work_in_an_empty_folder(tmp_path):
     assert sum(right) > 10  # guessing gets 4
 
     page = (run / "report.html").read_text()
-    assert f"{100 * published['value']:.2f} % ±" in page and f"{100 * by_support['value']:.2f} % ±" in page
+    assert f"{100 * published['value']:.2f}\N{NO-BREAK SPACE}%" in page
+    assert f"{100 * by_support['value']:.2f}\N{NO-BREAK SPACE}%" in page
     assert all(f"<h2>{title}</h2>" in page for title in ("Calibration", "Confusion", "Example tasks"))
     assert (tmp_path / "shapes" / "learner.safetensors").stat().st_size > 10_000
     assert printed[commands()[-1]] == "implicit MAML\n"
