@@ -27,8 +27,8 @@ def reliability(found: Outcomes, normalisations: tuple[str, ...]) -> Html:
     explanation = (
         "The confidence of a prediction is the largest probability. Probabilities are calibrated if, of the "
         "predictions with a confidence of 80 %, 80 % are right. The expected calibration error is the distance between "
-        f"accuracy and confidence in each of {BINS} bins of the confidence, averaged over the predictions. The log loss "
-        "is the mean of −log of the probability of the true class."
+        f"accuracy and confidence in each of {BINS} bins of the confidence, averaged over the predictions. The log "
+        "loss is the mean of −log of the probability of the true class."
     )
     rows = [
         [name, f"{each.expected_error:.2%}", f"{each.negative_log_likelihood:.3f} nats"]
@@ -39,7 +39,7 @@ def reliability(found: Outcomes, normalisations: tuple[str, ...]) -> Html:
     return section(
         "Calibration",
         element("p", explanation),
-        element("div", _diagram(measured), element("div", table(header, rows, (1, 2)), *bins), class_="charts"),
+        element("div", _diagram(measured), element("div", table(header, rows, (1, 2)), *bins), class_="charts tabled"),
     )
 
 
@@ -68,5 +68,5 @@ def _bins(name, found: Calibration):
         for each in found.bins
         if each.count
     ]
-    header = ["confidence", "predictions", "mean confidence", "accuracy"]
+    header = ["bin", "predictions", "confidence", "accuracy"]
     return element("details", element("summary", f"The bins: {_label(name)}"), table(header, rows, numbers=(1, 2, 3)))
