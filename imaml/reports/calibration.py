@@ -64,7 +64,7 @@ def _label(name):
 def _bins(name, found: Calibration):
     """Return a table of the bins that have predictions."""
     rows = [
-        [f"{each.low:.0%} to {each.high:.0%}", f"{each.count:,}", f"{each.confidence:.1%}", f"{each.accuracy:.1%}"]
+        [f"{100 * each.low:.0f}–{each.high:.0%}", f"{each.count:,}", f"{each.confidence:.1%}", f"{each.accuracy:.1%}"]
         for each in found.bins
         if each.count
     ]
