@@ -224,6 +224,17 @@ def _evaluate(options):
     return Outcome(evaluated | {"part": options.part, "evaluations": found.records()}, str(found))
 
 
+def _diagnose(options):
+    start_jax()
+    from imaml.runs.diagnosis import diagnose
+
+    found = diagnose(
+        options.run, tasks=options.tasks, data=options.data, best=options.best,
+        on_event=_warn if options.quiet else print, part=options.part,
+    )  # fmt: skip
+    return Outcome({"run": str(options.run), "part": options.part} | found.record(), str(found))
+
+
 def _predict(options):
     start_jax()
     from imaml.runs.learner import load
@@ -370,6 +381,7 @@ def _completion(options):
 COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "diagnose": _diagnose,
     "predict": _predict,
     "export": _export,
     "verify": _verify,

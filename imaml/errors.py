@@ -1,7 +1,7 @@
 """The error for invalid input. The command line prints the message without a traceback and exits with status 2."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -31,8 +31,30 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     Raises:
         InputError: if ``value`` is not in ``known``.
     """
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no {name} {value!r}: {hint}known: {', '.join(known)}")
+    if value not in known:
+        raise unknown(name, value, known)
+
+
+def unknown(name: str, value: object, known: Sequence[str]) -> InputError:
+    """Return the error of :func:`check_choice` for a value that is not in ``known``."""
+    hints = [suggestion(value, known), f"known: {', '.join(known)}"]
+    return InputError(f"there is no {name} {value!r}: {' '.join(filter(None, hints))}")
+
+
+def suggestion(word: object, known: Iterable[str], otherwise: str = "") -> str:
+    """Return the question whether the :func:`nearest` word was meant, or ``otherwise`` if no word is similar."""
+    near = nearest(word, known)
+    return otherwise if near is None else f"did you mean {near}?"
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """Return the word in ``known`` that is most similar to ``word``; None if no word is similar.
+
+    The dashes before the name of an option are not compared, because every option has them.
+
+    >>> nearest("--suport", ["--support", "--start"]), nearest("--suport", ["--start"])
+    ('--support', None)
+    """
+    bare = {each.lstrip("-"): each for each in known}
+    near = difflib.get_close_matches(str(word).lstrip("-"), bare, n=1)
+    return bare[near[0]] if near else None

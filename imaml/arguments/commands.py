@@ -1,13 +1,9 @@
 """The commands of the command line, each with its arguments."""
 
 import argparse
-import difflib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imaml.errors import InputError
-from imaml.runs.versions import versions
-from imaml.settings.meanings import settings_with_meanings
+from imaml.arguments.parser import Parser, Version, one_of
 
 SHELLS = ("bash", "zsh", "fish")
 """The shells for which ``imaml completion`` prints a script."""
@@ -20,6 +16,10 @@ EPILOG = (
 REPRODUCE_EPILOG = (
     "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
     "takes minutes."
+)
+DIAGNOSE_EPILOG = (
+    "The nearest class mean and the linear probe classify the features of the trained network without adaptation. If "
+    "they are as accurate as the adapted network, adaptation adds nothing to the features."
 )
 COMPLETION_EPILOG = (
     "For bash: imaml completion bash > ~/.local/share/bash-completion/completions/imaml. "
@@ -40,66 +40,6 @@ WITH_SETTINGS = ("train", "verify", "sweep")
 """The commands that accept the settings of a preset as options."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser that raises errors of argparse as InputError, and keeps its arguments by name.
-
-    Attributes:
-        named: the arguments by their key in a TOML file: an option without its dashes, or the lower-case placeholder of
-            a positional argument.
-        options: the names of the options, such as ``"--out"``.
-        actions: all arguments in the help, including the settings that :func:`add_settings` adds.
-    """
-
-    def __init__(self, *arguments, **keywords):
-        self.named: dict[str, argparse.Action] = {}
-        self.options: list[str] = []
-        self.actions: list[argparse.Action] = []
-        keywords.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
-        super().__init__(*arguments, allow_abbrev=False, **keywords)
-        self.named.pop("help", None)
-
-    def add_argument(self, *names, **keywords):
-        action = super().add_argument(*names, **keywords)
-        self.actions.append(action)
-        self.options += [name for name in names if name.startswith("--")]
-        name = action.option_strings[-1] if action.option_strings else str(action.metavar).lower()
-        self.named[name.removeprefix("--")] = action
-        return action
-
-    def add_flag(self, name, help):
-        """Add a switch. A hidden option ``--no-NAME`` switches it off if a TOML file has switched it on."""
-        self.add_argument(f"--{name}", action="store_true", help=help)
-        super().add_argument(
-            f"--no-{name}", action="store_false", default=False, dest=name.replace("-", "_"), help=argparse.SUPPRESS
-        )
-        self.options.append(f"--no-{name}")
-
-    def error(self, message):
-        raise InputError(f"{message}; see '{self.prog} --help'")
-
-
-class _Version(argparse.Action):
-    """Print the versions of imaml and its dependencies, and exit. They are looked up only for this option."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        found = versions()
-        print(f"imaml {found.pop('imaml')} ({', '.join(f'{name} {number}' for name, number in found.items())})")
-        parser.exit()
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """Return a function for argparse that accepts one of ``words``, and suggests a similar one for any other word."""
-
-    def check(text):
-        if text in words:
-            return text
-        near = difflib.get_close_matches(text, words, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}"
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {hint}")
-
-    return check
-
-
 def parsers() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the command line, and the parsers of the commands by their names."""
     parser = Parser(
@@ -108,7 +48,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         epilog="'imaml COMMAND --help' lists the options of a command.",
     )
     parser.add_argument(
-        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS,
+        "--version", action=Version, nargs=0, default=argparse.SUPPRESS,
         help="print the versions of imaml and its dependencies and exit",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -174,17 +114,14 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="NAME",
         help="evaluate trained parameters that come with the package, by the name of their record",
     )
-    _add_data(evaluate)
-    evaluate.add_argument(
-        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
-    )
-    _add_best(evaluate)
-    evaluate.add_argument(
-        "--part",
-        metavar="PART",
-        default="test",
-        help="evaluate on the test classes (test, the default) or on the validation classes (validation)",
-    )
+    _add_evaluation(evaluate)
+
+    diagnose = commands.add_parser(
+        "diagnose", help="compare a run with classifiers that do not adapt, and measure its calibration",
+        epilog=DIAGNOSE_EPILOG,
+    )  # fmt: skip
+    diagnose.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    _add_evaluation(diagnose)
 
     predict = commands.add_parser("predict", help="adapt a run to a folder of labelled images, and label other images")
     _add_trained(predict)
@@ -313,37 +250,6 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, dict(commands.choices)
 
 
-def add_settings(command: Parser, values: dict[str, object] | None = None) -> None:
-    """Add the settings to the help of a command.
-
-    Args:
-        command: the parser of a command in :data:`WITH_SETTINGS`.
-        values: the settings of one preset, with their values. With None, the settings of all presets are added, without
-            values.
-    """
-    command.usage = "%(prog)s [PRESET] [OPTION ...] [--SETTING VALUE ...]"
-    group = command.add_argument_group("settings of the preset")
-    known = {setting.path: setting for setting in settings_with_meanings()}
-    for path in known if values is None else values:
-        setting = known.get(path)
-        value, meaning = (setting.value, setting.meaning) if setting else ("VALUE", "")
-        shown = meaning if values is None else f"{meaning} [{values[path]}]".strip()
-        command.actions.append(group.add_argument(f"--{path}", metavar=value, help=shown.replace("%", "%%")))
-
-
-def unknown_option(words: Sequence[str], options: Sequence[str], prog: str) -> InputError | None:
-    """Return the error for the first word before a lone ``--`` that is an unknown option; None without such a word."""
-    for word in words:
-        if word == "--":
-            break
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see '{prog} --help'"
-            return InputError(f"there is no option {name}: {hint}")
-    return None
-
-
 def _add_preset(command):
     command.add_argument(
         "preset", nargs="?", metavar="PRESET", help="default: glyphs-5way-1shot-gd, which needs no files"
@@ -353,6 +259,20 @@ def _add_preset(command):
 def _add_trained(command):
     command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
     _add_best(command)
+
+
+def _add_evaluation(command):
+    _add_data(command)
+    command.add_argument(
+        "--tasks", metavar="N", type=int, default=600, help="number of held-out tasks (default: the paper's 600)"
+    )
+    _add_best(command)
+    command.add_argument(
+        "--part",
+        metavar="PART",
+        default="test",
+        help="take the test classes (test, the default) or the validation classes (validation)",
+    )
 
 
 def _add_best(command):

@@ -2,7 +2,8 @@
 
 import shtab
 
-from imaml.arguments.commands import FORMATS, LOGGERS, WITH_SETTINGS, add_settings, parsers
+from imaml.arguments.commands import FORMATS, LOGGERS, WITH_SETTINGS, parsers
+from imaml.arguments.parser import add_settings
 from imaml.datasets import FOLDER, registry
 from imaml.learning.algorithms import ALGORITHMS
 from imaml.reproduction import trained

@@ -1,13 +1,12 @@
 """The TOML file of ``--config``: options and settings of a command."""
 
 import argparse
-import difflib
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-from imaml.arguments.commands import Parser
-from imaml.errors import InputError
+from imaml.arguments.parser import Parser
+from imaml.errors import InputError, unknown
 from imaml.settings.paths import flat
 
 SAME_AS = {"meta-steps": "outer.steps"}
@@ -64,10 +63,7 @@ def apply(file: Path, command: Parser, with_settings: bool) -> list[Override]:
         elif with_settings:
             found.append(Override(key, _text(file, key, value), file))
         else:
-            near = difflib.get_close_matches(name, command.named, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            known = ", ".join(name for name in command.named if name != "config")
-            raise InputError(f"{file}: there is no option {key!r}: {hint}known: {known}")
+            raise InputError(f"{file}: {unknown('option', key, [each for each in command.named if each != 'config'])}")
     return found
 
 

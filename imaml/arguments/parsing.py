@@ -1,15 +1,16 @@
 """The parser of a command line: its words become the options of a command and its preset."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from imaml.arguments import config_file
-from imaml.arguments.commands import WITH_SETTINGS, Parser, add_settings, parsers, unknown_option
+from imaml.arguments.commands import WITH_SETTINGS, parsers
 from imaml.arguments.config_file import Override
-from imaml.errors import InputError, check_choice
+from imaml.arguments.parser import Parser, add_settings, unknown_option
+from imaml.errors import InputError, check_choice, nearest
+from imaml.settings.meanings import settings_with_meanings
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -49,9 +50,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         overrides = [*config_file.apply(file, command, with_settings), *overrides]
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        near = difflib.get_close_matches(f"--{unknown[0].lstrip('-')}", command.options, n=1)
-        near = near if unknown[0].startswith("-") else []
-        command.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else ""))
+        near = nearest(unknown[0], command.options) if unknown[0].startswith("-") else None
+        command.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near}?" if near else ""))
     if with_settings:
         options.chosen = _chosen(options, overrides, command.options)
     return options
@@ -117,12 +117,8 @@ def _overridden(chosen, each: Override, command, known):
     current = current_path(chosen, each.path)
     prefix = "" if each.file is None else f"{each.file}: "
     if current not in settings(chosen):
-        if near := difflib.get_close_matches(f"--{each.path}", known, n=1, cutoff=0.75):
-            near = near[0] if each.file is None else near[0].removeprefix("--")
-            raise InputError(f"{prefix}there is no option {each.name}: did you mean {near}?")
-        if near := difflib.get_close_matches(current, settings(chosen), n=1):
-            raise InputError(f"{prefix}there is no setting --{current}: did you mean --{near[0]}?")
-    elif each.text is None:
+        raise InputError(f"{prefix}{_no_setting(each, chosen, command, known, settings(chosen))}")
+    if each.text is None:
         raise InputError(f"--{each.path} needs a value")
     if current != each.path:
         print(f"imaml {command}: {prefix}{each.name} is deprecated: use --{current}", file=sys.stderr)
@@ -130,3 +126,14 @@ def _overridden(chosen, each: Override, command, known):
         return override(chosen, current, each.text or "")
     except InputError as error:
         raise InputError(f"{prefix}{error}") from error
+
+
+def _no_setting(each: Override, chosen, command, options, settings):
+    """Return what is wrong with a setting that the preset does not have: a mistyped word, or a setting of others."""
+    every = f"see 'imaml {command} {chosen.name} --help'"
+    if each.path in {setting.path for setting in settings_with_meanings()}:
+        return f"there is no setting {each.name} in {chosen.name} with algorithm {chosen.algorithm}: {every}"
+    dashes = "--" if each.file is None else ""
+    near = nearest(each.path, [*options, *settings])
+    hint = every if near is None else f"did you mean {dashes}{near.lstrip('-')}?"
+    return f"there is no {'setting' if near in settings else 'option'} {each.name}: {hint}"

@@ -3,7 +3,6 @@
 :class:`ImageDataset` also reads one's own folders and arrays, and :func:`register_dataset` gives a dataset a name.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.datasets.registry import BUILT_IN, FOLDER, Dataset, register_dataset
 from imaml.datasets.sinusoid import SinusoidDataset
 from imaml.datasets.uneven import UnevenClasses
-from imaml.errors import InputError
+from imaml.errors import InputError, unknown
 
 __all__ = [
     "Dataset", "ImageClasses", "ImageDataset", "SinusoidDataset", "UnevenClasses", "download", "load",
@@ -115,7 +114,4 @@ def download(
 
 
 def _unknown(name):
-    known = (*BUILT_IN, FOLDER, *registry.names())
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return InputError(f"there is no dataset {name!r}: {hint}known are {', '.join(known)}")
+    return unknown("dataset", name, (*BUILT_IN, FOLDER, *registry.names()))

@@ -50,12 +50,13 @@ def class_folders(directory: Path) -> dict[str, dict[str, list[Path]]]:
     files with a suffix that is not in :data:`SUFFIXES`, are ignored.
 
     Raises:
-        InputError: if the folder does not exist, if it or one of its parts has no subfolders, or if a class has no
-            image.
+        InputError: if the folder does not exist, if it or one of its parts has no subfolders, if a class has no image,
+            or if the parts include both ``val`` and ``validation``.
     """
     folders = _subfolders(directory)
     names = {ALIASES.get(path.name, path.name): path for path in folders}
     if {"train", "test"} <= set(names) <= set(PARTS):
+        check(len(names) == len(folders), f"{directory}: val and validation are the same part: keep one of the folders")
         return {part: classes_of(path) for part, path in names.items()}
     return {UNDIVIDED: classes_of(directory)}
 

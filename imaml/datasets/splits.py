@@ -72,6 +72,7 @@ def held_out(classes: int, fraction: float) -> tuple[list[int], list[int]]:
 
 def _told(labels, split, name):
     given = {ALIASES.get(part, part): [str(label) for label in chosen] for part, chosen in split.items()}
+    check(len(given) == len(split), f"{name}: val and validation are the same part of the split: keep one of them")
     for part, chosen in given.items():
         check_choice("part of a split", part, PARTS)
         for label in chosen:

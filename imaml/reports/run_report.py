@@ -8,10 +8,10 @@ from typing import Any
 from imaml.datasets import Dataset
 from imaml.errors import InputError
 from imaml.learning.tasks import Episode
-from imaml.reports import classification, regression, training
+from imaml.reports import calibration, classification, regression, training
 from imaml.reports.comparison import result
 from imaml.reports.html import Html, element, page, section, table
-from imaml.runs.evaluation import evaluate_classes, resolved
+from imaml.runs.evaluation import evaluate_classes, normalisations, resolved
 from imaml.runs.outcomes import outcomes
 from imaml.runs.prediction import DRAWINGS
 from imaml.runs.progress import duration
@@ -41,10 +41,11 @@ def report(
 ) -> Path:
     """Write a report of a run as one HTML file, and return the file's path.
 
-    The report has the learning curve, the residuals and statuses over training, the evaluation, the settings, and those
-    settings that differ from the preset. For held-out tasks, it shows which classes are taken for which, and example
-    tasks with their images and predictions. For a regression it shows example curves instead. The file needs no script,
-    font or image from elsewhere.
+    The report has the learning curve, the residuals and statuses over training, the evaluation with the statistics of
+    the query batch and of the support set, the settings, and those settings that differ from the preset. For held-out
+    tasks, it shows how well the probabilities are calibrated, which classes are taken for which, and example tasks with
+    their images and predictions. For a regression it shows example curves instead. The file needs no script, font or
+    image from elsewhere.
 
     Args:
         run: a run's folder or a :class:`imaml.Run`. The run need not be finished.
@@ -91,11 +92,14 @@ def report(
 
 def _head(run: Summary, preset: Preset, computed) -> Html:
     """Return the title and the most important numbers."""
-    best = (run.evaluations or computed)[0]
+    found = run.evaluations or computed
     steps = f"{run.step:,}" if run.ended else f"{run.step:,} of {run.settings['outer.steps']:,}"
     unfinished = "" if run.ended or run.evaluations else ", not finished"
-    tiles = [
-        (result(best).removeprefix("error "), f"test {best['metric']}{unfinished}"),
+    tiles = []
+    for each in found:
+        over = f", normalised over the {each['normalisation']}" if len(found) > 1 else ""
+        tiles.append((_result(each), f"test {each['metric']}{over}{unfinished}"))
+    tiles += [
         (steps, "meta-steps"),
         (f"{run.tasks:,}", "training tasks"),
         (duration(run.seconds), "training time"),
@@ -109,11 +113,21 @@ def _head(run: Summary, preset: Preset, computed) -> Html:
     )
 
 
+def _result(evaluation):
+    """Return the value and the interval, with a line break allowed only before the interval."""
+    return (
+        result(evaluation)
+        .removeprefix("error ")
+        .replace(" %", "\N{NO-BREAK SPACE}%")
+        .replace("± ", "±\N{NO-BREAK SPACE}")
+    )
+
+
 def _evaluation(run: Summary, preset: Preset, computed) -> Html:
     """Return the section with the evaluations of the run."""
     found: Any = run.evaluations or computed
     rows = [
-        [result(each), f"{each['tasks']:,}", EXPLAINED.get(each["normalisation"], each["normalisation"])]
+        [_result(each), f"{each['tasks']:,}", EXPLAINED.get(each["normalisation"], each["normalisation"])]
         for each in found
     ]
     chance = found[0].get("chance")
@@ -138,7 +152,7 @@ def _tasks(theta, preset, classes, tasks):
     if preset.episode.metric != "accuracy":
         return [regression.curves(found, theta, preset, classes)]
     black = preset.dataset in DRAWINGS
-    sections = [classification.confusion(found, classes, black)]
+    sections = [calibration.reliability(found, normalisations(preset)), classification.confusion(found, classes, black)]
     if isinstance(preset.episode, Episode):
         sections.append(classification.examples(found, preset, classes, black))
     return sections

@@ -132,7 +132,7 @@ def _meaning(name):
     if name not in bl.Status.__members__:
         return "This version does not have the status."
     message = bl.Status[name].message
-    return f"{message[:1].upper()}{message[1:]}."
+    return f"{message[:1].upper()}{message[1:].removesuffix('.')}."
 
 
 def _mean(label, style, log: list[Progress], values):

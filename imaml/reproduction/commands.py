@@ -1,13 +1,12 @@
 """The commands ``imaml reproduce`` and ``imaml record``: they return what to print, and write files to a folder."""
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from imaml.errors import InputError
+from imaml.errors import InputError, check_choice
 from imaml.reproduction import gradient_error, memory, pictures, records, trained
 from imaml.reproduction.paper import ROWS, TABLE_2
 from imaml.reproduction.table import rows, table_2
@@ -102,10 +101,7 @@ def check(what: str, directory: Path | None, form: str) -> None:
             records.
     """
     for given, known, kind in ((what, WORKS, "table or figure"), (form, FORMS, "format")):
-        if given not in known:
-            near = difflib.get_close_matches(given, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"there is no {kind} {given!r}: {hint}known are {', '.join(known)}")
+        check_choice(kind, given, tuple(known))
     if directory is not None and what != "table2":
         raise InputError(f"{what} is computed by this command and reads no records: omit --records")
 

@@ -28,11 +28,14 @@ class Outcomes:
             ``[tasks, examples, outputs]``.
         drawn: int ``[tasks, ways]``, the index of the class that has each label of a task. None for a regression, and
             for tasks of one's own whose classes are not known.
+        support_outputs: like ``outputs``, with the statistics of the support set. None for a network without batch
+            normalisation.
     """
 
     outputs: np.ndarray
     targets: np.ndarray
     drawn: np.ndarray | None
+    support_outputs: np.ndarray | None = None
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -77,21 +80,25 @@ def outcomes(theta: Any, preset: Preset, classes: Any, tasks: int = 600) -> Outc
         tasks: number of tasks.
     """
     learner, episode, together = preset.test_learner, preset.episode, preset.outer.at_once
+    with_support = preset.functions.apply_with_support_statistics
 
     def one(fixed, key):
         theta, source = fixed
         task = episode.sample(source, key, preset.turns(training=False))
-        return learner.apply(learner.adapt(theta, task).w, task.query_x), task.query_y
+        phi = learner.adapt(theta, task).w
+        support = None if with_support is None else with_support(phi, task.query_x, task.support_x)
+        return learner.apply(phi, task.query_x), task.query_y, support
 
     batch = {"batch_size": together} if together > 1 else {}
     mesh = local_mesh(tasks)
     spread = over_tasks(lambda fixed, keys: jax.lax.map(lambda key: one(fixed, key), keys, **batch), mesh, SPREAD)
     keys = keys_of(preset, classes, tasks)
-    outputs, targets = jax.jit(spread)(on_all((theta, classes.source), mesh), keys)
+    found = jax.jit(spread)(on_all((theta, classes.source), mesh), keys)
+    outputs, targets, support_outputs = jax.tree.map(np.asarray, found)
     drawn = None
     if isinstance(episode, Episode) and type(episode).sample is Episode.sample:
         drawn = np.asarray(jax.vmap(lambda key: episode.drawn_classes(len(classes), key))(keys))
-    return Outcomes(np.asarray(outputs), np.asarray(targets), drawn)
+    return Outcomes(outputs, targets, drawn, support_outputs)
 
 
 def task(preset: Preset, classes: Any, index: int, tasks: int = 600) -> Task:

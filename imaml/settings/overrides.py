@@ -1,11 +1,10 @@
 """Overrides of single settings by their dotted path, such as ``inner.step_size`` or ``outer.tasks``."""
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
-from imaml.errors import InputError, check
+from imaml.errors import InputError, check, nearest, suggestion
 from imaml.learning.networks import PRODUCTS
 from imaml.settings.meanings import FIXED
 from imaml.settings.parts import CONVOLUTIONS
@@ -31,14 +30,14 @@ def override(chosen: Preset, path: str, text: str) -> Preset:
         text: the new value as typed. The parsed value has the type of the present one.
 
     Raises:
-        InputError: if the path is not one of :func:`settings` (the message lists those), if the text cannot be parsed,
-            or if the preset refuses the value.
+        InputError: if the path is not one of :func:`settings`, if the text cannot be parsed, or if the preset refuses
+            the value. For an unknown path, the message suggests a similar one, or lists all if none is similar.
     """
     paths = settings(chosen)
     if path not in paths:
-        near = difflib.get_close_matches(path, paths, n=1)
-        hint = f"did you mean --{near[0]}? " if near else ""
-        raise InputError(f"there is no setting --{path}: {hint}known: {', '.join(f'--{p}' for p in paths)}")
+        known = [f"--{each}" for each in paths]
+        hint = suggestion(path, known, f"known: {', '.join(known)}")
+        raise InputError(f"there is no setting --{path}: {hint}")
     if path == "algorithm":
         return chosen.using(text)
     return _replace(chosen, path.split("."), _parse(path, text, paths[path]))
@@ -74,8 +73,8 @@ def _parse(path, text, present):
         check(text.lower() in values, f"--{path} takes true or false, got {text!r}")
         return values[text.lower()]
     if path in CHOICES:
-        near = difflib.get_close_matches(text, CHOICES[path], n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
+        near = nearest(text, CHOICES[path])
+        hint = f": did you mean {near}?" if near else ""
         check(text in CHOICES[path], f"--{path} takes {' or '.join(CHOICES[path])}, got {text!r}{hint}")
         return text
     kind, what = (int, "a whole number") if isinstance(present, int) else (float, "a number")

@@ -5,12 +5,11 @@ record and its components.
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 import bilevel as bl
 from imaml import entry_points
-from imaml.errors import InputError, check
+from imaml.errors import InputError, check, suggestion
 from imaml.learning.tasks import Curve, Episode
 from imaml.settings.parts import MLP, Adaptation, Baselines, Conv4, Outer, Rotations
 from imaml.settings.preset import CITATIONS, RAJESWARAN, Preset
@@ -28,7 +27,8 @@ def preset(name: str) -> Preset:
 
     Raises:
         InputError: if the name is unknown, or if the entry point that offers the preset cannot be imported or is not a
-            preset of that name. For an unknown name, the message lists all names and, if one is similar, suggests it.
+            preset of that name. For an unknown name, the message suggests a similar one if there is one, and says what
+            lists all names.
     """
     known = _registered | _PRESETS
     if name in known:
@@ -36,9 +36,8 @@ def preset(name: str) -> Preset:
     names = presets()
     if name in names:
         return _offered(name)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else ""
-    raise InputError(f"there is no preset {name!r}: {hint} known: {', '.join(names)}".replace(":  known", ": known"))
+    hints = [suggestion(name, names), "'imaml presets' lists all of them (in Python, imaml.presets())"]
+    raise InputError(f"there is no preset {name!r}: {' '.join(filter(None, hints))}")
 
 
 def presets() -> tuple[str, ...]:

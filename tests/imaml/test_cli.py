@@ -80,14 +80,16 @@ def error_of(arguments, capsys):
     "arguments, expected",
     [
         ("train glyphs-5way-1shot-dg", f"there is no preset 'glyphs-5way-1shot-dg': did you mean {DEFAULT}?"),
-        ("presets glyps", "there is no preset 'glyps'"),
+        ("presets glyps", "there is no preset 'glyps': 'imaml presets' lists all of them"),
         ("train --inner.max_step 3", "there is no setting --inner.max_step: did you mean --inner.max_steps?"),
         ("train --inner.max_step=3", "there is no setting --inner.max_step: did you mean --inner.max_steps?"),
         ("train --meta-step 3", "there is no option --meta-step: did you mean --meta-steps?"),
         ("train --meta-step", "there is no option --meta-step: did you mean --meta-steps?"),
         ("train --quite", "there is no option --quite: did you mean --quiet?"),
         ("train --quite --seed 3", "there is no option --quite: did you mean --quiet?"),
-        ("train --verbose", "there is no setting --verbose: known: --episode.ways"),
+        ("train --verbose", "there is no option --verbose: see 'imaml train glyphs-5way-1shot-gd --help'\n"),
+        ("train --suport 2", "there is no option --suport: see 'imaml train glyphs-5way-1shot-gd --help'\n"),
+        ("train --meta-stesp 3", "there is no option --meta-stesp: did you mean --meta-steps?\n"),
         ("train --quiet=yes", "ignored explicit argument 'yes'"),
         ("verify --linear.max_step 3", "there is no setting --linear.max_step: did you mean --linear.max_steps?"),
         ("verify --linear.max_steps 0", "CG needs max_steps of at least 1, got 0"),
@@ -119,15 +121,20 @@ def error_of(arguments, capsys):
         ("evaluate --record any --part validation", "--part, --best and --last choose from the folder of a run"),
         ("evaluate --record any --last", "--part, --best and --last choose from the folder of a run"),
         ("evaluate . --tasks many", "invalid int value: 'many'"),
+        ("diagnose", "required: RUN"),
+        ("diagnose nowhere", "there is no run in nowhere"),
+        ("diagnose . --taks 3", "there is no option --taks: did you mean --tasks?\n"),
+        ("diagnose . --part tset", "there is no part of a dataset 'tset': did you mean test?"),
+        ("diagnos .", "there is no command 'diagnos': did you mean diagnose?"),
         ("evaluate . --task 3", "there is no option --task: did you mean --tasks?"),
         ("data", "required: NAME"),
-        ("data omniglt", "there is no dataset 'omniglt': did you mean omniglot? known are glyphs, omniglot,"),
+        ("data omniglt", "there is no dataset 'omniglt': did you mean omniglot? known: glyphs, omniglot,"),
         ("data sinusoid", "the sinusoid dataset is sampled: there is nothing to download"),
         ("data miniimagenet", "miniimagenet may not be redistributed: obtain the images yourself, and use --data"),
         ("train miniimagenet-5way-1shot-gd", "miniimagenet needs its images: use --data DIR to name the folder"),
         ("train miniimagenet-5way-1shot-gd --data nowhere", "nowhere: no such folder; name the one that holds images/"),
         ("train sinusoid-5shot-gd --data here", "the sinusoid dataset reads no files and takes no data folder"),
-        ("train --strength 2 --algorithm maml", "there is no setting --strength"),
+        ("train --strength 2 --algorithm maml", f"no setting --strength in {DEFAULT} with algorithm maml: see"),
         ("train --algorithm mmal", "there is no algorithm 'mmal': did you mean maml?"),
         ("train glyphs-5way-1shot-hf --inner.step_size 1", "there is no setting --inner.step_size"),
         ("verify omniglot-5way-1shot-reference-code", "verify compares with the paper's equations"),
@@ -135,7 +142,7 @@ def error_of(arguments, capsys):
     ],
 )
 def test_a_mistake_gives_one_sentence_and_writes_nothing(arguments, expected, here, capsys):
-    assert expected in error_of(arguments.split(), capsys)
+    assert expected in error_of(arguments.split(), capsys) + "\n"
     assert list(here.iterdir()) == []
 
 
@@ -471,7 +478,7 @@ def test_a_toml_file_gives_required_arguments(here):
 @pytest.mark.parametrize(
     "command, content, expected",
     [
-        ("train", "inner.max_step = 3", "run.toml: there is no setting --inner.max_step: did you mean --inner.max_ste"),
+        ("train", "inner.max_step = 3", "run.toml: there is no setting inner.max_step: did you mean inner.max_steps?"),
         ("train", "meta-step = 3", "run.toml: there is no option meta-step: did you mean meta-steps?"),
         ("train", "strength = 'strong'", "run.toml: --strength takes a number, got 'strong'"),
         ("train", "meta-steps = 2.5", "run.toml: --outer.steps takes a whole number, got '2.5'"),

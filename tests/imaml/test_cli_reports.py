@@ -1,9 +1,10 @@
-"""Tests of the commands ``imaml report``, ``compare`` and ``sweep``, and of ``imaml train --log``: options and output.
+"""Tests of ``imaml diagnose``, ``report``, ``compare`` and ``sweep``, and of ``imaml train --log``: options and output.
 
 The functions that do the work have tests of their own. Here, stand-ins record how they are called.
 """
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ import imaml
 from imaml.arguments import parse
 from imaml.cli import main
 from imaml.reports import comparison, run_report
+from imaml.runs import diagnosis
 from imaml.runs import sweep as sweep_module
+from imaml.runs.diagnosis import Bin, Calibration, Diagnosis
 from imaml.runs.loggers import TensorBoard, WeightsAndBiases
 from imaml.runs.sweep import Sweep, Trial
 
@@ -38,6 +41,31 @@ def called(monkeypatch):
     monkeypatch.setattr(run_report, "report", report)
     monkeypatch.setattr(sweep_module, "sweep", sweep)
     return calls
+
+
+def test_diagnose_passes_its_options_on_and_prints_the_diagnosis(monkeypatch, capsys):
+    calls = []
+    evaluation = imaml.Evaluation("accuracy", 0.5, 0.1, 0.2, 40, "none")
+    bins = (Bin(0.0, 0.5, 0, math.nan, math.nan), Bin(0.5, 1.0, 40, 0.75, 0.5))
+    found = Diagnosis(evaluation, None, None, Calibration(0.25, 0.9, bins, 40))
+
+    def diagnose(run, *, on_event, **options):
+        calls.append((run, options))
+        on_event("classes are left out")
+        return found
+
+    monkeypatch.setattr(diagnosis, "diagnose", diagnose)
+    assert main(["diagnose", "runs/first"]) == 0
+    assert capsys.readouterr().out == f"classes are left out\n{found}\n"
+    words = ["--tasks", "40", "--data", "cards", "--last", "--part", "validation", "--quiet", "--json"]
+    assert main(["diagnose", "runs/first", *words]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["run"], record["part"], record["adapted"]["value"]) == ("runs/first", "validation", 0.5)
+    assert record["calibration"]["bins"][0]["accuracy"] is None and err == "classes are left out\n"
+    default = {"tasks": 600, "data": None, "best": None, "part": "test"}
+    given = {"tasks": 40, "data": "cards", "best": False, "part": "validation"}
+    assert calls == [(Path("runs/first"), default), (Path("runs/first"), given)]
 
 
 def test_report_prints_the_path_of_the_file(called, capsys):

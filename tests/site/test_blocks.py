@@ -117,8 +117,10 @@ def check_make(words):
 
 
 def check_python(words):
-    """Assert that the module or the script exists, unless the page has a placeholder for a name."""
-    if words[:1] == ["-m"]:
+    """Assert that the module or the script exists, unless the page has a placeholder for a name. Compile a program."""
+    if words[:1] == ["-c"]:
+        compile(words[1], "the argument of python -c", "exec")
+    elif words[:1] == ["-m"]:
         assert importlib.util.find_spec(words[1].split(".")[0]) or words[1] in ("venv", "pip", "build")
     elif words and words[0] != "examples/NAME.py":
         assert (ROOT / words[0]).exists()
@@ -139,4 +141,5 @@ ARGUMENT_CHECKS = {
     "pip": check_pip,
     "source": list,  # accepts any arguments
     "git": list,
+    "cd": list,
 }

@@ -16,6 +16,8 @@ import figures
 import notebooks
 from blocks import ROOT, all_blocks
 
+from imaml.cli import COMMANDS
+
 STARTS = sorted((ROOT / "docs" / "start").glob("*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -100,7 +102,7 @@ def test_the_notebook_of_an_example_has_all_of_its_code(example):
 
 def test_the_reference_of_the_command_line_has_each_command():
     text = commandline.help_of()
-    assert {"train", "evaluate", "predict", "verify", "presets", "reproduce", "data"} <= set(commandline.commands(text))
+    assert set(commandline.commands(text)) == set(COMMANDS)
     assert max(map(len, text.splitlines())) <= commandline.WIDTH
     assert "--keep-checkpoints" in commandline.help_of("train")
     with pytest.raises(RuntimeError, match="lists no commands"):

@@ -67,6 +67,18 @@ def test_subfolders_with_the_names_of_the_parts_are_the_split(names, tmp_path):
         ImageDataset.from_folder(tmp_path, split=(0.5, 0, 0.5))
 
 
+def test_two_folders_for_one_part_are_refused_unless_they_are_classes(tmp_path):
+    for part in ("train", "val", "validation", "test"):
+        for label in ("x", "y"):
+            save(tmp_path / part / label / "0.png", np.zeros((5, 9)))
+            save(tmp_path / part / f"{label}.png", np.zeros((5, 9)))
+    with pytest.raises(InputError, match="val and validation are the same part: keep one of the folders"):
+        ImageDataset.from_folder(tmp_path)
+    save(tmp_path / "plane" / "0.png", np.zeros((5, 9)))  # now these are five classes
+    data = ImageDataset.from_folder(tmp_path, split=(0.4, 0, 0.6))
+    assert {"val", "validation"} < {*data.train.labels, *data.test.labels}
+
+
 def test_a_class_called_train_next_to_other_classes_is_a_class(tmp_path):
     for label in ("train", "test", "plane"):
         save(tmp_path / label / "0.png", np.zeros((5, 9)))
@@ -161,6 +173,7 @@ def test_the_split_is_seeded_disjoint_and_complete():
         ({"train": ["0"], "tset": ["1"]}, "there is no part of a split 'tset': did you mean test?"),
         ({"train": ["0"], "test": ["zero"]}, "there is no class of arrays 'zero'"),
         ({"train": ["0"]}, "no class in the part 'test'"),
+        ({"train": ["0"], "val": ["1"], "validation": ["2"], "test": ["2"]}, "val and validation are the same part"),
         ({"train": ["0", "1"], "test": ["1"]}, "1 classes, including 1, are in both train and test"),
         ({"train": ["0", "0"], "test": ["1"]}, "named twice in the part train"),
     ],
@@ -389,7 +402,7 @@ def test_names_and_results_that_cannot_be_used_are_refused():
             imaml.register_dataset(name, lambda folder: None)
     with pytest.raises(InputError, match="read should be a function"):
         imaml.register_dataset("cards", "cards")
-    with pytest.raises(InputError, match=r"there is no dataset 'cards': known are glyphs, .*, folder"):
+    with pytest.raises(InputError, match=r"there is no dataset 'cards': known: glyphs, .*, folder"):
         datasets.load("cards")
     imaml.register_dataset("cards", lambda folder: [1, 2])
     with pytest.raises(InputError, match=r"the dataset that 'cards' reads should be an imaml\.ImageDataset"):

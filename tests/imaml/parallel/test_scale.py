@@ -9,7 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -27,6 +27,7 @@ from imaml.runs import checkpoints, training
 from imaml.runs import folder as runfolder
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
+from imaml.settings.parts import Validation
 from imaml.storage import files
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -68,15 +69,18 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def start(tiny_pixels, tmp_path_factory):
-    """A context manager ``start(directory, pause=0.0)`` that yields two training processes and kills them on exit."""
+    """A context manager ``start(directory, pause, *words)`` that yields two training processes and kills them on exit.
+
+    The words are added to the command line of both processes.
+    """
     folder = tmp_path_factory.mktemp("processes")
     np.save(folder / "pixels.npy", tiny_pixels)
     environment = os.environ | {"IMAML_CACHE": str(folder), "PYTHONPATH": PATHS, "PYTHONIOENCODING": "utf-8"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # like the fixture quick_compilation in this process
 
     @contextmanager
-    def start(directory, pause=0.0):
-        command = [sys.executable, __file__, folder / "pixels.npy", pause, "--out", directory, "--processes", 2]
+    def start(directory, pause=0.0, *words):
+        command = [sys.executable, __file__, folder / "pixels.npy", pause, *words, "--out", directory, "--processes", 2]
         command += ["--coordinator", f"127.0.0.1:{free_port()}", "--process-id"]
         pair = [
             subprocess.Popen(
@@ -209,6 +213,26 @@ def test_only_process_0_writes_files_and_prints(interrupted_run):
     }  # fmt: skip
     assert [progress.step for progress in runlog.read_log(interrupted_run.directory)] == list(range(1, STEPS + 1))
     assert "test accuracy" in out and not [line for line in other_out.splitlines() if "Gloo" not in line]
+
+
+@pytest.mark.slow("starts two processes")
+def test_validation_in_two_processes_gives_the_numbers_of_one_process(start, tiny_pixels, tmp_path, monkeypatch):
+    validation = Validation(every=1, tasks=20, patience=2, held_out=0.5)
+    words = [f"--validation.{name}={value}" for name, value in asdict(validation).items()]
+    with start(tmp_path / "two", 0.0, *words) as pair:
+        ends = [wait_for_end(process) for process in pair]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    monkeypatch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: dataset(tiny_pixels))
+    alone = imaml.train(replace(PRESET, validation=validation), tmp_path / "one", devices=1, evaluation_tasks=4)
+    one, two = (
+        [(entry.step, entry.validation, entry.validation_interval) for entry in runlog.read_log(tmp_path / name)]
+        for name in ("one", "two")
+    )
+    assert one == two and None not in one[0]
+    assert alone.best_step < alone.step < STEPS  # both processes stop early at the same step
+    saved = [newest_checkpoint(tmp_path / name).description["validation"] for name in ("one", "two")]
+    assert saved[0] == saved[1] and saved[0]["step"] == alone.best_step
+    assert checkpoints.best(tmp_path / "two").step == alone.best_step
 
 
 # --- Without other processes ---------------------------------------------------------------------------------------

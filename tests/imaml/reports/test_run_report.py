@@ -1,5 +1,6 @@
 """Tests of the report of a run: it needs no other file, and has the numbers of the run and of its evaluation."""
 
+import itertools
 import re
 import signal
 from dataclasses import replace
@@ -8,13 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from tiny_preset import dataset, tiny_preset
 
 import imaml
 from imaml.datasets.images import ImageClasses, ImageDataset
-from imaml.reports import classification
+from imaml.reports import calibration, classification
 from imaml.runs import outcomes as run_outcomes
 from imaml.runs.evaluation import evaluate_classes
+from imaml.settings.parts import Conv4
 
 TASKS = 40
 VOID = {"meta", "img"}
@@ -107,6 +110,43 @@ def test_the_examples_have_the_predictions_and_mistakes_of_the_tasks(reported):
     first = int(np.flatnonzero(found.targets[0] == 0)[0])
     name = reported.data.test.labels[found.drawn[0][found.predicted[0][first]]]
     assert f"{name}, {found.probabilities[0][first].max():.0%}" in text
+
+
+@pytest.mark.slow("trains a run and adapts to its tasks")
+def test_the_calibration_is_that_of_the_probabilities_of_the_tasks(reported):
+    found = reported.outcomes
+    assert found.support_outputs is None  # the network has no batch normalisation
+    text = Page(reported.html).text
+    assert f"none {expected_error(found.outputs, found.targets):.2%}" in text
+    assert text.count("The bins: ") == 1
+
+
+def expected_error(outputs, targets):
+    """Return the expected calibration error with 15 bins, from the definition of Guo et al. (2017)."""
+    confidence, right = softmax(np.float64(outputs), -1).max(-1).ravel(), (outputs.argmax(-1) == targets).ravel()
+    ends = np.linspace(0, 1, 16)
+    inside = [(low < confidence) & (confidence <= high) for low, high in itertools.pairwise(ends)]
+    return sum(abs(right[each].sum() - confidence[each].sum()) for each in inside) / len(right)
+
+
+@pytest.mark.slow("compiles a convolutional network")
+def test_both_kinds_of_statistics_are_shown_side_by_side(tiny_pixels, tmp_path):
+    preset, data = replace(PRESET, network=Conv4(filters=2)), dataset(tiny_pixels)
+    run = imaml.train(preset, tmp_path / "run", dataset=data, evaluation_tasks=TASKS)
+    found = run_outcomes.outcomes(run.theta, preset, data.test, TASKS)
+    for outputs, evaluation in zip((found.outputs, found.support_outputs), run.evaluation.each, strict=True):
+        assert (outputs.argmax(-1) == found.targets).mean() == pytest.approx(evaluation.value, rel=1e-6)
+    text = Page(imaml.report(run, dataset=data).read_text()).text
+    for outputs, evaluation in zip((found.outputs, found.support_outputs), run.evaluation.each, strict=True):
+        name, value = evaluation.normalisation, f"{100 * evaluation.value:.2f} % ± {100 * evaluation.interval:.2f} %"
+        assert f"{value} test accuracy, normalised over the {name}" in text
+        assert f"{name} {expected_error(outputs, found.targets):.2%}" in text
+    assert text.count("The bins: ") == 2
+
+
+def test_outputs_that_are_not_finite_have_no_calibration():
+    found = run_outcomes.Outcomes(np.full((2, 3, 5), np.nan), np.zeros((2, 3), int), None)
+    assert "not finite" in Page(calibration.reliability(found, ("none",))).text
 
 
 @pytest.mark.slow("trains a run and adapts to its tasks")

@@ -274,8 +274,8 @@ def test_recomputation_needs_more_memory_than_implicit_maml_and_less_than_unroll
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ("reproduce tabel2", "no table or figure 'tabel2': did you mean table2? known are table2, figure2a, figure2b"),
-        ("reproduce table2 --format html", "there is no format 'html': known are terminal, markdown"),
+        ("reproduce tabel2", "no table or figure 'tabel2': did you mean table2? known: table2, figure2a, figure2b"),
+        ("reproduce table2 --format html", "there is no format 'html': known: terminal, markdown"),
         ("reproduce figure2a --records .", "figure2a is computed by this command and reads no records"),
         ("reproduce table2 --records nowhere", "there is no folder nowhere of records"),
         ("reproduce", "required: NAME"),
