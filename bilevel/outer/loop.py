@@ -118,6 +118,21 @@ def _with_hypergradient(solve: Callable[[PyTree], Hypergradient]) -> Callable[[P
     return lambda theta: value(theta)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known about a step once it is traced.
+
+    Attributes:
+        is_traced: whether a transformation of JAX traces its arguments, or arrays that its functions have captured.
+        dtypes: the dtypes of the fields of its :class:`History`.
+        solves_adjoint: whether its hypergradient has the report of a linear solve.
+    """
+
+    is_traced: bool
+    dtypes: list[Any]
+    solves_adjoint: bool
+
+
 class CompiledLoop:
     """The compiled loop of a setup.
 
@@ -138,6 +153,29 @@ class CompiledLoop:
     def __init__(self, setup: Setup, capacity: int, observe: bool):
         self.step = jax.jit(partial(outer_step, setup))
         self.advance = jax.jit(partial(_advance, self.step, capacity, observe), donate_argnums=0)
+        self._outlines: dict[Any, Outline] = {}
+
+    def outline(self, *arguments: Any) -> Outline:
+        """Return the outline of ``step(*arguments)``. It is cached by the types of the arguments."""
+        leaves, structure = jax.tree.flatten(arguments)
+        key = structure, tuple(map(jax.typeof, leaves)), jax.config.read("jax_enable_x64")
+        arguments_are_traced = tree.is_traced(leaves)
+        if key in self._outlines and not arguments_are_traced:
+            return self._outlines[key]
+        solves_adjoint = []
+
+        def record(*arguments: Any) -> History:
+            _, found, out = self.step(*arguments)
+            solves_adjoint.append(out.linear is not None)
+            return found
+
+        # jit caches this trace of the step, so the compiled loop does not trace it again.
+        traced = jax.make_jaxpr(record)(*arguments)
+        is_traced = arguments_are_traced or tree.is_traced(traced.consts)
+        found = Outline(is_traced, [leaf.dtype for leaf in traced.out_avals], solves_adjoint[0])
+        if not is_traced:
+            self._outlines[key] = found
+        return found
 
 
 _cached_loop = lru_cache(maxsize=64)(CompiledLoop)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,20 +53,13 @@ class Run:
         self._raises, self._halt = halt, jnp.asarray(halt)
         self._one, self._sound = jnp.int32(1), jnp.asarray(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
-        # jit caches this trace of the step, so the compiled loop does not trace it again.
-        traced = jax.make_jaxpr(self._record)(state, start, batch, self._halt)
-        self.is_traced = tree.is_traced((state, start, batch, traced.consts))
-        self._dtypes = [leaf.dtype for leaf in traced.out_avals]
+        self._outline = self._compiled.outline(state, start, batch, self._halt)
+        self.is_traced = self._outline.is_traced
         self._length, self._rows = 1, []
         # The compiled loop donates the buffers of its state, so it gets a copy of the caller's arrays.
         self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)
         self.number = self._first = 0 if self.is_traced else int(state.step)
         self.exhausted, self.last = False, None
-
-    def _record(self, *arguments: Any) -> History:
-        _, record, out = self._compiled.step(*arguments)
-        self._solves_adjoint = out.linear is not None
-        return record
 
     def advance(self, batches: Iterator[PyTree], at_most: int) -> None:
         """Take some steps, at most ``at_most``, and wait for the last of them.
@@ -128,17 +120,20 @@ class Run:
     def record(self) -> StepRecord:
         """Return the record of the last step."""
         value, gradient_norm, inner, linear, status = map(float, self._rows[-1][-1])
-        linear = linear if self._solves_adjoint else np.nan
+        linear = linear if self._outline.solves_adjoint else np.nan
         return StepRecord(self.number - 1, value, gradient_norm, inner, linear, Status(int(status)))
 
     def history(self) -> History:
         """Return the records of all steps."""
         columns = np.concatenate(self._rows).T
-        if not self._solves_adjoint:
+        if not self._outline.solves_adjoint:
             columns[3] = np.nan
         with jax.debug_nans(False):
             return History(
-                *(jnp.asarray(column.astype(dtype)) for column, dtype in zip(columns, self._dtypes, strict=True))
+                *(
+                    jnp.asarray(column.astype(dtype))
+                    for column, dtype in zip(columns, self._outline.dtypes, strict=True)
+                )
             )
 
     def warn(self, on_failure: Policy) -> None:
