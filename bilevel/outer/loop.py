@@ -156,9 +156,9 @@ class CompiledLoop:
         self._outlines: dict[Any, Outline] = {}
 
     def outline(self, *arguments: Any) -> Outline:
-        """Return the outline of ``step(*arguments)``. It is cached by the types of the arguments."""
+        """Return the outline of ``step(*arguments)``. It is cached by the types of the arguments and the default float dtype."""
         leaves, structure = jax.tree.flatten(arguments)
-        key = structure, tuple(map(jax.typeof, leaves)), jax.config.read("jax_enable_x64")
+        key = structure, tuple(map(jax.typeof, leaves)), jnp.result_type(float)
         arguments_are_traced = tree.is_traced(leaves)
         if key in self._outlines and not arguments_are_traced:
             return self._outlines[key]
