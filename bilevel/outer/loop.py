@@ -156,7 +156,7 @@ class CompiledLoop:
         self._outlines: dict[Any, Outline] = {}
 
     def outline(self, *arguments: Any) -> Outline:
-        """Return the outline of ``step(*arguments)``. It is cached by the types of the arguments and the default float dtype."""
+        """Return the outline of ``step(*arguments)``, cached by the arguments' types and the default float dtype."""
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple(map(jax.typeof, leaves)), jnp.result_type(float)
         arguments_are_traced = tree.is_traced(leaves)
