@@ -1,5 +1,6 @@
 """The linear solver Lineax, which runs a solver of the library Lineax."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,7 +158,7 @@ def _solve(
         b, start = b.astype(float), None if start is None else start.astype(float)
     product = jax.lax.stop_gradient(matvec(b))
     size = tree.norm(product)
-    size = jnp.where((size > 0) & jnp.isfinite(size), jnp.exp2(jnp.round(jnp.log2(size))), 1)
+    size = jnp.where((size > 0) & jnp.isfinite(size), jnp.exp2(jnp.round(jnp.log2(size))), 1) / _enlargement(solver, b)
     start = None if start is None else size * start
     operator = lineax.FunctionLinearOperator(
         lambda v: jax.lax.optimization_barrier(matvec(v) / size), jax.ShapeDtypeStruct(b.shape, b.dtype), tags
@@ -188,6 +189,20 @@ def _solve(
     is_multiple = tree.norm(b - factor * product) <= 4 * jnp.finfo(b.dtype).eps
     x = jnp.where(is_multiple, factor * b, found.value) / size
     return jnp.where(nonzero, x, jnp.zeros_like(b)), steps, jnp.where(is_multiple, jnp.int32(Status.MAX_STEPS), failure)
+
+
+def _enlargement(solver: Any, b: jax.Array) -> float:
+    """Return the power of two by which A is multiplied for a solver of Lineax that compares A with an absolute number.
+
+    Lineax's CG returns NaN for a direction p with ⟨p, Ap⟩ ≤ 100·n·eps·‖r‖², where n is the number of unknowns. In
+    float32 with ‖A‖ = 1, that are all directions for n above 1e5, and for n = 10 those of a condition number above 1e4.
+    If A is multiplied by about 100·n, the limit is eps·‖A‖‖r‖² instead. For Normal(CG), AᵀA takes the place of A.
+    """
+    lineax = _import_lineax()
+    is_normal = isinstance(solver, lineax.Normal)
+    if not isinstance(solver.inner_solver if is_normal else solver, lineax.CG):
+        return 1.0
+    return 2.0 ** round(math.log2(100 * b.size) / (2 if is_normal else 1))
 
 
 def _import_lineax() -> Any:
