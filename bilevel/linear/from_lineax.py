@@ -1,6 +1,7 @@
 """The linear solver Lineax, which runs a solver of the library Lineax."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,8 @@ class Lineax:
       finite, as after a division by zero, the status is SINGULAR.
     - CG and Cholesky: NEGATIVE_CURVATURE if x is not finite. CG, and Cholesky with ``tol``, have this status also if
       ⟨x, Ax⟩ ≤ 0.
+
+    CG runs once more, from its x, if its budget ended with a residual of 1 or more.
 
     ``LinearInfo.iterations`` is the number of steps that Lineax counts; for GMRES they are cycles of ``restart``
     iterations. It is None for a factorisation.
@@ -104,30 +107,35 @@ class Lineax:
         def flattened(v: jax.Array) -> jax.Array:
             return ravel_pytree(wide(unravel(v)))[0]
 
-        solution, steps, failure = _solve(self.solver, flattened, flat, start, definite=self.needs_symmetry)
-        x, tol, is_direct = tree.like(unravel(solution), b), self.tol, steps is None
-        if is_direct and tol is None:
-            matrix = spectrum.matrix(flattened, flat)
-            info = report_direct(
-                operator, b_scaled, x, matrix, solution, *lu(matrix), self._breakdown(True), self._needs_regular
+        def attempt(start: jax.Array | None) -> tuple[jax.Array, LinearInfo]:
+            solution, steps, failure = _solve(self.solver, flattened, flat, start, definite=self.needs_symmetry)
+            x, is_direct = tree.like(unravel(solution), b), steps is None
+            if is_direct and self.tol is None:
+                matrix = spectrum.matrix(flattened, flat)
+                return solution, report_direct(
+                    operator, b_scaled, x, matrix, solution, *lu(matrix), self._breakdown(True), self._needs_regular
+                )
+            info = diagnosis.report(
+                operator,
+                b_scaled,
+                x,
+                self.tol,
+                iterations=steps,
+                init=init_scaled,
+                failure=Status.BREAKDOWN if is_direct else failure,
+                breakdown=self._breakdown(is_direct),
+                needs_definite=self.needs_symmetry,
             )
-            return denormalise(size, x, info)
-        info = diagnosis.report(
-            operator,
-            b_scaled,
-            x,
-            tol,
-            iterations=steps,
-            init=init_scaled,
-            failure=Status.BREAKDOWN if is_direct else failure,
-            breakdown=self._breakdown(is_direct),
-            needs_definite=self.needs_symmetry,
-        )
-        if tol is None:  # a residual alone does not show that the solver stagnated or broke down
-            failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
-            failed &= info.relative_residual > tree.eps(b) ** 0.5  # an exact answer ends BiCGStab with a breakdown too
-            info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
-        return denormalise(size, x, info)
+            if self.tol is None:  # a residual alone does not show that the solver stagnated or broke down
+                failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
+                failed &= info.relative_residual > tree.eps(b) ** 0.5  # an exact x ends BiCGStab with a breakdown too
+                info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
+            return solution, info
+
+        solution, info = attempt(start)
+        if isinstance(self.solver, _import_lineax().CG):
+            solution, info = _once_more_if_lost(attempt, solution, info)
+        return denormalise(size, tree.like(unravel(solution), b), info)
 
     @property
     def _needs_regular(self) -> bool:
@@ -189,6 +197,27 @@ def _solve(
     is_multiple = tree.norm(b - factor * product) <= 4 * jnp.finfo(b.dtype).eps
     x = jnp.where(is_multiple, factor * b, found.value) / size
     return jnp.where(nonzero, x, jnp.zeros_like(b)), steps, jnp.where(is_multiple, jnp.int32(Status.MAX_STEPS), failure)
+
+
+def _once_more_if_lost(
+    attempt: Callable[[jax.Array], tuple[jax.Array, LinearInfo]], solution: jax.Array, info: LinearInfo
+) -> tuple[jax.Array, LinearInfo]:
+    """Return the result of a second run from ``solution`` if it is no better than zero, else the first result.
+
+    Lineax's CG goes on to the end of its budget if rounding keeps the residual above its tolerance. In float32, the
+    rounding errors of these steps may move x far away from the solution that was found before.
+    """
+
+    def is_lost(carry: tuple[jax.Array, LinearInfo, jax.Array]) -> jax.Array:
+        _, info, runs = carry
+        return (runs == 1) & (info.status == int(Status.MAX_STEPS)) & (info.relative_residual >= 1)
+
+    def run(carry: tuple[jax.Array, LinearInfo, jax.Array]) -> tuple[jax.Array, LinearInfo, jax.Array]:
+        solution, first, runs = carry
+        solution, info = attempt(solution)
+        return solution, replace(info, iterations=info.iterations + first.iterations), runs + 1
+
+    return jax.lax.while_loop(is_lost, run, (solution, info, jnp.int32(1)))[:2]
 
 
 def _enlargement(solver: Any, b: jax.Array) -> float:
