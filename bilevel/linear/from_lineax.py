@@ -132,10 +132,12 @@ class Lineax:
                 info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
             return solution, info
 
-        solution, info = attempt(start)
         if isinstance(self.solver, _import_lineax().CG):
-            solution, info = _once_more_if_lost(attempt, solution, info)
-        return denormalise(size, tree.like(unravel(solution), b), info)
+            solution, residual, steps, status = _twice_if_lost(attempt, flat, start)
+            info = LinearInfo(tree.like(unravel(solution), b), residual, steps, status)
+        else:
+            _, info = attempt(start)
+        return denormalise(size, info.solution, info)
 
     @property
     def _needs_regular(self) -> bool:
@@ -199,25 +201,31 @@ def _solve(
     return jnp.where(nonzero, x, jnp.zeros_like(b)), steps, jnp.where(is_multiple, jnp.int32(Status.MAX_STEPS), failure)
 
 
-def _once_more_if_lost(
-    attempt: Callable[[jax.Array], tuple[jax.Array, LinearInfo]], solution: jax.Array, info: LinearInfo
-) -> tuple[jax.Array, LinearInfo]:
-    """Return the result of a second run from ``solution`` if it is no better than zero, else the first result.
+def _twice_if_lost(
+    attempt: Callable[[jax.Array], tuple[jax.Array, LinearInfo]], b: jax.Array, start: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Run a solver, and run it again from its solution if that is no better than zero.
 
     Lineax's CG goes on to the end of its budget if rounding keeps the residual above its tolerance. In float32, the
     rounding errors of these steps may move x far away from the solution that was found before.
+
+    Returns:
+        the solution, the relative residual, the steps of both runs, and the status.
     """
 
-    def is_lost(carry: tuple[jax.Array, LinearInfo, jax.Array]) -> jax.Array:
-        _, info, runs = carry
-        return (runs == 1) & (info.status == int(Status.MAX_STEPS)) & (info.relative_residual >= 1)
+    def is_lost(carry: tuple[jax.Array, ...]) -> jax.Array:
+        _, residual, _, status, runs = carry
+        return (runs < 2) & (status == int(Status.MAX_STEPS)) & (residual >= 1)
 
-    def run(carry: tuple[jax.Array, LinearInfo, jax.Array]) -> tuple[jax.Array, LinearInfo, jax.Array]:
-        solution, first, runs = carry
-        solution, info = attempt(solution)
-        return solution, replace(info, iterations=info.iterations + first.iterations), runs + 1
+    def run(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        solution, info = attempt(carry[0])
+        assert info.iterations is not None
+        return solution, info.relative_residual, carry[2] + info.iterations, info.status, carry[4] + 1
 
-    return jax.lax.while_loop(is_lost, run, (solution, info, jnp.int32(1)))[:2]
+    # The loop contains the only copy of the solver, because Lineax's CG takes long to compile. It runs at least once.
+    infinite = jnp.asarray(jnp.inf, b.dtype)
+    first = jnp.zeros_like(b) if start is None else start, infinite, jnp.int32(0), jnp.int32(Status.MAX_STEPS)
+    return jax.lax.while_loop(is_lost, run, tree.match_varying_axes((*first, jnp.int32(0)), b)[0])[:4]
 
 
 def _enlargement(solver: Any, b: jax.Array) -> float:
