@@ -216,10 +216,7 @@ def test_a_polyhedron_may_lack_each_kind_of_constraint():
         np.testing.assert_allclose(y, [2.0, 3.0], rtol=1e-6)
 
 
-SKIPPED = 10
-
-
-@pytest.mark.slow("differentiates 300 drawn projections in each mode")
+@pytest.mark.slow("differentiates 300 drawn projections in two modes and two precisions")
 @pytest.mark.parametrize("name", ON_MATRICES)
 def test_derivatives_of_matrices_equal_central_differences(name):
     similarity, rows, columns = drawn_matrices(name, (5, 5))
@@ -227,31 +224,26 @@ def test_derivatives_of_matrices_equal_central_differences(name):
     direction = rng.normal(size=(5, 5)), *(v - v.mean() for v in rng.normal(size=(2, 5)))
 
     def along(step, similarity, rows, columns):
+        d, e, f = (jnp.asarray(part, step.dtype) for part in direction)
         if name in BIRKHOFF:
-            return BIRKHOFF[name](similarity + step * direction[0], None, None)
-        moved = rows + 0.1 * rows.min() * step * direction[1], columns + 0.1 * columns.min() * step * direction[2]
-        return TRANSPORT[name](similarity + step * direction[0], moved)
+            return BIRKHOFF[name](similarity + step * d, None, None)
+        moved = rows + 0.1 * rows.min() * step * e, columns + 0.1 * columns.min() * step * f
+        return TRANSPORT[name](similarity + step * d, moved)
 
     # The Euclidean projection is linear between two kinks, so the step may grow with the scale.
     steps = np.full(DRAWS, 1e-5) * (1 if name.startswith("kl") else SCALES)
     batched = jax.jit(jax.vmap(along))
     ahead, behind = (np.asarray(batched(sign * steps, similarity, rows, columns)) for sign in (1, -1))
     expected = (ahead - behind) / (2 * steps[:, None, None])
-    for dtype, tolerance in ((np.float64, 1e-7), (np.float32, 1e-3)):
+    for dtype, tolerance in ((np.float64, 1e-8), (np.float32, 1e-4)):
         case = [part.astype(dtype) for part in (np.zeros(DRAWS), similarity, rows, columns)]
-        forward, backward = (np.asarray(jax.jit(jax.vmap(mode(along)))(*case)) for mode in (jax.jacfwd, jax.jacrev))
-        assert np.abs(forward - backward).max() < tolerance / 100
-        # A derivative is compared unless an entry becomes positive or zero within the step, or by rounding to float32.
-        same = ((ahead > 0) == (behind > 0)) & ((ahead > 0) == (np.asarray(batched(*case)) > 0))
-        same = same.all((1, 2)) | name.startswith("kl")
-        print(
-            name,
-            dtype,
-            DRAWS - same.sum(),
-            np.abs(forward - expected)[same].max(),
-            np.sort(np.abs(forward - expected).max((1, 2)))[-8:],
-        )
-        assert (~same).sum() <= SKIPPED and np.abs(forward - expected)[same].max() < tolerance
+        # A derivative is left out if an entry changes between zero and positive within the step.
+        here = np.asarray(batched(*case)) > 0
+        is_smooth = ((here == (ahead > 0)) & (here == (behind > 0))).all((1, 2)) | name.startswith("kl")
+        assert (~is_smooth).sum() <= 3
+        for mode in (jax.jacfwd, jax.jacrev):
+            derivative = np.asarray(jax.jit(jax.vmap(mode(along)))(*case))
+            assert np.abs(derivative - expected)[is_smooth].max() < tolerance
     assert np.abs(expected).max() > 0.1
 
 
@@ -261,10 +253,8 @@ def test_derivatives_of_polyhedra_equal_central_differences(m, k):
     rng = np.random.default_rng(5)
     x, (equal, b, unequal, h) = polyhedra(m, k, rng)
     sizes = [np.linalg.norm(rows, axis=2) for rows in (equal, unequal)]
-    scales = (
-        SCALES[:, None],
-        (sizes[0][..., None], sizes[0] * SCALES[:, None], sizes[1][..., None], sizes[1] * SCALES[:, None]),
-    )
+    of_x = SCALES[:, None]
+    scales = of_x, (sizes[0][..., None], sizes[0] * of_x, sizes[1][..., None], sizes[1] * of_x)
     case = x, (equal, b, unequal, h)
     directions = jax.tree.map(lambda part, scale: scale * rng.normal(size=part.shape), case, scales)
 
@@ -283,14 +273,14 @@ def test_derivatives_of_polyhedra_equal_central_differences(m, k):
     step = 1e-6
     ahead, here, behind = (np.asarray(batched(sign * step, case, directions)) for sign in (1, 0, -1))
     expected = (ahead - behind) / (2 * step)
-    tangents = [
-        np.asarray(jax.jit(jax.vmap(mode(along), (None, 0, 0)))(0.0, case, directions))
-        for mode in (jax.jacfwd, jax.jacrev)
-    ]
-    same = ((active(step, ahead) == active(0, here)) & (active(-step, behind) == active(0, here))).all(1)
-    error = np.abs(tangents[0] - expected).max(1) / (np.abs(expected).max(1) + SCALES)
-    print(m, k, DRAWS - same.sum(), np.sort(error[same])[-8:], np.sort(error)[-8:])
-    assert (~same).sum() <= 10 and error[same].max() < 1e-5
+    # A derivative is left out if the active inequalities change within the step, as at the vertex of a thin cone in
+    # which more constraints meet than there are unknowns.
+    is_smooth = ((active(step, ahead) == active(0, here)) & (active(-step, behind) == active(0, here))).all(1)
+    for mode in (jax.jacfwd, jax.jacrev):
+        derivative = np.asarray(jax.jit(jax.vmap(mode(along), (None, 0, 0)))(0.0, case, directions))
+        error = np.abs(derivative - expected).max(1) / (np.abs(expected).max(1) + SCALES)
+        assert error[is_smooth].max() < 1e-6
+    assert (~is_smooth).sum() <= 12
 
 
 ZERO, POINT = np.zeros(3), np.array([3.0, 0.0, 4.0])
