@@ -42,7 +42,8 @@ class Status(enum.IntEnum):
     """The true residual meets the tolerance. For LU and Cholesky, the backward error is at most √eps instead, and rcond
     is at least √eps."""
     BUDGET_USED = 1
-    """No tolerance was set, so most solvers spent their budget. The residual shows how accurate the result is."""
+    """No tolerance was set. The solver stopped at the end of its budget or at the limit of rounding. The residual shows
+    how accurate the result is."""
     ILL_CONDITIONED = 2
     """The backward error of a factorisation is at most √eps, but more than half of the digits of x may be lost."""
     STAGNATION = 3
@@ -82,8 +83,8 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the true residual meets the tolerance.",
     Status.BUDGET_USED: (
-        "the solver spent its budget, and no tol was set: read the residual, or set tol, so that the status compares "
-        "the residual with it."
+        "no tol was set, so the solver stopped at the end of its budget or at the limit of rounding: read the "
+        "residual, or set tol, so that the status compares the residual with it."
     ),
     Status.ILL_CONDITIONED: (
         "the backward error is small, but the operator is ill-conditioned, so that few digits of the answer may be "

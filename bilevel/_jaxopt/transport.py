@@ -2,7 +2,7 @@
 
 Both projections are functions of the similarity matrix S plus two potentials: T = max(S + α1ᵀ + 1βᵀ, 0) in the
 Euclidean distance, and T = exp(S + α1ᵀ + 1βᵀ) in the KL divergence. An iteration finds the potentials and is not
-differentiated. One or two Newton steps follow. They leave only rounding errors, and JAX differentiates them.
+differentiated. One or three Newton steps follow. They leave only rounding errors, and JAX differentiates them.
 
 Source: Blondel, Seguy, Rolet (2018), Smooth and sparse optimal transport, equation 7.
 """
@@ -48,7 +48,8 @@ def transport(similarity, marginals, tol=None, rounding=0.0):
     positive, shift = _positive_entries(lax.stop_gradient(centred), *fixed[1:], allowed, _tolerance(similarity, tol))
     centred = centred + lax.stop_gradient(shift)
     rest = jnp.where(positive, centred, 0)
-    alpha, beta = _solve_for_potentials(positive.astype(rest.dtype), rest.sum(1) - a, rest.sum(0) - b)
+    inverse = _inverse_curvature(positive.astype(rest.dtype))
+    alpha, beta = _solve_for_potentials(inverse, rest.sum(1) - a, rest.sum(0) - b)
     # A positive entry at a kink may be negative by a rounding error.
     result = jnp.where(positive, centred - alpha[:, None] - beta[None], 0)
     result = jnp.where(result < 0, 0, result)
@@ -74,10 +75,13 @@ def kl_transport(similarity, marginals, tol=None, rounding=0.0):
     similarity = jnp.where(allowed, similarity, 0)
     logarithm = _kl_logarithm(lax.stop_gradient(similarity), *fixed[1:], allowed, _tolerance(similarity, tol))
     logarithm = logarithm + (similarity - lax.stop_gradient(similarity))
-    # The logarithm found so far counts as a constant. After k Newton steps, derivatives up to order 2ᵏ − 1 are exact.
-    for _ in range(2):
+    # The logarithm found so far and the matrix of Newton's method count as constants. After k steps, derivatives up to
+    # order k are exact. A derivative of the matrix would multiply the rounding errors of the sums by the square of its
+    # condition number, which is large if T is almost a permutation matrix.
+    inverse = _inverse_curvature(lax.stop_gradient(jnp.where(allowed, jnp.exp(logarithm), 0)))
+    for _ in range(3):
         plan = jnp.where(allowed, jnp.exp(logarithm), 0)
-        alpha, beta = _solve_for_potentials(plan, plan.sum(1) - a, plan.sum(0) - b)
+        alpha, beta = _solve_for_potentials(inverse, plan.sum(1) - a, plan.sum(0) - b)
         logarithm = logarithm - alpha[:, None] - beta[None]
     return _with_checked_sums(jnp.where(allowed, jnp.exp(logarithm), 0), a, b)
 
@@ -123,13 +127,18 @@ def _with_checked_sums(plan, a, b):
     return nan_if_violated(plan, violation, jnp.max(sums))
 
 
-def _solve_for_potentials(weights, rows, columns):
-    """Return the (α, β) of least norm for which the matrix weights∘(α1ᵀ + 1βᵀ) has these row and column sums.
+def _inverse_curvature(weights):
+    """Return the pseudo-inverse of the matrix that :func:`_curvature` returns.
 
-    The matrix of this system is singular, because T does not change if a constant moves from α to β. It is singular
-    along more directions if the weights fall into blocks.
+    That matrix is singular, because T does not change if a constant moves from α to β. It is singular along more
+    directions if the weights fall into blocks.
     """
-    potentials = jnp.linalg.pinv(_curvature(weights), hermitian=True) @ jnp.concatenate([rows, columns])
+    return jnp.linalg.pinv(_curvature(weights), hermitian=True)
+
+
+def _solve_for_potentials(inverse, rows, columns):
+    """Return the (α, β) of least norm for which the matrix weights∘(α1ᵀ + 1βᵀ) has these row and column sums."""
+    potentials = inverse @ jnp.concatenate([rows, columns])
     return potentials[: rows.size], potentials[rows.size :]
 
 

@@ -1,5 +1,7 @@
 """The linear solver Lineax, which runs a solver of the library Lineax."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +41,8 @@ class Lineax:
       finite, as after a division by zero, the status is SINGULAR.
     - CG and Cholesky: NEGATIVE_CURVATURE if x is not finite. CG, and Cholesky with ``tol``, have this status also if
       ⟨x, Ax⟩ ≤ 0.
+
+    CG runs once more, from its x, if its budget ended with a residual of 1 or more.
 
     ``LinearInfo.iterations`` is the number of steps that Lineax counts; for GMRES they are cycles of ``restart``
     iterations. It is None for a factorisation.
@@ -104,30 +108,37 @@ class Lineax:
         def flattened(v: jax.Array) -> jax.Array:
             return ravel_pytree(wide(unravel(v)))[0]
 
-        solution, steps, failure = _solve(self.solver, flattened, flat, start, definite=self.needs_symmetry)
-        x, tol, is_direct = tree.like(unravel(solution), b), self.tol, steps is None
-        if is_direct and tol is None:
-            matrix = spectrum.matrix(flattened, flat)
-            info = report_direct(
-                operator, b_scaled, x, matrix, solution, *lu(matrix), self._breakdown(True), self._needs_regular
+        def attempt(start: jax.Array | None) -> tuple[jax.Array, LinearInfo]:
+            solution, steps, failure = _solve(self.solver, flattened, flat, start, definite=self.needs_symmetry)
+            x, is_direct = tree.like(unravel(solution), b), steps is None
+            if is_direct and self.tol is None:
+                matrix = spectrum.matrix(flattened, flat)
+                return solution, report_direct(
+                    operator, b_scaled, x, matrix, solution, *lu(matrix), self._breakdown(True), self._needs_regular
+                )
+            info = diagnosis.report(
+                operator,
+                b_scaled,
+                x,
+                self.tol,
+                iterations=steps,
+                init=init_scaled,
+                failure=Status.BREAKDOWN if is_direct else failure,
+                breakdown=self._breakdown(is_direct),
+                needs_definite=self.needs_symmetry,
             )
-            return denormalise(size, x, info)
-        info = diagnosis.report(
-            operator,
-            b_scaled,
-            x,
-            tol,
-            iterations=steps,
-            init=init_scaled,
-            failure=Status.BREAKDOWN if is_direct else failure,
-            breakdown=self._breakdown(is_direct),
-            needs_definite=self.needs_symmetry,
-        )
-        if tol is None:  # a residual alone does not show that the solver stagnated or broke down
-            failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
-            failed &= info.relative_residual > tree.eps(b) ** 0.5  # an exact answer ends BiCGStab with a breakdown too
-            info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
-        return denormalise(size, x, info)
+            if self.tol is None:  # a residual alone does not show that the solver stagnated or broke down
+                failed = (failure == int(Status.BREAKDOWN)) | (failure == int(Status.STAGNATION))
+                failed &= info.relative_residual > tree.eps(b) ** 0.5  # an exact x ends BiCGStab with a breakdown too
+                info = replace(info, status=jnp.where(failed, jnp.maximum(info.status, failure), info.status))
+            return solution, info
+
+        if isinstance(self.solver, _import_lineax().CG):
+            solution, residual, steps, status = _twice_if_lost(attempt, flat, start)
+            info = LinearInfo(tree.like(unravel(solution), b), residual, steps, status)
+        else:
+            _, info = attempt(start)
+        return denormalise(size, info.solution, info)
 
     @property
     def _needs_regular(self) -> bool:
@@ -158,7 +169,7 @@ def _solve(
         b, start = b.astype(float), None if start is None else start.astype(float)
     product = jax.lax.stop_gradient(matvec(b))
     size = tree.norm(product)
-    size = jnp.where((size > 0) & jnp.isfinite(size), jnp.exp2(jnp.round(jnp.log2(size))), 1)
+    size = jnp.where((size > 0) & jnp.isfinite(size), jnp.exp2(jnp.round(jnp.log2(size))), 1) / _enlargement(solver, b)
     start = None if start is None else size * start
     operator = lineax.FunctionLinearOperator(
         lambda v: jax.lax.optimization_barrier(matvec(v) / size), jax.ShapeDtypeStruct(b.shape, b.dtype), tags
@@ -189,6 +200,47 @@ def _solve(
     is_multiple = tree.norm(b - factor * product) <= 4 * jnp.finfo(b.dtype).eps
     x = jnp.where(is_multiple, factor * b, found.value) / size
     return jnp.where(nonzero, x, jnp.zeros_like(b)), steps, jnp.where(is_multiple, jnp.int32(Status.MAX_STEPS), failure)
+
+
+def _twice_if_lost(
+    attempt: Callable[[jax.Array], tuple[jax.Array, LinearInfo]], b: jax.Array, start: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Run a solver, and run it again from its solution if that is no better than zero.
+
+    Lineax's CG goes on to the end of its budget if rounding keeps the residual above its tolerance. In float32, the
+    rounding errors of these steps may move x far away from the solution that was found before.
+
+    Returns:
+        the solution, the relative residual, the steps of both runs, and the status.
+    """
+
+    def is_lost(carry: tuple[jax.Array, ...]) -> jax.Array:
+        _, residual, _, status, runs = carry
+        return (runs < 2) & (status == int(Status.MAX_STEPS)) & (residual >= 1)
+
+    def run(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        solution, info = attempt(carry[0])
+        assert info.iterations is not None
+        return solution, info.relative_residual, carry[2] + info.iterations, info.status, carry[4] + 1
+
+    # The loop contains the only copy of the solver, because Lineax's CG takes long to compile. It runs at least once.
+    infinite = jnp.asarray(jnp.inf, b.dtype)
+    first = jnp.zeros_like(b) if start is None else start, infinite, jnp.int32(0), jnp.int32(Status.MAX_STEPS)
+    return jax.lax.while_loop(is_lost, run, tree.match_varying_axes((*first, jnp.int32(0)), b)[0])[:4]
+
+
+def _enlargement(solver: Any, b: jax.Array) -> float:
+    """Return the power of two by which A is multiplied for a solver of Lineax that compares A with an absolute number.
+
+    Lineax's CG returns NaN for a direction p with ⟨p, Ap⟩ ≤ 100·n·eps·‖r‖², where n is the number of unknowns. In
+    float32 with ‖A‖ = 1, that are all directions for n above 1e5, and for n = 10 those of a condition number above 1e4.
+    If A is multiplied by about 100·n, the limit is eps·‖A‖‖r‖² instead. For Normal(CG), AᵀA takes the place of A.
+    """
+    lineax = _import_lineax()
+    is_normal = isinstance(solver, lineax.Normal)
+    if not isinstance(solver.inner_solver if is_normal else solver, lineax.CG):
+        return 1.0
+    return 2.0 ** round(math.log2(100 * b.size) / (2 if is_normal else 1))
 
 
 def _import_lineax() -> Any:

@@ -4,7 +4,6 @@ The message on a wrong hypergradient also names the likely cause. The references
 under test. An assertion also fails if its reference is too inaccurate to tell a right number from a wrong one.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,14 +14,14 @@ import numpy as np
 from bilevel._deprecation import renamed_field
 from bilevel.conditions import Condition
 from bilevel.problem import Problem
-from bilevel.start import Start, StartFunction, choose_start, is_function
+from bilevel.start import Start, StartFunction, choose_start
 from bilevel.testing.cases import Case
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify.causes import likely_cause
 from bilevel.verify.comparison import Deviation, Tolerance
 from bilevel.verify.condition import check_condition
 from bilevel.verify.flat import flatten, vector_of
-from bilevel.verify.method_run import MethodRun, method_arguments, method_program
+from bilevel.verify.method_run import MethodRun, run_method
 from bilevel.verify.precision import as_double, double_precision, eps_of
 from bilevel.verify.references import Reference, dense, select_references
 from bilevel.verify.tables import label
@@ -234,26 +233,6 @@ def assert_condition(
 
 
 _SUBJECTS = {"w": "the inner solution", "value": "the outer value", "theta": "the hypergradient"}
-
-
-def run_method(
-    problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree, data: PyTree
-) -> object:
-    """Run the method, compiled once for each method, solver, problem and shape.
-
-    If the method, the solver or the problem cannot be hashed, it is compiled in each call.
-    """
-    settings = problem, solver, method, init if is_function(init) else None
-    try:
-        compiled = _compiled(*settings)
-    except TypeError:  # a solver or method of the user cannot be hashed
-        compiled = _compiled.__wrapped__(*settings)
-    return compiled(*method_arguments(theta, init, data))
-
-
-@functools.lru_cache(maxsize=128)
-def _compiled(problem, solver, method, init):
-    return jax.jit(method_program(problem, solver, method, init))
 
 
 def _check(deviation: Deviation, problem: str, method: str, source: str, out, subject="the hypergradient") -> Check:

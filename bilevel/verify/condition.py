@@ -16,6 +16,7 @@ from bilevel.verify.captured import captured_leaves
 from bilevel.verify.jacobian import LANCZOS_STEPS, Jacobian
 from bilevel.verify.local_problem import LocalProblem, random_like
 from bilevel.verify.precision import EPS, as_double, double_precision, eps_of
+from bilevel.verify.programs import kept
 from bilevel.verify.tables import figure, table, wrapped
 
 THETA_ROW = "θ in the condition"
@@ -100,7 +101,8 @@ def check_condition(
                         max(``tol``, 1e-7)·(1 + ‖(w, θ)‖) of the point
     ==================  =====================================================================================
 
-    If ``leaves``, ``structure`` or ``finite`` fails, the checks that depend on it are left out.
+    If ``leaves``, ``structure`` or ``finite`` fails, the checks that depend on it are left out. A further call with the
+    same problem and the same shapes compiles nothing.
 
     Args:
         problem: the condition and the outer function.
@@ -167,25 +169,32 @@ def _check_leaves(theta, w, data):
 
 
 def _check_structure(condition, theta, w, data):
-    theta, w, data = (as_double(part) for part in (theta, w, data))
-    structures = []
-
-    # A flat list, because eval_shape would put shapes in place of arrays into a tree, which a user's class may refuse.
-    def flat_residual(w, theta, data):
-        leaves, structure = jax.tree.flatten(condition.residual(w, theta, data))
-        structures.append(structure)
-        return leaves
-
+    w, *rest = (as_double(part) for part in (w, theta, data))
+    leaves, structure = jax.tree.flatten((w, *rest))
     try:
-        leaves = jax.eval_shape(flat_residual, w, theta, data)
+        got = _form_of_residual(condition, structure, tuple(map(jax.typeof, leaves)))
     except ValueError as error:
         return Check("structure", False, str(error), "return one entry of F for each entry of w, in a tree like w.")
-    got = structures[-1], [leaf.shape for leaf in leaves]
-    wanted = jax.tree.structure(w), [leaf.shape for leaf in jax.tree.leaves(w)]
+    wanted = jax.tree.structure(w), tree.shapes(w)
     if got == wanted:
         return Check("structure", True, "the residual is a tree like w")
     found = f"the residual is not a tree like w: got {got[0]} of shapes {got[1]}, expected {wanted[0]} of {wanted[1]}"
     return Check("structure", False, found, "return one entry of F for each entry of w, in a tree like w.")
+
+
+@kept
+def _form_of_residual(condition, structure, types):
+    """Return the structure of F and its shapes, for arguments (w, θ, data) of this structure and these types."""
+    structures = []
+
+    # Flat lists, because eval_shape would put shapes in place of arrays into a tree, which a user's class may refuse.
+    def flat_residual(*leaves):
+        leaves, structure_of_residual = jax.tree.flatten(condition.residual(*jax.tree.unflatten(structure, leaves)))
+        structures.append(structure_of_residual)
+        return leaves
+
+    shapes = [leaf.shape for leaf in jax.eval_shape(flat_residual, *types)]
+    return structures[-1], shapes
 
 
 def _check_finite(local, theta, w, data):

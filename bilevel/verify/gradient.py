@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 
 from bilevel import tree
@@ -14,7 +13,7 @@ from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify.causes import likely_cause
 from bilevel.verify.comparison import Deviation, Tolerance
 from bilevel.verify.flat import gradient_vector
-from bilevel.verify.method_run import MethodRun, method_arguments, method_program
+from bilevel.verify.method_run import MethodRun, run_method
 from bilevel.verify.references import (
     MAX_COORDINATES,
     RANDOM_DIRECTIONS,
@@ -131,6 +130,8 @@ def check_hypergradient(
     The last two items need the inner Jacobian as a matrix. They are zero if this matrix is singular or has more than
     1000 rows.
 
+    A further call with the same problem, solver and method and the same shapes compiles nothing.
+
     Args:
         problem: the condition and the outer function.
         theta: outer variables, any pytree; the hypergradient is computed there.
@@ -164,7 +165,7 @@ def check_hypergradient(
     selected = select_references(against)
     init = choose_start(init, start)
     theta, data = tree.real_arrays(tree.numbers_as_floats(theta), "theta"), tree.arrays(data, "data")
-    out = jax.jit(method_program(problem, solver, method, init))(*method_arguments(theta, init, data))
+    out = run_method(problem, solver, method, theta, init, data)
     directions = _directions(directions, gradient_vector(out.gradient, theta))
     run = MethodRun(problem, solver, theta, init, data, out, directions)
     references = {name: _evaluate(reference, run) for name, reference in selected.items()}

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from bilevel.spectrum import ritz_values
@@ -38,7 +37,7 @@ class Jacobian:
             symmetric: whether A is declared symmetric, so that a step costs one product.
         """
         if local.w.size <= MAX_UNKNOWNS:
-            matrix = np.asarray(jax.jit(jax.jacfwd(local.residual))(local.w, local.theta))
+            matrix = np.asarray(local.jacobian(local.w, local.theta))
             values = np.linalg.eigvalsh((matrix + matrix.T) / 2) if matrix.size else np.ones(1)
             singular = np.linalg.svd(matrix, compute_uv=False) if matrix.size else np.ones(1)
             return Jacobian(matrix, float(values[0]), float(values[-1]), float(singular[-1]), float(singular[0]))

@@ -1,7 +1,8 @@
-"""The jitted functions of a problem on flat float64 vectors, with the point (w, θ) at which they are checked."""
+"""The compiled functions of a problem on flat float64 vectors, with the point (w, θ) at which they are checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify.flat import Flat, flatten
 from bilevel.verify.precision import as_double
+from bilevel.verify.programs import kept
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class LocalProblem:
         flat_w, flat_theta: the point, with the names of its entries.
         residual: (w, θ) → F.
         outer: (w, θ) → the outer value.
+        jacobian: (w, θ) → A.
         jvp: (w, θ, u, t) → Au + Bt.
         vjp: (w, θ, u) → (Aᵀu, Bᵀu).
         outer_gradient: (w, θ) → (∂outer/∂w, ∂outer/∂θ).
@@ -30,32 +33,17 @@ class LocalProblem:
     flat_theta: Flat
     residual: Callable
     outer: Callable
+    jacobian: Callable
     jvp: Callable
     vjp: Callable
     outer_gradient: Callable
 
     @staticmethod
     def at(problem: Problem, theta: PyTree, w: PyTree, data: PyTree) -> "LocalProblem":
-        """Prepare the jitted functions of ``problem``. Call them, and ``at``, within ``double_precision()``."""
-        theta, w, data = (as_double(part) for part in (theta, w, data))
-        flat_w, flat_theta = flatten(w, "w"), flatten(theta, "theta")
-
-        def residual(w, theta):
-            return flatten(problem.condition.residual(flat_w.rebuild(w), flat_theta.rebuild(theta), data)).vector
-
-        def outer(w, theta):
-            value = problem.outer(flat_w.rebuild(w), flat_theta.rebuild(theta), data)
-            return value[0] if problem.has_aux else value  # type: ignore[index]
-
-        return LocalProblem(
-            flat_w,
-            flat_theta,
-            jax.jit(residual),
-            jax.jit(outer),
-            jax.jit(lambda w, theta, u, t: jax.jvp(residual, (w, theta), (u, t))[1]),
-            jax.jit(lambda w, theta, u: jax.vjp(residual, w, theta)[1](u)),
-            jax.jit(jax.grad(outer, (0, 1))),
-        )
+        """Prepare the compiled functions of ``problem``. Call them, and ``at``, within ``double_precision()``."""
+        point = theta, w, data = tuple(as_double(part) for part in (theta, w, data))
+        functions = {name: partial(function, point) for name, function in _programs(problem).items()}
+        return LocalProblem(flatten(w, "w"), flatten(theta, "theta"), **functions)
 
     @property
     def w(self) -> jax.Array:
@@ -68,6 +56,34 @@ class LocalProblem:
     def product(self, u: jax.Array) -> jax.Array:
         """Return Au at the point."""
         return self.jvp(self.w, self.theta, u, jnp.zeros_like(self.theta))
+
+
+@kept
+def _programs(problem):
+    """Return the compiled functions of :class:`LocalProblem`. Each gets the point (θ, w, data) as its first argument.
+
+    The vectors that the functions get are entries of w and θ. The point has their structures and integer leaves.
+    """
+
+    def residual(point, w, theta):
+        at_theta, at_w, data = point
+        value = problem.condition.residual(flatten(at_w).rebuild(w), flatten(at_theta).rebuild(theta), data)
+        return flatten(value).vector
+
+    def outer(point, w, theta):
+        at_theta, at_w, data = point
+        value = problem.outer(flatten(at_w).rebuild(w), flatten(at_theta).rebuild(theta), data)
+        return value[0] if problem.has_aux else value
+
+    functions = {
+        "residual": residual,
+        "outer": outer,
+        "jacobian": jax.jacfwd(residual, 1),
+        "jvp": lambda point, w, theta, u, t: jax.jvp(partial(residual, point), (w, theta), (u, t))[1],
+        "vjp": lambda point, w, theta, u: jax.vjp(partial(residual, point), w, theta)[1](u),
+        "outer_gradient": jax.grad(outer, (1, 2)),
+    }
+    return {name: jax.jit(function) for name, function in functions.items()}
 
 
 def random_like(vector: jax.Array, seed: int) -> jax.Array:

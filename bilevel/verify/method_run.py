@@ -19,13 +19,16 @@ from bilevel.start import evaluate, is_function
 from bilevel.types import Hypergradient, LinearInfo, PyTree
 from bilevel.verify.flat import flatten, gradient_vector, vector_of
 from bilevel.verify.precision import as_double, double_precision, eps_of
+from bilevel.verify.programs import kept
 from bilevel.verify.references import (
     Linearisation,
     ReferenceUnavailable,
     init_in_double,
+    inner_program,
     linearise,
+    outer_value,
+    residual_program,
     solve_adjoint,
-    solve_inner,
 )
 
 
@@ -44,6 +47,19 @@ def method_arguments(theta: PyTree, init: PyTree | Callable, data: PyTree) -> tu
     """Return the arguments ``(theta, start, data)`` of :func:`method_program` as arrays; ``start`` may be None."""
     start = None if is_function(init) else init
     return tree.arrays(theta, "theta"), tree.arrays(start, "init"), tree.arrays(data, "data")
+
+
+def run_method(
+    problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree | Callable, data: PyTree
+) -> Any:
+    """Run the method, compiled once for each method, solver, problem and shape."""
+    compiled = _compiled(problem, solver, method, init if is_function(init) else None)
+    return compiled(*method_arguments(theta, init, data))
+
+
+@kept
+def _compiled(problem, solver, method, init):
+    return jax.jit(method_program(problem, solver, method, init))
 
 
 @dataclass(frozen=True)
@@ -140,27 +156,20 @@ class MethodRun:
         """Return h·d, the derivatives of outer in θ at fixed ``w``, ``[m]``."""
         with double_precision():
             w, theta, data = (as_double(part) for part in (w, self.theta, self.data))
-            flat = flatten(theta)
-
-            def outer(vector):
-                value = self.problem.outer(w, flat.rebuild(vector), data)
-                return value[0] if self.problem.has_aux else value  # type: ignore[index]
-
-            return self.directions @ np.asarray(jax.grad(outer)(flat.vector))
+            return self.directions @ np.asarray(_direct_gradient(self.problem)(w, theta, data))
 
     def residual_norm(self) -> float:
         """Return ‖F‖ at ``w``, in float64."""
         with double_precision():
             w, theta, data = (as_double(part) for part in (self.w, self.theta, self.data))
-            return float(np.linalg.norm(vector_of(self.problem.condition.residual(w, theta, data))))
+            return float(np.linalg.norm(residual_program(self.problem.condition)(w, theta, data)))
 
     def solver_output(self, solver: Callable | None = None) -> PyTree:
         """Return the w of the solver, or of another ``solver``, run in float64."""
         solver = solver or self.solver
         with double_precision():
             theta, data, start = (as_double(part) for part in (self.theta, self.data, self.start()))
-            solve = jax.jit(lambda theta, data: solve_inner(self.problem.condition, solver, theta, start, data))
-            return solve(theta, data)
+            return inner_program(self.problem.condition, solver, None)(theta, start, data)
 
     def start(self) -> PyTree:
         """Return the point where the solver starts, in float64."""
@@ -185,3 +194,15 @@ class MethodRun:
             if scaling is None:
                 return np.ones(flatten(w).vector.size) if hasattr(condition, "mapping") else None
             return vector_of(tree.scale(scaling, jax.tree.map(jnp.ones_like, w))) ** -2.0
+
+
+@kept
+def _direct_gradient(problem):
+    """Return the compiled ``(w, theta, data) → ∂outer/∂θ``, a flat vector."""
+
+    @jax.jit
+    def gradient(w, theta, data):
+        flat = flatten(theta)
+        return jax.grad(lambda vector: outer_value(problem)(w, flat.rebuild(vector), data))(flat.vector)
+
+    return gradient

@@ -14,11 +14,12 @@ from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.notebook import html_table
 from bilevel.problem import Problem
-from bilevel.start import Start, StartFunction, choose_start, starting_point
+from bilevel.start import Start, StartFunction, choose_start, is_function, starting_point
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import tables
 from bilevel.verify.flat import gradient_vector
 from bilevel.verify.method_run import method_arguments, method_program
+from bilevel.verify.programs import kept
 from bilevel.verify.references import Reference, ReferenceUnavailable, dense, finite_differences
 
 
@@ -31,7 +32,7 @@ class MethodReport:
         error: ‖gradient − reference‖ / ‖reference‖, along the directions of the reference. It is absolute if the
             reference is zero, and None without a reference.
         seconds: the median of the timed runs, after compilation.
-        compile_seconds: the time to trace and compile.
+        compile_seconds: the time to trace and compile, in the first call with this problem, solver, method and shapes.
         temporary_bytes: the memory that the compiled program needs besides its arguments and results, by XLA's own
             count; None if XLA does not tell.
         products: products with ∂F/∂w or its transpose in one run. None if the method or the solver computes the whole
@@ -112,7 +113,8 @@ def compare_methods(
 
     Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
     differences if A is singular or has more than 1000 rows. If Newton's method does not find the inner solution, both
-    references use the solver's output. Each method is compiled once and timed ``runs`` times.
+    references use the solver's output. Each method is timed ``runs`` times. It is compiled once: a further call with the
+    same problem, solver, method and shapes compiles nothing.
 
     Products are counted in a separate run, in which a callback counts each use of the derivative of F in w. Derivatives
     of ``potential``, which some methods take, are not counted.
@@ -164,12 +166,13 @@ def _reference(problem, solver, theta, init, data) -> Reference | None:
 
 
 def _measure(problem, solver, theta, init, data, method, reference, runs):
-    program = method_program(problem, solver, method, init)
-    # `lower` would put descriptions of arrays in place of arrays into a tree, which a user's class may refuse.
     arguments, structure = jax.tree.flatten(method_arguments(theta, init, data))
-    begin = time.perf_counter()
-    compiled = jax.jit(lambda *leaves: program(*jax.tree.unflatten(structure, leaves))).lower(*arguments).compile()
-    compile_seconds = time.perf_counter() - begin
+    program, compiled_before = _program(problem, solver, method, _function(init), structure)
+    form = tuple((jax.typeof(leaf), leaf.sharding) for leaf in arguments)
+    if form not in compiled_before:
+        begin = time.perf_counter()
+        compiled_before[form] = program.lower(*arguments).compile(), time.perf_counter() - begin
+    compiled, compile_seconds = compiled_before[form]
     out = jax.block_until_ready(compiled(*arguments))
     seconds = []
     for _ in range(runs):
@@ -190,6 +193,22 @@ def _measure(problem, solver, theta, init, data, method, reference, runs):
     )
 
 
+@kept
+def _program(problem, solver, method, function, structure):
+    """Return the method as a jitted function of leaves, and a dictionary for its compiled programs.
+
+    The leaves are those of trees of this structure. ``lower`` would put descriptions of arrays in place of arrays into
+    the trees themselves, which a user's class may refuse.
+    """
+    program = method_program(problem, solver, method, function)
+    return jax.jit(lambda *leaves: program(*jax.tree.unflatten(structure, leaves))), {}
+
+
+def _function(init: Start) -> Start:
+    """Return the start function, which a program depends on. Return None for a point, which is an argument."""
+    return init if is_function(init) else None
+
+
 def _error(gradient, theta, reference):
     difference = reference.directions @ gradient_vector(gradient, theta) - reference.derivatives
     size = np.linalg.norm(reference.derivatives)
@@ -201,15 +220,31 @@ def _error(gradient, theta, reference):
 
 def _count_products(problem, solver, theta, init, data, method) -> int | None:
     """Count products with ∂F/∂w or its transpose in one run; return None if they cannot be counted."""
-    calls: list[None] = []
-    condition: Any = _CountingCondition(problem.condition, calls)
-    program = method_program(Problem(condition, problem.outer, problem.has_aux), solver, method, init)
+    program, calls, uncountable = _counting_program(problem, solver, method, _function(init))
+    arguments = method_arguments(theta, init, data)
+    types = tuple(map(jax.typeof, jax.tree.leaves(arguments)))
+    if types in uncountable:
+        return None
+    calls.clear()
     try:
-        jax.block_until_ready(jax.jit(program)(*method_arguments(theta, init, data)))
+        jax.block_until_ready(program(*arguments))
     except NotImplementedError:  # `linear_call` has no batching rule, which computing the whole matrix needs
+        uncountable.add(types)
         return None
     jax.effects_barrier()
     return len(calls)
+
+
+@kept
+def _counting_program(problem, solver, method, function):
+    """Return the method as a jitted function, and a list to which each run appends an entry for each product.
+
+    The third result is a set for the types of arguments whose products cannot be counted.
+    """
+    calls: list[None] = []
+    condition: Any = _CountingCondition(problem.condition, calls)
+    problem = Problem(condition, problem.outer, problem.has_aux)
+    return jax.jit(method_program(problem, solver, method, function)), calls, set()
 
 
 class _CountingCondition:

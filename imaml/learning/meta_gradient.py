@@ -67,10 +67,10 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
             network.
 
     Returns:
-        A pure function ``grad(theta, tasks) -> MetaGradient``. ``tasks`` is a :class:`imaml.Task` with a leading batch
-        axis on every array. A Python number in θ counts as a float. The function raises :class:`imaml.InputError` for
-        zero tasks. If no task has finite numbers, ``value`` is NaN, ``gradient`` is zero, and a call outside of ``jit``
-        warns.
+        A pure function ``grad(theta, tasks) -> MetaGradient``, compiled once for each set of shapes. ``tasks`` is a
+        :class:`imaml.Task` with a leading batch axis on every array. A Python number in θ counts as a float. The
+        function raises :class:`imaml.InputError` for zero tasks. If no task has finite numbers, ``value`` is NaN,
+        ``gradient`` is zero, and a call outside of ``jit`` warns.
 
     Source: Rajeswaran et al. (2019), algorithm 1.
     """
@@ -87,10 +87,9 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
         terms = ((metrics, finite), ((out.gradient, jnp.int32(1)), usable))
         return terms, (out.inner.residual_norm, linear_residual, out.status)
 
-    def gradient(theta, tasks):
+    def mean_over_tasks(theta, tasks):
+        """Return the :class:`MetaGradient`, and the number of tasks with finite numbers."""
         count = len(tasks.query_y)
-        check(count >= 1, "a meta-gradient is a mean over tasks, but the batch has 0 tasks: pass at least one")
-        theta = float_arrays(theta)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), theta)
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(zeros)))
         totals = ((zero, zero, jnp.int32(0)), (zeros, jnp.int32(0)))
@@ -112,9 +111,22 @@ def meta_gradient(learner: Learner, axis: str | None = None, at_once: int = 1) -
         value, accuracy = (sum / finite_tasks.astype(sum.dtype) for sum in (value, accuracy))  # 0 / 0 is NaN
         mean = jax.tree.map(lambda sum: sum / jnp.maximum(usable_tasks, 1).astype(sum.dtype), total)
         mean = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, theta)
+        return MetaGradient(value, mean, accuracy, usable_tasks, *reports), finite_tasks
+
+    compiled = jax.jit(mean_over_tasks)
+
+    def gradient(theta, tasks):
+        check(
+            len(tasks.query_y) >= 1,
+            "a meta-gradient is a mean over tasks, but the batch has 0 tasks: pass at least one",
+        )
+        theta = float_arrays(theta)
+        # Outside of jit, each call would trace and compile the scan again, because its body is a new function.
+        is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((theta, tasks)))
+        found, finite_tasks = (mean_over_tasks if is_traced else compiled)(theta, tasks)
         if not isinstance(finite_tasks, Tracer) and not finite_tasks:
             warnings.warn(NONE_FINITE, stacklevel=2)
-        return MetaGradient(value, mean, accuracy, usable_tasks, *reports)
+        return found
 
     return gradient
 

@@ -9,6 +9,7 @@ through the inner steps, which start from θ. For Reptile, see :func:`reptile_pr
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,21 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def support_loss(apply: Apply, loss: Loss) -> Callable:
-    """Return ``objective(phi, theta, task)``, the loss of φ on the support set. The argument θ is ignored."""
-    return lambda phi, theta, task: loss(apply(phi, task.support_x), task.support_y)
+    """Return ``objective(phi, theta, task)``, the loss of φ on the support set. The argument θ is ignored.
+
+    Objectives of the same network and loss are equal, so ``jit`` compiles a program with such an objective once.
+    """
+    return _SupportLoss(apply, loss)
+
+
+@dataclass(frozen=True)
+class _SupportLoss:
+    apply: Apply
+    loss: Loss
+
+    def __call__(self, phi, theta, task):
+        del theta
+        return self.loss(self.apply(phi, task.support_x), task.support_y)
 
 
 def task_problem(apply: Apply, loss: Loss, strength: float | None) -> bl.Problem:

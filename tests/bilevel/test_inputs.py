@@ -214,45 +214,6 @@ def test_a_start_by_name_in_solve_a_layer_and_minimize():
     assert report.ok
 
 
-# --- One trace -----------------------------------------------------------------------------------------------------
-
-
-def resident_kilobytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4
-
-
-@pytest.mark.slow("calls each entry point a thousand times")
-@pytest.mark.parametrize("entry", ["hypergradient", "start", "layer", "layer gradient", "solve", "solve by jaxopt"])
-def test_a_thousand_calls_trace_once_and_keep_no_memory(entry):
-    traces = []
-
-    def objective(w, theta, data):
-        traces.append(None)
-        return 0.5 * jnp.sum((w - theta * data) ** 2)
-
-    problem = bl.Problem(bl.Stationary(objective), lambda w, theta, data: jnp.sum(w**2))
-    solver, linear = bl.GradientDescent(0.5, 3), bl.CG(2)
-    function = bl.value_and_hypergradient(problem, solver, bl.Implicit(linear))
-    layer = bl.implicit_layer(problem.condition, solver, linear)
-    init, data, lbfgs = jnp.zeros(3), jnp.ones(3), bl.Jaxopt("LBFGS", maxiter=3)
-    call = {
-        "hypergradient": lambda theta: function(theta, init, data),
-        "start": lambda theta: function(theta, data=data, start=lambda theta, data: theta * data),
-        "layer": lambda theta: layer(theta, init, data),
-        "layer gradient": jax.grad(lambda theta: jnp.sum(layer(theta, init, data))),
-        "solve": lambda theta: bl.solve(solver, problem.condition, init, theta, data),
-        "solve by jaxopt": lambda theta: bl.solve(lbfgs, problem.condition, init, theta, data),
-    }[entry]
-    for number in range(10):
-        call(jnp.asarray(float(number)))
-    once, memory = len(traces), resident_kilobytes()
-    for number in range(1000):
-        call(jnp.asarray(float(number)))
-    assert len(traces) == once
-    assert resident_kilobytes() - memory < 4096  # kilobytes; one compiled program for each call takes far more
-
-
 # --- Dtypes --------------------------------------------------------------------------------------------------------
 
 

@@ -99,8 +99,6 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
         if bl.Status(int(info.status)).ok:
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
                 wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
-        elif make is not None and error > (1e-6 if dtype == F64 else 10 * eps * true_kappa):
-            continue  # rounding stopped another library's solver at a wrong x, so the failed status is right
         elif dtype == F64 or kappa < 1e5:
             # BiCGStab's residual rises before it falls, which costs digits. So in float32 it is judged by SciPy's
             # BiCGStab in float32.
@@ -136,11 +134,22 @@ def test_the_table_of_judgements_of_lineax(name, dtype):
     else:
         solver = iterative.get(name, lambda: getattr(lineax, name)(**options))()
     scales, conditions = (1e-20, 1e-10, 1.0, 1e10, 1e20), (1.0, 1e2, 1e4, 1e8, 1e12)
-    if name == "NormalCG" and dtype == F32:  # Lineax's method works on AᵀA, whose condition number is the square
-        conditions = (1.0, 1e1, 1e2)
     wrong, count = misjudged(name, dtype, 200, 6, (0, 1), scales, conditions, lambda steps: bl.Lineax(solver))
+    if name == "GMRES" and dtype == F64:  # the only refusals of systems that the same algorithm of SciPy solves
+        refused = [message for message in wrong if "κ=1e+12" in message and "STAGNATION has a failed" in message]
+        assert len(refused) <= 10
+        wrong = [message for message in wrong if message not in refused]
     assert not wrong, count
-    assert count > 70
+    assert count > 120
+
+
+def test_conjugate_gradients_of_lineax_solve_large_systems_in_float32():
+    lineax = pytest.importorskip("lineax")
+    diagonal = jnp.linspace(0.1, 1.0, 200_000, dtype=F32)
+    solver = bl.Lineax(lineax.CG(rtol=1e-5, atol=1e-8, max_steps=100), tol=1e-4)
+    x, info = solver(lambda v: diagonal * v, jnp.ones(200_000, F32))
+    assert status_of(info) == "CONVERGED"
+    np.testing.assert_allclose(x * diagonal, 1.0, atol=1e-3)
 
 
 @pytest.mark.slow("compiles a hypergradient for each linear solver and precision")

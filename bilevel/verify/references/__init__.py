@@ -25,7 +25,14 @@ from bilevel.verify.references.directions import (
     random_directions,
 )
 from bilevel.verify.references.matrices import MAX_UNKNOWNS, Linearisation, dense, linearise, solve_adjoint
-from bilevel.verify.references.record import Reference, ReferenceUnavailable, init_in_double, solve_inner
+from bilevel.verify.references.record import (
+    Reference,
+    ReferenceUnavailable,
+    init_in_double,
+    inner_program,
+    outer_value,
+    residual_program,
+)
 from bilevel.verify.references.tangents import unrolled
 
 __all__ = [
@@ -40,11 +47,13 @@ __all__ = [
     "dense",
     "finite_differences",
     "init_in_double",
+    "inner_program",
     "linearise",
+    "outer_value",
     "random_directions",
+    "residual_program",
     "select_references",
     "solve_adjoint",
-    "solve_inner",
     "unrolled",
 ]
 

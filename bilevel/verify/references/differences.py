@@ -1,6 +1,7 @@
 """The reference by finite differences: central differences of the outer value, extrapolated to step zero."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,19 @@ from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify.flat import flatten
 from bilevel.verify.precision import EPS, as_double, double_precision
+from bilevel.verify.programs import kept
 from bilevel.verify.references.directions import choose_directions
 from bilevel.verify.references.newton import newton, refine
 from bilevel.verify.references.record import (
     Question,
     Reference,
     ReferenceUnavailable,
-    init_in_double,
+    inner_program,
+    joined_init,
     make_reference,
     outer_value,
     solve_inner,
+    split_init,
 )
 
 SHRINK = 10**0.5
@@ -72,32 +76,51 @@ def finite_differences(
         (6.0, 'the solution')
     """
     with double_precision():
-        theta, data, start = as_double(theta), as_double(data), init_in_double(init)
+        theta, data = as_double(theta), as_double(data)
+        function, start = split_init(init)
         point = flatten(theta, "theta")
         directions, labels = choose_directions(directions, point)
-        w = jax.jit(lambda theta, data: solve_inner(problem.condition, solver, theta, start, data))(theta, data)
+        w = inner_program(problem.condition, solver, function)(theta, start, data)
         solution = refine(problem.condition, w, theta, data) if polish in (None, True) else None
         if polish and solution is None:
             raise ReferenceUnavailable("Newton's method does not solve the condition near the solver's output")
         base = w if solution is None else solution
-        flat_base = flatten(base)
-        outer = outer_value(problem)
-
-        def value(vector):
-            """Return the outer value at θ, and an estimate of the error that the error of w causes in it."""
-            theta = point.rebuild(vector)
-            if solution is None:
-                return outer(solve_inner(problem.condition, solver, theta, start, data), theta, data), 0.0
-            flat, change = newton(problem.condition, flat_base, theta, data)
-            last, before = (outer(flat_base.rebuild(v), theta, data) for v in (flat, flat - change))
-            return last, jnp.abs(last - before)
-
+        program = _values(problem, solver, function, solution is not None)
+        values = partial(program, base=base, theta=theta, start=start, data=data)
         steps = [_largest_step(step, np.asarray(point.vector), d) for d in directions]
-        derivatives, uncertainty = _extrapolate(value, point.vector, directions, np.array(steps))
+        derivatives, uncertainty = _extrapolate(values, point.vector, directions, np.array(steps))
         question: Question = "the solver's output" if solution is None else "the solution"
         return make_reference(
             "finite_differences", question, problem, base, theta, data, directions, labels, derivatives, uncertainty
         )
+
+
+@kept
+def _values(problem, solver, function, polish):
+    """Return the compiled function that evaluates G at points ``[k, entries of θ]``.
+
+    It returns G, ``[k]``, and an estimate of the error that the error of w causes in G, ``[k]``. With ``polish``,
+    Newton's method finds w, and starts from ``base``. Otherwise the solver finds it.
+    """
+    outer = outer_value(problem)
+
+    @jax.jit
+    def values(points, base, theta, start, data):
+        rebuild = flatten(theta).rebuild
+
+        def value(vector):
+            theta = rebuild(vector)
+            if not polish:
+                w = solve_inner(problem.condition, solver, theta, joined_init(function, start), data)
+                return outer(w, theta, data), 0.0
+            flat_base = flatten(base)
+            flat, change = newton(problem.condition, flat_base, theta, data)
+            last, before = (outer(flat_base.rebuild(v), theta, data) for v in (flat, flat - change))
+            return last, jnp.abs(last - before)
+
+        return jax.lax.map(value, points)
+
+    return values
 
 
 def _largest_step(step, theta, direction):
@@ -108,15 +131,15 @@ def _largest_step(step, theta, direction):
     return 0.1 * size if size > 0 else 0.1
 
 
-def _extrapolate(value, point, directions, largest):
+def _extrapolate(values_at, point, directions, largest):
     """Return extrapolated central differences along ``directions``, and the uncertainty of each.
 
-    ``value`` returns G and the uncertainty of G. ``largest`` holds the largest step of each direction.
+    ``values_at`` returns G and its uncertainty at several points. ``largest`` holds the largest step of each direction.
     """
     sizes = np.outer(largest, [scale / SHRINK**k for k in range(STEP_SIZES) for scale in (1.0, 0.5)])  # [m, 2·5]
     moves = np.stack([sizes, -sizes], -1)[..., None] * directions[:, None, None, :]
     points = jnp.concatenate([point[None], point[None] + jnp.asarray(moves.reshape(-1, point.size))])
-    values, slack = (np.asarray(part) for part in jax.jit(lambda points: jax.lax.map(value, points))(points))
+    values, slack = (np.asarray(part) for part in values_at(points))
     center, values = values[0], values[1:].reshape(*sizes.shape, 2)
     slack = np.asarray(slack)[1:].reshape(*sizes.shape, 2).max(-1)
     slopes = (values[..., 0] - values[..., 1]) / (2 * sizes)

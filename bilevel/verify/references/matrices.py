@@ -12,6 +12,7 @@ from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify.flat import flatten
 from bilevel.verify.precision import EPS, as_double, double_precision
+from bilevel.verify.programs import kept
 from bilevel.verify.references.directions import choose_directions
 from bilevel.verify.references.newton import refine
 from bilevel.verify.references.record import (
@@ -19,10 +20,10 @@ from bilevel.verify.references.record import (
     Reference,
     ReferenceUnavailable,
     flat_residual,
-    init_in_double,
+    inner_program,
     make_reference,
     outer_value,
-    solve_inner,
+    split_init,
 )
 
 MAX_UNKNOWNS = 1000
@@ -69,8 +70,8 @@ def dense(
         if w is None:
             if solver is None:
                 raise ValueError("dense needs a solver, or the w at which the theorem is applied")
-            start = init_in_double(init)
-            w = jax.jit(lambda theta, data: solve_inner(problem.condition, solver, theta, start, data))(theta, data)
+            function, start = split_init(init)
+            w = inner_program(problem.condition, solver, function)(theta, start, data)
             solution = refine(problem.condition, w, theta, data)
             if solution is not None:
                 w, question = solution, "the solution"
@@ -115,11 +116,10 @@ def linearise(problem: Problem, w: PyTree, theta: PyTree, data: PyTree, directio
     """
     with double_precision():
         w, theta, data = as_double(w), as_double(theta), as_double(data)
-        flat_w, flat_theta = flatten(w), flatten(theta)
-        size = flat_w.vector.size
+        size = flatten(w).vector.size
         if size > MAX_UNKNOWNS:
             raise ReferenceUnavailable(f"A is {size} × {size}, and it is written out up to {MAX_UNKNOWNS} unknowns")
-        parts = _derivatives(problem, flat_w, flat_theta, data, jnp.asarray(directions))
+        parts = _derivatives(problem)(w, theta, data, jnp.asarray(directions))
         return Linearisation(*(np.asarray(part) for part in parts))
 
 
@@ -139,22 +139,27 @@ def solve_adjoint(a: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, float]:
     return np.linalg.lstsq(a.T, g)[0], math.inf
 
 
-def _derivatives(problem, flat_w, flat_theta, data, directions):
-    """Return A ``[n, n]``, B·directions ``[n, m]``, g ``[n]`` and h·directions ``[m]``, all by tangents."""
-
-    def residual(w, theta):
-        return flat_residual(problem.condition, flat_w, flat_theta.rebuild(theta), data)(w)
-
-    def outer(w, theta):
-        return outer_value(problem)(flat_w.rebuild(w), flat_theta.rebuild(theta), data)
+@kept
+def _derivatives(problem):
+    """Return the compiled function that returns A, B·directions, g and h·directions at w, all by tangents."""
 
     @jax.jit
-    def derivatives(w, theta, directions):
+    def derivatives(w, theta, data, directions):
+        flat_w, flat_theta = flatten(w), flatten(theta)
+
+        def residual(w, theta):
+            return flat_residual(problem.condition, flat_w, flat_theta.rebuild(theta), data)(w)
+
+        def outer(w, theta):
+            return outer_value(problem)(flat_w.rebuild(w), flat_theta.rebuild(theta), data)
+
+        point = flat_w.vector, flat_theta.vector
+
         def along(direction):
-            tangent = jnp.zeros_like(w), direction
-            return tuple(jax.jvp(f, (w, theta), tangent)[1] for f in (residual, outer))
+            tangent = jnp.zeros_like(point[0]), direction
+            return tuple(jax.jvp(f, point, tangent)[1] for f in (residual, outer))
 
         b, h = jax.lax.map(along, directions)
-        return jax.jacfwd(residual)(w, theta), b.T, jax.jacfwd(outer)(w, theta), h
+        return jax.jacfwd(residual)(*point), b.T, jax.jacfwd(outer)(*point), h
 
-    return derivatives(flat_w.vector, flat_theta.vector, directions)
+    return derivatives

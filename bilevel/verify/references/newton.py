@@ -11,6 +11,7 @@ from bilevel.conditions import Condition
 from bilevel.types import PyTree
 from bilevel.verify.flat import Flat, flatten
 from bilevel.verify.precision import EPS
+from bilevel.verify.programs import kept
 from bilevel.verify.references.record import flat_residual
 
 MAX_UNKNOWNS = 400
@@ -25,8 +26,13 @@ def refine(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> PyTr
     start = flatten(w)
     if start.vector.size > MAX_UNKNOWNS:
         return None
-    flat, _ = jax.jit(lambda theta, data: newton(condition, start, theta, data))(theta, data)
+    flat = _newton_program(condition)(w, theta, data)
     return start.rebuild(flat) if bool(jnp.isfinite(flat).all()) else None
+
+
+@kept
+def _newton_program(condition):
+    return jax.jit(lambda w, theta, data: newton(condition, flatten(w), theta, data)[0])
 
 
 def newton(

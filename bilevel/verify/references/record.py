@@ -14,6 +14,7 @@ from bilevel.start import evaluate, is_function
 from bilevel.types import PyTree, Solution
 from bilevel.verify.flat import Flat, flatten
 from bilevel.verify.precision import as_double
+from bilevel.verify.programs import kept
 from bilevel.verify.references.directions import are_coordinates
 
 Question = Literal["the solution", "the formula at this w", "the solver's output"]
@@ -67,7 +68,7 @@ def make_reference(
     condition_number: float | None = None,
 ) -> Reference:
     """Assemble a :class:`Reference`: add the residual at ``w`` and, for coordinates, the gradient as a tree."""
-    residual = jax.jit(lambda w, t, d: flatten(problem.condition.residual(w, t, d)).vector)(w, theta, data)
+    residual = residual_program(problem.condition)(w, theta, data)
     gradient = None
     if are_coordinates(directions):
         zeros = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0 * leaf, theta)
@@ -84,6 +85,32 @@ def make_reference(
         float(np.linalg.norm(residual)),
         condition_number,
     )
+
+
+@kept
+def residual_program(condition: Condition) -> Callable[..., jax.Array]:
+    """Return the compiled ``(w, theta, data) → F``, a flat vector."""
+    return jax.jit(lambda w, theta, data: flatten(condition.residual(w, theta, data)).vector)
+
+
+@kept
+def inner_program(condition: Condition, solver: Callable, function: Callable | None) -> Callable[..., PyTree]:
+    """Return the compiled ``(theta, start, data) → w``. For ``function`` and ``start`` see :func:`split_init`."""
+
+    def solve(theta, start, data):
+        return solve_inner(condition, solver, theta, joined_init(function, start), data)
+
+    return jax.jit(solve)
+
+
+def split_init(init: PyTree | Callable) -> tuple[Callable | None, PyTree]:
+    """Return the start function or None, which a program depends on, and the start point in float64 or None."""
+    return (init, None) if is_function(init) else (None, init_in_double(init))
+
+
+def joined_init(function: Callable | None, start: PyTree) -> PyTree | Callable:
+    """Return ``start``, or the start function with results in float64."""
+    return start if function is None else init_in_double(function)
 
 
 def solve_inner(condition: Condition, solver: Callable, theta: PyTree, init: PyTree | Callable, data: PyTree) -> PyTree:

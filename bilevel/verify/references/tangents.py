@@ -10,14 +10,16 @@ from bilevel.problem import Problem
 from bilevel.types import PyTree
 from bilevel.verify.flat import flatten
 from bilevel.verify.precision import EPS, as_double, double_precision
+from bilevel.verify.programs import kept
 from bilevel.verify.references.directions import choose_directions
 from bilevel.verify.references.record import (
     Reference,
     ReferenceUnavailable,
-    init_in_double,
+    joined_init,
     make_reference,
     outer_value,
     solve_inner,
+    split_init,
 )
 
 
@@ -48,30 +50,12 @@ def unrolled(
         0.75
     """
     with double_precision():
-        theta, data, start = as_double(theta), as_double(data), init_in_double(init)
-        point = flatten(theta, "theta")
-        directions, labels = choose_directions(directions, point)
-
-        def solve(vector):
-            theta = point.rebuild(vector)
-            w = solve_inner(problem.condition, solver, theta, start, data)
-            return flatten(w).vector, (w, theta)
-
-        def derivative(direction):
-            """Return the derivative along one direction, the size of its terms, and w."""
-            (flat, (w, _)), (w_tangent, _) = jax.jvp(solve, (point.vector,), (direction,))
-            like_w = flatten(w)
-
-            def outer(flat, vector):
-                return outer_value(problem)(like_w.rebuild(flat), point.rebuild(vector), data)
-
-            primals = flat, point.vector
-            through_w = jax.jvp(outer, primals, (w_tangent, jnp.zeros_like(direction)))[1]
-            direct = jax.jvp(outer, primals, (jnp.zeros_like(w_tangent), direction))[1]
-            return through_w + direct, jnp.abs(through_w) + jnp.abs(direct), w
-
+        theta, data = as_double(theta), as_double(data)
+        function, start = split_init(init)
+        directions, labels = choose_directions(directions, flatten(theta, "theta"))
+        tangents = _tangents(problem, solver, function)
         try:
-            derivatives, size, ws = jax.jit(lambda ds: jax.lax.map(derivative, ds))(jnp.asarray(directions))
+            derivatives, size, ws = tangents(jnp.asarray(directions), theta, start, data)
         except TypeError as error:  # JAX raises it for a custom_vjp, which has no forward rule
             raise ReferenceUnavailable(f"JAX cannot differentiate this solver in forward mode: {error}") from error
         w = jax.tree.map(lambda leaf: leaf[0], ws)
@@ -79,3 +63,34 @@ def unrolled(
         return make_reference(
             "unrolled", "the solver's output", problem, w, theta, data, directions, labels, derivatives, uncertainty
         )
+
+
+@kept
+def _tangents(problem, solver, function):
+    """Return the compiled function that returns the derivative along each direction, the size of its terms, and w."""
+    outer_at = outer_value(problem)
+
+    @jax.jit
+    def tangents(directions, theta, start, data):
+        point = flatten(theta)
+
+        def solve(vector):
+            theta = point.rebuild(vector)
+            w = solve_inner(problem.condition, solver, theta, joined_init(function, start), data)
+            return flatten(w).vector, w
+
+        def derivative(direction):
+            (flat, w), (w_tangent, _) = jax.jvp(solve, (point.vector,), (direction,))
+            like_w = flatten(w)
+
+            def outer(flat, vector):
+                return outer_at(like_w.rebuild(flat), point.rebuild(vector), data)
+
+            primals = flat, point.vector
+            through_w = jax.jvp(outer, primals, (w_tangent, jnp.zeros_like(direction)))[1]
+            direct = jax.jvp(outer, primals, (jnp.zeros_like(w_tangent), direction))[1]
+            return through_w + direct, jnp.abs(through_w) + jnp.abs(direct), w
+
+        return jax.lax.map(derivative, directions)
+
+    return tangents

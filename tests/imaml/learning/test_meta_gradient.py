@@ -312,6 +312,25 @@ def test_outside_of_jit_a_batch_without_finite_numbers_gives_a_warning_and_the_v
         assert np.isnan(out.value) and np.isnan(out.accuracy) and not flat(out.gradient).any()
 
 
+@pytest.mark.parametrize("entry", ["meta_gradient", "adapt"])
+def test_a_thousand_calls_outside_of_jit_trace_once_and_keep_no_memory(entry):
+    traces, theta, tasks = [], {"slope": jnp.ones(()), "offset": jnp.zeros(())}, lines(2)
+
+    def traced_line(theta, x):
+        traces.append(None)
+        return line(theta, x)
+
+    learner = replace(LINE, apply=traced_line)
+    gradient, one = meta_gradient(learner), jax.tree.map(lambda array: array[0], tasks)
+    call = {"meta_gradient": lambda: gradient(theta, tasks), "adapt": lambda: learner.adapt(theta, one)}[entry]
+    counts = []
+    for calls in (10, 1000):
+        for _ in range(calls):
+            call()
+        counts.append((len(traces), len(jax.live_arrays())))
+    assert counts[0] == counts[1] and traces
+
+
 @pytest.mark.parametrize("wrap", [jax.jit, lambda function: function])
 def test_zero_tasks_are_refused(wrap):
     with pytest.raises(imaml.InputError, match="the batch has 0 tasks: pass at least one"):
