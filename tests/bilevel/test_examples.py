@@ -33,7 +33,12 @@ CHECKS = {
         learned < equal - 0.03 and documentation > code > 0.1 > max(numbers, shuffled)
     ),
 }
-NEEDS = {"equinox_features": "equinox", "flax_sinusoids": "flax"}
+NEEDS = {
+    "equinox_features": "equinox",
+    "learned_denoiser": "equinox",
+    "flax_sinusoids": "flax",
+    "class_weights": "flax",
+}
 SHORTER = {
     "flax_sinusoids": {"steps": 200},
     "stochastic_hyper_cleaning": {"copies": 5, "steps": 3000},
