@@ -75,7 +75,7 @@ def test_one_bad_block_decides_the_status():
         assert bl.Status(int(info.status)).name == name
 
 
-X, Y = (jnp.asarray(RANDOM.normal(size=size)) for size in ((COUNT, 6, SIZE), (COUNT, 6)))
+X, Y = (RANDOM.normal(size=size) for size in ((COUNT, 6, SIZE), (COUNT, 6)))
 
 
 def one_fit(w, theta, data):
