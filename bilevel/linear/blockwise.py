@@ -72,6 +72,7 @@ class Blockwise:
 
         blocks = jax.vmap(column, out_axes=2)(jnp.eye(row.size, dtype=row.dtype))
         found, infos = jax.vmap(solve)(blocks, flatten(wide_b))
+        assert infos.rcond is not None, "LU and Cholesky estimate it"
         x = tree.like(jax.vmap(unravel)(found), b)
         info = diagnosis.report(square("Blockwise", matvec, self.linear.ridge, b), b_scaled, x, tol=None)
         norm = jnp.max(jnp.sum(jnp.abs(jax.lax.stop_gradient(blocks)), axis=1), initial=0)
