@@ -38,7 +38,8 @@ class Blockwise:
 
         >>> blocks = jnp.array([[[2.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 4.0]]])
         >>> b = jnp.array([[4.0, 2.0], [3.0, 4.0]])
-        >>> x, info = Blockwise(LU())(lambda v: jnp.einsum("mij,mj->mi", blocks, v), b)
+        >>> solve = jax.jit(lambda b: Blockwise(LU())(lambda v: jnp.einsum("mij,mj->mi", blocks, v), b))
+        >>> x, info = solve(b)
         >>> x.round(4).tolist()
         [[1.0, 2.0], [3.0, 1.0]]
     """
