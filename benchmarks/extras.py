@@ -142,8 +142,9 @@ def flax(env: Environment) -> None:
 
 
 def equinox(env: Environment) -> None:
-    """Run the Equinox example and the tests of Equinox modules as networks of imaml."""
-    env.run(ROOT / "examples" / "equinox_features.py", env.folder / "picture.png")
+    """Run the Equinox examples and the tests of Equinox modules as networks of imaml."""
+    for name in ("equinox_features", "learned_denoiser"):
+        env.run(ROOT / "examples" / f"{name}.py", env.folder / "picture.png")
     _test_networks(env)
 
 

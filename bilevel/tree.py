@@ -135,6 +135,21 @@ def shapes(a: PyTree) -> list[tuple[int, ...]]:
     return [jnp.shape(leaf) for leaf in jax.tree.leaves(a)]
 
 
+def count_samples(samples: PyTree, name: str) -> int:
+    """Return the length of the leading axis of some samples. ``name`` is their owner, for the message.
+
+    Raises:
+        ValueError: if there is no leaf, no sample, or if the lengths differ.
+    """
+    found = shapes(samples)
+    if not found or not all(found) or len({shape[0] for shape in found}) != 1 or found[0][0] == 0:
+        raise ValueError(
+            f"{name} needs arrays with one common leading axis of samples, got the shapes {found}: a constant that "
+            "all samples share belongs into the functions of the problem or into theta"
+        )
+    return found[0][0]
+
+
 def shapes_for_message(a: PyTree) -> PyTree:
     """Return the tree with shapes as leaves, or a list of shapes for a class that refuses such leaves."""
     try:

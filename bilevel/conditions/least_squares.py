@@ -26,7 +26,8 @@ class LeastSquares:
     JᵀJ + Σᵢ rᵢ∇²rᵢ.
 
     Args:
-        residuals: ``residuals(w, theta, data)``, any pytree of floating-point arrays: r.
+        residuals: ``residuals(w, theta, data)``, any pytree of floating-point arrays: r. Every leaf counts, also those
+            of the second entry of a tuple. For ``(residuals, aux)`` pass ``has_aux=True``.
         operator: the matrix of the adjoint system. ``"exact"`` is the Hessian, with which the hypergradient is exact.
             ``"gauss_newton"`` is JᵀJ, which is never indefinite. A product with it takes one product with J and one
             with Jᵀ, and no second derivative. The hypergradient is then exact if r = 0 at the solution or r is affine
@@ -40,7 +41,8 @@ class LeastSquares:
     Raises:
         ValueError: for another operator, for a number μ that is not positive and finite, and, in use, for residuals
             with ``has_aux`` that do not return a pair.
-        TypeError: for residuals that are not a function of three arguments.
+        TypeError: for residuals that are not a function of three arguments, and, in use, for a leaf that is not
+            floating point.
 
     Source: Nocedal and Wright (2006), section 10.1.
 
@@ -70,12 +72,12 @@ class LeastSquares:
 
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return ½‖r‖², whose gradient in w is the residual."""
-        r = tree.arrays(self.residuals(w, theta, data))
+        r = _floating(self.residuals(w, theta, data))
         return 0.5 * tree.vdot(r, r)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """Return Jᵀr, a pytree like w."""
-        r, pull_back = jax.vjp(lambda w: tree.arrays(self.residuals(w, theta, data)), w)
+        r, pull_back = jax.vjp(lambda w: _floating(self.residuals(w, theta, data)), w)
         return pull_back(r)[0]
 
     def aux(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
@@ -92,7 +94,7 @@ class LeastSquares:
         residuals, captured = jax.closure_convert(self.residuals, w, theta, data)
 
         def product(w: PyTree, *others: PyTree) -> PyTree:
-            r, pull_back = jax.vjp(lambda w: tree.arrays(residuals(w, *others)), w)
+            r, pull_back = jax.vjp(lambda w: _floating(residuals(w, *others)), w)
             return pull_back(r)[0]
 
         call = jax.custom_jvp(product)
@@ -100,9 +102,22 @@ class LeastSquares:
         @call.defjvp
         def push_forward(primals: Any, tangents: Any) -> Any:
             w, *others = primals
-            values = lambda w: tree.arrays(residuals(w, *others))  # noqa: E731
+            values = lambda w: _floating(residuals(w, *others))  # noqa: E731
             along_w = jax.vjp(values, w)[1](jax.jvp(values, (w,), tangents[:1])[1])[0]
             out, along_others = jax.jvp(lambda *others: product(w, *others), tuple(others), tangents[1:])
             return out, tree.add(along_w, along_others)
 
         return call(w, theta, data, *captured)
+
+
+def _floating(r: PyTree) -> PyTree:
+    """Return the residuals as arrays, or raise TypeError for a leaf that is not floating point."""
+    r = tree.arrays(r, "residuals")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(r):
+        if not tree.is_floating(leaf):
+            raise TypeError(
+                f"LeastSquares needs floating-point residuals, got {leaf.dtype} at "
+                f"residuals{jax.tree_util.keystr(path)}: convert it by astype(float), or if the function returns "
+                "(residuals, aux), pass has_aux=True"
+            )
+    return r

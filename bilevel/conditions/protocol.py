@@ -35,11 +35,12 @@ class Condition(Protocol):
         """The strong convexity μ that the user declares; None where it is unknown."""
         ...
 
-    def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+    # The arguments are positional, so that a field such as ``Root.residual``, a Callable, is a residual too.
+    def residual(self, w: PyTree, theta: PyTree, data: PyTree, /) -> PyTree:
         """Return F(w, θ, data), a pytree like w."""
         ...
 
-    def scaling(self, theta: PyTree, data: PyTree) -> PyTree | None:
+    def scaling(self, theta: PyTree, data: PyTree, /) -> PyTree | None:
         """Return D, a scalar or a pytree like w, or None for no scaling.
 
         A linear system Av = g with A = ∂F/∂w, or with Aᵀ in place of A, is solved as (D A D)u = D g with v = D u.
@@ -50,7 +51,7 @@ class Condition(Protocol):
 class GradientCondition(Condition, Protocol):
     """A condition whose residual is the gradient of an objective, so that ∂F/∂w is symmetric by construction."""
 
-    def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
+    def potential(self, w: PyTree, theta: PyTree, data: PyTree, /) -> jax.Array:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
         ...
 

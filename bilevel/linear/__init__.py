@@ -7,6 +7,7 @@ magnitude. So every solve ends with one more product Ax, which gives the true re
 """
 
 from bilevel.linear.any_solver import check_linear, run_linear
+from bilevel.linear.blockwise import Blockwise
 from bilevel.linear.choose import DENSE_LIMIT, LinearChoice, choose_linear
 from bilevel.linear.dense import LU, Cholesky
 from bilevel.linear.from_lineax import Lineax
@@ -20,6 +21,7 @@ __all__ = [
     "GMRES",
     "LU",
     "BiCGStab",
+    "Blockwise",
     "Cholesky",
     "LinearChoice",
     "Lineax",

@@ -112,6 +112,6 @@ def check_potential(name: str, condition: Condition) -> GradientCondition:
     if not is_gradient(condition):
         raise ValueError(
             f"{name} differentiates an inner objective, and {type(condition).__name__} is not the gradient of one: "
-            "use Stationary or Proximal, or Implicit, which takes any condition"
+            "use Stationary, Proximal or LeastSquares, or Implicit, which takes any condition"
         )
     return condition

@@ -65,14 +65,7 @@ class Minibatches:
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         self.solver.check(condition)
         data = tree.arrays(data, "data")
-        shapes = tree.shapes(data)
-        samples = {shape[0] if shape else 0 for shape in shapes}
-        if len(samples) != 1 or 0 in samples:
-            raise ValueError(
-                "Minibatches needs data whose leaves have one leading axis of samples, all of the same length; got the "
-                f"shapes {shapes}: pass numbers that belong to no sample in theta, or capture them in the objective"
-            )
-        (count,) = samples
+        count = tree.count_samples(data, "Minibatches")
         key = jax.random.key(self.seed)
 
         def advance(step: jax.Array, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:

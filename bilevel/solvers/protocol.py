@@ -196,7 +196,8 @@ def check_gradient(name: str, condition: Condition) -> GradientCondition:
         remedy = "a fitting Jaxopt solver"
     raise ValueError(
         f"{name} needs a condition that is the gradient of an objective, and {type(condition).__name__} is not: use "
-        f"Stationary or Proximal, or solve it by {remedy} or a function (condition, init, theta, data) -> w"
+        f"Stationary, Proximal or LeastSquares, or solve it by {remedy} or a function "
+        "(condition, init, theta, data) -> w"
     )
 
 
@@ -206,6 +207,6 @@ def check_mapping(name: str, condition: Condition) -> None:
         raise ValueError(
             f"{name} repeats a mapping, and {type(condition).__name__} has no mapping: use FixedPoint, "
             "Projected or ProximalGradient as the condition. Or use another solver: GradientDescent, Optax or "
-            "HessianFree for Stationary and Proximal, or a function (condition, init, theta, data) -> w for any "
-            "condition"
+            "HessianFree for Stationary, Proximal and LeastSquares, or a function (condition, init, theta, data) -> w "
+            "for any condition"
         )

@@ -18,7 +18,7 @@ from bilevel.stochastic.loop import Record, advance, largest_entry, make_plan, s
 from bilevel.stochastic.placement import place
 from bilevel.stochastic.protocol import Algorithm, State, is_mean_over_samples
 from bilevel.stochastic.rates import RATES, check_rate, is_transformation
-from bilevel.stochastic.samples import check_sampling, count_samples
+from bilevel.stochastic.samples import check_sampling
 from bilevel.types import PyTree, Status
 
 
@@ -223,7 +223,7 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
     for name, samples, batch in (("inner", inner, algorithm.inner_batch), ("outer", outer, algorithm.outer_batch)):
         if batch < 1:
             raise ValueError(f"{name}_batch must be at least 1, got {batch}")
-        count_samples(samples, name)
+        tree.count_samples(samples, name)
     for name in RATES:
         check_rate(name, getattr(algorithm, name, None))
     condition = problem.condition
@@ -238,7 +238,7 @@ def _check_batches(problem, inner, algorithm, placement):
     """Raise ValueError for batches or shares of a condition that needs all samples at once."""
     if is_mean_over_samples(problem.condition):
         return
-    if placement.shares > 1 or algorithm.inner_batch < count_samples(inner, "inner"):
+    if placement.shares > 1 or algorithm.inner_batch < tree.count_samples(inner, "inner"):
         raise ValueError(
             f"the residual of {type(problem.condition).__name__} is not a mean over samples, because its projection or "
             "proximal operator is applied after the mean: set inner_batch to the number of inner samples and use one "

@@ -12,7 +12,7 @@ from bilevel import tree
 from bilevel.problem import Problem
 from bilevel.stochastic.placement import Placement
 from bilevel.stochastic.protocol import Draws, Oracle, State, is_mean_over_samples
-from bilevel.stochastic.samples import Samples, count_samples, draw
+from bilevel.stochastic.samples import Samples, draw
 from bilevel.types import PyTree
 
 
@@ -80,7 +80,7 @@ def make_plan(
     is_number = [isinstance(leaf, float | int | np.generic | np.ndarray | jax.Array) for leaf in leaves]
     numbers = [float(leaf) for leaf, number in zip(leaves, is_number, strict=True) if number]
     constants = tuple(None if number else leaf for leaf, number in zip(leaves, is_number, strict=True))
-    sizes = tuple(count_samples(samples, "samples") // placement.shares for samples in (inner, outer))
+    sizes = tuple(tree.count_samples(samples, "samples") // placement.shares for samples in (inner, outer))
     return numbers, Plan(problem, structure, constants, placement, sizes, evaluate, evaluate_every, measure, project)
 
 

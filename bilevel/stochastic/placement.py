@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import tree
-from bilevel.stochastic.samples import count_samples
 from bilevel.types import PyTree
 
 
@@ -128,7 +127,7 @@ def place(inner: PyTree, outer: PyTree, shares: int | None) -> Placement:
         raise ValueError(f"samples that are sharded over {devices} devices have {devices} shares, got shares={shares}")
     shares = devices if shares is None else shares
     for samples, name in ((inner, "inner"), (outer, "outer")):
-        size = count_samples(samples, name)
+        size = tree.count_samples(samples, name)
         if shares < 1 or size % shares:
             raise ValueError(f"{size} {name} samples cannot be divided into shares={shares} equal parts")
     return Placement(shares, axes if mesh is not None else ("shares",) if shares > 1 else (), mesh)

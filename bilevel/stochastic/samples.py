@@ -50,27 +50,12 @@ def shuffle(samples: PyTree, key: jax.Array) -> PyTree:
         (True, [0, 1, 2, 3])
     """
     samples = tree.arrays(samples, "samples")
-    return _take(samples, jax.random.permutation(key, count_samples(samples, "samples")))
+    return _take(samples, jax.random.permutation(key, tree.count_samples(samples, "samples")))
 
 
 @jax.jit
 def _take(samples, order):
     return jax.tree.map(lambda leaf: leaf[order], samples)
-
-
-def count_samples(samples: PyTree, name: str) -> int:
-    """Return the length of the leading axis.
-
-    Raises:
-        ValueError: if there is no leaf, no sample, or if the lengths differ.
-    """
-    shapes = tree.shapes(samples)
-    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
-        raise ValueError(
-            f"{name} needs arrays with one common leading axis of samples, got the shapes {shapes}: a constant that "
-            "all samples share belongs into the functions of the problem or into theta"
-        )
-    return shapes[0][0]
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def compare_methods(
 
     Errors are relative to the dense solve at the inner solution (:func:`bilevel.verify.references.dense`), or to finite
     differences if A is singular or has more than 1000 rows. If Newton's method does not find the inner solution, both
-    references use the solver's output. Each method is timed ``runs`` times. It is compiled once: a further call with the
-    same problem, solver, method and shapes compiles nothing.
+    references use the solver's output. Each method is timed ``runs`` times. It is compiled once: a further call with
+    the same problem, solver, method and shapes compiles nothing.
 
     Products are counted in a separate run, in which a callback counts each use of the derivative of F in w. Derivatives
     of ``potential``, which some methods take, are not counted.

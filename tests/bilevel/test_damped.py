@@ -1,8 +1,11 @@
 """A damped linear solver at an inner solution that is not a minimum, on a tanh network."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -113,3 +116,39 @@ def test_what_cannot_be_damped_is_refused():
         bl.choose_linear(bl.Stationary(lambda w, theta, data: w @ w / theta), jnp.ones(2), 0.0, damped=True)
     with pytest.raises(TypeError, match="outside of jit"):
         jax.jit(lambda w: bl.choose_linear(bl.Stationary(fit), w, damped=True))(jnp.ones(2))
+
+
+def pitchfork(w, theta, data):
+    """An objective whose second eigenvalue at w₁ = 0 is 1 − θ. The solver stays there, also for θ > 1."""
+    return 0.5 * w[0] ** 2 - theta * w[0] + 0.5 * (1 - theta) * w[1] ** 2 + 0.25 * w[1] ** 4
+
+
+@pytest.mark.slow("compiles a loop for each ridge")
+def test_a_loop_chooses_again_where_the_least_eigenvalue_falls_below_zero():
+    """The loop of docs/choosing.md, on a problem whose second eigenvalue is negative in later steps."""
+    problem = bl.Problem(bl.Stationary(pitchfork), lambda w, theta, data: 0.5 * (w[0] - 2) ** 2)
+    solver, optimizer, start = bl.GradientDescent(0.5, 60), optax.sgd(0.2), jnp.zeros(2)
+
+    def loop(linear, steps, state=None):
+        method = bl.Implicit(linear)
+        return bl.minimize(problem, 0.0, start, None, solver, method, optimizer, steps, state=state)
+
+    with pytest.raises(bl.HypergradientError, match="NEGATIVE_CURVATURE"):
+        loop(bl.Cholesky(), 30)
+
+    ridges, steps, every, state, theta, w = [], 30, 10, None, 0.0, start
+    while (done := 0 if state is None else int(state.step)) < steps:
+        w = bl.solve(solver, problem.condition, w, theta, None).w
+        linear, _ = bl.choose_linear(problem.condition, w, theta, None, damped=True)
+        linear = replace(linear, ridge=2 * linear.ridge)
+        ridges.append(linear.ridge)
+        try:
+            state = loop(linear, min(every, steps - done), state).state
+        except bl.HypergradientError as error:
+            assert error.state.step > done  # the ridge fits the first step, so the loop goes on
+            state = error.state
+        theta, w = state.theta, state.w
+    # The least eigenvalue falls from 1 to −1. The margin doubles, so few choices are enough.
+    assert ridges[0] == 0 < ridges[-1] and len(ridges) <= 9
+    # dw₀/dθ is 1/(1 + ridge) in place of 1: the steps become shorter, and lead to the same minimum.
+    np.testing.assert_allclose(theta, 2.0, atol=0.1)

@@ -20,6 +20,9 @@ CHECKS = {
     "portfolio": lambda first, last, total: last < first and abs(total - 1) < 1e-5,
     "equinox_features": lambda first, last: last < 0.25 * first,
     "flax_sinusoids": lambda first, last: last < 0.75 * first,
+    # Accuracies on classes of the same size. A difference of 5 % is more than two standard deviations on 500 images.
+    "class_weights": lambda equal, inverse, learned: learned > max(equal + 0.05, inverse - 0.02),
+    "learned_denoiser": lambda quadratic, variation, learned: learned < 0.9 * min(quadratic, variation),
     "stochastic_hyper_cleaning": lambda noisy, learned, right, judged: (
         learned > max(noisy + 0.015, right - 0.02) and judged > 0.9
     ),
@@ -33,7 +36,12 @@ CHECKS = {
         learned < equal - 0.03 and documentation > code > 0.1 > max(numbers, shuffled)
     ),
 }
-NEEDS = {"equinox_features": "equinox", "flax_sinusoids": "flax"}
+NEEDS = {
+    "equinox_features": "equinox",
+    "learned_denoiser": "equinox",
+    "flax_sinusoids": "flax",
+    "class_weights": "flax",
+}
 SHORTER = {
     "flax_sinusoids": {"steps": 200},
     "stochastic_hyper_cleaning": {"copies": 5, "steps": 3000},

@@ -213,6 +213,9 @@ def test_wrong_uses_are_refused():
         bl.LeastSquares(decay, operator="newton")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"calls residuals\(w, theta, data\)"):
         bl.LeastSquares(lambda w: w)
+    counted = bl.LeastSquares(lambda w, theta, data: (w - 1.0, {"calls": 3}))
+    with pytest.raises(TypeError, match=r"got int\d+ at residuals\[1\]\['calls'\]: .*pass has_aux=True"):
+        bl.GaussNewton(3)(counted, jnp.zeros(2), None, None)
     with pytest.raises(ValueError, match="halvings of at least 0, got -1"):
         bl.GaussNewton(3, halvings=-1)
     with pytest.raises(ValueError, match="finite damping above 0, got 0"):

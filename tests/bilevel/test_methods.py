@@ -196,8 +196,8 @@ def test_invalid_options_are_refused(make, message):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (bl.FiniteDifference(bl.CG(3)), "Root is not the gradient of one: use Stationary or Proximal, or Implicit"),
-        (bl.ValuePenalty(1.0), "Root is not the gradient of one: use Stationary or Proximal, or Implicit"),
+        (bl.FiniteDifference(bl.CG(3)), "Root is not the gradient of one: use Stationary, Proximal or LeastSquares"),
+        (bl.ValuePenalty(1.0), "Root is not the gradient of one: use Stationary, Proximal or LeastSquares"),
         (bl.FirstOrder(), "use it with Proximal, FixedPoint, Projected"),
         (bl.OneStep(), "use GradientDescent, FixedPointIteration or Anderson"),
     ],

@@ -335,7 +335,7 @@ def test_minibatches_refuses_solvers_without_a_fixed_number_of_gradient_steps(ma
 @pytest.mark.parametrize("data", [None, 1.0, np.zeros((0, 2)), {"x": np.zeros((3, 2)), "y": np.zeros(4)}])
 def test_minibatches_refuses_data_without_one_axis_of_samples(data):
     solver = bl.Minibatches(bl.GradientDescent(0.1, 3), 2)
-    with pytest.raises(ValueError, match="data whose leaves have one leading axis of samples"):
+    with pytest.raises(ValueError, match="Minibatches needs arrays with one common leading axis of samples"):
         solver(diagonal_quadratic(), jnp.zeros(2), jnp.zeros(2), data)
 
 
@@ -378,7 +378,7 @@ BOX = bl.Projected(
     ("solver", "inner", "remedy"),
     [
         (bl.GradientDescent(0.1, 3), MAP, "use .*FixedPointIteration, Anderson"),
-        (bl.HessianFree(3), ROOT, r"gradient of an objective, and Root is not: use Stationary or Proximal"),
+        (bl.HessianFree(3), ROOT, "Root is not: use Stationary, Proximal or LeastSquares"),
         (bl.Anderson(3), ROOT, r"repeats a mapping, and Root has no mapping: use FixedPoint, Projected"),
         (bl.FixedPointIteration(3), diagonal_quadratic(), "GradientDescent, Optax or HessianFree"),
         (bl.Jaxopt("LBFGS"), BOX, "LBFGS does not solve Projected: use ProjectedGradient, MirrorDescent"),

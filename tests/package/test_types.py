@@ -56,6 +56,18 @@ def identity(matvec: object, b: jax.Array, init: jax.Array | None = None) -> tup
 
 
 own_solver: bl.LinearSolver = identity
+conditions: list[bl.Condition] = [
+    bl.Stationary(fit),
+    bl.Proximal(fit, 2.0),
+    bl.LeastSquares(fit),
+    bl.Root(lambda w, theta, data: w - theta),
+    bl.FixedPoint(lambda w, theta, data: 0.5 * w + theta),
+    bl.Projected(fit, lambda w, theta, data: w),
+    bl.ProximalGradient(fit, lambda w, theta, data, step_size: w),
+    bl.KKT(fit),
+]
+root: bl.Solution = bl.solve(bl.GaussNewton(5), bl.Root(lambda w, theta, data: w - theta), 0.0, 1.0, None)
+linear: bl.LinearSolver = bl.Blockwise(bl.LU())
 preset: imaml.Preset = imaml.preset("glyphs-5way-1shot-gd")
 """
 """A user's file without a type error."""
@@ -146,6 +158,17 @@ class TestMypy:
         }
         done = mypy(WRONG)
         assert {(int(line), code) for line, code in ERROR.findall(done.stdout)} == planted, done.stdout
+
+
+@pytest.mark.slow("pyright reads the types of JAX, which takes ten seconds")
+def test_pyright_finds_no_error_in_a_right_program(installation, tmp_path):
+    pytest.importorskip("pyright", reason="pyright, of the extra dev, is not installed")
+    (tmp_path / "user.py").write_text(RIGHT)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", installation.python, "user.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=installation.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow("pyright reads the types of JAX, which takes ten seconds for each package")
