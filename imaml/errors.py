@@ -42,7 +42,7 @@ def unknown(name: str, value: object, known: Sequence[str]) -> InputError:
 
 
 def suggestion(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Return the question whether the :func:`nearest` word was meant, or ``otherwise`` if no word is similar."""
+    """Return ``"did you mean X?"`` for the :func:`nearest` word X, or ``otherwise`` if no word is similar."""
     near = nearest(word, known)
     return otherwise if near is None else f"did you mean {near}?"
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+import jax
+import jax.numpy as jnp
+
 import bilevel as bl
 import imaml
 from imaml.datasets.images import ImageClasses, ImageDataset
@@ -19,6 +22,36 @@ class TinyMLP:
     def build(self, ways):
         network = networks.mlp((28 * 28, self.hidden, ways))
         return networks.Network(network.init, lambda p, x: network.apply(p, x.reshape(len(x), -1)))
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A linear layer, batch normalisation, ReLU and a linear layer."""
+
+    hidden: int = 5
+    tells_features: bool = True
+
+    def build(self, ways):
+        head = networks.mlp((self.hidden, ways))
+        first = networks.mlp((28 * 28, self.hidden))
+
+        def init(key):
+            keys = jax.random.split(key)
+            return {"first": first.init(keys[0]), "head": head.init(keys[1])}
+
+        def features(parameters, x, reference=None):
+            hidden, other = (
+                None if each is None else first.apply(parameters["first"], each.reshape(len(each), -1))
+                for each in (x, reference)
+            )
+            other = hidden if other is None else other
+            return jax.nn.relu((hidden - other.mean(0)) / jnp.sqrt(other.var(0) + 1e-5))
+
+        def apply(parameters, x, reference=None):
+            return head.apply(parameters["head"], features(parameters, x, reference))
+
+        told = (features, features) if self.tells_features else ()
+        return networks.Network(init, apply, apply, *told)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scipy.special import softmax
-from tiny_preset import dataset, tiny_preset
+from tiny_preset import Normalised, dataset, tiny_preset
 
 import imaml
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.reports import calibration, classification
 from imaml.runs import outcomes as run_outcomes
 from imaml.runs.evaluation import evaluate_classes
-from imaml.settings.parts import Conv4
 
 TASKS = 40
 VOID = {"meta", "img"}
@@ -129,14 +128,15 @@ def expected_error(outputs, targets):
     return sum(abs(right[each].sum() - confidence[each].sum()) for each in inside) / len(right)
 
 
-@pytest.mark.slow("compiles a convolutional network")
+@pytest.mark.slow("trains a run and adapts to its tasks")
 def test_both_kinds_of_statistics_are_shown_side_by_side(tiny_pixels, tmp_path):
-    preset, data = replace(PRESET, network=Conv4(filters=2)), dataset(tiny_pixels)
+    preset, data = replace(PRESET, network=Normalised()), dataset(tiny_pixels)
     run = imaml.train(preset, tmp_path / "run", dataset=data, evaluation_tasks=TASKS)
     found = run_outcomes.outcomes(run.theta, preset, data.test, TASKS)
     for outputs, evaluation in zip((found.outputs, found.support_outputs), run.evaluation.each, strict=True):
         assert (outputs.argmax(-1) == found.targets).mean() == pytest.approx(evaluation.value, rel=1e-6)
-    text = Page(imaml.report(run, dataset=data).read_text()).text
+    text = Page(imaml.report(run, preset=preset, dataset=data).read_text()).text
+    assert run.evaluation.value != run.evaluation.beside.value
     for outputs, evaluation in zip((found.outputs, found.support_outputs), run.evaluation.each, strict=True):
         name, value = evaluation.normalisation, f"{100 * evaluation.value:.2f} % ± {100 * evaluation.interval:.2f} %"
         assert f"{value} test accuracy, normalised over the {name}" in text

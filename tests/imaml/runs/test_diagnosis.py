@@ -1,7 +1,7 @@
 """Tests of nearest class mean, linear probe and calibration against scikit-learn and numbers computed by hand."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,46 +9,15 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import NearestCentroid
-from tiny_preset import dataset, tiny_preset
+from tiny_preset import Normalised, dataset, tiny_preset
 
 import imaml
 from imaml import InputError
-from imaml.learning import networks
 from imaml.learning.tasks import Episode
 from imaml.runs.diagnosis import BINS, calibration, fit_probe
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TASKS = 6
-
-
-@dataclass(frozen=True)
-class Normalised:
-    """A linear layer, batch normalisation, ReLU and a linear layer."""
-
-    hidden: int = 5
-    tells_features: bool = True
-
-    def build(self, ways):
-        head = networks.mlp((self.hidden, ways))
-        first = networks.mlp((28 * 28, self.hidden))
-
-        def init(key):
-            keys = jax.random.split(key)
-            return {"first": first.init(keys[0]), "head": head.init(keys[1])}
-
-        def features(parameters, x, reference=None):
-            hidden, other = (
-                None if each is None else first.apply(parameters["first"], each.reshape(len(each), -1))
-                for each in (x, reference)
-            )
-            other = hidden if other is None else other
-            return jax.nn.relu((hidden - other.mean(0)) / jax.numpy.sqrt(other.var(0) + 1e-5))
-
-        def apply(parameters, x, reference=None):
-            return head.apply(parameters["head"], features(parameters, x, reference))
-
-        told = (features, features) if self.tells_features else ()
-        return networks.Network(init, apply, apply, *told)
 
 
 PRESET = replace(tiny_preset(1), episode=Episode(ways=3, shots=2, queries=3), network=Normalised())
