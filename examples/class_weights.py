@@ -41,11 +41,11 @@ def fit(w, theta, data):
 
 def main(picture="class_weights.png"):
     problem = bl.Problem(bl.Stationary(fit), lambda w, theta, data: jnp.mean(losses(w, *data["valid"])))
-    data, equal, method = load(), jnp.zeros(10), bl.Implicit(bl.CG(50, ridge=1e-3))
-    found = bl.minimize(problem, equal, START, data, bl.HessianFree(5, cg_steps=20), method, optax.adam(0.1), 50)
+    data, equal, solver = load(), jnp.zeros(10), bl.HessianFree(max_steps=100, cg_steps=20, tol=1e-4)
+    found = bl.minimize(problem, equal, START, data, solver, bl.Implicit(bl.CG(50, ridge=1e-3)), optax.adam(0.1), 50)
     rates, (x, y) = [], data["test"]
     for name, theta in {"equal": equal, "inverse frequency": -jnp.log(SIZES), "learned": found.theta}.items():
-        w = bl.solve(bl.HessianFree(50, cg_steps=20), problem.condition, START, theta, data).w
+        w = bl.solve(solver, problem.condition, START, theta, data).w
         right = jnp.argmax(nnx.merge(GRAPH, w)(x), axis=1) == y
         rates.append([float(right[y == k].mean()) for k in range(10)])
         plt.plot(range(10), rates[-1], "o-", label=f"{name} weights")
