@@ -79,9 +79,10 @@ def _glorot(random, inputs, outputs, fan_out):
 class Linear:
     """The hypergradient of a linear model's validation loss with respect to θ, with one penalty ½e^θⱼwⱼ² per feature.
 
-    All libraries evaluate the same number of inner gradients, with step size 1/L, and solve the adjoint system by
-    conjugate gradients with the number ``tol``. Optimistix takes one update fewer. Its CG applies ``tol`` to each entry
-    instead of the norm, and has no budget of ``iterations``.
+    All libraries evaluate the same number of inner gradients, with step size 1/L. Optimistix evaluates its first
+    gradient without an update, so it makes one update fewer. All libraries solve the adjoint system by conjugate
+    gradients. In Optimistix, CG applies ``tol`` to each entry, and has no budget of iterations. In the others, it ends
+    at a relative residual of ``tol``, or after ``iterations`` iterations.
 
     Args:
         name: key in ``ITEMS``.

@@ -58,8 +58,8 @@ class Jaxopt:
     Raises:
         TypeError: for an instance in place of a class.
         ValueError: when called, for a name that jaxopt does not have, and for a solver that cannot solve the condition.
-            The message lists those that can. It is also raised for an option that the condition provides, such as
-            ``fun`` or ``has_aux``, and for a SciPy solver under a trace.
+            The message lists those that can. It is also raised for an option that sets a function of the condition,
+            such as ``fun``, or describes it, such as ``has_aux=True``, and for a SciPy solver under a trace.
 
     Example:
         >>> import jax.numpy as jnp

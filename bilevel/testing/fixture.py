@@ -1,6 +1,6 @@
 """The object that the pytest fixture ``hypergradient`` returns: the assertions of `bilevel.testing`, with a record.
 
-The plugin's report lists the recorded checks.
+The plugin's report lists, for each test, the worst check of each pair of method and reference.
 """
 
 from collections.abc import Callable

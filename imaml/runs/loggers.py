@@ -90,7 +90,10 @@ class TensorBoard:
     _last: int = field(default=0, init=False, repr=False)
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
-        """Open the event file. If ``step`` is not 0, TensorBoard hides earlier events of meta-steps after ``step``."""
+        """Open the event file.
+
+        If ``step`` is not 0, TensorBoard hides the events that an earlier process wrote for later meta-steps.
+        """
         library = _imported("tensorboardX", "tensorboard")
         folder = directory / "tensorboard" if self.directory is None else Path(self.directory)
         self._last = step

@@ -1,4 +1,4 @@
-"""A learner adapts as gradient descent written out here does, to one task or many, and predicts each image alone."""
+"""Tests of a trained learner: its adaptation is gradient descent, and an image has the same prediction among others."""
 
 from dataclasses import replace
 from fractions import Fraction

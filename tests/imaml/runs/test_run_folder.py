@@ -1,4 +1,4 @@
-"""The folder of a run: another run is refused, and a full disk, damage or a second process loses no checkpoint."""
+"""The folder of a run refuses another run, and keeps its checkpoints on a full disk and beside a second process."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ from imaml.settings.parts import MLP
 pytestmark = pytest.mark.usefixtures("traces")
 
 
-@pytest.mark.slow("writes the folder of a run for each setting", fast="other0-*")
+@pytest.mark.slow("starts a run that is refused, for each setting", fast="other0-*")
 @pytest.mark.parametrize(
     "other, difference",
     [
@@ -76,14 +76,14 @@ def without_types(directory, target, name=PRESET.name):
     checkpoints.save(target, found.step, found.restore(initial_state(PRESET)), facts)
 
 
-@pytest.mark.slow("evaluates two runs")
+@pytest.mark.slow("evaluates a run twice")
 def test_a_run_saved_without_types_is_resumed_and_evaluated(uninterrupted, tmp_path):
     without_types(uninterrupted.run.directory, tmp_path)
     assert imaml.evaluate(tmp_path, PRESET, EVALUATION_TASKS) == uninterrupted.run.evaluation
     assert train(tmp_path).evaluation == uninterrupted.run.evaluation
 
 
-@pytest.mark.slow("builds a run for each type", fast="other0")
+@pytest.mark.slow("evaluates a run for each name of the preset", fast="other0")
 @pytest.mark.parametrize("other", [PRESET, replace(PRESET, name="glyphs-5way-1shot-gd")])
 def test_the_message_about_a_part_of_an_unknown_type_names_it_and_says_what_to_pass(other, tmp_path, uninterrupted):
     found = checkpoints.newest(uninterrupted.run.directory)
@@ -334,7 +334,7 @@ def test_a_checkpoint_describes_its_run(uninterrupted):
     description = checkpoints.newest(uninterrupted.run.directory).description
     assert description["preset"] == PRESET.name and description["config"] == PRESET.config()
     assert description["types"] == PRESET.types()
-    # A run on a dataset of this package saves no "source", so its checkpoints have the entries of earlier versions.
+    # The entry "source" says how to read one's own data again. A run on a dataset of this package does not save it.
     facts = {"preset", "config", "types", "data", "versions"}
     assert set(description) == facts | {"format", "step", "loss", "leaves"} and uninterrupted.run.dataset is None
     assert description["data"] == datasets.load("tiny").fingerprint()
