@@ -229,7 +229,7 @@ def test_inaccurate_linear_solves_are_detected():
     assert int(certificate.findings) & bl.Finding.SLOPPY and int(certificate.kind) == KINDS.INVALID
 
 
-@pytest.mark.slow("certifies with several linear solvers")
+@pytest.mark.slow("compiles a certificate")
 def test_a_bound_holds_however_inaccurate_the_linear_solves_are():
     """w is exact, the adjoint v̂ is wrong, and one Neumann term with a tiny step corrects almost nothing."""
     case = case_of("ridge")

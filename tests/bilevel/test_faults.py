@@ -296,7 +296,7 @@ class TestBatches:
         np.testing.assert_array_equal(out.gradient[others], good.gradient[others])
         assert NAMES[int(out.status[5])] == status and (np.asarray(out.status)[others] <= bl.Status.BUDGET_USED).all()
 
-    @pytest.mark.slow("compiles a failing batch for each policy")
+    @pytest.mark.slow("compiles a failing batch")
     def test_each_policy_names_the_failed_tasks(self):
         curvatures = jnp.ones((8, 3)).at[jnp.array([2, 5]), 1].set(jnp.nan)
         out = jax.vmap(self.function(), in_axes=(None, None, 0))(jnp.ones(3), jnp.zeros(3), curvatures)

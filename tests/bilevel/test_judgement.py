@@ -318,7 +318,7 @@ def test_gmres_solves_ill_conditioned_systems_in_float32(seed):
     assert np.linalg.norm(np.asarray(x) - exact) < 1e-2 * np.linalg.norm(exact) and status_of(info) == "BUDGET_USED"
 
 
-@pytest.mark.slow("compiles five solvers")
+@pytest.mark.slow("compiles each solver")
 def test_bicgstab_breaks_down_on_a_quarter_turn_and_other_solvers_do_not():
     turn = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
     statuses = {name: status_of(SOLVERS[name](8)(lambda v: turn @ v, jnp.array([1.0, 2.0]))[1]) for name in SOLVERS}
