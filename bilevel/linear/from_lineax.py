@@ -226,9 +226,9 @@ def _twice_if_lost(
     # The loop contains the only copy of the solver, because Lineax's CG takes long to compile. It runs at least once.
     infinite = jnp.asarray(jnp.inf, b.dtype)
     first = jnp.zeros_like(b) if start is None else start, infinite, jnp.int32(0), jnp.int32(Status.MAX_STEPS)
-    begun = tree.match_varying_axes((*first, jnp.int32(0)), b)[0]
-    x, residual, steps, status, _ = jax.lax.while_loop(is_lost, run, begun)
-    return x, residual, steps, status
+    carry = tree.match_varying_axes((*first, jnp.int32(0)), b)[0]
+    solution, residual, steps, status, _ = jax.lax.while_loop(is_lost, run, carry)
+    return solution, residual, steps, status
 
 
 def _enlargement(solver: Any, b: jax.Array) -> float:

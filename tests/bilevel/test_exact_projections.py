@@ -136,6 +136,19 @@ def test_the_kl_projection_of_two_by_two_matrices_has_a_closed_form():
         assert (np.abs(plan[:, *entry] - value) <= 4 * tolerance).all()
 
 
+@pytest.mark.slow("compiles three derivatives")
+@pytest.mark.parametrize("s", [0.7, 12.0])
+def test_the_kl_projection_has_exact_derivatives_up_to_the_third_order(s):
+    def entry(s):  # of the closed form above
+        return BIRKHOFF["kl_projection_birkhoff"](jnp.array([[s, 0.0], [0.0, 0.0]]), None, None)[0, 0]
+
+    def derivatives(function):
+        return [(function := jax.grad(function)) for _ in range(3)]
+
+    for ours, exact in zip(derivatives(entry), derivatives(lambda s: jax.nn.sigmoid(0.5 * s)), strict=True):
+        np.testing.assert_allclose(jax.jit(ours)(s), exact(s), rtol=1e-9)
+
+
 @pytest.mark.slow("compiles both projections")
 @pytest.mark.parametrize("name", TRANSPORT)
 def test_sums_that_disagree_have_no_projection(name):
