@@ -11,8 +11,8 @@ SHELLS = ("bash", "zsh", "fish")
 EPILOG = (
     "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. A description with names of "
     "types, such as MLP, differs by the type that a preset uses: read the part after the type of your preset. If that "
-    "type is not named, the preset does not have the setting. 'imaml {} PRESET --help' shows the settings of one preset "
-    "with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
+    "type is not named, the preset does not have the setting. 'imaml {} PRESET --help' shows the settings of one "
+    "preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
 )
 REPRODUCE_EPILOG = (
     "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
