@@ -52,7 +52,8 @@ def until_converged(
         residual: returns F for a state.
         state: the first state.
         max_steps: the budget.
-        tol: the limit of ‖F‖; None stops only where F is zero.
+        tol: the tolerance for ‖F‖. With None, only a residual that is zero or NaN ends the loop before ``max_steps``
+            updates. A NaN residual ends it with any ``tol``.
 
     Returns:
         the last state, its F, and the number of updates.

@@ -69,9 +69,9 @@ class TheoremAtW:
     Attributes:
         parts: A = ∂F/∂w, g = ∂outer/∂w, and Bd and h·d, which are ∂F/∂θ and ∂outer/∂θ along the directions.
         adjoint: A⁻ᵀg.
-        constant_diagonal: the diagonal part of A that contains no derivative of the user's function: D⁻² for a
-            condition with a scaling D (λ, for ``Proximal``), 1 for a condition with a mapping; None for any other
-            condition.
+        constant_diagonal: the diagonal part of A that contains no derivative of the user's function. It is D⁻² for a
+            condition with a scaling D. For ``Proximal``, D = λ^-½, so D⁻² = λ (1 for an entry of λ that is not
+            positive). It is 1 for a condition with a mapping and without a scaling, and None for any other condition.
         reported: the adjoint that the method reports, flat; None for a method that solves no linear system.
         residual: the true relative residual of ``reported``, ‖D(g − Aᵀ reported)‖ / ‖Dg‖, with D = I for a condition
             without a scaling; None without ``reported``.

@@ -9,9 +9,10 @@ SHELLS = ("bash", "zsh", "fish")
 """The shells for which ``imaml completion`` prints a script."""
 
 EPILOG = (
-    "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. Only some presets have a "
-    "setting whose description begins with the name of a type, such as MLP; 'imaml {} PRESET --help' shows the "
-    "settings of one preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
+    "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. A description with names of "
+    "types, such as MLP, differs by the type that a preset uses: read the part after the type of your preset. If that "
+    "type is not named, the preset does not have the setting. 'imaml {} PRESET --help' shows the settings of one "
+    "preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
 )
 REPRODUCE_EPILOG = (
     "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
@@ -143,7 +144,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--ink",
         metavar="dark|bright",
         type=one_of("dark", "bright"),
-        help="whether ink is dark or bright in the images, for a run on drawings (default: dark)",
+        help="whether ink is dark or bright in the images, for a run on glyphs or Omniglot (default: dark). A run on a "
+        "folder of images reads new images as it read that folder",
     )
 
     export = commands.add_parser("export", help="write trained parameters and their settings to one file")

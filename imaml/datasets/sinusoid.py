@@ -23,7 +23,9 @@ class Curves:
     """The counterpart of :class:`.ImageClasses` for sinusoids. It holds no data: ``source`` is empty.
 
     Args:
-        stream: evaluations of parts with different streams draw different tasks.
+        stream: an integer that changes the random key of an evaluation; 0 leaves the key as it is. The test part has
+            stream 0 and the validation part has stream 1, so the two are evaluated on different tasks. Training uses
+            another key and ignores the stream.
     """
 
     stream: int = 0

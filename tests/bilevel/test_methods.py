@@ -1,4 +1,8 @@
-"""Each approximate method agrees with the exact formula of its approximation."""
+"""Tests of the approximate methods.
+
+A gradient is compared with the closed form of what the method computes, with the exact hypergradient within a stated
+error, or with another method that must give the same result.
+"""
 
 import jax
 import jax.numpy as jnp

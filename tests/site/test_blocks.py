@@ -133,7 +133,14 @@ def check_pip(words):
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
+def check_loop(words):
+    """Check the command of ``for NAME in VALUE …; do COMMAND & done`` with the first value."""
+    command = [word.replace(f"${words[0]}", words[2]) for word in words[words.index("do") + 1 : words.index("&")]]
+    ARGUMENT_CHECKS[command[0]](command[1:])
+
+
 ARGUMENT_CHECKS = {
+    "for": check_loop,
     "imaml": check_imaml,
     "make": check_make,
     "python": check_python,

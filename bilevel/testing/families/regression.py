@@ -54,7 +54,9 @@ def _regression_problem(family, w_layout, theta_layout):
 
 
 def _through_penalties(left, w, theta):
-    """Return w, ∂w/∂θ and A, which is ``left``, with the penalties λ = exp(θ), one per feature.
+    """Return w, ∂w/∂θ and A, given w and A (the argument ``left``).
+
+    The penalties are λ = exp(θ). A scalar θ gives the same penalty to every feature.
 
     ∂w/∂θ = −A⁻¹diag(λw)P with P = ∂(log λ)/∂θ, which is I, or a column of ones for a scalar θ.
     """
@@ -80,7 +82,9 @@ def _solve_logistic(data, theta):
         misfit = 1 / (1 + np.exp(y * (x @ w)))
         left = (x.T * (misfit * (1 - misfit))) @ x / len(y) + np.exp(theta) * np.eye(w.size)
         step = -np.linalg.solve(left, slope(w))
-        # Halve the step until the gradient's norm falls. The objective is strictly convex, so the loop converges.
+        # Halve the Newton step until it does not raise the gradient's norm, or until it no longer changes w. The
+        # objective is strictly convex, so its Hessian is invertible and a short enough Newton step reduces this norm.
+        # The outer loop therefore converges.
         while np.linalg.norm(slope(w + step)) > np.linalg.norm(slope(w)) and np.any(w + step != w):
             step = step / 2
         if np.linalg.norm(step) <= 4 * np.finfo(np.float64).eps * np.linalg.norm(w):
