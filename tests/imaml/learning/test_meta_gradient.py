@@ -313,7 +313,7 @@ def test_outside_of_jit_a_batch_without_finite_numbers_gives_a_warning_and_the_v
 
 
 @pytest.mark.parametrize("entry", ["meta_gradient", "adapt"])
-def test_a_thousand_calls_outside_of_jit_trace_once_and_keep_no_memory(entry):
+def test_a_thousand_calls_outside_of_jit_compile_once_and_keep_no_memory(entry, caplog):
     traces, theta, tasks = [], {"slope": jnp.ones(()), "offset": jnp.zeros(())}, lines(2)
 
     def traced_line(theta, x):
@@ -324,11 +324,13 @@ def test_a_thousand_calls_outside_of_jit_trace_once_and_keep_no_memory(entry):
     gradient, one = meta_gradient(learner), jax.tree.map(lambda array: array[0], tasks)
     call = {"meta_gradient": lambda: gradient(theta, tasks), "adapt": lambda: learner.adapt(theta, one)}[entry]
     counts = []
-    for calls in (10, 1000):
-        for _ in range(calls):
-            call()
-        counts.append((len(traces), len(jax.live_arrays())))
-    assert counts[0] == counts[1] and traces
+    for calls in (10, 10, 1000):
+        with jax.log_compiles():
+            for _ in range(calls):
+                call()
+        counts.append((len(traces), len(caplog.records), len(jax.live_arrays())))
+        assert counts[-1] == counts[0]  # fails after 20 calls, and not after a thousand that compile
+    assert traces and caplog.records
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, lambda function: function])
