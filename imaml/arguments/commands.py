@@ -144,8 +144,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--ink",
         metavar="dark|bright",
         type=one_of("dark", "bright"),
-        help="whether ink is dark or bright in the images, for a run on glyphs or Omniglot (default: dark). A run on a "
-        "folder of images reads new images as it read that folder",
+        help="whether ink is dark or bright in the images, for a run on glyphs or Omniglot (default: dark). Without "
+        "this option, a run on a folder of images reads new images as it read that folder",
     )
 
     export = commands.add_parser("export", help="write trained parameters and their settings to one file")
