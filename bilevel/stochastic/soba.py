@@ -21,7 +21,7 @@ class SOBA:
     """Stochastic bilevel algorithm: each step moves w, the adjoint v and θ, on one inner and one outer batch.
 
     A step evaluates the three directions at (w, v, θ), before it moves any of these. F, A, B, g and h are those of
-    :mod:`bilevel.stochastic.protocol`:
+    ``bilevel.stochastic.protocol``:
 
         w ← w − ρ F,        v ← v − ρ′(Aᵀv − g),        θ ← θ − γ(h − Bᵀv).
 

@@ -33,7 +33,9 @@ MAX_UNEXPLAINED = 1e-2
 @renamed_field("oracle", "reference")
 @dataclass(frozen=True)
 class Check:
-    """The result of one comparison or of one property of a condition; the plugin reports the worst ones.
+    """The result of one comparison or of one property of a condition.
+
+    With ``--hypergradient-report``, the pytest plugin lists the worst check of each pair of method and reference.
 
     Attributes:
         problem: the problem, the case or the condition in a few words.
@@ -126,7 +128,7 @@ def assert_hypergradient(
         run = MethodRun(problem, solver, theta, init, data, out, reference.directions)
         expected, uncertainty = reference.derivatives, reference.uncertainty
         deviation = Deviation(reference.labels, run.derivatives, expected, uncertainty, tolerance)
-        source = f"{name}, of {reference.question}"
+        source = f"reference {name} for {reference.question}"
         check = _check(deviation, describe(problem), label(method), source, out)
         assert_check(_add_cause(check, run, reference) if deviation.decided else check, record)
 
@@ -287,7 +289,7 @@ def _labels(tree: PyTree, name: str) -> Sequence[str]:
 
 
 def _add_cause(check: Check, run: MethodRun, reference: Reference) -> Check:
-    """Add the likely cause to the message of a failed check; return a check that passed as it is."""
+    """Add the likely cause to the message of a failed check. Return any other check unchanged."""
     if check.ok:
         return check
     error = np.linalg.norm(run.derivatives - reference.derivatives)
@@ -296,7 +298,7 @@ def _add_cause(check: Check, run: MethodRun, reference: Reference) -> Check:
         return bool(np.linalg.norm(run.derivatives - derivatives) <= MAX_UNEXPLAINED * error)
 
     cause = likely_cause(run, explains, [reference]) or (
-        "unknown; none of the known mistakes that can be computed here, such as a flipped sign, explains it"
+        "unknown; none of the known mistakes that were tried, such as a flipped sign, gives the method's numbers"
     )
     return replace(check, message=f"{check.message}\n  likely cause: {cause}")
 

@@ -1,4 +1,4 @@
-"""Derivatives of a task's losses, conjugate gradients and unrolled gradient descent, without code of :mod:`bilevel`.
+"""Conjugate gradients, unrolled gradient descent and derivatives of a task's losses, without code of :mod:`bilevel`.
 
 :mod:`imaml.runs.verification` compares the results of :mod:`bilevel` with them.
 """
@@ -78,7 +78,10 @@ class TaskDerivatives:
         return np.asarray(gradient) + self.strength * (phi - theta), np.asarray(product) + self.strength * u
 
     def residual(self, phi: Vector, gradient: Vector) -> float:
-        """Return ‖v − (I + H/λ)g‖ / ‖v‖ for a gradient g, with the gradient v of the query loss at φ."""
+        """Return ‖v − (I + H/λ)g‖ / ‖v‖, the relative residual of a meta-gradient g, which is ``gradient``.
+
+        Here v is the gradient of the query loss at φ.
+        """
         v = self.query(phi)[1]
         rest = v - self.inner(phi, phi, gradient)[1] / self.strength
         return float(np.linalg.norm(rest) / np.linalg.norm(v))

@@ -80,7 +80,7 @@ def test_the_message_names_leaf_coordinate_numbers_reference_and_error():
     with pytest.raises(AssertionError) as caught:
         check(one_off)
     message = str(caught.value)
-    pattern = r"wrong at theta\['weight'\]\[1, 0\]: got (\S+), expected (\S+) \(dense, of the solution\)"
+    pattern = r"wrong at theta\['weight'\]\[1, 0\]: got (\S+), expected (\S+) \(reference dense for the solution\)"
     got, wanted = (float(number) for number in re.search(pattern, message).groups())
     assert got == pytest.approx(expected + 1, rel=1e-7) and wanted == pytest.approx(expected, rel=1e-7)
     assert "1 of 4 entries are off" in message

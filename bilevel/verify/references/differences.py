@@ -62,9 +62,11 @@ def finite_differences(
             if they are zero.
         polish: True finds the inner solution by Newton's method at each shifted θ, so that an inaccurate solver does
             no harm. False differences the solver's output. None means True if Newton's method converges, else False.
+            For more than 400 unknowns, Newton's method is not run, and None means False.
 
     Raises:
-        ReferenceUnavailable: with ``polish=True``, if Newton's method does not solve the condition.
+        ReferenceUnavailable: with ``polish=True``, if Newton's method does not solve the condition, or for more than
+            400 unknowns.
 
     Source: Richardson (1911); the choice among step sizes: Ridders (1982).
 
@@ -83,7 +85,10 @@ def finite_differences(
         w = inner_program(problem.condition, solver, function)(theta, start, data)
         solution = refine(problem.condition, w, theta, data) if polish in (None, True) else None
         if polish and solution is None:
-            raise ReferenceUnavailable("Newton's method does not solve the condition near the solver's output")
+            raise ReferenceUnavailable(
+                "Newton's method does not solve the condition near the solver's output, or is not run for so many "
+                "unknowns: pass polish=False"
+            )
         base = w if solution is None else solution
         program = _values(problem, solver, function, solution is not None)
         values = partial(program, base=base, theta=theta, start=start, data=data)
