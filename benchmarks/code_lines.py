@@ -35,17 +35,18 @@ def count(code: str) -> int:
     Example:
         >>> count('"A docstring."\\nx = [1,\\n     2]  # a comment\\n\\n# another\\n')
         2
+        >>> count("'''A string.\\n'''.strip()\\n")
+        2
     """
-    lines, starts = set(), True
+    lines: set[int] = set()
+    statement: list[tokenize.TokenInfo] = []
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
-        if token.type in IGNORED:
-            starts = starts or token.type == tokenize.NEWLINE
-            continue
-        # A string at the start of a statement is taken for a docstring. If the statement goes on, its other tokens do
-        # count.
-        if not (starts and token.type == tokenize.STRING):
-            lines.update(range(token.start[0], token.end[0] + 1))
-        starts = False
+        if token.type not in IGNORED:
+            statement.append(token)
+        elif token.type == tokenize.NEWLINE:
+            if not all(part.type == tokenize.STRING for part in statement):  # otherwise it is a docstring
+                lines.update(*(range(part.start[0], part.end[0] + 1) for part in statement))
+            statement = []
     return len(lines)
 
 

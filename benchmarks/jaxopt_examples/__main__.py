@@ -4,8 +4,8 @@
 
 There are three programs for each example: ours, jaxopt's as its examples run it, and jaxopt's with a compiled
 ``update``. A round clears JAX's caches and runs each program once with compilation. Then it runs each program three
-times without compilation. The order of the first runs alternates between rounds. The table has the medians over rounds
-of the ratios to ours, so a ratio above 1 means that ours is faster. The process should be pinned to one core.
+times without compilation. The order of the programs alternates. The table has the medians over rounds of the ratios to
+ours, so a ratio above 1 means that ours is faster. The process should be pinned to one core.
 
 FOLDER holds jaxopt's examples under their file names. With it, the table also has their lines of code. If no NAME is
 given, all examples run, and the record is written to benchmarks/results/jaxopt_examples.json.
@@ -90,9 +90,9 @@ def measure(name: str, rounds: int) -> dict:
             first, values[label] = _timed(contenders[label])
             seconds["first"][label].append(first)
         warm: dict = {label: [] for label in contenders}
-        for _ in range(WARM):
-            for label, program in contenders.items():
-                warm[label].append(_timed(program)[0])
+        for repeat in range(WARM):
+            for label in list(contenders)[:: -1 if (number + repeat) % 2 else 1]:
+                warm[label].append(_timed(contenders[label])[0])
         for label, times in warm.items():
             seconds["warm"][label].append(statistics.median(times))
     # Training of a network amplifies rounding errors, so the values of later steps may differ.
