@@ -103,7 +103,7 @@ def inner_program(condition: Condition, solver: Callable, function: Callable | N
     return jax.jit(solve)
 
 
-def split_init(init: PyTree | Callable) -> tuple[Callable | None, PyTree]:
+def split_init(init: PyTree | Callable) -> tuple[Callable[..., PyTree] | None, PyTree]:
     """Return the start function or None, which a program depends on, and the start point in float64 or None."""
     return (init, None) if is_function(init) else (None, init_in_double(init))
 
