@@ -62,7 +62,7 @@ def _remedies_of_a_linear_solve(condition, theta, data, out, linear, status) -> 
     unscaled = jax.linearize(lambda w: condition.residual(w, theta, data), w)[1]
     scaling = condition.scaling(theta, data)
     # The linear solver sees this operator, to which it adds its ridge.
-    matvec = unscaled if scaling is None else scaled_operator(unscaled, scaling)
+    matvec = scaled_operator(unscaled, scaling)
     values, smallest, largest = None, 0.0, 0.0
     if condition.symmetric:
         values = np.asarray(spectrum.ritz_values(matvec, w, LANCZOS_STEPS))

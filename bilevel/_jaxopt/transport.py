@@ -2,7 +2,8 @@
 
 Both projections are functions of the similarity matrix S plus two potentials: T = max(S + α1ᵀ + 1βᵀ, 0) in the
 Euclidean distance, and T = exp(S + α1ᵀ + 1βᵀ) in the KL divergence. An iteration finds the potentials and is not
-differentiated. One or three Newton steps follow. They leave only rounding errors, and JAX differentiates them.
+differentiated. Newton steps follow, one in the Euclidean distance and three in the KL divergence. They leave only
+rounding errors, and JAX differentiates them.
 
 Source: Blondel, Seguy, Rolet (2018), Smooth and sparse optimal transport, equation 7.
 """

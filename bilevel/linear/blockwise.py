@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.linear import diagnosis
-from bilevel.linear.dense import LU, Cholesky
+from bilevel.linear.dense import LU, Cholesky, backward_error
 from bilevel.linear.system import denormalise, in_accumulation_dtype, normalise, square
 from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
@@ -77,9 +77,8 @@ class Blockwise:
         x = tree.like(jax.vmap(unravel)(found), b)
         info = diagnosis.report(square("Blockwise", matvec, self.linear.ridge, b), b_scaled, x, tol=None)
         norm = jnp.max(jnp.sum(jnp.abs(jax.lax.stop_gradient(blocks)), axis=1), initial=0)
-        growth = tree.norm(info.solution) / tree.safe_divisor(tree.norm(b_scaled))
         # The blocks pass as LU or Cholesky judge them. Only entries of A outside of the blocks make this error large.
-        coupled = info.relative_residual / (1 + norm * growth) > tree.eps(b) ** 0.5
+        coupled = backward_error(info.relative_residual, norm, info.solution, b_scaled) > tree.eps(b) ** 0.5
         status = jnp.max(infos.status)
         status = jnp.maximum(status, jnp.where(coupled, jnp.int32(Status.BREAKDOWN), status))
         status = jnp.where(info.status == int(Status.NONFINITE), info.status, status)

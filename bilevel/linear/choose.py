@@ -127,8 +127,7 @@ def _choose_damped(condition: Condition, w: PyTree, theta: PyTree, data: PyTree)
 def _eigenvalues(condition: Condition, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
     """Return eigenvalues, or Ritz values, of the matrix that a linear solver gets, in ascending order."""
     _, product = jax.linearize(lambda w: adjoint_residual(condition)(w, theta, data), w)
-    scaling = condition.scaling(theta, data)
-    matvec = product if scaling is None else scaled_operator(product, scaling)
+    matvec = scaled_operator(product, condition.scaling(theta, data))
     if sum(leaf.size for leaf in jax.tree.leaves(w)) > DENSE_LIMIT:
         return spectrum.ritz_values(matvec, w, LANCZOS_STEPS)
     dense = spectrum.matrix(matvec, w)

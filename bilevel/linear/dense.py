@@ -143,17 +143,14 @@ def report_direct(
     rcond = jax.lax.stop_gradient(1 / tree.safe_divisor(norm * _norm_of_inverse(solve, solve_transposed, solution)))
     rcond = jnp.where((norm > 0) & jnp.isfinite(rcond), rcond, jnp.zeros_like(rcond))
     info = diagnosis.report(operator, b, x, tol=None, breakdown=breakdown)
-    # Numerator and denominator of the backward error are divided by ‖b‖. Up to rounding and the choice of norms,
-    # ‖A‖‖x‖ / ‖b‖ lies between 1 and the condition number, so that it neither under- nor overflows.
-    growth = tree.norm(solution) / tree.safe_divisor(tree.norm(b))
-    backward = info.relative_residual / (1 + norm * growth)
+    backward = backward_error(info.relative_residual, norm, solution, b)
     eps = tree.eps(b)
     status = jnp.where(rcond < eps**0.5, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.CONVERGED))
     # The terms of a product such as x − Mx may cancel, so that its rounding errors exceed √eps‖A‖‖x‖ although the
     # matrix is exact. Then x is accepted, as ILL_CONDITIONED, if its backward error with the matrix is at most √eps and
     # its relative residual with the product is below 1.
     flat = jnp.concatenate([jnp.ravel(leaf).astype(matrix.dtype) for leaf in jax.tree.leaves(b)])
-    of_matrix = diagnosis.relative_residual(flat, flat - matrix @ solution) / (1 + norm * growth)
+    of_matrix = backward_error(diagnosis.relative_residual(flat, flat - matrix @ solution), norm, solution, b)
     cancels = (of_matrix <= eps**0.5) & (info.relative_residual < 1)
     of_product = jnp.where(cancels, jnp.int32(Status.ILL_CONDITIONED), jnp.int32(Status.BREAKDOWN))
     status = jnp.where(backward <= eps**0.5, status, of_product)
@@ -161,6 +158,14 @@ def report_direct(
         status = jnp.where((rcond < eps) & jnp.isfinite(tree.norm(solution)), jnp.int32(Status.SINGULAR), status)
     status = jnp.where(info.status >= int(breakdown), info.status, status)
     return replace(info, status=status, rcond=rcond)
+
+
+def backward_error(relative_residual: jax.Array, norm: jax.Array, x: PyTree, b: PyTree) -> jax.Array:
+    """Return ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) from the relative residual ‖b − Ax‖ / ‖b‖ and ‖A‖, which is ``norm``."""
+    # Numerator and denominator are divided by ‖b‖. Up to rounding and the choice of norms, ‖A‖‖x‖ / ‖b‖ lies between 1
+    # and the condition number, so that it neither under- nor overflows.
+    growth = tree.norm(x) / tree.safe_divisor(tree.norm(b))
+    return relative_residual / (1 + norm * growth)
 
 
 def _norm_of_inverse(solve: MatVec, solve_transposed: MatVec, like: jax.Array) -> jax.Array:

@@ -112,8 +112,10 @@ def limit_of_rounding(eps: float, b_norm: jax.Array, norm: jax.Array, x: PyTree)
     return eps * (b_norm + norm * tree.norm(x))
 
 
-def scaled_operator(matvec: MatVec, scaling: PyTree) -> MatVec:
-    """Return u ↦ D A D u for ``matvec`` A and the diagonal matrix D that ``scaling`` holds."""
+def scaled_operator(matvec: MatVec, scaling: PyTree | None) -> MatVec:
+    """Return u ↦ D A D u for ``matvec`` A and the diagonal matrix D that ``scaling`` holds. None means D = I."""
+    if scaling is None:
+        return matvec
     return lambda u: tree.scale(scaling, matvec(tree.scale(scaling, u)))
 
 

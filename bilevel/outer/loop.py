@@ -120,7 +120,7 @@ def _with_hypergradient(solve: Callable[[PyTree], Hypergradient]) -> Callable[[P
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known about a step once it is traced.
+    """The properties of an outer step that its trace shows.
 
     Attributes:
         is_traced: whether a transformation of JAX traces its arguments, or arrays that its functions have captured.

@@ -52,8 +52,8 @@ def _reachable_values(root: Any) -> Iterator[Any]:
         elif hasattr(value, "__code__"):
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             named = [value.__globals__.get(name) for name in value.__code__.co_names]
-            # Of the globals, only arrays, dicts and tuples are followed. Modules and functions would lead to the whole
-            # program.
+            # The search takes only arrays, dicts and tuples from the globals. Through modules and functions, it would
+            # visit every object of the program.
             pending += cells + [entry for entry in named if isinstance(entry, jax.Array | np.ndarray | dict | tuple)]
 
 

@@ -49,11 +49,16 @@ def method_arguments(theta: PyTree, init: PyTree | Callable, data: PyTree) -> tu
     return tree.arrays(theta, "theta"), tree.arrays(start, "init"), tree.arrays(data, "data")
 
 
+def start_function(init: PyTree | Callable) -> Callable[..., PyTree] | None:
+    """Return the start function, which a program depends on. Return None for a point, which is an argument."""
+    return init if is_function(init) else None
+
+
 def run_method(
     problem: Problem, solver: Callable, method: Callable, theta: PyTree, init: PyTree | Callable, data: PyTree
 ) -> Any:
     """Run the method, compiled once for each method, solver, problem and shape."""
-    compiled = _compiled(problem, solver, method, init if is_function(init) else None)
+    compiled = _compiled(problem, solver, method, start_function(init))
     return compiled(*method_arguments(theta, init, data))
 
 

@@ -14,11 +14,11 @@ from bilevel import tree
 from bilevel.conditions import Condition
 from bilevel.notebook import html_table
 from bilevel.problem import Problem
-from bilevel.start import Start, StartFunction, choose_start, is_function, starting_point
+from bilevel.start import Start, StartFunction, choose_start, starting_point
 from bilevel.types import Hypergradient, PyTree, Status
 from bilevel.verify import tables
 from bilevel.verify.flat import gradient_vector
-from bilevel.verify.method_run import method_arguments, method_program
+from bilevel.verify.method_run import method_arguments, method_program, start_function
 from bilevel.verify.programs import kept
 from bilevel.verify.references import Reference, ReferenceUnavailable, dense, finite_differences
 
@@ -167,7 +167,7 @@ def _reference(problem, solver, theta, init, data) -> Reference | None:
 
 def _measure(problem, solver, theta, init, data, method, reference, runs):
     arguments, structure = jax.tree.flatten(method_arguments(theta, init, data))
-    program, compiled_before = _program(problem, solver, method, _function(init), structure)
+    program, compiled_before = _program(problem, solver, method, start_function(init), structure)
     form = tuple((jax.typeof(leaf), leaf.sharding) for leaf in arguments)
     if form not in compiled_before:
         begin = time.perf_counter()
@@ -204,11 +204,6 @@ def _program(problem, solver, method, function, structure):
     return jax.jit(lambda *leaves: program(*jax.tree.unflatten(structure, leaves))), {}
 
 
-def _function(init: Start) -> Start:
-    """Return the start function, which a program depends on. Return None for a point, which is an argument."""
-    return init if is_function(init) else None
-
-
 def _error(gradient, theta, reference):
     difference = reference.directions @ gradient_vector(gradient, theta) - reference.derivatives
     size = np.linalg.norm(reference.derivatives)
@@ -220,7 +215,7 @@ def _error(gradient, theta, reference):
 
 def _count_products(problem, solver, theta, init, data, method) -> int | None:
     """Count products with ∂F/∂w or its transpose in one run; return None if they cannot be counted."""
-    program, calls, uncountable = _counting_program(problem, solver, method, _function(init))
+    program, calls, uncountable = _counting_program(problem, solver, method, start_function(init))
     arguments = method_arguments(theta, init, data)
     types = tuple(map(jax.typeof, jax.tree.leaves(arguments)))
     if types in uncountable:

@@ -140,7 +140,7 @@ def diagnose(
         means, intervals = mean_scores(np.stack(columns, 1).astype(np.float32), on_event)
         chance = preset.episode.chance
         rows = [
-            Evaluation("accuracy", float(mean), float(interval), chance, tasks, name)
+            Evaluation("accuracy", float(mean), float(interval), chance, tasks, name, part=part)
             for mean, interval in zip(means, intervals, strict=True)
         ]
         nearest_mean, linear_probe = rows[1:] or (None, None)

@@ -82,7 +82,7 @@ def evaluate(
     Source: Rajeswaran et al. (2019), table 2.
     """
     theta, preset, classes = resolved(run, preset, data, best, on_event, dataset, part)
-    return replace(evaluate_classes(theta, preset, classes, tasks, on_event), part=part)
+    return evaluate_classes(theta, preset, classes, tasks, on_event, part)
 
 
 def resolved(
@@ -224,7 +224,12 @@ def check_types(where: Path, saved: dict[str, str], preset: Preset | None) -> No
 
 
 def evaluate_classes(
-    theta: Any, preset: Preset, classes: Any, tasks: int, on_event: Callable[[str], None] = warnings.warn
+    theta: Any,
+    preset: Preset,
+    classes: Any,
+    tasks: int,
+    on_event: Callable[[str], None] = warnings.warn,
+    part: str = "test",
 ) -> Evaluation:
     """Evaluate θ on tasks drawn from ``classes``, with the random key of the preset's seed.
 
@@ -234,6 +239,7 @@ def evaluate_classes(
         classes: images by class (:class:`imaml.datasets.images.ImageClasses`), or the curves of a regression.
         tasks: number of tasks, at least 2.
         on_event: called with a message if the outputs of a task are not finite. The mean is then NaN.
+        part: the part of the dataset that ``classes`` is.
 
     Raises:
         InputError: if the classes cannot fill a task, or for fewer than 2 tasks.
@@ -243,7 +249,8 @@ def evaluate_classes(
     found = zip(normalisations(preset), means, intervals, strict=True)
     metric, chance = preset.episode.metric, preset.episode.chance
     published, *others = (
-        Evaluation(metric, float(mean), float(interval), chance, tasks, name) for name, mean, interval in found
+        Evaluation(metric, float(mean), float(interval), chance, tasks, name, part=part)
+        for name, mean, interval in found
     )
     return replace(published, beside=next(iter(others), None))
 

@@ -103,7 +103,9 @@ def test_an_image_alone_has_the_probabilities_that_it_has_among_others_to_the_bi
 def test_both_normalisations_agree_with_the_evaluation_of_the_same_tasks(learner, tiny_pixels):
     preset = replace(PRESET, rotations=Rotations(test=True))
     learner, classes = imaml.TrainedLearner(learner.theta, preset), dataset(tiny_pixels).test
-    published, support = evaluation.evaluate_classes(learner.theta, preset, classes, 50).each
+    found = evaluation.evaluate_classes(learner.theta, preset, classes, 50, part="validation")
+    published, support = found.each
+    assert all(line.startswith("validation accuracy ") for line in str(found).splitlines())
     drawn = preset.episode.batch(jnp.asarray(classes.pixels), jax.random.split(preset.keys.test, 50), rotate=True)
     adapted = learner.adapt_tasks(drawn.support_x, drawn.support_y)
     for transductive, expected in ((True, published), (False, support)):

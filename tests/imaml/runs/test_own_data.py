@@ -157,6 +157,7 @@ def test_the_validation_classes_are_evaluated_on_request(finished, whole):
     validation = imaml.evaluate(finished, PRESET, 4, part="validation")
     assert validation == replace(imaml.evaluate(finished, PRESET, 4, dataset=swapped), part="validation")
     assert str(validation).startswith("validation accuracy ")
+    assert imaml.diagnose(finished, PRESET, 4, part="validation").adapted.part == "validation"
     with pytest.raises(InputError, match="there is no part of a dataset 'train'"):
         imaml.evaluate(finished, PRESET, 4, part="train")
     with pytest.raises(InputError, match="the dataset swapped has no validation classes"):
