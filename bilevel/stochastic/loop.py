@@ -1,5 +1,6 @@
 """The compiled loop: the first state of a run, and chunks of steps that end with an evaluation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Plan:
 
     problem: Problem
     structure: Any
+    classes: tuple[type, ...]
     constants: tuple[Any, ...]
     placement: Placement
     sizes: tuple[int, ...]
@@ -81,7 +83,22 @@ def make_plan(
     numbers = [float(leaf) for leaf, number in zip(leaves, is_number, strict=True) if number]
     constants = tuple(None if number else leaf for leaf, number in zip(leaves, is_number, strict=True))
     sizes = tuple(tree.count_samples(samples, "samples") // placement.shares for samples in (inner, outer))
-    return numbers, Plan(problem, structure, constants, placement, sizes, evaluate, evaluate_every, measure, project)
+    classes = tuple(_classes(structure))
+    plan = Plan(problem, structure, classes, constants, placement, sizes, evaluate, evaluate_every, measure, project)
+    return numbers, plan
+
+
+def _classes(structure: Any) -> Iterator[type]:
+    """Yield the classes of the nodes of a tree structure.
+
+    JAX compares the structures of two registered dataclasses as equal if their fields are equal, even if the classes
+    differ. A class that is defined again in a notebook would then run the compiled program of the old class.
+    """
+    node = structure.node_data()
+    if node is not None:
+        yield node[0]
+    for child in structure.children():
+        yield from _classes(child)
 
 
 @partial(jax.jit, static_argnames="plan")

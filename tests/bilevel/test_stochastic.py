@@ -4,7 +4,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -568,6 +568,29 @@ def test_an_algorithm_of_ones_own():
 
     soba = SOBA(0.05, 0.05, 0.05, inner_batch=48, outer_batch=40)
     np.testing.assert_allclose(run(Plain(0.05), 40).theta, run(soba, 40).theta, rtol=1e-13)
+
+
+def test_classes_with_equal_fields_do_not_share_a_program():
+    def algorithm(shift):
+        @jax.tree_util.register_dataclass
+        @dataclass(frozen=True)
+        class Shift:
+            rate: float
+            inner_batch: int = field(default=48, metadata={"static": True})
+            outer_batch: int = field(default=40, metadata={"static": True})
+            sampling: str = field(default="with_replacement", metadata={"static": True})
+            draws = (1, 1)
+
+            def init(self, oracle, state):
+                return state
+
+            def step(self, oracle, state, draws):
+                return replace(state, theta=state.theta + shift)
+
+        return Shift(0.1)
+
+    # JAX compares the tree structures of the two classes as equal, because their fields are equal.
+    assert [float(run(algorithm(shift), 1).theta[0]) for shift in (1.0, 2.0)] == [1.0, 2.0]
 
 
 # --- Refusals ------------------------------------------------------------------------------------------------------
