@@ -25,10 +25,10 @@ class Neumann:
         max_steps: K, the number of terms. Each term takes one product, except for the first one without ``init``.
             Without ``init``, the error is (I − αA)^K times the exact solution.
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
-        tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. It is BREAKDOWN
-            instead if ‖b − Ax‖ ≥ ‖b‖, because a convergent series lowers the residual. Without ``tol``, the residual
-            must for this also be at least that of ``init``. Without ``tol``, the status is also BREAKDOWN if ‖x‖ is so
-            large that x may have no correct digit. All terms are summed in every case.
+        tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
+            ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. With None, it is
+            BREAKDOWN only if ‖b − Ax‖ is also at least the residual of ``init``. With None, an ‖x‖ so large that x may
+            have no correct digit has the status BREAKDOWN too. All terms are summed in every case.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:

@@ -72,8 +72,8 @@ def _value_with_derivative(
 ) -> jax.Array:
     """Return ``value`` with the derivative ``gradient`` in θ, and the derivative of ``source`` in all other variables.
 
-    The second derivative after one in θ is the derivative of ``gradient``. :func:`estimated` passes a gradient whose
-    derivative raises an error. The second derivative after one of ``source`` raises an error too.
+    In θ the first derivative is ``gradient``, so the second one is the derivative of ``gradient``. :func:`estimated`
+    passes a gradient whose derivative raises an error. A second derivative of ``source`` raises an error too.
     """
     del name, gradient, source, theta, movers
     return value
