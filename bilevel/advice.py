@@ -1,8 +1,8 @@
-"""Find out which remedy of a failed solve would work, and say so in the error message.
+"""Find out which remedy for a failed solve would work, and say so in the error message.
 
 Every function here is called only after a failure, and with concrete values. So it may take products, factorise, and
 run a solver again. The numbers in the message, such as a step size, a tolerance or a ridge, are computed at the w that
-the failed solve returned, or tried from there. If gradient descent diverged, they are computed at w = 0.
+the failed solve returned, or found by solves that start at this w. If gradient descent diverged, w = 0 is used instead.
 """
 
 from collections.abc import Iterator

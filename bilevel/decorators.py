@@ -1,8 +1,9 @@
 """Decorators that make a solver function of one's own differentiable: custom_root and custom_fixed_point.
 
-The decorated function keeps its arguments. In each call, the arrays and Python floats in the arguments after ``init``
-become θ of an :func:`implicit_layer`. Its residual is called with w and these arguments. The layer starts at the
-solution that the function has found and leaves it unchanged, so it only attaches the derivative.
+The decorated function takes the same arguments as the solver function. In each call, the arrays and Python floats in
+the arguments after ``init`` become θ of an :func:`implicit_layer`. The layer's residual is called with w and these
+arguments. The layer starts at the solution that the function has found and leaves it unchanged, so it only attaches the
+derivative.
 """
 
 import functools
@@ -101,7 +102,7 @@ def custom_fixed_point(
     symmetric: bool = False,
     callback: bool = False,
 ) -> Callable[[SolverFunction], SolverFunction]:
-    """Return a decorator that differentiates a solver function whose result w is ``mapping(w, *args, **kwargs)``.
+    """Return a decorator that differentiates a solver function whose result is a fixed point w of a mapping.
 
     Args:
         mapping: ``mapping(w, *args, **kwargs)``, a pytree like w, with the arguments of the solver function.
@@ -285,7 +286,7 @@ def _without_derivative(leaves: list[Any]) -> list[Any]:
 
 
 def _start(init: PyTree) -> PyTree:
-    """Return ``init`` without a derivative. If JAX differentiates in ``init``, a warning says that this is zero."""
+    """Return ``init`` without a derivative. If JAX asks for it, a warning says that it is zero."""
     arrays, others = _partition(init)
     if tree.is_traced(arrays):
         arrays = _without_derivative(without_tangent(arrays, "a solver function"))

@@ -26,7 +26,7 @@ class HypergradientError(RuntimeError):
         result: the complete :class:`Hypergradient`, with the failed status. In an error of :func:`implicit_layer`, it
             is the :class:`Solution` of a failed inner solve, or None after a failed linear solve. In an error of
             ``stochastic.minimize``, it is the :class:`StochasticMinimum` with the state of the last evaluation that did
-            not fail.
+            not fail, or with the first state if the first evaluation failed.
         state: from :func:`minimize`, the :class:`OuterState` before the failed step; otherwise None.
     """
 

@@ -5,7 +5,7 @@ h = ∂outer/∂θ:
 
     Aᵀ v = g,        d outer / dθ = h − Bᵀ v.
 
-A status is only data here; :mod:`bilevel.errors` raises the errors.
+The functions return a status as data; :mod:`bilevel.errors` raises the errors.
 """
 
 from collections.abc import Callable
@@ -169,7 +169,7 @@ def probe_symmetry(
 ) -> LinearInfo:
     """Return the report with status NONSYMMETRIC where Aᵀu and Au differ by more than rounding for a random u.
 
-    A report that is NONFINITE stays so. The probe is for conditions that are declared symmetric without being so by
+    The status NONFINITE is kept. The probe is for conditions that are declared symmetric without being so by
     construction. The products of an operator such as I − M may cancel, so that their rounding errors are large compared
     with Au. These errors are measured by a second product: A(3u)/3 differs from Au by rounding alone. The probe costs
     two products in forward and one in reverse mode.

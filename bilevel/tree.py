@@ -81,7 +81,7 @@ def arrays(a: PyTree, name: str = "") -> PyTree:
 
 
 def real_arrays(a: PyTree, name: str) -> PyTree:
-    """Return the outer variables as :func:`arrays`, or raise TypeError for a complex leaf."""
+    """Return the outer variables as JAX arrays, or raise TypeError for a complex leaf."""
     a = arrays(a, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(a):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -232,8 +232,8 @@ def eps(a: PyTree) -> float:
 def match_varying_axes(*trees: PyTree) -> tuple[PyTree, ...]:
     """Mark every leaf as varying over each mesh axis over which any leaf varies, for use inside ``shard_map``.
 
-    JAX sums a derivative over the devices if the variable is shared by them. The gradient of an inner objective would
-    become the sum over all tasks. Marking the variable as varying prevents that sum.
+    JAX sums a derivative over the devices if all of them have the same value of the variable. The gradient of an inner
+    objective would then be the sum over all tasks. Marking the variable as varying prevents that sum.
     """
     axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
     return jax.tree.map(lambda leaf: _vary(leaf, axes - _varying(leaf)), trees)

@@ -201,9 +201,10 @@ class LinearInfo(_ShownAsTable):
             system. It equals the residual of Ax = b if the strength λ is one number.
         iterations: iterations taken, an int32 scalar; None for a solver that does not iterate or does not count them.
         status: a :class:`Status` as an int32 scalar.
-        rcond: an estimate of the reciprocal condition number 1/(‖A‖₁‖A⁻¹‖₁), computed by LU, by Cholesky, and by Lineax
-            with a factorisation and without ``tol``; None from the other solvers. The estimate is rarely more than
-            three times too large. The relative error of x is of the order of eps / rcond.
+        rcond: an estimate of the reciprocal condition number 1/(‖A‖₁‖A⁻¹‖₁), computed by LU, by Cholesky, by Blockwise
+            (the smallest one of a block), and by Lineax with a factorisation and without ``tol``; None from the other
+            solvers. The estimate is rarely more than three times too large. The relative error of x is of the order of
+            eps / rcond.
         least_curvature: the smallest ⟨p, Ap⟩ / ‖p‖² among the search directions p of ``CG(engine="watched")``; None
             from the other solvers.
     """

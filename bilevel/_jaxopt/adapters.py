@@ -37,8 +37,9 @@ def run_solver(solver, options, condition, init, theta, data):
         counts no steps or has no budget.
 
     Raises:
-        ValueError: if jaxopt has no such solver, if the solver does not fit the condition, if an option sets or
-            describes a function that the condition gives, or if a solver that runs SciPy is called under a trace.
+        ValueError: if jaxopt has no such solver, if the solver does not fit the condition, if an option sets a function
+            that the condition gives (such as ``fun``) or says what that function returns (``has_aux``,
+            ``value_and_grad``), or if a solver that runs SciPy is called under a trace.
     """
     cls = solver_class(solver)
     name, prepare = _adapter(cls, condition)
@@ -73,7 +74,7 @@ def run_solver(solver, options, condition, init, theta, data):
 # Solvers that make arrays of JAX's default dtype, so that a loop with a float32 w would fail where float64 is enabled.
 _OF_DEFAULT_DTYPE = ("AndersonAcceleration", "LevenbergMarquardt")
 # Solvers whose condition is not wrapped in `Converted`. The solvers of quadratic programs get matrices that
-# `_program` has already cast, and BlockCoordinateDescent needs the objective's own class.
+# `_program` has already cast, and BlockCoordinateDescent needs an objective that is still a CompositeLinearFunction.
 _OF_ANY_DTYPE = ("OSQP", "BoxOSQP", "EqualityConstrainedQP", "BlockCoordinateDescent")
 
 

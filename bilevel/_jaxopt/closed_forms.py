@@ -158,7 +158,8 @@ def _between(ordered, lower, upper):
     """Return a finite number between two entries of a vector, given by their indices. Either entry may be infinite.
 
     XLA may compute one expression twice with different rounding errors, once for a sorted vector and once for a
-    comparison with its entries. A comparison with a number between two entries has the same result for both.
+    comparison with its entries. A comparison with a number between two entries has the same result with either
+    rounding.
     """
     low, high = ordered[lower], ordered[upper]
     low = jnp.where(jnp.isneginf(low), jnp.where(jnp.isposinf(high), 0, high - 1 - jnp.abs(high)), low)

@@ -1,4 +1,4 @@
-"""The wrapper that gives jaxopt's solvers a condition in one dtype, and lists of leaves for some classes of trees."""
+"""The wrapper that gives a condition to jaxopt's solvers: in one dtype, and with w as a list if jaxopt needs one."""
 
 import jax
 import jax.numpy as jnp

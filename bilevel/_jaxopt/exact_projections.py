@@ -16,9 +16,9 @@ def _in_widest_precision(function):
     """Wrap a function to compute in the widest dtype of its arguments, and in float32 at least.
 
     JAX has no linear algebra for bfloat16 and float16. The result has the dtype of the first argument. If an argument
-    is narrower than the computation, its numbers are rounded, so that constraints which hold exactly before the
-    rounding may contradict each other. The function then gets the largest machine epsilon of the arguments' dtypes as
-    ``rounding``.
+    has a narrower dtype than the computation, its numbers are rounded, so that constraints which hold exactly before
+    the rounding may contradict each other. The function then gets the largest machine epsilon of the arguments' dtypes
+    as ``rounding``.
     """
 
     @functools.wraps(function)

@@ -16,11 +16,12 @@ def jaxopt_projection(
 ) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
     """Return a projection of `jaxopt.projection` in the form that :class:`Projected` takes.
 
-    For a name, this library has an implementation of its own where jaxopt's is inexact or has a derivative that is not
-    finite. The result is exact to rounding for inputs of any scale. The KL projections are differentiable up to the
-    third order, and all other projections to any order. At a kink the derivative is finite and that of one side. For
-    example, the projection of a point onto a ball of radius 0 has the derivative 0 with respect to the point. The
-    result contains NaN if no point satisfies the constraints. A function given in place of a name is used unchanged.
+    If jaxopt's implementation of a named projection is inexact or has a derivative that is not finite, an
+    implementation of this library replaces it. The result of a named projection is exact to rounding for inputs of any
+    scale. The KL projections are differentiable up to the third order, and all other projections to any order. At a
+    kink the derivative is finite and that of one side. For example, the projection of a point onto a ball of radius 0
+    has the derivative 0 with respect to the point. The result contains NaN if no point satisfies the constraints. A
+    function given in place of a name is used unchanged.
 
     Args:
         projection: its name (``"projection_simplex"``), for which this call imports jaxopt; or the function, or a

@@ -44,7 +44,7 @@ def transport(similarity, marginals, tol=None, rounding=0.0):
     allowed = _allowed(*fixed)
     similarity = jnp.where(allowed, similarity, 0)
     alpha, beta = _interior_point(lax.stop_gradient(similarity), *fixed[1:], allowed)
-    # Around the potentials found so far the entries of T are no longer differences of large numbers.
+    # With the potentials found so far added to S, the entries of T are no longer differences of large numbers.
     centred = similarity + lax.stop_gradient(alpha[:, None] + beta[None])
     positive, shift = _positive_entries(lax.stop_gradient(centred), *fixed[1:], allowed, _tolerance(similarity, tol))
     centred = centred + lax.stop_gradient(shift)

@@ -19,7 +19,7 @@ computed at two points, and the smaller result is returned. The first point is (
 (ŵ − ε₁, v̂ − ε_v), with gradient G₊, and ‖G − G₊‖ is added to the bound there. A Newton step that converges leaves
 residuals of second order, so the bound at the second point is then close to the error itself.
 
-This module shares no gradient code with the methods, so it can also certify a wrong gradient: the bound is then large.
+This module shares no gradient code with the methods, so its bound also holds for a wrong gradient, and is then large.
 """
 
 import enum
@@ -174,7 +174,7 @@ _SENTENCES = {
     ),
     Finding.OTHER_GRADIENT: (
         "The gradient differs from h − Bᵀv with the adjoint vector v that was returned with it, so it comes from "
-        "another formula or from a mistake. The figures hold for the gradient as it is."
+        "another formula or from a mistake. The estimate and the bound hold for the gradient that was returned."
     ),
     Finding.ROUNDING: "The estimated error is below the rounding floor: the estimate was raised to that floor.",
 }
@@ -212,7 +212,7 @@ def certify(
         A :class:`Certificate`, which prints as a table.
 
     Raises:
-        ValueError: for a ``strong_convexity`` that is a number and not positive and finite, or for a linear solver
+        ValueError: if ``strong_convexity`` is a number that is not both positive and finite, or for a linear solver
             that needs a symmetric operator if the condition is not declared symmetric.
 
     Source: Pedregosa (2016) for the bound; Becker and Rannacher (2001) for the estimate; Ortega (1968) for the theorem.

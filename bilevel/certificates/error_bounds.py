@@ -30,7 +30,7 @@ ROUNDING = 16.0
 
 
 class System(NamedTuple):
-    """A problem with θ and the data fixed, as functions of w and of the adjoint vector v."""
+    """A problem with its data fixed: its functions of w and θ, and their derivatives at one θ."""
 
     residual: Callable[[PyTree, PyTree], PyTree]
     """F(w, θ)."""
@@ -57,7 +57,7 @@ class System(NamedTuple):
 
 
 def system_at(problem: Problem, theta: PyTree, data: PyTree) -> System:
-    """Fix θ and data in a problem's residual and outer function."""
+    """Return a problem's residual and outer function with the data fixed, and the θ of their derivatives."""
 
     def outer(w, theta) -> Any:
         value: Any = problem.outer(w, theta, data)

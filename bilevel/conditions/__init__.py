@@ -3,8 +3,9 @@
 The residual defines the inner solution and its derivative in θ. The inner solver looks for the w* with
 F(w*, θ, data) = 0. The implicit function theorem gives its derivative: dw*/dθ = −(∂F/∂w)⁻¹ ∂F/∂θ. A condition also
 declares its structure, such as symmetry. A linear solver that needs symmetry, and an inner solver that needs a gradient
-or a mapping, are refused with an error if the condition does not have it. Positive definiteness is not checked
-beforehand. If it is missing, CG and Cholesky report NEGATIVE_CURVATURE.
+or a mapping, are refused with an error if the condition lacks that property. Positive definiteness is not checked
+beforehand. If it is missing, Cholesky reports NEGATIVE_CURVATURE. CG reports it only if its solution or a search
+direction shows the negative curvature.
 """
 
 from bilevel.conditions.constrained import Projected, ProximalGradient

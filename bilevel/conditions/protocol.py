@@ -35,7 +35,7 @@ class Condition(Protocol):
         """The strong convexity μ that the user declares; None where it is unknown."""
         ...
 
-    # The arguments are positional, so that a field such as ``Root.residual``, a Callable, is a residual too.
+    # The arguments are positional-only, so that a field of type Callable, such as ``Root.residual``, fits the protocol.
     def residual(self, w: PyTree, theta: PyTree, data: PyTree, /) -> PyTree:
         """Return F(w, θ, data), a pytree like w."""
         ...
@@ -105,7 +105,7 @@ class WithoutAux:
 
 
 def without_aux(function: Residual, name: str, has_aux: bool) -> Residual:
-    """Return a condition's function without its aux. One that has no aux, or is wrapped already, is not changed."""
+    """Return a condition's function without its aux. A function without aux, or already wrapped, is not changed."""
     return WithoutAux(function, name) if has_aux and not isinstance(function, WithoutAux | LikeW) else function
 
 

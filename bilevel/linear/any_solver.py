@@ -10,8 +10,8 @@ from bilevel import tree
 from bilevel.linear import diagnosis
 from bilevel.types import LinearInfo, LinearSolver, MatVec, PyTree
 
-# The functions of jaxopt.linear_solve, each with the class here that replaces it. They take other arguments than a
-# linear solver here, and some of them take no pytrees.
+# The functions of jaxopt.linear_solve, each with the class of this library that replaces it. They take other arguments
+# than a linear solver of this library, and some of them take no pytrees.
 _OF_JAXOPT = {
     "solve_bicgstab": "BiCGStab",
     "solve_cg": "CG",

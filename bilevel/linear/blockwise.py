@@ -77,7 +77,8 @@ class Blockwise:
         x = tree.like(jax.vmap(unravel)(found), b)
         info = diagnosis.report(square("Blockwise", matvec, self.linear.ridge, b), b_scaled, x, tol=None)
         norm = jnp.max(jnp.sum(jnp.abs(jax.lax.stop_gradient(blocks)), axis=1), initial=0)
-        # The blocks pass as LU or Cholesky judge them. Only entries of A outside of the blocks make this error large.
+        # LU or Cholesky has judged the solve of each block. If these solves succeeded, only entries of A outside of the
+        # blocks make the backward error of the whole system large.
         coupled = backward_error(info.relative_residual, norm, info.solution, b_scaled) > tree.eps(b) ** 0.5
         status = jnp.max(infos.status)
         status = jnp.maximum(status, jnp.where(coupled, jnp.int32(Status.BREAKDOWN), status))

@@ -54,8 +54,9 @@ def choose_linear(
             of its entries. With ``damped``, it is the inner solution.
         theta, data: the point where A is evaluated; only ``damped`` uses them.
         damped: whether to look at the eigenvalues of A, and to choose a ridge. Up to ``DENSE_LIMIT`` unknowns they are
-            computed from the matrix. For more, Lanczos's method estimates them from 60 products. The
-            estimate of the smallest one is too large, so the ridge is chosen as if it were twice as far below zero.
+            computed from the matrix. For more, Lanczos's method estimates them from 60 products. The smallest
+            eigenvalue may lie below its estimate. So the ridge is chosen as if a negative estimate were twice as far
+            below zero.
 
     Returns:
         ``(solver, reason)``; the reason is one sentence, or with ``damped`` a few.

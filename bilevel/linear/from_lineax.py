@@ -235,8 +235,9 @@ def _enlargement(solver: Any, b: jax.Array) -> float:
     """Return the power of two by which A is multiplied for a solver of Lineax that compares A with an absolute number.
 
     Lineax's CG returns NaN for a direction p with ⟨p, Ap⟩ ≤ 100·n·eps·‖r‖², where n is the number of unknowns. In
-    float32 with ‖A‖ = 1, that are all directions for n above 1e5, and for n = 10 those of a condition number above 1e4.
-    If A is multiplied by about 100·n, the limit is eps·‖A‖‖r‖² instead. For Normal(CG), AᵀA takes the place of A.
+    float32 with ‖A‖ = 1, this holds for every direction if n is above 1e5. For n = 10, it holds for directions that
+    occur if the condition number is above 1e4. If A is multiplied by about 100·n, the limit is eps·‖A‖‖r‖² instead. For
+    Normal(CG), AᵀA takes the place of A.
     """
     lineax = _import_lineax()
     is_normal = isinstance(solver, lineax.Normal)

@@ -26,9 +26,9 @@ class Neumann:
             Without ``init``, the error is (I − αA)^K times the exact solution.
         step_size: α, below 2 / (largest eigenvalue of A); 1 suits a fixed-point condition.
         tol: the status is CONVERGED if ‖b − Ax‖ ≤ tol·‖b‖, else MAX_STEPS; with None it is BUDGET_USED. If
-            ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. Without ``tol``,
-            this holds only if ‖b − Ax‖ is also at least the residual of ``init``, and the status is also BREAKDOWN if
-            ‖x‖ is so large that x may have no correct digit. All terms are summed in every case.
+            ‖b − Ax‖ ≥ ‖b‖, the status is BREAKDOWN, because a convergent series lowers the residual. With None, it is
+            BREAKDOWN only if ‖b − Ax‖ is also at least the residual of ``init``. With None, an ‖x‖ so large that x may
+            have no correct digit has the status BREAKDOWN too. All terms are summed in every case.
         ridge: solve (A + ridge·I)x = b instead.
 
     Raises:

@@ -72,8 +72,8 @@ def _value_with_derivative(
 ) -> jax.Array:
     """Return ``value`` with the derivative ``gradient`` in θ, and the derivative of ``source`` in all other variables.
 
-    If the first derivative is in θ, the second one is the derivative of ``gradient``, which raises an error for the
-    gradient that :func:`estimated` passes. If the first derivative is that of ``source``, a second one raises an error.
+    In θ the first derivative is ``gradient``, so the second one is the derivative of ``gradient``. :func:`estimated`
+    passes a gradient whose derivative raises an error. A second derivative of ``source`` raises an error too.
     """
     del name, gradient, source, theta, movers
     return value

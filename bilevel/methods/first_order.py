@@ -35,7 +35,7 @@ class FirstOrder:
         >>> pull = Proximal(lambda w, theta, data: 0.5 * (w - data) ** 2, strength=1.0)
         >>> problem = Problem(pull, lambda w, theta, data: w**2)
         >>> out = value_and_hypergradient(problem, GradientDescent(0.5, max_steps=1), FirstOrder())(1.0, 0.0, 3.0)
-        >>> float(out.inner.w), float(out.gradient)  # the exact one has a factor λ / (1 + λ)
+        >>> float(out.inner.w), float(out.gradient)  # the exact gradient is λ / (1 + λ) times this one
         (2.0, 4.0)
     """
 

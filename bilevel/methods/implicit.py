@@ -31,8 +31,8 @@ class Implicit:
 
     Args:
         linear: solves the adjoint system; :class:`CG`, :class:`Cholesky`, :class:`Nystrom`, and :class:`Lineax` with CG
-            or Cholesky need a symmetric one. A function ``(matvec, b) -> x`` is accepted too, and the true residual of
-            its x is then computed here.
+            or Cholesky need a symmetric one. A function ``(matvec, b) -> x`` is accepted too. One more product then
+            gives the true residual of its x.
 
     Raises:
         TypeError: for a linear solver that cannot be called with (matvec, b), such as a class in place of an instance.

@@ -23,7 +23,7 @@ class ValuePenalty:
     the inner solves are multiplied by ρ.
 
     Without ``linear_init`` the penalised solve starts from the computed w*. In an outer loop it must start from the
-    last w_ρ instead: the computed w* lags behind a θ that moves, and ρ multiplies this distance. So ``linear_init`` is
+    last w_ρ instead: the computed w* lags behind a θ that moves, and ρ multiplies that error. So ``linear_init`` is
     a pair, the start of the penalised solve and the memory of its solver. The ``warm_start`` of the result is the pair
     for the next call. Unless its warm starts are off, :func:`minimize` passes this pair on. One inner step for each
     outer step is then enough.

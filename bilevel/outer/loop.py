@@ -94,7 +94,7 @@ def outer_step(
 
 
 def _new_if_sound(sound: jax.Array, new: Any, old: jax.Array) -> jax.Array:
-    """Return ``new`` in the dtype of ``old`` where the step is sound, else ``old``.
+    """Return ``new`` in the dtype of ``old`` if ``sound`` is True, so that the step changes the state, else ``old``.
 
     Without the cast, an integer array in the optimiser's state, such as the momentum of an integer leaf of θ, could
     become a float array.

@@ -30,7 +30,7 @@ class GradientDescent:
         max_steps: the budget, in gradients.
         tol: stop at ‖F‖ ≤ tol; None takes all ``max_steps``, with status BUDGET_USED.
         momentum: the factor in [0, 1) of Polyak's heavy ball: m ← momentum·m + F, w ← w − step_size·m.
-        memory: the memory from which a run goes on: m without a schedule, and m and the step with one; None for a new
+        memory: the memory from which a run goes on: m, or with a schedule m and the number of the step; None for a new
             run. :func:`minimize` sets it.
 
     Raises:

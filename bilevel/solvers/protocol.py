@@ -89,7 +89,7 @@ def resumed(solver: InnerSolver, memory: PyTree) -> InnerSolver:
 
 
 def with_residual(solution: Solution, solver: InnerSolver, residual: PyTree) -> Solution:
-    """Return the solution with its report made anew from a residual that the caller has computed.
+    """Return the solution with a new report, made from a residual that the caller has computed.
 
     The compiler then removes the solver's own last evaluation of the residual, which saves one gradient. This is done
     only for an iterative solver without ``tol``. The solution of any other solver is returned unchanged.
@@ -111,8 +111,8 @@ def solve(
     """Run any inner solver, and compute the residual if the solver returned w alone.
 
     Outside of ``jit``, a solver of this library is compiled once for each condition and each set of shapes and dtypes.
-    It is not compiled if it runs SciPy, or if the solver or the condition cannot be hashed. Any other function is
-    called as it is, because JAX may not be able to trace it.
+    It is not compiled if it runs SciPy, or if the solver or the condition cannot be hashed. A function that is no
+    solver of this library is called without compilation, because JAX may not be able to trace it.
 
     Args:
         solver: ``solver(condition, init, theta, data)``.

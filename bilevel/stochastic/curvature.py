@@ -18,7 +18,7 @@ from bilevel.theorem import solve_linear
 from bilevel.types import PyTree
 
 BATCHES = 8
-"""The number of inner batches whose curvature is estimated. The largest estimate decides."""
+"""The number of inner batches whose curvature is estimated. The inner rate follows from the largest estimate."""
 RESPONSE_STEPS = 20
 """Steps of each linear solve: for the Newton step of w, and for the response of w to θ."""
 OUTER_STEPS = 6
@@ -52,7 +52,7 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
     With L = ``batch``, μ = ``lowest`` and L_h = ``outer`` of :class:`Curvature`:
 
     - the inner rate is ρ₀ = 1/(2L), or 1/(3L) for a variance-reduced algorithm
-    - the rate of the adjoint is that of w
+    - the rate of the adjoint is the inner rate
     - the outer rate is c/(2L_h). Here c is the product of ρ₀, μ and the number of steps of w in one step of θ, and is
       clipped to [0.01, 1]. θ is then slow enough for w and the adjoint to follow.
 

@@ -20,7 +20,7 @@ first evaluation and 1e-6 times the largest entry of the state."""
 
 
 def judge(sizes: Sequence[float], residuals: Sequence[float], norms: Sequence[float]) -> Status:
-    """Return the status of an evaluation: BUDGET_USED for a sound run, else BREAKDOWN or NONFINITE.
+    """Return the status of an evaluation: NONFINITE, BREAKDOWN above a limit of this module, or else BUDGET_USED.
 
     Args:
         sizes: the largest entry of the state at the start and at each evaluation up to this one.
@@ -43,7 +43,7 @@ def react(found: Any, status: Status, size: float, on_failure: Policy) -> None:
     """Raise or warn about a run that diverged.
 
     Args:
-        found: the result, with the last sound state.
+        found: the result, with the last state before the divergence.
         status: the status of the last evaluation.
         size: the largest entry of the state at that evaluation.
         on_failure: "raise", "warn" or "ignore".

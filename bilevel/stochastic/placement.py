@@ -1,8 +1,8 @@
-"""The placement of the samples: on one device, or one share of them on each device of a mesh.
+"""The placement of the samples: they are divided into equal parts, called shares, on one device or on a mesh.
 
-A step is written once, for one share, and averages its directions over the shares. With one share on one device, the
-step runs without a transformation. With several shares on one device it runs under ``jax.vmap``, and on a mesh under
-``jax.shard_map``.
+A step is written for the samples of one share, and averages its directions over the shares. With one share on one
+device, the step runs without a transformation. With several shares on one device, it runs under ``jax.vmap``. On a
+mesh, each device has one share, and the step runs under ``jax.shard_map``.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,9 @@ class Placement:
 
         Args:
             function: takes and returns pytrees. Outside of ``function``, a divided leaf has a leading axis of shares.
-            shared: one letter for each argument: "s" for one that all shares have, "d" for one that is divided.
-            returned: one letter for each result.
+            shared: one letter for each argument: "s" for one that is the same for all shares, "d" for one that is
+                divided among them.
+            returned: the same letters for the results.
         """
         if self.mesh is None:
             if self.shares == 1:
@@ -70,7 +71,7 @@ class Placement:
         return jax.tree.map(lambda leaf: leaf.reshape(self.shares, -1, *leaf.shape[1:]), samples)
 
     def put(self, values: PyTree) -> PyTree:
-        """Return arrays that every share has, placed on the devices where the compiled program expects them."""
+        """Return arrays that are the same for all shares, on the devices where the compiled program expects them."""
         if self.mesh is None:
             return tree.arrays(values)
         return _on_mesh(values, NamedSharding(self.mesh, PartitionSpec()))
@@ -109,7 +110,7 @@ def _with_leading_axis(function, shared, returned):
 
 
 def place(inner: PyTree, outer: PyTree, shares: int | None) -> Placement:
-    """Return how the samples are divided.
+    """Return the :class:`Placement` of the samples; ``shares`` None means one share for each device.
 
     Raises:
         ValueError: if the samples cannot be divided into ``shares`` equal parts, lie on different meshes, or lie on a

@@ -36,10 +36,10 @@ class Case:
         theta: the outer variables, NumPy arrays of ``dtype``.
         init: an initial point for inner solvers.
         data: all numbers of the problem.
-        margin: the distance of the problem from the nearest kink. For a projection or a prox: evaluate the operator's
-            argument, w − η∇objective, at the solution. The margin is the smallest distance of any of its entries from
-            a kink of the operator. For inequalities, the smaller of the active multiplier and the inactive slack.
-            Infinite for a smooth problem.
+        margin: the distance of the problem from the nearest kink. For a projection or a prox, it is the smallest
+            distance between a kink of the operator and an entry of its argument, w − η∇objective at the solution. For
+            inequalities, it is the smaller of the active multiplier and the inactive slack. For a smooth problem, it
+            is infinite.
     """
 
     recipe: str

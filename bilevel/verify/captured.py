@@ -58,8 +58,8 @@ def _reachable_values(root: Any) -> Iterator[Any]:
 
 
 def _is_filled(cell) -> bool:
-    """Return True if a closure cell holds a value other than None. A cell without a value raises ValueError."""
+    """Return True if a closure cell holds a value other than None."""
     try:
         return cell.cell_contents is not None
-    except ValueError:
+    except ValueError:  # Python raises it for an empty cell
         return False

@@ -1,7 +1,8 @@
 """Compare a method's numbers with expected ones, within a tolerance, and describe the worst entry.
 
 :func:`bilevel.check_hypergradient` and the assertions of :mod:`bilevel.testing` use the same comparison. The tolerance
-of an assertion comes from the caller or from the dtype. ``check_hypergradient`` also allows for reported residuals.
+of an assertion comes from the caller or from the dtype. ``check_hypergradient`` also allows for the effect of residuals
+that met their ``tol``.
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ class LocalProblem:
 def _programs(problem):
     """Return the compiled functions of :class:`LocalProblem`. Each gets the point (θ, w, data) as its first argument.
 
-    The vectors that the functions get are entries of w and θ. The point has their structures and integer leaves.
+    The vector arguments hold the inexact entries of w and θ. The point provides the structures and the integer leaves.
     """
 
     def residual(point, w, theta):

@@ -50,7 +50,10 @@ def method_arguments(theta: PyTree, init: PyTree | Callable, data: PyTree) -> tu
 
 
 def start_function(init: PyTree | Callable) -> Callable[..., PyTree] | None:
-    """Return the start function, which a program depends on. Return None for a point, which is an argument."""
+    """Return ``init`` if it is a function, and None if it is a point.
+
+    A program is compiled for the function. The point is an argument of the program.
+    """
     return init if is_function(init) else None
 
 

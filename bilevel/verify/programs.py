@@ -1,9 +1,9 @@
 """Programs of the checks, which are kept from one call to the next.
 
 ``jax.jit`` traces and compiles again for each new function object. A check that wraps a function of its own in ``jit``
-would therefore be compiled in each call. The functions here that make such a program are decorated by :func:`kept`.
-Their arguments are the objects that the program depends on, such as the problem. All arrays are arguments of the
-program.
+would therefore be compiled in each call. The functions of this package that make such a program are decorated by
+:func:`kept`. Their arguments are the objects that the program depends on, such as the problem. All arrays are arguments
+of the program.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 KEPT = 64
-"""Number of programs that each decorated function keeps. The programs that were not used for longest are dropped."""
+"""Number of programs that each decorated function keeps. The least recently used programs are dropped."""
 
 Program = TypeVar("Program")
 
@@ -19,7 +19,7 @@ Program = TypeVar("Program")
 def kept(make: Callable[..., Program]) -> Callable[..., Program]:
     """Decorate a function that makes a program, so that it returns the same program for equal arguments.
 
-    If an argument cannot be hashed, for example because one of its fields is an array, the program is made anew.
+    If an argument cannot be hashed, for example because one of its fields is an array, each call makes a new program.
 
     Example:
         >>> import jax, jax.numpy as jnp

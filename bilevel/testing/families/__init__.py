@@ -1,10 +1,10 @@
 """Families of cases: each function draws the numbers of one problem from a seed and returns a :class:`Case`.
 
-The matrix A₀ of a root, and A₀, Q, H or XᵀX/s of an inner objective, have singular values from 1/κ to 1, so that one
-step size suits a whole family. For the logistic family, this holds for ¼XᵀX/s, because the second derivative of the
-loss is at most ¼. The matrix of a fixed point is I minus a contraction, and has a condition number of at most κ. For a
-family with constraints the solution is drawn first, with a known distance to the nearest change of the active set. The
-problem is then built so that it has this solution.
+The matrices A₀, Q, H and XᵀX/s in the formulas of the families have singular values from 1/κ to 1, where κ is the
+option ``condition``. One step size therefore suits a whole family. For the logistic family, the matrix is ¼XᵀX/s,
+because the second derivative of the loss is at most ¼. The matrix of a fixed point is I minus a contraction, and has a
+condition number of at most κ. For a family with constraints the solution is drawn first, with a known distance to the
+nearest change of the active set. The problem is then built so that it has this solution.
 """
 
 from collections.abc import Callable

@@ -104,7 +104,10 @@ def inner_program(condition: Condition, solver: Callable, function: Callable | N
 
 
 def split_init(init: PyTree | Callable) -> tuple[Callable[..., PyTree] | None, PyTree]:
-    """Return the start function or None, which a program depends on, and the start point in float64 or None."""
+    """Return the start function, or None, and the start point in float64, or None.
+
+    A program is compiled for the function. The point is an argument of the program.
+    """
     return (init, None) if is_function(init) else (None, init_in_double(init))
 
 
