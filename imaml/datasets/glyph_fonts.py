@@ -1,8 +1,8 @@
 """The characters of the glyphs dataset, rendered from the fonts of matplotlib and thinned to skeletons.
 
-This module makes the file of skeletons from which :mod:`.glyphs` draws. Only ``benchmarks.make_glyphs`` and tests
-import it. The characters depend on the fonts of matplotlib and its FreeType, and on the Unicode tables of Python. They
-do not depend on the machine, because FreeType computes in integers.
+This module makes the file of skeletons from which :mod:`.glyphs` draws. A *face* is one character in one font. Only
+``benchmarks.make_glyphs`` and tests import this module. The characters depend on the fonts of matplotlib and its
+FreeType, and on the Unicode tables of Python. They do not depend on the machine, because FreeType computes in integers.
 """
 
 import unicodedata

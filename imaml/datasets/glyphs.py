@@ -2,9 +2,9 @@
 
 The dataset replaces Omniglot on machines without a network. It has about two thousand characters with twenty 28x28
 samples each. The test classes come from scripts without training classes. Fonts are more regular than handwriting, so
-each sample is made in three steps. First, a character in one of its fonts is thinned to a skeleton, which removes the
-stroke width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen two pixels wide
-draws along the skeleton.
+each sample is made in three steps. First, a character in one of its fonts, called a *face*, is thinned to a skeleton,
+which removes the stroke width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen
+two pixels wide draws along the skeleton.
 
 The first step was done once, with the fonts and the FreeType of one version of matplotlib. The skeletons are in the
 file ``glyphs.npz``, which :mod:`.glyph_fonts` makes. The other two steps are done here. The dataset therefore does not
@@ -247,7 +247,7 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
 
     Args:
         meanwhile: a function of one argument: blank classes in the shape of the training classes. It is called just
-            before the glyphs are drawn, and may start a thread that works while they are. It is not called if the
+            before the glyphs are drawn, and may start a thread that works at the same time. It is not called if the
             dataset is in the cache.
 
     Raises:

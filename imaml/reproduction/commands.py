@@ -41,7 +41,7 @@ class Reproduced:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The record of a run that was written to a file. ``str`` gives a sentence about it.
+    """The file in which the record of a run was written. ``str`` gives a sentence about the file.
 
     Attributes:
         file: the file of the record.

@@ -248,7 +248,7 @@ def _compile_ahead(preset, compiler, expected):
         if preset.validation.held_out:
             expected, _ = run_data.without_held_out(preset, expected, preset.dataset)
         preset.training_episode.check(expected, preset.dataset)
-    except InputError:  # The check of the real data raises this error too, and names the set.
+    except InputError:  # The check of the real data raises this error too, and names the part of the data.
         return
     # Delay signals until the trace is done: an exception during a trace may be swallowed by JAX's callbacks.
     with stop_on_signals() as stop:

@@ -55,7 +55,7 @@ class Conv4:
         return self._build(ways, jax.nn.relu, networks.max_pool)
 
     def smooth_variant(self, ways: int) -> networks.Network:
-        """Return a smooth network of the same sizes, with scaled softplus for ReLU and mean-pooling for max-pooling."""
+        """Return a network of the same sizes, with scaled softplus and mean-pooling instead of ReLU and max-pooling."""
         return self._build(ways, networks.smooth_relu, networks.mean_pool)
 
     def _build(self, ways, activation, pool):

@@ -27,8 +27,8 @@ def preset(name: str) -> Preset:
 
     Raises:
         InputError: if the name is unknown, or if the entry point that offers the preset cannot be imported or is not a
-            preset of that name. For an unknown name, the message suggests a similar one if there is one, and says what
-            lists all names.
+            preset of that name. For an unknown name, the message suggests a similar one if there is one, and names the
+            command that lists all names.
     """
     known = _registered | _PRESETS
     if name in known:
