@@ -197,7 +197,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=_varied,
         required=True,
         default=[],
-        help="a setting and its values, for example inner.step_size=0.05,0.1; give this option once for each setting",
+        help="a setting and the values to try, such as inner.step_size=0.05,0.1; give the option once for each setting",
     )
     sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder for the folders of the runs")
     sweep.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")

@@ -95,9 +95,10 @@ def _bilinear(fields: np.ndarray, face: np.ndarray, x: np.ndarray, y: np.ndarray
 def draw(fields: np.ndarray, face: np.ndarray, inverse, shift, bend, softness: float = 1.0) -> np.ndarray:
     """Draw pen strokes along distorted skeletons, uint8 ``[images, SIDE, SIDE]``.
 
+    ``fields`` has the distance fields of all faces, and ``face`` ``[images]`` is the index of each image's face.
     ``inverse`` ``[images, 2, 2]`` maps picture coordinates to coordinates of the undistorted character. ``shift``
-    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. All are float32 with x before y, and
-    broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
+    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. The last three are float32, with x before y,
+    and broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
     """
     grid = np.arange(SIDE, dtype=np.float32) - np.float32((SIDE - 1) / 2)
     u, v = grid[None, None, :] - shift[:, 0, None, None], grid[None, :, None] - shift[:, 1, None, None]

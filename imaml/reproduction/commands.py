@@ -41,7 +41,7 @@ class Reproduced:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The file in which the record of a run was written. ``str`` gives a sentence about the file.
+    """The file to which a run's record was written, and facts about the run. ``str`` gives both in a sentence.
 
     Attributes:
         file: the file of the record.

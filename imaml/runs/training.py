@@ -258,7 +258,7 @@ def _compile_ahead(preset, compiler, expected):
 
 
 def _steps(preset, mesh, state, source, compiler, remaining) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """Yield state and report of each of the remaining steps. The next step, if any, is dispatched first."""
+    """Yield state and report of each of the remaining steps, after dispatching the next step, if there is one."""
     if remaining <= 0:
         return
     step = compiler.step(source)

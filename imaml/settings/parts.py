@@ -25,8 +25,8 @@ class Conv4:
         image_shape: height, width and channels.
         convolutions: ``"patches"`` or ``"xla"``, see :func:`imaml.learning.networks.convolution`.
         products: precision of matrix products and convolutions: ``"float32"``, ``"tensorfloat32"`` or ``"bfloat16"``,
-            see :data:`imaml.learning.networks.PRODUCTS`. On a CPU all of them are float32, except that XLA's
-            convolution rounds with ``"bfloat16"``.
+            see :data:`imaml.learning.networks.PRODUCTS`. On a CPU, only XLA's convolution with ``"bfloat16"`` rounds.
+            All other products are computed in float32.
 
     Raises:
         InputError: if ``filters`` is below 1, if a gain is not above 0, if ``head_bias`` is negative, or if a word is

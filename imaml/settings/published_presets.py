@@ -112,7 +112,7 @@ def restore(name: str, config: dict[str, Any], types: dict[str, str] | None = No
 # --- Shared departures and variants --------------------------------------------------------------------------------
 
 _LARGE_KERNELS = (
-    "Initial kernels are ten times Glorot's size. A task then adapts mostly by its last layer, and I + H/λ is better "
+    "Initial kernels are ten times Glorot's size. Adaptation then changes mostly the last layer, and I + H/λ is better "
     "conditioned. With --network.kernel_gain 1, linear_residual in the log is about twice as large from the start."
 )
 _HESSIAN_FREE_STEPS = (
