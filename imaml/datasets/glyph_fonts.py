@@ -37,7 +37,7 @@ MIN_FONTS = 4
 DARK = 80  # pixels above this grey level are ink; it is below 128, because hairlines are only one fine pixel wide
 BLUR = 3.0  # softness of the pen, in picture pixels, for comparing characters that look alike
 DISTINCT = 0.05  # characters look alike if one minus the cosine of their blurred pictures is below this
-DISTINCT_ACROSS = 0.07  # the same threshold for a training and a test character
+DISTINCT_ACROSS = 0.07  # the threshold for a pair of a training and a test character
 LEAST_INK = 20  # least number of skeleton pixels; excludes dots and blanks
 
 

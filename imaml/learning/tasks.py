@@ -130,7 +130,7 @@ class Episode:
         return jax.random.choice(jax.random.split(key, 3)[0], classes, (self.ways,), replace=False)
 
     def inputs(self, images: Any) -> Any:
-        """Return images as inputs of the network: float32 in [0, 1], with the paper as ``bright_paper`` says.
+        """Return images as inputs of the network: float32 in [0, 1], inverted if ``bright_paper`` is True.
 
         Args:
             images: uint8 with ink 255 and paper 0, or floats with ink 1 and paper 0.

@@ -111,7 +111,7 @@ class Run:
 TRUNCATED = "CG at its budget"
 """Name of the check of the preset's own CG solve."""
 EXPLAINED = 0.01
-"""The distance above which a :class:`BudgetCheck` is explained."""
+"""A :class:`Verification` prints the explanation of a :class:`BudgetCheck` whose ``value`` is above this number."""
 
 
 @dataclass(frozen=True)
