@@ -97,8 +97,8 @@ def draw(fields: np.ndarray, face: np.ndarray, inverse, shift, bend, softness: f
 
     ``fields`` has the distance fields of all faces, and ``face`` ``[images]`` is the index of each image's face.
     ``inverse`` ``[images, 2, 2]`` maps picture coordinates to coordinates of the undistorted character. ``shift``
-    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. These are float32 with x before y, and
-    broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
+    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. These are float32, x comes before y,
+    and they broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
     """
     grid = np.arange(SIDE, dtype=np.float32) - np.float32((SIDE - 1) / 2)
     u, v = grid[None, None, :] - shift[:, 0, None, None], grid[None, :, None] - shift[:, 1, None, None]
