@@ -1,7 +1,7 @@
 """A regulariser for denoising, learned as an Equinox module: a convex penalty of the responses of four filters.
 
 The inner problem removes the noise of 24 signals with jumps and oscillations: min_w ½‖w − noisy‖² + regulariser(w). The
-results are the errors on 24 other signals, next to those of two fixed filters with the weights that are best for these.
+results are the errors on 24 other signals, next to those of two fixed filters whose weights are best on these signals.
 """
 
 import sys

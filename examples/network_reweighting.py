@@ -50,7 +50,7 @@ def validate(w, theta, batch):
 
 
 def megabytes(compiled):
-    """Return the size of the temporary buffers and of the results of a compiled function."""
+    """Return the size of the temporary buffers and results of a compiled function, in megabytes."""
     memory = compiled.memory_analysis()
     return (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6
 

@@ -1,8 +1,8 @@
 """One ridge penalty for all features, chosen by descent on the validation error.
 
 The inner problem is a ridge regression on scikit-learn's diabetes data, with the penalty λ = exp(θ). The outer value is
-the error of the regression on other patients. `bilevel` derives the hypergradient from the condition, so this file has
-no formula for it.
+the error of the regression on other patients. `bilevel` derives the hypergradient from the inner objective and the
+outer function, so this file has no formula for it.
 """
 
 import sys

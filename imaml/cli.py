@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     Args:
         arguments: the words of the command line after ``imaml``. With None they are taken from ``sys.argv``, and a
-            failure ends the process without waiting for its threads. A process that has joined others is ended by a
-            failure in any case; see :func:`.leave`.
+            failed command ends the process without waiting for its threads. If the process has joined others, a failed
+            command ends it with or without ``arguments``; see :func:`.leave`.
     """
-    owns_process = arguments is None  # with arguments, the threads may be the caller's
+    owns_process = arguments is None  # otherwise another program has called main, and threads may belong to it
     try:
         code = _run(arguments)
     except SystemExit as end:  # raised on SIGTERM, and by --help and --version with code 0
@@ -98,8 +98,8 @@ def _processes(options, tasks):
     """Return the processes that the options name, or None for a run of one process.
 
     Raises:
-        InputError: if some of the three options are missing, or if the tasks cannot be divided equally among the
-            processes and their devices.
+        InputError: if only some of ``--coordinator``, ``--processes`` and ``--process-id`` are given, or if the tasks
+            cannot be divided equally among the processes and their devices.
     """
     given = {"--coordinator": options.coordinator, "--processes": options.processes, "--process-id": options.process_id}
     missing = [name for name, value in given.items() if value is None]

@@ -1,7 +1,7 @@
 """Draw a folder of images: 60 classes of shapes, and images of five other classes to try a trained learner on.
 
-``python shapes.py FOLDER`` writes 20 images of each class to ``FOLDER/classes/CLASS``. Of each of the other classes, it
-writes one image to ``FOLDER/support/CLASS``, and four images to ``FOLDER/new``, whose file names begin with the class.
+``python shapes.py FOLDER`` writes 20 images of each class to ``FOLDER/classes/CLASS``. For each of the five, it writes
+one image to ``FOLDER/support/CLASS``, and four images to ``FOLDER/new``. The names of these four begin with the class.
 """
 
 import itertools

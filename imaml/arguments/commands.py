@@ -9,10 +9,10 @@ SHELLS = ("bash", "zsh", "fish")
 """The shells for which ``imaml completion`` prints a script."""
 
 EPILOG = (
-    "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. A description with names of "
-    "types, such as MLP, differs by the type that a preset uses: read the part after the type of your preset. If that "
-    "type is not named, the preset does not have the setting. 'imaml {} PRESET --help' shows the settings of one "
-    "preset with their values. --algorithm maml, fomaml or reptile changes the inner loop as well."
+    "Every setting above can be changed, for example --strength 0.5 --inner.max_steps 32. If a description names "
+    "types, such as MLP, read the part after the type that your preset uses. If that type is not named, the preset "
+    "does not have the setting. 'imaml {} PRESET --help' shows the settings of one preset with their values. "
+    "--algorithm maml, fomaml or reptile changes the inner loop as well."
 )
 REPRODUCE_EPILOG = (
     "table2 reads the records of runs, which 'imaml record' makes. figure2a takes seconds to compute, and figure2b "
@@ -170,7 +170,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--tasks",
         metavar="N",
         type=int,
-        help="number of held-out tasks for the confusion and the examples (default: as in the run's evaluation)",
+        help="number of held-out tasks for calibration, confusion and examples (default: as in the run's evaluation)",
     )
     _add_data(report)
 
@@ -197,7 +197,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=_varied,
         required=True,
         default=[],
-        help="a setting and the values to try, for example inner.step_size=0.05,0.1; once for each setting",
+        help="a setting and the values to try, such as inner.step_size=0.05,0.1; give the option once for each setting",
     )
     sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder for the folders of the runs")
     sweep.add_argument("--meta-steps", metavar="N", help="the same as --outer.steps")

@@ -10,7 +10,7 @@ from imaml.errors import InputError, unknown
 from imaml.settings.paths import flat
 
 SAME_AS = {"meta-steps": "outer.steps"}
-"""The options that are another name of a setting."""
+"""The options that mean the same as a setting, each with the path of the setting."""
 
 
 class Override(NamedTuple):

@@ -86,7 +86,7 @@ def add_settings(command: Parser, values: dict[str, object] | None = None) -> No
 
 
 def unknown_option(words: Sequence[str], options: Sequence[str], prog: str) -> InputError | None:
-    """Return the error for the first word before a lone ``--`` that is an unknown option; None without such a word."""
+    """Return the error for the first unknown option before a lone ``--``; None if all options are known."""
     for word in words:
         if word == "--":
             break

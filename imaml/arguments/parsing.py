@@ -1,4 +1,4 @@
-"""The parser of a command line: its words become the options of a command and its preset."""
+"""Parsing of a command line into the options of one command and, for some commands, a preset."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the words of a command line, such as ``["train", "--strength", "0.5"]``.
 
     The result has one attribute for each argument of the command, and the name of the command as ``command``. For
-    ``train``, ``verify`` and ``sweep``, its attribute ``chosen`` is the :class:`imaml.Preset` with all overridden
+    ``train``, ``verify`` and ``sweep``, the attribute ``chosen`` is the :class:`imaml.Preset` with all overridden
     settings. Options and settings in the TOML file of ``--config`` count as if they were typed first, so the words win
     over the file. For a setting with a deprecated path, a message is printed to stderr.
 
@@ -68,7 +68,7 @@ def _values(word):
 
 
 def _config(words, command: Parser) -> Path | None:
-    """Return the TOML file that the words name, if any."""
+    """Return the value of ``--config``; None if the words do not have this option."""
     alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     alone.add_argument("--config", type=Path)
     try:
@@ -129,7 +129,7 @@ def _overridden(chosen, each: Override, command, known):
 
 
 def _no_setting(each: Override, chosen, command, options, settings):
-    """Return what is wrong with a setting that the preset does not have: a mistyped word, or a setting of others."""
+    """Return the message for a setting that the preset does not have: it is mistyped, or only other presets have it."""
     every = f"see 'imaml {command} {chosen.name} --help'"
     if each.path in {setting.path for setting in settings_with_meanings()}:
         return f"there is no setting {each.name} in {chosen.name} with algorithm {chosen.algorithm}: {every}"

@@ -1,8 +1,8 @@
 """The characters of the glyphs dataset, rendered from the fonts of matplotlib and thinned to skeletons.
 
-This module makes the file of skeletons from which :mod:`.glyphs` draws. Only ``benchmarks.make_glyphs`` and tests
-import it. The characters depend on the fonts of matplotlib and its FreeType, and on the Unicode tables of Python. They
-do not depend on the machine, because FreeType computes in integers.
+This module makes the file of skeletons from which :mod:`.glyphs` draws. A *face* is one character in one font. Only
+``benchmarks.make_glyphs`` and tests import this module. The characters depend on the fonts of matplotlib and its
+FreeType, and on the Unicode tables of Python. They do not depend on the machine, because FreeType computes in integers.
 """
 
 import unicodedata
@@ -37,7 +37,7 @@ MIN_FONTS = 4
 DARK = 80  # pixels above this grey level are ink; it is below 128, because hairlines are only one fine pixel wide
 BLUR = 3.0  # softness of the pen, in picture pixels, for comparing characters that look alike
 DISTINCT = 0.05  # characters look alike if one minus the cosine of their blurred pictures is below this
-DISTINCT_ACROSS = 0.07  # the same threshold for a training and a test character
+DISTINCT_ACROSS = 0.07  # the threshold for a pair of a training and a test character
 LEAST_INK = 20  # least number of skeleton pixels; excludes dots and blanks
 
 

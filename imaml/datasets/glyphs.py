@@ -2,9 +2,9 @@
 
 The dataset replaces Omniglot on machines without a network. It has about two thousand characters with twenty 28x28
 samples each. The test classes come from scripts without training classes. Fonts are more regular than handwriting, so
-each sample is made in three steps. First, a character in one of its fonts is thinned to a skeleton, which removes the
-stroke width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen two pixels wide
-draws along the skeleton.
+each sample is made in three steps. First, a character in one of its fonts, called a *face*, is thinned to a skeleton,
+which removes the stroke width of the font. Then the skeleton is bent, rotated and scaled at random. Finally, a soft pen
+two pixels wide draws along the skeleton.
 
 The first step was done once, with the fonts and the FreeType of one version of matplotlib. The skeletons are in the
 file ``glyphs.npz``, which :mod:`.glyph_fonts` makes. The other two steps are done here. The dataset therefore does not
@@ -95,9 +95,10 @@ def _bilinear(fields: np.ndarray, face: np.ndarray, x: np.ndarray, y: np.ndarray
 def draw(fields: np.ndarray, face: np.ndarray, inverse, shift, bend, softness: float = 1.0) -> np.ndarray:
     """Draw pen strokes along distorted skeletons, uint8 ``[images, SIDE, SIDE]``.
 
+    ``fields`` has the distance fields of all faces, and ``face`` ``[images]`` is the index of each image's face.
     ``inverse`` ``[images, 2, 2]`` maps picture coordinates to coordinates of the undistorted character. ``shift``
-    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. All are float32 with x before y, and
-    broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
+    ``[images, 2]`` and ``bend`` ``[images, 2, SIDE, SIDE]`` are in picture pixels. These are float32, x comes before y,
+    and they broadcast over images. The ink fades over ``softness`` picture pixels at the edge of a stroke.
     """
     grid = np.arange(SIDE, dtype=np.float32) - np.float32((SIDE - 1) / 2)
     u, v = grid[None, None, :] - shift[:, 0, None, None], grid[None, :, None] - shift[:, 1, None, None]
@@ -247,7 +248,7 @@ def load(meanwhile: Callable[[ImageClasses], None] = lambda training: None) -> I
 
     Args:
         meanwhile: a function of one argument: blank classes in the shape of the training classes. It is called just
-            before the glyphs are drawn, and may start a thread that works while they are. It is not called if the
+            before the glyphs are drawn, and may start a thread that works at the same time. It is not called if the
             dataset is in the cache.
 
     Raises:

@@ -39,7 +39,7 @@ class Dataset(Protocol):
 
 
 Reader = Callable[[Path | None], Dataset]
-"""A function from the folder of the dataset's files, or None if the user named none, to the dataset."""
+"""A function that returns a dataset. It is called with the folder of the files, or with None if the user named none."""
 
 _readers: dict[str, Reader] = {}
 
@@ -98,7 +98,7 @@ def read(name: str, directory: str | Path | None) -> Dataset:
 
 
 def checked(dataset: Any, what: str) -> Any:
-    """Return ``dataset``.
+    """Return ``dataset`` if it has the attributes of :class:`Dataset`.
 
     Raises:
         InputError: if it is a class, if it lacks an attribute of :class:`Dataset`, or if its name is not a string. The

@@ -121,7 +121,7 @@ class UnevenClasses:
         return UnevenClasses(pixels, counts, labels, self.content)
 
     def update(self, digest: "hashlib._Hash") -> None:
-        """Add labels, counts and shape to a hash, and the hash of the files or, if there is none, the pixels."""
+        """Add labels, counts, shape and ``content`` to a hash. If ``content`` is None, add the pixels too."""
         digest.update(repr((self.labels, self.counts, self.pixels.shape, self.content)).encode())
         if self.content is None:
             digest.update(np.ascontiguousarray(self.pixels).tobytes())

@@ -16,7 +16,7 @@ from imaml.storage.files import put_in_place
 TIMEOUT = 30.0
 """Seconds without data from the server after which a connection counts as lost."""
 ATTEMPTS = 5
-"""Greatest number of attempts in one pass over a file. A failed attempt is repeated only if ``.part`` has grown."""
+"""Greatest number of requests for the rest of a file. A failed request is repeated only if ``.part`` has grown."""
 CHUNK = 64 * 1024
 
 

@@ -93,8 +93,9 @@ def conv4(
         filters: channels of each block.
         image_shape: height, width and channels of an image.
         kernel_gain: factor on Glorot's initial kernels. The normalisation cancels this factor in the outputs. A gain k
-            divides the gradient with respect to the kernels by k, and the curvature by k². With a large gain, a task
-            adapts more by its linear layer, and the matrix of implicit MAML's adjoint system is better conditioned.
+            divides the gradient with respect to the kernels by k, and the curvature by k². With a large gain,
+            adaptation changes mostly the linear layer, and the matrix of implicit MAML's adjoint system is better
+            conditioned.
         activation: the activation at the end of each block, before pooling. If the activation and ``pool`` are
             smooth, the network is smooth.
         head_gain: factor on Glorot's initial matrix of the linear layer.

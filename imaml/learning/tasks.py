@@ -118,16 +118,19 @@ class Episode:
         return Task(_merge(support), jnp.repeat(labels, self.shots), _merge(query), jnp.repeat(labels, self.queries))
 
     def drawn_classes(self, classes: int, key: jax.Array) -> jax.Array:
-        """Return which classes :meth:`sample` draws with a key: int32 ``[ways]``, class i of the task at position i.
+        """Return the indices of the classes that :meth:`sample` draws with a key, in the order of their labels.
 
         Args:
             classes: number of classes from which the task is drawn.
             key: a typed random key.
+
+        Returns:
+            int32 ``[ways]``.
         """
         return jax.random.choice(jax.random.split(key, 3)[0], classes, (self.ways,), replace=False)
 
     def inputs(self, images: Any) -> Any:
-        """Return images as inputs of the network: float32 in [0, 1], with the paper as ``bright_paper`` says.
+        """Return images as inputs of the network: float32 in [0, 1], inverted if ``bright_paper`` is True.
 
         Args:
             images: uint8 with ink 255 and paper 0, or floats with ink 1 and paper 0.

@@ -46,7 +46,7 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
     Args:
         tasks: number of tasks in a batch. The number of devices in the mesh must divide it.
         devices: number of devices per process, or ``"all"``. None takes the largest number that every process has and
-            for which the mesh divides ``tasks``.
+            that divides the tasks of one process.
 
     Raises:
         InputError: if a process has fewer devices than requested, or if the number of devices in the mesh does not

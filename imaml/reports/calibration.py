@@ -8,7 +8,7 @@ from imaml.runs.diagnosis import BINS, Calibration, calibration
 from imaml.runs.outcomes import Outcomes
 
 FEWEST = 10
-"""The smallest number of predictions of a bin that the diagram shows. The accuracy of fewer is mostly chance."""
+"""Bins with fewer predictions are left out of the diagram, because the accuracy of few predictions is mostly chance."""
 STYLES = ("orange", "purple")
 """The CSS class of each kind of statistics, as in the chart of the accuracy."""
 

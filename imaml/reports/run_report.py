@@ -51,8 +51,8 @@ def report(
         run: a run's folder or a :class:`imaml.Run`. The run need not be finished.
         path: the file, which is replaced if it exists. By default ``report.html`` in the run's folder.
         preset: the preset that the run was trained with, if it has types of your own, as in :func:`imaml.evaluate`.
-        tasks: number of held-out tasks for the confusion and the examples, at least 2. By default, the tasks are those
-            of the run's evaluation, or 600 tasks if the run has none.
+        tasks: number of held-out tasks for calibration, confusion and examples, at least 2. By default, the tasks are
+            those of the run's evaluation, or 600 tasks if the run has none.
         data: the folder of the data, as in :func:`imaml.evaluate`.
         dataset: one's own data, as in :func:`imaml.evaluate`.
         on_event: called with a message before the data are read, and before θ is adapted to the tasks.

@@ -41,7 +41,7 @@ class Reproduced:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The record of a run that was written to a file. ``str`` gives a sentence about it.
+    """The file to which a run's record was written, and facts about the run. ``str`` gives both in a sentence.
 
     Attributes:
         file: the file of the record.

@@ -107,8 +107,8 @@ def newest(directory: Path, on_damaged: Callable[[Path, str], None] = lambda pat
         on_damaged: called with path and message for each damaged checkpoint that is newer than the returned one.
 
     Raises:
-        InputError: if all checkpoints are damaged, or if one that is at least as new as the newest intact one has a
-            format that is not in :data:`READ`.
+        InputError: if all checkpoints are damaged, or if the newest one that is not damaged has a format that is not in
+            :data:`READ`.
         OSError: if a file cannot be read.
     """
     damaged = {}

@@ -96,7 +96,8 @@ def choose(
             the preset's network takes.
         data: the folder of the files of a dataset that is chosen by its name.
         dataset: a dataset, or the name of one.
-        directory: the folder of a run, which may remember a folder of images or the files of a registered dataset.
+        directory: the folder of a run. Its newest checkpoint may name the folder of images, or the folder of the files
+            of a registered dataset, that the run was trained on.
         meanwhile, on_warning: see :func:`load`.
 
     Raises:

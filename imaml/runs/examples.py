@@ -20,8 +20,9 @@ def inputs(values: Any, preset: Preset, what: str, axes: int = 1, shape: tuple[i
     """Return examples as inputs of the preset's network.
 
     Images become float32 in [0, 1]: uint8 is divided by 255, booleans become 0 and 1, and floats must lie in [0, 1]. If
-    the episode has ``bright_paper``, each value v is then replaced by 1 − v. Images of one channel without an axis of
-    channels get one. Any other input becomes an array of floats, with an axis of features if it has none.
+    the episode has ``bright_paper``, each value v is then replaced by 1 − v. Images of one channel may lack the
+    axis of channels, which is then added. Any other input becomes an array of floats, and gets an axis of features if
+    it has none.
 
     Args:
         values: images ``[..., height, width]`` or ``[..., height, width, channels]``; for curves ``[...]`` or

@@ -111,7 +111,7 @@ class RunFolder:
             self.save(progress.step, state, facts, loss)
 
     def save(self, step: int, state: Any, facts: dict[str, Any] = _NOTHING, loss: float | None = None) -> None:
-        """Flush the log, and write a checkpoint of ``state`` after ``step`` meta-steps, unless that step is saved.
+        """Flush the log, and write a checkpoint of ``state``, unless the last checkpoint was saved at the same step.
 
         Args:
             step: number of meta-steps done.

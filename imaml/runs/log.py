@@ -24,7 +24,7 @@ class Progress:
         loss: mean query loss, in nats, or the mean squared error of a regression.
         accuracy: mean query accuracy after adaptation, on training classes, in [0, 1]; None for a regression.
         tasks: number of tasks in the mean gradient. A task is left out if its numbers are not finite, or if the
-            relative residual of its adjoint system is above 1. The zero vector has a relative residual of 1.
+            relative residual of its adjoint system is above 1, which is the residual of the zero vector.
         inner_residual: median over tasks, non-finite values excluded, of the inner gradient's norm at the adapted
             parameters φ. This is ‖∇loss + λ(φ − θ)‖, or ‖∇loss‖ if the algorithm has no λ.
         linear_residual: median over tasks, non-finite values excluded, of the true relative residual of the adjoint

@@ -17,7 +17,7 @@ from imaml.runs.results import Evaluation
 
 
 class Logger(Protocol):
-    """The methods of a logger that :func:`imaml.train` calls. In a run of several processes, process 0 calls them."""
+    """The methods of a logger that :func:`imaml.train` calls. With several processes, only process 0 calls them."""
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
         """Start to log.

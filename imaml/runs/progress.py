@@ -63,7 +63,7 @@ class Reporter:
             self._redraw(f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else ""))
 
     def part(self, done: int, total: int) -> None:
-        """Show how many parts of the work that the last event announced are done.
+        """Show the progress of the work that the last event announced: ``done`` of ``total`` parts.
 
         A stream that is no terminal gets at most one line in :data:`LINE_SECONDS`, and none for the last part.
         """

@@ -111,7 +111,7 @@ class Run:
 TRUNCATED = "CG at its budget"
 """Name of the check of the preset's own CG solve."""
 EXPLAINED = 0.01
-"""The distance above which a :class:`BudgetCheck` is explained."""
+"""A :class:`Verification` prints the explanation of a :class:`BudgetCheck` whose ``value`` is above this number."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class BudgetCheck(bl.Check):
             f"differ by 100%. The angle between g and the exact solution has the cosine {self.cosine:.2f}, and the "
             f"relative residual of g is {self.residual:.0%}. This is the price of the budget and not a mistake: the "
             "row checks only that the residual that CG reports is the true one.",
-            "The distance is a matter of CG steps (--linear.max_steps)."
+            "The distance depends on the number of CG steps (--linear.max_steps)."
             + (f" On this task, {'; '.join(tried)}." if tried else ""),
         ]
         if self.indefinite:

@@ -21,7 +21,8 @@ class Summary:
     Attributes:
         directory: the run's folder.
         preset: the name of the run's preset.
-        settings: all settings by dotted path, as this version names them.
+        settings: all settings by dotted path, as this version names them. If ``restored`` is None, the names are those
+            in the checkpoint.
         types: the result of :meth:`Preset.types` for the run's preset. Empty for a run of a version that did not save
             it.
         data: the fingerprint of the data.
@@ -72,7 +73,8 @@ def summary(directory: str | Path) -> Summary:
         directory: the run's folder. The run need not be finished.
 
     Raises:
-        InputError: if the folder holds no intact checkpoint, a damaged result, or a checkpoint of another version.
+        InputError: if the folder holds no intact checkpoint, a damaged result, or a checkpoint in a format that this
+            version does not read.
     """
     directory = Path(directory)
     found = checkpoints.newest(directory)

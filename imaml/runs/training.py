@@ -248,7 +248,7 @@ def _compile_ahead(preset, compiler, expected):
         if preset.validation.held_out:
             expected, _ = run_data.without_held_out(preset, expected, preset.dataset)
         preset.training_episode.check(expected, preset.dataset)
-    except InputError:  # The check of the real data raises this error too, and names the set.
+    except InputError:  # The check of the real data raises this error too, and names the part of the data.
         return
     # Delay signals until the trace is done: an exception during a trace may be swallowed by JAX's callbacks.
     with stop_on_signals() as stop:
@@ -258,7 +258,7 @@ def _compile_ahead(preset, compiler, expected):
 
 
 def _steps(preset, mesh, state, source, compiler, remaining) -> Iterator[tuple[TrainState, MetaGradient]]:
-    """Yield state and report of each of the remaining steps. The next step, if any, is dispatched first."""
+    """Yield state and report of each of the remaining steps, after dispatching the next step, if there is one."""
     if remaining <= 0:
         return
     step = compiler.step(source)

@@ -18,7 +18,7 @@ from pathlib import Path
 NO_SETTINGS = ("citation", "departures", "baselines")
 """Fields of a preset that :meth:`imaml.Preset.config` leaves out, because they do not affect the results of a run."""
 FIXED = ("name", "dataset", "fidelity", *NO_SETTINGS)
-"""Fields of a preset that overrides on the command line cannot change."""
+"""Fields of a preset that cannot be changed on the command line."""
 
 VALUES = {"bool": "true|false", "int": "N", "float": "X", "str": "WORD"}
 """The types of settings, each with a placeholder for its value."""
@@ -42,7 +42,9 @@ class Setting:
 
 
 def settings_with_meanings() -> tuple[Setting, ...]:
-    """Return the settings of all presets whose components have types of this package, in the order of the records.
+    """Return the settings of all presets whose components have the types that :class:`imaml.Preset` declares.
+
+    The settings are in the order of the fields of the preset.
 
     >>> next(setting for setting in settings_with_meanings() if setting.path == "outer.steps")
     Setting(path='outer.steps', value='N', meaning='meta-steps of a run.')
@@ -68,7 +70,10 @@ def settings_with_meanings() -> tuple[Setting, ...]:
 
 
 def _joined(by_kind, kinds):
-    """Return as one text the meanings of a setting for each type of its component that has the setting."""
+    """Return the meanings of a setting as one text.
+
+    The text names the types if they give the setting different meanings, or if some type does not have the setting.
+    """
     meanings = {kind: field.meaning for kind, field in by_kind.items()}
     if len(set(meanings.values())) == 1 and len(meanings) == kinds:
         return next(iter(meanings.values()))
@@ -102,7 +107,8 @@ class _Field:
 def _find(module: str, name: str) -> _Record:
     """Return the class called ``name`` in a module.
 
-    The module defines the class, imports it, or imports its module: then ``name`` is ``bl.Name`` for the alias ``bl``.
+    The module must define or import the class, or import the module of the class under an alias. With an alias ``bl``,
+    ``name`` is ``bl.Name``.
     """
     first, _, rest = name.partition(".")
     for node in _tree(module).body:

@@ -25,8 +25,8 @@ class Conv4:
         image_shape: height, width and channels.
         convolutions: ``"patches"`` or ``"xla"``, see :func:`imaml.learning.networks.convolution`.
         products: precision of matrix products and convolutions: ``"float32"``, ``"tensorfloat32"`` or ``"bfloat16"``,
-            see :data:`imaml.learning.networks.PRODUCTS`. On a CPU all of them are float32, except that XLA's
-            convolution rounds with ``"bfloat16"``.
+            see :data:`imaml.learning.networks.PRODUCTS`. On a CPU, only XLA's convolution with ``"bfloat16"`` rounds.
+            All other products are computed in float32.
 
     Raises:
         InputError: if ``filters`` is below 1, if a gain is not above 0, if ``head_bias`` is negative, or if a word is
@@ -55,7 +55,7 @@ class Conv4:
         return self._build(ways, jax.nn.relu, networks.max_pool)
 
     def smooth_variant(self, ways: int) -> networks.Network:
-        """Return a smooth network of the same sizes, with scaled softplus for ReLU and mean-pooling for max-pooling."""
+        """Return a network of the same sizes, with scaled softplus and mean-pooling instead of ReLU and max-pooling."""
         return self._build(ways, networks.smooth_relu, networks.mean_pool)
 
     def _build(self, ways, activation, pool):

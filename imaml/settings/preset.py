@@ -35,7 +35,7 @@ LOSSES = {"accuracy": cross_entropy, "mean squared error": squared_error}
 SAVED_IF_CHANGED = {"validation": NO_VALIDATION}
 """Fields that :meth:`Preset.config` leaves out while they have these defaults.
 
-The settings of a run that does not use these fields are then the same as in the versions before them.
+A run that does not use these fields then saves the same settings as a version that lacks the fields.
 """
 
 _SAME_OUTER_LOOP = (
@@ -98,7 +98,7 @@ class Preset:
         test_steps: inner steps in evaluation; 0 for as many as in training.
         validation: evaluations on validation classes during training; none by default.
         citation: the publication that the preset follows.
-        departures: the differences from the publication, each with its reason.
+        departures: the differences from the publication.
         baselines: the inner loops of the other algorithms. None if the algorithm cannot be changed.
 
     Raises:
@@ -213,9 +213,9 @@ class Preset:
         return Keys(*jax.random.split(jax.random.key(self.seed), 3))
 
     def deviations(self) -> tuple[str, ...]:
-        """Return the differences between the preset and its citation, one sentence each.
+        """Return the differences between the preset and its citation, one text for each.
 
-        The sentences describe the preset of this name. They do not mention settings that were overridden.
+        The texts describe the preset of this name. They do not mention settings that were overridden.
         """
         return self.departures
 
@@ -251,8 +251,8 @@ def replace(preset: Preset, **changes: Any) -> Preset:
             ``build(outputs) -> Network``; its fields are settings of the run. Give a changed preset a name of its own.
 
     Raises:
-        InputError: for a field that a preset does not have, for a network that is no such record, or if the preset
-            refuses a value.
+        InputError: for a field that a preset does not have, for a network that is not a frozen dataclass with that
+            method, or if the preset refuses a value.
 
     >>> import imaml
     >>> from imaml.settings.parts import Conv4
@@ -263,7 +263,7 @@ def replace(preset: Preset, **changes: Any) -> Preset:
     for name in changes:
         check_choice("field of a preset", name, [field.name for field in dataclasses.fields(preset)])
     network = changes.get("network", preset.network)
-    parameters = getattr(network, "__dataclass_params__", None)  # of a dataclass or of a record of one
+    parameters = getattr(network, "__dataclass_params__", None)  # a dataclass and its instances have this
     if isinstance(network, type) or not (
         parameters and parameters.frozen and callable(getattr(network, "build", None))
     ):

@@ -27,8 +27,8 @@ def preset(name: str) -> Preset:
 
     Raises:
         InputError: if the name is unknown, or if the entry point that offers the preset cannot be imported or is not a
-            preset of that name. For an unknown name, the message suggests a similar one if there is one, and says what
-            lists all names.
+            preset of that name. For an unknown name, the message suggests a similar one if there is one, and names the
+            command that lists all names.
     """
     known = _registered | _PRESETS
     if name in known:
@@ -112,7 +112,7 @@ def restore(name: str, config: dict[str, Any], types: dict[str, str] | None = No
 # --- Shared departures and variants --------------------------------------------------------------------------------
 
 _LARGE_KERNELS = (
-    "Initial kernels are ten times Glorot's size. A task then adapts mostly by its last layer, and I + H/λ is better "
+    "Initial kernels are ten times Glorot's size. Adaptation then changes mostly the last layer, and I + H/λ is better "
     "conditioned. With --network.kernel_gain 1, linear_residual in the log is about twice as large from the start."
 )
 _HESSIAN_FREE_STEPS = (

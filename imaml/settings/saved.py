@@ -1,4 +1,4 @@
-"""Conversion of saved settings to this version, in which fields may have been added or renamed since.
+"""Conversion of saved settings to the fields of this version, which may have added or renamed fields.
 
 Checkpoints, the records of :mod:`imaml.reproduction` and ``result.json`` contain the result of
 :meth:`imaml.Preset.config`. Checkpoints and ``result.json`` also contain the result of :meth:`imaml.Preset.types`. No
@@ -33,7 +33,7 @@ def completed(record: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Return a saved config with the field names of this version, and with the fields that were added since.
 
     A renamed field gets its present name; see :data:`imaml.settings.renamed.RENAMED`. A field that was added later gets
-    its default, which is the behaviour of the versions before it.
+    its default, which stands for the behaviour of the versions without that field.
 
     Args:
         record: a preset whose components have the same types as those of the one that was saved.
@@ -68,7 +68,7 @@ def with_config(chosen: Preset, config: dict[str, Any], types: dict[str, str] | 
     Args:
         chosen: the preset to start from. It gives the fields that a config does not have, such as the citation.
         config: the result of :meth:`Preset.config`, from this or an earlier version.
-        types: the result of :meth:`Preset.types` of the same preset. None for a config of a version that did not save
+        types: the result of :meth:`Preset.types` of the saved preset. None for a config of a version that did not save
             the types, which are then those of ``chosen``.
 
     Raises:

@@ -39,8 +39,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays that :func:`write` stored at ``path``, bit for bit.
 
     Raises:
-        DamagedFile: if the file is not such an archive, if the checksum does not match, or if the file contains a
-            pickle. Pickles are never loaded.
+        DamagedFile: if the file is not an ``.npz`` archive with a checksum, if the checksum does not match, or if the
+            file contains a pickle. Pickles are never loaded.
         OSError: if the file cannot be read.
     """
     content = io.BytesIO(path.read_bytes())
