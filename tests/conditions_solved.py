@@ -1,9 +1,10 @@
-"""Problems with closed-form solutions: the conditions in the table of test_table.py.
+"""Problems with closed-form solutions, at least one for each condition in the table of test_table.py.
 
-LeastSquares has tests of its own, and is not among them.
+There is no problem of LeastSquares here, because test_least_squares.py tests it.
 
-Except for KKT, a step of size one contracts by about a half, so 60 solver steps or Neumann terms reach rounding.
-Every solution depends on θ nonlinearly, so its second derivative is not zero. The closed forms do not use `bilevel`.
+Except for KKT, each step of size one reduces the error to about a half or less, so 60 solver steps or Neumann terms
+leave only rounding errors. Every solution depends on θ nonlinearly, so its second derivative is not zero. The closed
+forms do not use `bilevel`.
 """
 
 import jax.numpy as jnp

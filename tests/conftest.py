@@ -34,7 +34,10 @@ def double_precision() -> Callable[[], contextlib.AbstractContextManager]:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Compile a module's programs without most optimisations, in about half the time, because they run only briefly."""
+    """Compile a module's programs without most optimisations, which about halves the time of compilation.
+
+    The programs become slower, but they run only briefly.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)  # the default

@@ -19,8 +19,8 @@ def root(residual: Callable[[np.ndarray], np.ndarray], w: Sequence | np.ndarray)
     """Return a root ``[n]`` of an analytic function by Newton's method, which starts at w.
 
     A column of the Jacobian is the imaginary part of the residual after an imaginary step of length 1e-30, divided by
-    this length, and so is exact to rounding. A Newton step is halved, down to a millionth, while the residual would
-    grow.
+    this length. It is exact up to rounding. A Newton step that would increase the norm of the residual is halved,
+    down to a millionth of its length.
     """
     w = np.asarray(w, float)
     for _ in range(100):
@@ -38,7 +38,10 @@ def root(residual: Callable[[np.ndarray], np.ndarray], w: Sequence | np.ndarray)
 
 
 def program(Q, c, A=None, b=None, G=None, h=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return x, ν and μ of min ½xᵀQx + cᵀx with Ax = b and Gx ≤ h, by trying each set of active inequalities."""
+    """Return the x that minimises ½xᵀQx + cᵀx with Ax = b and Gx ≤ h, and the multipliers ν and μ of these constraints.
+
+    Each set of active inequalities is tried.
+    """
     n = len(c)
     A, b = (np.zeros((0, n)), np.zeros(0)) if A is None else (A, b)
     G, h = (np.zeros((0, n)), np.zeros(0)) if G is None else (G, h)

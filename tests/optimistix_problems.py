@@ -141,7 +141,7 @@ def linear_midpoint(form, y0):
 
 
 def robertson(form):
-    """Return the mapping of the same form for Robertson's reaction, with a step of 1e-8."""
+    """Return the mapping of :func:`linear_midpoint` for Robertson's reaction, with a step of 1e-8."""
 
     def mapping(w, theta, xp):
         def slope(y):

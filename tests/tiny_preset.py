@@ -56,7 +56,7 @@ class Normalised:
 
 @dataclass(frozen=True)
 class PermutedEpisode(Episode):
-    """Tasks with the labels of the query set in reverse order, so they differ from those of an :class:`Episode`."""
+    """Tasks of an :class:`Episode`, but with the labels of the query set in reverse order."""
 
     def sample(self, pixels, key, rotate=False):
         task = super().sample(pixels, key, rotate)

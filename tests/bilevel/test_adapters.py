@@ -175,7 +175,7 @@ def test_a_solve_that_ends_early_under_a_derivative_raises_no_error():
         return solver(lambda v: jnp.asarray(MATRIX) @ v + shift * v, b)[0]
 
     value, slope = jax.jvp(x_of, (0.3, b), (1.0, b))
-    # JAX's derivative of bl.Lineax's x is zero. A layer attaches the derivative of x by another linear solve.
+    # For JAX, the x that bl.Lineax returns has a zero derivative. A layer adds the derivative by another linear solve.
     assert np.isfinite(value).all() and not slope.any()
 
 

@@ -1,4 +1,4 @@
-"""Blockwise solves block-diagonal systems as a dense solve of each block does, and reports other operators."""
+"""Blockwise solves block-diagonal systems as a dense solve of each block does, and other operators give BREAKDOWN."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def as_tree(vectors):
 
 
 def operator(blocks, coupling=0.0):
-    """Return the product of blocks, plus ``coupling`` times the vector of the next block."""
+    """Return the function that multiplies each vector by its block and adds ``coupling`` times the previous vector."""
 
     def matvec(v):
         vectors = jnp.concatenate([v["pair"], v["one"][:, None]], axis=1)
@@ -40,7 +40,7 @@ def test_the_solution_is_that_of_a_dense_solve_of_each_block(linear, blocks, dty
     x, info = jax.jit(lambda b: bl.Blockwise(linear)(operator(blocks), b))(as_tree(jnp.asarray(B, dtype)))
     shifted = blocks + linear.ridge * np.eye(SIZE)
     expected = as_tree(np.linalg.solve(shifted, B[..., None])[..., 0])
-    # The relative error is at most about eps times the condition number, which is below 20 for GENERAL and its square
+    # The relative error is at most about eps times the condition number, which is below 20 for GENERAL and below 400
     # for DEFINITE.
     rtol = 1e3 * float(jnp.finfo(dtype).eps)
     jax.tree.map(lambda found, exact: np.testing.assert_allclose(found, exact, rtol, rtol), x, expected)

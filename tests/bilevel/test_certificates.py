@@ -107,7 +107,7 @@ def test_the_error_after_correction_is_of_second_order_in_the_perturbation(name)
 @pytest.mark.slow("compiles a certificate for each number of steps")
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 16, 32])
 def test_the_bound_covers_the_error_of_too_few_inner_steps(steps):
-    """A quadratic's Newton step is exact. The estimate then is the error, and the bound is at most 1 % above it."""
+    """A quadratic's Newton step is exact, so the estimate equals the error, and the bound is at most 1 % above it."""
     problem, case = quadratic_everywhere("imaml")
     out = bl.value_and_hypergradient(
         problem,

@@ -102,7 +102,8 @@ def test_a_positive_definite_condition_needs_no_ridge():
 
 def test_the_ridge_of_a_proximal_condition_belongs_to_the_scaled_matrix():
     condition = bl.Proximal(lambda w, theta, data: 0.5 * w @ (jnp.array([4.0, -6.0]) * w), 2.0)
-    solver, _ = bl.choose_linear(condition, jnp.zeros(2), jnp.zeros(2), damped=True)  # I + H/2 has 3 and −2
+    # I + H/2 has the eigenvalues 3 and −2.
+    solver, _ = bl.choose_linear(condition, jnp.zeros(2), jnp.zeros(2), damped=True)
     np.testing.assert_allclose(solver.ridge, 2 + 0.03, rtol=1e-5)
 
 
@@ -119,13 +120,13 @@ def test_what_cannot_be_damped_is_refused():
 
 
 def pitchfork(w, theta, data):
-    """An objective whose second eigenvalue at w₁ = 0 is 1 − θ. The solver stays there, also for θ > 1."""
+    """Return an objective whose Hessian at w₁ = 0 is diag(1, 1 − θ). The solver stays at w₁ = 0, also for θ > 1."""
     return 0.5 * w[0] ** 2 - theta * w[0] + 0.5 * (1 - theta) * w[1] ** 2 + 0.25 * w[1] ** 4
 
 
 @pytest.mark.slow("compiles a loop for each ridge")
 def test_a_loop_chooses_again_where_the_least_eigenvalue_falls_below_zero():
-    """The loop of docs/choosing.md, on a problem whose second eigenvalue is negative in later steps."""
+    """The loop of docs/choosing.md, on a problem whose Hessian has a negative eigenvalue in later steps."""
     problem = bl.Problem(bl.Stationary(pitchfork), lambda w, theta, data: 0.5 * (w[0] - 2) ** 2)
     solver, optimizer, start = bl.GradientDescent(0.5, 60), optax.sgd(0.2), jnp.zeros(2)
 
@@ -145,10 +146,10 @@ def test_a_loop_chooses_again_where_the_least_eigenvalue_falls_below_zero():
         try:
             state = loop(linear, min(every, steps - done), state).state
         except bl.HypergradientError as error:
-            assert error.state.step > done  # the ridge fits the first step, so the loop goes on
+            assert error.state.step > done  # each new ridge is large enough for at least one step
             state = error.state
         theta, w = state.theta, state.w
-    # The least eigenvalue falls from 1 to −1. The margin doubles, so few choices are enough.
+    # The least eigenvalue falls from 1 to −1. The loop takes twice the chosen ridge, so few choices are enough.
     assert ridges[0] == 0 < ridges[-1] and len(ridges) <= 9
     # dw₀/dθ is 1/(1 + ridge) in place of 1: the steps become shorter, and lead to the same minimum.
     np.testing.assert_allclose(theta, 2.0, atol=0.1)

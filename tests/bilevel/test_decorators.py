@@ -136,7 +136,7 @@ def test_a_fixed_point_of_a_tree(mode):
     np.testing.assert_allclose(jax.jit(mode(solution))(0.5), jnp.tanh(w) / (1 - 0.5 / jnp.cosh(w) ** 2), rtol=1e-8)
 
 
-def test_constants_are_carried_along():
+def test_constants_reach_the_residual_and_the_solver_unchanged():
     def residual(w, theta, power, function, name, flag, nothing=None):
         assert (name, flag, nothing) == ("cube", True, None) and type(power) is int
         return function(w) ** power - theta["theta"]

@@ -328,7 +328,7 @@ class TestLayerFailures:
         layer = bl.implicit_layer(condition, solver, linear, **options)
         return lambda theta: jnp.sum(layer(theta, jnp.zeros(100), None)), exact
 
-    def test_without_a_linear_solver_one_is_chosen_that_is_accurate(self):
+    def test_without_a_linear_solver_an_accurate_one_is_chosen(self):
         total, exact = self.slope_of(None)
         assert float(jax.grad(total)(1.0)) == pytest.approx(exact, rel=1e-9)
 

@@ -1,10 +1,10 @@
-"""Projections of any scale in both precisions are judged by SciPy, and derivatives at kinks are finite.
+"""Projections of any scale in float32 and float64 are checked by SciPy, and derivatives at kinks are finite.
 
-The judges share no code with the projections. Among the matrices V ≥ 0 with given row and column sums, T is the nearest
-to S if and only if none of them has ⟨S − T, V⟩ > ⟨S − T, T⟩. SciPy finds the best V by linear programming. The same
-holds in the KL divergence with S − log T in place of S − T. A point y of a polyhedron is the nearest to x if and only
-if x − y is a combination of the active rows, without negative factors for inequalities. SciPy finds the factors by
-non-negative least squares.
+These checks share no code with the projections. Among the matrices V ≥ 0 with given row and column sums, T is the
+nearest to S if and only if none of them has ⟨S − T, V⟩ > ⟨S − T, T⟩. SciPy finds the V with the largest ⟨S − T, V⟩ by
+linear programming. The same holds in the KL divergence with S − log T in place of S − T. A point y of a polyhedron is
+the nearest to x if and only if x − y is a combination of the active rows, without negative factors for inequalities.
+SciPy finds the factors by non-negative least squares.
 """
 
 import functools
@@ -52,7 +52,10 @@ def project_matrices(name, similarity, rows, columns):
 
 
 def advantage(name, similarity, plan):
-    """Return max ⟨S − T, V − T⟩ over all V ≥ 0 with the sums of T, divided by max(1, max |S − T|)."""
+    """Return max ⟨D, V − T⟩ over all V ≥ 0 with the sums of T, divided by max(1, max |D|).
+
+    D is S − T, or S − log T for a KL projection.
+    """
     score = similarity - (np.log(np.maximum(plan, 1e-300)) if name.startswith("kl") else plan)
     if name in BIRKHOFF:
         best = score[scipy.optimize.linear_sum_assignment(score, maximize=True)].sum()
@@ -139,7 +142,7 @@ def test_the_kl_projection_of_two_by_two_matrices_has_a_closed_form():
 @pytest.mark.slow("compiles three derivatives")
 @pytest.mark.parametrize("s", [0.7, 12.0])
 def test_the_kl_projection_has_exact_derivatives_up_to_the_third_order(s):
-    def entry(s):  # of the closed form above
+    def entry(s):  # the p of the closed form above, for S₀₀ = s and zeros elsewhere
         return BIRKHOFF["kl_projection_birkhoff"](jnp.array([[s, 0.0], [0.0, 0.0]]), None, None)[0, 0]
 
     def derivatives(function):
@@ -177,7 +180,7 @@ def polyhedra(m, k, rng):
         np.exp(3 * rng.normal(size=(DRAWS, rows, 1))) * rng.normal(size=(DRAWS, rows, 6)) for rows in (m, k)
     )
     b, h = (np.einsum("dij,dj->di", rows, inside) for rows in (equal, unequal))
-    # About 30 % of the inequalities are active at the point `inside`. Many of these sets are thin cones.
+    # About 30 % of the inequalities are active at the point `inside`. Many of the polyhedra are thin cones.
     slack = rng.exponential(size=h.shape) * (rng.random(h.shape) < 0.7)
     return x, (equal, b, unequal, h + slack * SCALES[:, None] * np.linalg.norm(unequal, axis=2))
 
@@ -400,7 +403,8 @@ def test_a_box_section_may_have_infinite_bounds_and_weights_of_every_sign():
 @pytest.mark.slow("compiles two projections and their derivatives")
 @pytest.mark.parametrize("toward", [-np.inf, np.inf])
 def test_supports_do_not_depend_on_the_last_digit_of_a_sorted_vector(toward, monkeypatch):
-    # XLA may compute the sorted vector and the entries that are compared with it with different rounding errors.
+    # XLA may compute the same number with one rounding error in the sorted vector, and with another one in the entries
+    # that are compared with it.
     x = jnp.array([0.5, 0.9, 0.3, -2.0])
     free, bounds = np.eye(4)[:3], (jnp.full(4, -0.5), jnp.full(4, 0.4), jnp.ones(4), 0.3)
     cases = [

@@ -26,8 +26,8 @@ CHECKS = {
     "stochastic_hyper_cleaning": lambda noisy, learned, right, judged: (
         learned > max(noisy + 0.015, right - 0.02) and judged > 0.9
     ),
-    # Each argument holds the seconds and megabytes of a step, the validation loss, and the share of weights that are on
-    # the right side of one half.
+    # Each argument holds the seconds and megabytes of a step, the validation loss, and the fraction of the weights that
+    # are on the right side of 0.5.
     "network_reweighting": lambda soba, f2sa, implicit: all(
         10 * seconds < implicit[0] and 2 * size < implicit[1] and loss < 0.8 and judged > 0.9
         for seconds, size, loss, judged in (soba, f2sa)

@@ -178,7 +178,10 @@ def solved_by(matrix):
 
 
 class TestNotSymmetric:
-    """A = [[1, 5], [0, 1]] is not symmetric. Solving with Aᵀ gives (−14, 56), and solving with A gives (56, −14)."""
+    """A = [[1, 5], [0, 1]] is not symmetric, so the adjoint system needs Aᵀ.
+
+    With ∂outer/∂w = (−14, −14), solving with Aᵀ gives (−14, 56), and solving with A gives (56, −14).
+    """
 
     @staticmethod
     def problem(matrix):
@@ -372,7 +375,7 @@ class TestLeaves:
             assert slope.dtype == leaf.dtype and slope.shape == leaf.shape
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 assert not slope.any()
-            else:  # dw/dθ = 2θ. Finite differences have an error of eps^⅔. Two pairs of samples span both directions.
+            else:  # dw/dθ = 2θ. FiniteDifference has an error of eps^⅔. EvolutionStrategies(2) samples both directions.
                 np.testing.assert_allclose(slope, 2 * leaf, rtol=1e-6, atol=1e-9)
 
     def test_the_layer_takes_mixed_leaves(self):

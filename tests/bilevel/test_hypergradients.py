@@ -21,7 +21,7 @@ def gradient_of(case, linear=None, on_failure="raise"):
 
 
 def assert_trees_close(actual, expected, rtol):
-    """Assert that two trees agree to rtol times the largest entry, because rounding errors are of its order."""
+    """Assert that two trees differ by at most rtol times the largest entry, which sets the size of rounding errors."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

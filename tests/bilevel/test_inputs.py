@@ -218,7 +218,7 @@ def test_a_start_by_name_in_solve_a_layer_and_minimize():
 
 
 def two_by_two(dtype):
-    """Map the name of each kind of condition to a pair (condition, init). Each condition has the solution M⁻¹θ.
+    """Return a pair (condition, init) by the name of each kind of condition. Each condition has the solution M⁻¹θ.
 
     ``init`` has the dtype ``dtype``, and the functions compute in the dtype of θ.
     """
@@ -575,7 +575,7 @@ def test_a_tolerance_of_broyden_that_the_precision_cannot_reach_costs_no_digits(
     cube = bl.Root(lambda w, theta, data: w**3 - theta)
     init, theta = jnp.full(2, 1.5, dtype), jnp.array([1.0, 2.0], dtype)
     found = bl.solve(bl.Jaxopt("Broyden", maxiter=60, tol=1e-30), cube, init, theta, None)
-    # The message of MAX_STEPS names tol and float64.
+    # If the solve fails, its status is MAX_STEPS, whose message advises a larger tol or float64.
     assert int(found.status) in (bl.Status.MAX_STEPS, bl.Status.CONVERGED)
     np.testing.assert_allclose(found.w.astype(float), [1.0, 2 ** (1 / 3)], rtol=2 * float(jnp.finfo(dtype).eps))
 
@@ -634,7 +634,7 @@ def test_an_outer_function_with_a_vector_or_a_string_is_refused_with_a_remedy(me
             function(jnp.ones(2), jnp.zeros(2), None)
 
 
-def test_an_outer_function_of_another_form_than_has_aux_says_is_refused():
+def test_an_outer_function_that_contradicts_has_aux_is_refused():
     condition = bl.Stationary(lambda w, theta, data: 0.5 * (w - theta) ** 2)
     for outer, has_aux, message in (
         (lambda w, theta, data: (w, w), False, "a tuple of 2: for .* say has_aux=True"),

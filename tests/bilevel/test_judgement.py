@@ -77,7 +77,7 @@ def by_the_same_algorithm(name, matrix, b, steps):
 def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS, make=None):
     """Return messages about the solves whose status is wrong, and the number of all solves that were judged.
 
-    ``make(steps)`` returns the solver; None for the one of that name in SOLVERS.
+    ``make(steps)`` returns the solver. If ``make`` is None, the solver is ``SOLVERS[name](steps)``.
     """
     solver, limits = (make or SOLVERS[name])(steps), jnp.finfo(dtype)
     eps = float(limits.eps)
@@ -100,7 +100,7 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
             if not error <= true_kappa * (1.01 * residual + 10 * eps):
                 wrong.append(f"{case} has an ok status and an error of {error:.2g} and a residual of {residual:.2g}")
         elif dtype == F64 or kappa < 1e5:
-            # BiCGStab's residual rises before it falls, which costs digits. So in float32 it is judged by SciPy's
+            # BiCGStab's residual rises before it falls, which costs digits. So in float32 the reference is SciPy's
             # BiCGStab in float32.
             precision = np.float32 if name == "BiCGStab" and dtype == F32 else np.float64
             with warnings.catch_warnings():
@@ -135,7 +135,7 @@ def test_the_table_of_judgements_of_lineax(name, dtype):
         solver = iterative.get(name, lambda: getattr(lineax, name)(**options))()
     scales, conditions = (1e-20, 1e-10, 1.0, 1e10, 1e20), (1.0, 1e2, 1e4, 1e8, 1e12)
     wrong, count = misjudged(name, dtype, 200, 6, (0, 1), scales, conditions, lambda steps: bl.Lineax(solver))
-    if name == "GMRES" and dtype == F64:  # the only refusals of systems that the same algorithm of SciPy solves
+    if name == "GMRES" and dtype == F64:  # the only failed statuses of systems that SciPy's GMRES solves
         refused = [message for message in wrong if "κ=1e+12" in message and "STAGNATION has a failed" in message]
         assert len(refused) <= 10
         wrong = [message for message in wrong if message not in refused]
@@ -176,7 +176,7 @@ def test_the_table_of_judgements_of_least_squares(name, dtype):
         error = np.linalg.norm(np.asarray(info.solution, float) * of_matrix**2 - exact) / np.linalg.norm(exact)
         case = f"{name} κ={kappa:g} s={scale:g} {seed=}: {status_of(info)}, error {error:.2g}"
         condition = np.linalg.cond(squared)
-        # A product with MᵀM is a product with M and then one with Mᵀ, so its rounding error is also up to eps·κ(M)².
+        # A product with MᵀM is a product with M and then one with Mᵀ. Its relative rounding error is up to eps·κ(M)².
         if bl.Status(int(info.status)).ok:
             if not error <= condition * (1.01 * float(info.relative_residual) + 20 * eps):
                 wrong.append(case)

@@ -103,7 +103,7 @@ def test_levenberg_marquardt_takes_the_steps_of_its_algorithm():
 
 @EITHER
 def test_a_step_to_where_the_residuals_are_not_finite_is_shortened(solver):
-    logarithm = bl.LeastSquares(lambda w, theta, data: jnp.log(w))  # the full step from 3 is to 3 − 3·log 3 < 0
+    logarithm = bl.LeastSquares(lambda w, theta, data: jnp.log(w))  # the full step from 3 leads to 3 − 3·log 3 < 0
     out = solver(logarithm, jnp.float64(3.0), None, None)
     assert int(out.status) == bl.Status.CONVERGED and float(out.w) == pytest.approx(1.0, rel=1e-8)
     assert int(solver(logarithm, jnp.float64(-1.0), None, None).status) == bl.Status.NONFINITE
@@ -244,7 +244,7 @@ def test_a_start_outside_of_the_bounds_is_moved_to_them():
     np.testing.assert_allclose(out.w, np.e, rtol=1e-9)
 
 
-def test_a_solution_on_a_bound_is_told_by_its_residual():
+def test_a_solution_on_a_bound_with_a_residual_above_tol_is_max_steps():
     matrix, b = np.array([[3.0, 2.9], [2.9, 3.0]]), np.array([1.0, 2.0])
     fit = bl.LeastSquares(lambda w, theta, data: matrix @ w - b)
     out = bl.solve(bl.GaussNewton(100, tol=1e-8, lower=0.0, upper=5.0), fit, jnp.array([4.0, 0.0]), None, None)

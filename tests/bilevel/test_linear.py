@@ -19,7 +19,7 @@ ANY = {
     "GMRES": bl.GMRES(10),
     "BiCGStab": bl.BiCGStab(10),
     "LU": bl.LU(),
-    "Neumann": bl.Neumann(400, step_size=0.2),  # each term is at most about 0.67 of the one before
+    "Neumann": bl.Neumann(400, step_size=0.2),  # the terms decay like 0.67ᵏ
 }
 ITERATIVE = {
     "CG": bl.CG(10),
@@ -255,7 +255,7 @@ def test_neumann_is_the_sum_of_its_terms(terms):
 
 def test_neumann_that_diverges_is_a_breakdown_and_one_with_too_few_terms_is_max_steps():
     b = tree([1.0, -2.0, 0.5])
-    for terms in (5, 2000):  # the second overflows
+    for terms in (5, 2000):  # with 2000 terms, x overflows
         _, info = bl.Neumann(terms, step_size=5.0)(operator(SYMMETRIC), b)
         assert int(info.status) == bl.Status.BREAKDOWN
     assert int(bl.Neumann(2, step_size=0.2, tol=1e-6)(operator(SYMMETRIC), b)[1].status) == bl.Status.MAX_STEPS

@@ -61,7 +61,7 @@ def test_warm_starts_reduce_the_inner_residual():
 
 
 def test_the_adjoint_solve_starts_from_the_last_adjoint():
-    # With one Neumann term a step, a cold adjoint is 0.1·g with g = ∂outer/∂w. A warm one converges to D⁻¹g.
+    # With one Neumann term per outer step, a cold adjoint is 0.1·g with g = ∂outer/∂w. A warm one converges to D⁻¹g.
     solver, method = bl.GradientDescent(0.3, 40), bl.Implicit(bl.Neumann(1, 0.1))
     slowly = optax.sgd(0.01)  # θ moves slowly, while each step multiplies the error of the adjoint by at most 0.9
     warm, cold = run(solver, method, 60, slowly), run(solver, method, 60, slowly, warm_start=False)
@@ -424,7 +424,7 @@ def test_all_failed_steps_give_one_warning():
     ) as caught:
         out = bl.minimize(declared, theta, init, 1.0, *arguments, 6, on_failure="warn")
     assert len(caught) == 1 and caught[0].filename == __file__
-    assert float(out.theta) == 64.0  # a failed step whose numbers are finite is taken
+    assert float(out.theta) == 64.0  # θ also moves in a failed step whose numbers are finite
 
 
 def test_a_large_theta_is_abbreviated_in_the_message():

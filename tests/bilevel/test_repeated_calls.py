@@ -31,7 +31,7 @@ def resident_kilobytes():
 
 
 def entries():
-    """Map the name of each entry point to a function of a number θ, and return the list of traces too."""
+    """Return a list that grows with each trace, and a dict from the name of each entry point to a function of θ."""
     traces = []
 
     def objective(w, theta, data):

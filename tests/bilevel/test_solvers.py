@@ -194,7 +194,7 @@ def test_fixed_point_iteration_follows_its_formula():
 
 
 def lasso():
-    """Return a lasso problem with separate unknowns: its condition, θ, which is the penalty, and the solution.
+    """Return the condition of a lasso with a separable objective, the penalty θ, and the solution.
 
     The curvatures go from 1 to 0.01. Two of the six unknowns are zero at the solution.
     """

@@ -93,7 +93,10 @@ class TestRitzValues:
             np.testing.assert_allclose(scaled / scale, ritz_of(matrix, dtype, steps=8), atol=rounding(matrix, dtype))
 
     def test_a_million_unknowns_in_float32_do_not_stop_the_recursion(self):
-        """The cutoff is 10·√n·eps. A cutoff of 10·n·eps would be above 1 here and end the recursion after one step."""
+        """The recursion ends when the new vector is shorter than 10·√n·eps times the product.
+
+        A factor of 10·n·eps would be above 1 here, and would end the recursion after one step.
+        """
         n = 1_000_000
         eigenvalues = jnp.linspace(1.0, 1.5, n, dtype=jnp.float32)
         values = jax.jit(lambda: spectrum.ritz_values(lambda u: eigenvalues * u, eigenvalues, steps=6))()

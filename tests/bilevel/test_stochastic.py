@@ -1,4 +1,4 @@
-"""The stochastic algorithms: one contract for all, closed forms, samplers, divergence, and shares over devices."""
+"""The stochastic algorithms: one contract for all, closed forms, samplers, divergence, and several devices."""
 
 import pickle
 import socket
@@ -196,7 +196,7 @@ def test_two_devices_agree_with_one_device_that_draws_two_shares(algorithm):
     one, two = run(algorithm, 30, shares=2), run(algorithm, 30, sharded)
     for a, b in zip(jax.tree.leaves(one.state), jax.tree.leaves(two.state), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-12, atol=1e-13)
-    assert not np.allclose(one.theta, run(algorithm, 30).theta, rtol=1e-3)  # one share draws other batches
+    assert not np.allclose(one.theta, run(algorithm, 30).theta, rtol=1e-3)  # with one share the batches are different
     resumed = run(algorithm, 10, sharded, state=jax.tree.map(np.asarray, run(algorithm, 20, sharded).state))
     assert_equal_to_the_bit(two.state, resumed.state)
 

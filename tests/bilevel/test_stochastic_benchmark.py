@@ -164,7 +164,7 @@ def test_a_run_that_diverges_says_so_at_once(tmp_path):
     assert answers[-1]["finite"] is False and answers[-1]["steps"] == 4 * 5
 
 
-def test_measures_at_a_time_are_those_of_the_last_point_by_then():
+def test_a_measure_at_a_time_is_that_of_the_last_point_before_it():
     run = {"seconds": [0.1, 0.9, 1.1], "gap": [3.0, 2.0, 1.0], "steps": [1, 2, 3]}
     assert report.at(run, "gap", 1.0) == 2.0 and report.at(run, "gap", 8.0) == 1.0
     assert np.isnan(report.at(run, "gap", 0.05))

@@ -1,12 +1,12 @@
 """Combinations of a condition, an inner solver, a method, a linear solver and a transformation, in float64.
 
 The conditions are all but LeastSquares. Each combination agrees with a closed form (conditions_solved.py), or falls
-under a rule of the table below, or is left out because other combinations represent it. Combinations under a rule are
+under one of the RULES below, or is left out because other combinations represent it. Combinations under a rule are
 tested as well. A refused combination raises an error with the rule's reason. A combination whose linear solve fails
 reports a failed status, except in a layer, which returns no status. A combination without a second derivative raises an
-error when JAX asks for it. The tests go through the whole product, so that no combination is forgotten.
+error when JAX asks for it. The tests go through the product of all five dimensions, so no combination is forgotten.
 
-Compiling the whole product takes some 400 s. All combinations are therefore tested for two conditions only, a symmetric
+Compiling all combinations takes some 400 s. All combinations are therefore tested for two conditions only, a symmetric
 and a general one. For every other condition, Implicit is tested with each inner solver and LU. Each other method is
 tested with one inner solver that a seed draws, and with each linear solver that it takes. Every possible pair of values
 from two dimensions is then covered. Refusals need no compilation, so they are tested for every condition. WHOLE_TABLE=1
@@ -375,7 +375,7 @@ def error(actual, expected):
 
 
 def refuses_a_second_derivative(combination):
-    """Return whether JAX refuses the derivative of the gradient, while it traces the program."""
+    """Return whether tracing a derivative of the gradient raises an error with the rule's reason."""
     c, theta = combination, jnp.asarray(case_of(combination.condition).theta)
     function = function_of(case_of(c.condition), c.method, solver_of(c.condition, c.solver), LINEAR.get(c.linear))
     reason = next(reason for reason, outcome, _ in RULES if outcome == "refused twice")

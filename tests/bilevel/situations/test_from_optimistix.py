@@ -79,7 +79,7 @@ def test_the_references_in_numpy_agree_with_the_closed_forms(name):
     agrees(slopes @ along, (8 * near - far) / 12e-4, rtol=1e-8)
 
 
-# Layers, pushed forward and pulled back.
+# Layers, differentiated in forward and in reverse mode.
 
 ITERATION, ANDERSON = bl.FixedPointIteration(5000, tol=1e-13), bl.Anderson(200, tol=1e-13)
 GAUSS_NEWTON, MARQUARDT = bl.GaussNewton(100, tol=1e-12), bl.LevenbergMarquardt(500, tol=1e-11)
@@ -95,9 +95,9 @@ MAPPING_LAYERS = [
     *[(name, "FixedPoint", ANDERSON) for name in ("exponential", "linear slope")],
     ("cosine", "Root", bl.Jaxopt("Broyden", maxiter=200, tol=1e-12)),
 ]
-# HessianFree solves two of the fits. The Jacobian of the flat bowl is zero at its minimum. Levenberg-Marquardt compares
-# values of ½‖r‖², so where r ≠ 0 at the minimum, it finds w only to about √eps. The derivative of the trigonometric fit
-# multiplies this error by a hundred.
+# HessianFree solves the flat bowl, whose Jacobian is zero at the minimum, and the trigonometric fit.
+# Levenberg-Marquardt compares values of ½‖r‖², so where r ≠ 0 at the minimum, it finds w only to about √eps. The
+# derivative of the trigonometric fit multiplies this error by a hundred.
 FITS = [name for name in RESIDUALS if name not in ("flat bowl", "trigonometric")]
 RESIDUAL_LAYERS = [
     *[(name, "LeastSquares", MARQUARDT) for name in FITS],
@@ -297,7 +297,7 @@ def test_each_way_to_differentiate(way):
     check_hypergradient(name, kinds[SITUATIONS[name].kind], solver, method, expected)
 
 
-# Solver functions of one's own.
+# User-defined solver functions.
 
 
 def iterate(mapping: Callable[[Any], Any], init: Any) -> Any:
@@ -466,7 +466,7 @@ def clip(w: Any, theta: Any, data: Any) -> Any:
 
 
 INF = np.inf
-PARABOLOIDS = {  # the centre of a paraboloid, the bounds of a box, the start, and a function that makes a tree of each
+PARABOLOIDS = {  # the centre of a paraboloid, the bounds of a box, the start, and a function from a vector to a tree
     "free": ([0.0, 0.5], [-INF, -INF], [1.0, 1.0], [-1.0, -5.0], np.array),
     "one upper": ([0.0, 0.5], [-INF, -INF], [-1.0, 1.0], [-3.0, -1.0], lambda v: {"a": v[0], "b": v[1]}),
     "one lower": ([0.0, 0.5], [1.0, -INF], [INF, INF], [2.0, 3.0], lambda v: [v[0], v[1]]),
@@ -481,7 +481,10 @@ PARABOLOIDS = {  # the centre of a paraboloid, the bounds of a box, the start, a
 @pytest.mark.slow("compiles a projection for each structure", fast="lower and upper")
 @cases("Bounds", "name", PARABOLOIDS)
 def test_a_paraboloid_in_a_box_is_differentiated_in_its_centre_and_its_bounds(name):
-    """An entry of w is its active bound, or else its centre. Its derivative is 1 in this variable and 0 in the rest."""
+    """Each entry of w equals its active bound, or its centre if no bound is active.
+
+    Its derivative is 1 in the variable that it equals, and 0 in all others.
+    """
     center, lower, upper, start, as_tree = PARABOLOIDS[name]
     theta = {"center": as_tree(center), "lower": as_tree(lower), "upper": as_tree(upper)}
 
