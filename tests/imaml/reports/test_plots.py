@@ -71,7 +71,7 @@ def test_the_validations_are_drawn_with_their_intervals(regression, tmp_path, mo
     assert learning_curve(tmp_path, None if regression else 5).read_bytes() != before
     label = "validation curves" if regression else "validation classes"
     assert drawn == [([20, 40], [0.7, 0.9], [0.04, 0.04], label)]
-    write_result(tmp_path)  # the evaluation belongs to the best validation, not to the last meta-step
+    write_result(tmp_path)  # the evaluation is drawn at the step of the best validation
     result = json.loads((tmp_path / "result.json").read_text()) | {"validation": {"step": 20, "value": 0.7}}
     (tmp_path / "result.json").write_text(json.dumps(result))
     learning_curve(tmp_path, None if regression else 5)
