@@ -1,4 +1,4 @@
-"""``python -m benchmarks.accelerator`` trains with the fastest way to compute meta-gradients that is accurate.
+"""``python -m benchmarks.accelerator`` trains with the fastest accurate way to compute meta-gradients.
 
 A run that is stopped and resumed gives the same numbers as an uninterrupted run.
 """

@@ -53,7 +53,7 @@ PRESET = replace(
 
 @pytest.fixture(scope="module")
 def glyph_task(tiny_pixels):
-    """Return θ, which is the initial θ plus noise, and a task of the preset's size."""
+    """Return θ, the preset's initial parameters plus noise, and a task of the preset's size."""
     random = np.random.default_rng(0)
     theta = PRESET.network.build(PRESET.episode.ways).init(jax.random.key(0))
     theta = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), theta)

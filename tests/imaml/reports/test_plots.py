@@ -113,7 +113,7 @@ def test_a_regression_is_drawn_without_an_accuracy(evaluated, tmp_path):
 
 
 def test_the_module_imports_neither_jax_nor_matplotlib():
-    # An empty package replaces imaml/__init__.py, so that only the imports of plots count.
+    # An empty package replaces imaml/__init__.py, so that only the imports of this module count.
     code = f"""
 import sys, types
 package = types.ModuleType("imaml")

@@ -1,4 +1,4 @@
-"""Tests of a trained learner: it adapts by gradient descent, and an image alone gets the same prediction as in a batch."""
+"""Tests of a trained learner: it adapts by gradient descent, and predicts for an image alone as in a batch."""
 
 from dataclasses import replace
 from fractions import Fraction
