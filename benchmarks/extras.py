@@ -149,12 +149,12 @@ def equinox(env: Environment) -> None:
 
 
 def tensorboard(env: Environment) -> None:
-    """Train with the logger for TensorBoard, by the real tensorboardX."""
+    """Train with the logger for TensorBoard and the real tensorboardX."""
     env.run("-c", WITH_LOGGER.replace("LOGGER", "imaml.TensorBoard()").replace("WRITTEN", "tensorboard/events*"))
 
 
 def wandb(env: Environment) -> None:
-    """Train with the logger for Weights & Biases, by the real wandb without a network."""
+    """Train with the logger for Weights & Biases and the real wandb, in its offline mode."""
     logger = "imaml.WeightsAndBiases(options={'mode': 'offline'})"
     env.run("-c", WITH_LOGGER.replace("LOGGER", logger).replace("WRITTEN", "wandb/offline*"))
 

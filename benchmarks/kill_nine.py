@@ -4,11 +4,11 @@
 
 A child process saves checkpoints as fast as it can, and reports each finished save. After some saves it is killed by
 SIGKILL at a random moment, mostly during a further save. The newest intact checkpoint in the folder must then be at
-least as new as the last one that the child reported, and must have all bits of its step. No newer checkpoint may be
-damaged. The next child resumes in the same folder.
+least as new as the last one that the child reported, and must equal the state of its step bit for bit. No newer
+checkpoint may be damaged. The next child resumes in the same folder.
 
-A kill does not simulate a loss of power, against which files are flushed. tests/imaml/storage/test_files.py tests the
-order of flushes.
+A kill does not simulate a loss of power. Flushing the files protects against it, and
+tests/imaml/storage/test_files.py tests the order of the flushes.
 """
 
 import argparse
@@ -121,9 +121,9 @@ def kill(directory: Path, kills: int, source: random.Random) -> Tally:
 
 
 def examined(directory: Path) -> tuple[int, bool]:
-    """Return the step of the newest intact checkpoint, 0 for none, and whether the folder is sound.
+    """Return the step of the newest intact checkpoint, or 0 if there is none, and whether the folder passes the check.
 
-    The folder is sound if that checkpoint has all bits of its step and no newer checkpoint is damaged.
+    It passes if that checkpoint equals the state of its step bit for bit, and if no newer checkpoint is damaged.
     """
     damaged: list[str] = []
     found = checkpoints.newest(directory, lambda path, message: damaged.append(message))

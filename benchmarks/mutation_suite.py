@@ -40,9 +40,9 @@ def layer_method(linear, problem, solver, theta, init, data):
 
 
 def shifted(linear, problem, solver, theta, init, data):
-    """Return the hypergradient with L − ½ρ‖w‖² in place of the inner objective L, and a linear solver with ridge ρ.
+    """Return the hypergradient for L − ½ρ‖w‖² in place of the inner objective L, by a linear solver with ridge ρ.
 
-    The ridge adds the ρI that the Hessian lacks, so the result must be the hypergradient with L. The inner solver is
+    The ridge adds the ρI that the Hessian lacks, so the result must be the hypergradient for L. The inner solver is
     given L itself.
     """
 

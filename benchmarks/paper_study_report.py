@@ -28,7 +28,7 @@ HEADER = (
 COURSE_HEADER = ("meta-steps", "training accuracy, %", "inner residual", "linear residual", "negative curvature")
 MILESTONES = (100, 400, 1000, 2000, 3000, 4000)
 WINDOW = 100
-"""Number of meta-steps up to a milestone, over which :func:`course` averages."""
+"""Number of meta-steps, up to and including a milestone, over which :func:`course` averages."""
 ACCURACY = "query accuracy, training classes"
 DARK = "#4a5568"
 

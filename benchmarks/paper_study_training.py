@@ -236,8 +236,8 @@ def probe(learner: TunedLearner, theta: dict, tasks: TunedTask, certified: bool)
         certificate = bl.certify(PROBLEM, theta, outs[0], each[0], linear=bl.CG(CERTIFYING_STEPS))
         found |= {
             "gradient": float(certificate.norm),
-            # Not Certificate.estimate: it is raised to at least Certificate.rounding, which may be infinite even where
-            # the distance between the two gradients is finite.
+            # Certificate.estimate is not used, because it is at least Certificate.rounding. That number may be infinite
+            # even if the distance between the two gradients is finite.
             "correction": float(tree.norm(tree.subtract(outs[0].gradient, certificate.gradient))),
             "first_order": bool(certificate.first_order),
         }

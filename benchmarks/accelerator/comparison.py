@@ -25,9 +25,9 @@ from imaml.storage.files import write_whole
 GROUP = 8
 """Greatest number of tasks in a group that is computed together."""
 LARGEST_DISTANCE = 0.05
-"""Greatest relative distance between a way's meta-gradient and the one in float64 at which the way counts as accurate.
+"""A way counts as accurate if its meta-gradient has at most this relative distance from the one in float64.
 
-This error is small: the meta-gradient of a few tasks differs far more from its expectation over tasks.
+This distance is small: the meta-gradient of a few tasks differs far more from its expectation over tasks.
 """
 
 

@@ -20,7 +20,7 @@ GRACE = 60.0
 
 @dataclass(frozen=True)
 class Cell:
-    """A run to train: a preset with a length.
+    """A run to train: a preset, with its number of meta-steps and of tasks in a meta-step.
 
     Attributes:
         preset: the preset's name.
@@ -39,7 +39,7 @@ class Cell:
         return cls(name, *map(int, numbers))
 
     def options(self) -> list[str]:
-        """Return the options of ``imaml train`` for the cell's length."""
+        """Return the options of ``imaml train`` for the numbers of meta-steps and of tasks, unless they are None."""
         numbers = {"--outer.steps": self.steps, "--outer.tasks": self.tasks}
         return [word for path, number in numbers.items() if number is not None for word in (path, str(number))]
 

@@ -103,7 +103,7 @@ def measure(name: str, rounds: int) -> dict:
 
 
 def lines(name: str, folder: Path | None) -> dict[str, int]:
-    """Return the lines of code of our example and, if there is a folder, of jaxopt's."""
+    """Return the number of lines of code of our example and, if ``folder`` is given, of jaxopt's."""
     files = {"bilevel": ROOT / "examples" / "from_jaxopt" / f"{name}.py"}
     if folder:
         files["jaxopt"] = folder / THEIRS[name]

@@ -7,8 +7,7 @@ or 0 to spend the budget. For projections and proximal steps, jaxopt compares th
 ``tol``, so ``tol`` is divided by the step size too.
 
 Each function takes the module of our example and its data, and returns ``run(jit) -> outer values``. With ``jit=True``,
-``update`` is compiled as a whole. jaxopt's examples do not compile ``update``, so only the derivative in it is
-compiled.
+``update`` is compiled as a whole. With ``jit=False``, as in jaxopt's examples, only the derivative in it is compiled.
 """
 
 import functools
@@ -32,8 +31,8 @@ EQUILIBRIUM_STEPS = 20
 def _runner(outer, optimizer, theta, w, steps, data, warm_start=True):
     """Return ``run(jit)`` for an outer function ``outer(theta, init, data) -> (value, w)``."""
     solver = jaxopt.OptaxSolver(outer, optimizer, has_aux=True)
-    # The compiled update and the initial state are kept for all runs, so that only the first run compiles. init_state
-    # evaluates the outer function once.
+    # The compiled update and the initial state are kept for all runs, so that only the first run compiles, and only the
+    # first run evaluates the outer function in init_state.
     compiled = jax.jit(solver.update)
     initial_state = functools.cache(lambda jit: solver.init_state(theta, w, data(0)))
 

@@ -56,8 +56,8 @@ KEPT = (("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "10
 def agree(options) -> bool:
     """Compare our meta-gradient with PyTorch's for the same linear operator, in float64.
 
-    The suite fails if this difference is too large. For the other programs the difference is only printed, because the
-    authors' operator and unrolled MAML give other gradients.
+    The suite fails if the relative difference is above ``TOLERANCE``. For the other programs the difference is only
+    printed, because the authors' operator and unrolled MAML give other gradients.
     """
     item = dataclasses.replace(ITEMS["W1"], tasks=2)
     differences = {}

@@ -56,7 +56,7 @@ class Contender:
 
 
 class Process(Child):
-    """The process of a contender, which answers requests. Used as a context manager, it ends the process at the end.
+    """The process of a contender. As a context manager, this object ends the process when the block ends.
 
     Args:
         item: the workload, of :mod:`benchmarks.speed.workloads`.

@@ -79,10 +79,10 @@ def _glorot(random, inputs, outputs, fan_out):
 class Linear:
     """The hypergradient of a linear model's validation loss with respect to θ, with one penalty ½e^θⱼwⱼ² per feature.
 
-    All libraries evaluate the same number of inner gradients, with step size 1/L. Optimistix evaluates its first
-    gradient without an update, so it makes one update fewer. All libraries solve the adjoint system by conjugate
-    gradients. In Optimistix, CG applies ``tol`` to each entry, and has no budget of iterations. In the others, it ends
-    at a relative residual of ``tol``, or after ``iterations`` iterations.
+    All libraries evaluate ``steps`` inner gradients with step size 1/L, and bilevel may evaluate one more for its
+    report. Optimistix evaluates its first gradient without an update, so it makes one update fewer. All libraries solve
+    the adjoint system by conjugate gradients. In Optimistix, CG applies ``tol`` to each entry, and may take ten
+    iterations per unknown. In the others, it ends at a relative residual of ``tol`` or after ``iterations`` iterations.
 
     Args:
         name: key in ``ITEMS``.
@@ -91,7 +91,7 @@ class Linear:
         samples: number of training samples.
         validation: number of validation samples.
         steps: number of inner gradient steps.
-        iterations: CG budget.
+        iterations: CG budget, except in Optimistix.
         tol: relative tolerance of CG; in Optimistix also the absolute tolerance.
         penalty: typical size of e^θⱼ, which is this number times a random factor.
     """

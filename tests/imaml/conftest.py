@@ -13,7 +13,8 @@ ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 
 @pytest.fixture(scope="session")
 def omniglot_directory() -> Path:
-    """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR`` if it has both, else ``../shared/omniglot``.
+    """The folder with Omniglot's two archives: ``$OMNIGLOT_DIR`` if it has both, else ``shared/omniglot`` next to the
+    repository.
 
     The test is skipped if neither folder has both archives.
     """

@@ -117,7 +117,7 @@ def check_make(words):
 
 
 def check_python(words):
-    """Assert that the module or the script exists, unless the page has a placeholder for a name. Compile a program."""
+    """Compile the program after ``-c``, or assert that the module or script exists. NAME.py is a placeholder."""
     if words[:1] == ["-c"]:
         compile(words[1], "the argument of python -c", "exec")
     elif words[:1] == ["-m"]:

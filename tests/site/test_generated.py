@@ -134,7 +134,7 @@ def test_the_figures_have_the_numbers_of_the_records():
 
 
 def _row(table, *begin):
-    """Return the cells of the row of a Markdown table that begins with some cells."""
+    """Return the cells of the first row of a Markdown table whose first cells are ``begin``."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return next(row for row in cells if tuple(row[: len(begin)]) == begin)
 

@@ -15,7 +15,8 @@ DEVICE = os.environ.get("SPEED_TORCH_DEVICE", "cpu")
 def start(item: FewShot, dtype: str) -> tuple[Tensors, list[tuple[torch.Tensor, ...]]]:
     """Return the parameters in PyTorch's layouts, and the tasks as (support, labels, query, labels).
 
-    PyTorch is set to use as many threads as the process has cores, and float32 for convolutions on a GPU.
+    PyTorch is set to use as many threads as the process has cores, and not to use TensorFloat-32 in convolutions on a
+    GPU.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cudnn.allow_tf32 = False

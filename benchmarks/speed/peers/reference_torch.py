@@ -1,11 +1,13 @@
 """The computation of the iMAML authors' public script for a batch of tasks, in PyTorch, without its logging.
 
-The program ``meta-gradient`` does what the script does: plain gradient steps on the support loss, one proximal step,
-the gradient of the query loss, and conjugate gradients from zero with the operator v ↦ (1 + 1)v + Hv/(λ + 10). As in
-the script, λ is 2, vectors are flat, and each product builds the gradient's graph again.
+The program ``meta-gradient`` does what the script does: gradient steps on the support loss alone, one gradient step on
+the proximal term, the gradient of the query loss, and conjugate gradients from zero with the operator
+v ↦ (1 + 1)v + Hv/(λ + 10). As in the script, λ is 2, vectors are flat, and each product builds the gradient's graph
+again.
 
-The program ``paper's operator`` is the paper's algorithm, which this library computes too: proximal gradient steps, and
-conjugate gradients from zero with the operator v ↦ v + Hv/λ. It serves to compare gradients, not times.
+The program ``paper's operator`` is the paper's algorithm, which this library computes too: gradient steps on the
+support loss plus the proximal term, and conjugate gradients from zero with the operator v ↦ v + Hv/λ. It serves to
+compare gradients, not times.
 
 Source: github.com/aravindr93/imaml_dev.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.accelerator`` trains with the fastest sufficiently accurate way to compute meta-gradients.
+"""``python -m benchmarks.accelerator`` trains with the fastest accurate way to compute meta-gradients.
 
 A run that is stopped and resumed gives the same numbers as an uninterrupted run.
 """
@@ -22,7 +22,7 @@ from imaml.runs.log import read_log
 
 ROOT = Path(__file__).parents[3]
 PRESET, STEPS = "glyphs-5way-1shot-gd", 100
-# With a large λ, tasks have usable meta-gradients with this small network from the first meta-step.
+# With a large λ, the tasks of this small network have usable meta-gradients from the first meta-step on.
 SMALL = ["--", "--network.filters", "4", "--strength", "10", "--outer.queries", "1"]
 
 
@@ -38,12 +38,12 @@ def test_the_fastest_way_within_the_largest_distance_from_float64_is_kept():
     assert best([precise, coarse]) == precise.way
 
 
-def test_without_a_way_within_that_distance_the_fastest_in_float32_is_kept():
+def test_if_every_way_is_too_far_from_float64_the_fastest_in_float32_is_kept():
     slow, fast = measured("float32", 3.0, 0.2), measured("float32", 2.0, float("inf"))
     assert best([slow, measured("bfloat16", 1.0, 0.1), fast]) is fast.way
 
 
-def test_a_cell_is_parsed_with_and_without_its_length():
+def test_a_cell_is_parsed_with_and_without_its_numbers_of_steps_and_tasks():
     assert Cell.parse("a-preset") == Cell("a-preset") and Cell("a-preset").options() == []
     assert Cell.parse("a-preset:300:8").options() == ["--outer.steps", "300", "--outer.tasks", "8"]
 

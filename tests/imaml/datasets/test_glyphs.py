@@ -100,8 +100,8 @@ def test_every_picture_shows_ink_and_none_is_cut_off(dataset, split):
 def test_strokes_are_about_two_pixels_wide(dataset, split):
     pixels = getattr(dataset, split).pixels[:, :5, ..., 0].astype(float) / 255
     edges = np.abs(np.diff(pixels, axis=2)).sum((2, 3)) + np.abs(np.diff(pixels, axis=3)).sum((2, 3))
-    # A stroke of length L, width b and angle t has area L b. Its two edges sum to 2 L (|cos t| + |sin t|). The mean of
-    # |cos t| + |sin t| over t is 4/pi.
+    # A stroke of length L, width b and angle t has area L b. The differences at its two edges sum to
+    # 2 L (|cos t| + |sin t|). The mean of |cos t| + |sin t| over t is 4/pi.
     width = pixels.sum((2, 3)) / (edges / (2 * 4 / np.pi))
     assert 1.5 < np.median(width) < 2.5
 
@@ -155,7 +155,7 @@ same_matplotlib = pytest.mark.skipif(
 )
 
 
-def test_the_dataset_is_the_one_of_the_checkpoints_that_exist(dataset):
+def test_the_dataset_is_the_one_that_existing_checkpoints_were_trained_on(dataset):
     assert dataset.fingerprint() == glyphs.FINGERPRINT
     assert len(dataset.train) == glyphs.TRAIN_CLASSES and glyphs.FILE.stat().st_size < 600_000
 

@@ -292,7 +292,7 @@ def test_the_fingerprint_of_arrays_depends_on_shape_labels_and_pixels():
     assert len({ImageDataset.from_arrays(*each, split=halves).fingerprint() for each in variants}) == len(variants)
 
 
-def test_the_fingerprint_of_equal_classes_is_that_of_earlier_versions(tiny_pixels):
+def test_the_fingerprint_of_classes_of_equal_size_is_that_of_earlier_versions(tiny_pixels):
     train, test = (ImageClasses(tiny_pixels[part], tuple("abcdef" if part.start else "ghijkl")) for part in (
         slice(6, 12), slice(0, 6)
     ))  # fmt: skip

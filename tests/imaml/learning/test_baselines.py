@@ -167,7 +167,7 @@ def test_the_reference_learner_computes_the_meta_gradient_of_the_authors_code(so
     gradient = jax.jit(meta_gradient(learner))(theta, batch).gradient["layer0"]
     ours = np.concatenate([gradient["kernel"], gradient["bias"][None]])
     np.testing.assert_allclose(ours, truncated, rtol=0, atol=1e-11)
-    # Five steps differ from the exact solution by more than the tolerance, so the comparison can tell them apart.
+    # Five steps differ from the exact solution by more than the tolerance, so the test would detect an exact solve.
     assert np.abs(truncated - exact).max() > 1e-10
 
 

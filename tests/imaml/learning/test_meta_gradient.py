@@ -53,7 +53,7 @@ PRESET = replace(
 
 @pytest.fixture(scope="module")
 def glyph_task(tiny_pixels):
-    """Return θ, which is the initial θ plus noise, and a task of the preset's size."""
+    """Return θ, the preset's initial parameters plus noise, and a task of the preset's size."""
     random = np.random.default_rng(0)
     theta = PRESET.network.build(PRESET.episode.ways).init(jax.random.key(0))
     theta = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), theta)
@@ -329,7 +329,7 @@ def test_a_thousand_calls_outside_of_jit_compile_once_and_keep_no_memory(entry, 
             for _ in range(calls):
                 call()
         counts.append((len(traces), len(caplog.records), len(jax.live_arrays())))
-        assert counts[-1] == counts[0]  # fails after 20 calls, and not after a thousand that compile
+        assert counts[-1] == counts[0]  # if every call compiled, this would fail after 20 calls already
     assert traces and caplog.records
 
 

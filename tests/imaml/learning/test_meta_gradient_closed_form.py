@@ -143,7 +143,7 @@ FAULTS = {
     "system not solved (first-order MAML)": adjoint_changed_by(lambda v, b: b / PENALTY),
     "λ missing from the system": system_without_strength,
     "½λ instead of λ": strength_halved,
-    "pulled away from θ": pulled_away_from_theta,
+    "pulled towards −θ": pulled_away_from_theta,
     "support and query swapped": sets_swapped,
 }
 

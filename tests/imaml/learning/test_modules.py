@@ -113,7 +113,7 @@ def weights(library, parameters):
 
 
 def by_hand(library, norm, parameters, x, reference):
-    """Return features and outputs in NumPy. Batch normalisation takes the statistics of ``reference``."""
+    """Compute the features and outputs with NumPy. Batch normalisation takes the statistics of ``reference``."""
     kernel, bias, head, head_bias = (np.asarray(array, np.float64) for array in weights(library, parameters))
     hidden, other = x @ kernel + bias, reference @ kernel + bias
     if norm == "batch":
@@ -145,7 +145,7 @@ def test_outputs_and_features_are_those_of_numpy(library, norm):
     np.testing.assert_allclose(jax.jit(network.features_with_support_statistics)(*arguments), features, atol=2e-5)
 
 
-@pytest.mark.slow("computes operation by operation")
+@pytest.mark.slow("runs networks operation by operation")
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_parameters_are_those_that_the_library_draws_and_have_gradients(library):
     network, key = NETWORKS[library]("batch"), jax.random.key(3)
@@ -187,7 +187,7 @@ def test_flax_modules_that_cannot_be_used_are_refused():
 
 
 @pytest.mark.skipif(not HAS["equinox"], reason="needs the extra equinox")
-def test_an_equinox_module_with_another_kind_of_averages_is_refused():
+def test_an_equinox_module_whose_batchnorm_has_the_mode_batch_is_refused():
     with pytest.raises(InputError, match='a BatchNorm of EquinoxNet has mode="batch": pass mode="ema"'):
         imaml.equinox_network(lambda key: EquinoxNet("batch", key, mode="batch"))
 

@@ -24,7 +24,7 @@ FILTERS = 3
 
 
 def reference_convolution(x, kernel):
-    """Return XLA's convolution at stride 2. A zero extends odd sides at the end, then zeros surround the image."""
+    """Return XLA's convolution at stride 2. Odd sides get a zero at their end, and then zeros surround the image."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
     weights = kernel.reshape(-1, 3, 3, x.shape[-1])
     layout = ("NHWC", "OHWI", "NHWC")

@@ -273,7 +273,7 @@ def test_host_names_and_ip_addresses_of_both_versions_are_accepted(address):
     assert Processes(address, 2, 1).host == address.rpartition(":")[0].strip("[]")
 
 
-def test_a_mesh_has_the_largest_number_of_devices_that_divides_the_tasks_or_the_requested_number():
+def test_a_mesh_has_the_requested_number_of_devices_or_the_largest_that_divides_the_tasks():
     count = jax.local_device_count()
     assert global_mesh(8 * count).size == count and global_mesh(8 * count, "all").size == count
     assert global_mesh(8 * count, 1).size == global_mesh(1).size == 1

@@ -30,7 +30,7 @@ def test_an_image_holds_its_pixels(shape):
         np.testing.assert_array_equal(read.reshape(shape), pixels)
 
 
-def test_a_stretch_of_a_log_has_its_mean_and_percentiles_without_numbers_that_are_not_finite():
+def test_each_bin_of_a_log_has_the_mean_and_the_percentiles_of_its_finite_numbers():
     values = np.array([1.0, np.inf, 3.0, np.nan, np.nan, np.nan])
     steps, mean, low, high = binned(np.arange(1.0, 7.0), values, bins=2)
     np.testing.assert_array_equal(steps, [3, 6])

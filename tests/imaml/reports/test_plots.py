@@ -71,7 +71,7 @@ def test_the_validations_are_drawn_with_their_intervals(regression, tmp_path, mo
     assert learning_curve(tmp_path, None if regression else 5).read_bytes() != before
     label = "validation curves" if regression else "validation classes"
     assert drawn == [([20, 40], [0.7, 0.9], [0.04, 0.04], label)]
-    write_result(tmp_path)  # the evaluation belongs to the best validation, not to the last meta-step
+    write_result(tmp_path)  # the evaluation is drawn at the step of the best validation
     result = json.loads((tmp_path / "result.json").read_text()) | {"validation": {"step": 20, "value": 0.7}}
     (tmp_path / "result.json").write_text(json.dumps(result))
     learning_curve(tmp_path, None if regression else 5)
@@ -113,7 +113,7 @@ def test_a_regression_is_drawn_without_an_accuracy(evaluated, tmp_path):
 
 
 def test_the_module_imports_neither_jax_nor_matplotlib():
-    # An empty package replaces imaml/__init__.py, so that only the imports of plots count.
+    # An empty package replaces imaml/__init__.py, so that only the imports of this module count.
     code = f"""
 import sys, types
 package = types.ModuleType("imaml")

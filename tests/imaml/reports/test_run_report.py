@@ -150,7 +150,7 @@ def test_outputs_that_are_not_finite_have_no_calibration():
 
 
 @pytest.mark.slow("trains a run and adapts to its tasks")
-def test_a_run_without_an_evaluation_is_reported_with_one_of_its_parameters(reported, tmp_path):
+def test_the_report_of_a_run_without_an_evaluation_evaluates_its_parameters(reported, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
     for name in ("checkpoint-00000003.npz", "metrics.jsonl"):

@@ -41,7 +41,7 @@ def test_a_regression_is_trained_logged_and_evaluated_by_its_squared_error(tmp_p
     assert len(log) == 3 and all(entry.accuracy is None and entry.loss > 0 for entry in log)
     result = json.loads((tmp_path / runfolder.RESULT).read_text())
     assert result["evaluations"] == found.records() and result["config"]["algorithm"] == "imaml"
-    # Compute the error here: take two steps of proximal gradient descent on each of the same tasks.
+    # Compute the error here: on each of the same tasks, take two gradient steps on the loss plus the proximal term.
     apply = preset.learner.apply
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Tests of a trained learner: its adaptation is gradient descent, and an image has the same prediction among others."""
+"""Tests of a trained learner: it adapts by gradient descent, and predicts for an image alone as in a batch."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -221,7 +221,7 @@ def test_an_array_of_labels_gives_an_array_of_labels(dtype, task):
     assert found.dtype == np.dtype(dtype) and found.shape == (40,)
 
 
-def test_labels_that_have_an_order_do_not_depend_on_the_order_of_the_examples(learner, task):
+def test_with_sortable_labels_the_probabilities_do_not_depend_on_the_order_of_the_examples(learner, task):
     support, labels, query = task
     expected = learner.adapt(support, list(labels)).probabilities(query)
     order = [5, 0, 3, 1, 4, 2]

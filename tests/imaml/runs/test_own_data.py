@@ -108,7 +108,7 @@ def finished(whole):
 
 @pytest.mark.slow("trains and evaluates runs on several folders")
 def test_a_changed_missing_or_moved_folder_is_refused_or_found(whole, cards, tmp_path):
-    # Make a run on `cards`, whose files are equal to those of the finished run.
+    # Copy the finished run as a run on `cards`, a folder with equal images.
     finished = tmp_path / "run"
     finished.mkdir()
     found, before = checkpoints.newest(whole.directory), whole.evaluation
@@ -145,7 +145,7 @@ def test_another_dataset_in_the_folder_of_a_run_is_refused_and_changes_nothing(f
         train(PRESET, finished, dataset=replace(other, name="arrays"))
     with pytest.raises(InputError, match="trained on other data than the present cards data"):
         imaml.evaluate(finished, PRESET, 4, dataset=other)
-    # A dataset of another name is evaluated: only data of the same name are compared with those of the training.
+    # A dataset of another name is accepted: only data of the same name are compared with those of the training.
     assert imaml.evaluate(finished, PRESET, 4, dataset=replace(other, name="arrays")).tasks == 4
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.name != "lock"} == before
 

@@ -123,7 +123,7 @@ def test_a_download_is_shown_on_a_terminal_only(clock):
         (io.StringIO(), []),
     ):
         reporter = Reporter(stream)
-        for done in range(0, 2_000_001, 100_000):  # 0.01 s apart; the last one is always shown
+        for done in range(0, 2_000_001, 100_000):  # 0.0101 s apart; the last one is always shown
             reporter.transfer(done, 2_000_000)
             clock[0] += 0.0101
         reporter.finish()

@@ -1,4 +1,4 @@
-"""The folder of a run refuses another run, and keeps its checkpoints on a full disk and beside a second process."""
+"""The folder of a run refuses another run and a second process, and keeps its checkpoints on a full disk."""
 
 import errno
 import json
@@ -51,7 +51,7 @@ def test_other_settings_are_refused_and_named(other, difference, uninterrupted):
 
 
 OTHER_TYPES = replace(PRESET, episode=PermutedEpisode(ways=2, shots=1, queries=1))
-"""The tiny preset with a subclass as its episode. Its name and its config are those of ``PRESET``."""
+"""The tiny preset with a subclass of ``Episode``. Its name and its config are those of ``PRESET``."""
 
 
 def test_a_preset_that_differs_only_in_the_type_of_a_part_is_another_run(uninterrupted):

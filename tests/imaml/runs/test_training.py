@@ -163,7 +163,7 @@ def test_a_signal_during_a_print_is_recorded():
 
 @pytest.fixture
 def interruptible():
-    """Install Python's default SIGINT handler. A background job of a shell script would ignore SIGINT."""
+    """Install Python's default SIGINT handler. Otherwise a background job of a shell script ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

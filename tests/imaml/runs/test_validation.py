@@ -45,7 +45,7 @@ def validations(directory):
 # --- Settings ------------------------------------------------------------------------------------------------------
 
 
-def test_a_preset_without_validation_has_the_settings_and_types_of_the_versions_before_it():
+def test_a_preset_without_validation_has_the_settings_and_types_of_earlier_versions():
     assert "validation" not in PRESET.config() and "validation" not in VALIDATED.types()
     assert VALIDATED.config()["validation"] == {"every": 2, "tasks": 8, "patience": 0, "held_out": 0.25}
     assert completed(VALIDATED, PRESET.config()) == PRESET.config()
@@ -192,7 +192,7 @@ def test_a_run_stops_early_after_enough_validations_without_a_better_one(stop, t
     again = train(tmp_path, EARLY)
     assert (again.step, again.finished, again.evaluation) == (4, True, run.evaluation)
     assert_equal_states(again.theta, run.theta)
-    # An extended run continues although it had stopped early, and its count of waited validations starts at 0 again.
+    # An extended run continues although it had stopped early, and counts its validations without a better one from 0.
     longer = train(tmp_path, with_steps(EARLY, STEPS + 1), on_progress=stop_at(5))
     assert (longer.step, longer.best_step) == (5, 5)
 
@@ -243,7 +243,7 @@ def test_an_extended_run_with_a_constant_rate_equals_a_longer_run(stop, uninterr
 
 @pytest.mark.slow("compiles the meta-step for two lengths")
 def test_the_rate_of_an_extended_run_is_that_of_a_run_of_the_new_length(tmp_path):
-    """The first step of the extension changes θ by about the learning rate of the long cosine, which is not 0."""
+    """The first step after the extension has the rate of the longer cosine schedule, which is not 0 at that step."""
     falling = replace(PRESET, outer=replace(PRESET.outer, steps=4, final_fraction=0.0))
     train(tmp_path, falling)
     before = saved_state(tmp_path).theta

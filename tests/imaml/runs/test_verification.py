@@ -52,7 +52,7 @@ def test_the_meta_gradient_of_a_smooth_learner_is_right(setting):
     assert all(check.ok for check in checks.values()), list(checks.values())
     assert 1e-6 < checks["CG at its budget"].value < 1  # Six CG steps do not solve the system exactly.
     budget = checks["CG at its budget"]
-    # Twelve CG steps bring the relative error of the gradient below verification.NEAR, so no longer budget is tried.
+    # Twelve CG steps bring the relative error of the gradient below verification.NEAR, so no larger budget is tried.
     assert [steps for steps, *_ in budget.longer] == [12]
     assert budget.longer[0][1] < budget.residual < 1 and budget.longer[0][2] < budget.value
     assert 0 < budget.inner_residual < 1 and budget.inner_steps == 16

@@ -57,7 +57,7 @@ _task_scores, _over_tasks = functools.cache(evaluation.task_scores), functools.c
 
 @contextlib.contextmanager
 def patched(pixels, meta_step):
-    """Do what :func:`programs` does within the ``with`` block, and let every dataset name give the tiny dataset."""
+    """Use :func:`programs`, and let every dataset name give the tiny dataset, within the ``with`` block."""
     tiny = dataset(pixels)
     with programs(meta_step), pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load", lambda name, data=None, meanwhile=None: tiny)
@@ -69,7 +69,7 @@ def programs(meta_step):
     """Replace the functions that training and evaluation trace, within the ``with`` block.
 
     Training uses ``meta_step``. For equal arguments, ``task_scores`` and ``over_tasks`` return the same function again,
-    which JAX then does not trace anew.
+    so that JAX does not trace it anew.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_compiler, "meta_step", meta_step)

@@ -1,4 +1,4 @@
-"""Presets of one's own: registered by name, and restored with types of one's own from what a run's folder holds."""
+"""Presets of one's own: registering them by name, and restoring them from a saved name, config and types."""
 
 from dataclasses import dataclass, replace
 

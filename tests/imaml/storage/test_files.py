@@ -16,7 +16,7 @@ from imaml.storage import files
 from imaml.storage.files import alone_in, sweep, write_whole
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
-# Child processes use an empty package in place of imaml/__init__.py, so that only the imports of files count.
+# Child processes use an empty package in place of imaml/__init__.py, so that they import little and start fast.
 PRELUDE = f"""
 import os, signal, sys, types
 from pathlib import Path
