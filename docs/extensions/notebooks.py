@@ -59,7 +59,7 @@ def _code_cells(body):
 
 
 def _plain(text):
-    """Return Markdown without what only Sphinx understands, and without links into the site."""
+    """Return Markdown that needs no Sphinx: without directives, roles, pictures, and links into the site."""
     text = re.sub(r"^```\{code-block\} (\w+)\n(?::caption: (.*)\n)?(?::.*\n)*\n?", _captioned, text, flags=re.MULTILINE)
     text = re.sub(r"^(.*\{download\}.*|!\[.*\]\(.*\))\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^```+\{(?!code-block).*?^```+\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
