@@ -51,7 +51,7 @@ class Run:
     ):
         self._setup, self._start, self._constant = setup, start, constant
         self._raises, self._halt = halt, jnp.asarray(halt)
-        self._one, self._sound = jnp.int32(1), jnp.asarray(False)
+        self._one, self._not_failed = jnp.int32(1), jnp.asarray(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
         self._outline = self._compiled.outline(state, start, batch, self._halt)
         self.is_traced = self._outline.is_traced
@@ -71,7 +71,7 @@ class Run:
             HypergradientError: for a failed step, if ``halt`` was set.
         """
         began, count = time.perf_counter(), min(self._length, at_most)
-        kept, rows, failed = [], [], self._sound
+        kept, rows, failed = [], [], self._not_failed
         steps = np.int32(count) if self._constant and count > 1 else self._one
         for batch in itertools.islice(batches, 1 if self._constant else count):
             batch = owned(batch)
@@ -103,7 +103,7 @@ class Run:
         """Return the error of the failed step, from the state before that step and the batch of that step."""
         state = jax.tree.map(jnp.copy, self.state)
         advance = compiled_loop(self._setup, 1, True).advance
-        observed = advance(state, self._sound, self._start, batch, self._one, self._halt)[-1]
+        observed = advance(state, self._not_failed, self._start, batch, self._one, self._halt)[-1]
         assert observed is not None  # the loop was compiled to observe
         _, out = observed
         setup, theta = self._setup, self.state.theta

@@ -57,6 +57,6 @@ def react(found: Any, status: Status, size: float, on_failure: Policy) -> None:
     message = (
         f"stochastic loop, {status.name}: after {int(found.history.step[-1])} steps the state {state}: use smaller "
         f"rates{' than ' if rates else ''}{rates}, or larger batches; the result has the state of step "
-        f"{int(found.state.step)}, the last sound one"
+        f"{int(found.state.step)}, the last evaluation before the divergence"
     )
     raise_or_warn(message, found, on_failure)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class History:
         residual_norm: ‖F‖₂ over all samples; None without ``measure``.
         adjoint_norm: ‖Aᵀv − g‖₂ over all samples; None without ``measure``.
         gradient_norm: ‖h − Bᵀv‖₂ over all samples, the norm of the direction of θ; None without ``measure``.
-        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED for a sound run, and BREAKDOWN or NONFINITE for
+        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED, or BREAKDOWN or NONFINITE for
             a run that diverged.
     """
 
@@ -56,7 +57,7 @@ class StochasticMinimum:
         adjoint: v, which tends to the solution of the adjoint system Aᵀv = g.
         history: the record of the evaluations.
         state: the :class:`State` with which ``minimize(…, state=…)`` goes on. After a divergence ``theta``, ``w``,
-            ``adjoint`` and ``state`` are those of the last sound evaluation, or of the start if there is none. The
+            ``adjoint`` and ``state`` are those of the last evaluation before it, or of the start if there is none. The
             memory and the tables in ``state`` are then those that the algorithm makes anew at this point.
         algorithm: the algorithm with the rates that were used.
     """
@@ -120,7 +121,7 @@ def minimize(
         measure: whether each evaluation also computes the norms of the three directions over all samples.
         project: ``project(theta)`` returns the nearest point of a set in which θ must stay.
         on_failure: what to do about a run that diverged: ``"raise"``, ``"warn"`` or ``"ignore"``. The run stops in any
-            case, and the result has the last sound state.
+            case, and the result has the state of the last evaluation before the divergence.
         shares: the number of equal parts into which the samples are divided. Each draw takes one batch from every part,
             and the directions are averaged over the parts. The default is the number of devices over which the samples
             are sharded.
@@ -132,7 +133,7 @@ def minimize(
         ValueError: for an invalid argument, or for arguments that do not fit together; the message names them.
         TypeError: for a leaf that is not an array, a complex leaf of θ, and a leaf of w that is not floating point.
         HypergradientError: for a run that diverged, with ``on_failure="raise"``. Its ``result`` is the
-            :class:`StochasticMinimum` with the last sound state.
+            :class:`StochasticMinimum` with the state of the last evaluation before the divergence.
 
     Example:
         >>> import bilevel as bl, jax.numpy as jnp
@@ -156,12 +157,18 @@ def minimize(
     theta, w = placement.put(theta), placement.put(w)
     algorithm = choose_rates(algorithm, problem, theta, w, inner, outer)
     numbers, plan = make_plan(problem, algorithm, placement, inner, outer, evaluate, evaluate_every, measure, project)
-    first = _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
     rest = {"inner": inner, "outer": outer, "numbers": numbers, "plan": plan}
+
+    def first():
+        return _first_state(algorithm, theta, w, jax.random.key(0) if key is None else key)
+
     if state is None:
-        current: State = start(placement.put(first), **rest)
+        current: State = start(placement.put(first()), **rest)
     else:
-        _check_state(state, start.eval_shape(first, **rest))
+        expected = _kept_signature(plan, tree.signature((theta, w, inner, outer)))
+        if not expected:
+            expected.append(tree.signature(start.eval_shape(first(), **rest)))
+        _check_state(state, expected[0])
         current = replace(placement.put(replace(state, tables=())), tables=placement.copy(state.tables))
     records: list[Any] = []
     sizes, residuals = [float(largest_entry(replace(current, tables=())))], []
@@ -206,7 +213,7 @@ def _key_data(key):
 def _history(records, plan, state):
     if records:
         # NumPy stacks on the host: jnp.stack would compile a program with one operand for each record.
-        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *records)
+        stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *records))
     else:
         evaluations = None if plan.evaluate is None else jax.eval_shape(plan.evaluate, state.theta, state.w)
         empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), evaluations)
@@ -246,10 +253,20 @@ def _check_batches(problem, inner, algorithm, placement):
         )
 
 
+@lru_cache(maxsize=64)
+def _kept_signature(plan, arguments):
+    """Return the list for the signature of the states of a run; it is empty the first time.
+
+    The signature is kept because its computation takes longer than all other checks of a call together.
+    """
+    del plan, arguments
+    return []
+
+
 def _check_state(state, expected):
-    got, wanted = map(tree.signature, (state, expected))
-    if got != wanted:
+    got = tree.signature(state)
+    if got != expected:
         raise ValueError(
             "the state does not belong to this problem and algorithm: pass the same theta, w, samples, shares and "
-            f"algorithm as in the run that returned it; got the structure, shapes and dtypes {got}, expected {wanted}"
+            f"algorithm as in the run that returned it; got the structure, shapes and dtypes {got}, expected {expected}"
         )

@@ -121,7 +121,8 @@ def advance(
 ) -> tuple[State, tuple[Record, jax.Array]]:
     """Take ``count`` steps, and evaluate.
 
-    The buffers of ``tables`` are donated. Those of ``state`` are not, because the driver keeps the last sound state.
+    The buffers of ``tables`` are donated. Those of ``state`` are not, because the driver returns it if the
+    chunk diverges.
     """
     placement = plan.placement
 

@@ -14,9 +14,11 @@ variance reduction algorithms. The v of the paper has the opposite sign.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.conditions import Projected, ProximalGradient
@@ -27,6 +29,8 @@ from bilevel.stochastic.samples import Samples, Sampling
 from bilevel.types import PyTree
 
 Class = TypeVar("Class")
+Point = tuple[PyTree, PyTree, PyTree]
+"""w, the adjoint and θ."""
 
 
 @jax.tree_util.register_dataclass
@@ -153,6 +157,30 @@ class Oracle:
     def objective(self, number: jax.Array, w: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
         """Return the gradients in w and in θ of the inner objective, for a condition that has one."""
         return self.inner_samples.on_batch(lambda batch: self._objective_gradients(w, theta, batch), number)
+
+    def change(self, inner: jax.Array, outer: jax.Array, point: Point, previous: Point) -> Directions:
+        """Return the directions on an inner and an outer batch at ``point``, minus those at ``previous``.
+
+        A point is (w, adjoint, θ). Both points are evaluated in one ``jax.vmap``, which reads each sample once.
+        """
+        in_axes = jax.tree.map(lambda leaf: 0 if tree.is_floating(leaf) else None, point)
+        both = jax.tree.map(lambda new, old: jnp.stack([new, old]) if tree.is_floating(new) else new, point, previous)
+
+        def difference(terms, batch):
+            found = jax.vmap(partial(terms, batch), (in_axes,))(both)
+            return jax.tree.map(lambda leaf: leaf[0] - leaf[1], found)
+
+        def inner_terms(batch, point):
+            return self._inner_terms(*point, batch)
+
+        def outer_terms(batch, point):
+            w, _, theta = point
+            return self._outer_terms(w, theta, batch)
+
+        return directions(
+            self.inner_samples.on_batch(partial(difference, inner_terms), inner),
+            self.outer_samples.on_batch(partial(difference, outer_terms), outer),
+        )
 
     def full(self, w: PyTree, adjoint: PyTree, theta: PyTree) -> Directions:
         """Return the directions over all samples of all shares, by one evaluation on each inner and outer sample."""

@@ -26,7 +26,11 @@ Sampling = Literal["with_replacement", "without_replacement"]
 T = TypeVar("T")
 
 PASS = 4096
-"""Samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not with the samples."""
+"""The largest number of samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not
+with the samples."""
+CACHE = 2**21
+"""On a CPU, the largest number of bytes in a slice of a pass, unless one batch is larger. The derivatives of a loss
+read each sample several times, and only the first time from the memory if the slice fits into the cache."""
 FEW = 16
 """Up to this number of batches are ordered by ranks: a Feistel network on so few numbers is biased."""
 ROUNDS = 12
@@ -104,7 +108,8 @@ class Samples:
 
     def mean(self, function: Callable[[PyTree], PyTree]) -> PyTree:
         """Return the mean of ``function`` over all samples, for a function that is a mean over its batch."""
-        if self.whole or self.size <= PASS:
+        length = self._pass_length()
+        if self.whole or self.size <= length:
             return function(self.data)
 
         def share(start, length):
@@ -112,11 +117,18 @@ class Samples:
             return tree.scale(length / self.size, function(self._slice(start, length)))
 
         def add(number, total):
-            return tree.add(total, share(number * PASS, PASS))
+            return tree.add(total, share(number * length, length))
 
-        slices, rest = divmod(self.size, PASS)
-        total = jax.lax.fori_loop(1, slices, add, share(0, PASS))
+        slices, rest = divmod(self.size, length)
+        total = jax.lax.fori_loop(1, slices, add, share(0, length))
         return tree.add(total, share(self.size - rest, rest)) if rest else total
+
+    def _pass_length(self):
+        """Return the number of samples in a slice of a pass over all samples."""
+        if jax.default_backend() != "cpu":
+            return PASS
+        row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.data)) // self.size
+        return min(PASS, max(self.batch, CACHE // max(row, 1)))
 
     def _slice(self, start, length):
         if length == self.size:

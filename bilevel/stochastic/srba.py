@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
-from bilevel.stochastic.protocol import Directions, Draws, Oracle, State, directions, register
+from bilevel.stochastic.protocol import Directions, Draws, Oracle, State, register
 from bilevel.stochastic.rates import Rate
 from bilevel.stochastic.samples import Sampling
 from bilevel.stochastic.soba import move_inner
@@ -22,8 +22,9 @@ class SRBA:
 
         D ← D + (direction of a batch at the new point) − (direction of the same batch at the previous point).
 
-    Such a step costs twice as much as one of :class:`SOBA`, and every q-th step costs a pass over all samples. The
-    algorithm has no tables. Constant rates converge linearly on a strongly convex problem.
+    Such a step makes twice as many evaluations as one of :class:`SOBA`, both points in one ``jax.vmap``. Every q-th
+    step makes a pass over all samples. The algorithm has no tables. Constant rates converge linearly on a strongly
+    convex problem.
 
     Args:
         inner_rate: as for :class:`SOBA`; a constant rate is usual.
@@ -62,12 +63,9 @@ class SRBA:
         previous, estimate, age = state.memory
         point = state.w, state.adjoint, state.theta
 
-        def on_batch(w, adjoint, theta):
-            terms = oracle.inner(draws.inner[0], w, adjoint, theta)
-            return directions(terms, oracle.outer(draws.outer[0], w, theta))
-
         def corrected():
-            return tree.add(estimate, oracle.average(tree.subtract(on_batch(*point), on_batch(*previous))))
+            change = oracle.change(draws.inner[0], draws.outer[0], point, previous)
+            return tree.add(estimate, oracle.average(change))
 
         # The age is the number of steps since the last pass, modulo the period. It is not the step modulo the period,
         # because after a divergence a run begins anew at a step that need not be a multiple of the period.
