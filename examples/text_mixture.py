@@ -1,6 +1,6 @@
 """A mixture of text sources for a small language model, learned so that the model predicts another text.
 
-The sources are the documentation and the code of the Python standard library, a table of numbers, and shuffled
+The sources are Python's help topics, five modules of its standard library, a table of numbers, and shuffled
 characters. The inner problem trains a causal convolution on the weighted sources. θ holds the logits of the four
 weights. The outer value is the loss on scikit-learn's descriptions of datasets. MASOBA moves the model, the adjoint and
 θ at once.

@@ -1,4 +1,4 @@
-"""Objects that installed packages offer under an entry point of this package.
+"""Objects that installed packages offer as entry points in a group of this package.
 
 A package offers a dataset or a preset in its ``pyproject.toml``::
 

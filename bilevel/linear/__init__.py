@@ -1,6 +1,6 @@
 """Linear solvers of the adjoint system: one protocol, and a status computed from the true residual.
 
-A solver is a frozen dataclass, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on any pytree. By default,
+A solver is a frozen dataclass, called as ``solver(matvec, b, init=None) -> (x, LinearInfo)`` on a pytree. By default,
 ``CG`` runs jaxopt's ``solve_cg``, which returns x alone. ``Lineax`` runs a solver of the library Lineax. The other
 solvers are implemented here. In float32 the recursive residual of an iterative algorithm can be wrong by orders of
 magnitude. So every solve ends with one more product Ax, which gives the true residual and the sign of ⟨x, Ax⟩.

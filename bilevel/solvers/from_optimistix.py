@@ -14,14 +14,14 @@ from bilevel.conditions.protocol import Condition
 from bilevel.solvers.protocol import check_budget, report
 from bilevel.types import PyTree, Solution, Status
 
-# _FITTING has an entry for each kind of condition. A key is an attribute of conditions, and the first key that a
-# condition has as an attribute, in this order, decides its kind. The entry lists the classes of Optimistix that solve
-# this kind. For each class it names the function of Optimistix that runs the solver, and the method of the condition
-# that this function is given.
+# _FITTING has an entry for each kind of condition. Each key is the name of an attribute. The kind of a condition is the
+# first key of _FITTING, from the top, whose attribute the condition has. The entry lists the classes of Optimistix that
+# solve this kind. For each class it names the function of Optimistix that runs the solver, and the method of the
+# condition that this function is given.
 _OF_RESIDUAL = {
     "AbstractRootFinder": ("root_find", "residual"),
     "AbstractLeastSquaresSolver": ("root_find", "residual"),
-    "AbstractMinimiser": ("root_find", "residual"),  # Optimistix then minimises the sum of squares
+    "AbstractMinimiser": ("root_find", "residual"),  # Optimistix then minimises solver.norm of the residual
 }
 _OF_MAPPING = {"AbstractFixedPointSolver": ("fixed_point", "mapping")}
 _OF_OBJECTIVE = {"AbstractMinimiser": ("minimise", "potential")}
@@ -52,7 +52,7 @@ class Optimistix:
     LeastSquares                             solvers of least squares, which get its residuals: LevenbergMarquardt,
                                              GaussNewton, Dogleg, …; and minimisers, which get ½‖r‖²
     Root, KKT                                root finders: Newton, Chord; solvers of least squares; and minimisers,
-                                             which get ‖residual‖²
+                                             which get the residual's ``norm``, a field of the solver
     FixedPoint                               FixedPointIteration; and all of Root
     Projected, ProximalGradient              FixedPointIteration
     =======================================  ==================================================================

@@ -22,9 +22,9 @@ class HessianFree:
     """Newton's method with directions from a few CG steps, and a backtracking line search.
 
     With the inner gradient F and Hessian H, a few CG steps on H d = −F give the direction d. CG stops at a search
-    direction whose curvature is not positive beyond rounding. It then returns the iterate before that direction, or −F
-    if that direction is the first one. So d always is a descent direction. The step is halved until the objective falls
-    by at least 10⁻⁴ of the linear prediction (Armijo's rule).
+    direction whose curvature is negative, zero, or positive only by a rounding error. It then returns the iterate
+    before that direction, or −F if that direction is the first one. So d always is a descent direction. The step is
+    halved until the objective falls by at least 10⁻⁴ of the linear prediction (Armijo's rule).
 
     Args:
         max_steps: the budget, in Newton steps. Each takes a gradient, up to ``cg_steps`` products, and values of

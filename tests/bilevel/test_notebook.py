@@ -1,4 +1,4 @@
-"""Reports and records are tables in a notebook, with the text that they print elsewhere."""
+"""Reports and records are tables in a notebook. The table of a report or a certificate has the words that it prints."""
 
 from dataclasses import replace
 from xml.etree import ElementTree

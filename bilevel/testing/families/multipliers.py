@@ -33,7 +33,8 @@ def kkt(inequality: bool = False, **options: Any) -> Case:
         numbers |= {"inequality": rows[1:], "limit": rows[1:] @ x + [0.0, slack]}
         pull, solution = pull + unequal * rows[1], [*solution, [unequal, 0.0]]
     numbers["offset"] = numbers["matrix"] @ x + pull - numbers["slope"] @ theta
-    # Newton's method finds this active set only from nearby. An inactive multiplier stays zero only if it starts at 0.
+    # Newton's method finds this active set only from nearby. An inactive multiplier that
+    # starts at 0 is exactly 0 after each Newton step, so it is not perturbed.
     solution = np.concatenate(solution)
     init = solution + 0.01 * rng.normal(size=solution.size) * (solution != 0)
     margin = min(unequal, slack) if inequality else np.inf
