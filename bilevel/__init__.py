@@ -118,7 +118,7 @@ from bilevel.verify import (
     compare_methods,
 )
 
-__all__ = [  # noqa: RUF022  # by group, as in the API pages
+__all__ = [  # noqa: RUF022  # by task
     # Declare a problem
     "Problem",
     "Condition",

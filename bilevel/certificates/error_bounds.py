@@ -177,7 +177,7 @@ class Bounds(NamedTuple):
     gradient: jax.Array
     """Bound of ‖(h − Bᵀv) − G*‖."""
     rounding: jax.Array
-    """The value that ``gradient`` would have if r₁ and r₂ were rounding errors alone."""
+    """The value of ``gradient`` with the allowances for rounding in place of r₁ and r₂, and the same constants."""
     residual_rounding: jax.Array
     """Allowance for rounding in r₁."""
     defect_rounding: jax.Array
@@ -193,7 +193,8 @@ class Constants:
         system: the problem at θ.
         here: the spectrum of A at the inner solution.
         algebra: computes the spectrum of A at other points.
-        probed: the names of the constants that were probed at one point.
+        probed: the names of the constants that are not proved: those probed at one point, and the smallest singular
+            value of A if it comes from rounded arithmetic.
         disproved: True if the declared strong convexity is not positive, or if the spectrum contradicts it or the
             declared positive definiteness.
     """

@@ -129,7 +129,7 @@ def _overridden(chosen, each: Override, command, known):
 
 
 def _no_setting(each: Override, chosen, command, options, settings):
-    """Return the message for a setting that the preset does not have: it is mistyped, or only other presets have it."""
+    """Return the message for a setting that is mistyped, or that the preset with its algorithm does not have."""
     every = f"see 'imaml {command} {chosen.name} --help'"
     if each.path in {setting.path for setting in settings_with_meanings()}:
         return f"there is no setting {each.name} in {chosen.name} with algorithm {chosen.algorithm}: {every}"

@@ -81,15 +81,16 @@ def train(
     processes, a signal to any of them stops all at the same step, and only process 0 writes to the folder.
 
     Args:
-        preset: the settings. A checkpoint in ``directory`` must have been saved with the same ones, and with the same
-            types of the preset and of its components, such as ``network``.
+        preset: the settings. A checkpoint in ``directory`` must have been saved with the same settings, except that
+            ``outer.steps`` may be larger now, and with the same types of the preset and of its components, such as
+            ``network``.
         directory: the run's folder, created if it does not exist.
         data: the folder of the dataset's files, for a dataset that is read from files.
         dataset: another dataset than the preset's: an :class:`imaml.ImageDataset`, another object with ``name``,
             ``train``, ``test`` and ``fingerprint()``, the name of a dataset of this package or of a registered one, or
-            ``"folder"`` to read the images in ``data``. The dataset's name replaces that in the preset, in the settings
-            of the run. A resumed run with ``run.preset`` reads a folder or a registered dataset again; any other object
-            must be passed again.
+            ``"folder"`` to read the images in ``data``. The settings of the run have the name of this dataset in
+            place of the name in ``preset``. To resume, pass the ``preset`` of the returned :class:`imaml.Run`: a folder
+            of images or a registered dataset is then read again. Any other dataset must be passed again.
         start: the parameters to start from, for fine-tuning: a run's folder, a file that :meth:`TrainedLearner.save`
             wrote, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and
             ``directory`` must be another folder than that of the run to start from. The new run records where θ came
@@ -226,11 +227,11 @@ def _train(
 
 
 def _check_alike(facts):
-    """Raise InputError if another process has other settings or data than this one."""
+    """Raise InputError if another process has other settings, data or parameters to start from than this one."""
     digest = np.frombuffer(sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
     others = [number for number, other in enumerate(gathered(digest)) if (other != digest).any()]
     if others:
-        raise InputError(f"processes {others} were started with other settings or data than this process")
+        raise InputError(f"processes {others} were started with other settings, data or start than this process")
 
 
 def _warn_of_test_classes(start, preset, data, on_warning):

@@ -32,7 +32,8 @@ def start(item: FewShot, dtype: str) -> tuple[Tensors, list[tuple[torch.Tensor, 
 def apply(parameters: Tensors, x: torch.Tensor) -> torch.Tensor:
     """Return the logits ``[images, ways]``.
 
-    Feature maps of odd size are padded by zeros at their end, so that 7×7 becomes 4×4 as in the JAX network.
+    Feature maps of odd size get a row and a column of zeros at their end, as in the JAX network. A map of 7×7 becomes
+    one of 4×4.
     """
     for block in range(4):
         if x.shape[-1] % 2:
