@@ -40,8 +40,8 @@ A run that does not use these fields then saves the same settings as a version t
 
 _SAME_OUTER_LOOP = (
     "The run is meant for comparison with implicit MAML on the same preset: it keeps the preset's network, "
-    "initialisation, outer loop, number of queries and number of meta-steps. It changes only the algorithm and its inner "
-    "loop."
+    "initialisation, outer loop, number of queries and number of meta-steps. It changes only the algorithm and its "
+    "inner loop."
 )
 _BASELINE_DEPARTURES = {
     "maml": (_SAME_OUTER_LOOP,),
