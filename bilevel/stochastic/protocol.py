@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.conditions import Projected, ProximalGradient
-from bilevel.conditions.protocol import Condition
+from bilevel.conditions.protocol import Condition, is_gradient
 from bilevel.problem import Problem
 from bilevel.stochastic.rates import at_step, descend, is_transformation
 from bilevel.stochastic.samples import Samples, Sampling
@@ -147,7 +147,7 @@ class Oracle:
     local_shares: int = 1
 
     def inner(self, number: jax.Array, w: PyTree, adjoint: PyTree, theta: PyTree) -> InnerTerms:
-        """Return F, Aᵀv and Bᵀv on an inner batch, by one evaluation of F and one vector-Jacobian product."""
+        """Return F, Aᵀv and Bᵀv on an inner batch, by one evaluation of F and one product with its derivatives."""
         return self.inner_samples.on_batch(lambda batch: self._inner_terms(w, adjoint, theta, batch), number)
 
     def outer(self, number: jax.Array, w: PyTree, theta: PyTree) -> OuterTerms:
@@ -210,8 +210,18 @@ class Oracle:
 
     def _inner_terms(self, w, adjoint, theta, batch):
         w, adjoint, theta, batch = tree.match_varying_axes(w, adjoint, theta, batch)
-        residual, pull_back = jax.vjp(lambda w, theta: self.problem.condition.residual(w, theta, batch), w, theta)
-        transposed, cross = pull_back(adjoint)
+        condition = self.problem.condition
+        if is_gradient(condition):
+            # A is symmetric, so Aᵀv and Bᵀv are the derivatives along v of the objective's gradients in w and in θ.
+            # Forward over reverse mode reads the samples fewer times than two reverse passes do.
+            def gradients(w):
+                in_w, in_theta = jax.grad(condition.potential, (0, 1), allow_int=True)(w, theta, batch)
+                return in_w, tree.with_zeros(in_theta, theta)
+
+            (residual, _), (transposed, cross) = jax.jvp(gradients, (w,), (adjoint,))
+        else:
+            residual, pull_back = jax.vjp(lambda w, theta: condition.residual(w, theta, batch), w, theta)
+            transposed, cross = pull_back(adjoint)
         return InnerTerms(residual, transposed, tree.with_zeros(cross, theta))
 
     def _objective_gradients(self, w, theta, batch):
