@@ -547,6 +547,15 @@ def test_rates_that_are_left_out_are_chosen_and_reported(kind):
     assert given.inner_rate == 0.01 and getattr(given, "linear_rate", 0.01) == 0.01 and given.outer_rate is not None
 
 
+@pytest.mark.parametrize("kind", ["SOBA", "SRBA"])
+def test_the_gradient_as_a_root_gives_the_steps_of_the_objective(kind):
+    # An objective has forward over reverse mode, and a root a vector-Jacobian product.
+    as_root = bl.Problem(bl.Root(jax.grad(inner_objective)), outer_objective)
+    first, second = (run(ALGORITHMS[kind], problem=problem) for problem in (QUADRATIC, as_root))
+    for a, b in zip((first.theta, first.w, first.adjoint), (second.theta, second.w, second.adjoint), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
 def test_an_algorithm_of_ones_own():
     @dataclass(frozen=True)
     class Plain:
