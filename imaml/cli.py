@@ -349,7 +349,8 @@ def _reproduce(options):
     reporter = _reporter(options, sys.stderr)  # stdout is kept for the table, which may be redirected to a file
     made = reproduce(options.work, options.records, options.out, options.format, reporter.event)
     picture = None if made.picture is None else str(made.picture)
-    return Outcome({"name": made.what, "result": made.result, "picture": picture}, str(made))
+    record = {"name": made.what, "result": made.result, "other_splits": made.other_splits, "picture": picture}
+    return Outcome(record, str(made))
 
 
 def _inner_loop(chosen):
@@ -366,8 +367,9 @@ def _data(options):
         folder = download(options.dataset, options.dir, options.url, reporter.event, reporter.transfer)
     finally:
         reporter.finish()
-    data_option = "" if options.dir is None else f" --data {folder}"
-    text = f"{options.dataset} is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd{data_option}"
+    words = "" if options.dataset == "omniglot" else f" --dataset {options.dataset}"
+    words += "" if options.dir is None else f" --data {folder}"
+    text = f"{options.dataset} is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd{words}"
     return Outcome({"dataset": options.dataset, "directory": str(folder)}, text)
 
 

@@ -21,6 +21,8 @@ LABELS = {
     BACKGROUND: ["Mu/character01", "Mu/character02", "Nu_(x)/character01"],
     EVALUATION: ["Alpha_b/character01", "Gamma/character01"],
 }
+EVALUATION_ALPHABETS = frozenset({"Alpha_b", "Gamma"})
+"""The alphabets in the second archive, with which tests replace ``omniglot_alphabets.EVALUATION_ALPHABETS``."""
 Members = dict[str, bytes]
 
 

@@ -231,7 +231,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     reproduce.add_argument("--format", metavar="FORM", default="terminal", help="terminal (default) or markdown")
 
     data = commands.add_parser("data", help="fetch and check a dataset's official files")
-    data.add_argument("dataset", metavar="NAME", help="omniglot")
+    data.add_argument("dataset", metavar="NAME", help="omniglot, or omniglot-alphabets with the same two archives")
     data.add_argument(
         "--dir",
         metavar="DIR",
@@ -303,7 +303,8 @@ def _add_dataset(command):
         "--dataset",
         metavar="NAME",
         help="use another dataset than the preset's: 'folder' reads your own images from --data DIR, which holds one "
-        "folder of images for each class; any other NAME is a dataset of this or of another installed package",
+        "folder of images for each class; 'omniglot-alphabets' is Omniglot, split by whole alphabets; any other NAME "
+        "is a dataset of this or of another installed package",
     )
 
 

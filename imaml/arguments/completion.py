@@ -4,7 +4,8 @@ import shtab
 
 from imaml.arguments.commands import FORMATS, LOGGERS, WITH_SETTINGS, parsers
 from imaml.arguments.parser import add_settings
-from imaml.datasets import FOLDER, registry
+from imaml.datasets import BUILT_IN, FOLDER, registry
+from imaml.datasets.omniglot_alphabets import SPLITS
 from imaml.learning.algorithms import ALGORITHMS
 from imaml.reproduction import trained
 from imaml.reproduction.commands import FORMS, WORKS
@@ -43,7 +44,7 @@ def _words(command, action):
         return ("true", "false")
     words = {
         "preset": presets(),
-        "dataset": ("omniglot",) if command == "data" else (FOLDER, *registry.names()),
+        "dataset": SPLITS if command == "data" else (*BUILT_IN, FOLDER, *registry.names()),
         "algorithm": tuple(ALGORITHMS),
         "record": trained.names(),
         "part": ("test", "validation"),

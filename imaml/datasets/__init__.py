@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from imaml.datasets import glyphs, miniimagenet, omniglot, registry, sinusoid
+from imaml.datasets import glyphs, miniimagenet, omniglot, omniglot_alphabets, registry, sinusoid
 from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.datasets.registry import BUILT_IN, FOLDER, Dataset, register_dataset
 from imaml.datasets.sinusoid import SinusoidDataset
@@ -27,13 +27,14 @@ def load(
     """Return the dataset called ``name``.
 
     Args:
-        name: ``"glyphs"`` (drawn from a file of this package), ``"sinusoid"`` (sampled), ``"omniglot"`` or
-            ``"miniimagenet"`` (both read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its
-            defaults), a name that :func:`register_dataset` has registered, or one that an installed package offers.
-        directory: the folder of the files. For ``omniglot`` it holds the two official archives; None takes the folder
-            to which :func:`download` writes by default. For ``miniimagenet`` it holds the images and the three CSV
-            files. For ``folder`` it holds one folder of images for each class. ``glyphs`` and ``sinusoid`` need None.
-            The function of a registered or offered dataset gets this folder.
+        name: ``"glyphs"`` (drawn from a file of this package), ``"sinusoid"`` (sampled), ``"omniglot"``,
+            ``"omniglot-alphabets"`` (the same characters, split by whole alphabets) or ``"miniimagenet"`` (these three
+            are read from files), ``"folder"`` (:meth:`ImageDataset.from_folder` with its defaults), a name that
+            :func:`register_dataset` has registered, or one that an installed package offers.
+        directory: the folder of the files. For ``omniglot`` and ``omniglot-alphabets`` it holds the two official
+            archives; None takes the folder to which :func:`download` writes by default. For ``miniimagenet`` it holds
+            the images and the three CSV files. For ``folder`` it holds one folder of images for each class. ``glyphs``
+            and ``sinusoid`` need None. The function of a registered or offered dataset gets this folder.
         meanwhile: called just before glyphs are drawn or Omniglot is decoded, with a blank :class:`ImageClasses` in
             the shape of the training classes. Drawing and decoding take seconds, in which a thread that ``meanwhile``
             starts can compile a program for that shape. If the arrays are in the cache, ``meanwhile`` is not called.
@@ -48,15 +49,16 @@ def load(
                 "the glyphs dataset reads no files and takes no data folder: omit --data, or choose an omniglot preset"
             )
         return glyphs.load(meanwhile)
-    if name == "omniglot":
+    if name in omniglot_alphabets.SPLITS:
         if directory is None:
             directory = omniglot.default_directory()
             if not directory.is_dir():
                 raise InputError(
-                    "omniglot needs its two official archives, images_background.zip and images_evaluation.zip: "
+                    f"{name} needs Omniglot's two official archives, images_background.zip and images_evaluation.zip: "
                     "download them with 'imaml data omniglot', or name the folder that holds them with --data DIR"
                 )
-        return omniglot.load(directory, meanwhile)
+        read = omniglot.load if name == "omniglot" else omniglot_alphabets.load
+        return read(directory, meanwhile)
     if name == "miniimagenet":
         if directory is None:
             raise InputError(
@@ -81,10 +83,10 @@ def download(
     on_event: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Path:
-    """Download the official files of a dataset and verify their contents. Only ``"omniglot"`` can be downloaded.
+    """Download the official files of a dataset and verify their contents. Only Omniglot can be downloaded.
 
     Args:
-        name: the name of the dataset.
+        name: the name of the dataset. ``"omniglot"`` and ``"omniglot-alphabets"`` have the same files.
         directory: the folder for the files. None takes the folder in which :func:`load` looks by default.
         url, on_event, on_progress: see :func:`.omniglot.download`.
 
@@ -106,7 +108,7 @@ def download(
             "miniimagenet may not be redistributed: obtain the images yourself, and use --data DIR of 'imaml train' to "
             f"name the folder that holds {miniimagenet.LAYOUT}"
         )
-    if name != "omniglot":
+    if name not in omniglot_alphabets.SPLITS:
         raise _unknown(name)
     folder = Path(directory) if directory is not None else omniglot.default_directory()
     omniglot.download(folder, url or omniglot.URL, on_event, on_progress)

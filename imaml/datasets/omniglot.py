@@ -102,12 +102,25 @@ def load(
     Traceback (most recent call last):
     imaml.errors.InputError: /no/such/folder: no such folder; name the one that holds images_background.zip and ...
     """
-    contents = _read_archives(Path(directory))
+    return _split(*characters(Path(directory), TRAIN_CHARACTERS, meanwhile))
+
+
+def characters(
+    directory: Path, training: int, meanwhile: Callable[[ImageClasses], None]
+) -> tuple[np.ndarray, list[str]]:
+    """Return the pixels, uint8 ``[1623, 20, 28, 28, 1]``, and the labels of all characters, sorted by label.
+
+    ``training`` is the number of training classes, which is the number of blank classes that ``meanwhile`` gets. The
+    other arguments and the errors are those of :func:`load`.
+    """
+    contents = _read_archives(directory)
     key = hashlib.sha256()
     for content in contents.values():
         key.update(hashlib.sha256(content).digest())
-    arrays = cached(f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}", lambda: _decode(contents, meanwhile))
-    return _split(arrays["pixels"], [str(label) for label in arrays["labels"]])
+    blank = ImageClasses.blank(training, DRAWINGS, SIZE, SIZE, 1)
+    name = f"omniglot-v{_CACHE_VERSION}-{key.hexdigest()}"
+    arrays = cached(name, lambda: _decode(contents, lambda: meanwhile(blank)))
+    return arrays["pixels"], [str(label) for label in arrays["labels"]]
 
 
 def default_directory() -> Path:
@@ -208,12 +221,12 @@ def _read_file(path: Path) -> bytes:
     return content
 
 
-def _decode(contents: dict[Path, bytes], meanwhile: Callable[[ImageClasses], None]) -> dict[str, np.ndarray]:
+def _decode(contents: dict[Path, bytes], meanwhile: Callable[[], None]) -> dict[str, np.ndarray]:
     """Return ``pixels``, uint8 ``[characters, 20, 28, 28, 1]``, and ``labels``, both sorted by label."""
     pairs = list(zip(ARCHIVES, contents.items(), strict=True))
     # Check both containers first, so that errors in them are raised before the slow decoding.
     drawings = [_drawings(archive, path, content) for archive, (path, content) in pairs]
-    meanwhile(ImageClasses.blank(TRAIN_CHARACTERS, DRAWINGS, SIZE, SIZE, 1))
+    meanwhile()
     pixels, labels = [], []
     for (archive, (path, _)), pngs in zip(pairs, drawings, strict=True):
         pixels.append(_pixels(archive, path, pngs))

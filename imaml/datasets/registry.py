@@ -9,7 +9,7 @@ from imaml.errors import InputError, check
 
 GROUP = "imaml.datasets"
 """The group of the entry points by which packages offer datasets."""
-BUILT_IN = ("glyphs", "omniglot", "miniimagenet", "sinusoid")
+BUILT_IN = ("glyphs", "omniglot", "omniglot-alphabets", "miniimagenet", "sinusoid")
 FOLDER = "folder"
 """The name under which a folder of images is read."""
 

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from imaml.datasets import omniglot_alphabets
 from imaml.errors import InputError, check_choice
 from imaml.reproduction import gradient_error, memory, pictures, records, trained
 from imaml.reproduction.paper import ROWS, TABLE_2
-from imaml.reproduction.table import rows, table_2
+from imaml.reproduction.table import rows, rows_by_alphabets, table_2
 from imaml.runs.evaluation import trained as run_of
 from imaml.runs.meta_step import initial_state
 from imaml.runs.versions import versions
@@ -28,12 +29,15 @@ class Reproduced:
         text: the table, or the numbers of the figure as a table.
         result: the numbers, in JSON types. For the table, one entry for each row.
         picture: the file of the picture, or None if it was not drawn.
+        other_splits: for the table, the rows of runs on ``omniglot-alphabets``. They are neither in ``result`` nor in
+            the picture.
     """
 
     what: str
     text: str
     result: Any
     picture: Path | None
+    other_splits: tuple[dict[str, Any], ...] = ()
 
     def __str__(self) -> str:
         return self.text if self.picture is None else f"{self.text}\n\npicture: {self.picture}"
@@ -48,16 +52,37 @@ class Recorded:
         row: the name of the row of table 2 that the run belongs to, or None.
         meta_steps: meta-steps of the run.
         seconds: wall time of training, without the evaluation.
+        dataset: the name of the dataset of the run.
     """
 
     file: Path
     row: str | None
     meta_steps: int
     seconds: float
+    dataset: str
 
     def __str__(self) -> str:
         place = "no cell" if self.row is None else f"row {self.row!r}"
-        return f"wrote {self.file}: {self.meta_steps} meta-steps in {self.seconds:.0f} s, for {place} of table 2"
+        place = f"{place} of table 2"
+        if self.dataset == omniglot_alphabets.NAME:
+            place = f"the table of {self.dataset} that 'imaml reproduce table2' prints below table 2"
+        return f"wrote {self.file}: {self.meta_steps} meta-steps in {self.seconds:.0f} s, for {place}"
+
+
+class Work(NamedTuple):
+    """A table or figure before anything is written.
+
+    Attributes:
+        text: as in :class:`Reproduced`.
+        draw: a function that draws the picture to a path, and returns the path.
+        result: as in :class:`Reproduced`.
+        other_splits: as in :class:`Reproduced`.
+    """
+
+    text: str
+    draw: Callable[[Path], Path]
+    result: Any
+    other_splits: tuple[dict[str, Any], ...] = ()
 
 
 def reproduce(
@@ -82,15 +107,15 @@ def reproduce(
         OSError: if ``out`` cannot be written.
     """
     check(what, directory, form)
-    text, draw, measured = WORKS[what](directory, form, on_event)
+    work = WORKS[what](directory, form, on_event)
     if out is None:
-        return Reproduced(what, text, measured, None)
+        return Reproduced(what, work.text, work.result, None, work.other_splits)
     out.mkdir(parents=True, exist_ok=True)
-    picture = draw(out / f"{what}.png")
+    picture = work.draw(out / f"{what}.png")
     if what != "table2":  # the numbers of the table are in the records
-        record = {"command": f"imaml reproduce {what}", "versions": versions(), "result": measured}
+        record = {"command": f"imaml reproduce {what}", "versions": versions(), "result": work.result}
         _write(out / f"{what}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return Reproduced(what, text, measured, picture)
+    return Reproduced(what, work.text, work.result, picture, work.other_splits)
 
 
 def check(what: str, directory: Path | None, form: str) -> None:
@@ -130,23 +155,23 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
     preset = restore(made.preset, made.config)
     trained.save(path.with_suffix(trained.SUFFIX), run_of(run).restore(initial_state(preset)).theta)
     row = ROWS[made.cell.algorithm] if made.cell in TABLE_2 and made.cell else None
-    return Recorded(path, row, made.meta_steps, made.seconds)
+    return Recorded(path, row, made.meta_steps, made.seconds, made.config["dataset"])
 
 
-def _table(directory, form, on_event) -> tuple[str, Callable[[Path], Path], Any]:
+def _table(directory, form, on_event) -> Work:
     found = records.read() if directory is None else records.read(directory)
-    result = [
-        {
-            **row.cell._asdict(),
-            "paper": TABLE_2[row.cell]._asdict(),
-            "ours": row.evaluation,
-            "fidelity": row.record and row.record.fidelity,
-            "meta_steps": row.record and row.record.meta_steps,
-            "seconds": row.record and row.record.seconds,
-        }
-        for row in rows(found)
-    ]
-    return table_2(found, form), lambda path: pictures.table(path, _lines(found)), result
+    result = [row.cell._asdict() | {"paper": TABLE_2[row.cell]._asdict()} | _ours(row) for row in rows(found)]
+    other = [{"dataset": omniglot_alphabets.NAME} | row.cell._asdict() | _ours(row) for row in rows_by_alphabets(found)]
+    return Work(table_2(found, form), lambda path: pictures.table(path, _lines(found)), result, tuple(other))
+
+
+def _ours(row):
+    return {
+        "ours": row.evaluation,
+        "fidelity": row.record and row.record.fidelity,
+        "meta_steps": row.record and row.record.meta_steps,
+        "seconds": row.record and row.record.seconds,
+    }
 
 
 def _lines(found):
@@ -167,13 +192,13 @@ def _figure_2a(directory, form, on_event):
     on_event("computing both meta-gradients of a linear regression")
     found = gradient_error.gradient_errors()
     text = _fenced(gradient_error.shown(found), form)
-    return text, lambda path: pictures.gradient_error(path, found.steps, dict(found.curves)), asdict(found)
+    return Work(text, lambda path: pictures.gradient_error(path, found.steps, dict(found.curves)), asdict(found))
 
 
 def _figure_2b(directory, form, on_event):
     found = memory.memory(on_event=on_event)
     text = _fenced(memory.shown(found), form)
-    return text, lambda path: pictures.memory(path, found.steps, found.temporary), asdict(found)
+    return Work(text, lambda path: pictures.memory(path, found.steps, found.temporary), asdict(found))
 
 
 def _fenced(text, form):
@@ -184,12 +209,9 @@ def _write(path, text):
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
-WORKS: dict[str, Callable[..., tuple[str, Callable[[Path], Path], Any]]] = {
+WORKS: dict[str, Callable[..., Work]] = {
     "table2": _table,
     "figure2a": _figure_2a,
     "figure2b": _figure_2b,
 }
-"""Functions by the name of a table or figure.
-
-Each returns a text, a function that draws the picture, and the numbers in JSON types.
-"""
+"""Functions by the name of a table or figure. Each takes the folder of the records, the format and ``on_event``."""

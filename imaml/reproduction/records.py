@@ -64,11 +64,20 @@ class Record:
 
     @property
     def cell(self) -> Cell | None:
-        """Algorithm, ways and shots of the run as a cell; None for a run on another dataset than Omniglot.
+        """Algorithm, ways and shots of the run as a cell; None for a run on another dataset than ``omniglot``.
 
-        The cell need not be in table 2.
+        The cell need not be in table 2. A run on ``omniglot-alphabets`` has no cell, because table 2 is about another
+        split.
         """
-        if self.config["dataset"] != "omniglot":
+        return self.cell_on("omniglot")
+
+    def cell_on(self, dataset: str) -> Cell | None:
+        """Return algorithm, ways and shots of the run as a cell; None if the run is on another dataset.
+
+        Args:
+            dataset: the name of a dataset of images.
+        """
+        if self.config["dataset"] != dataset:
             return None
         episode, row = self.config["episode"], self.algorithm
         if row == "imaml":
@@ -198,6 +207,7 @@ def command_of(name: str, config: dict[str, Any], types: dict[str, str] | None =
         )
     wanted = settings(restore(name, config))
     words = [] if begun.algorithm == "imaml" else [f"--algorithm {begun.algorithm}"]
+    words += [] if config["dataset"] == begun.dataset else [f"--dataset {shlex.quote(config['dataset'])}"]
     here = settings(begun)
     words += [f"--{path} {shlex.quote(str(value))}" for path, value in wanted.items() if here[path] != value]
     return " ".join(["imaml train", name, *words])

@@ -1,8 +1,13 @@
-"""Table 2 of the paper, with our results next to the paper's. A cell without a record prints ``not run``."""
+"""Table 2 of the paper, with our results next to the paper's. A cell without a record prints ``not run``.
+
+Runs on ``omniglot-alphabets`` are in a second table, without numbers of the paper. Their test characters belong to
+alphabets that training has not seen, so their accuracy must not fill a cell of table 2.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from imaml.datasets import omniglot_alphabets
 from imaml.reproduction.paper import ROWS, SOURCE, TABLE_2, Cell
 from imaml.reproduction.records import Record
 from imaml.runs.progress import duration
@@ -12,13 +17,19 @@ NOT_RUN = "not run"
 HEADER = (
     "algorithm", "task", "paper, %", "ours, %", "normalised over", "fidelity", "meta-steps", "time", "split", "run",
 )  # fmt: skip
+HEADER_BY_ALPHABETS = tuple(name for name in HEADER if name != "paper, %")
+TITLE_BY_ALPHABETS = (
+    f"Omniglot split by whole alphabets (dataset {omniglot_alphabets.NAME}), test accuracy with 95 % intervals. The "
+    "964 training characters belong to 30 alphabets, and the 659 test characters to 20 others. Table 2 of the paper is "
+    "about a split of single characters, so it has no number to compare with."
+)
 
 
 class Row(NamedTuple):
     """One line of the printed table.
 
     Attributes:
-        cell: the cell of table 2.
+        cell: the cell of table 2, or algorithm, ways and shots of a run on another split.
         record: our run, or None if there is none for this cell.
         evaluation: one evaluation of that run, or None if there is no run.
         number: number of the note below the table that describes the run, or None if there is no run.
@@ -35,7 +46,7 @@ def rows(records: Sequence[Record]) -> Iterator[Row]:
 
     A cell has one row for each evaluation of its records. A cell without a record has one row.
     """
-    numbers = {id(record): number for number, record in enumerate(_ordered(records), start=1)}
+    numbers = _numbers(records)
     for cell in TABLE_2:
         found = [record for record in _ordered(records) if record.cell == cell]
         for record in found:
@@ -43,6 +54,34 @@ def rows(records: Sequence[Record]) -> Iterator[Row]:
                 yield Row(cell, record, evaluation, numbers[id(record)])
         if not found:
             yield Row(cell, None, None, None)
+
+
+def rows_by_alphabets(records: Sequence[Record]) -> Iterator[Row]:
+    """Yield one row for each evaluation of the records of runs on ``omniglot-alphabets``."""
+    numbers = _numbers(records)
+    for record in _ordered_by_alphabets(records):
+        cell = record.cell_on(omniglot_alphabets.NAME)
+        assert cell is not None  # a record without a cell is not in this order
+        for evaluation in record.evaluations:
+            yield Row(cell, record, evaluation, numbers[id(record)])
+
+
+def _numbers(records):
+    """Return the number of each record's note by the record's ``id``. Both tables share the numbers."""
+    shown = [*_ordered(records), *_ordered_by_alphabets(records)]
+    return {id(record): number for number, record in enumerate(shown, start=1)}
+
+
+def _ordered_by_alphabets(records):
+    """Return the records of runs on ``omniglot-alphabets``, sorted like those of table 2."""
+    placed = [(record.cell_on(omniglot_alphabets.NAME), record) for record in records]
+    rows, found = list(ROWS), [(cell, record) for cell, record in placed if cell is not None]
+
+    def key(pair):
+        (algorithm, *task), record = pair
+        return rows.index(algorithm), task, record.fidelity != "paper", -record.meta_steps
+
+    return [record for _, record in sorted(found, key=key)]
 
 
 def _ordered(records: Iterable[Record]) -> list[Record]:
@@ -59,23 +98,36 @@ def _ordered(records: Iterable[Record]) -> list[Record]:
 def table_2(records: Sequence[Record], form: str = "terminal") -> str:
     """Format the table as text, with a note on each run below.
 
+    If there are runs on ``omniglot-alphabets``, a second table with a heading of its own follows.
+
     Args:
-        records: records of our runs; those without a cell in table 2 are ignored.
+        records: records of our runs; those that belong to neither table are ignored.
         form: ``"terminal"``, with aligned columns, or ``"markdown"``.
     """
     lines = [_words(row) for row in rows(records)]
     shown = table(HEADER, lines, form)
-    return "\n".join([f"Omniglot, test accuracy with 95 % intervals; paper: {SOURCE}", "", shown, "", *_notes(records)])
+    title = f"Omniglot, test accuracy with 95 % intervals; paper: {SOURCE}"
+    text = [title, "", shown, "", *_notes(records)]
+    if apart := list(rows_by_alphabets(records)):
+        second = table(HEADER_BY_ALPHABETS, [(*_task(row), *_ours(row)) for row in apart], form)
+        text += ["", TITLE_BY_ALPHABETS, "", second, "", *_notes_by_alphabets(records)]
+    return "\n".join(text)
 
 
 def _words(row):
-    cell, record, evaluation, number = row
-    printed = TABLE_2[cell]
-    left = (ROWS[cell.algorithm], f"{cell.ways}-way {cell.shots}-shot", printed.text)
-    if record is None:
+    left = (*_task(row), TABLE_2[row.cell].text)
+    if row.record is None:
         return (*left, NOT_RUN, *[""] * (len(HEADER) - len(left) - 1))
+    return (*left, *_ours(row))
+
+
+def _task(row):
+    return ROWS[row.cell.algorithm], f"{row.cell.ways}-way {row.cell.shots}-shot"
+
+
+def _ours(row):
+    _, record, evaluation, number = row
     return (
-        *left,
         f"{100 * evaluation['value']:.2f} ± {100 * evaluation['interval']:.2f}",
         evaluation["normalisation"],
         record.fidelity,
@@ -87,17 +139,25 @@ def _words(row):
 
 
 def _notes(records):
-    """Return one note for each run in the table: command, number of tasks, hardware, seed and remark."""
+    """Return one note for each run in table 2, and the number of cells that have a record."""
     placed = _ordered(records)
     if not placed:
         return [
             "There is no record for this table: 'imaml record RUN --out DIR' makes one from a finished run's folder."
         ]
-    notes = []
-    for number, record in enumerate(placed, start=1):
-        notes.append(
-            f"[{number}] {record.command}; {record.tasks_seen:,} tasks, {record.hardware}, seed {record.config['seed']}"
-            + (f". {record.note}" if record.note else "")
-        )
     run = sum(any(record.cell == cell for record in placed) for cell in TABLE_2)
-    return [*notes, f"{run} of {len(TABLE_2)} cells have a record."]
+    return [*_described(records, placed), f"{run} of {len(TABLE_2)} cells have a record."]
+
+
+def _notes_by_alphabets(records):
+    return _described(records, _ordered_by_alphabets(records))
+
+
+def _described(records, placed):
+    """Return one note for each of the records ``placed``: command, number of tasks, hardware, seed and remark."""
+    numbers = _numbers(records)
+    return [
+        f"[{numbers[id(record)]}] {record.command}; {record.tasks_seen:,} tasks, {record.hardware}, "
+        f"seed {record.config['seed']}" + (f". {record.note}" if record.note else "")
+        for record in placed
+    ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imaml.datasets import Dataset
+from imaml.datasets.omniglot_alphabets import is_other_split
 from imaml.errors import InputError, check_choice
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.runs import checkpoints
@@ -69,7 +70,8 @@ def evaluate(
             the glyphs is damaged, if outputs of the network are not finite, or if classes have too few images and are
             left out.
         dataset: one's own data, as in :func:`imaml.train`. It is required for a folder whose run was trained on an
-            object that cannot be read again. A dataset of another name than in training may have any contents.
+            object that cannot be read again. A dataset of another name than in training may have any contents, but a
+            run on ``omniglot`` is not evaluated on ``omniglot-alphabets``, and the other way round.
         part: ``"test"`` or ``"validation"``. Choose settings by the validation classes, and keep the test classes for
             the result.
 
@@ -77,7 +79,8 @@ def evaluate(
         InputError: for a folder without an intact checkpoint, for settings that cannot be restored or have other types,
             for data that cannot be used, for θ without a preset, for fewer than 2 tasks, or for a part that the dataset
             does not have. If ``run`` is a folder, or a :class:`imaml.Run` on one's own data, also if the dataset has
-            the same name as in training but other contents.
+            the same name as in training but other contents. For a folder or a :class:`imaml.Run`, also if it was
+            trained on another split of Omniglot's characters.
 
     Source: Rajeswaran et al. (2019), table 2.
     """
@@ -103,11 +106,13 @@ def resolved(
     theta: Any = run
     directory = source = None
     trained_on: dict[str, str] = {}
+    trained_name = ""
     if isinstance(run, str | Path):
         directory = Path(run)
         preset, theta, trained_on, source = _restore(directory, preset, best, on_event)
+        (trained_name,) = trained_on
     elif isinstance(run, Run):
-        directory, theta = run.directory, run.theta
+        directory, theta, trained_name = run.directory, run.theta, run.preset.dataset
         check_types(directory, run.preset.types(), preset)
         preset = preset or run.preset
         if run.dataset is not None:
@@ -120,9 +125,20 @@ def resolved(
         preset = replace(preset, dataset=present.name)
     else:
         preset, present, source = run_data.choose(preset, data, dataset, directory, on_warning=on_event)
+    _check_same_split(directory, trained_name, preset.dataset)
     if (fingerprint := trained_on.get(preset.dataset)) is not None:
         check_same_data(run, preset.dataset, present.fingerprint(), fingerprint, (source or {}).get("directory"))
     return theta, preset, run_data.usable(preset, present, part, on_event)
+
+
+def _check_same_split(run, trained_on, present):
+    """Raise InputError if a run on one split of Omniglot would be evaluated on another split of it."""
+    if is_other_split(trained_on, present):
+        raise InputError(
+            f"{run} was trained on {trained_on}, and {present} splits the same characters in another way: many "
+            f"characters that {present} holds out were training characters of the run. Evaluate the run on "
+            f"{trained_on}, or train a new run on {present}"
+        )
 
 
 def check_same_data(run: object, dataset_name: str, present: str, trained_on: str, place: str | None = None) -> None:

@@ -12,7 +12,7 @@ from imaml.learning.tasks import Episode
 from imaml.runs.learner import TrainedLearner
 from imaml.runs.results import NO_NORMALISATION, QUERY_BATCH, SUPPORT_SET
 
-DRAWINGS = ("glyphs", "omniglot")
+DRAWINGS = ("glyphs", "omniglot", "omniglot-alphabets")
 """The datasets of drawings, whose arrays have ink 255 and paper 0. In image files, ink is usually dark."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 import bilevel as bl
 from imaml.datasets import Dataset
+from imaml.datasets.omniglot_alphabets import is_other_split
 from imaml.errors import InputError, TrainingFailed, check
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
@@ -235,7 +236,12 @@ def _check_alike(facts):
 
 
 def _warn_of_test_classes(start, preset, data, on_warning):
-    """Call ``on_warning`` if the parameters were trained on other data of the same name, maybe split differently."""
+    """Call ``on_warning`` if the parameters were trained on another split of the data, or on others of that name."""
+    if is_other_split(start.get("dataset", ""), preset.dataset):
+        on_warning(
+            f"{start['from']} was trained on {start['dataset']}, which splits the same characters in another way: test "
+            f"characters of {preset.dataset} are among its training characters"
+        )
     if start.get("dataset") == preset.dataset and start.get("data", data) != data:
         on_warning(
             f"{start['from']} was trained on other data that are called {preset.dataset} too: test classes of the "

@@ -80,9 +80,10 @@ class Preset:
 
     Args:
         name: the name on the command line.
-        dataset: ``"glyphs"`` (drawings of characters), ``"sinusoid"`` (sampled), ``"omniglot"`` or ``"miniimagenet"``
-            (both read from files), or a name that :func:`imaml.register_dataset` has registered or an installed package
-            offers. In the settings of a run on one's own data, it is the name of those data.
+        dataset: ``"glyphs"`` (drawings of characters), ``"sinusoid"`` (sampled), ``"omniglot"``,
+            ``"omniglot-alphabets"`` or ``"miniimagenet"`` (these three are read from files), or a name that
+            :func:`imaml.register_dataset` has registered or an installed package offers. In the settings of a run on
+            one's own data, it is the name of those data.
         episode: how tasks are sampled. Training tasks have ``outer.queries`` queries instead of ``episode.queries``.
         rotations: whether images are rotated in training and in evaluation. None for a dataset without rotations.
         network: the kind and size of the network.

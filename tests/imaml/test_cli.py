@@ -129,6 +129,7 @@ def error_of(arguments, capsys):
         ("evaluate . --task 3", "there is no option --task: did you mean --tasks?"),
         ("data", "required: NAME"),
         ("data omniglt", "there is no dataset 'omniglt': did you mean omniglot? known: glyphs, omniglot,"),
+        ("data omniglot-alphabet", "there is no dataset 'omniglot-alphabet': did you mean omniglot-alphabets? known:"),
         ("data sinusoid", "the sinusoid dataset is sampled: there is nothing to download"),
         ("data miniimagenet", "miniimagenet may not be redistributed: obtain the images yourself, and use --data"),
         ("train miniimagenet-5way-1shot-gd", "miniimagenet needs its images: use --data DIR to name the folder"),
@@ -147,8 +148,10 @@ def test_a_mistake_gives_one_sentence_and_writes_nothing(arguments, expected, he
 
 
 def test_training_without_the_archives_says_how_to_get_them(here, capsys):
-    stderr = error_of(["train", OMNIGLOT], capsys)
-    assert "download them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in stderr
+    for chosen in ([], ["--dataset", "omniglot-alphabets"]):
+        stderr = error_of(["train", OMNIGLOT, *chosen], capsys)
+        assert f"{(chosen or ['omniglot'])[-1]} needs Omniglot's two official archives" in stderr
+        assert "download them with 'imaml data omniglot', or name the folder that holds them with --data DIR" in stderr
     assert list(here.iterdir()) == []
 
 
@@ -423,6 +426,7 @@ def test_the_help_of_one_preset_has_its_values(capsys, monkeypatch):
         ("train --inner.max_step 3", "did you mean --inner.max_steps?\n"),
         ("verify omniglot-5way-1shot-g", "did you mean omniglot-5way-1shot-gd?"),
         ("train --dataset gliphs", "there is no dataset 'gliphs': did you mean glyphs?"),
+        ("train --dataset omniglot-alphabet", "'omniglot-alphabet': did you mean omniglot-alphabets?"),
         ("evaluate nowhere --part tset", "there is no part of a dataset 'tset': did you mean test?"),
         ("completion bsh", "invalid choice: 'bsh': did you mean bash?"),
         ("train --config nowhere.toml", "No such file or directory: nowhere.toml"),
@@ -541,6 +545,8 @@ def test_bash_completes_commands_options_settings_and_their_words(tmp_path, caps
         "imaml reproduce f": {"figure2a", "figure2b"},
         "imaml compare run --format j": {"json"},
         "imaml train --log t": {"tensorboard"},
+        "imaml train --dataset omni": {"omniglot", "omniglot-alphabets"},
+        "imaml data omni": {"omniglot", "omniglot-alphabets"},
     }
     lines = [f"source {script}"]
     for line in cases:

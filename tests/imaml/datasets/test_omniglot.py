@@ -13,15 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import BACKGROUND, EVALUATION, Tiny, damage, pack, png
+from archives import BACKGROUND, EVALUATION, LABELS, Tiny, damage, pack, png
 from PIL import Image
 
-from imaml.datasets import omniglot
+import imaml
+from imaml import cli, datasets
+from imaml.datasets import omniglot, omniglot_alphabets
 from imaml.errors import InputError
+from imaml.reproduction import records
 
-# Fingerprint of the split, recorded when the official archives were first read. Every checkpoint stores the
+# Fingerprints of both splits, recorded when the official archives were first read. Every checkpoint stores the
 # fingerprint, so a change would make all existing checkpoints unusable.
 REAL_FINGERPRINT = "9f484b36f34d756483889625cdd4b58c397a838c3c6b0a676449fc4b56636daa"
+ALPHABETS_FINGERPRINT = "682c676522fcb2503c07d0cd1d82d93f2df6b28af45d1bc1c3ba6040d163c957"
 
 
 # --- The official archives -----------------------------------------------------------------------------------------
@@ -109,6 +113,113 @@ def test_a_damaged_official_archive_is_refused_or_has_the_same_drawings(omniglot
             assert omniglot._drawings(official, path, damaged) == original
         except InputError as error:
             assert path.name in str(error)
+
+
+# --- The split by whole alphabets ----------------------------------------------------------------------------------
+
+
+def alphabets(labels: tuple[str, ...]) -> set[str]:
+    return {label.split("/")[0] for label in labels}
+
+
+@pytest.mark.slow("decodes the real archives")
+def test_the_official_archives_are_the_parts_of_the_split_by_alphabets(
+    real, omniglot_directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(omniglot, "_decode", lambda *_: pytest.fail("decoded again"))
+    data = datasets.load("omniglot-alphabets", omniglot_directory)
+    assert data.name == "omniglot-alphabets" and isinstance(data, imaml.ImageDataset)
+    assert data.train.pixels.shape == (964, 20, 28, 28, 1) and data.train.pixels.dtype == np.uint8
+    assert data.test.pixels.shape == (659, 20, 28, 28, 1) and data.test.pixels.dtype == np.uint8
+    assert (len(alphabets(data.train.labels)), len(alphabets(data.test.labels))) == (30, 20)
+    assert not alphabets(data.train.labels) & alphabets(data.test.labels)
+    assert {*data.train.labels, *data.test.labels} == {*real.train.labels, *real.test.labels}
+    assert data.fingerprint() == ALPHABETS_FINGERPRINT
+    # docs/reproducing.md states these numbers.
+    assert len({*data.test.labels} & {*real.train.labels}) == 493
+    assert len({*data.train.labels} & {*real.test.labels}) == 257
+
+
+def test_the_listed_evaluation_alphabets_are_those_of_the_official_archive(omniglot_directory: Path):
+    found = {}
+    for folder in (BACKGROUND, EVALUATION):
+        with zipfile.ZipFile(omniglot_directory / f"{folder}.zip") as archive:
+            names = [name for name in archive.namelist() if name.endswith(".png")]
+        found[folder] = {name.split("/")[1] for name in names}
+    assert found[EVALUATION] == omniglot_alphabets.EVALUATION_ALPHABETS
+    assert len(found[BACKGROUND]) == 30 and not found[BACKGROUND] & found[EVALUATION]
+
+
+def test_each_archive_is_a_part_of_the_split_by_alphabets(tiny: Tiny):
+    data, pooled = omniglot_alphabets.load(tiny.directory), omniglot.load(tiny.directory)
+    assert list(data.train.labels) == sorted(LABELS[BACKGROUND])
+    assert list(data.test.labels) == sorted(LABELS[EVALUATION])
+    drawn = {}
+    for classes in (pooled.train, pooled.test):
+        drawn.update(zip(classes.labels, classes.pixels, strict=True))
+    for classes in (data.train, data.test):
+        assert all(np.array_equal(drawn[label], x) for label, x in zip(classes.labels, classes.pixels, strict=True))
+    assert data.fingerprint() != pooled.fingerprint()
+
+
+@pytest.mark.parametrize("first, second", [(omniglot, omniglot_alphabets), (omniglot_alphabets, omniglot)])
+def test_both_splits_share_one_cache_entry(first, second, tiny: Tiny, fresh_cache: Path, monkeypatch):
+    expected = second.load(tiny.directory).fingerprint()
+    for entry in fresh_cache.iterdir():
+        entry.unlink()
+    first.load(tiny.directory)
+    monkeypatch.setattr(omniglot, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert second.load(tiny.directory).fingerprint() == expected
+    assert len(list(fresh_cache.iterdir())) == 1
+
+
+def test_the_blank_classes_are_as_many_as_the_characters_of_the_background_alphabets(tiny: Tiny, monkeypatch):
+    monkeypatch.setattr(omniglot, "TRAIN_CHARACTERS", 4)  # not the number in the first archive, which is 3
+    announced: list[omniglot.ImageClasses] = []
+    loaded = datasets.load("omniglot-alphabets", tiny.directory, announced.append)
+    assert [classes.pixels.shape for classes in announced] == [loaded.train.pixels.shape] == [(3, 20, 28, 28, 1)]
+
+
+def test_both_splits_read_the_folder_of_the_downloaded_archives(tiny: Tiny, fresh_cache: Path):
+    with pytest.raises(InputError, match="omniglot-alphabets needs Omniglot's two official archives"):
+        datasets.load("omniglot-alphabets")
+    fresh_cache.mkdir(exist_ok=True)
+    tiny.directory.rename(omniglot.default_directory())
+    assert datasets.load("omniglot-alphabets").name == "omniglot-alphabets"
+    assert datasets.load("omniglot").name == "omniglot"
+
+
+TINY_RUN = (
+    "--episode.ways 2 --network.filters 2 --inner.max_steps 1 --linear.max_steps 1 --outer.tasks 2 --outer.queries 1 "
+    "--meta-steps 1"
+)
+
+
+@pytest.mark.slow("trains and evaluates a convolutional network")
+def test_the_command_line_trains_evaluates_reports_and_records_on_the_split_by_alphabets(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    data, preset = ["--data", str(tiny.directory)], "omniglot-5way-1shot-gd"
+    assert cli.main(["train", preset, "--dataset", "omniglot-alphabets", *data, *TINY_RUN.split()]) == 0
+    run = Path("runs") / f"{preset}-omniglot-alphabets"
+    assert f"on omniglot-alphabets, in {run}" in capsys.readouterr().out
+    assert imaml.load(run).preset.dataset == "omniglot-alphabets"
+    for command in (["evaluate", "--tasks", "4"], ["diagnose", "--tasks", "4"], ["report", "--tasks", "4"]):
+        assert cli.main([command[0], str(run), *command[1:], *data]) == 0
+    assert "on omniglot-alphabets" in (run / "report.html").read_text()
+    assert cli.main(["record", str(run)]) == 0
+    assert "for the table of omniglot-alphabets that 'imaml reproduce table2' prints" in capsys.readouterr().out
+    (record,) = records.read(Path("records"))
+    assert record.cell is None
+    assert record.split == omniglot_alphabets.load(tiny.directory).fingerprint()
+    capsys.readouterr()
+    # The run is neither resumed nor evaluated on the other split.
+    assert cli.main(["train", preset, *data, *TINY_RUN.split(), "--out", str(run)]) == 2
+    assert "dataset: omniglot-alphabets → omniglot" in capsys.readouterr().err
+    with pytest.raises(InputError, match="was trained on omniglot-alphabets, and omniglot splits the same characters"):
+        imaml.evaluate(run, data=tiny.directory, dataset="omniglot", tasks=4)
 
 
 # --- Differences that are accepted ---------------------------------------------------------------------------------

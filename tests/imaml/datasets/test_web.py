@@ -222,6 +222,14 @@ def test_the_command_downloads_both_archives_to_the_folder_that_training_reads(o
     assert out.endswith(f"omniglot is complete in {folder}; train on it: imaml train omniglot-5way-1shot-gd\n")
 
 
+def test_both_splits_of_omniglot_have_the_same_downloaded_archives(official, server, capsys):
+    assert cli.main(["data", "omniglot"]) == cli.main(["data", "omniglot-alphabets"]) == 0
+    assert [path for path, _ in server.requests] == [f"/{name}" for name in official]  # the second download is empty
+    command = "imaml train omniglot-5way-1shot-gd --dataset omniglot-alphabets\n"
+    folder = omniglot.default_directory()
+    assert capsys.readouterr().out.endswith(f"omniglot-alphabets is complete in {folder}; train on it: {command}")
+
+
 def test_an_intact_archive_is_kept_and_a_damaged_one_is_downloaded(official, server, tmp_path, capsys):
     (tmp_path / official[0]).write_bytes(CONTENT)
     (tmp_path / official[1]).write_bytes(CONTENT[:100])

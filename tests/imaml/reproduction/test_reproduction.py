@@ -108,6 +108,53 @@ def test_a_run_on_another_dataset_has_no_cell_in_the_table(tmp_path):
     assert table.table_2([glyphs]) == table.table_2([])
 
 
+@pytest.fixture
+def by_alphabets(tmp_path):
+    """The folder of a finished run on the split of Omniglot by whole alphabets."""
+    return finished_run(tmp_path / "by-alphabets", preset=dataclasses.replace(OMNIGLOT, dataset="omniglot-alphabets"))
+
+
+def test_a_run_on_the_split_by_alphabets_fills_no_cell_and_is_shown_apart(run, by_alphabets):
+    made, pooled = records.of_run(by_alphabets), records.of_run(run)
+    assert made.cell is None and made.cell_on("omniglot-alphabets") == paper.Cell("imaml-gd", 5, 1)
+    for among in ([], [pooled]):
+        first, second = table.table_2([*among, made]).split(f"\n\n{table.TITLE_BY_ALPHABETS}\n\n")
+        assert first == table.table_2(among)
+        (line,) = (line for line in second.splitlines() if "iMAML, gradient descent" in line)
+        assert "5-way 1-shot" in line and "95.12 ± 0.34" in line and "99.16" not in second
+        assert f"[{len(among) + 1}] {made.command}; 24 tasks" in second
+    assert "dataset omniglot-alphabets" in table.TITLE_BY_ALPHABETS
+    markdown = table.table_2([made], "markdown").split(table.TITLE_BY_ALPHABETS)[1].splitlines()
+    counts = {line.count("|") for line in markdown if line.startswith("|")}
+    assert counts == {len(table.HEADER_BY_ALPHABETS) + 1}
+
+
+def test_the_second_table_is_sorted_like_the_first_and_shows_every_task(by_alphabets):
+    made = records.of_run(by_alphabets)
+    maml = dataclasses.replace(made, algorithm="maml")
+    longer = dataclasses.replace(made, meta_steps=9)
+    ten = dataclasses.replace(made, config=made.config | {"episode": made.config["episode"] | {"ways": 10}})
+    assert [row.record for row in table.rows_by_alphabets([ten, made, longer, maml])] == [maml, longer, made, ten]
+
+
+def test_the_command_of_a_record_names_another_dataset_than_the_presets(by_alphabets):
+    made = records.of_run(by_alphabets)
+    assert made.command == f"imaml train {OMNIGLOT.name} --dataset omniglot-alphabets --outer.steps 3"
+    options = parse(made.command.split()[1:])
+    assert dataclasses.replace(options.chosen, dataset=options.dataset).config() == made.config
+
+
+def test_the_numbers_of_the_other_split_are_not_among_those_of_the_table(run, by_alphabets, tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for number, folder in enumerate((run, by_alphabets)):
+        records.of_run(folder).write(kept / f"{number}.json")
+    made = commands.reproduce("table2", kept)
+    assert sum(row["ours"] is not None for row in made.result) == 1 and len(made.result) == 20
+    (other,) = made.other_splits
+    assert other["dataset"] == "omniglot-alphabets" and "paper" not in other and other["ours"] == EVALUATION
+
+
 def test_an_unfinished_or_damaged_run_is_not_recorded(run, tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         records.of_run(tmp_path)

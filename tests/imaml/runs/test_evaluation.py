@@ -14,8 +14,9 @@ import bilevel as bl
 import imaml
 from imaml import InputError, datasets
 from imaml.datasets import sinusoid
+from imaml.datasets.omniglot_alphabets import SPLITS
 from imaml.learning.tasks import Episode
-from imaml.runs import evaluation
+from imaml.runs import checkpoints, evaluation
 from imaml.runs import folder as runfolder
 from imaml.runs import log as runlog
 from imaml.runs.meta_step import initial_state
@@ -55,6 +56,49 @@ def test_a_regression_is_trained_logged_and_evaluated_by_its_squared_error(tmp_p
 
     errors = [error(key) for key in jax.random.split(preset.keys.test, EVALUATION_TASKS)]
     assert found.value == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
+def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, other, tmp_path, tiny_pixels):
+    preset = replace(PRESET, dataset=trained)
+    state = initial_state(preset)
+    description = {
+        "preset": preset.name,
+        "config": preset.config(),
+        "types": preset.types(),
+        "data": "",
+        "versions": {},
+    }
+    checkpoints.save(tmp_path, STEPS, state, description)
+    run = imaml.Run(tmp_path, preset, state.theta, STEPS, True, None, None)
+    message = f"{tmp_path} was trained on {trained}, and {other} splits the same characters in another way: many "
+    for what in (tmp_path, run):
+        for chosen in (other, replace(dataset(tiny_pixels), name=other)):
+            with pytest.raises(InputError, match=message):
+                imaml.evaluate(what, preset, EVALUATION_TASKS, dataset=chosen)
+        with pytest.raises(InputError, match=message):
+            imaml.evaluate(what, replace(preset, dataset=other), EVALUATION_TASKS)
+    with pytest.raises(InputError, match=message):
+        imaml.diagnose(tmp_path, preset, EVALUATION_TASKS, dataset=other)
+
+
+@pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
+def test_a_start_from_the_other_split_of_omniglot_is_reported(trained, other, tmp_path, tiny_pixels):
+    preset, messages = replace(PRESET, dataset=trained), []
+    description = {
+        "preset": preset.name,
+        "config": preset.config(),
+        "types": preset.types(),
+        "data": "",
+        "versions": {},
+    }
+    (tmp_path / "first").mkdir()
+    checkpoints.save(tmp_path / "first", STEPS, initial_state(preset), description)
+    data = replace(dataset(tiny_pixels), name=other)
+    train(tmp_path / "second", start=tmp_path / "first", dataset=data, evaluation_tasks=0, on_warning=messages.append)
+    (message,) = messages
+    assert f"was trained on {trained}, which splits the same characters in another way" in message
+    assert f"test characters of {other} are among its training characters" in message
 
 
 @pytest.mark.slow("compiles the evaluation for two normalisations")
