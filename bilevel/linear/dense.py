@@ -28,8 +28,9 @@ class LU:
     follows from the backward error ‖b − Ax‖ / (‖A‖‖x‖ + ‖b‖) and from an estimate of the reciprocal condition number,
     ``LinearInfo.rcond``, which takes four solves with the factors. The status is SINGULAR for an rcond below eps,
     ILL_CONDITIONED for one below √eps, and BREAKDOWN for a backward error above √eps. Where the terms of a product Ax
-    cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. The status
-    is then ILL_CONDITIONED if x solves the system with the written-out matrix, and the relative residual is below 1.
+    cancel, as in x − Mx with M ≈ I, the residual of x may be rounding noise although x is accurate. A backward
+    error above √eps then gives ILL_CONDITIONED in place of BREAKDOWN, on two conditions: the backward error with the
+    written-out matrix is at most √eps, and the relative residual is below 1.
 
     Args:
         ridge: solve (A + ridge·I)x = b instead.

@@ -52,9 +52,9 @@ class CG:
     Args:
         max_steps: the budget, in iterations. Each iteration takes one product with A. The error after k iterations is
             of order ((√κ − 1)/(√κ + 1))^k, with the condition number κ of A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. Unless the solve
-            fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below the residual of the
-            ``init`` of the call, and MAX_STEPS otherwise.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. The status is then
+            BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below ‖b − A·init‖, and MAX_STEPS otherwise. A worse status, such as
+            SINGULAR, takes precedence.
         ridge: solve (A + ridge·I)x = b instead; the residual reported is that of this system.
         preconditioner: a function r ↦ M⁻¹r with a symmetric positive definite M; None for the identity.
         engine: ``"jaxopt"`` or ``"watched"``.
@@ -105,10 +105,10 @@ class NormalCG:
     Args:
         max_steps: the budget, in iterations. The error after k iterations is of order ((κ − 1)/(κ + 1))^k, with the
             condition number κ of A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. Unless the solve
-            fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below the residual of the
-            ``init`` of the call, and MAX_STEPS otherwise. With or without ``tol``, the recursion also ends when the
-            residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. The status is then
+            BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below ‖b − A·init‖, and MAX_STEPS otherwise. A worse status, such as
+            SINGULAR, takes precedence. With or without ``tol``, the recursion also ends when the residual is at most
+            eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
         ridge: solve (A + ridge·I)x = b instead. The ridge of jaxopt's ``solve_normal_cg`` means another system,
             (AᵀA + ridge·I)x = Aᵀb.
         preconditioner: a function s ↦ M⁻¹s with a symmetric positive definite M ≈ AᵀA; None for the identity. It is
@@ -151,10 +151,9 @@ class GMRES:
         max_steps: the budget, in iterations. Each iteration takes one product with A. Each cycle takes one more, for
             its true residual.
         tol: stop at ‖b − Ax‖ ≤ tol·‖b‖, also within a cycle. With None, the solver takes up to ``max_steps``
-            iterations. Unless the solve fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖
-            or below the residual of the ``init`` of the call, and MAX_STEPS otherwise. With or without ``tol``, the
-            recursion also ends when the residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in
-            b − Ax.
+            iterations. The status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below ‖b − A·init‖, and MAX_STEPS
+            otherwise. A worse status, such as SINGULAR, takes precedence. With or without ``tol``, the recursion also
+            ends when the residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
             the identity.
@@ -203,10 +202,10 @@ class BiCGStab:
 
     Args:
         max_steps: the budget, in iterations. Each iteration takes two products with A.
-        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. Unless the solve
-            fails in another way, the status is then BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below the residual of the
-            ``init`` of the call, and MAX_STEPS otherwise. With or without ``tol``, the recursion also ends when the
-            residual is at most eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
+        tol: stop at ‖b − Ax‖ ≤ tol·‖b‖. With None, the solver takes up to ``max_steps`` iterations. The status is then
+            BUDGET_USED if ‖b − Ax‖ is below ‖b‖ or below ‖b − A·init‖, and MAX_STEPS otherwise. A worse status, such as
+            SINGULAR, takes precedence. With or without ``tol``, the recursion also ends when the residual is at most
+            eps·(‖b‖ + ‖A‖‖x‖), the size of the rounding errors in b − Ax.
         ridge: solve (A + ridge·I)x = b instead.
         preconditioner: a function r ↦ M⁻¹r, applied from the right, so that residuals are those of Ax = b; None for
             the identity.

@@ -53,10 +53,12 @@ def react(found: Any, status: Status, size: float, on_failure: Policy) -> None:
     """
     names = [name for name in RATES if hasattr(found.algorithm, name)]
     rates = ", ".join(f"{name}={getattr(found.algorithm, name)!r}" for name in names)
-    state = "is not finite" if status == Status.NONFINITE else f"has grown to {size:.1e}, or its residual has grown"
+    grown = f"the state has grown to {size:.1e}, or its residual has grown"
+    fault = "the state or a measured norm is not finite" if status == Status.NONFINITE else grown
+    before = "the start of this call" if len(found.history.step) == 1 else "the last evaluation before the divergence"
     message = (
-        f"stochastic loop, {status.name}: after {int(found.history.step[-1])} steps the state {state}: use smaller "
+        f"stochastic loop, {status.name}: after {int(found.history.step[-1])} steps {fault}: use smaller "
         f"rates{' than ' if rates else ''}{rates}, or larger batches; the result has the state of step "
-        f"{int(found.state.step)}, the last evaluation before the divergence"
+        f"{int(found.state.step)}, {before}"
     )
     raise_or_warn(message, found, on_failure)

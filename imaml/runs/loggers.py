@@ -119,7 +119,7 @@ class WeightsAndBiases:
     """Logger that sends a run to Weights & Biases, by the library wandb.
 
     A resumed run continues its run at Weights & Biases. The file ``wandb-id`` in the run's folder has the id of that
-    run.
+    run, unless ``options`` has an ``id``.
 
     Args:
         project: the name of the project.

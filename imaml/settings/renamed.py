@@ -21,8 +21,9 @@ def with_current_names(record: Any, config: dict[str, Any], path: str = "") -> d
     Fields that ``record`` does not have under any name keep their names, so that the caller can refuse them.
 
     Args:
-        record: a preset, or one of its components, of the same class as the record that was saved.
-        config: nested dictionaries, the result of :meth:`imaml.Preset.config` in this or an earlier version.
+        record: a preset, one of its components, or the class of a component. The class is that of the saved record.
+        config: the saved fields of ``record`` as nested dictionaries: the result of :meth:`imaml.Preset.config` in this
+            or an earlier version, or the entry of a component in it.
         path: the dotted path of ``record`` in the preset; empty for the preset.
     """
     current = {}

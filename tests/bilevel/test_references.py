@@ -1,4 +1,8 @@
-"""The references of `bilevel.verify` agree with closed forms, and each differentiates what its ``question`` names."""
+"""The references of `bilevel.verify` agree with closed forms.
+
+Each reference differentiates the quantity that its field ``question`` states: the solution, the solver's output, or the
+formula at a given w.
+"""
 
 import jax
 import jax.numpy as jnp

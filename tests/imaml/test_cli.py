@@ -25,7 +25,7 @@ from imaml.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT, OMNIGLOT = imaml.presets()[0], "omniglot-5way-1shot-gd"
-# The small glyph classes have six images each, too few for the 15 queries of the presets.
+# The small glyph classes have six images each, too few for the 15 queries of the glyph presets.
 TRAIN_WITH_ONE_QUERY = ["train", "--outer.queries", "1"]
 TIMEOUT = 400.0
 """Time limit of a process in seconds, compilation included. On an idle machine a process takes a few seconds."""

@@ -1,4 +1,4 @@
-"""jaxopt: ``custom_root`` with ``solve_cg`` around gradient descent, and ``jax.grad`` of the validation loss."""
+"""jaxopt: ``custom_root`` with ``solve_cg`` around gradient descent, and ``jax.value_and_grad`` of the outer value."""
 
 import warnings
 
