@@ -59,7 +59,8 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
 def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
     """Race each algorithm against the peer's of the same name, and our full-batch methods against each other.
 
-    The record is written after each race.
+    The record is written after each race. With ``options.algorithms``, only these algorithms run, and the other
+    contenders of an existing record are kept.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
     recorded = report.load(options.rates, "rates")
@@ -73,6 +74,9 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
     reference, seeds = PROBLEMS[problem].reference(data), list(range(1, options.seeds + 1))
     record = {"problem": problem, "metric": plan.metric, "metrics": list(reference.metrics), "contenders": {}}
     record |= {"seconds": options.seconds, "seeds": seeds, "machine": machine()}
+    if options.algorithms:
+        groups, full = [group for group in groups if group[0].algorithm in options.algorithms], []
+        record["contenders"] = report.load(options.out, problem)["contenders"]
     for group in groups + ([full] if full else []):
         found = race(problem, arrays, group, seeds, options.seconds, peer)
         for one in group:
@@ -107,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peer", type=Path, help="clone of github.com/benchopt/benchmark_bilevel")
     parser.add_argument("--peer-python", type=Path, help="a Python that has benchopt and JAX")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["quadratic", "logistic", "cleaning"])
-    parser.add_argument("--algorithms", nargs="+", help="algorithms to tune (default: all)")
+    parser.add_argument("--algorithms", nargs="+", help="the stochastic algorithms to tune or run (default: all)")
     parser.add_argument("--seconds", type=float, help="length of a run (default: 8, and 3 for tune)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--core", type=int, default=0, help="CPU core to which both sides are pinned (default: 0)")

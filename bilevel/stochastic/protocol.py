@@ -14,11 +14,9 @@ variance reduction algorithms. The v of the paper has the opposite sign.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.conditions import Projected, ProximalGradient
@@ -161,25 +159,18 @@ class Oracle:
     def change(self, inner: jax.Array, outer: jax.Array, point: Point, previous: Point) -> Directions:
         """Return the directions on an inner and an outer batch at ``point``, minus those at ``previous``.
 
-        A point is (w, adjoint, θ). Both points are evaluated in one ``jax.vmap``, which reads each sample once.
+        A point is (w, adjoint, θ). Each batch is read once for both points.
         """
-        in_axes = jax.tree.map(lambda leaf: 0 if tree.is_floating(leaf) else None, point)
-        both = jax.tree.map(lambda new, old: jnp.stack([new, old]) if tree.is_floating(new) else new, point, previous)
 
-        def difference(terms, batch):
-            found = jax.vmap(partial(terms, batch), (in_axes,))(both)
-            return jax.tree.map(lambda leaf: leaf[0] - leaf[1], found)
+        def inner_change(batch):
+            return tree.subtract(self._inner_terms(*point, batch), self._inner_terms(*previous, batch))
 
-        def inner_terms(batch, point):
-            return self._inner_terms(*point, batch)
-
-        def outer_terms(batch, point):
-            w, _, theta = point
-            return self._outer_terms(w, theta, batch)
+        def outer_change(batch):
+            (w, _, theta), (old_w, _, old_theta) = point, previous
+            return tree.subtract(self._outer_terms(w, theta, batch), self._outer_terms(old_w, old_theta, batch))
 
         return directions(
-            self.inner_samples.on_batch(partial(difference, inner_terms), inner),
-            self.outer_samples.on_batch(partial(difference, outer_terms), outer),
+            self.inner_samples.on_batch(inner_change, inner), self.outer_samples.on_batch(outer_change, outer)
         )
 
     def full(self, w: PyTree, adjoint: PyTree, theta: PyTree) -> Directions:

@@ -22,9 +22,8 @@ class SRBA:
 
         D ← D + (direction of a batch at the new point) − (direction of the same batch at the previous point).
 
-    Such a step makes twice as many evaluations as one of :class:`SOBA`, both points in one ``jax.vmap``. Every q-th
-    step makes a pass over all samples. The algorithm has no tables. Constant rates converge linearly on a strongly
-    convex problem.
+    Such a step makes twice as many evaluations as one of :class:`SOBA`. Every q-th step makes a pass over all samples.
+    The algorithm has no tables. Constant rates converge linearly on a strongly convex problem.
 
     Args:
         inner_rate: as for :class:`SOBA`; a constant rate is usual.
