@@ -130,6 +130,11 @@ def is_traced(a: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(a))
 
 
+def are_concrete_arrays(a: PyTree) -> bool:
+    """Return whether every leaf is a JAX array with a value."""
+    return all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in jax.tree.leaves(a))
+
+
 def shapes(a: PyTree) -> list[tuple[int, ...]]:
     """Return the shapes of the leaves."""
     return [jnp.shape(leaf) for leaf in jax.tree.leaves(a)]
