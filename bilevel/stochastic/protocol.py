@@ -125,6 +125,9 @@ def directions(inner: InnerTerms, outer: OuterTerms) -> Directions:
 class Oracle:
     """The problem on its samples, as ``init`` and ``step`` of an algorithm see it.
 
+    The terms of a batch are means over its samples, weighted if the last batch is smaller than the others: the mean of
+    the terms over all batches is the mean over all samples.
+
     If the samples are divided into several shares, the oracle sees the samples of one share. The terms of a batch are
     then those of this share, and :meth:`average` takes the mean over the shares.
 

@@ -89,7 +89,7 @@ class Table(NamedTuple):
 
     Attributes:
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
-        mean: the mean of the rows, in which each batch has the weight of its number of samples.
+        mean: the mean of the rows.
         waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
         place: the index of the batch that ``waiting`` belongs to.
     """
@@ -112,5 +112,5 @@ class Table(NamedTuple):
         rows = jax.tree.map(lambda rows, row: write(rows, row), self.rows, self.waiting)
         old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)
         change = tree.subtract(new, old)
-        mean = tree.add(self.mean, tree.scale(samples.weight(number), change))
+        mean = tree.add(self.mean, tree.scale(1 / samples.batches, change))
         return tree.add(change, self.mean), Table(rows, mean, new, number)

@@ -4,8 +4,10 @@ The samples are divided into batches once: batch i holds the samples from i·b t
 contiguous slice, which XLA reads without a copy, and a table with one row for each batch has a fixed meaning. If the
 samples are ordered, for example by class, call :func:`shuffle` on them once before.
 
-If the batch size b does not divide the number of samples n, the last batch is smaller. It is drawn less often, in
-proportion to its size. The mean over a drawn batch is then an unbiased estimate of the mean over all samples.
+If the batch size b does not divide the number of samples n, the last batch is smaller. Every batch is drawn equally
+often, and the terms of a batch are multiplied by its number of samples, divided by the mean number n/(number of
+batches). The mean over the batches is then the mean over all samples, and the noise of the few samples in the last
+batch has a small weight.
 
 The batch of a draw is a function of the key and the number of the draw. So a sampler has no state, a step costs the
 same for any number of samples, and a run that stops and goes on draws the same batches.
@@ -14,7 +16,7 @@ same for any number of samples, and a run that stops and goes on draws the same 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,6 @@ from bilevel import tree
 from bilevel.types import PyTree
 
 Sampling = Literal["with_replacement", "without_replacement"]
-T = TypeVar("T")
 
 PASS = 4096
 """The largest number of samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not
@@ -88,22 +89,26 @@ class Samples:
         """The number of samples in a smaller last batch; 0 if all batches have b samples."""
         return self.size % self.batch
 
-    def weight(self, number: jax.Array) -> jax.Array:
-        """Return the weight of a batch in the mean over all samples: the size of the batch divided by n."""
-        full, rest = self.batch / self.size, self.rest / self.size
-        if not self.rest:
-            return jnp.asarray(full)
-        return jnp.where(number == self.batches - 1, rest, full)
+    def on_batch(self, function: Callable[[PyTree], PyTree], number: jax.Array) -> PyTree:
+        """Return ``function(batch)`` for one batch, times the weight of the batch.
 
-    def on_batch(self, function: Callable[[PyTree], T], number: jax.Array) -> T:
-        """Return ``function(batch)`` for one batch."""
+        The weight is the number of samples in the batch, divided by the mean number. For a function that is a mean over
+        its batch, the mean of the result over all batches is then the function of all samples. Leaves that are not
+        floating point are not weighted.
+        """
+
+        def weighted(start, length):
+            weight = self.batches * length / self.size
+            found = function(self._slice(start, length))
+            return tree.scale(weight, found) if self.rest else found
+
         if not self.rest:
-            return function(self._slice(number * self.batch, self.batch))
+            return weighted(number * self.batch, self.batch)
         # Shapes are static, so the smaller last batch is a branch of its own.
         return jax.lax.cond(
             number == self.batches - 1,
-            lambda: function(self._slice(self.size - self.rest, self.rest)),
-            lambda: function(self._slice(number * self.batch, self.batch)),
+            lambda: weighted(self.size - self.rest, self.rest),
+            lambda: weighted(number * self.batch, self.batch),
         )
 
     def mean(self, function: Callable[[PyTree], PyTree]) -> PyTree:
@@ -157,24 +162,14 @@ def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Arra
 
 
 def _with_replacement(samples, key, number):
-    # Draw a sample and return its batch, so that a smaller last batch is drawn in proportion to its size. The remainder
-    # of a 32-bit number is uniform up to a relative error of n/2³².
-    return (_words(key, number)[0] % jnp.uint32(samples.size)).astype(jnp.int32) // samples.batch
+    # The remainder of a 32-bit number is uniform up to a relative error of (number of batches)/2³².
+    words = jax.random.key_data(jax.random.fold_in(key, number))
+    return (words[0] % jnp.uint32(samples.batches)).astype(jnp.int32)
 
 
 def _without_replacement(samples, key, number):
     epoch, place = number // samples.batches, number % samples.batches
-    chosen = permuted(jax.random.fold_in(key, epoch), place, samples.batches)
-    if not samples.rest:
-        return chosen
-    # In an epoch every batch has one place. With the probability q, the place of the smaller last batch goes to a
-    # random full batch. The last batch then has, in expectation, rest/b times as many places as a full one.
-    share, others = samples.rest / samples.batch, samples.batches - 1
-    q = (1 - share) / (1 + share / others)
-    # No epoch has the number 2³² − 1, so the key of this number is free for the coins.
-    coin, full = _words(jax.random.fold_in(key, 2**32 - 1), number)
-    replaced = (chosen == others) & (coin < jnp.uint32(q * 2**32))
-    return jnp.where(replaced, (full % jnp.uint32(others)).astype(jnp.int32), chosen)
+    return permuted(jax.random.fold_in(key, epoch), place, samples.batches)
 
 
 def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
@@ -212,11 +207,6 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
 
     start = encrypt(place)
     return jax.lax.while_loop(lambda number: number >= count, encrypt, start).astype(jnp.int32)
-
-
-def _words(key, number):
-    """Return two random 32-bit numbers: the data of ``key`` folded with ``number``."""
-    return jax.random.key_data(jax.random.fold_in(key, number))
 
 
 def _mask(bits):
