@@ -75,7 +75,8 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
     record = {"problem": problem, "metric": plan.metric, "metrics": list(reference.metrics), "contenders": {}}
     record |= {"seconds": options.seconds, "seeds": seeds, "machine": machine()}
     if options.algorithms:
-        groups, full = [group for group in groups if group[0].algorithm in options.algorithms], []
+        groups = [group for group in groups if group[0].algorithm in options.algorithms]
+        full = full if "full batch" in options.algorithms else []
         record["contenders"] = report.load(options.out, problem)["contenders"]
     for group in groups + ([full] if full else []):
         found = race(problem, arrays, group, seeds, options.seconds, peer)
@@ -111,7 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peer", type=Path, help="clone of github.com/benchopt/benchmark_bilevel")
     parser.add_argument("--peer-python", type=Path, help="a Python that has benchopt and JAX")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["quadratic", "logistic", "cleaning"])
-    parser.add_argument("--algorithms", nargs="+", help="the stochastic algorithms to tune or run (default: all)")
+    parser.add_argument(
+        "--algorithms", nargs="+", help='algorithms to tune or run, such as SOBA or "full batch" (default: all)'
+    )
     parser.add_argument("--seconds", type=float, help="length of a run (default: 8, and 3 for tune)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--core", type=int, default=0, help="CPU core to which both sides are pinned (default: 0)")

@@ -8,10 +8,13 @@ methods take the same hypergradients as ``bl.minimize``, in one compiled scan fo
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 ADJOINT_STEPS, DIRECTION_STEPS = 10, 5
 """Iterations of conjugate gradients for the hypergradient and for a Newton direction, in the full-batch methods."""
+STOP = 3e-8
+"""The norm of the hypergradient at which a full-batch method stops."""
 
 
 class Stochastic:
@@ -73,8 +76,9 @@ class FullBatch:
     """Descent on x by optax, with hypergradients over all samples.
 
     One outer step takes a few Newton-CG steps on z and ten iterations of conjugate gradients on the adjoint system,
-    both from a warm start. ``options`` has the outer ``rate``, the ``optimizer`` (``"adam"`` or ``"lbfgs"``) and the
-    number of Newton steps, ``newton_steps``.
+    both from a warm start. Where the hypergradient's norm is at most ``STOP``, x is kept: L-BFGS may leave the minimum
+    again in float32, where differences of such gradients are rounding noise. ``options`` has the outer ``rate``, the
+    ``optimizer`` (``"adam"`` or ``"lbfgs"``) and the number of Newton steps, ``newton_steps``.
     """
 
     def __init__(self, problem, data, settings: dict):
@@ -110,8 +114,10 @@ class FullBatch:
             def step(carry, _):
                 z, x, adjoint, state = carry
                 out = hypergradient(x, z, arrays, linear_init=adjoint)
-                update, state = optimizer.update(out.gradient, state, x)
-                return (out.inner.w, x + update, out.linear.solution, state), None
+                update, moved = optimizer.update(out.gradient, state, x)
+                goes_on = jnp.linalg.norm(out.gradient) > STOP
+                x, state = jax.tree.map(partial(jnp.where, goes_on), (x + update, moved), (x, state))
+                return (out.inner.w, x, out.linear.solution, state), None
 
             return jax.lax.scan(step, (z, x, adjoint, state), length=settings["block"])[0]
 

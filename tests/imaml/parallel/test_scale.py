@@ -287,7 +287,7 @@ def test_processes_with_different_settings_are_refused(monkeypatch):
     monkeypatch.setattr(
         training, "gathered", lambda digest: np.stack([digest, digest ^ np.eye(32, dtype=np.uint8)[0], digest])
     )
-    with pytest.raises(InputError, match=r"processes \[1\] were started with other settings or data"):
+    with pytest.raises(InputError, match=r"processes \[1\] were started with other settings, data or start"):
         training._check_alike({"config": {}, "data": "of this process"})
 
 
