@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.errors import Policy, check_policy
 from bilevel.methods.protocol import Method, check_arguments, outer_variables, starting_point
-from bilevel.outer.loop import Setup, first_state, state_before
+from bilevel.outer.loop import Setup, state_before
 from bilevel.outer.progress import Bar
 from bilevel.outer.records import Minimum, OuterState, StepRecord
 from bilevel.outer.run import Run, owned, run_under_trace
@@ -146,7 +146,7 @@ def minimize(
         cold_start = starting_point(init, theta, first)
     setup = Setup(problem, solver, method, optimizer, warm_start, program)
     if state is None:
-        state = first_state(setup, theta, starting_point(init, theta, first))
+        state = state_before(setup, theta, starting_point(init, theta, first))
     else:
         state = _fitting(setup, theta, tree.arrays(state, "state"))
     batches = itertools.islice(itertools.chain([first], batches), steps)

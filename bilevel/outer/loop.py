@@ -44,21 +44,6 @@ def state_before(setup: Setup, theta: PyTree, w: PyTree) -> OuterState:
     return tree.strongly_typed(OuterState(theta, w, setup.optimizer.init(theta), warm_start, memory, jnp.int32(0)))
 
 
-_compiled_state_before = jax.jit(state_before, static_argnums=0)
-
-
-def first_state(setup: Setup, theta: PyTree, w: PyTree) -> OuterState:
-    """Return :func:`state_before` from one compiled program, if the setup can be hashed.
-
-    Outside of ``jit``, an optimiser's ``init`` dispatches several programs to the device.
-    """
-    try:
-        hash(setup)
-    except TypeError:  # a part cannot be hashed, for example because one of its fields is an array
-        return state_before(setup, theta, w)
-    return _compiled_state_before(setup, theta, w)
-
-
 def outer_step(
     setup: Setup, state: OuterState, start: PyTree, data: PyTree, halt: jax.Array
 ) -> tuple[OuterState, History, Hypergradient]:
@@ -133,22 +118,19 @@ def _with_hypergradient(solve: Callable[[PyTree], Hypergradient]) -> Callable[[P
     return lambda theta: value(theta)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outline:
-    """The properties of an outer step that its trace shows, and a number of steps for one run of the compiled loop.
+    """The properties of an outer step that its trace shows.
 
     Attributes:
         is_traced: whether a transformation of JAX traces its arguments, or arrays that its functions have captured.
         dtypes: the dtypes of the fields of its :class:`History`.
         solves_adjoint: whether its hypergradient has the report of a linear solve.
-        length: the number of steps that the next run of the compiled loop may take. It is adapted to the seconds of
-            the last run, and kept from one call to the next.
     """
 
     is_traced: bool
     dtypes: list[Any]
     solves_adjoint: bool
-    length: int = 1
 
 
 class CompiledLoop:

@@ -27,8 +27,6 @@ SHORT, LONG = 0.1, 0.5
 steps, or 16 times as many if it took less than a sixteenth of ``SHORT``. If it took more than ``LONG``, the next one
 takes half as many. The host can then handle interrupts and redraw the bar in time."""
 
-_copy = jax.jit(partial(jax.tree.map, jnp.copy))
-
 
 class Run:
     """A running outer loop: its state on the device, and what the host knows of its steps.
@@ -57,9 +55,9 @@ class Run:
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
         self._outline = self._compiled.outline(state, start, batch, self._halt)
         self.is_traced = self._outline.is_traced
-        self._rows = []
+        self._length, self._rows = 1, []
         # The compiled loop donates the buffers of its state, so it gets a copy of the caller's arrays.
-        self.state = state if self.is_traced else _copy(state)
+        self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)
         self.number = self._first = 0 if self.is_traced else int(state.step)
         self.exhausted, self.last = False, None
 
@@ -72,7 +70,7 @@ class Run:
         Raises:
             HypergradientError: for a failed step, if ``halt`` was set.
         """
-        began, count = time.perf_counter(), min(self._outline.length, at_most)
+        began, count = time.perf_counter(), min(self._length, at_most)
         kept, rows, failed = [], [], self._not_failed
         steps = np.int32(count) if self._constant and count > 1 else self._one
         for batch in itertools.islice(batches, 1 if self._constant else count):
@@ -96,14 +94,14 @@ class Run:
         self.number += len(rows)
 
     def _adapt(self, seconds: float) -> None:
-        length = self._outline.length
+        length = self._length
         factor = 16 if seconds < SHORT / 16 else 2
         length = factor * length if seconds < SHORT else max(1, length // 2) if seconds > LONG else length
-        self._outline.length = min(length, CAPACITY if self._constant else BATCHES)
+        self._length = min(length, CAPACITY if self._constant else BATCHES)
 
     def _failure(self, batch: PyTree) -> HypergradientError:
         """Return the error of the failed step, from the state before that step and the batch of that step."""
-        state = _copy(self.state)
+        state = jax.tree.map(jnp.copy, self.state)
         advance = compiled_loop(self._setup, 1, True).advance
         observed = advance(state, self._not_failed, self._start, batch, self._one, self._halt)[-1]
         assert observed is not None  # the loop was compiled to observe

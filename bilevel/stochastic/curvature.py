@@ -13,7 +13,7 @@ from bilevel.linear import NormalCG
 from bilevel.problem import Problem
 from bilevel.spectrum import operator_norm, ritz_values
 from bilevel.stochastic.rates import RATES, Power
-from bilevel.stochastic.samples import PASS, Samples
+from bilevel.stochastic.samples import PASS, Samples, even_batch
 from bilevel.theorem import solve_linear
 from bilevel.types import PyTree
 
@@ -105,7 +105,7 @@ def _estimate(theta, w, inner, outer, problem, inner_batch):
     unknowns = sum(leaf.size for leaf in jax.tree.leaves(w))
     most = max(FEWEST, min(PASS, WORK // max(unknowns, 1)))
     inner_part, outer_part = (_part(samples, size, most) for samples, size in zip((inner, outer), sizes, strict=True))
-    samples = Samples(inner, sizes[0], min(inner_batch, sizes[0]))
+    samples = Samples(inner, sizes[0], even_batch(sizes[0], inner_batch))
     full = sizes[0] // samples.batch
 
     def norm_on(number):

@@ -13,7 +13,7 @@ from bilevel import tree
 from bilevel.problem import Problem
 from bilevel.stochastic.placement import Placement
 from bilevel.stochastic.protocol import Draws, Oracle, State, is_mean_over_samples
-from bilevel.stochastic.samples import Samples, draw
+from bilevel.stochastic.samples import Samples, draw, even_batch
 from bilevel.types import PyTree
 
 
@@ -56,7 +56,7 @@ class Plan:
         """Return the oracle of one share."""
         whole = not is_mean_over_samples(self.problem.condition)
         inner_samples, outer_samples = (
-            Samples(data, size, min(batch, size), whole)
+            Samples(data, size, even_batch(size, batch), whole)
             for data, size, batch in zip(
                 (inner, outer), self.sizes, (algorithm.inner_batch, algorithm.outer_batch), strict=True
             )

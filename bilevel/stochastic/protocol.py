@@ -205,7 +205,7 @@ class Oracle:
     def _inner_terms(self, w, adjoint, theta, batch):
         w, adjoint, theta, batch = tree.match_varying_axes(w, adjoint, theta, batch)
         condition = self.problem.condition
-        if is_gradient(condition):
+        if is_gradient(condition) and _has_forward_mode(condition.potential, w, theta, batch):
             # A is symmetric, so Aᵀv and Bᵀv are the derivatives along v of the objective's gradients in w and in θ.
             # Forward over reverse mode reads the samples fewer times than two reverse passes do.
             def gradients(w):
@@ -229,6 +229,11 @@ class Oracle:
         differentiate = jax.value_and_grad(self.problem.outer, (0, 1), has_aux=self.problem.has_aux, allow_int=True)
         value, (in_w, in_theta) = differentiate(w, theta, batch)
         return OuterTerms(value[0] if self.problem.has_aux else value, in_w, tree.with_zeros(in_theta, theta))
+
+
+def _has_forward_mode(function, *arguments):
+    """Return whether a function has a forward-mode derivative: whether it calls no ``custom_vjp``, as odeint does."""
+    return "custom_vjp_call" not in str(jax.make_jaxpr(function)(*arguments))
 
 
 def is_mean_over_samples(condition: Condition) -> bool:

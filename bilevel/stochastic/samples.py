@@ -141,6 +141,15 @@ class Samples:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), self.data)
 
 
+def even_batch(size: int, batch: int) -> int:
+    """Return the smallest batch size that divides the samples into as many batches as ``batch`` does.
+
+    The batches are then nearly equal, so that no weight of a batch is far above 1. For 65 samples and a batch of 64,
+    the result is 33.
+    """
+    return -(-size // -(-size // batch))
+
+
 def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Array) -> jax.Array:
     """Return the index of the batch for each of some draws.
 

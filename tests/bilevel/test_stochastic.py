@@ -554,6 +554,35 @@ def test_the_gradient_as_a_root_gives_the_steps_of_the_objective(kind):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+def test_an_objective_without_forward_mode_takes_the_same_steps():
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (square(x), x), lambda x, slope: (2 * x * slope,))
+
+    def run_on(function):
+        problem = bl.Problem(
+            bl.Stationary(lambda w, theta, x: 0.5 * jnp.mean(function(w - theta * x))),
+            lambda w, theta, y: 0.5 * jnp.mean((w - y) ** 2),
+        )
+        ones = np.ones(12)
+        return bl.stochastic.minimize(problem, 0.5, 0.2, ones, 3 * ones, SOBA(0.1, 0.1, 0.1, 4, 4), 20).theta
+
+    np.testing.assert_allclose(run_on(square), run_on(lambda x: x**2), rtol=1e-13)
+
+
+def test_a_batch_a_little_smaller_than_all_samples_allows_usual_rates():
+    x = np.random.default_rng(0).normal(size=(65, 3))
+    rate = 1.2 / (np.linalg.eigvalsh(x.T @ x / 65)[-1] + 0.1)
+    problem = bl.Problem(
+        bl.Stationary(lambda w, theta, x: 0.5 * jnp.mean((x @ w - 1) ** 2) + 0.05 * theta**2 * w @ w),
+        lambda w, theta, x: 0.5 * jnp.mean((x @ w - 1) ** 2),
+    )
+    found = bl.stochastic.minimize(problem, 1.0, np.zeros(3), x, x, SOBA(rate, rate, 0.01), 500)
+    assert found.status == bl.Status.BUDGET_USED
+
+
 def test_an_algorithm_of_ones_own():
     @dataclass(frozen=True)
     class Plain:
