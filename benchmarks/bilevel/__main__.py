@@ -77,7 +77,8 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
     if options.algorithms:
         groups = [group for group in groups if group[0].algorithm in options.algorithms]
         full = full if "full batch" in options.algorithms else []
-        record["contenders"] = report.load(options.out, problem)["contenders"]
+        if problem in report.recorded(options.out):
+            record["contenders"] = report.load(options.out, problem)["contenders"]
     for group in groups + ([full] if full else []):
         found = race(problem, arrays, group, seeds, options.seconds, peer)
         for one in group:

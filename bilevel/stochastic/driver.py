@@ -34,8 +34,8 @@ class History:
         residual_norm: ‖F‖₂ over all samples; None without ``measure``.
         adjoint_norm: ‖Aᵀv − g‖₂ over all samples; None without ``measure``.
         gradient_norm: ‖h − Bᵀv‖₂ over all samples, the norm of the direction of θ; None without ``measure``.
-        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED, or BREAKDOWN or NONFINITE for
-            a run that diverged.
+        status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED, or for a run that diverged
+            BREAKDOWN or NONFINITE.
     """
 
     step: jax.Array

@@ -35,8 +35,8 @@ class SABA:
         inner_rate: as for :class:`SOBA`; a constant rate is usual.
         linear_rate: as for :class:`SOBA`; a constant rate is usual.
         outer_rate: as for :class:`SOBA`; a constant rate is usual.
-        inner_batch: samples in an inner batch. Larger batches make the tables smaller.
-        outer_batch: samples in an outer batch.
+        inner_batch: as for :class:`SOBA`. Larger batches make the tables smaller.
+        outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
         memory_limit: the largest size of the tables in bytes. The default is half of the free memory of the device, or
             of the machine if the device does not report its memory, as a CPU.

@@ -97,13 +97,12 @@ class Samples:
         floating point are not weighted.
         """
 
-        def weighted(start, length):
-            weight = self.batches * length / self.size
-            found = function(self._slice(start, length))
-            return tree.scale(weight, found) if self.rest else found
-
         if not self.rest:
-            return weighted(number * self.batch, self.batch)
+            return function(self._slice(number * self.batch, self.batch))
+
+        def weighted(start, length):
+            return tree.scale(self.batches * length / self.size, function(self._slice(start, length)))
+
         # Shapes are static, so the smaller last batch is a branch of its own.
         return jax.lax.cond(
             number == self.batches - 1,

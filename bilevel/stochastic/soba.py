@@ -33,8 +33,8 @@ class SOBA:
         linear_rate: ρ′, a :data:`Rate`. None stands for the value of ``inner_rate`` if that is given, and otherwise for
             the estimated inner rate.
         outer_rate: γ, as for ``inner_rate``, or an optax transformation.
-        inner_batch: samples in an inner batch.
-        outer_batch: samples in an outer batch.
+        inner_batch: the largest number of samples in an inner batch; the batches are made nearly equal.
+        outer_batch: the largest number of samples in an outer batch.
         sampling: ``"with_replacement"``, or ``"without_replacement"`` for a new order of the batches in each epoch.
 
     Source: Dagréou, Ablin, Vaiter, Moreau (2022), algorithm 1 with equation 6.

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from imaml.datasets import folders
+from imaml.datasets.omniglot_alphabets import SPLITS
 from imaml.errors import InputError
 from imaml.learning.tasks import Episode
 from imaml.runs.learner import TrainedLearner
 from imaml.runs.results import NO_NORMALISATION, QUERY_BATCH, SUPPORT_SET
 
-DRAWINGS = ("glyphs", "omniglot", "omniglot-alphabets")
+DRAWINGS = ("glyphs", *SPLITS)
 """The datasets of drawings, whose arrays have ink 255 and paper 0. In image files, ink is usually dark."""
 
 

@@ -58,10 +58,7 @@ def test_a_regression_is_trained_logged_and_evaluated_by_its_squared_error(tmp_p
     assert found.value == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-@pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
-def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, other, tmp_path, tiny_pixels):
-    preset = replace(PRESET, dataset=trained)
-    state = initial_state(preset)
+def save_checkpoint(folder, preset, state):
     description = {
         "preset": preset.name,
         "config": preset.config(),
@@ -69,7 +66,14 @@ def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, o
         "data": "",
         "versions": {},
     }
-    checkpoints.save(tmp_path, STEPS, state, description)
+    checkpoints.save(folder, STEPS, state, description)
+
+
+@pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
+def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, other, tmp_path, tiny_pixels):
+    preset = replace(PRESET, dataset=trained)
+    state = initial_state(preset)
+    save_checkpoint(tmp_path, preset, state)
     run = imaml.Run(tmp_path, preset, state.theta, STEPS, True, None, None)
     message = f"{tmp_path} was trained on {trained}, and {other} splits the same characters in another way: many "
     for what in (tmp_path, run):
@@ -85,15 +89,8 @@ def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, o
 @pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
 def test_a_start_from_the_other_split_of_omniglot_is_reported(trained, other, tmp_path, tiny_pixels):
     preset, messages = replace(PRESET, dataset=trained), []
-    description = {
-        "preset": preset.name,
-        "config": preset.config(),
-        "types": preset.types(),
-        "data": "",
-        "versions": {},
-    }
     (tmp_path / "first").mkdir()
-    checkpoints.save(tmp_path / "first", STEPS, initial_state(preset), description)
+    save_checkpoint(tmp_path / "first", preset, initial_state(preset))
     data = replace(dataset(tiny_pixels), name=other)
     train(tmp_path / "second", start=tmp_path / "first", dataset=data, evaluation_tasks=0, on_warning=messages.append)
     (message,) = messages
