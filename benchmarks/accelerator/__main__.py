@@ -63,7 +63,17 @@ def _parser():
         metavar="PRESET[:STEPS[:TASKS]]",
         help="the runs and their lengths (default: the eight cells of table 2, at the length of their presets)",
     )
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: 2 on an accelerator, 1 on a CPU)")
+    parser.add_argument(
+        "--way",
+        type=comparison.Way.parse,
+        metavar="TOGETHER:CONVOLUTIONS:PRODUCTS",
+        help="compute meta-gradients in this way, such as all:patches:tensorfloat32, and do not compare",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="processes at a time, of which one trains (default: 3 on an accelerator, 1 on a CPU)",
+    )
     return parser
 
 
@@ -76,18 +86,21 @@ def _run(options, extra, begun):
         print(f"{device.platform}: {device.device_kind}{limit}", flush=True)
     presets = {cell.preset: parse(["train", cell.preset, *cell.options(), *extra]).chosen for cell in cells}
     first = presets[cells[0].preset]
-    dataset = datasets.load(first.dataset, options.data)
-    way = comparison.saved(out / "comparison.json", first, dataset.train.source)
+    way = options.way or _best_way(out / "comparison.json", first, options.data)
     print(f"{time.monotonic() - begun:.0f} s: training with {way}", flush=True)
     data = ["--data", str(options.data)] if options.data else []
     commands = {
         cell.preset: [*data, *cell.options(), *way.options(presets[cell.preset].outer.tasks), *extra] for cell in cells
     }
-    jobs = options.jobs or (1 if jax.default_backend() == "cpu" else 2)
+    jobs = options.jobs or (1 if jax.default_backend() == "cpu" else 3)
     try:
         train(cells, commands, out, begun + 60 * options.minutes - RESERVE, jobs)
     finally:
         print(report(cells, out), flush=True)
+
+
+def _best_way(path, preset, data):
+    return comparison.saved(path, preset, datasets.load(preset.dataset, data).train.source)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from imaml.settings.parts import CONVOLUTIONS
 from imaml.settings.preset import Preset
 from imaml.storage.files import write_whole
 
+TOGETHER = ("one", "groups", "all")
+"""Which tasks are computed together, see :class:`Way`."""
 GROUP = 8
 """Greatest number of tasks in a group that is computed together."""
 LARGEST_DISTANCE = 0.05
@@ -45,6 +47,19 @@ class Way:
     together: str
     convolutions: str
     products: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Way":
+        """Return the way that ``TOGETHER:CONVOLUTIONS:PRODUCTS`` describes.
+
+        Raises:
+            ValueError: if ``text`` describes no way.
+        """
+        together, convolutions, products = text.split(":")
+        known = (together in TOGETHER, convolutions in CONVOLUTIONS, products in PRODUCTS)
+        if not all(known):
+            raise ValueError(f"no way is called {text!r}")
+        return cls(together, convolutions, products)
 
     def of(self, preset: Preset) -> Preset:
         """Return ``preset`` computed in this way."""
@@ -102,7 +117,7 @@ def compare(preset: Preset, source: Any, seconds: float = 1.0) -> list[Measureme
     tasks = batch(source, keys)
     theta = initial_state(preset).theta
     exact = _in_float64(preset, theta, tasks)
-    in_float32 = [Way(together, method, "float32") for together in ("one", "groups", "all") for method in CONVOLUTIONS]
+    in_float32 = [Way(together, method, "float32") for together in TOGETHER for method in CONVOLUTIONS]
     measured = _measured(in_float32, preset, theta, tasks, exact, seconds)
     fastest = min(measured, key=lambda each: each.seconds).way
     others = [dataclasses.replace(fastest, products=products) for products in PRODUCTS if products != "float32"]

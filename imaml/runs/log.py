@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from imaml.storage.files import write_whole
 
 FILE = "metrics.jsonl"
@@ -93,6 +95,19 @@ def read_log(directory: Path) -> list[Progress]:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     entries = (_parsed(line) for line in lines)
     return [entry for entry in entries if entry is not None]
+
+
+def losses_of(log: list[Progress]) -> tuple[float, int, float] | None:
+    """Return the least mean loss over ``RECENT`` meta-steps in a row, its last step, and the mean of the last ones.
+
+    The result is None for a log with fewer than ``RECENT`` entries. A NaN among the losses is counted as infinity.
+    """
+    if len(log) < RECENT:
+        return None
+    losses = np.nan_to_num([entry.loss for entry in log], nan=np.inf)
+    means = np.lib.stride_tricks.sliding_window_view(losses, RECENT).mean(1)
+    least = int(means.argmin())
+    return float(means[least]), log[least + RECENT - 1].step, float(means[-1])
 
 
 def time_of(log: list[Progress]) -> tuple[float, int]:

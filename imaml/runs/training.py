@@ -29,7 +29,7 @@ from imaml.runs.checkpoints import KEEP
 from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.folder import NullRunFolder, RunFolder
 from imaml.runs.interruption import stop_on_signals
-from imaml.runs.log import Progress
+from imaml.runs.log import RECENT, Progress, losses_of, read_log
 from imaml.runs.loggers import Logger, Loggers
 from imaml.runs.meta_step import TrainState, initial_state
 from imaml.runs.progress import Reporter
@@ -43,6 +43,9 @@ from imaml.settings.saved import completed
 
 PATIENCE = 100
 """Meta-steps in a row without a usable gradient after which training gives up: θ has not moved in any of them."""
+
+WORSENED = 2.0
+"""A run is reported as unstable if its loss at the end is more than this factor above its least value."""
 
 
 def train(
@@ -102,8 +105,9 @@ def train(
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.
         on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
             checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in a validation or
-            the evaluation are not finite, if a run is extended, or if ``start`` may have been trained on test classes
-            of these data; ``on_event`` by default.
+            the evaluation are not finite, if a run is extended, if the loss at the end of the meta-steps is more than
+            twice its least value, or if ``start`` may have been trained on test classes of these data; ``on_event`` by
+            default.
         on_progress: called after every meta-step.
         progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
             or a file, there is a line every ten seconds instead of the bar.
@@ -216,6 +220,8 @@ def _train(
             folder.save(done, state, facts, loss)
             if is_first() and source is None:
                 run_data.keep(directory, present)
+            if is_first() and (message := _worsened(preset, read_log(directory))):
+                on_warning(message)
         theta = from_first(folder.best(state)).theta if selection.step else state.theta
         finished = done == preset.outer.steps or validator.ends(selection)
         if finished and not stop and evaluation_tasks:
@@ -314,6 +320,19 @@ def _without_gradients(preset, progress):
         f"none of the tasks of the last {PATIENCE} meta-steps had a usable gradient, so θ did not move: in the last "
         f"one, the median relative residual of the adjoint systems is {progress.linear_residual:.1f}, and a residual "
         f"above 1 is larger than that of the zero vector; {remedy}"
+    )
+
+
+def _worsened(preset, log):
+    """Return a message if the loss at the end of the log is far above its least value, otherwise None."""
+    losses = losses_of(log)
+    if losses is None or losses[2] <= WORSENED * losses[0]:
+        return None
+    least, step, last = losses
+    best = "" if preset.validation.every else " 'imaml evaluate RUN --best' takes the checkpoint with the least loss."
+    return (
+        f"training became unstable: the mean query loss over {RECENT} meta-steps was {least:.3g} at meta-step {step}, "
+        f"and is {last:.3g} now.{best} In a new run, lower {_likely_causes(preset)}"
     )
 
 

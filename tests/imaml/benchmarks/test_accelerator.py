@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from benchmarks.accelerator.comparison import LARGEST_DISTANCE, Measurement, Way, best
-from benchmarks.accelerator.training import Cell
+from benchmarks.accelerator.training import Cell, take_turns
 from imaml.runs import checkpoints
 from imaml.runs.log import read_log
+from imaml.storage.files import alone_in
 
 ROOT = Path(__file__).parents[3]
 PRESET, STEPS = "glyphs-5way-1shot-gd", 100
@@ -48,12 +49,83 @@ def test_a_cell_is_parsed_with_and_without_its_numbers_of_steps_and_tasks():
     assert Cell.parse("a-preset:300:8").options() == ["--outer.steps", "300", "--outer.tasks", "8"]
 
 
-def begin(out, minutes=20):
+def test_a_way_is_parsed_and_an_unknown_one_refused():
+    assert Way.parse("all:patches:bfloat16") == Way("all", "patches", "bfloat16")
+    for text in ("all:patches", "some:patches:float32", "all:patches:float16", "all:conv:float32"):
+        with pytest.raises(ValueError):
+            Way.parse(text)
+
+
+class Runner:
+    """A stand-in for a process that trains or does not."""
+
+    def __init__(self, training):
+        self.training, self.going, self.stopped = training, True, 0.0
+
+    def trains(self):
+        return self.training
+
+    def go_on(self):
+        self.going = True
+
+    def stop(self, seconds):
+        self.going, self.stopped = False, self.stopped + seconds
+
+
+def test_only_the_first_run_that_trains_goes_on_and_the_others_go_on_when_it_has_trained():
+    prepares, first, second = jobs = [Runner(False), Runner(True), Runner(True)]
+    take_turns(jobs, 0.5)
+    assert [job.going for job in jobs] == [True, True, False] and second.stopped == 0.5
+
+    prepares.training = True  # Its turn comes at once, because it is the first in order.
+    take_turns(jobs, 0.5)
+    assert [job.going for job in jobs] == [True, False, False] and second.stopped == 1.0
+
+    prepares.training = first.training = False  # Both evaluate.
+    take_turns(jobs, 0.5)
+    assert [job.going for job in jobs] == [True, True, True] and first.stopped == 0.5 and second.stopped == 1.0
+
+
+@pytest.mark.slow("compiles and trains two runs")
+def test_of_two_runs_one_is_stopped_while_the_other_trains_and_both_end(tmp_path):
+    cells = ["glyphs-5way-1shot-gd:200:4", "glyphs-5way-1shot-hf:50:4"]
+    way = ["--way", "one:patches:float32", "--jobs", "2"]
+    assert begin(tmp_path, cells=cells, options=way).wait() == 0
+    assert not (tmp_path / "comparison.json").exists()
+    notes = []
+    for cell in cells:
+        name, steps, _ = cell.split(":")
+        record = json.loads((tmp_path / "records" / f"{name}.json").read_text())
+        assert record["meta_steps"] == int(steps) and record["config"]["network"]["convolutions"] == "patches"
+        notes.append(record["note"])
+    assert any("the run was stopped while others trained" in note for note in notes)
+
+
+@pytest.mark.slow("compiles and trains two runs")
+def test_if_the_command_is_killed_a_run_that_it_has_stopped_ends(tmp_path):
+    cells = ["glyphs-5way-1shot-gd:100000:4", "glyphs-5way-1shot-hf:100000:4"]
+    command = begin(tmp_path, cells=cells, options=["--way", "one:patches:float32", "--jobs", "2"])
+    runs = [tmp_path / cell.split(":")[0] for cell in cells]
+    while not all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text() for run in runs):
+        assert command.poll() is None, "the command ended before it could be killed"
+        time.sleep(0.1)
+    time.sleep(1)  # One of the runs has been stopped by now.
+    command.kill()
+    command.wait()
+    time.sleep(2)
+    try:
+        with alone_in(runs[1]):  # The lock is free, so no process trains in this folder.
+            pass
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+
+
+def begin(out, minutes=20, cells=(f"{PRESET}:{STEPS}:4",), options=()):
     """Start the command in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes", str(minutes), "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes", str(minutes), "--out", str(out), *options]
     # The command runs only briefly. Compiling without most of XLA's optimisations takes half the time.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.Popen([*command, "--cells", f"{PRESET}:{STEPS}:4", *SMALL], cwd=ROOT, env=environment)
+    return subprocess.Popen([*command, "--cells", *cells, *SMALL], cwd=ROOT, env=environment)
 
 
 def last(out):

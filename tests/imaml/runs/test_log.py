@@ -107,3 +107,15 @@ def test_the_recent_loss_is_a_mean_over_the_last_steps_across_a_resumption(tmp_p
                 means.append(log.recent_loss)
     infinity = float("inf")  # The mean of fewer than RECENT steps counts as infinite.
     assert means == [infinity, infinity, (1 / 2 + 1 / 4 + 1 / 8) / 3, (1 / 4 + 1 / 8 + 1 / 16) / 3, 7 / 32 / 3]
+
+
+def test_the_least_mean_loss_of_100_steps_is_found_with_its_last_step():
+    entries = [progress(step, loss) for step, loss in enumerate([3.0] * 50 + [1.0] * 120 + [2.0] * 100, start=1)]
+    assert runlog.losses_of(entries) == (1.0, 150, 2.0)
+    assert runlog.losses_of(entries[:99]) is None
+
+
+def test_a_loss_that_is_not_a_number_counts_as_infinite():
+    entries = [progress(step, loss) for step, loss in enumerate([float("nan")] + [1.0] * 100, start=1)]
+    assert runlog.losses_of(entries) == (1.0, 101, 1.0)
+    assert runlog.losses_of(entries[:100]) == (float("inf"), 100, float("inf"))

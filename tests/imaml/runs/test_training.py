@@ -334,6 +334,29 @@ def test_training_in_which_no_task_has_a_usable_gradient_is_refused(tmp_path, mo
     assert [entry.tasks for entry in runlog.read_log(tmp_path)] == [0, 1, 0, 0, 0]
 
 
+@pytest.mark.slow("trains two runs of 210 meta-steps", fast=["3.0"])
+@pytest.mark.parametrize(("factor", "warns"), [(1.5, False), (3.0, True)], ids=["1.5", "3.0"])
+def test_a_run_whose_loss_has_risen_since_its_least_value_warns(tmp_path, monkeypatch, factor, warns):
+    original = step_compiler.meta_step
+
+    def with_losses(preset, mesh=None):
+        def step(state, source):
+            after, report = original(preset, mesh)(state, source)
+            return after, replace(report, value=jnp.where(state.step < 105, 0.25, factor * 0.25))
+
+        return step
+
+    monkeypatch.setattr(step_compiler, "meta_step", with_losses)
+    messages = []
+    steps = 210
+    train(tmp_path, replace(PRESET, outer=replace(PRESET.outer, steps=steps)), on_warning=messages.append)
+    found = [message for message in messages if "training became unstable" in message]
+    assert len(found) == warns
+    if warns:
+        assert "over 100 meta-steps was 0.25 at meta-step 100, and is 0.75 now" in found[0]
+        assert "'imaml evaluate RUN --best'" in found[0] and "lower inner.step_size or outer.learning_rate" in found[0]
+
+
 @pytest.mark.slow("trains until it diverges")
 def test_training_that_diverges_is_refused_and_theta_is_not_updated(traces, tiny_pixels, tmp_path):
     with pytest.raises(InputError, match=r"meta-step 1 had no task with finite numbers.*lower inner\.step_size"):

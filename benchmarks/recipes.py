@@ -1,0 +1,196 @@
+"""Compare training recipes for Omniglot by their accuracy on validation classes, after equal CPU time.
+
+    python -m benchmarks.recipes --data OMNIGLOT [--seconds 120] [--seeds 2] [--recipes NAME ...] [--out FILE]
+
+A recipe says how many tasks and queries a meta-step has, and how the learning rate falls. Each run trains the preset
+omniglot-5way-1shot-gd with 32 filters in a process that is pinned to one core. Before the run, 25 meta-steps are timed,
+and the run gets as many meta-steps as fit into the given seconds. A tenth of the training characters is held out for
+validation. The test characters are not looked at.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import jax
+import numpy as np
+
+import imaml
+from imaml.errors import InputError
+from imaml.runs import checkpoints
+from imaml.runs.log import read_log
+from imaml.runs.meta_step import initial_state
+from imaml.settings.overrides import override
+from imaml.settings.preset import Preset
+from imaml.storage.files import write_whole
+
+PRESET, FILTERS = "omniglot-5way-1shot-gd", "32"
+HELD_OUT, VALIDATION_TASKS = "0.1", "600"
+AVERAGED = 20
+"""Number of checkpoints whose mean is evaluated by a recipe that averages θ."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a recipe, which starts with the θ of the part before it and a new state of Adam.
+
+    Attributes:
+        share: the part's share of the time.
+        tasks: tasks in a meta-step.
+        queries: query images of each class in training.
+        final_fraction: the last learning rate relative to the first one; 1 for a constant rate.
+    """
+
+    share: float = 1.0
+    tasks: int = 8
+    queries: int = 15
+    final_fraction: float = 0.0
+
+    def preset(self, seed: int, steps: int) -> Preset:
+        """Return the preset for ``steps`` meta-steps, of which the last one is validated."""
+        changed = {
+            "network.filters": FILTERS, "outer.tasks": self.tasks, "outer.queries": self.queries, "outer.steps": steps,
+            "outer.final_fraction": self.final_fraction, "seed": seed, "validation.every": steps,
+            "validation.tasks": VALIDATION_TASKS, "validation.held_out": HELD_OUT,
+        }  # fmt: skip
+        chosen = imaml.preset(PRESET)
+        for path, value in changed.items():
+            chosen = override(chosen, path, str(value))
+        return chosen
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages of a recipe, and whether the mean of θ over the end of the last stage is evaluated."""
+
+    stages: tuple[Stage, ...]
+    average: bool = False
+
+
+CONSTANT = 1.0
+RECIPES = {
+    "as the preset: 8 tasks, 15 queries": Recipe((Stage(),)),
+    "4 tasks": Recipe((Stage(tasks=4),)),
+    "16 tasks": Recipe((Stage(tasks=16),)),
+    "4 tasks, then 16": Recipe((Stage(0.5, tasks=4, final_fraction=CONSTANT), Stage(0.5, tasks=16))),
+    "5 queries": Recipe((Stage(queries=5),)),
+    "15 queries, then 5": Recipe((Stage(0.5, final_fraction=CONSTANT), Stage(0.5, queries=5))),
+    "constant rate": Recipe((Stage(final_fraction=CONSTANT),)),
+    "constant rate, mean of θ": Recipe((Stage(final_fraction=CONSTANT),), average=True),
+}
+
+
+def run(recipe: Recipe, seed: int, seconds: float, data: Path) -> dict:
+    """Train by a recipe, and return its numbers of meta-steps and tasks, its seconds and its validation accuracy."""
+    theta, found = None, {"meta_steps": 0, "tasks": 0, "seconds": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, stage in enumerate(recipe.stages):
+            steps = max(1, round(stage.share * seconds / _seconds_of_a_step(stage, seed, data)))
+            directory = Path(folder) / str(number)
+            interval = 0.2 * stage.share * seconds / AVERAGED  # The kept checkpoints span the last fifth of the time.
+            trained = imaml.train(
+                stage.preset(seed, steps), directory, data, start=theta, devices=1, evaluation_tasks=0,
+                checkpoint_seconds=interval if recipe.average else 30.0,
+                keep_checkpoints=AVERAGED if recipe.average else 1,
+            )  # fmt: skip
+            theta, log = trained.theta, read_log(directory)
+            found["meta_steps"] += steps
+            found["tasks"] += steps * stage.tasks
+            found["seconds"] += log[-2].seconds  # The last entry's time includes the validation.
+            accuracy, half = log[-1].validation, log[-1].validation_interval
+        if recipe.average:
+            mean = imaml.evaluate(
+                _mean_theta(directory, trained.preset), trained.preset, int(VALIDATION_TASKS), data, part="validation"
+            )
+            accuracy, half = mean.value, mean.interval
+    return found | {"accuracy": accuracy, "interval": half}
+
+
+def _seconds_of_a_step(stage, seed, data):
+    """Return the seconds of a meta-step, as a mean over 20 of them after the compilation."""
+    with tempfile.TemporaryDirectory() as folder:
+        imaml.train(stage.preset(seed, 26), folder, data, devices=1, evaluation_tasks=0)
+        log = read_log(Path(folder))
+    return (log[24].seconds - log[4].seconds) / 20
+
+
+def _mean_theta(directory, preset):
+    """Return the mean of θ over the last checkpoints of a run."""
+    paths = sorted(directory.glob("checkpoint-*.npz"))[-AVERAGED:]
+    thetas = [checkpoints.read(path).restore(initial_state(preset)).theta for path in paths]
+    return jax.tree.map(lambda *leaves: np.mean(leaves, 0, dtype=np.float32), *thetas)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run every recipe with every seed, one process on each core at a time; print a table and write the numbers."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of Omniglot's archives")
+    parser.add_argument("--seconds", type=float, default=120.0, help="training time of each run (default: 120)")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each recipe (default: 2)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # for a child: run one recipe with this seed
+    options = parser.parse_args(words)
+    if options.seed is not None:
+        print(json.dumps(run(RECIPES[options.recipes[0]], options.seed, options.seconds, options.data)))
+        return 0
+    jobs = [(name, seed) for seed in range(options.seeds) for name in options.recipes]
+    cores: SimpleQueue[int] = SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+
+    def child(job):
+        core = cores.get()
+        os.sched_setaffinity(0, {core})  # of this thread; the child process inherits it
+        try:
+            command = [sys.executable, "-m", "benchmarks.recipes", "--data", str(options.data)]
+            command += ["--seconds", str(options.seconds), "--recipes", job[0], "--seed", str(job[1])]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+        finally:
+            cores.put(core)
+        if done.returncode:
+            raise InputError(f"{job[0]}, seed {job[1]}: {done.stderr[-500:]}")
+        found = {"recipe": job[0], "seed": job[1]} | json.loads(done.stdout.splitlines()[-1])
+        print(f"{job[0]}, seed {job[1]}: {100 * found['accuracy']:.2f} %", file=sys.stderr, flush=True)
+        return found
+
+    try:
+        with ThreadPoolExecutor(cores.qsize()) as threads:
+            rows = list(threads.map(child, jobs))
+    except InputError as error:
+        print(f"recipes: {error}", file=sys.stderr)
+        return 2
+    print(_table(rows))
+    if options.out:
+        content = json.dumps({"preset": PRESET, "filters": int(FILTERS), "runs": rows}, indent=1) + "\n"
+        write_whole(options.out, lambda stream: stream.write(content.encode()))
+    return 0
+
+
+def _table(rows):
+    """Return one line for each recipe, the best one first."""
+    lines = {}
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        same = [row for row in rows if row["recipe"] == name]
+        values = [100 * row["accuracy"] for row in same]
+        spread = ", ".join(f"{value:.2f}" for value in values)
+        mean = {key: statistics.mean(row[key] for row in same) for key in ("meta_steps", "tasks", "seconds")}
+        lines[name] = statistics.mean(values), (
+            f"{name:36}{statistics.mean(values):7.2f}  ({spread}){mean['meta_steps']:8.0f} meta-steps"
+            f"{mean['tasks']:8.0f} tasks{mean['seconds']:7.0f} s"
+        )
+    return "\n".join(line for _, line in sorted(lines.values(), reverse=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
