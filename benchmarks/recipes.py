@@ -3,9 +3,9 @@
     python -m benchmarks.recipes --data OMNIGLOT [--seconds 120] [--seeds 2] [--recipes NAME ...] [--out FILE]
 
 A recipe says how many tasks and queries a meta-step has, and how the learning rate falls. Each run trains the preset
-omniglot-5way-1shot-gd with 32 filters in a process that is pinned to one core. Before the run, 25 meta-steps are timed,
+omniglot-5way-1shot-gd with 32 filters in a process that is pinned to one core. Before the run, 20 meta-steps are timed,
 and the run gets as many meta-steps as fit into the given seconds. A tenth of the training characters is held out for
-validation. The test characters are not looked at.
+validation, and every θ is evaluated on the same 600 tasks of these. The test characters are not looked at.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from imaml.settings.preset import Preset
 from imaml.storage.files import write_whole
 
 PRESET, FILTERS = "omniglot-5way-1shot-gd", "32"
-HELD_OUT, VALIDATION_TASKS = "0.1", "600"
+HELD_OUT, VALIDATION_TASKS = 0.1, 600
 AVERAGED = 20
 """Number of checkpoints whose mean is evaluated by a recipe that averages θ."""
 
@@ -55,11 +55,11 @@ class Stage:
     final_fraction: float = 0.0
 
     def preset(self, seed: int, steps: int) -> Preset:
-        """Return the preset for ``steps`` meta-steps, of which the last one is validated."""
+        """Return the preset for ``steps`` meta-steps."""
         changed = {
             "network.filters": FILTERS, "outer.tasks": self.tasks, "outer.queries": self.queries, "outer.steps": steps,
-            "outer.final_fraction": self.final_fraction, "seed": seed, "validation.every": steps,
-            "validation.tasks": VALIDATION_TASKS, "validation.held_out": HELD_OUT,
+            "outer.final_fraction": self.final_fraction, "seed": seed, "validation.held_out": HELD_OUT,
+            "validation.every": steps, "validation.tasks": 2,  # Classes are held out only from runs that validate.
         }  # fmt: skip
         chosen = imaml.preset(PRESET)
         for path, value in changed.items():
@@ -89,35 +89,49 @@ RECIPES = {
 
 
 def run(recipe: Recipe, seed: int, seconds: float, data: Path) -> dict:
-    """Train by a recipe, and return its numbers of meta-steps and tasks, its seconds and its validation accuracy."""
+    """Train by a recipe, and return its numbers of meta-steps and tasks, its seconds and its validation accuracy.
+
+    Args:
+        recipe: the recipe.
+        seed: the seed of the first stage. A later stage has another one, so that it draws other tasks.
+        seconds: time for the meta-steps.
+        data: the folder of Omniglot's archives.
+    """
     theta, found = None, {"meta_steps": 0, "tasks": 0, "seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         for number, stage in enumerate(recipe.stages):
-            steps = max(1, round(stage.share * seconds / _seconds_of_a_step(stage, seed, data)))
-            directory = Path(folder) / str(number)
-            interval = 0.2 * stage.share * seconds / AVERAGED  # The kept checkpoints span the last fifth of the time.
-            trained = imaml.train(
-                stage.preset(seed, steps), directory, data, start=theta, devices=1, evaluation_tasks=0,
-                checkpoint_seconds=interval if recipe.average else 30.0,
-                keep_checkpoints=AVERAGED if recipe.average else 1,
+            stage_seed, share = seed + 1000 * number, stage.share * seconds
+            steps = max(2, round(share / _seconds_of_a_step(stage, stage_seed, data)))
+            # The checkpoints that are averaged span the last fifth of the time.
+            kept = {"checkpoint_seconds": 0.2 * share / AVERAGED, "keep_checkpoints": AVERAGED}
+            trained = _trained(
+                stage.preset(stage_seed, steps), Path(folder) / str(number), data, theta,
+                **kept if recipe.average else {},
             )  # fmt: skip
-            theta, log = trained.theta, read_log(directory)
+            theta, log = trained.theta, read_log(trained.directory)
             found["meta_steps"] += steps
             found["tasks"] += steps * stage.tasks
-            found["seconds"] += log[-2].seconds  # The last entry's time includes the validation.
-            accuracy, half = log[-1].validation, log[-1].validation_interval
+            # The time of the first step includes the compilation.
+            found["seconds"] += (log[-1].seconds - log[0].seconds) * steps / (steps - 1)
         if recipe.average:
-            mean = imaml.evaluate(
-                _mean_theta(directory, trained.preset), trained.preset, int(VALIDATION_TASKS), data, part="validation"
-            )
-            accuracy, half = mean.value, mean.interval
-    return found | {"accuracy": accuracy, "interval": half}
+            theta = _mean_theta(trained.directory, trained.preset)
+    settings = stage.preset(0, 1)  # The seed determines the validation tasks.
+    validation = imaml.evaluate(theta, settings, VALIDATION_TASKS, data, part="validation")
+    return found | {"accuracy": validation.value, "interval": validation.interval}
+
+
+def _trained(preset, directory, data, start=None, **options):
+    """Return a finished run without evaluation."""
+    done = imaml.train(preset, directory, data, start=start, devices=1, evaluation_tasks=0, **options)
+    if not done.finished:
+        raise KeyboardInterrupt
+    return done
 
 
 def _seconds_of_a_step(stage, seed, data):
     """Return the seconds of a meta-step, as a mean over 20 of them after the compilation."""
     with tempfile.TemporaryDirectory() as folder:
-        imaml.train(stage.preset(seed, 26), folder, data, devices=1, evaluation_tasks=0)
+        _trained(stage.preset(seed, 26), Path(folder), data)
         log = read_log(Path(folder))
     return (log[24].seconds - log[4].seconds) / 20
 
@@ -131,9 +145,7 @@ def _mean_theta(directory, preset):
 
 def main(words: list[str] | None = None) -> int:
     """Run every recipe with every seed, one process on each core at a time; print a table and write the numbers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipes", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of Omniglot's archives")
     parser.add_argument("--seconds", type=float, default=120.0, help="training time of each run (default: 120)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each recipe (default: 2)")
@@ -144,6 +156,27 @@ def main(words: list[str] | None = None) -> int:
     if options.seed is not None:
         print(json.dumps(run(RECIPES[options.recipes[0]], options.seed, options.seconds, options.data)))
         return 0
+    rows: list[dict] = []
+    try:
+        _run_all(options, rows)
+    except (InputError, KeyboardInterrupt) as error:
+        print(f"recipes: {error or 'stopped'}", file=sys.stderr)
+        return 2
+    finally:
+        if rows:
+            print(_table(rows))
+        if rows and options.out:
+            content = json.dumps({"preset": PRESET, "filters": int(FILTERS), "runs": rows}, indent=1) + "\n"
+            write_whole(options.out, lambda stream: stream.write(content.encode()))
+    return 0
+
+
+def _run_all(options, rows):
+    """Run every recipe with every seed in child processes, one on each core, and append the results to ``rows``.
+
+    Raises:
+        InputError: if a child fails. The others are then finished first.
+    """
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.recipes]
     cores: SimpleQueue[int] = SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
@@ -160,21 +193,12 @@ def main(words: list[str] | None = None) -> int:
             cores.put(core)
         if done.returncode:
             raise InputError(f"{job[0]}, seed {job[1]}: {done.stderr[-500:]}")
-        found = {"recipe": job[0], "seed": job[1]} | json.loads(done.stdout.splitlines()[-1])
-        print(f"{job[0]}, seed {job[1]}: {100 * found['accuracy']:.2f} %", file=sys.stderr, flush=True)
-        return found
+        rows.append({"recipe": job[0], "seed": job[1]} | json.loads(done.stdout.splitlines()[-1]))
+        print(f"{job[0]}, seed {job[1]}: {100 * rows[-1]['accuracy']:.2f} %", file=sys.stderr, flush=True)
 
-    try:
-        with ThreadPoolExecutor(cores.qsize()) as threads:
-            rows = list(threads.map(child, jobs))
-    except InputError as error:
-        print(f"recipes: {error}", file=sys.stderr)
-        return 2
-    print(_table(rows))
-    if options.out:
-        content = json.dumps({"preset": PRESET, "filters": int(FILTERS), "runs": rows}, indent=1) + "\n"
-        write_whole(options.out, lambda stream: stream.write(content.encode()))
-    return 0
+    with ThreadPoolExecutor(cores.qsize()) as threads:
+        for done in [threads.submit(child, job) for job in jobs]:
+            done.result()
 
 
 def _table(rows):
@@ -183,11 +207,14 @@ def _table(rows):
     for name in dict.fromkeys(row["recipe"] for row in rows):
         same = [row for row in rows if row["recipe"] == name]
         values = [100 * row["accuracy"] for row in same]
-        spread = ", ".join(f"{value:.2f}" for value in values)
+        spread = ", ".join(f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}" for row in same)
         mean = {key: statistics.mean(row[key] for row in same) for key in ("meta_steps", "tasks", "seconds")}
-        lines[name] = statistics.mean(values), (
-            f"{name:36}{statistics.mean(values):7.2f}  ({spread}){mean['meta_steps']:8.0f} meta-steps"
-            f"{mean['tasks']:8.0f} tasks{mean['seconds']:7.0f} s"
+        lines[name] = (
+            statistics.mean(values),
+            (
+                f"{name:36}{statistics.mean(values):6.1f} %  ({spread}){mean['meta_steps']:8.0f} meta-steps"
+                f"{mean['tasks']:8.0f} tasks{mean['seconds']:7.0f} s"
+            ),
         )
     return "\n".join(line for _, line in sorted(lines.values(), reverse=True))
 

@@ -46,6 +46,14 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
+def _way(text):
+    """Return the way that a word describes, for argparse."""
+    try:
+        return comparison.Way.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accelerator",
@@ -65,9 +73,9 @@ def _parser():
     )
     parser.add_argument(
         "--way",
-        type=comparison.Way.parse,
+        type=_way,
         metavar="TOGETHER:CONVOLUTIONS:PRODUCTS",
-        help="compute meta-gradients in this way, such as all:patches:tensorfloat32, and do not compare",
+        help="compute the meta-gradients of new runs in this way, such as all:patches:tensorfloat32; do not compare",
     )
     parser.add_argument(
         "--jobs",
@@ -86,7 +94,8 @@ def _run(options, extra, begun):
         print(f"{device.platform}: {device.device_kind}{limit}", flush=True)
     presets = {cell.preset: parse(["train", cell.preset, *cell.options(), *extra]).chosen for cell in cells}
     first = presets[cells[0].preset]
-    way = options.way or _best_way(out / "comparison.json", first, options.data)
+    dataset = datasets.load(first.dataset, options.data)
+    way = options.way or comparison.saved(out / "comparison.json", first, dataset.train.source)
     print(f"{time.monotonic() - begun:.0f} s: training with {way}", flush=True)
     data = ["--data", str(options.data)] if options.data else []
     commands = {
@@ -97,10 +106,6 @@ def _run(options, extra, begun):
         train(cells, commands, out, begun + 60 * options.minutes - RESERVE, jobs)
     finally:
         print(report(cells, out), flush=True)
-
-
-def _best_way(path, preset, data):
-    return comparison.saved(path, preset, datasets.load(preset.dataset, data).train.source)
 
 
 if __name__ == "__main__":

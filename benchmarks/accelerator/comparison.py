@@ -55,11 +55,12 @@ class Way:
         Raises:
             ValueError: if ``text`` describes no way.
         """
-        together, convolutions, products = text.split(":")
-        known = (together in TOGETHER, convolutions in CONVOLUTIONS, products in PRODUCTS)
-        if not all(known):
-            raise ValueError(f"no way is called {text!r}")
-        return cls(together, convolutions, products)
+        words = text.split(":")
+        choices = (TOGETHER, CONVOLUTIONS, tuple(PRODUCTS))
+        if len(words) != 3 or any(word not in known for word, known in zip(words, choices, strict=True)):
+            known = ":".join("{" + ",".join(names) + "}" for names in choices)
+            raise ValueError(f"there is no way {text!r}: the words are {known}")
+        return cls(*words)
 
     def of(self, preset: Preset) -> Preset:
         """Return ``preset`` computed in this way."""

@@ -1,7 +1,7 @@
 """Training of several cells until a deadline, each by ``imaml train`` in a process of its own.
 
-The processes take turns: one trains, while the others compile, evaluate, or are stopped by SIGSTOP. Two processes that
-train on the same GPU at the same time both lose time, because the GPU divides its time between processes.
+The processes take turns: one trains, while the others compile, evaluate, or are stopped by SIGSTOP. A GPU divides its
+time between processes, and loses some of it when two of them train at once.
 """
 
 import json
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -30,8 +30,17 @@ POLL = 0.1
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 """The option of XLA with which a GPU starts all operations of a loop by one command.
 
-Without it, XLA starts each operation of each inner step by itself. On an H100, a meta-step of 32 tasks of the preset
-``omniglot-5way-5shot-gd`` took 22 ms with this option and 26 ms without.
+Without it, XLA starts each operation of each inner step by a command of its own. For many of these operations, the
+command takes longer than the operation.
+"""
+LAUNCH = """import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+runpy.run_module("imaml", run_name="__main__", alter_sys=True)
+"""
+"""Python code that is ``python -m imaml``, but ends if the process that started it ends.
+
+Otherwise, a run that is stopped would stay so for ever if this command is killed. 1 is ``PR_SET_PDEATHSIG``.
 """
 
 
@@ -81,39 +90,43 @@ class _Job:
         if jax.default_backend() == "gpu":
             defaults["XLA_FLAGS"] = COMMAND_BUFFERS
         self.folder = folder
-        self.stopped = 0.0
         self._least_step: float = math.inf
+        self._stopped_at: float | None = None
         with open(folder / "output.log", "a") as output:
-            command = [sys.executable, "-m", "imaml", "train", *words, "--out", str(folder)]
-            print(" ".join(command), file=output, flush=True)
-            # In a group of its own, the process does not get the terminal's Ctrl-C. If this process is killed, the
-            # kernel lets the processes of such a group that are stopped go on, with SIGHUP, which ends them.
+            arguments = ["train", *words, "--out", str(folder)]
+            print("imaml", *arguments, file=output, flush=True)
+            # In a session of its own, the process does not get the terminal's Ctrl-C.
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=defaults | os.environ, process_group=0
-            )
+                [sys.executable, "-c", LAUNCH, *arguments],
+                stdout=output, stderr=output, env=defaults | os.environ, start_new_session=True,
+            )  # fmt: skip
 
     def trains(self) -> bool:
-        """Return whether this process has done a meta-step, and not yet the last one."""
+        """Return whether this process has done a meta-step, and the log does not have the last one yet."""
         step, steps = _steps_done(self.folder / FILE)
         self._least_step = min(self._least_step, step)  # A resumed run's log begins with the steps of earlier calls.
         return self._least_step < step < steps
 
     def go_on(self) -> None:
-        """Let the process go on if it was stopped."""
+        """Let the process go on. If it was stopped, add the time since then to the file ``STOPPED``."""
         self.process.send_signal(signal.SIGCONT)
+        if self._stopped_at is not None:
+            total = _seconds_stopped(self.folder) + time.monotonic() - self._stopped_at
+            write_whole(self.folder / STOPPED, lambda stream: stream.write(json.dumps(total).encode()))
+            self._stopped_at = None
 
-    def stop(self, seconds: float) -> None:
-        """Stop the process until :meth:`go_on`, and count ``seconds`` as time for which it was stopped."""
+    def stop(self) -> None:
+        """Stop the process until :meth:`go_on`."""
         self.process.send_signal(signal.SIGSTOP)
-        self.stopped += seconds
+        self._stopped_at = self._stopped_at or time.monotonic()
 
 
-def take_turns(jobs: list[_Job], seconds: float) -> None:
-    """Let the first job that trains go on, and stop all others that train, for the next ``seconds``."""
+def take_turns(jobs: list[_Job]) -> None:
+    """Let the first job that trains go on, and stop all others that train."""
     trains = [job for job in jobs if job.trains()]
     for job in jobs:
         if job in trains[1:]:
-            job.stop(seconds)
+            job.stop()
         else:
             job.go_on()
 
@@ -129,9 +142,11 @@ def _steps_done(log):
         stream.seek(max(0, log.stat().st_size - 4096))
         lines = stream.read().splitlines(keepends=True)
     for line in reversed(lines):
-        if line.endswith(b"\n") and line.startswith(b"{"):
+        try:
             entry = json.loads(line)
             return entry["step"], entry["steps"]
+        except (ValueError, KeyError):  # a line that is cut off or damaged
+            continue
     return 0, 0
 
 
@@ -151,32 +166,26 @@ def train(cells: list[Cell], commands: dict[str, list[str]], out: Path, deadline
     """
     waiting = [cell for cell in cells if not (out / cell.preset / RESULT).exists()]
     running: list[_Job] = []
-    started: list[_Job] = []
     try:
         while (waiting or running) and time.monotonic() < deadline:
             running = [job for job in running if job.process.poll() is None]
             while waiting and len(running) < jobs:
                 name = waiting.pop(0).preset
-                started.append(_Job(out / name, [name, *commands[name]]))
-                running.append(started[-1])
-            take_turns(running, POLL)
+                running.append(_Job(out / name, [name, *commands[name]]))
+            take_turns(running)
             time.sleep(POLL)
     finally:  # also after Ctrl-C
-        _stop([job.process for job in running])
-        for job in started:
-            total = job.stopped + _seconds_stopped(job.folder)
-            write_whole(job.folder / STOPPED, lambda stream, total=total: stream.write(json.dumps(total).encode()))
+        _stop(running)
         for cell in cells:
             _record(out, cell)
 
 
-def _stop(processes):
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGCONT)
+def _stop(jobs):
+    for job in jobs:
+        job.process.send_signal(signal.SIGTERM)
+        job.go_on()
     end = time.monotonic() + GRACE
-    for process in processes:
+    for process in (job.process for job in jobs):
         try:
             process.wait(max(end - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
@@ -189,13 +198,15 @@ def _record(out, cell):
         path.parent.mkdir(exist_ok=True)
         stopped = _seconds_stopped(out / cell.preset)
         note = f"for {stopped:.0f} of the seconds, the run was stopped while others trained" if stopped >= 1 else ""
-        # The name of a CPU is found by of_run itself.
-        hardware = None if jax.default_backend() == "cpu" else f"one {jax.devices()[0].device_kind}"
-        records.of_run(out / cell.preset, note, hardware).write(path)
+        record = records.of_run(out / cell.preset, note)
+        if jax.default_backend() != "cpu":
+            count = record.versions["devices"].split()[0]
+            record = replace(record, hardware=f"{count} {jax.devices()[0].device_kind}")
+        record.write(path)
 
 
 def _seconds_stopped(folder):
-    """Return the seconds for which earlier calls stopped a run."""
+    """Return the seconds for which a run was stopped until now."""
     path = folder / STOPPED
     return json.loads(path.read_text()) if path.exists() else 0.0
 
@@ -208,7 +219,7 @@ def report(cells: list[Cell], out: Path) -> str:
 def _progress(folder):
     if not folder.exists() or not (log := read_log(folder)):
         return "not begun: " + _last_line(folder / "output.log")
-    seconds, _ = time_of(log)
+    seconds = time_of(log)[0] - _seconds_stopped(folder)
     last = log[-1]
     rate = f"{last.step:,} of {last.steps:,} meta-steps, {seconds:.0f} s, {1e3 * seconds / last.step:.1f} ms each"
     if not (folder / RESULT).exists():

@@ -104,7 +104,7 @@ def losses_of(log: list[Progress]) -> tuple[float, int, float] | None:
     """
     if len(log) < RECENT:
         return None
-    losses = np.nan_to_num([entry.loss for entry in log], nan=np.inf)
+    losses = np.array([np.inf if np.isnan(entry.loss) else entry.loss for entry in log])
     means = np.lib.stride_tricks.sliding_window_view(losses, RECENT).mean(1)
     least = int(means.argmin())
     return float(means[least]), log[least + RECENT - 1].step, float(means[-1])

@@ -24,6 +24,7 @@ from imaml.datasets.omniglot_alphabets import is_other_split
 from imaml.errors import InputError, TrainingFailed, check
 from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
+from imaml.runs import checkpoints
 from imaml.runs import data as run_data
 from imaml.runs.checkpoints import KEEP
 from imaml.runs.evaluation import evaluate_classes
@@ -44,8 +45,12 @@ from imaml.settings.saved import completed
 PATIENCE = 100
 """Meta-steps in a row without a usable gradient after which training gives up: θ has not moved in any of them."""
 
-WORSENED = 2.0
-"""A run is reported as unstable if its loss at the end is more than this factor above its least value."""
+WORSENED = 1.5
+"""A run is reported as unstable if its loss at the end is more than this many times its least value.
+
+The means over 100 meta-steps of a stable run hardly rise. A classifier of N classes that falls to chance has a loss of
+about ln N only, so a larger factor would miss the fall of a run that has not learned much yet.
+"""
 
 
 def train(
@@ -106,8 +111,8 @@ def train(
         on_warning: called with a message if classes have too few images and are left out, if a file is damaged, if a
             checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in a validation or
             the evaluation are not finite, if a run is extended, if the loss at the end of the meta-steps is more than
-            twice its least value, or if ``start`` may have been trained on test classes of these data; ``on_event`` by
-            default.
+            1.5 times its least value, or if ``start`` may have been trained on test classes of these data; by default
+            ``on_event``.
         on_progress: called after every meta-step.
         progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
             or a file, there is a line every ten seconds instead of the bar.
@@ -220,7 +225,7 @@ def _train(
             folder.save(done, state, facts, loss)
             if is_first() and source is None:
                 run_data.keep(directory, present)
-            if is_first() and (message := _worsened(preset, read_log(directory))):
+            if is_first() and (message := _worsened(preset, directory, done)):
                 on_warning(message)
         theta = from_first(folder.best(state)).theta if selection.step else state.theta
         finished = done == preset.outer.steps or validator.ends(selection)
@@ -323,13 +328,15 @@ def _without_gradients(preset, progress):
     )
 
 
-def _worsened(preset, log):
-    """Return a message if the loss at the end of the log is far above its least value, otherwise None."""
-    losses = losses_of(log)
+def _worsened(preset, directory, done):
+    """Return a message if the loss at the end of a run's log is far above its least value, otherwise None."""
+    losses = losses_of(read_log(directory))
     if losses is None or losses[2] <= WORSENED * losses[0]:
         return None
     least, step, last = losses
-    best = "" if preset.validation.every else " 'imaml evaluate RUN --best' takes the checkpoint with the least loss."
+    kept, best = checkpoints.best(directory), ""
+    if kept is not None and kept.step != done:
+        best = f" 'imaml evaluate RUN --best' takes θ of meta-step {kept.step}."
     return (
         f"training became unstable: the mean query loss over {RECENT} meta-steps was {least:.3g} at meta-step {step}, "
         f"and is {last:.3g} now.{best} In a new run, lower {_likely_causes(preset)}"
