@@ -167,7 +167,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     finally:
         if rows:
-            print(_table(rows))
+            print(table(rows))
         if rows and options.out:
             content = json.dumps({"preset": PRESET, "changed": CHANGED, "runs": rows}, indent=1) + "\n"
             write_whole(options.out, lambda stream: stream.write(content.encode()))
@@ -204,7 +204,7 @@ def _run_all(options, rows):
             done.result()
 
 
-def _table(rows):
+def table(rows: list[dict]) -> str:
     """Return one line for each recipe, the best one first."""
     lines = {}
     for name in dict.fromkeys(row["recipe"] for row in rows):

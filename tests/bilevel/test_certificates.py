@@ -181,6 +181,7 @@ def test_each_reason_for_a_kind_below_certified():
     assert int(singular.kind) == KINDS.INVALID
 
 
+@pytest.mark.slow("compiles a certificate")
 def test_a_certified_bound_holds_where_the_first_order_test_fails():
     certificate = certify_scalar(scalar(), 3.0, 0.1, 1.0, bl.Lipschitz(outer_w=0.0, mixed=0.0, jacobian=60.0))
     assert int(certificate.kind) == KINDS.CERTIFIED and not bool(certificate.first_order)
@@ -222,6 +223,7 @@ def test_a_linear_solver_replaces_the_factorisation(linear):
         bl.certify(problem, case.theta, out, case.data, linear=bl.CG(5))
 
 
+@pytest.mark.slow("compiles a certificate of an inaccurate solve")
 def test_inaccurate_linear_solves_are_detected():
     case = case_of("ridge")
     out = result_at(case.problem, perturbed(case.exact(case.theta, case.data), 0.1), case.theta, case.data)

@@ -117,6 +117,7 @@ def test_a_projection_is_differentiated_in_the_parameters_of_its_set(name):
     assert np.abs(out.gradient).max() > 1e-2  # the constraint is active
 
 
+@pytest.mark.slow("compiles each projection with its derivative", fast="projection_box_section")
 @pytest.mark.parametrize("name", ["projection_box_section", "projection_affine_set"])
 def test_a_projection_that_fixes_a_sum_has_a_closed_form(name):
     # In both sets the entries sum to c. The box section also has bounds. For the set F of entries at no bound,

@@ -75,6 +75,7 @@ def test_the_closed_form_agrees_with_differences():
     np.testing.assert_allclose(exact_jacobian(POINT), central_differences(newton_at, POINT), atol=1e-8)
 
 
+@pytest.mark.slow("compiles the Jacobian in four ways", fast=("forwards-eager", "backwards-jit"))
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["forwards", "backwards"])
 def test_the_jacobian_in_arguments_by_position_and_by_name(mode, transform):
@@ -268,6 +269,7 @@ def test_a_solver_of_scipy(mode, transform):
     np.testing.assert_allclose(actual, exact_jacobian(POINT), rtol=1e-9)
 
 
+@pytest.mark.slow("compiles second derivatives of a solver of SciPy")
 def test_a_solver_of_scipy_under_vmap_and_differentiated_twice():
     def loss(x):
         return jnp.sin(by_scipy(jnp.zeros(3), x[:3], x[3], shift=x[4])) @ WEIGHTS

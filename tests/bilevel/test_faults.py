@@ -74,6 +74,7 @@ class TestIndefinite:
                 for solver in (bl.CG(30), bl.CG(30, engine="watched")):
                     assert status_of(solver(matvec, b)[1]) == "BUDGET_USED"
 
+    @pytest.mark.slow("tries regularisations until one suffices", fast="0.25-11.0")
     @pytest.mark.parametrize("strength, ridge", [(1.0, 2.0), (0.25, 11.0)])
     def test_the_error_names_the_regularisation_that_suffices(self, strength, ridge):
         # H + λI has the eigenvalues λ − 3 and λ. The ridge is added to I + H/λ, which has the eigenvalue 1 − 3/λ.
@@ -149,6 +150,7 @@ class TestShortOfTheTolerance:
         assert len(calls) - met == 3  # two steps and the true residual
         assert status_of(long) == "CONVERGED" and status_of(short) == "MAX_STEPS"
 
+    @pytest.mark.slow("compiles CG with both engines")
     def test_the_watched_engine_reports_the_iterations_it_took(self):
         matvec, b = rotated(np.repeat([1.0, 2.0, 5.0], 4), jnp.float64)  # three eigenvalues: three iterations
         _, info = bl.CG(20, tol=1e-10, engine="watched")(matvec, b)
@@ -197,6 +199,7 @@ class TestNotSymmetric:
         if isinstance(linear, bl.LU | bl.GMRES):  # LU and GMRES need no symmetry, and solve with Aᵀ
             np.testing.assert_allclose(caught.value.result.gradient, [-14.0, 56.0], rtol=1e-12)
 
+    @pytest.mark.slow("compiles each solver in two precisions", fast="float32")
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_a_true_declaration_is_not_reported(self, dtype):
         matrix = jnp.asarray(symmetric_with(np.logspace(0, 5, 6), np.random.default_rng(0)), dtype)
@@ -241,6 +244,7 @@ class TestNotFinite:
             function(1.0, 0.0, data)
         assert status_of(caught.value.result) == "NONFINITE"
 
+    @pytest.mark.slow("compiles a hypergradient that fails")
     def test_a_product_that_is_not_finite_is_reported_by_the_linear_solve(self):
         def residual(w, theta, data):  # finite, with a derivative that is not finite
             return jnp.sqrt(jnp.abs(w - theta))

@@ -476,6 +476,7 @@ def test_the_checks_work_in_the_strict_modes_of_jax(mode):
         run_checks()
 
 
+@pytest.mark.slow("compiles a hypergradient in two precisions")
 def test_float64_may_be_switched_on_between_calls():
     function = bl.value_and_hypergradient(PROBLEM, DESCENT, bl.Implicit(bl.CG(4)))
     for enabled, rtol in ((False, 1e-5), (True, 1e-12)):

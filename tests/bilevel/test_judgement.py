@@ -111,6 +111,7 @@ def misjudged(name, dtype, steps, n, seeds, scales=SCALES, conditions=CONDITIONS
     return wrong, count
 
 
+@pytest.mark.slow("compiles each solver in two precisions", fast=("GMRES-float32", "*CG-float64", "LU-*"))
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_no_answer_is_wrong_with_an_ok_status_or_right_with_a_failed_one(name, dtype):
@@ -236,6 +237,7 @@ class TestNoBetterThanZero:
         _, info = bl.CG(5)(lambda v: matrix @ v, jnp.asarray(np.random.default_rng(1).normal(size=30)))
         assert 0.1 < float(info.relative_residual) < 1 and status_of(info) == "BUDGET_USED"
 
+    @pytest.mark.slow("compiles each solver with a start", fast="solver0")
     @pytest.mark.parametrize("solver", [bl.CG(1), bl.Neumann(1, 0.2), bl.GMRES(1)])
     def test_a_start_that_is_worse_than_zero_is_a_spent_budget_if_the_solve_improves_it(self, solver):
         matrix, b = jnp.diag(jnp.array([1.0, 2.0, 4.0])), 1e-3 * jnp.ones(3)
@@ -338,6 +340,7 @@ def test_a_start_of_another_shape_is_refused():
         bl.NormalCG(4)(lambda v: jnp.ones((3, 2)) @ v, jnp.ones(3), jnp.zeros(2))
 
 
+@pytest.mark.slow("compiles a solve in two precisions", fast="float32")
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_products_that_cancel_are_not_taken_for_an_asymmetry(dtype):
     matrix = np.eye(20) - symmetric_with(np.linspace(1e-4, 3e-4, 20), np.random.default_rng(0))
@@ -402,6 +405,7 @@ class TestRemedies:
         assert "the step_size must be below 0.00667" in message
         bl.solve(bl.GradientDescent(0.0066, 5000, tol=1e-6), bl.Stationary(lambda w, t, d: 150 * w**2), 1.0, 0.0, None)
 
+    @pytest.mark.slow("compiles a failing solve and its remedy")
     def test_the_step_size_of_a_series(self):
         message = self.message(self.exact, bl.Neumann(20))
         assert "BREAKDOWN" in message and "a step_size below 2/L = 0.00667" in message and "about 691 terms" in message
@@ -412,6 +416,7 @@ class TestRemedies:
         message = self.message(self.exact, bl.CG(1, tol=1e-6))
         assert "MAX_STEPS" in message and "at least 300" in message and "LU() solves this system of 3" in message
 
+    @pytest.mark.slow("compiles a failing solve and its remedy")
     def test_a_ridge_for_a_singular_matrix(self):
         condition = bl.Stationary(lambda w, theta, data: 0.5 * w[0] ** 2 - theta * w[0])
         message = stated(

@@ -176,6 +176,7 @@ def test_a_budget_too_small_for_tol_is_max_steps_with_the_true_residual():
     assert int(bl.CG(500)(lambda v: diagonal * v, b)[1].status) == bl.Status.BUDGET_USED
 
 
+@pytest.mark.slow("compiles CG on a matrix of large condition")
 def test_a_recursive_residual_below_the_true_one_is_stagnation():
     # κ = 1e6 in float32: the residual of CG's recursion falls below tol. The true residual stays near eps·κ.
     rng = np.random.default_rng(0)

@@ -60,6 +60,7 @@ def test_warm_starts_reduce_the_inner_residual():
     np.testing.assert_allclose(warm.theta, EIGENVALUES * TARGET, rtol=1e-3)
 
 
+@pytest.mark.slow("compiles two outer loops")
 def test_the_adjoint_solve_starts_from_the_last_adjoint():
     # With one Neumann term per outer step, a cold adjoint is 0.1·g with g = ∂outer/∂w. A warm one converges to D⁻¹g.
     solver, method = bl.GradientDescent(0.3, 40), bl.Implicit(bl.Neumann(1, 0.1))
@@ -225,6 +226,7 @@ def test_a_data_loader_is_refused_with_a_remedy():
         run(bl.GradientDescent(0.3, 4), bl.Implicit(bl.CG(2)), 3, data=Loader())
 
 
+@pytest.mark.slow("runs an outer loop until it converges")
 def test_the_gradient_vanishes_at_the_learned_ridge_penalty():
     case = ridge()
     problem = bl.Problem(case.condition, case.outer)
@@ -391,6 +393,7 @@ def doubling():
     return declared, 1.0, 1.0, bl.GradientDescent(0.5, 2, tol=1.5), bl.Implicit(bl.CG(1)), optax.sgd(1.0)
 
 
+@pytest.mark.slow("compiles an outer loop for each kind of data", fast="iterator")
 @pytest.mark.parametrize("data", ["pytree", "iterator"])
 def test_the_loop_stops_at_the_first_failed_step_and_names_it(data):
     declared, theta, init, *arguments = doubling()
@@ -427,6 +430,7 @@ def test_all_failed_steps_give_one_warning():
     assert float(out.theta) == 64.0  # θ also moves in a failed step whose numbers are finite
 
 
+@pytest.mark.slow("compiles an outer loop for a message")
 def test_a_large_theta_is_abbreviated_in_the_message():
     declared = bl.Problem(
         bl.Stationary(lambda w, theta, data: 0.5 * jnp.sum((w - theta["a"]) ** 2)), lambda w, theta, data: data * w[0]

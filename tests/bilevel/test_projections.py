@@ -157,6 +157,7 @@ def test_a_polyhedron_may_have_linearly_dependent_rows():
     np.testing.assert_allclose(out.gradient, jax.grad(value_by_its_active_set)(POLYHEDRON), atol=1e-10)
 
 
+@pytest.mark.slow("compiles a quadratic program with several tolerances")
 def test_a_tolerance_below_the_distance_of_a_bound_leaves_the_bound_inactive():
     # The solution is 1e-4 away from the bound 0.3501. With a tolerance of 1e-1 the bound would count as active.
     point = jnp.array([0.2, 0.5])

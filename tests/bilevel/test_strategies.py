@@ -77,6 +77,7 @@ def test_the_matrices_of_general_families_are_not_symmetric(family):
         assert np.linalg.norm(matrix - matrix.T) > 0.1 * np.linalg.norm(matrix)
 
 
+@pytest.mark.slow("compiles differences for each family", fast="box")
 @pytest.mark.parametrize("family", [families.box, families.simplex, families.lasso])
 def test_the_active_set_is_constant_within_the_margin(family):
     """Points within the margin of w − η∇objective have one active set, so the projection or prox is affine there."""

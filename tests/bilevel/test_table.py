@@ -396,7 +396,6 @@ GROUPS = list(dict.fromkeys((c.condition, c.method) for c in RUN))
         "Stationary-Implicit",
         "Stationary-Unrolled",
         "Stationary-ValuePenalty",
-        "Root-Implicit",
     ),
 )
 @pytest.mark.parametrize(("condition", "method"), GROUPS)
@@ -431,6 +430,7 @@ def test_supported_combinations_agree_with_the_closed_form(condition, method):
     assert seen == set(here)
 
 
+@pytest.mark.slow("traces each combination", fast=("Projected", "KKT, inequality"))
 @pytest.mark.parametrize("condition", CASES)
 def test_unsupported_combinations_are_refused_with_their_reason(condition):
     case = case_of(condition)

@@ -99,6 +99,7 @@ def test_the_dense_method_without_a_fault_is_right():
     assert check(problems.affine_root(), dense_method()).ok and check(problems.imaml(), dense_method()).ok
 
 
+@pytest.mark.slow("compiles a check with differences")
 def test_the_worst_coordinate_and_both_numbers_are_named():
     case = problems.affine_root()
     (entry,) = check(case, dense_method("one entry")).comparisons

@@ -251,6 +251,7 @@ def test_a_task_with_nan_is_left_out_and_changes_no_bit_of_the_others(
         np.testing.assert_array_equal(flat(getattr(out, name)), flat(getattr(without, name)))
 
 
+@pytest.mark.slow("compiles meta-gradients of several batches")
 def test_a_task_whose_linear_residual_is_above_1_is_left_out():
     """The zero vector has the linear residual 1. A task with a larger one counts in the mean loss, not in the gradient.
 

@@ -192,6 +192,7 @@ def test_conv4_of_the_paper_has_its_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == kernels + 4 * 2 * 64 + 256 * 5 + 5
 
 
+@pytest.mark.slow("draws and compiles networks with several gains")
 def test_kernel_gain_scales_the_kernels_and_changes_outputs_only_through_epsilon(x64):
     x = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1))
     networks = {gain: conv4(3, 2, (8, 8, 1), kernel_gain=gain) for gain in (1.0, 4.0, 1e6)}

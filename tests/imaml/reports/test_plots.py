@@ -95,6 +95,7 @@ def test_a_log_with_linear_residuals_of_zero_can_be_drawn(tmp_path):
     png_size(learning_curve(tmp_path, ways=5))
 
 
+@pytest.mark.slow("draws a picture")
 def test_the_result_of_an_earlier_version_is_drawn(tmp_path):
     write_log(tmp_path, 10)
     without = learning_curve(tmp_path, ways=5).read_bytes()

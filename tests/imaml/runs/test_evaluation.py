@@ -69,6 +69,7 @@ def save_checkpoint(folder, preset, state):
     checkpoints.save(folder, STEPS, state, description)
 
 
+@pytest.mark.slow("refuses many evaluations for each split", fast="omniglot-omniglot-alphabets")
 @pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
 def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, other, tmp_path, tiny_pixels):
     preset = replace(PRESET, dataset=trained)
@@ -86,6 +87,7 @@ def test_a_run_on_one_split_of_omniglot_is_not_evaluated_on_the_other(trained, o
         imaml.diagnose(tmp_path, preset, EVALUATION_TASKS, dataset=other)
 
 
+@pytest.mark.slow("trains a run from a checkpoint")
 @pytest.mark.parametrize("trained, other", [SPLITS, SPLITS[::-1]])
 def test_a_start_from_the_other_split_of_omniglot_is_reported(trained, other, tmp_path, tiny_pixels):
     preset, messages = replace(PRESET, dataset=trained), []

@@ -85,6 +85,7 @@ def test_adaptation_and_probabilities_are_those_of_gradient_descent_written_out_
     assert abs(by_support - by_query).max() > 1e-3  # the two normalisations differ
 
 
+@pytest.mark.slow("compiles predictions of several shapes")
 def test_an_image_alone_has_the_probabilities_that_it_has_among_others_to_the_bit(learner, task):
     support, labels, query = task
     adapted = learner.adapt(support, labels)

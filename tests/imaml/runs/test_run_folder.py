@@ -54,6 +54,7 @@ OTHER_TYPES = replace(PRESET, episode=PermutedEpisode(ways=2, shots=1, queries=1
 """The tiny preset with a subclass of ``Episode``. Its name and its config are those of ``PRESET``."""
 
 
+@pytest.mark.slow("compiles an evaluation for another type")
 def test_a_preset_that_differs_only_in_the_type_of_a_part_is_another_run(uninterrupted):
     assert OTHER_TYPES.config() == PRESET.config() and OTHER_TYPES.types() != PRESET.types()
     directory = uninterrupted.run.directory

@@ -334,7 +334,7 @@ def test_training_in_which_no_task_has_a_usable_gradient_is_refused(tmp_path, mo
     assert [entry.tasks for entry in runlog.read_log(tmp_path)] == [0, 1, 0, 0, 0]
 
 
-@pytest.mark.slow("trains two runs of 210 meta-steps", fast=["3.0"])
+@pytest.mark.slow("trains two runs of 210 meta-steps")
 @pytest.mark.parametrize(("factor", "warns"), [(1.4, False), (3.0, True)], ids=["1.4", "3.0"])
 def test_a_run_whose_loss_has_risen_since_its_least_value_warns(tmp_path, monkeypatch, factor, warns):
     original = step_compiler.meta_step

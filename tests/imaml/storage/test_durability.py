@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
@@ -76,6 +78,7 @@ print([(c.label, held_out) for c, held_out in zip(characters, glyph_fonts._held_
 """
 
 
+@pytest.mark.slow("reads the data in two processes")
 def test_splits_do_not_depend_on_the_order_of_files_archive_members_or_hashes(tmp_path):
     first, second = (
         run("-c", SPLIT, seed, tmp_path / seed, IMAML_CACHE=str(tmp_path / f"cache{seed}"), PYTHONHASHSEED=seed)
