@@ -27,7 +27,7 @@ def test_the_table_has_the_best_recipe_first():
 
 
 @pytest.mark.slow("trains in two stages, and times each")
-def test_a_recipe_of_two_stages_with_a_mean_is_run(omniglot_directory, monkeypatch):
+def test_a_recipe_of_two_stages_with_a_mean_is_run(omniglot_directory, quick_compilation, monkeypatch):
     monkeypatch.setattr(recipes, "CHANGED", recipes.CHANGED | {"network.filters": 4})
     monkeypatch.setattr(recipes, "VALIDATION_TASKS", 20)
     stages = Stage(0.5, tasks=2, queries=1), Stage(0.5, tasks=1, queries=1)
