@@ -19,7 +19,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import jax
 import numpy as np
@@ -134,7 +133,7 @@ def _trained(preset, directory, data, start=None, **options):
 def _seconds_of_a_step(stage, seed, data):
     """Return the seconds of a meta-step, as a mean over 20 of them after the compilation."""
     with tempfile.TemporaryDirectory() as folder:
-        _trained(stage.preset(seed, 26), Path(folder), data)
+        _trained(stage.preset(seed, 25), Path(folder), data)
         log = read_log(Path(folder))
     return (log[24].seconds - log[4].seconds) / 20
 
@@ -181,45 +180,42 @@ def _run_all(options, rows):
         InputError: if a child fails. The others are then finished first.
     """
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.recipes]
-    cores: SimpleQueue[int] = SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
+    cores = list(os.sched_getaffinity(0))
+
+    def pin():
+        os.sched_setaffinity(0, {cores.pop()})  # of this thread; its child processes inherit it
 
     def child(job):
-        core = cores.get()
-        os.sched_setaffinity(0, {core})  # of this thread; the child process inherits it
-        try:
-            command = [sys.executable, "-m", "benchmarks.recipes", "--data", str(options.data)]
-            command += ["--seconds", str(options.seconds), "--recipes", job[0], "--seed", str(job[1])]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-        finally:
-            cores.put(core)
+        name, seed = job
+        command = [sys.executable, "-m", "benchmarks.recipes", "--data", str(options.data)]
+        command += ["--seconds", str(options.seconds), "--recipes", name, "--seed", str(seed)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise InputError(f"{job[0]}, seed {job[1]}: {done.stderr[-500:]}")
-        rows.append({"recipe": job[0], "seed": job[1]} | json.loads(done.stdout.splitlines()[-1]))
-        print(f"{job[0]}, seed {job[1]}: {100 * rows[-1]['accuracy']:.2f} %", file=sys.stderr, flush=True)
+            raise InputError(f"{name}, seed {seed}: {done.stderr[-500:]}")
+        row = {"recipe": name, "seed": seed} | json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        print(f"{name}, seed {seed}: {100 * row['accuracy']:.2f} %", file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(cores.qsize()) as threads:
+    with ThreadPoolExecutor(len(cores), initializer=pin) as threads:
         for done in [threads.submit(child, job) for job in jobs]:
             done.result()
 
 
 def table(rows: list[dict]) -> str:
     """Return one line for each recipe, the best one first."""
-    lines = {}
-    for name in dict.fromkeys(row["recipe"] for row in rows):
-        same = [row for row in rows if row["recipe"] == name]
-        values = [100 * row["accuracy"] for row in same]
-        spread = ", ".join(f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}" for row in same)
-        mean = {key: statistics.mean(row[key] for row in same) for key in ("meta_steps", "tasks", "seconds")}
-        lines[name] = (
-            statistics.mean(values),
-            (
-                f"{name:36}{statistics.mean(values):6.1f} %  ({spread}){mean['meta_steps']:8.0f} meta-steps"
-                f"{mean['tasks']:8.0f} tasks{mean['seconds']:7.0f} s"
-            ),
+    names = dict.fromkeys(row["recipe"] for row in rows)
+    runs = {name: [row for row in rows if row["recipe"] == name] for name in names}
+    fields = ("accuracy", "meta_steps", "tasks", "seconds")
+    means = {name: {field: statistics.mean(row[field] for row in runs[name]) for field in fields} for name in names}
+    lines = []
+    for name in sorted(names, key=lambda name: means[name]["accuracy"], reverse=True):
+        mean = means[name]
+        seeds = ", ".join(f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}" for row in runs[name])
+        lines.append(
+            f"{name:36}{100 * mean['accuracy']:6.1f} %  ({seeds}){mean['meta_steps']:8.0f} meta-steps"
+            f"{mean['tasks']:8.0f} tasks{mean['seconds']:7.0f} s"
         )
-    return "\n".join(line for _, line in sorted(lines.values(), reverse=True))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _steps_done(log):
         return 0, 0
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 4096))
-        lines = stream.read().splitlines(keepends=True)
+        lines = stream.read().splitlines()
     for line in reversed(lines):
         try:
             entry = json.loads(line)

@@ -26,7 +26,6 @@ from imaml.learning.meta_gradient import MetaGradient
 from imaml.parallel.devices import from_first, gathered, global_mesh, here, is_first, on_all
 from imaml.runs import checkpoints
 from imaml.runs import data as run_data
-from imaml.runs.checkpoints import KEEP
 from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.folder import NullRunFolder, RunFolder
 from imaml.runs.interruption import stop_on_signals
@@ -68,7 +67,7 @@ def train(
     loggers: Sequence[Logger] = (),
     evaluation_tasks: int = 600,
     checkpoint_seconds: float = 30.0,
-    keep_checkpoints: int = KEEP,
+    keep_checkpoints: int = checkpoints.KEEP,
 ) -> Run:
     """Train a preset, or resume from the last intact checkpoint in ``directory``; then evaluate on test classes.
 
@@ -223,10 +222,11 @@ def _train(
             done = int(state.step)
             facts, loss = validator.saved(selection, done)
             folder.save(done, state, facts, loss)
-            if is_first() and source is None:
-                run_data.keep(directory, present)
-            if is_first() and (message := _worsened(preset, directory, done)):
-                on_warning(message)
+            if is_first():
+                if source is None:
+                    run_data.keep(directory, present)
+                if message := _worsened(preset, directory, done):
+                    on_warning(message)
         theta = from_first(folder.best(state)).theta if selection.step else state.theta
         finished = done == preset.outer.steps or validator.ends(selection)
         if finished and not stop and evaluation_tasks:

@@ -204,9 +204,10 @@ def _omniglot(ways: int, shots: int) -> tuple[Preset, Preset]:
     # Tasks and queries are chosen so that a meta-step takes about equally long for each number of ways and shots.
     tasks, queries, steps = {5: (8, 15), 20: (4, 5)}[ways] + ({1: 7_000, 5: 4_000}[shots],)
     inner_steps = {5: 16, 20: 25}[ways]
-    strength, of_strength = (0.1, _STRENGTH) if (ways, shots) == (5, 1) else (0.5, _MORE_IMAGES)
     # At 0.02 and 0.8, the inner descent of 20-way 1-shot became unstable late in training.
-    rate, momentum = {(5, 1): (0.01, 0.8), (20, 1): (0.01, 0.9)}.get((ways, shots), (0.02, 0.8))
+    chosen_numbers = {(5, 1): (0.1, 0.01, 0.8), (20, 1): (0.5, 0.01, 0.9)}
+    strength, rate, momentum = chosen_numbers.get((ways, shots), (0.5, 0.02, 0.8))
+    of_strength = _STRENGTH if (ways, shots) == (5, 1) else _MORE_IMAGES
     length = (
         f"A meta-step has {tasks} tasks with {queries} query images of each class (evaluation uses as many as shots, "
         f"as published). Adam's learning rate falls from 0.003 to 0 along half a cosine in {steps:,} meta-steps."
@@ -224,8 +225,8 @@ def _omniglot(ways: int, shots: int) -> tuple[Preset, Preset]:
         departures=(_LARGE_KERNELS, of_strength, _momentum(rate, momentum, inner_steps), length),
         baselines=_FIVE_WAY if ways == 5 else _TWENTY_WAY,
     )
-    hessian_free = _hessian_free(chosen, (_LARGE_KERNELS, _PAPERS_STRENGTH, _CG, length), steps=4)
-    return chosen, dataclasses.replace(hessian_free, strength=2.0)
+    stronger = dataclasses.replace(chosen, strength=2.0)
+    return chosen, _hessian_free(stronger, (_LARGE_KERNELS, _PAPERS_STRENGTH, _CG, length), steps=4)
 
 
 _REFERENCE = dataclasses.replace(
