@@ -54,6 +54,11 @@ def _scaled_norm(a, squares):
     return unit * jnp.sqrt(vdot(scaled, scaled))
 
 
+def is_finite(a: PyTree) -> jax.Array:
+    """Return whether every entry of the tree is finite, a boolean scalar."""
+    return functools.reduce(operator.and_, (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(a)), jnp.bool_(True))
+
+
 @jax.custom_batching.custom_vmap
 def in_any_task(flag: jax.Array) -> jax.Array:
     """Return a boolean scalar unchanged; under ``jax.vmap``, return whether it is True in any task.
@@ -214,7 +219,7 @@ def strongly_typed(a: PyTree) -> PyTree:
 
 
 def _strongly_typed(leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
+    leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     return leaf.astype(leaf.dtype) if getattr(jax.typeof(leaf), "weak_type", False) else leaf
 
 

@@ -6,11 +6,14 @@ libraries take the same inner steps or stop by the same rule: step sizes are fix
 or 0 to spend the budget. For projections and proximal steps, jaxopt compares the residual divided by the step size with
 ``tol``, so ``tol`` is divided by the step size too.
 
-Each function takes the module of our example and its data, and returns ``run(jit) -> outer values``. With ``jit=True``,
-``update`` is compiled as a whole. With ``jit=False``, as in jaxopt's examples, only the derivative in it is compiled.
+Each function takes the module of our example and its data, and returns ``run(variant) -> outer values``. A variant is
+
+- ``PROGRAM``: as in jaxopt's examples, the program calls ``init_state``, which evaluates the outer function, and then
+  ``update``, in which only the derivative is compiled.
+- ``COMPILED``: the same, with ``update`` compiled as a whole.
+- ``UPDATES``: as ``COMPILED``, and all runs share the state of one call of ``init_state``.
 """
 
-import functools
 import warnings
 from functools import partial
 
@@ -24,21 +27,27 @@ with warnings.catch_warnings():
     import jaxopt
     from jaxopt import implicit_diff, linear_solve
 
+PROGRAM, COMPILED, UPDATES = "jaxopt", "jaxopt, jit(update)", "jaxopt, jit(update) alone"
+"""The variants of a program in jaxopt."""
 EQUILIBRIUM_STEPS = 20
 """Number of training steps of the equilibrium model. The example takes more."""
 
 
 def _runner(outer, optimizer, theta, w, steps, data, warm_start=True):
-    """Return ``run(jit)`` for an outer function ``outer(theta, init, data) -> (value, w)``."""
+    """Return ``run(variant)`` for an outer function ``outer(theta, init, data) -> (value, w)``."""
     solver = jaxopt.OptaxSolver(outer, optimizer, has_aux=True)
-    # The compiled update and the initial state are kept for all runs, so that only the first run compiles, and only the
-    # first run evaluates the outer function in init_state.
-    compiled = jax.jit(solver.update)
-    initial_state = functools.cache(lambda jit: solver.init_state(theta, w, data(0)))
+    compiled = jax.jit(solver.update)  # kept for all runs, so that only the first one compiles
+    kept = []
 
-    def run(jit):
-        update = compiled if jit else solver.update
-        current, start, state, values = theta, w, initial_state(jit), []
+    def initial_state():
+        return solver.init_state(theta, w, data(0))
+
+    def run(variant):
+        update = solver.update if variant == PROGRAM else compiled
+        if variant == UPDATES and not kept:
+            kept.append(initial_state())
+        state = kept[0] if variant == UPDATES else initial_state()
+        current, start, values = theta, w, []
         for k in range(steps):
             current, state = update(current, state, start, data(k))
             start = state.aux if warm_start else start

@@ -38,21 +38,20 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.BR
         x: the computed solution.
         breakdown: the status of an x that is not finite although A and b are finite.
     """
-    length = tree.norm(x)
+    length, size = tree.norm(x), tree.norm(b)
     finite = jnp.isfinite(length)
     # Multiply A by zero if x is not finite: the product is then NaN only if A itself has a NaN.
     x = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), x)
     product = matvec(x)
-    residual = relative_residual(b, tree.subtract(b, product))
+    residual = tree.norm(tree.subtract(b, product)) / tree.safe_divisor(size)
     status = jnp.where(finite, jnp.int32(Status.CONVERGED), jnp.int32(breakdown))
     status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))
     residual = jnp.where(finite, residual, jnp.full_like(residual, jnp.inf))
     # ⟨x, Ax⟩ may overflow where x and Ax do not, so x is taken with norm 1.
     direction = tree.scale(1 / jnp.where((length > 0) & finite, length, jnp.ones_like(length)), x)
-    no_curvature = tree.vdot(direction, product) <= rounding_of_curvature(tree.norm(direction), tree.norm(product))
-    return SolveDiagnostics(
-        residual, status, finite & no_curvature & (length > 0), length / tree.safe_divisor(tree.norm(b))
-    )
+    rounding = rounding_of_curvature(jnp.ones_like(length), tree.norm(product))
+    not_definite = finite & (length > 0) & (tree.vdot(direction, product) <= rounding)
+    return SolveDiagnostics(residual, status, not_definite, length / tree.safe_divisor(size))
 
 
 def relative_residual(b: PyTree, residual: PyTree) -> jax.Array:

@@ -99,7 +99,7 @@ def denormalise(size: jax.Array, x: PyTree, info: LinearInfo) -> tuple[PyTree, L
     overflows.
     """
     solution = tree.scale(size, info.solution)
-    overflow = jnp.isfinite(tree.norm(info.solution)) & ~jnp.isfinite(tree.norm(solution))
+    overflow = tree.is_finite(info.solution) & ~tree.is_finite(solution)
     status = jnp.where(overflow, jnp.int32(Status.NONFINITE), info.status)
     return tree.scale(size, x), replace(info, solution=solution, status=status)
 

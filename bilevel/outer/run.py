@@ -50,14 +50,14 @@ class Run:
         self, setup: Setup, state: OuterState, start: PyTree, batch: PyTree, halt: bool, constant: bool, observe: bool
     ):
         self._setup, self._start, self._constant = setup, start, constant
-        self._raises, self._halt = halt, jnp.asarray(halt)
-        self._one, self._not_failed = jnp.int32(1), jnp.asarray(False)
+        self._raises, self._halt = halt, np.bool_(halt)
+        self._one, self._not_failed = np.int32(1), np.bool_(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
         self._outline = self._compiled.outline(state, start, batch, self._halt)
         self.is_traced = self._outline.is_traced
         self._length, self._rows = 1, []
         # The compiled loop donates the buffers of its state, so it gets a copy of the caller's arrays.
-        self.state = state if self.is_traced else jax.tree.map(jnp.copy, state)
+        self.state = state if self.is_traced else _copied(state)
         self.number = self._first = 0 if self.is_traced else int(state.step)
         self.exhausted, self.last = False, None
 
@@ -101,7 +101,7 @@ class Run:
 
     def _failure(self, batch: PyTree) -> HypergradientError:
         """Return the error of the failed step, from the state before that step and the batch of that step."""
-        state = jax.tree.map(jnp.copy, self.state)
+        state = _copied(self.state)
         advance = compiled_loop(self._setup, 1, True).advance
         observed = advance(state, self._not_failed, self._start, batch, self._one, self._halt)[-1]
         assert observed is not None  # the loop was compiled to observe
@@ -177,6 +177,17 @@ def run_under_trace(
         with jax.debug_nans(False):
             history = replace(history, linear_residual=jnp.full_like(history.linear_residual, jnp.nan))
     return Minimum(state.theta, state.w, history, state, "steps" if len(records) == steps else "data")
+
+
+def _copied(state: OuterState) -> OuterState:
+    """Return a copy of a state. One compiled program copies all arrays, so that the host dispatches only once."""
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, _copies(leaves))
+
+
+@jax.jit
+def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
 
 
 def owned(batch: PyTree) -> PyTree:

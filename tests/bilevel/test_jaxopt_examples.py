@@ -34,7 +34,7 @@ TOLERANCES = {
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_the_outer_values_are_those_of_jaxopt(name):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        ours, theirs, _ = comparison.programs(name).values()
+        ours, theirs, *_ = comparison.programs(name).values()
         found, expected = np.asarray(ours()), np.asarray(theirs())
     assert np.all(np.isfinite(found)) and len(found) == len(expected)
     np.testing.assert_allclose(found[:5], expected[:5], rtol=TOLERANCES[name])
