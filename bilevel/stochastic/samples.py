@@ -99,16 +99,16 @@ class Samples:
 
         if not self.rest:
             return function(self._slice(number * self.batch, self.batch))
-
-        def weighted(start, length):
-            return tree.scale(self.batches * length / self.size, function(self._slice(start, length)))
-
         # Shapes are static, so the smaller last batch is a branch of its own.
-        return jax.lax.cond(
-            number == self.batches - 1,
-            lambda: weighted(self.size - self.rest, self.rest),
-            lambda: weighted(number * self.batch, self.batch),
+        is_last = number == self.batches - 1
+        terms = jax.lax.cond(
+            is_last,
+            lambda: function(self._slice(self.size - self.rest, self.rest)),
+            lambda: function(self._slice(number * self.batch, self.batch)),
         )
+        # The terms are weighted outside of the branches, where XLA can fuse the product with the step that follows.
+        mean = self.size / self.batches
+        return tree.scale(jnp.where(is_last, self.rest / mean, self.batch / mean), terms)
 
     def mean(self, function: Callable[[PyTree], PyTree]) -> PyTree:
         """Return the mean of ``function`` over all samples, for a function that is a mean over its batch."""
