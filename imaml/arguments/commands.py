@@ -69,7 +69,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--start",
         metavar="RUN",
         type=Path,
-        help="start from the parameters in the folder of a run or in a file of 'imaml export', to fine-tune them",
+        help="start from the parameters in the folder of a run or in a file of 'imaml export', or from those of a "
+        "record in the package, to fine-tune them",
     )
     train.add_argument(
         "--log",
@@ -259,7 +260,12 @@ def _add_preset(command):
 
 
 def _add_trained(command):
-    command.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, or a file of 'imaml export'")
+    command.add_argument(
+        "run",
+        metavar="RUN",
+        type=Path,
+        help="the folder of a run, a file of 'imaml export', or the name of a record with parameters in the package",
+    )
     _add_best(command)
 
 

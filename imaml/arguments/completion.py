@@ -7,8 +7,8 @@ from imaml.arguments.parser import add_settings
 from imaml.datasets import BUILT_IN, FOLDER, registry
 from imaml.datasets.omniglot_alphabets import SPLITS
 from imaml.learning.algorithms import ALGORITHMS
-from imaml.reproduction import trained
 from imaml.reproduction.commands import FORMS, WORKS
+from imaml.runs import parameters
 from imaml.settings.overrides import CHOICES
 from imaml.settings.published_presets import presets
 
@@ -46,7 +46,7 @@ def _words(command, action):
         "preset": presets(),
         "dataset": SPLITS if command == "data" else (*BUILT_IN, FOLDER, *registry.names()),
         "algorithm": tuple(ALGORITHMS),
-        "record": trained.names(),
+        "record": parameters.names(),
         "part": ("test", "validation"),
         "ink": ("dark", "bright"),
         "work": tuple(WORKS),

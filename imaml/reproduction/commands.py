@@ -153,7 +153,7 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
     path = out / f"{run.resolve().name}.json"
     made.write(path)
     preset = restore(made.preset, made.config)
-    trained.save(path.with_suffix(trained.SUFFIX), run_of(run).restore(initial_state(preset)).theta)
+    trained.save(path.with_suffix(trained.SUFFIX), run_of(run).restore(initial_state(preset)).theta, made)
     row = ROWS[made.cell.algorithm] if made.cell in TABLE_2 and made.cell else None
     return Recorded(path, row, made.meta_steps, made.seconds, made.config["dataset"])
 

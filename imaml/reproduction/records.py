@@ -16,11 +16,10 @@ from imaml.errors import InputError
 from imaml.reproduction.paper import Cell
 from imaml.runs.folder import RESULT, differences
 from imaml.runs.log import read_log, time_of
+from imaml.runs.parameters import KEPT
 from imaml.runs.summary import evaluations_in
 from imaml.storage.files import write_whole
 
-KEPT = Path(__file__).parent / "records"
-"""The folder of the records that come with the package."""
 FORMAT = 1
 
 

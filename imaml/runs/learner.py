@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from imaml.errors import InputError, check
+from imaml.errors import InputError, check, nearest
 from imaml.learning.tasks import Task
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.runs import examples, parameters
@@ -41,8 +41,9 @@ def load(
     The parameters have the same bits as those that were trained or saved.
 
     Args:
-        run: a run's folder, a file that :meth:`TrainedLearner.save` or ``imaml export`` wrote, or a
-            :class:`imaml.Run`.
+        run: a run's folder, a file that :meth:`TrainedLearner.save` or ``imaml export`` wrote, an :class:`imaml.Run`,
+            or the name of a record whose parameters come with the package, such as
+            ``"omniglot-5way-1shot-gd-320000-tasks"``. A folder or file of that name comes first.
         preset: the preset that the run was trained with. It is required for a file without a description of the
             preset, such as a safetensors file that another library wrote. It is also required if the preset has a type
             of your own, such as a network class, unless it is registered (:func:`imaml.register_preset`) or offered by
@@ -70,7 +71,7 @@ def load(
         check_types(run.directory, run.preset.types(), preset)
         recipe = getattr(run.dataset, "recipe", None)
         return TrainedLearner(run.theta, preset or run.preset, {"step": run.best_step or run.step, "source": recipe})
-    path = Path(run)
+    path = parameters.place_of(Path(run))
     description, named = read_trained(path, best, on_event)
     if description is not None:
         preset = preset_of(path, description, preset, "load")
@@ -86,12 +87,15 @@ def read_trained(
     """Return the description of a run's folder or of a file of parameters, and θ as arrays with their names.
 
     Args:
-        path: the folder or the file.
+        path: the folder or the file, or the name of a record whose parameters come with the package.
         best, on_event: as in :func:`load`.
 
     Raises:
         InputError: if there is no run or file, or if it is damaged.
     """
+    path = parameters.place_of(path)
+    if not path.exists() and (near := nearest(path, parameters.names())):
+        raise InputError(f"there is no run in {path}, and no record of this name has parameters: did you mean {near}?")
     if path.is_dir() or path.suffix not in parameters.SUFFIXES:
         checkpoint = trained(path, best, on_event)
         return checkpoint.description, parameters.of_checkpoint(checkpoint)

@@ -23,6 +23,8 @@ from imaml.storage.arrays import CHECKSUM, DamagedFile
 FORMAT = "imaml-parameters-1"
 """The value of ``format`` in a description."""
 SUFFIXES = (".safetensors", ".npz")
+KEPT = Path(__file__).parents[1] / "reproduction" / "records"
+"""The folder with the records that come with the package, and with the parameters of some of them."""
 Named = list[tuple[str, np.ndarray]]
 """Arrays with the names of their parameters."""
 FACTS = ("data", "source", "step", "versions", "start", "extended")
@@ -87,6 +89,19 @@ def read(path: Path) -> tuple[dict[str, Any] | None, Named]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # DamagedFile is a ValueError
         raise InputError(f"{path} is damaged, or holds no parameters: {error}") from error
+
+
+def names(directory: Path = KEPT) -> tuple[str, ...]:
+    """Return the names of the records in a folder that have trained parameters."""
+    return tuple(sorted(path.stem for path in directory.glob("*.safetensors")))
+
+
+def place_of(run: Path) -> Path:
+    """Return the file of parameters for the name of a record in the package. Return any other path unchanged.
+
+    A file or a folder at this path comes first.
+    """
+    return run if run.exists() or str(run) not in names() else KEPT / f"{run}.safetensors"
 
 
 def of_checkpoint(found: Checkpoint) -> Named:

@@ -55,10 +55,11 @@ def read_start(
 def _read(start, on_event):
     """Return the place of a start in words, its arrays with their names, and facts about the run that trained them."""
     if isinstance(start, str | Path):
-        description, named = learner.read_trained(Path(start), None, on_event)
+        place = parameters.place_of(Path(start))
+        description, named = learner.read_trained(place, None, on_event)
         description = description or {}
         dataset = description.get("config", {}).get("dataset")
-        return Path(start).absolute(), named, description | {"dataset": dataset}
+        return place.absolute(), named, description | {"dataset": dataset}
     if isinstance(start, Run):
         data = {} if start.dataset is None else {"data": start.dataset.fingerprint()}
         facts = _of_preset(start.preset) | {"step": start.best_step or start.step, **data}

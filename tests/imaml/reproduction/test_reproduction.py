@@ -17,10 +17,11 @@ from imaml.datasets.images import ImageClasses, ImageDataset
 from imaml.errors import InputError
 from imaml.learning.networks import mlp
 from imaml.reproduction import commands, gradient_error, memory, paper, pictures, records, table, trained
-from imaml.runs import checkpoints
+from imaml.runs import checkpoints, parameters
 from imaml.runs import log as runlog
 from imaml.runs.evaluation import evaluate_classes
 from imaml.runs.meta_step import initial_state
+from imaml.runs.start import read_start
 from imaml.settings.parts import Validation
 from imaml.settings.published_presets import restore
 
@@ -382,7 +383,7 @@ def blank_omniglot(monkeypatch, fingerprint):
 def test_recorded_parameters_have_the_evaluation_of_the_run(trained_run, tmp_path, monkeypatch):
     run, state = trained_run
     commands.record(run, tmp_path)
-    assert trained.names(tmp_path) == ("run",)
+    assert parameters.names(tmp_path) == ("run",)
     classes = blank_omniglot(monkeypatch, "ab" * 32)
     record = records.read_one(tmp_path / "run.json")
     expected = evaluate_classes(state.theta, restore(record.preset, record.config), classes, 4)
@@ -413,11 +414,32 @@ def test_parameters_are_refused_with_other_data_or_another_network(trained_run, 
         trained.evaluate("run", 4, directory=tmp_path)
 
 
-@pytest.mark.parametrize("name", trained.names())
-def test_the_parameters_in_the_package_fit_their_records(name):
+@pytest.mark.parametrize("name", parameters.names())
+def test_the_name_of_a_record_loads_the_learner_that_its_run_trained(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     record = records.read_one(records.KEPT / f"{name}.json")
+    learner = imaml.load(name)
     theta = trained.load(records.KEPT / f"{name}.safetensors", restore(record.preset, record.config))
+    jax.tree.map(np.testing.assert_array_equal, learner.theta, theta)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
+    assert learner.preset == restore(record.preset, record.config)
+    assert learner.facts == {"data": record.split, "step": record.meta_steps, "versions": record.versions}
+
+
+def test_the_parameters_of_a_record_start_a_run_and_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "omniglot-5way-1shot-gd-320000-tasks"
+    record = records.read_one(records.KEPT / f"{name}.json")
+    preset = restore(record.preset, record.config)
+    theta, facts = read_start(preset, name, pytest.fail)
+    jax.tree.map(np.testing.assert_array_equal, theta, imaml.load(name).theta)
+    assert facts["start"]["from"] == str(records.KEPT / f"{name}.safetensors")
+    assert facts["start"]["data"] == record.split
+    with pytest.raises(InputError, match=f"no record of this name has parameters: did you mean {name}"):
+        imaml.load(f"{name}s")
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="there is no run in"):
+        imaml.load(name)
 
 
 @pytest.mark.slow("compiles both algorithms with several numbers of steps")
