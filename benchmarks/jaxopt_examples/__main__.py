@@ -9,7 +9,8 @@ times. The order of the programs alternates. The table has the medians over roun
 above 1 means that ours is faster. The process should be pinned to one core.
 
 FOLDER holds jaxopt's examples under their file names. With it, the table also has their lines of code. If no NAME is
-given, all examples run, and the record is written to benchmarks/results/jaxopt_examples.json.
+given, all examples run. The results are written to benchmarks/results/jaxopt_examples.json, where the results of other
+examples are kept.
 """
 
 import argparse
@@ -140,15 +141,15 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(options.names) - set(THEIRS):
         parser.error(f"there is no example {', '.join(unknown)}; the examples are {', '.join(THEIRS)}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxopt", "flax", "optax")}
-    record: dict = {"rounds": options.rounds, "versions": versions, "machine": machine(), "examples": {}}
+    path = ROOT / "benchmarks" / "results" / "jaxopt_examples.json"
+    record = json.loads(path.read_text()) if path.exists() else {"examples": {}}
     for name in options.names or THEIRS:
-        found = measure(name, options.rounds) | {"lines": lines(name, options.theirs)}
+        facts = {"rounds": options.rounds, "versions": versions, "machine": machine()}
+        found = facts | measure(name, options.rounds) | {"lines": lines(name, options.theirs)}
         record["examples"][name] = found
+        path.write_text(json.dumps(record, indent=1) + "\n")
         shown = {label: f"{statistics.median(times):.3g} s" for label, times in found["seconds"]["warm"].items()}
         print(name, shown, f"values differ by {found['relative_difference']:.1e}", file=sys.stderr, flush=True)
-        if not options.names:  # after each example, so that an interrupted run leaves a record
-            path = ROOT / "benchmarks" / "results" / "jaxopt_examples.json"
-            path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
     return 0
 
