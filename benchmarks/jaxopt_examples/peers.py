@@ -8,8 +8,8 @@ or 0 to spend the budget. For projections and proximal steps, jaxopt compares th
 
 Each function takes the module of our example and its data, and returns ``run(variant) -> outer values``. A variant is
 
-- ``PROGRAM``: as in jaxopt's examples, the program calls ``init_state``, which evaluates the outer function, and then
-  ``update``, in which only the derivative is compiled.
+- ``PROGRAM``: as in jaxopt's examples of ridge regression, the lasso and MAML, the program calls ``init_state``, which
+  evaluates the outer function, and then ``update``, in which only the derivative is compiled.
 - ``COMPILED``: the same, with ``update`` compiled as a whole.
 - ``UPDATES``: as ``COMPILED``, and all runs share the state of one call of ``init_state``.
 """
@@ -148,6 +148,7 @@ def equilibrium(ours, data, steps=EQUILIBRIUM_STEPS, batch=32):
         z = solver.run(jnp.zeros_like(x), theta["block"], x).params
         return ours.HEAD.apply(theta["head"], ours.nn.avg_pool(z, (4, 4), (4, 4)).ravel())
 
+    @jax.jit  # as in jaxopt's example
     def outer(theta, _, data):
         outputs = jax.vmap(predict, (None, 0))(theta, data[0])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, data[1])), None

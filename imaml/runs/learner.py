@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from imaml.errors import InputError, check, nearest
+from imaml.errors import InputError, check
 from imaml.learning.tasks import Task
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
 from imaml.runs import examples, parameters
@@ -71,7 +71,7 @@ def load(
         check_types(run.directory, run.preset.types(), preset)
         recipe = getattr(run.dataset, "recipe", None)
         return TrainedLearner(run.theta, preset or run.preset, {"step": run.best_step or run.step, "source": recipe})
-    path = parameters.place_of(Path(run))
+    path = parameters.place_of(run)
     description, named = read_trained(path, best, on_event)
     if description is not None:
         preset = preset_of(path, description, preset, "load")
@@ -87,15 +87,12 @@ def read_trained(
     """Return the description of a run's folder or of a file of parameters, and θ as arrays with their names.
 
     Args:
-        path: the folder or the file, or the name of a record whose parameters come with the package.
+        path: the folder or the file; see :func:`.parameters.place_of` for the name of a record.
         best, on_event: as in :func:`load`.
 
     Raises:
         InputError: if there is no run or file, or if it is damaged.
     """
-    path = parameters.place_of(path)
-    if not path.exists() and (near := nearest(path, parameters.names())):
-        raise InputError(f"there is no run in {path}, and no record of this name has parameters: did you mean {near}?")
     if path.is_dir() or path.suffix not in parameters.SUFFIXES:
         checkpoint = trained(path, best, on_event)
         return checkpoint.description, parameters.of_checkpoint(checkpoint)

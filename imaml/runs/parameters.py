@@ -5,6 +5,7 @@ as ``block0/kernel``. The description is JSON: the settings of the preset with t
 training. A file that this package writes contains a checksum of the arrays. Reading runs no code: pickles are refused.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,12 +97,22 @@ def names(directory: Path = KEPT) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in directory.glob("*.safetensors")))
 
 
-def place_of(run: Path) -> Path:
-    """Return the file of parameters for the name of a record in the package. Return any other path unchanged.
+def place_of(run: str | Path) -> Path:
+    """Return the file of parameters for the name of a record in the package, and any other path unchanged.
 
     A file or a folder at this path comes first.
+
+    Raises:
+        InputError: if the path does not exist and differs from the name of a record by a letter or two.
     """
-    return run if run.exists() or str(run) not in names() else KEPT / f"{run}.safetensors"
+    path = Path(run)
+    if path.exists() or path.suffix in SUFFIXES:
+        return path
+    if near := difflib.get_close_matches(str(path), names(), n=1, cutoff=0.95):
+        if near[0] != str(path):
+            raise InputError(f"there is no run in {path}, and no record of that name: did you mean {near[0]}?")
+        return KEPT / f"{path}.safetensors"
+    return path
 
 
 def of_checkpoint(found: Checkpoint) -> Named:

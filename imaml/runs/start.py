@@ -26,8 +26,9 @@ def read_start(
 
     Args:
         preset: the settings of the new run.
-        start: a run's folder, a file of trained parameters, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or
-            parameters θ. None to draw θ with the seed of the preset.
+        start: a run's folder, a file of trained parameters, the name of a record in the package, a
+            :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or parameters θ. None to draw θ with the seed of the
+            preset.
         on_event: called with a message if the checkpoint of a run is missing or damaged and another one is used.
 
     Returns:
@@ -55,7 +56,7 @@ def read_start(
 def _read(start, on_event):
     """Return the place of a start in words, its arrays with their names, and facts about the run that trained them."""
     if isinstance(start, str | Path):
-        place = parameters.place_of(Path(start))
+        place = parameters.place_of(start)
         description, named = learner.read_trained(place, None, on_event)
         description = description or {}
         dataset = description.get("config", {}).get("dataset")

@@ -100,10 +100,10 @@ def train(
             place of the name in ``preset``. To resume, pass the ``preset`` of the returned :class:`imaml.Run`: a folder
             of images or a registered dataset is then read again. Any other dataset must be passed again.
         start: the parameters to start from, for fine-tuning: a run's folder, a file that :meth:`TrainedLearner.save`
-            wrote, a :class:`imaml.Run`, a :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and
-            ``directory`` must be another folder than that of the run to start from. The new run records where θ came
-            from with a SHA-256 of the arrays, and resumes only with a start of the same contents. By default, θ is
-            drawn with the seed.
+            wrote, the name of a record whose parameters come with the package, a :class:`imaml.Run`, a
+            :class:`imaml.TrainedLearner` or a pytree of arrays. Adam's state is new, and ``directory`` must be another
+            folder than that of the run to start from. The new run records where θ came from with a SHA-256 of the
+            arrays, and resumes only with a start of the same contents. By default, θ is drawn with the seed.
         devices: number of devices of each process that the tasks are spread over, or ``"all"``; by default the largest
             number that divides the tasks.
         on_event: called with a message before reading data, compiling and evaluating, and after a stop was requested.

@@ -435,8 +435,13 @@ def test_the_parameters_of_a_record_start_a_run_and_a_file_of_that_name_comes_fi
     jax.tree.map(np.testing.assert_array_equal, theta, imaml.load(name).theta)
     assert facts["start"]["from"] == str(records.KEPT / f"{name}.safetensors")
     assert facts["start"]["data"] == record.split
-    with pytest.raises(InputError, match=f"no record of this name has parameters: did you mean {name}"):
+    with pytest.raises(InputError, match=f"no record of that name: did you mean {name}"):
         imaml.load(f"{name}s")
+    for other in ("omniglot-5way-1shot-gd", f"{tmp_path}/{name}"):  # the folder of a run that does not exist
+        with pytest.raises(InputError, match=r"there is no run in .*: it holds no intact checkpoint$"):
+            imaml.load(other)
+    with pytest.raises(InputError, match="there is no file"):
+        imaml.load(f"{name}.npz")
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match="there is no run in"):
         imaml.load(name)
