@@ -159,7 +159,7 @@ GUARDS = (
         "indefinite operator: curvature of the solution",
         "TestIndefinite",
         "bilevel.linear.diagnosis:diagnose",
-        "_CURVATURE <= rounding_of_curvature(...)",
+        "_CURVATURE <= rounding",
         "jnp.bool_(False)",
     ),
     _guard(
