@@ -19,7 +19,7 @@ from imaml.datasets import Dataset
 from imaml.datasets.omniglot_alphabets import is_other_split
 from imaml.errors import InputError, check_choice
 from imaml.parallel.devices import SPREAD, local_mesh, on_all, over_tasks
-from imaml.runs import checkpoints
+from imaml.runs import checkpoints, parameters
 from imaml.runs import data as run_data
 from imaml.runs.folder import differences
 from imaml.runs.meta_step import initial_state
@@ -175,7 +175,9 @@ def trained(
     """
     found = checkpoints.newest(directory, lambda _, message: on_event(f"{message}; an older checkpoint is used"))
     if found is None:
-        raise InputError(f"there is no run in {directory}: it holds no intact checkpoint")
+        is_record = str(directory) in parameters.names()
+        hint = f"; imaml evaluate --record {directory} evaluates the record of this name" if is_record else ""
+        raise InputError(f"there is no run in {directory}: it holds no intact checkpoint{hint}")
     validated = found.description.get("validation", {}).get("step", 0)
     if best is False or not (best or validated):
         return found

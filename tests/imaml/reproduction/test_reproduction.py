@@ -442,6 +442,8 @@ def test_the_parameters_of_a_record_start_a_run_and_a_file_of_that_name_comes_fi
             imaml.load(other)
     with pytest.raises(InputError, match="there is no file"):
         imaml.load(f"{name}.npz")
+    with pytest.raises(InputError, match=f"imaml evaluate --record {name} evaluates the record"):
+        imaml.evaluate(name)
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match="there is no run in"):
         imaml.load(name)
