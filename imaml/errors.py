@@ -47,8 +47,10 @@ def suggestion(word: object, known: Iterable[str], otherwise: str = "") -> str:
     return otherwise if near is None else f"did you mean {near}?"
 
 
-def nearest(word: object, known: Iterable[str]) -> str | None:
+def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the word in ``known`` that is most similar to ``word``; None if no word is similar.
+
+    Words are similar if their similarity, as :func:`difflib.get_close_matches` defines it, is at least ``cutoff``.
 
     The dashes before the name of an option are not compared, because every option has them.
 
@@ -56,5 +58,5 @@ def nearest(word: object, known: Iterable[str]) -> str | None:
     ('--support', None)
     """
     bare = {each.lstrip("-"): each for each in known}
-    near = difflib.get_close_matches(str(word).lstrip("-"), bare, n=1)
+    near = difflib.get_close_matches(str(word).lstrip("-"), bare, n=1, cutoff=cutoff)
     return bare[near[0]] if near else None

@@ -14,6 +14,7 @@ Each function takes the module of our example and its data, and returns ``run(va
 - ``UPDATES``: as ``COMPILED``, and all runs share the state of one call of ``init_state``.
 """
 
+import functools
 import warnings
 from functools import partial
 
@@ -37,16 +38,15 @@ def _runner(outer, optimizer, theta, w, steps, data, warm_start=True):
     """Return ``run(variant)`` for an outer function ``outer(theta, init, data) -> (value, w)``."""
     solver = jaxopt.OptaxSolver(outer, optimizer, has_aux=True)
     compiled = jax.jit(solver.update)  # kept for all runs, so that only the first one compiles
-    kept = []
 
     def initial_state():
         return solver.init_state(theta, w, data(0))
 
+    kept_state = functools.cache(initial_state)
+
     def run(variant):
         update = solver.update if variant == PROGRAM else compiled
-        if variant == UPDATES and not kept:
-            kept.append(initial_state())
-        state = kept[0] if variant == UPDATES else initial_state()
+        state = kept_state() if variant == UPDATES else initial_state()
         current, start, values = theta, w, []
         for k in range(steps):
             current, state = update(current, state, start, data(k))

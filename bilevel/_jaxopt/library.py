@@ -12,6 +12,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from bilevel import tree
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import jaxopt
@@ -60,7 +62,7 @@ def without_division_by_zero(cls):
 
     def update_broyden(self, params, state, *arguments, **options):
         step = cls.update(self, params, state, *arguments, **options)
-        fine = _is_finite((step.state.d_history, step.state.c_history))
+        fine = tree.is_finite((step.state.d_history, step.state.c_history))
         histories = _where(fine, (step.state.d_history, step.state.c_history), 0)
         stepsize = _where(fine, step.state.stepsize, self.max_stepsize)
         state = step.state._replace(d_history=histories[0], c_history=histories[1], stepsize=stepsize)
@@ -75,10 +77,6 @@ def without_division_by_zero(cls):
         if issubclass(cls, base):
             return type(cls.__name__, (cls,), {"update": update})
     return cls
-
-
-def _is_finite(values):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values)]).all()
 
 
 def _where(condition, values, number):

@@ -51,7 +51,7 @@ class Run:
     ):
         self._setup, self._start, self._constant = setup, start, constant
         self._raises, self._halt = halt, jnp.asarray(halt)
-        self._one, self._not_failed = jnp.asarray(np.int32(1)), jnp.asarray(False)
+        self._one, self._not_failed = jnp.int32(1), jnp.asarray(False)
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
         self._outline = self._compiled.outline(state, start, batch, self._halt)
         self.is_traced = self._outline.is_traced

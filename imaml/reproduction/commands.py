@@ -11,6 +11,7 @@ from imaml.errors import InputError, check_choice
 from imaml.reproduction import gradient_error, memory, pictures, records, trained
 from imaml.reproduction.paper import ROWS, TABLE_2
 from imaml.reproduction.table import rows, rows_by_alphabets, table_2
+from imaml.runs import parameters
 from imaml.runs.evaluation import trained as run_of
 from imaml.runs.meta_step import initial_state
 from imaml.runs.versions import versions
@@ -153,7 +154,8 @@ def record(run: Path, out: Path | None = None, note: str = "", hardware: str | N
     path = out / f"{run.resolve().name}.json"
     made.write(path)
     preset = restore(made.preset, made.config)
-    trained.save(path.with_suffix(trained.SUFFIX), run_of(run).restore(initial_state(preset)).theta, made)
+    theta = run_of(run).restore(initial_state(preset)).theta
+    trained.save(path.with_suffix(parameters.SAFETENSORS), theta, preset, made)
     row = ROWS[made.cell.algorithm] if made.cell in TABLE_2 and made.cell else None
     return Recorded(path, row, made.meta_steps, made.seconds, made.config["dataset"])
 

@@ -12,22 +12,18 @@ from imaml.runs.results import Evaluation
 from imaml.settings.preset import Preset
 from imaml.settings.published_presets import restore
 
-SUFFIX = ".safetensors"
 
-
-def save(path: Path, theta: Any, record: records.Record) -> None:
+def save(path: Path, theta: Any, preset: Preset, record: records.Record) -> None:
     """Write parameters to a safetensors file that :func:`imaml.load` reads.
 
     Args:
         path: the file to create or to replace.
         theta: a pytree of arrays.
+        preset: the preset that they were trained with.
         record: the record of the run that trained them.
-
-    Raises:
-        InputError: if the preset of the record cannot be restored.
     """
     facts = {"data": record.split, "step": record.meta_steps, "versions": record.versions}
-    parameters.write(path, theta, restore(record.preset, record.config), facts)
+    parameters.write(path, theta, preset, facts)
 
 
 def load(path: Path, preset: Preset) -> Any:
@@ -36,7 +32,7 @@ def load(path: Path, preset: Preset) -> Any:
     Raises:
         InputError: if there is no such file, if it is damaged, or if its arrays do not fit the network.
     """
-    return parameters.restored(path, parameters.read(path)[1], preset)
+    return parameters.restored_in_the_networks_dtypes(path, parameters.read(path)[1], preset)
 
 
 def evaluate(name: str, tasks: int = 600, data: str | Path | None = None, directory: Path = records.KEPT) -> Evaluation:
@@ -55,7 +51,7 @@ def evaluate(name: str, tasks: int = 600, data: str | Path | None = None, direct
     check_choice("record with trained parameters", name, parameters.names(directory))
     record = records.read_one(directory / f"{name}.json")
     preset = restore(record.preset, record.config)
-    theta = load(directory / f"{name}{SUFFIX}", preset)
+    theta = load(directory / f"{name}{parameters.SAFETENSORS}", preset)
     dataset = datasets.load(preset.dataset, data)
     check_same_data(name, preset.dataset, dataset.fingerprint(), record.split)
     return evaluate_classes(theta, preset, dataset.test, tasks)

@@ -5,7 +5,6 @@ as ``block0/kernel``. The description is JSON: the settings of the preset with t
 training. A file that this package writes contains a checksum of the arrays. Reading runs no code: pickles are refused.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imaml.errors import InputError
+from imaml.errors import InputError, check, nearest
 from imaml.runs.checkpoints import DESCRIPTION, Checkpoint, array_names, described, named_leaves, pack
 from imaml.settings.preset import Preset
 from imaml.storage import arrays, safetensors
@@ -23,7 +22,8 @@ from imaml.storage.arrays import CHECKSUM, DamagedFile
 
 FORMAT = "imaml-parameters-1"
 """The value of ``format`` in a description."""
-SUFFIXES = (".safetensors", ".npz")
+SAFETENSORS = ".safetensors"
+SUFFIXES = (SAFETENSORS, ".npz")
 KEPT = Path(__file__).parents[1] / "reproduction" / "records"
 """The folder with the records that come with the package, and with the parameters of some of them."""
 Named = list[tuple[str, np.ndarray]]
@@ -94,7 +94,7 @@ def read(path: Path) -> tuple[dict[str, Any] | None, Named]:
 
 def names(directory: Path = KEPT) -> tuple[str, ...]:
     """Return the names of the records in a folder that have trained parameters."""
-    return tuple(sorted(path.stem for path in directory.glob("*.safetensors")))
+    return tuple(sorted(path.stem for path in directory.glob(f"*{SAFETENSORS}")))
 
 
 def place_of(run: str | Path) -> Path:
@@ -108,10 +108,11 @@ def place_of(run: str | Path) -> Path:
     path = Path(run)
     if path.exists() or path.suffix in SUFFIXES:
         return path
-    if near := difflib.get_close_matches(str(path), names(), n=1, cutoff=0.95):
-        if near[0] != str(path):
-            raise InputError(f"there is no run in {path}, and no record of that name: did you mean {near[0]}?")
-        return KEPT / f"{path}.safetensors"
+    known = names()
+    if str(path) in known:
+        return KEPT / f"{path}{SAFETENSORS}"
+    if near := nearest(path, known, cutoff=0.95):
+        raise InputError(f"there is no run in {path}, and no record of that name: did you mean {near}?")
     return path
 
 
@@ -156,6 +157,21 @@ def restored(where: Path | str, found: Named, preset: Preset) -> Any:
             'jax.config.update("jax_enable_x64", True) first'
         )
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def restored_in_the_networks_dtypes(where: Path | str, found: Named, preset: Preset) -> Any:
+    """Return what :func:`restored` returns.
+
+    Raises:
+        InputError: as :func:`restored`, and if the dtype of an array is not that of the network's parameter.
+    """
+    theta = restored(where, found, preset)
+    like = jax.eval_shape(preset.functions.init, jax.random.key(0))
+    for (name, wanted), leaf in zip(named_leaves(like), jax.tree.leaves(theta), strict=True):
+        check(
+            leaf.dtype == wanted.dtype, f"{name} of {where} is {leaf.dtype}, but should be {wanted.dtype}: convert it"
+        )
+    return theta
 
 
 def _check_suffix(path):

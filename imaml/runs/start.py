@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imaml.errors import check
 from imaml.runs import learner, parameters
 from imaml.runs.checkpoints import named_leaves, pack
 from imaml.runs.results import Run
@@ -43,12 +42,7 @@ def read_start(
     if start is None:
         return None, {}
     where, named, origin = _read(start, on_event)
-    theta = parameters.restored(where, named, preset)
-    like = jax.eval_shape(preset.functions.init, jax.random.key(0))
-    for (name, wanted), leaf in zip(named_leaves(like), jax.tree.leaves(theta), strict=True):
-        check(
-            leaf.dtype == wanted.dtype, f"{name} of {where} is {leaf.dtype}, but should be {wanted.dtype}: convert it"
-        )
+    theta = parameters.restored_in_the_networks_dtypes(where, named, preset)
     facts = {"from": str(where), "sha256": arrays.digest({name: pack(leaf) for name, leaf in named_leaves(theta)})}
     return theta, {"start": facts | {key: origin[key] for key in ORIGIN if key in origin}}
 

@@ -24,6 +24,7 @@ from imaml.runs.meta_step import initial_state
 from imaml.runs.start import read_start
 from imaml.settings.parts import Validation
 from imaml.settings.published_presets import restore
+from imaml.storage import safetensors
 
 PACKAGE = Path(__file__).resolve().parents[3] / "imaml"
 OMNIGLOT = imaml.preset("omniglot-5way-1shot-gd")
@@ -404,6 +405,12 @@ def test_parameters_are_refused_with_other_data_or_another_network(trained_run, 
     commands.record(trained_run[0], tmp_path)
     with pytest.raises(InputError, match=r"the arrays in .*run\.safetensors do not fit the network"):
         trained.load(tmp_path / "run.safetensors", OMNIGLOT)
+    half = {name: np.asarray(leaf, np.float16) for name, leaf in checkpoints.named_leaves(trained_run[1].theta)}
+    safetensors.write(tmp_path / "half.safetensors", half, {})
+    record = records.read_one(tmp_path / "run.json")
+    with pytest.raises(InputError, match=r"half\.safetensors is float16, but should be float32"):
+        trained.load(tmp_path / "half.safetensors", restore(record.preset, record.config))
+    (tmp_path / "half.safetensors").unlink()
     blank_omniglot(monkeypatch, "cd" * 32)
     with pytest.raises(InputError, match="run was trained on other data than the present omniglot data"):
         trained.evaluate("run", 4, directory=tmp_path)
