@@ -35,19 +35,23 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 def norm(a: PyTree) -> jax.Array:
     """Return ‖a‖₂ over the floating-point leaves.
 
-    Where the squares would over- or underflow, the entries are first divided by the largest one.
+    Where the squares would over- or underflow, the entries are first divided by the largest one. Under ``jax.vmap``,
+    this is computed only if some task needs it.
     """
     dtype = _accumulator(a)
     a = [leaf.astype(dtype) for leaf in jax.tree.leaves(a) if is_floating(leaf)]
     squares = vdot(a, a)
     limits = jnp.finfo(dtype)
     in_range = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
-    return jax.lax.cond(in_range, lambda a, squares: jnp.sqrt(squares), _scaled_norm, a, squares)
+    usual = jnp.sqrt(jnp.where(in_range, squares, jnp.ones_like(squares)))
+    return jax.lax.cond(
+        in_any_task(~in_range), lambda a: jnp.where(in_range, usual, _scaled_norm(a, dtype)), lambda a: usual, a
+    )
 
 
-def _scaled_norm(a, squares):
+def _scaled_norm(a, dtype):
     # This branch is compiled with every norm and seldom runs. One flat array makes a shorter program than many leaves.
-    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, squares.dtype)])
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, dtype)])
     peak = jnp.max(jnp.abs(flat), initial=0)
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
     scaled = flat / unit

@@ -21,16 +21,17 @@ import numpy as np
 from benchmarks.bilevel import report
 from benchmarks.bilevel.contenders import PLANS, contender, grid, oracles_of_a_step
 from benchmarks.bilevel.problems import PROBLEMS, Data, make
-from benchmarks.bilevel.race import Peer, Worker, race
+from benchmarks.bilevel.race import Contender, Peer, Worker, race
 from benchmarks.children import Missing
 from benchmarks.speed.harness import machine
 
 
 def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
-    """Return, for each algorithm, the rates with the least measure after ``options.seconds``, and all rates tried.
+    """Return, for each algorithm, the rates with the least median measure after ``options.seconds``, and all tried.
 
-    The measure is the plan's ``metric``. The peer's solvers choose the rates of the stochastic algorithms, which both
-    libraries then use. The rates of the full-batch methods are chosen by runs of these methods.
+    The measure is the plan's ``metric``, and the median is over the seeds. Rates with which a run diverges are not
+    chosen. The peer's solvers choose the rates of the stochastic algorithms, which both libraries then use. The rates
+    of the full-batch methods are chosen by runs of these methods.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
     reference = PROBLEMS[problem].reference(Data.load(arrays))
@@ -40,20 +41,35 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
     with Worker(False, peer) as theirs, Worker(True, peer) as ours:
         for name, rates, is_ours in jobs:
             one, worker = contender(problem, name, rates, is_ours), ours if is_ours else theirs
-            worker.begin(problem, arrays, one, seed=1)
-            worker.ask(seconds=options.seconds)
-            points = worker.end()
-            z, x = points["z"][-1], points["x"][-1]
-            sound = np.isfinite(z).all() and np.isfinite(x).all()
-            measures = reference.measure(z, x) if sound else dict.fromkeys(reference.metrics)  # None: it diverged
+            found = [_last(reference, worker, problem, arrays, one, seed, options) for seed in _seeds(options)]
+            diverged = sum(measures is None for measures in found)
+            median = {
+                name: None if diverged else float(np.median([measures[name] for measures in found]))
+                for name in reference.metrics
+            }
             key = f"full batch {rates['optimizer']}" if is_ours else name
-            tried.setdefault(key, []).append(rates | measures)
-            print(problem, key, rates, measures, flush=True)
+            tried.setdefault(key, []).append(rates | median | {"diverged": diverged})
+            print(problem, key, tried[key][-1], flush=True)
     chosen = {}
     for name, results in tried.items():
-        best = min((r for r in results if r[plan.metric] is not None), key=lambda result: result[plan.metric])
-        chosen[name] = {key: value for key, value in best.items() if key not in reference.metrics}
-    return {"chosen": chosen, "tried": tried, "seconds": options.seconds, "machine": machine()}
+        best = min((r for r in results if not r["diverged"]), key=lambda result: result[plan.metric])
+        chosen[name] = {key: value for key, value in best.items() if key not in (*reference.metrics, "diverged")}
+    facts = {"seconds": options.seconds, "seeds": _seeds(options), "machine": machine()}
+    return {"chosen": chosen, "tried": tried} | facts
+
+
+def _last(reference, worker: Worker, problem: str, arrays: Path, one: Contender, seed: int, options) -> dict | None:
+    """Return the measures of the last point of a run, or None if the run diverged."""
+    worker.begin(problem, arrays, one, seed)
+    worker.ask(seconds=options.seconds)
+    points = worker.end()
+    z, x = points["z"][-1], points["x"][-1]
+    return reference.measure(z, x) if np.isfinite(z).all() and np.isfinite(x).all() else None
+
+
+def _seeds(options) -> list[int]:
+    """Return the seeds of the runs, which give the order of the samples too."""
+    return list(range(1, options.seeds + 1))
 
 
 def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
@@ -71,7 +87,7 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
     groups = [[contender(problem, name, rates[name], ours) for ours in (True, False)[: 1 + peers]] for name in names]
     full = [contender(problem, "full batch", rates[name], True) for name in rates if name.startswith("full batch")]
     data = Data.load(arrays)
-    reference, seeds = PROBLEMS[problem].reference(data), list(range(1, options.seeds + 1))
+    reference, seeds = PROBLEMS[problem].reference(data), _seeds(options)
     record = {"problem": problem, "metric": plan.metric, "metrics": list(reference.metrics), "contenders": {}}
     record |= {"seconds": options.seconds, "seeds": seeds, "machine": machine()}
     if options.algorithms:

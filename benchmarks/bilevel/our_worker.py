@@ -141,7 +141,8 @@ def build(settings: dict):
     """Return our solver for settings, which have the same keys as those of the peer's worker."""
     from benchmarks.bilevel.problems import PROBLEMS, Data
 
-    problem, data = PROBLEMS[settings["problem"]], Data.load(Path(settings["arrays"]))
+    problem = PROBLEMS[settings["problem"]]
+    data = Data.load(Path(settings["arrays"])).shuffled(settings["seed"])
     return (FullBatch if settings["algorithm"] == "full batch" else Stochastic)(problem, data, settings)
 
 

@@ -18,7 +18,8 @@ def build(settings: dict):
 
     from benchmarks.bilevel.problems import PROBLEMS, Data
 
-    problem, data = PROBLEMS[settings["problem"]], Data.load(Path(settings["arrays"]))
+    problem = PROBLEMS[settings["problem"]]
+    data = Data.load(Path(settings["arrays"])).shuffled(settings["seed"])
     inner_arrays, outer_arrays = (
         {name: jnp.asarray(array) for name, array in arrays.items()} for arrays in (data.inner, data.outer)
     )

@@ -7,7 +7,7 @@ solvers.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,18 @@ class Data:
             groups[group][name] = np.load(path, mmap_mode="r")
         start = groups.pop("start")
         return Data(z=start["z"], x=start["x"], **groups)
+
+    def shuffled(self, seed: int) -> "Data":
+        """Return the data with the inner and the outer samples in random orders.
+
+        Both libraries divide the samples into batches once, and the peer takes the batches of its first epoch in the
+        order of the samples. An array ``index`` holds the positions of the samples, so it is not permuted.
+        """
+        rng, parts = np.random.default_rng(seed), []
+        for part, size in zip((self.inner, self.outer), self.sizes, strict=True):
+            order = rng.permutation(size)
+            parts.append({name: array if name == "index" else array[order] for name, array in part.items()})
+        return replace(self, inner=parts[0], outer=parts[1])
 
 
 def _samples_with_curvature(rng, count, spectrum):

@@ -11,7 +11,7 @@ Each function takes the module of our example and its data, and returns ``run(va
 - ``PROGRAM``: as in jaxopt's examples of ridge regression, the lasso and MAML, the program calls ``init_state``, which
   evaluates the outer function, and then ``update``, in which only the derivative is compiled.
 - ``COMPILED``: the same, with ``update`` compiled as a whole.
-- ``UPDATES``: as ``COMPILED``, and all runs share the state of one call of ``init_state``.
+- ``UPDATES``: as ``COMPILED``, and all runs share one start and the state of one call of ``init_state``.
 """
 
 import functools
@@ -35,19 +35,23 @@ EQUILIBRIUM_STEPS = 20
 
 
 def _runner(outer, optimizer, theta, w, steps, data, warm_start=True):
-    """Return ``run(variant)`` for an outer function ``outer(theta, init, data) -> (value, w)``."""
+    """Return ``run(variant)`` for an outer function ``outer(theta, init, data) -> (value, w)``.
+
+    ``theta`` is the start, or a function that returns it.
+    """
     solver = jaxopt.OptaxSolver(outer, optimizer, has_aux=True)
     compiled = jax.jit(solver.update)  # kept for all runs, so that only the first one compiles
 
-    def initial_state():
-        return solver.init_state(theta, w, data(0))
+    def beginning():
+        first = theta() if callable(theta) else theta
+        return first, solver.init_state(first, w, data(0))
 
-    kept_state = functools.cache(initial_state)
+    kept_beginning = functools.cache(beginning)
 
     def run(variant):
         update = solver.update if variant == PROGRAM else compiled
-        state = kept_state() if variant == UPDATES else initial_state()
-        current, start, values = theta, w, []
+        current, state = kept_beginning() if variant == UPDATES else beginning()
+        start, values = w, []
         for k in range(steps):
             current, state = update(current, state, start, data(k))
             start = state.aux if warm_start else start
@@ -113,7 +117,9 @@ def distillation(ours, data):
 
 def sinusoids(ours, tasks):
     steps = len(tasks.support_x)
-    theta = ours.NETWORK.init(jax.random.key(0), jnp.zeros((1, 1)))
+
+    def theta():
+        return ours.NETWORK.init(jax.random.key(0), jnp.zeros((1, 1)))
 
     def fit(w, theta, data):
         x, y = data
@@ -157,4 +163,4 @@ def equilibrium(ours, data, steps=EQUILIBRIUM_STEPS, batch=32):
         chosen = (jnp.arange(batch) + k * batch) % len(data[1])
         return data[0][chosen], data[1][chosen]
 
-    return _runner(outer, optax.adam(1e-3), ours.init(jax.random.key(0)), None, steps, rows)
+    return _runner(outer, optax.adam(1e-3), lambda: ours.init(jax.random.key(0)), None, steps, rows)

@@ -1,6 +1,7 @@
 """Inner solvers that iterate a mapping: FixedPointIteration, FISTA and Anderson."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -185,35 +186,42 @@ class Anderson:
 
     def start(self, init: PyTree) -> tuple[PyTree, PyTree]:
         flat = ravel_pytree(tree.widened(init))[0]
+        zeros = jnp.zeros_like(flat)
         # More differences than unknowns would be linearly dependent, and their mix would be undetermined.
-        differences = jnp.zeros((max(1, min(self.history, flat.size)), flat.size), flat.dtype)
-        return init, (flat, jnp.zeros_like(flat), differences, differences, jnp.int32(0))
+        rows = max(1, min(self.history, flat.size))
+        differences, products = jnp.zeros((rows, flat.size), flat.dtype), jnp.zeros((rows, rows), flat.dtype)
+        return init, (zeros, zeros, differences, differences, products, jnp.int32(0))
 
     def update(self, state: tuple[PyTree, PyTree], residual: PyTree) -> tuple[PyTree, PyTree]:
-        w, (last_w, last_residual, steps_w, steps_residual, count) = state
+        w, (last_value, last_residual, steps_value, steps_residual, products, count) = state
         flat, unravel = ravel_pytree(tree.widened(w))
         flat_residual = ravel_pytree(tree.widened(residual))[0]
-        has_previous = count > 0
-        slot = (count - 1) % steps_w.shape[0]
-        steps_w = steps_w.at[slot].set(jnp.where(has_previous, flat - last_w, steps_w[slot]))
-        steps_residual = steps_residual.at[slot].set(
-            jnp.where(has_previous, flat_residual - last_residual, steps_residual[slot])
-        )
-        mix = _least_squares(steps_residual, flat_residual)
-        step = flat_residual + mix @ (steps_w - steps_residual)
-        return tree.like(unravel(flat - step), w), (flat, flat_residual, steps_w, steps_residual, count + 1)
+        value = flat - flat_residual  # of the mapping
+        has_previous, slot = count > 0, (count - 1) % steps_value.shape[0]
+        step_value = jnp.where(has_previous, value - last_value, jnp.zeros_like(value))
+        step_residual = jnp.where(has_previous, flat_residual - last_residual, jnp.zeros_like(value))
+        steps_value = steps_value.at[slot].set(step_value)
+        steps_residual = steps_residual.at[slot].set(step_residual)
+        row = _times(steps_residual, step_residual)
+        products = products.at[slot].set(row).at[:, slot].set(row)
+        mix = _least_squares(products, _times(steps_residual, flat_residual))
+        next_w = tree.like(unravel(value - _times(mix, steps_value)), w)
+        return next_w, (value, flat_residual, steps_value, steps_residual, products, count + 1)
 
     def __call__(self, condition: Condition, init: PyTree, theta: PyTree, data: PyTree) -> Solution:
         return iterate(self, condition, init, theta, data)
 
 
-def _least_squares(rows: jax.Array, target: jax.Array) -> jax.Array:
-    """Return argmin_c ‖target − c·rows‖.
+_times = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _least_squares(products: jax.Array, projections: jax.Array) -> jax.Array:
+    """Return argmin_c ‖target − c·rows‖ for ``products`` = rows·rowsᵀ and ``projections`` = rows·target.
 
     The rows are scaled to length 1. Then the normal equations are solved with a ridge of 10·eps.
     """
-    squares = jnp.sum(rows**2, axis=1)
+    squares = jnp.diagonal(products)
     scale = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares))), 0)
-    unit = rows * scale[:, None].astype(rows.dtype)
-    ridge = 10 * jnp.finfo(rows.dtype).eps * jnp.eye(rows.shape[0], dtype=rows.dtype)
-    return jnp.linalg.solve(unit @ unit.T + ridge, unit @ target) * scale.astype(rows.dtype)
+    scale = scale.astype(products.dtype)
+    ridge = 10 * jnp.finfo(products.dtype).eps * jnp.eye(len(products), dtype=products.dtype)
+    return jnp.linalg.solve(scale[:, None] * products * scale + ridge, scale * projections) * scale

@@ -168,6 +168,23 @@ def test_anderson_takes_less_than_half_the_steps_of_the_plain_iteration():
     assert int(fast.steps) < int(plain.steps) / 2
 
 
+def test_anderson_takes_the_steps_of_its_definition():
+    matrix = np.random.default_rng(0).normal(size=(6, 6)) / 4
+    mapping = bl.FixedPoint(lambda w, theta, data: jnp.tanh(matrix @ w) + theta)
+    theta = jnp.linspace(-1, 1, 6)
+    iterates, values = [np.zeros(6)], [np.asarray(theta)]
+    for _ in range(9):  # more steps than the history holds
+        recent = slice(max(0, len(values) - 4), None)
+        steps_value = np.diff(np.stack(values[recent]), axis=0)
+        residuals = np.stack(values[recent]) - np.stack(iterates[recent])
+        mix = np.linalg.lstsq(np.diff(residuals, axis=0).T, residuals[-1])[0]
+        iterates.append(values[-1] - mix @ steps_value)
+        values.append(np.tanh(matrix @ iterates[-1]) + np.asarray(theta))
+    for steps in (1, 4, 9):
+        found = bl.Anderson(steps, history=3)(mapping, jnp.zeros(6), theta, None)
+        np.testing.assert_allclose(found.w, iterates[steps], atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_anderson_mixes_in_float32_and_returns_each_leaf_in_its_own_dtype(dtype):
     mapping = bl.FixedPoint(lambda w, theta, data: jax.tree.map(lambda leaf, t: 0.5 * jnp.cos(leaf) + t, w, theta))

@@ -38,6 +38,16 @@ def in_float64(data):
     return {"inner": inner, "outer": outer}
 
 
+def test_shuffled_samples_keep_their_rows_together_and_their_positions():
+    data = PROBLEMS["tiny-cleaning"].data(seed=1)
+    shuffled = data.shuffled(seed=2)
+    for before, after in ((data.inner, shuffled.inner), (data.outer, shuffled.outer)):
+        rows = [{tuple(row): label for row, label in zip(a["image"], a["label"], strict=True)} for a in (before, after)]
+        assert rows[0] == rows[1] and not np.array_equal(before["image"], after["image"])
+    np.testing.assert_array_equal(shuffled.inner["index"], np.arange(data.sizes[0]))
+    assert not np.array_equal(shuffled.outer["image"], data.shuffled(seed=3).outer["image"])
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_exact_gradient_equals_central_differences_of_the_exact_value(name):
     data = PROBLEMS[name].data(seed=1)
