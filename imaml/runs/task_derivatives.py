@@ -47,24 +47,26 @@ class TaskDerivatives:
         def along(phi, u, task):
             return jax.jvp(lambda phi: support(phi, task), (phi,), (u,))
 
-        def unrolled(phi, tangent, direction, rate, count, theta, task):
-            def body(_, carry):
-                phi, tangent = carry
+        def unrolled(state, direction, rate, momentum, count, theta, task):
+            def body(_, state):
+                (phi, step), (tangent, tangent_step) = state
                 gradient, product = along(phi, tangent, task)
-                force = gradient + self.strength * (phi - theta)
-                return phi - rate * force, tangent - rate * (product + self.strength * (tangent - direction))
+                step = momentum * step - rate * (gradient + self.strength * (phi - theta))
+                change = product + self.strength * (tangent - direction)
+                tangent_step = momentum * tangent_step - rate * change
+                return (phi + step, step), (tangent + tangent_step, tangent_step)
 
-            return jax.lax.fori_loop(0, count, body, (phi, tangent))
+            return jax.lax.fori_loop(0, count, body, state)
 
         self._task = task
         self._query = jax.jit(lambda phi, task: value_and_gradient(phi, task.query_x, task.query_y))
         self._support = jax.jit(along)
         self.unrolled = unrolled
-        """Gradient descent on the inner objective, differentiated in forward mode along a direction in θ.
+        """Gradient descent with momentum on the inner objective, differentiated in forward mode along a direction in θ.
 
-        ``unrolled(phi, tangent, direction, rate, count, theta, task)`` takes ``count`` steps from φ, whose derivative
-        along the direction is ``tangent``. It returns φ and its derivative after the steps. Forward mode stores no
-        iterates, so the memory does not depend on the number of steps.
+        ``unrolled(state, direction, rate, momentum, count, theta, task)`` takes ``count`` steps. A state holds φ and
+        the last step, and the derivatives of both along the direction: ``((φ, step), (tangent, tangent_step))``.
+        Forward mode stores no iterates, so the memory does not depend on the number of steps.
         """
 
     def query(self, phi: Vector) -> tuple[float, Vector]:

@@ -16,6 +16,7 @@ solver stops at parameters φ before it has reached the inner solution. Two ques
 """
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -252,18 +253,23 @@ def check_solution(
     derivatives = TaskDerivatives(learner, theta, task)
     on_event(f"unrolling MAML of the smooth variant over {', '.join(map(str, steps))} steps")
     with _compiler() as compiling:
-        unrolled = compiling(derivatives.unrolled, start, start, start, 1.0, 1, start, task)
+        beginning = (start, np.zeros_like(start)), (np.zeros_like(start), np.zeros_like(start))
+        unrolled = compiling(derivatives.unrolled, beginning, start, 1.0, 1.0, 1, start, task)
         newton = compiling(_newton(learner), theta, theta, task)
         implicit = compiling(_implicit(learner), theta, theta, task, **QUICK)
     rate = 1 / _largest_curvature(derivatives, start)
     if isinstance(learner.solver, bl.GradientDescent):
         rate = min(constant_step_size(learner.solver), rate)
+    # Where the support loss is convex, the least curvature of the inner objective is at least λ. For this curvature,
+    # this momentum is the best one with this rate: an error shrinks by the factor 1 − √(rate·λ) in each step.
+    momentum = max(0.0, 1 - math.sqrt(rate * derivatives.strength)) ** 2
 
     def slopes(direction, number):
         """Return φ after ``steps[-1]`` steps, and MAML's slope along a direction after each number in ``steps``."""
-        phi, tangent, done, found = start, direction, 0, []
+        state, done, found = ((start, np.zeros_like(start)), (direction, np.zeros_like(start))), 0, []
         for count in steps:
-            phi, tangent = unrolled(phi, tangent, direction, rate, count - done, start, task)
+            state = unrolled(state, direction, rate, momentum, count - done, start, task)
+            (phi, _), (tangent, _) = state
             found.append(float(derivatives.query(phi)[1] @ tangent))
             done = count
             on_progress(number * steps[-1] + done, directions * steps[-1])
@@ -339,11 +345,11 @@ def _check_differences(derivatives, solve, theta, phi, directions, ours, length,
 def _check_gaps(gaps, steps):
     """Check that unrolled MAML converges to the implicit gradient.
 
-    The gap must shrink from each number of steps to the next, and by a factor of 10 in total. A gap below
-    ``DIFFERENCED`` need not shrink further.
+    The last gap must be the smallest, and below a tenth of the first. A gap below ``DIFFERENCED`` counts as zero. In
+    the first steps, the gap of descent with momentum may rise.
     """
-    falls = all(late < early or late < DIFFERENCED for early, late in itertools.pairwise(gaps))
-    ok = bool(falls and (gaps[-1] < 0.1 * gaps[0] or gaps[-1] < DIFFERENCED))
+    last = gaps[-1]
+    ok = bool(last < DIFFERENCED or (last < 0.1 * gaps[0] and last <= gaps.min()))
     shown = ", ".join(f"{gap:.1e} ({count})" for gap, count in zip(gaps, steps, strict=True))
     remedy = (
         "unrolled MAML does not converge to the implicit gradient: descent does not converge, or a gradient is wrong."
