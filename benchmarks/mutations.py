@@ -83,7 +83,7 @@ MUTATIONS = (
     Fault("prox with half its step", "ProximalGradient.mapping", "self.step_size", "0.5 * self.step_size"),
     # Inner solvers.
     Fault("stale iterate", "iterate", "report(residual(_W), _W, steps=_N)", "report(residual(_W), init, steps=_N)"),
-    Fault("Anderson's mix reversed", "Anderson", "_SLOPE + _MIX @ _STEPS", "_SLOPE - _MIX @ _STEPS"),
+    Fault("Anderson's mix reversed", "Anderson", "_VALUE - _times(_MIX, _STEPS)", "_VALUE + _times(_MIX, _STEPS)"),
     Fault("line search backwards", "line_search", "tree.add(_W, _STEP)", "tree.subtract(_W, _STEP)"),
     # Linear solvers.
     Fault("ridge forgotten", "square", "_SUM if ridge else product", "product"),

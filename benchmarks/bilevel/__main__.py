@@ -26,12 +26,13 @@ from benchmarks.children import Missing
 from benchmarks.speed.harness import machine
 
 
-def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
+def tune(problem: str, folder: Path, options, peer: Peer, known: dict) -> dict:
     """Return, for each algorithm, the rates with the least median measure after ``options.seconds``, and all tried.
 
     The measure is the plan's ``metric``, and the median is over the seeds. Rates with which a run diverges are not
     chosen. The peer's solvers choose the rates of the stochastic algorithms, which both libraries then use. The rates
-    of the full-batch methods are chosen by runs of these methods.
+    of the full-batch methods are chosen by runs of these methods. With ``options.algorithms``, only these algorithms
+    are tuned, and the rates of the others are taken from ``known``, an earlier result.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
     reference = PROBLEMS[problem].reference(Data.load(arrays))
@@ -48,14 +49,19 @@ def tune(problem: str, folder: Path, options, peer: Peer) -> dict:
                 for name in reference.metrics
             }
             key = f"full batch {rates['optimizer']}" if is_ours else name
-            tried.setdefault(key, []).append(rates | median | {"diverged": diverged})
+            tried.setdefault(key, []).append(rates | median | {"runs": len(found), "diverged": diverged})
             print(problem, key, tried[key][-1], flush=True)
     chosen = {}
     for name, results in tried.items():
         best = min((r for r in results if not r["diverged"]), key=lambda result: result[plan.metric])
-        chosen[name] = {key: value for key, value in best.items() if key not in (*reference.metrics, "diverged")}
-    facts = {"seconds": options.seconds, "seeds": _seeds(options), "machine": machine()}
-    return {"chosen": chosen, "tried": tried} | facts
+        chosen[name] = {key: best[key] for key in best if key not in (*reference.metrics, "runs", "diverged")}
+    kept = known if options.algorithms else {}
+    return {
+        "chosen": kept.get("chosen", {}) | chosen,
+        "tried": kept.get("tried", {}) | tried,
+        "seconds": options.seconds,
+        "machine": machine(),
+    }
 
 
 def _last(reference, worker: Worker, problem: str, arrays: Path, one: Contender, seed: int, options) -> dict | None:
@@ -157,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.suite == "tune":
                     path = options.out / "bilevel-rates.json"
                     known = report.load(options.out, "rates") if path.exists() else {}
-                    report.save(options.out, "rates", known | {problem: tune(problem, folder, options, peer)})
+                    tuned = tune(problem, folder, options, peer, known.get(problem, {}))
+                    report.save(options.out, "rates", known | {problem: tuned})
                 else:
                     try:
                         run(problem, folder, options, peer, peers)

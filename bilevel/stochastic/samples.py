@@ -29,6 +29,9 @@ Sampling = Literal["with_replacement", "without_replacement"]
 PASS = 4096
 """The largest number of samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not
 with the samples."""
+CPU_PASS = 16_384
+"""On a CPU, the largest number of samples in such a slice. Where a sample has few numbers, the fixed cost of a slice
+counts."""
 CACHE = 2**21
 """On a CPU, the largest number of bytes in a slice of a pass, unless one batch is larger. The derivatives of a loss
 read each sample several times, and only the first time from the memory if the slice fits into the cache."""
@@ -132,7 +135,7 @@ class Samples:
         if jax.default_backend() != "cpu":
             return PASS
         row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.data)) // self.size
-        return min(PASS, max(self.batch, CACHE // max(row, 1)))
+        return min(CPU_PASS, max(self.batch, CACHE // max(row, 1)))
 
     def _slice(self, start, length):
         if length == self.size:

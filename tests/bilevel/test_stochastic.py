@@ -375,9 +375,9 @@ def test_draws_without_replacement_visit_every_batch_once_in_an_epoch(size):
     np.testing.assert_array_equal(np.sort(numbers.reshape(10, 4), axis=1), np.tile(np.arange(4), (10, 1)))
 
 
-@pytest.mark.parametrize(("size", "width"), [(5, 1), (23, 1), (4096 + 17, 1), (300, 2000)])
+@pytest.mark.parametrize(("size", "width"), [(5, 1), (23, 1), (16_384 + 17, 1), (300, 2000)])
 def test_the_mean_over_all_samples_and_the_mean_over_the_batches_are_exact(size, width):
-    # A pass takes slices of at most 4096 samples and, on a CPU, of at most 2 MiB: 131 samples of 2,000 float64.
+    # On a CPU, a pass takes slices of at most 16,384 samples and of at most 2 MiB: 131 samples of 2,000 float64.
     data = jnp.asarray(np.random.default_rng(0).normal(size=(size, width)))
     samples = Samples(data, size, min(5, size))
     np.testing.assert_allclose(samples.mean(jnp.mean), data.mean(), atol=1e-14)
