@@ -36,7 +36,7 @@ def norm(a: PyTree) -> jax.Array:
     """Return ‖a‖₂ over the floating-point leaves.
 
     Where the squares would over- or underflow, the entries are first divided by the largest one. Under ``jax.vmap``,
-    this is computed only if some task needs it.
+    this is done for all tasks if any task needs it, and for none otherwise.
     """
     dtype = _accumulator(a)
     a = [leaf.astype(dtype) for leaf in jax.tree.leaves(a) if is_floating(leaf)]
@@ -68,7 +68,8 @@ def in_any_task(flag: jax.Array) -> jax.Array:
     """Return a boolean scalar unchanged; under ``jax.vmap``, return whether it is True in any task.
 
     A ``jax.lax.cond`` on the result stays a branch under ``jax.vmap``. A cond on a flag that differs between tasks
-    would become a select of both branches, for which JAX copies each array in the branches once for every task.
+    would become a select of both branches, for which JAX copies each array in the branches once for every task. If
+    ``jit`` has divided the tasks over devices, the devices exchange the flag.
     """
     return flag
 

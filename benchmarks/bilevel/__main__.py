@@ -27,12 +27,13 @@ from benchmarks.speed.harness import machine
 
 
 def tune(problem: str, folder: Path, options, peer: Peer, known: dict) -> dict:
-    """Return, for each algorithm, the rates with the least median measure after ``options.seconds``, and all tried.
+    """Return the chosen rates of each algorithm, and the measures of all rates that were tried.
 
-    The measure is the plan's ``metric``, and the median is over the seeds. Rates with which a run diverges are not
-    chosen. The peer's solvers choose the rates of the stochastic algorithms, which both libraries then use. The rates
-    of the full-batch methods are chosen by runs of these methods. With ``options.algorithms``, only these algorithms
-    are tuned, and the rates of the others are taken from ``known``, an earlier result.
+    The chosen rates have the fewest runs that diverge and, among these, the least median over the seeds of the plan's
+    ``metric`` after ``options.seconds``. The peer's solvers choose the rates of the stochastic algorithms, which both
+    libraries then use. The rates of the full-batch methods are chosen by runs of these methods. With
+    ``options.algorithms``, only these algorithms are tuned, and the rates of the others are taken from ``known``, an
+    earlier result.
     """
     plan, arrays = PLANS[problem], make(problem, folder)
     reference = PROBLEMS[problem].reference(Data.load(arrays))
@@ -53,7 +54,8 @@ def tune(problem: str, folder: Path, options, peer: Peer, known: dict) -> dict:
             print(problem, key, tried[key][-1], flush=True)
     chosen = {}
     for name, results in tried.items():
-        best = min((r for r in results if not r["diverged"]), key=lambda result: result[plan.metric])
+        # With a run that diverged, there is no median.
+        best = min(results, key=lambda result: (result["diverged"], result[plan.metric] or 0.0))
         chosen[name] = {key: best[key] for key in best if key not in (*reference.metrics, "runs", "diverged")}
     kept = known if options.algorithms else {}
     return {

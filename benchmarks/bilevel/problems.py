@@ -70,7 +70,8 @@ class Data:
         """Return the data with the inner and the outer samples in random orders.
 
         Both libraries divide the samples into batches once, and the peer takes the batches of its first epoch in the
-        order of the samples. An array ``index`` holds the positions of the samples, so it is not permuted.
+        order of the samples. An array ``index`` holds the positions of the samples, so it is not permuted. The entry
+        x_i of ``cleaning`` then belongs to another image for each seed.
         """
         rng, parts = np.random.default_rng(seed), []
         for part, size in zip((self.inner, self.outer), self.sizes, strict=True):

@@ -118,22 +118,19 @@ def _with_hypergradient(solve: Callable[[PyTree], Hypergradient]) -> Callable[[P
     return lambda theta: value(theta)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outline:
-    """The properties of an outer step that its trace shows, and how many steps a run of the loop should take.
+    """The properties of an outer step that its trace shows.
 
     Attributes:
         is_traced: whether a transformation of JAX traces its arguments, or arrays that its functions have captured.
         dtypes: the dtypes of the fields of its :class:`History`.
         solves_adjoint: whether its hypergradient has the report of a linear solve.
-        length: the number of steps for the next run of the compiled loop. The host adapts it to the seconds of a step,
-            also for later calls with arguments of the same types.
     """
 
     is_traced: bool
     dtypes: list[Any]
     solves_adjoint: bool
-    length: int = 1
 
 
 class CompiledLoop:

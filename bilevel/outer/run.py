@@ -55,7 +55,7 @@ class Run:
         self._compiled = compiled_loop(setup, CAPACITY if constant else 1, observe)
         self._outline = self._compiled.outline(state, start, batch, self._halt)
         self.is_traced = self._outline.is_traced
-        self._rows: list[np.ndarray] = []
+        self._length, self._rows = 1, []
         # The compiled loop donates the buffers of its state, so it gets a copy of the caller's arrays.
         self.state = state if self.is_traced else _copied(state)
         self.number = self._first = 0 if self.is_traced else int(state.step)
@@ -70,7 +70,7 @@ class Run:
         Raises:
             HypergradientError: for a failed step, if ``halt`` was set.
         """
-        began, count = time.perf_counter(), min(self._outline.length, at_most)
+        began, count = time.perf_counter(), min(self._length, at_most)
         kept, rows, failed = [], [], self._not_failed
         steps = np.int32(count) if self._constant and count > 1 else self._one
         for batch in itertools.islice(batches, 1 if self._constant else count):
@@ -83,7 +83,7 @@ class Run:
         self.exhausted = not self._constant and len(rows) < count
         if rows:
             self._look(np.concatenate(jax.device_get(rows)), kept)
-        self._adapt(time.perf_counter() - began, count if self._constant else len(rows))
+        self._adapt(time.perf_counter() - began)
 
     def _look(self, rows: np.ndarray, batches: list[PyTree]) -> None:
         """Keep the rows ``[steps, 5]`` of the steps taken. With ``halt``, raise if the last of these steps failed."""
@@ -93,14 +93,11 @@ class Run:
         self._rows.append(rows)
         self.number += len(rows)
 
-    def _adapt(self, seconds: float, count: int) -> None:
-        """Change the number of steps of the next run, given the seconds of a run of ``count`` steps."""
-        length = self._outline.length
-        if seconds > LONG:
-            self._outline.length = max(1, count // 2)
-        elif seconds < SHORT and count == length:
-            factor = 16 if seconds < SHORT / 16 else 2
-            self._outline.length = min(factor * length, CAPACITY if self._constant else BATCHES)
+    def _adapt(self, seconds: float) -> None:
+        length = self._length
+        factor = 16 if seconds < SHORT / 16 else 2
+        length = factor * length if seconds < SHORT else max(1, length // 2) if seconds > LONG else length
+        self._length = min(length, CAPACITY if self._constant else BATCHES)
 
     def _failure(self, batch: PyTree) -> HypergradientError:
         """Return the error of the failed step, from the state before that step and the batch of that step."""

@@ -200,9 +200,12 @@ class Anderson:
         has_previous, slot = count > 0, (count - 1) % steps_value.shape[0]
         step_value = jnp.where(has_previous, value - last_value, jnp.zeros_like(value))
         step_residual = jnp.where(has_previous, flat_residual - last_residual, jnp.zeros_like(value))
-        steps_value = steps_value.at[slot].set(step_value)
-        steps_residual = steps_residual.at[slot].set(step_residual)
-        row = _times(steps_residual, step_residual)
+        # Both steps are divided by ‖step_residual‖, which does not change the mix of the steps. It is a constant for
+        # derivatives, because the norm of a zero step has none.
+        length = tree.safe_divisor(tree.norm(jax.lax.stop_gradient(step_residual)))
+        steps_value = steps_value.at[slot].set(step_value / length)
+        steps_residual = steps_residual.at[slot].set(step_residual / length)
+        row = _times(steps_residual, steps_residual[slot])
         products = products.at[slot].set(row).at[:, slot].set(row)
         mix = _least_squares(products, _times(steps_residual, flat_residual))
         next_w = tree.like(unravel(value - _times(mix, steps_value)), w)
@@ -216,12 +219,10 @@ _times = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _least_squares(products: jax.Array, projections: jax.Array) -> jax.Array:
-    """Return argmin_c ‖target − c·rows‖ for ``products`` = rows·rowsᵀ and ``projections`` = rows·target.
+    """Return argmin_c ‖target − c·rows‖, for rows of length 1 or 0.
 
-    The rows are scaled to length 1. Then the normal equations are solved with a ridge of 10·eps.
+    ``products`` is rows·rowsᵀ and ``projections`` is rows·target. The normal equations are solved with a ridge of
+    10·eps.
     """
-    squares = jnp.diagonal(products)
-    scale = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares))), 0)
-    scale = scale.astype(products.dtype)
     ridge = 10 * jnp.finfo(products.dtype).eps * jnp.eye(len(products), dtype=products.dtype)
-    return jnp.linalg.solve(scale[:, None] * products * scale + ridge, scale * projections) * scale
+    return jnp.linalg.solve(products + ridge, projections)

@@ -27,11 +27,11 @@ from bilevel.types import PyTree
 Sampling = Literal["with_replacement", "without_replacement"]
 
 PASS = 4096
-"""The largest number of samples in a slice of a pass over all samples. The memory of a pass grows with the slice, not
-with the samples."""
+"""The largest number of samples in a slice of a pass over all samples, except on a CPU. The memory of a pass grows with
+the slice, not with the samples."""
 CPU_PASS = 16_384
-"""On a CPU, the largest number of samples in such a slice. Where a sample has few numbers, the fixed cost of a slice
-counts."""
+"""The same on a CPU. Each slice has a fixed cost, which counts if a sample has few numbers. The temporary arrays of the
+loss grow with this number."""
 CACHE = 2**21
 """On a CPU, the largest number of bytes in a slice of a pass, unless one batch is larger. The derivatives of a loss
 read each sample several times, and only the first time from the memory if the slice fits into the cache."""

@@ -261,7 +261,7 @@ def check_solution(
     if isinstance(learner.solver, bl.GradientDescent):
         rate = min(constant_step_size(learner.solver), rate)
     # Where the support loss is convex, the least curvature of the inner objective is at least λ. For this curvature,
-    # this momentum is the best one with this rate: an error shrinks by the factor 1 − √(rate·λ) in each step.
+    # this momentum is the best one with this rate: in the end, a step multiplies the error by 1 − √(rate·λ).
     momentum = max(0.0, 1 - math.sqrt(rate * derivatives.strength)) ** 2
 
     def slopes(direction, number):

@@ -18,7 +18,6 @@ import pytest
 from problems import diagonal_quadratic, newton, ridge
 
 import bilevel as bl
-from bilevel.outer import run as outer_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EIGENVALUES = np.array([1.0, 4.0])
@@ -285,27 +284,6 @@ def test_calls_with_the_same_objects_compile_once():
     assert call(TARGET, 9, stop=lambda record: False, every=4) == 0
     assert call(batches(3), 3) > 0
     assert [call(batches(number), 40) for number in (1, 5, 33)] == [0] * 3
-
-
-def test_the_number_of_steps_in_a_run_of_the_compiled_loop_grows_and_is_kept_for_later_calls(monkeypatch):
-    counts, advance = [], outer_run.Run.advance
-
-    def counted(self, batches, at_most):
-        advance(self, batches, at_most)
-        counts.append(self.number)
-
-    monkeypatch.setattr(outer_run.Run, "advance", counted)
-    monkeypatch.setattr(outer_run, "SHORT", float("inf"))  # every run counts as quick, also on a busy machine
-    monkeypatch.setattr(outer_run, "LONG", float("inf"))
-    solver, method = bl.GradientDescent(0.25, 3), bl.Implicit(bl.CG(2))  # of no other test
-    run(solver, method, 5, stop=lambda record: False)
-    assert counts == [1, 2, 3, 4, 5]
-    counts.clear()
-    run(solver, method, 40)  # one quick step has shown that 16 are quick too, and no more than that
-    assert counts == [16, 40]
-    counts.clear()
-    run(solver, method, 40)
-    assert counts == [40]
 
 
 def test_a_start_function_that_is_written_in_the_call_compiles_once():

@@ -185,6 +185,21 @@ def test_anderson_takes_the_steps_of_its_definition():
         np.testing.assert_allclose(found.w, iterates[steps], atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e20, 1e30])
+def test_anderson_converges_where_squares_over_or_underflow(scale):
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)) / 4, jnp.float32)
+    mapping = bl.FixedPoint(lambda w, theta, data: matrix @ w + theta)
+    theta = jnp.linspace(-1, 1, 6, dtype=jnp.float32)
+    exact = np.linalg.solve(np.eye(6) - np.asarray(matrix, float), theta)
+
+    def solve(theta):
+        return bl.Anderson(20)(mapping, jnp.zeros(6, jnp.float32), theta, None).w
+
+    np.testing.assert_allclose(solve(scale * theta) / scale, exact, atol=1e-5)
+    batch = jax.vmap(solve)(jnp.stack([theta, scale * theta]))
+    np.testing.assert_allclose(batch / jnp.float32([[1], [scale]]), [exact, exact], atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_anderson_mixes_in_float32_and_returns_each_leaf_in_its_own_dtype(dtype):
     mapping = bl.FixedPoint(lambda w, theta, data: jax.tree.map(lambda leaf, t: 0.5 * jnp.cos(leaf) + t, w, theta))
