@@ -72,11 +72,15 @@ def _last(reference, worker: Worker, problem: str, arrays: Path, one: Contender,
     worker.ask(seconds=options.seconds)
     points = worker.end()
     z, x = points["z"][-1], points["x"][-1]
-    return reference.measure(z, x) if np.isfinite(z).all() and np.isfinite(x).all() else None
+    return reference.measure(z, x) if _is_finite(z, x) else None
+
+
+def _is_finite(z: np.ndarray, x: np.ndarray) -> bool:
+    return bool(np.isfinite(z).all() and np.isfinite(x).all())
 
 
 def _seeds(options) -> list[int]:
-    """Return the seeds of the runs, which give the order of the samples too."""
+    """Return the seeds of the runs. A seed gives the order of the samples and of the batches."""
     return list(range(1, options.seeds + 1))
 
 
@@ -115,8 +119,8 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
 
 def _measured(points, reference, one, sizes):
     """Return a run's times, steps, oracle calls and measures at its finite points, as lists for a record."""
-    sound = [bool(np.isfinite(z).all() and np.isfinite(x).all()) for z, x in zip(points["z"], points["x"], strict=True)]
-    kept = [number for number, finite in enumerate(sound) if finite]
+    pairs = zip(points["z"], points["x"], strict=True)
+    kept = [number for number, (z, x) in enumerate(pairs) if _is_finite(z, x)]
     measures = [reference.measure(points["z"][number], points["x"][number]) for number in kept]
     steps = points["steps"][kept]
     calls = (

@@ -204,8 +204,9 @@ class Anderson:
         # derivatives, because the norm of a zero step has none.
         length = tree.safe_divisor(tree.norm(jax.lax.stop_gradient(step_residual)))
         steps_value = steps_value.at[slot].set(step_value / length)
-        steps_residual = steps_residual.at[slot].set(step_residual / length)
-        row = _times(steps_residual, steps_residual[slot])
+        unit = step_residual / length
+        steps_residual = steps_residual.at[slot].set(unit)
+        row = _times(steps_residual, unit)
         products = products.at[slot].set(row).at[:, slot].set(row)
         mix = _least_squares(products, _times(steps_residual, flat_residual))
         next_w = tree.like(unravel(value - _times(mix, steps_value)), w)

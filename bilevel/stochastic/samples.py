@@ -30,8 +30,8 @@ PASS = 4096
 """The largest number of samples in a slice of a pass over all samples, except on a CPU. The memory of a pass grows with
 the slice, not with the samples."""
 CPU_PASS = 16_384
-"""The same on a CPU. Each slice has a fixed cost, which counts if a sample has few numbers. The temporary arrays of the
-loss grow with this number."""
+"""On a CPU, the largest number of samples in a slice of a pass. Each slice has a fixed cost, which dominates if the
+samples are small. The temporary arrays of the loss grow with the slice."""
 CACHE = 2**21
 """On a CPU, the largest number of bytes in a slice of a pass, unless one batch is larger. The derivatives of a loss
 read each sample several times, and only the first time from the memory if the slice fits into the cache."""

@@ -251,22 +251,28 @@ def check_solution(
     """
     unravel, start = ravel_pytree(theta)[1], flat(theta)
     derivatives = TaskDerivatives(learner, theta, task)
+
+    def at_rest(direction):
+        """Return the state of the unrolled descent before its first step."""
+        zero = np.zeros_like(start)
+        return (start, zero), (direction, zero)
+
     on_event(f"unrolling MAML of the smooth variant over {', '.join(map(str, steps))} steps")
     with _compiler() as compiling:
-        beginning = (start, np.zeros_like(start)), (np.zeros_like(start), np.zeros_like(start))
-        unrolled = compiling(derivatives.unrolled, beginning, start, 1.0, 1.0, 1, start, task)
+        unrolled = compiling(derivatives.unrolled, at_rest(start), start, 1.0, 1.0, 1, start, task)
         newton = compiling(_newton(learner), theta, theta, task)
         implicit = compiling(_implicit(learner), theta, theta, task, **QUICK)
     rate = 1 / _largest_curvature(derivatives, start)
     if isinstance(learner.solver, bl.GradientDescent):
         rate = min(constant_step_size(learner.solver), rate)
-    # Where the support loss is convex, the least curvature of the inner objective is at least λ. For this curvature,
-    # this momentum is the best one with this rate: in the end, a step multiplies the error by 1 − √(rate·λ).
+    # If the support loss is convex, no eigenvalue of the inner objective's Hessian is below λ. If λ is the
+    # smallest eigenvalue, descent at this rate converges fastest with the momentum (1 − √(rate·λ))². After many steps,
+    # each step then multiplies the error by about 1 − √(rate·λ).
     momentum = max(0.0, 1 - math.sqrt(rate * derivatives.strength)) ** 2
 
     def slopes(direction, number):
         """Return φ after ``steps[-1]`` steps, and MAML's slope along a direction after each number in ``steps``."""
-        state, done, found = ((start, np.zeros_like(start)), (direction, np.zeros_like(start))), 0, []
+        state, done, found = at_rest(direction), 0, []
         for count in steps:
             state = unrolled(state, direction, rate, momentum, count - done, start, task)
             (phi, _), (tangent, _) = state
