@@ -45,8 +45,8 @@ GUARDS = (
         "inner solve short of its tol: estimate",
         "test_the_bound_covers_the_error_of_too_few_inner_steps",
         "_certify",
-        "distance(out.gradient, corrected)",
-        "0.5 * distance(out.gradient, corrected)",
+        "tree.distance(out.gradient, corrected)",
+        "0.5 * tree.distance(out.gradient, corrected)",
     ),
     _guard(
         "linear solve short of its tol: status",

@@ -238,7 +238,7 @@ def probe(learner: TunedLearner, theta: dict, tasks: TunedTask, certified: bool)
             "gradient": float(certificate.norm),
             # Certificate.estimate is not used, because it is at least Certificate.rounding. That number may be infinite
             # even if the distance between the two gradients is finite.
-            "correction": float(tree.norm(tree.subtract(outs[0].gradient, certificate.gradient))),
+            "correction": float(tree.distance(outs[0].gradient, certificate.gradient)),
             "first_order": bool(certificate.first_order),
         }
     return found

@@ -182,8 +182,8 @@ def probe_symmetry(
         return jax.jvp(lambda w: condition.residual(w, theta, data), (w,), (u,))[1]
 
     forwards, backwards = multiply(u), matvec(u)
-    difference = tree.norm(tree.subtract(forwards, backwards))
-    noise = tree.norm(tree.subtract(tree.scale(1 / 3, multiply(tree.scale(3, u))), forwards))
+    difference = tree.distance(forwards, backwards)
+    noise = tree.distance(tree.scale(1 / 3, multiply(tree.scale(3, u))), forwards)
     rounding = jnp.maximum(jnp.sqrt(jnp.finfo(difference.dtype).eps) * tree.norm(forwards), 10 * noise)
     nonsymmetric = jax.lax.stop_gradient(difference > rounding) & (info.status != int(Status.NONFINITE))
     return replace(info, status=jnp.where(nonsymmetric, jnp.int32(Status.NONSYMMETRIC), info.status))

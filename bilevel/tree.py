@@ -38,15 +38,35 @@ def norm(a: PyTree) -> jax.Array:
     Where the squares would over- or underflow, the entries are first divided by the largest one. Under ``jax.vmap``,
     this is done for all tasks if any task needs it, and for none otherwise.
     """
-    dtype = _accumulator(a)
-    a = [leaf.astype(dtype) for leaf in jax.tree.leaves(a) if is_floating(leaf)]
+    return _norm(lambda a: a, a)
+
+
+@jax.jit
+def distance(a: PyTree, b: PyTree) -> jax.Array:
+    """Return ``norm(subtract(a, b))``, and keep no difference in memory until the norm is known."""
+    return _norm(subtract, a, b)
+
+
+def _norm(function, *args):
+    """Return the norm of a function of some trees.
+
+    The branch with the scaled norm computes the function's value again, so that it need not stay in memory until then.
+    """
+
+    def leaves(*args):
+        return [leaf.astype(dtype) for leaf in jax.tree.leaves(function(*args)) if is_floating(leaf)]
+
+    dtype = _accumulator(args[0])
+    a = leaves(*args)
     squares = vdot(a, a)
     limits = jnp.finfo(dtype)
     in_range = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
     usual = jnp.sqrt(jnp.where(in_range, squares, jnp.ones_like(squares)))
-    return jax.lax.cond(
-        in_any_task(~in_range), lambda a: jnp.where(in_range, usual, _scaled_norm(a, dtype)), lambda a: usual, a
-    )
+
+    def scaled(*args):
+        return jnp.where(in_range, usual, _scaled_norm(leaves(*args), dtype))
+
+    return jax.lax.cond(in_any_task(~in_range), scaled, lambda *_: usual, *args)
 
 
 def _scaled_norm(a, dtype):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
-from bilevel.certificates.error_bounds import Bounds, Constants, Step, distance, linear_algebra, newton_step, system_at
+from bilevel.certificates.error_bounds import Bounds, Constants, Step, linear_algebra, newton_step, system_at
 from bilevel.certificates.lipschitz import Lipschitz
 from bilevel.conditions import StrongConvexity
 from bilevel.notebook import html_table
@@ -261,14 +261,14 @@ def _certify(problem, functions, linear, numbers, theta, data, out):
     corrected = here.corrected()
 
     def bound_of(gradient):
-        direct = distance(gradient, here.gradient) + at_here.gradient
-        return jnp.minimum(direct, distance(gradient, there.gradient) + at_there.gradient)
+        direct = tree.distance(gradient, here.gradient) + at_here.gradient
+        return jnp.minimum(direct, tree.distance(gradient, there.gradient) + at_there.gradient)
 
-    error, remainder = distance(out.gradient, corrected), distance(corrected, there.corrected())
+    error, remainder = tree.distance(out.gradient, corrected), tree.distance(corrected, there.corrected())
     rounding = jnp.minimum(at_here.rounding, at_there.rounding)
     bound = bound_of(out.gradient)
     estimate = jnp.minimum(jnp.maximum(error, rounding), bound)
-    differs = distance(out.gradient, here.gradient) > at_here.rounding
+    differs = tree.distance(out.gradient, here.gradient) > at_here.rounding
     found = {
         Finding.NONFINITE: ~jnp.isfinite(error + remainder),
         Finding.CURVATURE: constants.disproved,

@@ -236,7 +236,7 @@ class Constants:
         system, norm = self.system, tree.norm
         dtype, eps = norm(step.w).dtype, ROUNDING * tree.eps((step.w, step.gradient))
         of_w, of_v = norm(step.w), norm(step.v)
-        rounding_w = eps * (self.here.norm * of_w + norm(tree.subtract(step.residual, step.product)))
+        rounding_w = eps * (self.here.norm * of_w + tree.distance(step.residual, step.product))
         radius, inverse = self._enclose(step, rounding_w)
         ball = Ball(step.w, radius, step.v)
 
@@ -288,11 +288,6 @@ class Constants:
         holds = product <= 0.5
         infinite = jnp.full_like(product, jnp.inf)
         return jnp.where(holds, 2 * length / (1 + root), infinite), jnp.where(holds, inverse / root, infinite)
-
-
-def distance(a: PyTree, b: PyTree) -> jax.Array:
-    """Return ‖a − b‖."""
-    return tree.norm(tree.subtract(a, b))
 
 
 def _times(constant, size):

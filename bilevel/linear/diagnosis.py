@@ -43,7 +43,7 @@ def diagnose(matvec: MatVec, b: PyTree, x: PyTree, breakdown: Status = Status.BR
     # Multiply A by zero if x is not finite: the product is then NaN only if A itself has a NaN.
     x = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), x)
     product = matvec(x)
-    residual = tree.norm(tree.subtract(b, product)) / tree.safe_divisor(size)
+    residual = tree.distance(b, product) / tree.safe_divisor(size)
     status = jnp.where(finite, jnp.int32(Status.CONVERGED), jnp.int32(breakdown))
     status = jnp.where(jnp.isfinite(residual), status, jnp.int32(Status.NONFINITE))
     residual = jnp.where(finite, residual, jnp.full_like(residual, jnp.inf))

@@ -37,3 +37,12 @@ def test_the_derivative_of_a_norm_under_vmap_is_the_unit_vector(scale):
 def test_a_norm_under_vmap_divides_by_the_largest_entry_in_a_branch_only():
     compiled = jax.jit(jax.vmap(tree.norm)).lower(vectors([1.0, 2.0])).as_text()
     assert "stablehlo.case" in compiled and "stablehlo.maximum" not in compiled.split("stablehlo.case")[0]
+
+
+def test_a_distance_is_the_norm_of_the_difference():
+    for scale, vector in zip(SCALES, vectors(SCALES), strict=True):
+        other = jnp.full(3, scale, jnp.float32)
+        expected = np.linalg.norm(np.float64(vector) - np.float64(other))
+        found = tree.distance({"a": vector, "count": jnp.int32(7)}, {"a": other, "count": jnp.int32(3)})
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.vmap(tree.distance)(vector[None], other[None]), [expected], rtol=1e-6)
