@@ -42,6 +42,7 @@ class AmIGO:
     outer_batch: int = 64
     sampling: Sampling = "with_replacement"
 
+    evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     @property

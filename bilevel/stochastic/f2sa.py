@@ -52,6 +52,7 @@ class F2SA:
     sampling: Sampling = "with_replacement"
 
     needs_objective: ClassVar[bool] = True
+    evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (4 / 7, 5 / 7)
 
     @property

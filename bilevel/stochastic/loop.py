@@ -131,11 +131,16 @@ def advance(
         oracle = plan.oracle(algorithm, inner, outer)
         draws = _draws(state, oracle, algorithm, plan.evaluate_every)
 
-        def step(k, state):
+        def step(oracle, k, state):
             moved = algorithm.step(oracle, state, jax.tree.map(lambda numbers: numbers[k], draws))
             return replace(moved, step=state.step + 1)
 
-        state = jax.lax.fori_loop(0, count, step, replace(state, tables=tables))
+        state = replace(state, tables=tables)
+        has_rest = oracle.inner_samples.rest or oracle.outer_samples.rest
+        if has_rest and getattr(algorithm, "evaluates_only_draws", False):
+            state = _take_steps(step, oracle, draws, count, state)
+        else:
+            state = jax.lax.fori_loop(0, count, partial(step, oracle), state)
         norms = ()
         if plan.measure:
             norms = tuple(map(tree.norm, oracle.full(state.w, state.adjoint, state.theta)))
@@ -146,6 +151,30 @@ def advance(
     evaluated = None if plan.evaluate is None else plan.evaluate(state.theta, state.w)
     record = Record(state.step, evaluated, norms)
     return replace(state, tables=tables), (record, largest_entry(state))
+
+
+def _take_steps(step, oracle, draws, count, state):
+    """Return the state after ``count`` steps of an algorithm that evaluates only batches that are drawn.
+
+    A step that draws a smaller last batch needs a branch for it, which costs some percent of the time of a cheap step.
+    So the steps between two such draws are a loop of their own, without the branch.
+    """
+    smaller = oracle.inner_samples.is_smaller(draws.inner), oracle.outer_samples.is_smaller(draws.outer)
+    is_smaller = jnp.any(jnp.concatenate(smaller, axis=1), axis=1)
+    if oracle.axes:  # all shares take the same path
+        is_smaller = jax.lax.pmax(is_smaller.astype(jnp.int32), oracle.axes) > 0
+    steps, count = len(is_smaller), jnp.asarray(count, jnp.int32)
+    next_smaller = jax.lax.cummin(jnp.where(is_smaller, jnp.arange(steps, dtype=jnp.int32), steps), reverse=True)
+
+    def through_the_next_smaller_batch(at):
+        k, state = at
+        end = jnp.minimum(next_smaller[k], count)
+        state = jax.lax.fori_loop(k, end, partial(step, oracle.on_full_batches()), state)
+        # One step, or none at the end. A loop changes the state in place, and a branch would copy it.
+        after = jnp.minimum(end + 1, count)
+        return after, jax.lax.fori_loop(end, after, partial(step, oracle), state)
+
+    return jax.lax.while_loop(lambda at: at[0] < count, through_the_next_smaller_batch, (jnp.int32(0), state))[1]
 
 
 def _draws(state, oracle, algorithm, steps):

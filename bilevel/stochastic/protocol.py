@@ -13,7 +13,7 @@ variance reduction algorithms. The v of the paper has the opposite sign.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -147,6 +147,11 @@ class Oracle:
     project: Callable[[PyTree], PyTree] | None = None
     local_shares: int = 1
 
+    def on_full_batches(self) -> "Oracle":
+        """Return the oracle for steps that do not evaluate a smaller last batch."""
+        inner, outer = (replace(samples, only_full=True) for samples in (self.inner_samples, self.outer_samples))
+        return replace(self, inner_samples=inner, outer_samples=outer)
+
     def inner(self, number: jax.Array, w: PyTree, adjoint: PyTree, theta: PyTree) -> InnerTerms:
         """Return F, Aᵀv and Bᵀv on an inner batch, by one evaluation of F and one product with its derivatives."""
         return self.inner_samples.on_batch(lambda batch: self._inner_terms(w, adjoint, theta, batch), number)
@@ -264,6 +269,10 @@ class Algorithm(Protocol):
     It is a frozen dataclass, so that it can be hashed and equal algorithms are compiled once. If it is registered with
     ``jax.tree_util.register_dataclass``, with its numbers as data fields, algorithms that differ only in these numbers
     share one compiled program too.
+
+    If the samples do not divide into equal batches and an algorithm evaluates no batches but those in ``draws``, it may
+    say so with ``evaluates_only_draws = True``. Its steps then need no branch for the smaller last batch, except the
+    steps that draw it.
 
     Example:
         Move w and v on one inner batch, and θ on another one:

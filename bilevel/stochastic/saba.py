@@ -56,6 +56,7 @@ class SABA:
     memory_limit: int | None = None
 
     draws: ClassVar[tuple[int, int]] = (1, 1)
+    evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:

@@ -48,6 +48,7 @@ class SOBA:
     sampling: Sampling = "with_replacement"
 
     draws: ClassVar[tuple[int, int]] = (1, 1)
+    evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:
@@ -93,6 +94,7 @@ class MASOBA:
     sampling: Sampling = "with_replacement"
 
     draws: ClassVar[tuple[int, int]] = (1, 1)
+    evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def init(self, oracle: Oracle, state: State) -> State:

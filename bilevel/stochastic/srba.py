@@ -48,6 +48,7 @@ class SRBA:
     sampling: Sampling = "with_replacement"
 
     draws: ClassVar[tuple[int, int]] = (1, 1)
+    evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def init(self, oracle: Oracle, state: State) -> State:

@@ -4,7 +4,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -392,6 +392,40 @@ def test_the_mean_over_all_samples_and_the_mean_over_the_batches_are_exact(size,
 def test_a_last_batch_of_another_size_does_not_move_the_solution(kind, sampling):
     algorithm = kind(0.1, 0.1, 0.05, inner_batch=7, outer_batch=9, sampling=sampling)
     np.testing.assert_allclose(run(algorithm, 6000).theta, DATA.solution[0], atol=1e-8)
+
+
+@pytest.mark.slow("compiles each algorithm twice", fast="*SABA*")
+@pytest.mark.parametrize(("shares", "inner_batch", "outer_batch"), [(1, 7, 13), (2, 3, 10)])
+@each_algorithm
+def test_steps_without_a_branch_for_the_smaller_batch_equal_steps_with_it(algorithm, shares, inner_batch, outer_batch):
+    class WithBranch(type(algorithm)):
+        evaluates_only_draws = False
+
+    settings = {item.name: getattr(algorithm, item.name) for item in fields(algorithm)}
+    settings |= {"inner_batch": inner_batch, "outer_batch": outer_batch}
+    data = Data(*jax.tree.map(lambda leaf: leaf[:38], (DATA.inner, DATA.outer)))
+    assert 38 // shares % inner_batch and 38 // shares % outer_batch
+    found, expected = (run(kind(**settings), 50, data, shares=shares) for kind in (type(algorithm), WithBranch))
+    np.testing.assert_allclose(found.theta, expected.theta, rtol=1e-12)
+    np.testing.assert_allclose(found.w, expected.w, rtol=1e-12)
+
+
+def test_an_algorithm_may_evaluate_batches_that_are_not_drawn():
+    @dataclass(frozen=True)
+    class AllBatches(SOBA):
+        evaluates_only_draws = False
+
+        def step(self, oracle, state, draws):
+            numbers = jnp.arange(oracle.inner_samples.batches)
+            inner = jax.lax.map(lambda k: oracle.inner(k, state.w, state.adjoint, state.theta), numbers)
+            outer = oracle.outer(draws.outer[0], state.w, state.theta)
+            moves = bl.stochastic.directions(jax.tree.map(lambda leaf: leaf.mean(0), inner), outer)
+            theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
+            return replace(bl.stochastic.soba.move_inner(self, state, moves), theta=theta, optimizer=optimizer)
+
+    rates = 0.1, 0.1, 0.05
+    found = run(AllBatches(*rates, inner_batch=7, outer_batch=40), 30)
+    np.testing.assert_allclose(found.theta, run(SOBA(*rates, 48, 40), 30).theta, rtol=1e-12)
 
 
 # --- Tables --------------------------------------------------------------------------------------------------------
