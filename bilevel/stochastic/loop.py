@@ -16,6 +16,10 @@ from bilevel.stochastic.protocol import Draws, Oracle, State, is_mean_over_sampl
 from bilevel.stochastic.samples import Samples, draw, even_batch
 from bilevel.types import PyTree
 
+SMALL_BATCHES = 2**16
+"""The largest number of bytes in the batches of a step for which :func:`_take_steps` is used. With larger batches, a
+step takes so long that the branch makes no difference, and the second loop would only take time to compile."""
+
 
 class Record(NamedTuple):
     """One evaluation: the step, what ``evaluate`` returned, the norms of the directions, and the status.
@@ -136,8 +140,9 @@ def advance(
             return replace(moved, step=state.step + 1)
 
         state = replace(state, tables=tables)
-        has_rest = oracle.inner_samples.rest or oracle.outer_samples.rest
-        if has_rest and getattr(algorithm, "evaluates_only_draws", False):
+        samples = oracle.inner_samples, oracle.outer_samples
+        has_rest, size = any(part.rest for part in samples), sum(part.batch_bytes for part in samples)
+        if has_rest and size <= SMALL_BATCHES and getattr(algorithm, "evaluates_only_draws", False):
             state = _take_steps(step, oracle, draws, count, state)
         else:
             state = jax.lax.fori_loop(0, count, partial(step, oracle), state)

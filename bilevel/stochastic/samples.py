@@ -94,6 +94,11 @@ class Samples:
         """The number of samples in a smaller last batch; 0 if all batches have b samples."""
         return self.size % self.batch
 
+    @property
+    def batch_bytes(self) -> int:
+        """The number of bytes in a batch of b samples."""
+        return self.batch * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.data)) // self.size
+
     def is_smaller(self, numbers: jax.Array) -> jax.Array:
         """Return whether a batch is the smaller last one, elementwise."""
         return (numbers == self.batches - 1) & (self.rest > 0)
@@ -145,8 +150,7 @@ class Samples:
         """Return the number of samples in a slice of a pass over all samples."""
         if jax.default_backend() != "cpu":
             return PASS
-        row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.data)) // self.size
-        return min(CPU_PASS, max(self.batch, CACHE // max(row, 1)))
+        return min(CPU_PASS, max(self.batch, self.batch * CACHE // max(self.batch_bytes, 1)))
 
     def _slice(self, start, length):
         if length == self.size:
