@@ -140,9 +140,7 @@ def advance(
             return replace(moved, step=state.step + 1)
 
         state = replace(state, tables=tables)
-        samples = oracle.inner_samples, oracle.outer_samples
-        has_rest, size = any(part.rest for part in samples), sum(part.batch_bytes for part in samples)
-        if has_rest and size <= SMALL_BATCHES and getattr(algorithm, "evaluates_only_draws", False):
+        if _gains_from_full_batches(algorithm, oracle):
             state = _take_steps(step, oracle, draws, count, state)
         else:
             state = jax.lax.fori_loop(0, count, partial(step, oracle), state)
@@ -156,6 +154,15 @@ def advance(
     evaluated = None if plan.evaluate is None else plan.evaluate(state.theta, state.w)
     record = Record(state.step, evaluated, norms)
     return replace(state, tables=tables), (record, largest_entry(state))
+
+
+def _gains_from_full_batches(algorithm, oracle):
+    """Return whether :func:`_take_steps` is possible and saves time."""
+    samples = oracle.inner_samples, oracle.outer_samples
+    has_rest, size = any(part.rest for part in samples), sum(part.batch_bytes for part in samples)
+    # The declaration is not inherited, because the step of a subclass may evaluate batches that are not drawn.
+    only_draws = vars(type(algorithm)).get("evaluates_only_draws", False)
+    return has_rest and size <= SMALL_BATCHES and only_draws
 
 
 def _take_steps(step, oracle, draws, count, state):

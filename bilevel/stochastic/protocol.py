@@ -272,7 +272,7 @@ class Algorithm(Protocol):
 
     If the samples do not divide into equal batches and an algorithm evaluates no batches but those in ``draws``, it may
     say so with ``evaluates_only_draws = True``. Its steps then need no branch for the smaller last batch, except the
-    steps that draw it.
+    steps that draw it. A subclass has to say it again.
 
     Example:
         Move w and v on one inner batch, and θ on another one:

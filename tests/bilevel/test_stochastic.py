@@ -399,7 +399,7 @@ def test_a_last_batch_of_another_size_does_not_move_the_solution(kind, sampling)
 @each_algorithm
 def test_steps_without_a_branch_for_the_smaller_batch_equal_steps_with_it(algorithm, shares, inner_batch, outer_batch):
     class WithBranch(type(algorithm)):
-        evaluates_only_draws = False
+        """A subclass does not inherit the declaration ``evaluates_only_draws``."""
 
     settings = {item.name: getattr(algorithm, item.name) for item in fields(algorithm)}
     settings |= {"inner_batch": inner_batch, "outer_batch": outer_batch}
@@ -413,8 +413,6 @@ def test_steps_without_a_branch_for_the_smaller_batch_equal_steps_with_it(algori
 def test_an_algorithm_may_evaluate_batches_that_are_not_drawn():
     @dataclass(frozen=True)
     class AllBatches(SOBA):
-        evaluates_only_draws = False
-
         def step(self, oracle, state, draws):
             numbers = jnp.arange(oracle.inner_samples.batches)
             inner = jax.lax.map(lambda k: oracle.inner(k, state.w, state.adjoint, state.theta), numbers)
