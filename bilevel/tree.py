@@ -54,24 +54,23 @@ def _norm(function, *args):
     """
 
     def leaves(*args):
-        return [leaf.astype(dtype) for leaf in jax.tree.leaves(function(*args)) if is_floating(leaf)]
+        return widened([leaf for leaf in jax.tree.leaves(function(*args)) if is_floating(leaf)])
 
-    dtype = _accumulator(args[0])
     a = leaves(*args)
     squares = vdot(a, a)
-    limits = jnp.finfo(dtype)
+    limits = jnp.finfo(squares.dtype)
     in_range = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
     usual = jnp.sqrt(jnp.where(in_range, squares, jnp.ones_like(squares)))
 
     def scaled(*args):
-        return jnp.where(in_range, usual, _scaled_norm(leaves(*args), dtype))
+        return jnp.where(in_range, usual, _scaled_norm(leaves(*args)))
 
     return jax.lax.cond(in_any_task(~in_range), scaled, lambda *_: usual, *args)
 
 
-def _scaled_norm(a, dtype):
+def _scaled_norm(a):
     # This branch is compiled with every norm and seldom runs. One flat array makes a shorter program than many leaves.
-    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, dtype)])
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in a] or [jnp.zeros(1, jnp.float32)])
     peak = jnp.max(jnp.abs(flat), initial=0)
     unit = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak)))
     scaled = flat / unit

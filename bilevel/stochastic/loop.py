@@ -17,8 +17,9 @@ from bilevel.stochastic.samples import Samples, draw, even_batch
 from bilevel.types import PyTree
 
 SMALL_BATCHES = 2**16
-"""The largest number of bytes in the batches of a step for which :func:`_take_steps` is used. With larger batches, a
-step takes so long that the branch makes no difference, and the second loop would only take time to compile."""
+"""The largest number of bytes in an inner and an outer batch together for which :func:`_take_steps` is used. With
+larger batches, a step takes so long that the branch makes no difference, and the second loop would only take time to
+compile."""
 
 
 class Record(NamedTuple):
@@ -161,8 +162,8 @@ def _gains_from_full_batches(algorithm, oracle):
     samples = oracle.inner_samples, oracle.outer_samples
     has_rest, size = any(part.rest for part in samples), sum(part.batch_bytes for part in samples)
     # The declaration is not inherited, because the step of a subclass may evaluate batches that are not drawn.
-    only_draws = vars(type(algorithm)).get("evaluates_only_draws", False)
-    return has_rest and size <= SMALL_BATCHES and only_draws
+    declares = "evaluates_only_draws" in vars(type(algorithm)) and algorithm.evaluates_only_draws is True
+    return has_rest and size <= SMALL_BATCHES and declares
 
 
 def _take_steps(step, oracle, draws, count, state):

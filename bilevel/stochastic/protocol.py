@@ -270,9 +270,10 @@ class Algorithm(Protocol):
     ``jax.tree_util.register_dataclass``, with its numbers as data fields, algorithms that differ only in these numbers
     share one compiled program too.
 
-    If the samples do not divide into equal batches and an algorithm evaluates no batches but those in ``draws``, it may
-    say so with ``evaluates_only_draws = True``. Its steps then need no branch for the smaller last batch, except the
-    steps that draw it. A subclass has to say it again.
+    If the samples do not divide into equal batches, and a step evaluates no batches but those drawn for this same step,
+    the class may declare ``evaluates_only_draws = True``. Its steps on small batches then need no branch for the
+    smaller last batch, except the steps that draw it. If a step evaluates other batches in spite of the declaration,
+    its numbers are wrong. A subclass has to repeat the declaration.
 
     Example:
         Move w and v on one inner batch, and θ on another one:

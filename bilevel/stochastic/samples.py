@@ -182,7 +182,7 @@ def draw(samples: Samples, sampling: Sampling, key: jax.Array, numbers: jax.Arra
     """
     flat = numbers.ravel()
     if samples.batches == 1:
-        return jnp.zeros(numbers.shape, jnp.int32)
+        return tree.match_varying_axes(jnp.zeros(numbers.shape, jnp.int32), jax.random.key_data(key))[0]
     one = _with_replacement if sampling == "with_replacement" else _without_replacement
     return jax.vmap(partial(one, samples, key))(flat).reshape(numbers.shape)
 
@@ -235,6 +235,7 @@ def permuted(key: jax.Array, place: jax.Array, count: int) -> jax.Array:
         # A loop, not twelve rounds in a row, halves the time that the compiler takes.
         return jax.lax.fori_loop(0, ROUNDS // 2, two_rounds, number)
 
+    keys, place = tree.match_varying_axes(keys, place)  # over several devices, each has keys of its own
     start = encrypt(place)
     return jax.lax.while_loop(lambda number: number >= count, encrypt, start).astype(jnp.int32)
 

@@ -63,13 +63,16 @@ class SRBA:
         previous, estimate, age = state.memory
         point = state.w, state.adjoint, state.theta
 
+        def evaluated():
+            return tree.with_others(oracle.full(*point), estimate)
+
         def corrected():
             change = oracle.change(draws.inner[0], draws.outer[0], point, previous)
             return tree.add(estimate, oracle.average(change))
 
         # The age is the number of steps since the last pass, modulo the period. It is not the step modulo the period,
         # because after a divergence a run begins anew at a step that need not be a multiple of the period.
-        moves = jax.lax.cond(age == 0, lambda: oracle.full(*point), corrected)
+        moves = jax.lax.cond(age == 0, evaluated, corrected)
         theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
         memory = point, moves, (age + 1) % period
         return replace(move_inner(self, state, moves), theta=theta, optimizer=optimizer, memory=memory)

@@ -201,6 +201,29 @@ def test_two_devices_agree_with_one_device_that_draws_two_shares(algorithm):
     assert_equal_to_the_bit(two.state, resumed.state)
 
 
+@pytest.mark.slow("compiles each algorithm twice", fast="SRBA-*")
+@pytest.mark.parametrize(
+    ("inner_batch", "outer_batch", "sampling"),
+    [(1, 3, "without_replacement"), (24, 20, "with_replacement")],
+    ids=["many batches", "one batch"],
+)
+@each_algorithm
+def test_devices_with_many_batches_or_one_and_an_integer_leaf_of_theta(algorithm, inner_batch, outer_batch, sampling):
+    def with_scale(function):
+        return lambda w, theta, batch: function(w, theta["count"].astype(float) * theta["x"], batch)
+
+    problem = bl.Problem(bl.Stationary(with_scale(inner_objective)), with_scale(outer_objective))
+    start = {"x": np.zeros(3), "count": np.int32(2)}, np.zeros(4)
+    algorithm = replace(algorithm, inner_batch=inner_batch, outer_batch=outer_batch, sampling=sampling)
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = Data(*jax.device_put((DATA.inner, DATA.outer), NamedSharding(mesh, PartitionSpec("devices"))))
+    one = run(algorithm, 30, problem=problem, start=start, shares=2, on_failure="ignore")
+    two = run(algorithm, 30, sharded, problem=problem, start=start, on_failure="ignore")
+    assert one.theta["count"] == two.theta["count"] == 2
+    np.testing.assert_allclose(two.theta["x"], one.theta["x"], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(two.w, one.w, rtol=1e-11, atol=1e-13)
+
+
 PROCESS = """
 import pickle, sys
 import jax
@@ -411,7 +434,6 @@ def test_steps_without_a_branch_for_the_smaller_batch_equal_steps_with_it(algori
 
 
 def test_an_algorithm_may_evaluate_batches_that_are_not_drawn():
-    @dataclass(frozen=True)
     class AllBatches(SOBA):
         def step(self, oracle, state, draws):
             numbers = jnp.arange(oracle.inner_samples.batches)
@@ -421,9 +443,16 @@ def test_an_algorithm_may_evaluate_batches_that_are_not_drawn():
             theta, optimizer = oracle.move_theta(self.outer_rate, state, moves.theta)
             return replace(bl.stochastic.soba.move_inner(self, state, moves), theta=theta, optimizer=optimizer)
 
+    class SaysSo(AllBatches):
+        @property
+        def evaluates_only_draws(self):
+            return False
+
     rates = 0.1, 0.1, 0.05
-    found = run(AllBatches(*rates, inner_batch=7, outer_batch=40), 30)
-    np.testing.assert_allclose(found.theta, run(SOBA(*rates, 48, 40), 30).theta, rtol=1e-12)
+    expected = run(SOBA(*rates, inner_batch=48, outer_batch=40), 30).theta
+    for kind in (AllBatches, SaysSo):
+        found = run(kind(*rates, inner_batch=7, outer_batch=40), 30)
+        np.testing.assert_allclose(found.theta, expected, rtol=1e-12)
 
 
 # --- Tables --------------------------------------------------------------------------------------------------------

@@ -46,3 +46,14 @@ def test_a_distance_is_the_norm_of_the_difference():
         found = tree.distance({"a": vector, "count": jnp.int32(7)}, {"a": other, "count": jnp.int32(3)})
         np.testing.assert_allclose(found, expected, rtol=1e-6)
         np.testing.assert_allclose(jax.vmap(tree.distance)(vector[None], other[None]), [expected], rtol=1e-6)
+
+
+def test_a_distance_has_the_dtype_of_the_difference():
+    with jax.numpy_dtype_promotion("standard"):
+        found = tree.distance(jnp.float32([1e30, 0]), jnp.float64([0, 1e300]))
+    assert found.dtype == jnp.float64
+    np.testing.assert_allclose(found, 1e300, rtol=1e-12)
+
+
+def test_the_norm_of_an_empty_tree_is_zero():
+    assert tree.norm({}) == 0
