@@ -43,14 +43,15 @@ def norm(a: PyTree) -> jax.Array:
 
 @jax.jit
 def distance(a: PyTree, b: PyTree) -> jax.Array:
-    """Return ``norm(subtract(a, b))``, and keep no difference in memory until the norm is known."""
+    """Return ``norm(subtract(a, b))`` with less memory: the difference is not an operand of the branch in the norm."""
     return _norm(subtract, a, b)
 
 
 def _norm(function, *args):
     """Return the norm of a function of some trees.
 
-    The branch with the scaled norm computes the function's value again, so that it need not stay in memory until then.
+    The branch with the scaled norm computes the function again. An operand of the branch would stay in memory until the
+    branch ends.
     """
 
     def leaves(*args):

@@ -158,7 +158,7 @@ def advance(
 
 
 def _gains_from_full_batches(algorithm, oracle):
-    """Return whether :func:`_take_steps` is possible and saves time."""
+    """Return whether the samples and the algorithm allow :func:`_take_steps`, and whether it saves time."""
     samples = oracle.inner_samples, oracle.outer_samples
     has_rest, size = any(part.rest for part in samples), sum(part.batch_bytes for part in samples)
     # The declaration is not inherited, because the step of a subclass may evaluate batches that are not drawn.

@@ -64,6 +64,8 @@ class SRBA:
         point = state.w, state.adjoint, state.theta
 
         def evaluated():
+            # Integer leaves of θ have no direction. Those of a pass are different arrays on each device, and the two
+            # branches must agree on that.
             return tree.with_others(oracle.full(*point), estimate)
 
         def corrected():

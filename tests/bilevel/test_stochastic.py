@@ -96,6 +96,11 @@ def run(algorithm, steps=20, data=DATA, problem=QUADRATIC, start=START, **option
     return bl.stochastic.minimize(problem, *start, data.inner, data.outer, algorithm, steps, **options)
 
 
+def over_two_devices(data):
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    return Data(*jax.device_put((data.inner, data.outer), NamedSharding(mesh, PartitionSpec("devices"))))
+
+
 def assert_equal_to_the_bit(first, second):
     assert jax.tree.structure(first) == jax.tree.structure(second)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
@@ -190,9 +195,7 @@ def test_batches_of_all_samples_find_the_closed_form(algorithm):
 @each_algorithm
 @pytest.mark.slow("compiles each algorithm for one and for two devices")
 def test_two_devices_agree_with_one_device_that_draws_two_shares(algorithm):
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("devices"))
-    sharded = Data(*jax.device_put((DATA.inner, DATA.outer), sharding))
+    sharded = over_two_devices(DATA)
     one, two = run(algorithm, 30, shares=2), run(algorithm, 30, sharded)
     for a, b in zip(jax.tree.leaves(one.state), jax.tree.leaves(two.state), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-12, atol=1e-13)
@@ -215,10 +218,8 @@ def test_devices_with_many_batches_or_one_and_an_integer_leaf_of_theta(algorithm
     problem = bl.Problem(bl.Stationary(with_scale(inner_objective)), with_scale(outer_objective))
     start = {"x": np.zeros(3), "count": np.int32(2)}, np.zeros(4)
     algorithm = replace(algorithm, inner_batch=inner_batch, outer_batch=outer_batch, sampling=sampling)
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = Data(*jax.device_put((DATA.inner, DATA.outer), NamedSharding(mesh, PartitionSpec("devices"))))
     one = run(algorithm, 30, problem=problem, start=start, shares=2, on_failure="ignore")
-    two = run(algorithm, 30, sharded, problem=problem, start=start, on_failure="ignore")
+    two = run(algorithm, 30, over_two_devices(DATA), problem=problem, start=start, on_failure="ignore")
     assert one.theta["count"] == two.theta["count"] == 2
     np.testing.assert_allclose(two.theta["x"], one.theta["x"], rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(two.w, one.w, rtol=1e-11, atol=1e-13)
