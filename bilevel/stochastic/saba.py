@@ -88,16 +88,24 @@ class Table(NamedTuple):
     updates the table in place. If it read a row and then replaced it, XLA would fuse the read with later operations,
     and copy the whole table in every step.
 
+    The mean changes by the difference of two arrays of the state, and by compensated summation. Otherwise the rounding
+    errors of all steps add up, and bias the estimate. A difference from the new terms of the same step is not exact:
+    the compiler may compute them once more for it, with another rounding than the row.
+
     Attributes:
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
         mean: the mean of the rows.
-        waiting: the last new row, which is not in ``rows`` yet; ``mean`` includes it.
-        place: the index of the batch that ``waiting`` belongs to.
+        lost: the rounding error in ``mean``, which the next change takes back.
+        waiting: the last new row, which is not in ``rows`` yet.
+        replaced: the row that ``waiting`` will replace.
+        place: the index of this row.
     """
 
     rows: PyTree
     mean: PyTree
+    lost: PyTree
     waiting: PyTree
+    replaced: PyTree
     place: jax.Array
 
     @classmethod
@@ -105,13 +113,15 @@ class Table(NamedTuple):
         """Return a table of zeros."""
         rows = jax.tree.map(lambda leaf: jnp.zeros((samples.batches, *leaf.shape), leaf.dtype), like)
         zeros = jax.tree.map(jnp.zeros_like, like)
-        return cls(rows, zeros, zeros, jnp.int32(0))
+        return cls(rows, zeros, zeros, zeros, zeros, jnp.int32(0))
 
     def reduced(self, samples: Samples, number: jax.Array, new: PyTree) -> tuple[Any, "Table"]:
         """Return the estimate of the mean from the new terms of one batch, and the table with these terms."""
         write = partial(jax.lax.dynamic_update_index_in_dim, index=self.place, axis=0)
         rows = jax.tree.map(lambda rows, row: write(rows, row), self.rows, self.waiting)
+        change = tree.subtract(self.waiting, self.replaced)
+        step = tree.subtract(tree.scale(1 / samples.batches, change), self.lost)
+        mean = tree.add(self.mean, step)
+        lost = tree.subtract(tree.subtract(mean, self.mean), step)
         old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), rows)
-        change = tree.subtract(new, old)
-        mean = tree.add(self.mean, tree.scale(1 / samples.batches, change))
-        return tree.add(change, self.mean), Table(rows, mean, new, number)
+        return tree.add(tree.subtract(new, old), mean), Table(rows, mean, lost, new, old, number)

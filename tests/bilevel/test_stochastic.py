@@ -492,6 +492,17 @@ def test_a_table_is_updated_in_place(monkeypatch):
     assert memory.temp_size_in_bytes < 0.05 * tables
 
 
+@pytest.mark.parametrize("shares", [1, 2])
+def test_the_mean_of_a_table_has_no_growing_rounding_error(shares):
+    data = Data(*jax.tree.map(lambda leaf: leaf.astype(np.float32), (DATA.inner, DATA.outer)))
+    start = np.zeros(3, np.float32), np.zeros(4, np.float32)
+    with optimised():  # an optimising compiler must not remove the compensation
+        found = run(ALGORITHMS["SABA"], 40_000, data, start=start, shares=shares, evaluate_every=40_000)
+    for table in found.state.tables:
+        for rows, mean in zip(*map(jax.tree.leaves, (table.rows, table.mean)), strict=True):
+            np.testing.assert_allclose(mean, np.mean(rows, 1, dtype=np.float64), rtol=2e-7, atol=2e-8)
+
+
 # --- Divergence ----------------------------------------------------------------------------------------------------
 
 
