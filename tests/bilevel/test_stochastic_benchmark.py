@@ -194,6 +194,19 @@ def test_the_page_has_the_tables_of_the_records():
     assert report.in_page(report.fill(page, "| other |")) == "| other |"
 
 
+def test_the_readme_has_the_ratios_of_the_records():
+    ratios = {
+        name: [found["steps"] for found in report.comparisons(report.load(report.RESULTS, name)).values()]
+        for name in ("quadratic", "logistic", "cleaning")
+    }
+    quadratic, others = ratios["quadratic"], ratios["logistic"] + ratios["cleaning"]
+    expected = (
+        f"take {min(quadratic):.1f} to {max(quadratic):.1f} times as many steps a second on a quadratic, and "
+        f"{min(others):.2f} to {max(others):.0f} times as many on two other problems"
+    )
+    assert expected in " ".join((report.PAGE.parents[1] / "README.md").read_text().split())
+
+
 def test_oracle_calls_of_a_step():
     assert contenders.oracles_of_a_step("SOBA", 1024, 1024) == 5 * 64
     # SRBA passes over all samples in one of 16 steps. Each of the other 15 steps evaluates its batch twice.
