@@ -96,7 +96,8 @@ def run(problem: str, folder: Path, options, peer: Peer, peers: bool) -> None:
         raise Missing(f"no rates are recorded for {problem}: run tune --problems {problem} first")
     rates = recorded[problem]["chosen"]
     names = [name for name in rates if not name.startswith("full batch")]
-    groups = [[contender(problem, name, rates[name], ours) for ours in (True, False)[: 1 + peers]] for name in names]
+    sides = (True, False)[: 1 + peers]
+    groups = [[contender(problem, name, rates[name], ours, options.block) for ours in sides] for name in names]
     full = [contender(problem, "full batch", rates[name], True) for name in rates if name.startswith("full batch")]
     data = Data.load(arrays)
     reference, seeds = PROBLEMS[problem].reference(data), _seeds(options)
@@ -146,12 +147,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, help="length of a run (default: 8, and 3 for tune)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument(
+        "--block",
+        type=int,
+        help="number of steps between two looks at the clock in a run (default: the problem's); needs --out",
+    )
     parser.add_argument("--core", type=int, default=0, help="CPU core to which both sides are pinned (default: 0)")
     parser.add_argument("--arrays", type=Path, help="folder to keep the problems' arrays (default: a temporary one)")
     parser.add_argument("--rates", type=Path, default=report.RESULTS, help="folder of the chosen rates")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the records")
     parser.add_argument("--images", type=Path, default=report.IMAGES, help="folder of the pictures")
     options = parser.parse_args(arguments)
+    if options.block is not None and (options.block < 1 or options.out == report.RESULTS):
+        parser.error(
+            "--block needs a positive number, and --out, because the records here have blocks of other lengths"
+        )
     if options.suite in ("tune", "run"):
         options.seconds = options.seconds or {"tune": 3.0, "run": 8.0}[options.suite]
         with tempfile.TemporaryDirectory() as temporary:

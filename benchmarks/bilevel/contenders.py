@@ -60,13 +60,16 @@ def grid(plan: Plan) -> list[dict]:
     return [{"step_size": step, "outer_ratio": ratio} for step, ratio in pairs]
 
 
-def contender(problem: str, algorithm: str, rates: dict, ours: bool) -> Contender:
-    """Return a contender of this library (``ours``) or of the peer; its label names the library and the algorithm."""
+def contender(problem: str, algorithm: str, rates: dict, ours: bool, block: int | None = None) -> Contender:
+    """Return a contender of this library (``ours``) or of the peer; its label names the library and the algorithm.
+
+    ``block`` is the number of steps in a block of a stochastic algorithm; None takes that of the problem's plan.
+    """
     label = f"{algorithm}, {'bilevel' if ours else 'benchmark_bilevel'}"
     if algorithm == "full batch":
         return Contender(f"full batch {rates['optimizer']}, bilevel", algorithm, rates, 1, ours)
     options = {"batch_size": BATCH} | EXTRA.get(algorithm, {}) | rates
-    return Contender(label, algorithm, options, PLANS[problem].blocks[algorithm], ours)
+    return Contender(label, algorithm, options, block or PLANS[problem].blocks[algorithm], ours)
 
 
 def oracles_of_a_step(algorithm: str, inner_samples: int, outer_samples: int) -> float:

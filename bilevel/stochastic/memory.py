@@ -8,9 +8,12 @@ import jax
 from bilevel.stochastic.protocol import Oracle
 from bilevel.types import PyTree
 
+FURTHER_ROWS = 4
+"""Arrays of the size of a row that a table has besides its rows."""
+
 
 def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None) -> None:
-    """Raise ValueError if the tables, with one row like ``inner`` or ``outer`` for each batch, are above the limit.
+    """Raise ValueError if the tables, with a row like ``inner`` or ``outer`` for each batch, are above the limit.
 
     Args:
         oracle: its samples say how many inner and outer batches there are.
@@ -18,7 +21,8 @@ def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None
         outer: the terms of an outer batch.
         limit: bytes; None for half of :func:`available`.
     """
-    rows = tuple(oracle.local_shares * samples.batches for samples in (oracle.inner_samples, oracle.outer_samples))
+    batches = oracle.inner_samples.batches, oracle.outer_samples.batches
+    rows = tuple(oracle.local_shares * (count + FURTHER_ROWS) for count in batches)
     sizes = _bytes(inner), _bytes(outer)
     needed = rows[0] * sizes[0] + rows[1] * sizes[1]
     limit = available() // 2 if limit is None else limit

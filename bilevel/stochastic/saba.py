@@ -88,14 +88,15 @@ class Table(NamedTuple):
     updates the table in place. If it read a row and then replaced it, XLA would fuse the read with later operations,
     and copy the whole table in every step.
 
-    The mean changes by the difference of two arrays of the state, and by compensated summation. Otherwise the rounding
-    errors of all steps add up, and bias the estimate. A difference from the new terms of the same step is not exact:
-    the compiler may compute them once more for it, with another rounding than the row.
+    The change of the mean is computed one step later, from ``waiting`` and ``replaced``, and added by Kahan's
+    compensated summation. If it were computed from the new terms in the step that makes them, XLA might compute these
+    terms twice, with different roundings. The mean would then drift away from the mean of the rows, and bias the
+    estimate.
 
     Attributes:
         rows: the terms of each batch, ``[batches, …]`` for each leaf.
         mean: the mean of the rows.
-        lost: the rounding error in ``mean``, which the next change takes back.
+        lost: the rounding error of the last addition to ``mean``, which the next step subtracts.
         waiting: the last new row, which is not in ``rows`` yet.
         replaced: the row that ``waiting`` will replace.
         place: the index of this row.

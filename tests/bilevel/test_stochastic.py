@@ -460,15 +460,15 @@ def test_an_algorithm_may_evaluate_batches_that_are_not_drawn():
 
 
 def test_tables_above_the_memory_limit_are_refused_with_their_size_in_bytes():
-    # 8 inner rows of (4 + 4 + 3) and 5 outer rows of (4 + 3) numbers of 8 bytes.
-    needed = 8 * 8 * 11 + 5 * 8 * 7
+    # 8 + 4 inner rows of (4 + 4 + 3) and 5 + 4 outer rows of (4 + 3) numbers of 8 bytes.
+    needed = 12 * 8 * 11 + 9 * 8 * 7
     run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed), 1)
     with pytest.raises(ValueError, match=rf"need {needed:,} bytes.*limit is {needed - 1:,}: use larger batches"):
         run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed - 1), 1)
 
 
 def test_the_tables_of_all_shares_have_to_fit():
-    needed = 2 * (4 * 8 * 11 + 4 * 8 * 7)  # each share has 24 inner and 20 outer samples
+    needed = 2 * (8 * 8 * 11 + 8 * 8 * 7)  # each share has 24 inner and 20 outer samples
     algorithm = SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=6, memory_limit=needed)
     run(algorithm, 1, shares=2)
     with pytest.raises(ValueError, match=rf"need {needed:,} bytes"):

@@ -221,12 +221,13 @@ def test_the_benchmark_runs_without_the_peer(name, tmp_path, monkeypatch, capsys
     plan = contenders.Plan({"SOBA": 16}, (0.05,), (1.0,), full_batch=(full,))
     monkeypatch.setitem(contenders.PLANS, name, plan)
     report.save(tmp_path, "rates", {name: {"chosen": rates | {"full batch adam": full}}})
-    arguments = ["run", "--problems", name, "--seconds", "0.5", "--seeds", "1", "--core", "0"]
+    arguments = ["run", "--problems", name, "--seconds", "0.5", "--seeds", "1", "--core", "0", "--block", "8"]
     folders = {"--rates": tmp_path, "--out": tmp_path, "--images": tmp_path / "images", "--arrays": tmp_path / "arrays"}
     assert suites.main([*arguments, *(str(word) for pair in folders.items() for word in pair)]) == 0
     printed = capsys.readouterr()
     assert "benchmark_bilevel needs --peer" in printed.err and f"### {name}" in printed.out
     record = json.loads((tmp_path / f"bilevel-{name}.json").read_text())
+    assert record["contenders"]["SOBA, bilevel"]["block"] == 8
     for contender in record["contenders"].values():
         (run,) = contender["runs"]
         assert run["seconds"][-1] >= 0.5 and run["gap"][-1] < run["gap"][0]
