@@ -9,11 +9,11 @@ from bilevel.stochastic.protocol import Oracle
 from bilevel.types import PyTree
 
 FURTHER_ROWS = 4
-"""Arrays of the size of a row that a table has besides its rows."""
+"""A table has this many arrays of the size of a row besides its rows: mean, lost, waiting and replaced."""
 
 
 def check_memory(oracle: Oracle, inner: PyTree, outer: PyTree, limit: int | None) -> None:
-    """Raise ValueError if the tables, with a row like ``inner`` or ``outer`` for each batch, are above the limit.
+    """Raise ValueError if the tables, with one row like ``inner`` or ``outer`` for each batch, are above the limit.
 
     Args:
         oracle: its samples say how many inner and outer batches there are.

@@ -462,7 +462,9 @@ def test_an_algorithm_may_evaluate_batches_that_are_not_drawn():
 def test_tables_above_the_memory_limit_are_refused_with_their_size_in_bytes():
     # 8 + 4 inner rows of (4 + 4 + 3) and 5 + 4 outer rows of (4 + 3) numbers of 8 bytes.
     needed = 12 * 8 * 11 + 9 * 8 * 7
-    run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed), 1)
+    found = run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed), 1)
+    places = sum(table.place.nbytes for table in found.state.tables)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(found.state.tables)) == needed + places
     with pytest.raises(ValueError, match=rf"need {needed:,} bytes.*limit is {needed - 1:,}: use larger batches"):
         run(SABA(0.1, 0.1, 0.05, inner_batch=6, outer_batch=8, memory_limit=needed - 1), 1)
 
