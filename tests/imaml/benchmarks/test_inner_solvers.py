@@ -40,8 +40,12 @@ def test_least_squares_has_the_same_curvature_everywhere(learner, tasks, x64):
 
 @pytest.mark.slow("compiles every inner solver of the comparison")
 def test_the_nearly_exact_solver_converges_and_a_step_size_beyond_the_limit_diverges(learner, tasks, capsys):
-    found = inner_solvers.study(learner, {"w": jnp.zeros((SHAPE[2], 1))}, tasks)["solvers"]
+    found = inner_solvers.study(learner, {"w": jnp.zeros((SHAPE[2], 1))}, tasks, certified=1)["solvers"]
     assert found["near exact"]["inner_residual"] < 1e-4 and found["near exact"]["cosine"] == pytest.approx(1)
     assert found["0.5 × limit, 64 steps"]["inner_residual"] < found["0.5 × limit, 16 steps"]["inner_residual"]
     assert not found["5 × limit, 32 steps"]["inner_residual"] < 1e3
+    assert found["near exact"]["correction"] < 1e-4 and found["near exact"]["first_order"] == 1
+    # The problem is quadratic, so the corrected gradient is exact, and so is the correction's share of it.
+    rough = found["0.5 × limit, 16 steps"]
+    assert rough["correction"] > 1e-3 and rough["first_order"] == 1
     assert capsys.readouterr().out.count("accuracy") == len(found)
