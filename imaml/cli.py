@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,7 @@ def _run(arguments):
             with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
                 outcome = COMMANDS[options.command](options)
             if outcome.text or outcome.record:
-                print(_json(outcome.record) if options.json else outcome.text)
+                _print(_json(outcome.record) if options.json else outcome.text)
             return outcome.code
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -79,6 +80,15 @@ def _run(arguments):
         print("\nstopped", file=sys.stderr)
         return 130
     return USAGE_ERROR
+
+
+def _print(text):
+    """Print a result. It is no error if the reader of a pipe has ended, as in ``imaml presets | head -n 1``."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, which would print an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _json(record):

@@ -378,6 +378,18 @@ def imported_by(words):
     return int(code), done.stdout, modules
 
 
+@pytest.mark.parametrize("words", [["presets"], ["presets", "--json"]])
+def test_a_pipe_whose_reader_has_ended_is_no_error(words):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "imaml", *words], stdout=write_end, stderr=subprocess.PIPE, encoding="utf-8",
+        timeout=TIMEOUT, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["predict", "--suport", "x"]])
 def test_help_and_messages_about_options_do_not_import_jax(words):
     code, _, modules = imported_by(words)
