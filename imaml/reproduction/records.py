@@ -8,16 +8,19 @@ import json
 import platform
 import re
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from imaml.errors import InputError
 from imaml.reproduction.paper import Cell
+from imaml.runs import parameters
+from imaml.runs.checkpoints import pack
 from imaml.runs.folder import RESULT, differences
 from imaml.runs.log import read_log, time_of
 from imaml.runs.parameters import KEPT
 from imaml.runs.summary import evaluations_in
+from imaml.storage import arrays
 from imaml.storage.files import write_whole
 
 FORMAT = 1
@@ -35,7 +38,7 @@ class Record:
         split: SHA-256 fingerprint of the training and held-out classes.
         evaluations: evaluations on held-out tasks; each has metric, value, interval, chance, tasks and normalisation.
         meta_steps: number of meta-steps.
-        tasks_seen: number of training tasks drawn.
+        tasks_seen: number of training tasks drawn, without those of the run that ``start`` names.
         seconds: wall time of training, as :func:`.time_of` sums it over resumptions; evaluation is not included.
         stretches: number of processes that trained the run one after another, as :func:`.time_of` counts them.
         hardware: the machine, in words.
@@ -43,6 +46,7 @@ class Record:
         command: the command that trains the same run again.
         note: remark for the reader.
         format: version of the record's file format.
+        start: the name of the record in the package from whose parameters the run started; "" for drawn parameters.
     """
 
     preset: str
@@ -60,6 +64,7 @@ class Record:
     command: str
     note: str = ""
     format: int = FORMAT
+    start: str = ""
 
     @property
     def cell(self) -> Cell | None:
@@ -114,8 +119,9 @@ def read_one(path: Path) -> Record:
     if version != FORMAT:
         raise InputError(f"{path} was written by another version of imaml (format {version}, not {FORMAT})")
     names = {field.name for field in fields(Record)}
-    if set(content) != names:
-        differing = ", ".join(sorted(names ^ set(content)))
+    optional = {field.name for field in fields(Record) if field.default is not MISSING}
+    if differing := (names ^ set(content)) - (optional - set(content)):
+        differing = ", ".join(sorted(differing))
         raise InputError(f"{path} is not a record of a run: missing or unknown fields {differing}")
     return Record(**content | {"evaluations": tuple(content["evaluations"])})
 
@@ -130,8 +136,8 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
 
     Raises:
         InputError: if the folder holds no finished run, if the run was trained on one's own data, was extended or
-            started from trained parameters, if its log lacks a step, so that the time is unknown, or if
-            :func:`command_of` refuses its settings.
+            started from other trained parameters than those of a record in the package on the same split, if its log
+            lacks a step, so that the time is unknown, or if :func:`command_of` refuses its settings.
     """
     result = _result(directory)
     if "source" in result:
@@ -139,9 +145,9 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
             f"{directory} holds a run on {result['config']['dataset']}, which is no dataset of this package: a record "
             "is made only of a run that others can train again"
         )
-    if other := [what for what in ("start", "extended") if what in result]:
-        did = {"start": "started from other trained parameters", "extended": "was extended"}[other[0]]
-        raise InputError(f"{directory} holds a run that {did}, so no single command trains it again")
+    if "extended" in result:
+        raise InputError(f"{directory} holds a run that was extended, so no single command trains it again")
+    start = _record_at_the_start(directory, result)
     config = result["config"]
     log = read_log(directory)
     steps = result.get("meta_steps", config["outer"]["steps"])  # fewer if the run stopped early
@@ -163,9 +169,32 @@ def of_run(directory: Path, note: str = "", hardware: str | None = None) -> Reco
         stretches=stretches,
         hardware=hardware or this_machine(result["versions"].get("devices", "")),
         versions=result["versions"],
-        command=command_of(result["preset"], config, result.get("types")),
+        command=command_of(result["preset"], config, result.get("types")) + (f" --start {start}" if start else ""),
         note=note,
+        start=start,
     )
+
+
+def _record_at_the_start(directory, result):
+    """Return the name of the record in the package from whose parameters a run started; "" for drawn parameters."""
+    if "start" not in result:
+        return ""
+    digest = result["start"]["sha256"]
+    for name in parameters.names():
+        named = parameters.read(KEPT / f"{name}{parameters.SAFETENSORS}")[1]
+        if arrays.digest({key: pack(array) for key, array in named}) == digest:
+            break
+    else:
+        raise InputError(
+            f"{directory} holds a run that started from trained parameters that do not come with the package, so no "
+            "command trains it again elsewhere"
+        )
+    if (split := read_one(KEPT / f"{name}.json").split) != result["data"]:
+        raise InputError(
+            f"{directory} holds a run that started from {name}, which was trained on another split ({split[:8]}): test "
+            "characters of the run may have been training characters there"
+        )
+    return name
 
 
 def _result(directory):

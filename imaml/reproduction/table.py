@@ -157,7 +157,8 @@ def _described(records, placed):
     """Return one note for each of the records ``placed``: command, number of tasks, hardware, seed and remark."""
     numbers = _numbers(records)
     return [
-        f"[{numbers[id(record)]}] {record.command}; {record.tasks_seen:,} tasks, {record.hardware}, "
+        f"[{numbers[id(record)]}] {record.command}; {record.tasks_seen:,} tasks{' more' if record.start else ''}, "
+        f"{record.hardware}, "
         f"seed {record.config['seed']}" + (f". {record.note}" if record.note else "")
         for record in placed
     ]

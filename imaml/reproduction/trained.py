@@ -22,7 +22,9 @@ def save(path: Path, theta: Any, preset: Preset, record: records.Record) -> None
         preset: the preset that they were trained with.
         record: the record of the run that trained them.
     """
-    facts = {"data": record.split, "step": record.meta_steps, "versions": record.versions}
+    facts: dict[str, Any] = {"data": record.split, "step": record.meta_steps, "versions": record.versions}
+    if record.start:
+        facts["start"] = {"from": record.start}
     parameters.write(path, theta, preset, facts)
 
 

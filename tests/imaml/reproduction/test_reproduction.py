@@ -169,11 +169,39 @@ def test_an_unfinished_or_damaged_run_is_not_recorded(run, tmp_path):
         records.of_run(run)
 
 
-@pytest.mark.parametrize("fact, words", [("start", "started from other trained"), ("extended", "was extended")])
-def test_a_run_that_no_single_command_trains_again_is_not_recorded(fact, words, run):
+def with_facts(run, **facts):
+    """Add facts to the result of a run."""
     result = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps(result | {fact: []}))
+    (run / "result.json").write_text(json.dumps(result | facts))
+
+
+@pytest.mark.parametrize("fact, words", [("start", "do not come with the package"), ("extended", "was extended")])
+def test_a_run_that_no_command_trains_again_is_not_recorded(fact, words, run):
+    with_facts(run, **{fact: {"sha256": "ab" * 32}})
     with pytest.raises(InputError, match=words):
+        records.of_run(run)
+
+
+def test_a_run_that_started_from_a_record_in_the_package_is_recorded_with_its_name(run, tmp_path):
+    name = "omniglot-5way-1shot-gd-320000-tasks"
+    origin = records.read_one(records.KEPT / f"{name}.json")
+    theta, facts = read_start(OMNIGLOT, name, pytest.fail)
+    with_facts(run, data=origin.split, **facts)
+    made = records.of_run(run)
+    assert (made.start, made.tasks_seen) == (name, 3 * OMNIGLOT.outer.tasks)
+    assert made.command == f"imaml train {OMNIGLOT.name} --outer.steps 3 --start {name}"
+    options = parse(made.command.split()[1:])
+    assert str(options.start) == name and options.chosen.config() == made.config
+    assert "; 24 tasks more, " in table.table_2([made])
+    made.write(tmp_path / "made.json")
+    trained.save(tmp_path / "made.safetensors", theta, OMNIGLOT, made)
+    assert records.read_one(tmp_path / "made.json") == made
+    assert imaml.load(tmp_path / "made.safetensors").facts["start"] == {"from": name}
+
+
+def test_a_run_that_started_from_a_record_on_another_split_is_not_recorded(run):
+    with_facts(run, **read_start(OMNIGLOT, "omniglot-5way-1shot-gd-320000-tasks", pytest.fail)[1])
+    with pytest.raises(InputError, match="was trained on another split"):
         records.of_run(run)
 
 
