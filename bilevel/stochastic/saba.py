@@ -19,10 +19,10 @@ from bilevel.types import PyTree
 @register("inner_rate", "linear_rate", "outer_rate")
 @dataclass(frozen=True)
 class SABA:
-    """Stochastic average bilevel algorithm: SOBA with a table of the last terms of each batch (SAGA).
+    """Stochastic average bilevel algorithm: SOBA with tables of the terms of every batch (SAGA).
 
-    For each of the five terms F, Aᵀv, Bᵀv, g and h, a table holds one row for each batch of the fixed partition. The
-    estimate from batch i is
+    For each of the five terms F, Aᵀv, Bᵀv, g and h, a table holds one row for each batch of the fixed partition: the
+    term of this batch when it was last drawn. The estimate from batch i is
 
         new term of batch i − row i + mean of the rows,
 
