@@ -69,8 +69,9 @@ def custom_root(
 
     Raises:
         TypeError: from this function, for a residual or a linear solver that cannot be called. From the decorated
-            function, for a call without ``init``, for a residual that does not take the solver's arguments, and, with
-            ``callback`` under a trace, for an ``init`` that is not a pytree of arrays.
+            function, for a call without ``init``, for a result that is no pair with ``has_aux``, for a residual that
+            does not take the solver's arguments, and, with ``callback`` under a trace, for an ``init`` that is not a
+            pytree of arrays.
         ValueError: from this function, for ``callback`` together with ``has_aux``, an unknown ``on_failure``, and a
             linear solver that needs a symmetric operator if ``symmetric`` is False. From the decorated function, for a
             residual that returns no tree like w.
@@ -173,6 +174,11 @@ def _decorator(
             theta, constants = _partition((args, kwargs))
             constant_args, constant_kwargs = constants.join(_without_derivative(theta))
             found = run(_start(init), *constant_args, **constant_kwargs)
+            if has_aux and not (isinstance(found, tuple | list) and len(found) == 2):
+                raise TypeError(
+                    f"{name} with has_aux=True needs a solver function that returns a pair (w, aux), got "
+                    f"{type(found).__name__}"
+                )
             w, aux = found if has_aux else (found, None)
             layer = attach_once(constants) if constants.hashable else attach(constants)
             w = layer(theta, jax.lax.stop_gradient(w))

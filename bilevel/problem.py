@@ -14,11 +14,12 @@ class Problem:
     Args:
         condition: what holds at w*.
         outer: ``outer(w, theta, data) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-        has_aux: whether ``outer`` returns ``(scalar, aux)``, where aux is any pytree.
+        has_aux: whether ``outer`` returns ``(scalar, aux)``, where aux is a pytree of arrays and numbers.
 
     Raises:
         TypeError: for a ``condition`` without a residual, or a class in place of an instance, and for an outer function
-            that does not take three arguments.
+            that does not take three arguments. When a hypergradient is computed, for an aux with another leaf than an
+            array or a number.
     """
 
     condition: Condition

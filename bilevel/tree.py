@@ -180,7 +180,7 @@ def count_samples(samples: PyTree, name: str) -> int:
     if not found or not all(found) or len({shape[0] for shape in found}) != 1 or found[0][0] == 0:
         raise ValueError(
             f"{name} needs arrays with one common leading axis of samples, got the shapes {found}: a constant that "
-            "all samples share belongs into the functions of the problem or into theta"
+            "all samples share belongs in the functions of the problem or in theta"
         )
     return found[0][0]
 

@@ -99,8 +99,9 @@ _MESSAGES = {
         "tolerance for that measure, which is tol for Jaxopt, and rtol and atol for Optimistix and Lineax."
     ),
     Status.MAX_STEPS: (
-        "the true residual does not meet tol: allow more steps, precondition, or loosen tol; where more steps do not "
-        "help, the precision is the limit, so use float64. If no tol was set, the answer is no better than zero."
+        "the true residual does not meet tol, or without tol the answer is no better than zero: allow more steps (for "
+        "Nystrom a larger rank), precondition, or loosen tol; where more steps do not help, the precision is the "
+        "limit, so use float64."
     ),
     Status.BREAKDOWN: (
         "the iteration broke down or diverged, although the operator may be regular: use LU or GMRES, a smaller step "

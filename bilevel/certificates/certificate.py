@@ -66,12 +66,19 @@ class Finding(enum.IntFlag):
     """
 
     NONFINITE = 1
+    """A NaN or an infinity in the gradient, the inner solution, the adjoint vector or a Newton step."""
     CURVATURE = 2
+    """The declared strong convexity or definiteness is disproved at the inner solution."""
     UNPROVED = 4
+    """No finite bound is known, because no theorem proves a solution near the returned w."""
     NONLINEAR = 8
+    """A second Newton step would change the gradient much, so the estimate is an order of magnitude only."""
     SLOPPY = 16
+    """A linear solve of the correction is inaccurate."""
     OTHER_GRADIENT = 32
+    """The gradient is not the one that the returned adjoint vector gives."""
     ROUNDING = 64
+    """The estimate was raised to the rounding floor."""
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +169,8 @@ _SENTENCES = {
         "direction of less curvature than the declared strong convexity or definiteness allows."
     ),
     Finding.UNPROVED: (
-        "β₀ρη > ½, so the Newton–Kantorovich theorem proves no solution nearby: solve the inner problem further."
+        "No finite bound is known, because the Newton–Kantorovich theorem proves no solution near the returned w: "
+        "solve the inner problem further, or declare the strong convexity."
     ),
     Finding.NONLINEAR: (
         f"A second Newton step would change the gradient by more than {NONLINEARITY:.0%} of the estimate: read the "

@@ -70,7 +70,8 @@ class FixedPoint:
         mapping: ``mapping(w, theta, data)``, a pytree like w.
         symmetric: whether ∂mapping/∂w is known to be symmetric everywhere, so that CG can be used.
         positive_definite: whether ⟨u, Au⟩ > 0 is known to hold for all u ≠ 0, as it does for a contraction in ‖·‖₂.
-        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known: 1 − c for a mapping with Lipschitz constant c < 1.
+        strong_convexity: μ with ⟨u, Au⟩ ≥ μ‖u‖², where it is known, a number above 0 or ``f(theta, data)``: 1 − c for a
+            mapping with Lipschitz constant c < 1.
         has_aux: whether ``mapping`` returns ``(value, aux)``, where aux is any pytree. Derivatives leave it out, and
             ``condition.aux(w, theta, data)`` returns it.
 

@@ -63,8 +63,8 @@ class KKT:
             objective, equality, inequality = self._functions(x, theta, data)
             return (
                 scalar(objective, "objective", NO_AUX),
-                like_w(equality, equal, "equality", same_shapes=False, template="its multipliers"),
-                like_w(inequality, unequal, "inequality", same_shapes=False, template="its multipliers"),
+                _like_multipliers(equality, equal, "equality"),
+                _like_multipliers(inequality, unequal, "inequality"),
             )
 
         (objective, equality, inequality), pull_back = jax.vjp(functions, x)
@@ -88,3 +88,9 @@ class KKT:
                 f"{jax.tree.structure(w)}"
             )
         return w
+
+
+def _like_multipliers(value: PyTree, multipliers: PyTree, name: str) -> PyTree:
+    """Return the values of constraints in the dtypes and shapes of their multipliers."""
+    hint = "; or start the solver with one multiplier for each constraint"
+    return like_w(value, multipliers, name, same_shapes=False, template="its multipliers", hint=hint)

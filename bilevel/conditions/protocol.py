@@ -74,7 +74,7 @@ class LikeW:
     same_shapes: bool = True
 
     def __call__(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-        return like_w(self.function(w, theta, data), w, self.name, self.same_shapes)
+        return like_w(self.function(w, theta, data), w, self.name, self.same_shapes, hint=_NO_TREE_LIKE_W)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,19 @@ def aux_of(function: Residual, w: PyTree, theta: PyTree, data: PyTree) -> PyTree
     return function.aux(w, theta, data) if isinstance(function, WithoutAux) else None
 
 
-def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True, template: str = "w") -> PyTree:
+_NO_TREE_LIKE_W = (
+    "; for a Root or FixedPoint with an aux output, pass has_aux=True; for more or fewer residuals than unknowns, use "
+    "LeastSquares"
+)
+
+
+def like_w(
+    value: PyTree, w: PyTree, name: str, same_shapes: bool = True, template: str = "w", hint: str = ""
+) -> PyTree:
     """Return ``value`` in the dtypes and shapes of w.
 
     The argument w may be another tree in place of the inner variables. ``template`` is then its name for the message.
+    ``hint`` is the end of the message: what else may be wrong.
 
     Raises:
         ValueError: if the tree structure of ``value`` is not that of w, or if its shapes are not those of w. Without
@@ -129,9 +138,7 @@ def like_w(value: PyTree, w: PyTree, name: str, same_shapes: bool = True, templa
     if not fits:
         raise ValueError(
             f"the {name} is not a tree like {template}: got {got[0]} of shapes {got[1]}, expected {expected[0]} of "
-            f"shapes {expected[1]}: return one entry for each entry of {template}, without further outputs; for a Root "
-            "or FixedPoint with an aux output, pass has_aux=True; for more or fewer residuals than unknowns, use "
-            "LeastSquares"
+            f"shapes {expected[1]}: return one entry for each entry of {template}, without further outputs{hint}"
         )
     return jax.tree.map(lambda new, old: jnp.broadcast_to(jnp.asarray(new).astype(old.dtype), old.shape), value, w)
 

@@ -101,8 +101,8 @@ class Proximal:
             objective): a number above 0, or ``f(theta, data)``.
 
     Raises:
-        ValueError: for a number λ or μ that is not positive and finite, and, in use, for a centre whose tree structure
-            is not that of w.
+        ValueError: for a number λ or μ that is not positive and finite, and, in use, for a centre or a tree of
+            strengths whose tree structure is not that of w.
         TypeError: for a function that does not take these arguments, and, in use, for an objective that returns no
             scalar.
 
@@ -131,12 +131,12 @@ class Proximal:
     def potential(self, w: PyTree, theta: PyTree, data: PyTree) -> jax.Array:
         """Return the value of the function whose gradient in w is the residual, a scalar."""
         difference = self._difference(w, theta, data)
-        penalty = tree.vdot(difference, tree.scale(self._strength(theta, data), difference))
+        penalty = tree.vdot(difference, self._pull(difference, theta, data))
         value = scalar(self.objective(w, theta, data), "objective", NO_AUX)
         return value + 0.5 * penalty.astype(value.dtype)
 
     def residual(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
-        pull = tree.scale(self._strength(theta, data), self._difference(w, theta, data))
+        pull = self._pull(self._difference(w, theta, data), theta, data)
         return tree.add(gradient_of(self.objective, w, theta, data, NO_AUX), pull)
 
     def scaling(self, theta: PyTree, data: PyTree) -> PyTree:
@@ -145,6 +145,16 @@ class Proximal:
             lambda strength: jnp.where(strength > 0, strength, jnp.ones_like(strength)) ** -0.5,
             tree.arrays(self._strength(theta, data)),
         )
+
+    def _pull(self, difference: PyTree, theta: PyTree, data: PyTree) -> PyTree:
+        """Return λ times the difference w − c."""
+        strength = self._strength(theta, data)
+        expected, got = jax.tree.structure(difference), jax.tree.structure(strength)
+        if got != expected and not jax.tree_util.all_leaves([strength]):
+            raise ValueError(
+                f"Proximal needs a strength that is a scalar or has the tree structure of w, {expected}, got {got}"
+            )
+        return tree.scale(strength, difference)
 
     def _difference(self, w: PyTree, theta: PyTree, data: PyTree) -> PyTree:
         """Return w − c."""

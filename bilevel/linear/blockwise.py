@@ -31,7 +31,8 @@ class Blockwise:
 
     Raises:
         TypeError: for another linear solver.
-        ValueError: when called, for a tree whose leaves do not have a common leading axis.
+        ValueError: when called, for a tree whose leaves do not have a common leading axis, and for an operator that is
+            not square.
 
     Example:
         Two problems of two unknowns:
@@ -56,7 +57,13 @@ class Blockwise:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         del init  # a factorisation needs no start
-        count = tree.count_samples(b, "Blockwise")
+        found = tree.shapes(b)
+        if not found or not all(found) or len({shape[0] for shape in found}) != 1 or found[0][0] == 0:
+            raise ValueError(
+                "Blockwise needs a w whose leaves have one common leading axis of inner problems, got the shapes "
+                f"{found}: use LU or Cholesky for a w without such an axis"
+            )
+        count = found[0][0]
         size, b_scaled, _ = normalise(b)
         wide_b = tree.widened(b_scaled)  # LAPACK factorises nothing narrower than float32
         wide = in_accumulation_dtype(square("Blockwise", matvec, 0.0, b), b)

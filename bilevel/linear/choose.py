@@ -96,8 +96,8 @@ def _choose_damped(condition: Condition, w: PyTree, theta: PyTree, data: PyTree)
     if w is None or not condition.symmetric:
         raise ValueError(
             f"choose_linear(damped=True) needs a symmetric condition and its inner solution w, got {name} and "
-            f"{'no w' if w is None else 'a w'}: a ridge makes a matrix definite only if it is symmetric; LU and GMRES "
-            "need no definite matrix"
+            f"{'no w: pass w' if w is None else 'a w: use LU or GMRES, which need no definite matrix'}. A ridge makes "
+            "a matrix definite only if the matrix is symmetric"
         )
     w, theta, data = tree.arrays(w, "w"), tree.arrays(theta, "theta"), tree.arrays(data, "data")
     if tree.is_traced((w, theta, data)):

@@ -18,7 +18,7 @@ from bilevel.types import LinearInfo, MatVec, PyTree, Status
 
 @dataclass(frozen=True)
 class Lineax:
-    """A solver of Lineax, for the adjoint system. Needs ``pip install '.[lineax]'``.
+    """A solver of Lineax, for the adjoint system. Needs ``pip install lineax``.
 
     b is divided by its norm before the solve, so that ``atol`` of the solver is relative to ‖b‖, as its ``rtol`` is. A
     is divided by about ‖Ab‖/‖b‖, which costs one product. The unknowns are raveled into one vector, and products with A
@@ -250,5 +250,5 @@ def _import_lineax() -> Any:
     try:
         import lineax
     except ImportError as error:
-        raise ImportError("bl.Lineax needs the package lineax: pip install '.[lineax]'") from error
+        raise ImportError("bl.Lineax needs the package lineax: pip install lineax") from error
     return lineax

@@ -75,5 +75,6 @@ class Neumann:
         info = diagnosis.report(operator, b_scaled, x, self.tol, iterations=self.max_steps, norm=norm, init=init_scaled)
         # Each term of a convergent series lowers the residual, whatever the number of terms.
         diverged = info.status == int(Status.MAX_STEPS) if self.tol is None else info.relative_residual >= 1
+        diverged = diverged & (info.status != int(Status.NONFINITE))
         info = replace(info, status=jnp.where(diverged, jnp.int32(Status.BREAKDOWN), info.status))
         return denormalise(size, x, info)

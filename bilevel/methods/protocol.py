@@ -37,11 +37,16 @@ class Method(Protocol):
     ) -> Hypergradient: ...
 
 
-def check_arguments(owner: str, problem: Problem, solver: InnerSolver, method: Method) -> None:
-    """Raise TypeError for a problem, an inner solver or a method of another type."""
+def check_problem(owner: str, problem: Problem) -> None:
+    """Raise TypeError for a problem of another type."""
     if not hasattr(problem, "condition"):
         name = problem.__name__ if isinstance(problem, type) else type(problem).__name__
         raise TypeError(f"{owner} needs a problem, got {name}: pass Problem(condition, outer)")
+
+
+def check_arguments(owner: str, problem: Problem, solver: InnerSolver, method: Method) -> None:
+    """Raise TypeError for a problem, an inner solver or a method of another type."""
+    check_problem(owner, problem)
     check_solver(owner, solver)
     check_signature(owner, "method", method, "problem", "solver", "theta", "init", "data", "linear_init")
 

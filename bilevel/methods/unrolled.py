@@ -52,7 +52,7 @@ class Unrolled:
 
     @property
     def start_is_constant(self) -> bool:
-        """True if the method leaves out the derivative in ``init``."""
+        """True if ``last`` is set. The derivative in arrays ``init`` is then left out, also if no step is left out."""
         return self.last is not None
 
     def __call__(

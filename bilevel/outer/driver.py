@@ -104,8 +104,8 @@ def minimize(
         TypeError: for a problem, solver, method or optimizer of another type, such as a class in place of an instance;
             for an iterable of batches that is neither a pytree nor an iterator, such as a data loader; for a θ whose
             arrays are all integers or booleans; if neither or both of ``init`` and ``start`` are given; for a leaf of
-            θ, init or data that is not an array; for a complex leaf of θ; and for a leaf of init that is not floating
-            point.
+            θ, init or data that is neither an array nor a number; for a complex leaf of θ; and for a leaf of init that
+            is not floating point.
         HypergradientError: on a failed status, with ``on_failure="raise"``. The message names the step and its θ. The
             error's ``state`` is the state before that step, and its ``result`` is the step's :class:`Hypergradient`.
 
@@ -199,7 +199,9 @@ def _checked(theta: PyTree) -> PyTree:
     theta = tree.strongly_typed(outer_variables(theta))
     if jax.tree.leaves(theta) and not any(map(tree.is_floating, jax.tree.leaves(theta))):
         dtypes = jax.tree.map(jnp.result_type, theta)
-        raise TypeError(f"minimize needs a floating-point leaf in theta, got the dtypes {dtypes}")
+        raise TypeError(
+            f"minimize needs a floating-point leaf in theta, got the dtypes {dtypes}: convert one by astype(float)"
+        )
     return theta
 
 

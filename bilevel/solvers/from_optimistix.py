@@ -43,7 +43,7 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class Optimistix:
-    """A solver of Optimistix, for the conditions that it can solve. Needs ``pip install '.[optimistix]'``.
+    """A solver of Optimistix, for the conditions that it can solve. Needs ``pip install optimistix``.
 
     =======================================  ==================================================================
     condition                                solvers of Optimistix
@@ -68,7 +68,7 @@ class Optimistix:
 
     Args:
         solver: an instance of a solver of Optimistix, such as ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``.
-        max_steps: the budget.
+        max_steps: the budget, in steps of the solver of Optimistix.
         tol: the tolerance for the norm of the condition's residual. It decides the status only: the solver stops by its
             own ``rtol`` and ``atol``.
 
@@ -169,5 +169,5 @@ def _import_optimistix() -> Any:
     try:
         import optimistix
     except ImportError as error:
-        raise ImportError("bl.Optimistix needs the package optimistix: pip install '.[optimistix]'") from error
+        raise ImportError("bl.Optimistix needs the package optimistix: pip install optimistix") from error
     return optimistix

@@ -42,7 +42,7 @@ class GaussNewton:
 
     Raises:
         ValueError: for a negative budget, tol or number of halvings, and, when called, for a condition that is the
-            gradient of an objective and has no residuals.
+            gradient of an objective and has no residuals, and for bounds with another tree structure than w.
 
     Source: Nocedal and Wright (2006), section 10.3.
 
@@ -99,7 +99,12 @@ class GaussNewton:
         """Return a bound as a vector like w, or None."""
         if bound is None:
             return None
-        if jax.tree.structure(bound) != jax.tree.structure(init):
+        if (got := jax.tree.structure(bound)) != jax.tree.structure(init):
+            if not jax.tree_util.all_leaves([bound]):
+                raise ValueError(
+                    "GaussNewton needs bounds that are numbers or have the tree structure of w, "
+                    f"{jax.tree.structure(init)}, got {got}"
+                )
             bound = jax.tree.map(lambda leaf: bound, init)
         filled = jax.tree.map(
             lambda leaf, value: jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape), init, bound

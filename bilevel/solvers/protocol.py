@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import tree
+from bilevel.conditions import Projected, ProximalGradient, Root
 from bilevel.conditions.protocol import Condition, GradientCondition, check_condition_type, check_signature, is_gradient
 from bilevel.start import Start, StartFunction, choose_start, starting_point
 from bilevel.types import PyTree, Solution, Status
@@ -126,9 +127,10 @@ def solve(
     Raises:
         ValueError: for a solver that returns a tree whose structure or shapes are not those of ``init``, and for a
             solver that cannot solve the condition.
-        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
-            for a complex leaf of θ, for a leaf of init that is not floating point, for a condition without a residual,
-            for a solver that does not take these four arguments, and for a class in place of an instance.
+        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is neither an
+            array nor a number, for a complex leaf of θ, for a leaf of init that is not floating point, for a condition
+            without a residual, for a solver that does not take these four arguments, and for a class in place of an
+            instance.
     """
     check_condition_type("solve", condition)
     check_solver("solve", solver)
@@ -190,13 +192,17 @@ def check_gradient(name: str, condition: Condition) -> GradientCondition:
     """Return the condition, or raise ValueError if its residual is not the gradient of an objective."""
     if is_gradient(condition):
         return condition
-    if hasattr(condition, "mapping"):
-        remedy = "FixedPointIteration, Anderson, a fitting Jaxopt solver,"
+    if isinstance(condition, Projected | ProximalGradient):
+        remedy = "FISTA, FixedPointIteration, Anderson"
+    elif hasattr(condition, "mapping"):
+        remedy = "FixedPointIteration, Anderson"
+    elif isinstance(condition, Root):
+        remedy = 'LevenbergMarquardt, GaussNewton, Jaxopt("Broyden")'
     else:
         remedy = "a fitting Jaxopt solver"
     raise ValueError(
         f"{name} needs a condition that is the gradient of an objective, and {type(condition).__name__} is not: use "
-        f"Stationary, Proximal or LeastSquares, or solve it by {remedy} or a function "
+        f"Stationary, Proximal or LeastSquares, or solve it by {remedy} or by a function "
         "(condition, init, theta, data) -> w"
     )
 
@@ -207,6 +213,6 @@ def check_mapping(name: str, condition: Condition) -> None:
         raise ValueError(
             f"{name} repeats a mapping, and {type(condition).__name__} has no mapping: use FixedPoint, "
             "Projected or ProximalGradient as the condition. Or use another solver: GradientDescent, Optax or "
-            "HessianFree for Stationary, Proximal and LeastSquares, or a function (condition, init, theta, data) -> w "
-            "for any condition"
+            "HessianFree for Stationary, Proximal and LeastSquares, LevenbergMarquardt or GaussNewton for LeastSquares "
+            "and Root, or a function (condition, init, theta, data) -> w for any condition"
         )

@@ -7,7 +7,7 @@ import jax
 
 from bilevel import tree
 from bilevel.stochastic.protocol import Draws, Oracle, State, register
-from bilevel.stochastic.rates import Rate, at_step, descend
+from bilevel.stochastic.rates import Rate, at_step, check_count, descend
 from bilevel.stochastic.samples import Sampling
 
 
@@ -30,6 +30,9 @@ class AmIGO:
         outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
 
+    Raises:
+        ValueError: for ``inner_steps`` or ``linear_steps`` below 1.
+
     Source: Arbel, Mairal (2022), Amortized implicit differentiation for stochastic bilevel optimization, algorithm 1.
     """
 
@@ -44,6 +47,9 @@ class AmIGO:
 
     evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        check_count("AmIGO", inner_steps=self.inner_steps, linear_steps=self.linear_steps)
 
     @property
     def draws(self) -> tuple[int, int]:

@@ -59,6 +59,17 @@ def choose_rates(algorithm: Any, problem: Problem, theta: PyTree, w: PyTree, inn
     A variance-reduced algorithm keeps these rates. For any other algorithm they are the rates of the first step, and
     fall with its ``exponents``.
 
+    Args:
+        algorithm: an algorithm of this package, or one of your own.
+        problem: as for :func:`minimize`.
+        theta: θ, a pytree of arrays.
+        w: the inner variables, a pytree of arrays.
+        inner: the inner samples, a pytree of arrays with one leading axis of samples.
+        outer: the outer samples, as for ``inner``.
+
+    Returns:
+        The algorithm, with the same rates if none of them was None.
+
     Raises:
         ValueError: if the estimate of L or of L_h is zero or not finite.
     """

@@ -11,14 +11,14 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.errors import Policy, check_policy
-from bilevel.methods.protocol import outer_variables, starting_point
+from bilevel.methods.protocol import check_problem, outer_variables, starting_point
 from bilevel.problem import Problem
 from bilevel.stochastic.curvature import choose_rates
 from bilevel.stochastic.divergence import judge, react
 from bilevel.stochastic.loop import Record, advance, largest_entry, make_plan, start
 from bilevel.stochastic.placement import place
 from bilevel.stochastic.protocol import Algorithm, State, is_mean_over_samples
-from bilevel.stochastic.rates import RATES, check_rate, is_transformation
+from bilevel.stochastic.rates import RATES, check_between, check_rate, is_transformation
 from bilevel.stochastic.samples import check_sampling
 from bilevel.types import PyTree, Status
 
@@ -31,9 +31,10 @@ class History:
     Attributes:
         step: the number of steps before the evaluation, int32 ``[evaluations]``.
         evaluations: what ``evaluate`` returned, each leaf ``[evaluations]``; None without ``evaluate``.
-        residual_norm: ‖F‖₂ over all samples; None without ``measure``.
-        adjoint_norm: ‖Aᵀv − g‖₂ over all samples; None without ``measure``.
-        gradient_norm: ‖h − Bᵀv‖₂ over all samples, the norm of the direction of θ; None without ``measure``.
+        residual_norm: ‖F‖₂ over all samples, ``[evaluations]``; None without ``measure``.
+        adjoint_norm: ‖Aᵀv − g‖₂ over all samples, ``[evaluations]``; None without ``measure``.
+        gradient_norm: ‖h − Bᵀv‖₂ over all samples, the norm of the direction of θ, ``[evaluations]``; None without
+            ``measure``.
         status: a :class:`Status`, int32 ``[evaluations]``: BUDGET_USED, or for a run that diverged
             BREAKDOWN or NONFINITE.
     """
@@ -131,7 +132,8 @@ def minimize(
 
     Raises:
         ValueError: for an invalid argument, or for arguments that do not fit together; the message names them.
-        TypeError: for a leaf that is not an array, a complex leaf of θ, and a leaf of w that is not floating point.
+        TypeError: for a leaf that is neither an array nor a number, a complex leaf of θ, a leaf of w that is not
+            floating point, a problem or an algorithm of another type, and a class in place of an instance.
         HypergradientError: for a run that diverged, with ``on_failure="raise"``. Its ``result`` is the
             :class:`StochasticMinimum` with the state of the last evaluation before the divergence.
 
@@ -226,6 +228,10 @@ def _history(records, plan, state):
 def _check(problem, inner, outer, algorithm, steps, evaluate_every):
     if steps < 0 or evaluate_every < 1:
         raise ValueError(f"minimize needs steps ≥ 0 and evaluate_every ≥ 1, got {steps} and {evaluate_every}")
+    check_problem("minimize", problem)
+    if isinstance(algorithm, type) or not hasattr(algorithm, "step"):
+        name = algorithm.__name__ if isinstance(algorithm, type) else type(algorithm).__name__
+        raise TypeError(f"minimize needs an algorithm, got {name}: pass an instance, such as SOBA()")
     check_sampling(algorithm.sampling)
     for name, samples, batch in (("inner", inner, algorithm.inner_batch), ("outer", outer, algorithm.outer_batch)):
         if batch < 1:
@@ -233,11 +239,14 @@ def _check(problem, inner, outer, algorithm, steps, evaluate_every):
         tree.count_samples(samples, name)
     for name in RATES:
         check_rate(name, getattr(algorithm, name, None))
+    check_between("penalty", getattr(algorithm, "penalty", None), float("inf"))
+    check_between("averaging", getattr(algorithm, "averaging", None), 1)
     condition = problem.condition
     if getattr(algorithm, "needs_objective", False) and not hasattr(condition, "potential"):
         raise ValueError(
-            f"{type(algorithm).__name__} needs an inner objective, and {type(condition).__name__} has none that alone "
-            "determines the inner solution: use SOBA, MASOBA, SABA, SRBA or AmIGO, which need the residual only"
+            f"{type(algorithm).__name__} needs a condition that is the gradient of an objective, and "
+            f"{type(condition).__name__} is not: use Stationary, Proximal or LeastSquares, or use SOBA, MASOBA, SABA, "
+            "SRBA or AmIGO, which need only the residual"
         )
 
 

@@ -7,7 +7,7 @@ import jax
 
 from bilevel import tree
 from bilevel.stochastic.protocol import Draws, Oracle, State, register
-from bilevel.stochastic.rates import Power, Rate, at_step, descend
+from bilevel.stochastic.rates import Power, Rate, at_step, check_count, descend
 from bilevel.stochastic.samples import Sampling
 
 PENALTY = Power(10.0, -1 / 7)
@@ -39,6 +39,9 @@ class F2SA:
         outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
 
+    Raises:
+        ValueError: for ``inner_steps`` below 1; from :func:`minimize`, for a penalty that is not above 0.
+
     Source: Kwon, Kwon, Wright, Nowak (2023), A fully first-order method for stochastic bilevel optimization,
     algorithm 1, with ρ/λ as the step size of z.
     """
@@ -54,6 +57,9 @@ class F2SA:
     needs_objective: ClassVar[bool] = True
     evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (4 / 7, 5 / 7)
+
+    def __post_init__(self) -> None:
+        check_count("F2SA", inner_steps=self.inner_steps)
 
     @property
     def draws(self) -> tuple[int, int]:

@@ -58,6 +58,23 @@ def descend(variables: PyTree, rate: jax.Array | float, direction: PyTree) -> Py
     return tree.subtract(variables, tree.scale(rate, direction))
 
 
+def check_between(name: str, value: Any, largest: float) -> None:
+    """Raise ValueError for a number that is not above 0 and finite, or is above ``largest``. A function is accepted."""
+    if value is None or callable(value):
+        return
+    number = float(value)
+    if not 0 < number <= largest or number == float("inf"):
+        limit = "" if largest == float("inf") else f" and at most {largest}"
+        raise ValueError(f"{name} must be a finite number above 0{limit}, or a function of the step, got {value}")
+
+
+def check_count(owner: str, **counts: int | None) -> None:
+    """Raise ValueError for a number of steps below 1. None is accepted."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{owner} needs {name} of at least 1, got {count}")
+
+
 def check_rate(name: str, rate: Any) -> None:
     """Raise ValueError unless a rate is None, a finite number of 0 or more, or a function.
 

@@ -76,10 +76,13 @@ class MASOBA:
         inner_rate: as for :class:`SOBA`.
         linear_rate: as for :class:`SOBA`.
         outer_rate: as for :class:`SOBA`.
-        averaging: β, a :data:`Rate` of at most 1. The default is 1/√(t + 1) at step t.
+        averaging: β, a :data:`Rate` above 0 and of at most 1. The default is 1/√(t + 1) at step t.
         inner_batch: as for :class:`SOBA`.
         outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
+
+    Raises:
+        ValueError: from :func:`minimize`, for a number β that is not above 0 and at most 1.
 
     Source: Chen, Xiao, Balasubramanian (2023), Optimal algorithms for stochastic bilevel optimization under relaxed
     smoothness conditions, algorithm 1.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.stochastic.protocol import Directions, Draws, Oracle, State, register
-from bilevel.stochastic.rates import Rate
+from bilevel.stochastic.rates import Rate, check_count
 from bilevel.stochastic.samples import Sampling
 from bilevel.stochastic.soba import move_inner
 
@@ -35,6 +35,9 @@ class SRBA:
         outer_batch: as for :class:`SOBA`.
         sampling: as for :class:`SOBA`.
 
+    Raises:
+        ValueError: for a period below 1.
+
     Source: Dagréou, Moreau, Vaiter, Ablin (2023), A near-optimal algorithm for bilevel empirical risk minimization,
     algorithm 1; Nguyen, Liu, Scheinberg, Takáč (2017), SARAH.
     """
@@ -50,6 +53,9 @@ class SRBA:
     draws: ClassVar[tuple[int, int]] = (1, 1)
     evaluates_only_draws: ClassVar[bool] = True
     exponents: ClassVar[tuple[float, float]] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        check_count("SRBA", period=self.period)
 
     def init(self, oracle: Oracle, state: State) -> State:
         """Return the state with the first point, and with age 0, so that the first step evaluates all samples."""

@@ -128,7 +128,14 @@ def problems(
     dtypes: Sequence[str] | None = None,
     w_layouts: Sequence[str] = LAYOUTS,
 ) -> st.SearchStrategy[Case]:
-    """Draw a case of any family, by the family's own strategy."""
+    """Draw a case of any family, by the family's own strategy.
+
+    Args:
+        sizes, conditions, dtypes, w_layouts: the values that are drawn from, as for the strategies of the families.
+
+    Returns:
+        A strategy of :class:`~bilevel.testing.Case`.
+    """
     strategies = (
         quadratic_problems,
         ridge_problems,

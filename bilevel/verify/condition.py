@@ -44,7 +44,11 @@ class Check:
 
 @dataclass(frozen=True)
 class ConditionReport:
-    """The result of :func:`check_condition`, which prints as a table; ``report["symmetry"]`` returns one row."""
+    """The result of :func:`check_condition`, which prints as a table.
+
+    ``report["symmetry"]`` returns one row. A row is missing, and raises a KeyError, if the check does not apply, or if
+    an earlier check failed without which it cannot be made.
+    """
 
     checks: tuple[Check, ...]
 
@@ -54,7 +58,10 @@ class ConditionReport:
         return all(check.ok for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(f"the report has no row {name!r}: it has {', '.join(check.name for check in self.checks)}")
 
     def __str__(self) -> str:
         return "\n".join([table(_HEADER, self._rows()), *map(wrapped, self._remedies())])

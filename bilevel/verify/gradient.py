@@ -149,8 +149,8 @@ def check_hypergradient(
     Raises:
         ValueError: for an unknown reference, for an empty ``against``, or for directions that do not have the shape
             ``[m, entries of θ]``.
-        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
-            and for a complex leaf of θ.
+        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is neither an
+            array nor a number, and for a complex leaf of θ.
 
     Example:
         Three steps of gradient descent do not solve this inner problem, and the verdict says so:

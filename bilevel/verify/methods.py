@@ -127,8 +127,8 @@ def compare_methods(
 
     Raises:
         ValueError: for no methods, or fewer than one run.
-        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is not an array,
-            for a complex leaf of θ, and for a leaf of init that is not floating point.
+        TypeError: if neither or both of init and start are given, for a leaf of θ, init or data that is neither an
+            array nor a number, for a complex leaf of θ, and for a leaf of init that is not floating point.
 
     Example:
         >>> import jax.numpy as jnp

@@ -84,11 +84,11 @@ class Episode:
             InputError: if there are fewer classes than ways, or fewer images in a class than shots plus queries.
         """
         if self.ways > len(classes):
-            raise InputError(f"{self.ways} ways are more than the {len(classes)} classes of {name}")
+            raise InputError(f"{self.ways} ways are more than the {len(classes)} classes of {name}: choose fewer ways")
         if self.shots + self.queries > classes.samples:
             raise InputError(
                 f"{self.shots} shots and {self.queries} queries are more than the {classes.samples} images "
-                f"that a class of {name} has"
+                f"that a class of {name} has: choose fewer shots or queries"
             )
 
     def sample(self, pixels: jax.Array | UnevenSource, key: jax.Array, rotate: bool = False) -> Task:

@@ -49,7 +49,7 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
             that divides the tasks of one process.
 
     Raises:
-        InputError: if a process has fewer devices than requested, or if the number of devices in the mesh does not
+        InputError: for fewer than 1 device or more than a process has, or if the number of devices in the mesh does not
             divide ``tasks``.
     """
     processes = jax.process_count()
@@ -59,8 +59,10 @@ def global_mesh(tasks: int, devices: int | str | None = None) -> Mesh:
         check_shares(tasks, processes)
         devices = _largest(tasks // processes, available)
     devices = available if devices == "all" else int(devices)
-    if devices > available:
-        raise InputError(f"--devices {devices} was requested, but a process has only {available}")
+    if not 1 <= devices <= available:
+        raise InputError(
+            f"{devices} devices were requested (--devices), but a process has {available}: choose 1 to {available}"
+        )
     check_shares(tasks, processes, devices)
     return _mesh([device for local in by_process for device in local[:devices]])
 
@@ -77,7 +79,7 @@ def check_shares(tasks: int, processes: int, devices: int = 1) -> None:
         each = f" ({devices} in each of {processes} processes)" if processes > 1 else ""
         raise InputError(
             f"the {tasks} tasks of a meta-step (--outer.tasks) cannot be divided equally among {processes * devices} "
-            f"devices{each}"
+            f"devices{each}: choose another number of tasks, or of devices (--devices)"
         )
 
 

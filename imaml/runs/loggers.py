@@ -94,7 +94,7 @@ class TensorBoard:
 
         If ``step`` is not 0, TensorBoard hides the events that an earlier process wrote for later meta-steps.
         """
-        library = _imported("tensorboardX", "tensorboard")
+        library = _imported("tensorboardX")
         folder = directory / "tensorboard" if self.directory is None else Path(self.directory)
         self._last = step
         self._writer = library.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
@@ -132,7 +132,7 @@ class WeightsAndBiases:
 
     def begin(self, directory: Path, description: dict[str, Any], step: int) -> None:
         """Start a run at Weights & Biases. If ``step`` is not 0, continue the run whose id is in the folder."""
-        library = _imported("wandb", "wandb")
+        library = _imported("wandb")
         path = directory / "wandb-id"
         identity = path.read_text().strip() if step and path.exists() else uuid4().hex
         path.write_text(f"{identity}\n")
@@ -173,11 +173,10 @@ class Loggers:
             self._begun.pop().end(evaluation)
 
 
-def _imported(module, extra):
+def _imported(module):
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"this logger needs {module}, which cannot be imported ({error}): install it with the extra {extra!r}, "
-            f"pip install 'bilevel-imaml[{extra}]'"
+            f"this logger needs {module}, which cannot be imported ({error}): pip install {module}"
         ) from error

@@ -111,15 +111,15 @@ def train(
             checkpoint was saved with other versions, if ``result.json`` is not replaced, if outputs in a validation or
             the evaluation are not finite, if a run is extended, if the loss at the end of the meta-steps is more than
             1.5 times its least value, or if ``start`` may have been trained on test classes of these data; by default
-            ``on_event``.
+            ``on_event``, which does nothing unless it is given or ``progress`` is True.
         on_progress: called after every meta-step.
         progress: whether to print the events, and a progress bar with loss, accuracy and the time left. In a notebook
             or a file, there is a line every ten seconds instead of the bar.
         loggers: where else to send the progress, such as :class:`imaml.TensorBoard`. The log in the folder is written
             in any case.
-        evaluation_tasks: number of held-out tasks in the evaluation at the end. If ``result.json`` has an evaluation of
-            the same run on more tasks, it is not replaced. 0 for no evaluation: the test classes are then not looked
-            at.
+        evaluation_tasks: number of held-out tasks in the evaluation at the end, at least 2. If ``result.json`` has an
+            evaluation of the same run on more tasks, it is not replaced. 0 for no evaluation: the test classes are then
+            not looked at.
         checkpoint_seconds: least time between two checkpoints. The checkpoint at the end, and one after each validation
             that is the best so far, are saved in any case.
         keep_checkpoints: number of last checkpoints that are kept, at least 1. The best one is kept in addition: the
@@ -169,7 +169,10 @@ def _train(
     checkpoint_seconds, keep_checkpoints,
 ) -> Run:  # fmt: skip
     """Train as :func:`train` does, and call ``on_begin(directory, description, step)`` before the first meta-step."""
-    check(evaluation_tasks != 1, "an evaluation needs at least 2 tasks, got 1: pass 0 for none")
+    check(
+        evaluation_tasks == 0 or evaluation_tasks >= 2,
+        f"an evaluation needs at least 2 tasks, got {evaluation_tasks}: pass 0 for none",
+    )
     if keep_checkpoints < 1:
         raise InputError(f"at least 1 checkpoint must be kept, got {keep_checkpoints}")
     mesh = global_mesh(preset.outer.tasks, devices)

@@ -84,11 +84,20 @@ def verify(
         on_progress: called with two numbers: the parts of the present computation that are done, and all its parts.
 
     Raises:
-        InputError: if the data cannot be used, or if the preset's algorithm is not implicit MAML as in the paper.
+        InputError: if the data cannot be used, if the preset's algorithm is not implicit MAML as in the paper, or if
+            its network has no method ``smooth_variant(outputs)``, as a network of your own may lack.
     """
     begin = time.monotonic()
     if preset.algorithm != "imaml" or preset.fidelity != "paper":
-        raise InputError(f"verify compares with the paper's equations, but {preset.name} uses {preset.title}")
+        raise InputError(
+            f"verify compares with the paper's equations, but {preset.name} uses {preset.title}: choose a preset with "
+            "the algorithm imaml and the fidelity paper"
+        )
+    if not hasattr(preset.network, "smooth_variant"):
+        raise InputError(
+            f"verify needs a network without kinks, but {type(preset.network).__name__} has no method smooth_variant: "
+            "add one that takes the number of outputs and returns the same imaml.Network with a smooth activation"
+        )
     stages = itertools.count(1)
 
     def announce(message):

@@ -135,7 +135,7 @@ def test_a_layer_has_the_jacobian_of_a_batch_of_layers():
 def test_what_cannot_be_divided_into_blocks_is_refused():
     with pytest.raises(TypeError, match=r"factorises each block by LU\(\) or Cholesky\(\), got CG"):
         bl.Blockwise(bl.CG(3))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Blockwise needs arrays with one common leading axis"):
+    with pytest.raises(ValueError, match="Blockwise needs a w whose leaves have one common leading axis"):
         bl.Blockwise(bl.LU())(lambda v: v, {"a": jnp.ones((2, 3)), "b": jnp.ones(3)})
     problem = bl.Problem(bl.Root(lambda w, theta, data: w - theta), outer)
     with pytest.raises(ValueError, match="Blockwise needs a symmetric operator"):

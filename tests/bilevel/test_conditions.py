@@ -297,6 +297,12 @@ def test_a_quadratic_program_is_differentiated_in_all_its_data():
         np.testing.assert_allclose(out.gradient[name], value, atol=1e-8, err_msg=name)
 
 
+def test_a_constraint_without_its_multiplier_is_refused_with_a_hint():
+    condition = bl.KKT(lambda x, theta, data: jnp.sum(x**2), equality=lambda x, theta, data: x[:2] - theta)
+    with pytest.raises(ValueError, match="or start the solver with one multiplier for each constraint"):
+        condition.residual((jnp.ones(3), (), None), 1.0, None)
+
+
 @pytest.mark.slow("compiles two derivatives of a KKT point")
 def test_an_inactive_inequality_leaves_the_derivative_unchanged():
     theta = {key: jnp.asarray(value) for key, value in PROGRAM.items()}
@@ -348,6 +354,15 @@ def test_a_centre_with_another_tree_structure_is_refused_with_a_remedy():
     for function in (condition.residual, condition.potential):
         with pytest.raises(ValueError, match=r"needs a centre .* got .*'log'.*: pass center"):
             function(jnp.zeros(2), {"w": jnp.zeros(2), "log": 0.0}, None)
+
+
+def test_strengths_with_another_tree_structure_than_w_are_refused():
+    condition = bl.Proximal(lambda w, theta, data: jnp.sum(w**2), lambda theta, data: {"a": 1.0, "b": 2.0})
+    for function in (condition.residual, condition.potential):
+        with pytest.raises(
+            ValueError, match=r"needs a strength that is a scalar or has the tree structure of w, .*'b'"
+        ):
+            function(jnp.zeros(2), jnp.zeros(2), None)
 
 
 @pytest.mark.slow("compiles a nested hypergradient")

@@ -331,6 +331,9 @@ def test_init_by_name_and_defaults_of_the_solver():
 def test_wrong_uses_are_refused(decorator):
     with pytest.raises(TypeError, match=r"needs a function of \(w, \*args, \*\*kwargs\), got ndarray"):
         decorator(np.zeros(3))
+    alone = decorator(lambda w, theta: w - theta, has_aux=True)(lambda init, theta: jnp.array([theta, theta]))
+    with pytest.raises(TypeError, match=r"needs a solver function that returns a pair \(w, aux\), got Array"):
+        alone(None, 1.0)
     with pytest.raises(ValueError, match="cannot know the shapes of aux"):
         decorator(system, has_aux=True, callback=True)
     with pytest.raises(ValueError, match="CG needs a symmetric operator"):

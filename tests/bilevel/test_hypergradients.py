@@ -240,7 +240,7 @@ def test_on_failure_raises_warns_or_ignores():
     arguments = (case.theta, case.init, case.data)
     solver, method = bl.GradientDescent(0.1, 2, tol=1e-12), bl.Implicit(bl.CG(5))
     with pytest.raises(
-        bl.HypergradientError, match=r"inner solve, MAX_STEPS: the true residual does not meet tol: allow more"
+        bl.HypergradientError, match=r"inner solve, MAX_STEPS: the true residual does not meet tol, or .*: allow more"
     ) as caught:
         bl.value_and_hypergradient(case.problem, solver, method)(*arguments)
     assert int(caught.value.result.status) == bl.Status.MAX_STEPS

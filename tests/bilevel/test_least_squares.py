@@ -226,6 +226,12 @@ def test_wrong_uses_are_refused():
         bl.GaussNewton(3)(bl.Root(lambda w, theta, data: jnp.ones(3)), jnp.zeros(2), None, None)
 
 
+def test_bounds_with_another_tree_structure_than_w_are_refused():
+    root = bl.Root(lambda w, theta, data: w - theta)
+    with pytest.raises(ValueError, match=r"bounds that are numbers or have the tree structure of w, .*, got .*'a'"):
+        bl.solve(bl.GaussNewton(3, lower={"a": 0.0}), root, jnp.array(1.0), jnp.array(1.0), None)
+
+
 @pytest.mark.parametrize("bounds", [{"lower": 1.6, "upper": 4.0}, {"lower": {"angle": 1.6}, "upper": {"angle": 4.0}}])
 def test_newtons_method_stays_within_its_bounds_and_finds_the_root_there(bounds):
     sine = bl.Root(lambda w, theta, data: {"angle": jnp.sin(w["angle"]) - theta})

@@ -266,6 +266,15 @@ def test_neumann_that_diverges_is_a_breakdown_and_one_with_too_few_terms_is_max_
     assert int(bl.Neumann(2, step_size=0.2, tol=1e-6)(operator(SYMMETRIC), b)[1].status) == bl.Status.MAX_STEPS
 
 
+@pytest.mark.parametrize("tol", [None, 1e-6])
+def test_a_nan_in_a_neumann_series_is_not_reported_as_a_divergence(tol):
+    solver = bl.Neumann(3, step_size=0.2, tol=tol)
+    _, info = solver(lambda v: 2 * v, jnp.array([1.0, np.nan]))
+    assert bl.Status(int(info.status)) is bl.Status.NONFINITE
+    _, info = solver(lambda v: jnp.nan * v, jnp.ones(2))
+    assert bl.Status(int(info.status)) is bl.Status.NONFINITE
+
+
 @pytest.mark.parametrize("rank", [3, 8])
 def test_nystrom_at_full_rank_is_the_regularised_inverse(rank):
     b, solver = np.array([1.0, -2.0, 0.5]), bl.Nystrom(rank=rank, ridge=0.3)

@@ -410,7 +410,8 @@ BOX = bl.Projected(
     ("solver", "inner", "remedy"),
     [
         (bl.GradientDescent(0.1, 3), MAP, "use .*FixedPointIteration, Anderson"),
-        (bl.HessianFree(3), ROOT, "Root is not: use Stationary, Proximal or LeastSquares"),
+        (bl.HessianFree(3), ROOT, "Root is not: use Stationary, .* or solve it by LevenbergMarquardt, GaussNewton"),
+        (bl.GradientDescent(0.1, 3), BOX, "Projected is not: .* or solve it by FISTA"),
         (bl.Anderson(3), ROOT, r"repeats a mapping, and Root has no mapping: use FixedPoint, Projected"),
         (bl.FixedPointIteration(3), diagonal_quadratic(), "GradientDescent, Optax or HessianFree"),
         (bl.Jaxopt("LBFGS"), BOX, "LBFGS does not solve Projected: use ProjectedGradient, MirrorDescent"),

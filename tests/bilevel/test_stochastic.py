@@ -720,6 +720,12 @@ def test_classes_with_equal_fields_do_not_share_a_program():
         ({"algorithm": SOBA(-0.1, 0.1, 0.1)}, "inner_rate must be a finite number"),
         ({"algorithm": SOBA(0.1, 0.1, 0.1, inner_batch=0)}, "inner_batch must be at least 1"),
         ({"algorithm": SOBA(0.1, 0.1, 0.1, sampling="random")}, "sampling must be"),
+        ({"algorithm": F2SA(0.1, 0.1, penalty=0.0)}, "penalty must be a finite number above 0, or a function"),
+        ({"algorithm": F2SA(0.1, 0.1, penalty=np.inf)}, "penalty must be a finite number above 0, or a function"),
+        (
+            {"algorithm": MASOBA(0.1, 0.1, 0.1, averaging=2.0)},
+            "averaging must be a finite number above 0 and at most 1",
+        ),
     ],
 )
 def test_arguments_that_are_refused(change, message):
@@ -728,9 +734,33 @@ def test_arguments_that_are_refused(change, message):
         run(**options)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: F2SA(inner_steps=0), "F2SA needs inner_steps of at least 1, got 0"),
+        (lambda: AmIGO(linear_steps=-1), "AmIGO needs linear_steps of at least 1, got -1"),
+        (lambda: SRBA(period=0), "SRBA needs period of at least 1, got 0"),
+    ],
+)
+def test_numbers_of_steps_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_arguments_of_another_type_are_refused():
+    with pytest.raises(TypeError, match=r"minimize needs an algorithm, got SOBA: pass an instance, such as SOBA\(\)"):
+        run(SOBA)
+    with pytest.raises(TypeError, match="minimize needs an algorithm, got str"):
+        run("SOBA")
+    with pytest.raises(TypeError, match=r"minimize needs a problem, got function: pass Problem\(condition, outer\)"):
+        run(ALGORITHMS["SOBA"], problem=outer_objective)
+
+
 def test_conditions_that_are_refused():
     root = bl.Problem(bl.Root(lambda w, theta, batch: w), outer_objective)
-    with pytest.raises(ValueError, match="F2SA needs an inner objective, and Root has none"):
+    with pytest.raises(
+        ValueError, match="F2SA needs a condition that is the gradient of an objective, and Root is not"
+    ):
         run(ALGORITHMS["F2SA"], problem=root)
     projected = bl.Problem(bl.Projected(inner_objective, lambda w, theta, data: jnp.maximum(w, 0.0)), outer_objective)
     with pytest.raises(ValueError, match="Projected is not a mean over samples"):

@@ -309,6 +309,8 @@ def test_a_theta_that_enters_only_the_initial_point_is_found():
     assert failed(report) == ["θ in the condition"]
     assert "enters only the initial point" in report["θ in the condition"].found
     assert "Unrolled" in report["θ in the condition"].remedy
+    with pytest.raises(KeyError, match="the report has no row 'strong convexity': it has leaves, "):
+        report["strong convexity"]
 
 
 def test_an_unused_leaf_and_an_ignored_w_are_found():

@@ -277,8 +277,10 @@ def test_a_mesh_has_the_requested_number_of_devices_or_the_largest_that_divides_
     count = jax.local_device_count()
     assert global_mesh(8 * count).size == count and global_mesh(8 * count, "all").size == count
     assert global_mesh(8 * count, 1).size == global_mesh(1).size == 1
-    with pytest.raises(InputError, match=f"--devices {count + 1} was requested, but a process has only {count}"):
+    with pytest.raises(InputError, match=f"{count + 1} devices were requested .*, but a process has {count}"):
         global_mesh(8 * count, count + 1)
+    with pytest.raises(InputError, match="0 devices were requested"):
+        global_mesh(8 * count, 0)
     with pytest.raises(InputError, match=f"the 1 tasks of .* among {2 * count} devices"):
         check_shares(1, 1, 2 * count)
 

@@ -182,6 +182,9 @@ def test_an_empty_folder_cannot_be_evaluated(tmp_path):
 def test_one_task_has_no_interval(uninterrupted):
     with pytest.raises(InputError, match="at least 2 tasks, got 1"):
         imaml.evaluate(uninterrupted.run, tasks=1)
+    for tasks in (1, -5):
+        with pytest.raises(InputError, match=f"at least 2 tasks, got {tasks}: pass 0 for none"):
+            imaml.train(PRESET, uninterrupted.run.directory, evaluation_tasks=tasks)
 
 
 @pytest.mark.slow("trains and evaluates a run")

@@ -105,11 +105,10 @@ def test_weights_and_biases_resumes_the_same_run(tmp_path, monkeypatch):
     assert one.summary == {} and two.summary["test/none/accuracy"] == run.evaluation.value
 
 
-@pytest.mark.parametrize("logger, extra", [(imaml.TensorBoard(), "tensorboard"), (imaml.WeightsAndBiases(), "wandb")])
-def test_a_missing_library_is_named_with_the_command_that_installs_it(logger, extra, tmp_path, monkeypatch):
-    for module in ("tensorboardX", "wandb"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(imaml.InputError, match=rf"pip install 'bilevel-imaml\[{extra}\]'"):
+@pytest.mark.parametrize("logger, module", [(imaml.TensorBoard(), "tensorboardX"), (imaml.WeightsAndBiases(), "wandb")])
+def test_a_missing_library_is_named_with_the_command_that_installs_it(logger, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(imaml.InputError, match=f"pip install {module}"):
         train(tmp_path, loggers=[logger])
 
 

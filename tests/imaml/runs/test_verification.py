@@ -1,7 +1,7 @@
 """Verification: correct meta-gradients of a small network pass the checks, and planted faults fail them."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,20 @@ def test_the_last_gap_of_unrolled_maml_must_be_the_smallest_and_a_tenth_of_the_f
     wrong = [0.5, 0.01, 0.04], [0.5, 0.2, 0.3], [0.5, 0.4, 0.3], [0.5, 0.4, float("nan")]
     for gaps, ok in (*((gaps, True) for gaps in right), *((gaps, False) for gaps in wrong)):
         assert verification._check_gaps(np.array(gaps), (1, 2, 3)).ok is ok
+
+
+def test_presets_that_cannot_be_verified_are_refused_before_the_data_are_read():
+    preset = imaml.preset("glyphs-5way-1shot-gd")
+    with pytest.raises(imaml.InputError, match="choose a preset with the algorithm imaml and the fidelity paper"):
+        imaml.verify(preset.using("maml"))
+
+    @dataclass(frozen=True)
+    class Kinked:
+        def build(self, outputs):
+            raise AssertionError("verify refuses the network before it builds it")
+
+    with pytest.raises(imaml.InputError, match="Kinked has no method smooth_variant: add one"):
+        imaml.verify(replace(preset, network=Kinked()))
 
 
 @pytest.mark.slow("evaluates a preset's convolutional network and its smooth variant")
