@@ -174,11 +174,8 @@ def _decorator(
             theta, constants = _partition((args, kwargs))
             constant_args, constant_kwargs = constants.join(_without_derivative(theta))
             found = run(_start(init), *constant_args, **constant_kwargs)
-            if has_aux and not (isinstance(found, tuple | list) and len(found) == 2):
-                raise TypeError(
-                    f"{name} with has_aux=True needs a solver function that returns a pair (w, aux), got "
-                    f"{type(found).__name__}"
-                )
+            if has_aux:
+                _check_pair(name, found)
             w, aux = found if has_aux else (found, None)
             layer = attach_once(constants) if constants.hashable else attach(constants)
             w = layer(theta, jax.lax.stop_gradient(w))
@@ -191,6 +188,14 @@ def _decorator(
         return solve
 
     return decorate
+
+
+def _check_pair(name: str, found: Any) -> None:
+    """Raise TypeError for a result of a solver function that is no pair (w, aux)."""
+    if not (isinstance(found, tuple | list) and len(found) == 2):
+        raise TypeError(
+            f"{name} with has_aux=True needs a solver function that returns a pair (w, aux), got {type(found).__name__}"
+        )
 
 
 def _keep(tol: float | None) -> InnerSolver:
