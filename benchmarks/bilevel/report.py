@@ -17,6 +17,8 @@ TIMES = (0.3, 1.0, 3.0, 8.0)
 NAMES = {
     "gap": "h(x) − h*", "gradient": "‖∇h(x)‖", "validation_loss": "validation loss", "test_error": "test error",
 }  # fmt: skip
+FORMATS = {"gap": ".1e", "gradient": ".1e", "validation_loss": ".4f", "test_error": ".4f"}
+"""How the tables show a measure. Losses and errors do not tend to zero, so their digits behind the first two matter."""
 FLOOR = 1e-16
 """Values below this one are drawn at this height, because such gaps are rounding errors of h."""
 
@@ -64,7 +66,7 @@ def rows(record: dict, metric: str) -> list[str]:
     found = [f"| {NAMES[metric]} after | " + " | ".join(f"{time:g} s" for time in times) + " | steps/s |"]
     found.append("|" + "---|" * (len(times) + 2))
     for label, contender in record["contenders"].items():
-        values = [f"{median_at(contender['runs'], metric, time):.1e}" for time in times]
+        values = [f"{median_at(contender['runs'], metric, time):{FORMATS[metric]}}" for time in times]
         found.append(f"| {label} | " + " | ".join(values) + f" | {steps_each_second(contender['runs']):,.0f} |")
     return found
 
@@ -107,7 +109,7 @@ def best(record: dict) -> list[str]:
             for time in times:
                 values = {label: median_at(c["runs"], metric, time) for label, c in group.items()}
                 value, label = min(((v, k) for k, v in values.items() if v == v), default=(float("nan"), "none"))
-                cells.append(f"{value:.1e} ({label.partition(',')[0]})")
+                cells.append(f"{value:{FORMATS[metric]}} ({label.partition(',')[0]})")
             found.append(f"| {side}, {NAMES[metric]} | " + " | ".join(cells) + " |")
     return found
 
