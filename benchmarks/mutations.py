@@ -70,7 +70,7 @@ MUTATIONS = (
     Fault("penalty forgotten", "ValuePenalty", "tree.scale(self.penalty, _DIFFERENCE)", "_DIFFERENCE"),
     Fault("slopes doubled", "EvolutionStrategies", "_DIFFERENCE / (2 * self.scale)", "_DIFFERENCE / self.scale"),
     # Conditions.
-    Fault("λ dropped", "Proximal.residual", "tree.scale(_STRENGTH, _AWAY)", "tree.scale(1.0, _AWAY)"),
+    Fault("λ dropped", "Proximal._pull", "tree.scale(_STRENGTH, _AWAY)", "tree.scale(1.0, _AWAY)"),
     Fault("fixed point's sign", "FixedPoint.residual", "tree.subtract(_W, _MAPPED)", "tree.add(_W, _MAPPED)"),
     Fault("complementarity without its multiplier", "KKT.residual", "jax.tree.map(jnp.multiply, _MU, _G)", "_G"),
     Fault(

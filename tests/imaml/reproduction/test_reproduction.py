@@ -458,7 +458,8 @@ def test_the_name_of_a_record_loads_the_learner_that_its_run_trained(name, tmp_p
     jax.tree.map(np.testing.assert_array_equal, learner.theta, theta)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
     assert learner.preset == restore(record.preset, record.config)
-    assert learner.facts == {"data": record.split, "step": record.meta_steps, "versions": record.versions}
+    facts = {"data": record.split, "step": record.meta_steps, "versions": record.versions}
+    assert learner.facts == facts | ({"start": {"from": record.start}} if record.start else {})
 
 
 def test_the_parameters_of_a_record_start_a_run_and_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
