@@ -1759,7 +1759,7 @@ REFUSALS = {
         lambda theta: np.sum(np.linalg.solve(ROTATED, theta)),
         np.array([0.3, -1.0]),
     ),
-    "a solver of SciPy under a trace": Refusal(
+    "a solver of SciPy under `jax.grad` or another trace": Refusal(
         lambda theta: bl.implicit_layer(PULL, bl.Jaxopt("ScipyMinimize", method="BFGS"))(theta, jnp.zeros(2), None),
         "runs SciPy, but a hypergradient or jit would have to trace it",
         lambda theta: BY_SCIPY(jnp.zeros(2), theta),
