@@ -176,13 +176,18 @@ def count_samples(samples: PyTree, name: str) -> int:
     Raises:
         ValueError: if there is no leaf, no sample, or if the lengths differ.
     """
-    found = shapes(samples)
-    if not found or not all(found) or len({shape[0] for shape in found}) != 1 or found[0][0] == 0:
+    if (count := common_length(samples)) is None:
         raise ValueError(
-            f"{name} needs arrays with one common leading axis of samples, got the shapes {found}: a constant that "
-            "all samples share belongs in the functions of the problem or in theta"
+            f"{name} needs arrays with one common leading axis of samples, got the shapes {shapes(samples)}: a "
+            "constant that all samples share belongs in the functions of the problem or in theta"
         )
-    return found[0][0]
+    return count
+
+
+def common_length(a: PyTree) -> int | None:
+    """Return the length of the leading axis of all leaves; None if they have none in common, or if it is empty."""
+    lengths = {shape[0] if shape else 0 for shape in shapes(a)}
+    return lengths.pop() or None if len(lengths) == 1 else None
 
 
 def shapes_for_message(a: PyTree) -> PyTree:

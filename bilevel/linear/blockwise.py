@@ -57,13 +57,11 @@ class Blockwise:
 
     def __call__(self, matvec: MatVec, b: PyTree, init: PyTree | None = None) -> tuple[PyTree, LinearInfo]:
         del init  # a factorisation needs no start
-        found = tree.shapes(b)
-        if not found or not all(found) or len({shape[0] for shape in found}) != 1 or found[0][0] == 0:
+        if (count := tree.common_length(b)) is None:
             raise ValueError(
                 "Blockwise needs a w whose leaves have one common leading axis of inner problems, got the shapes "
-                f"{found}: use LU or Cholesky for a w without such an axis"
+                f"{tree.shapes(b)}: use LU or Cholesky for a w without such an axis"
             )
-        count = found[0][0]
         size, b_scaled, _ = normalise(b)
         wide_b = tree.widened(b_scaled)  # LAPACK factorises nothing narrower than float32
         wide = in_accumulation_dtype(square("Blockwise", matvec, 0.0, b), b)

@@ -15,12 +15,10 @@ from typing import Any
 from imaml.errors import InputError
 from imaml.reproduction.paper import Cell
 from imaml.runs import parameters
-from imaml.runs.checkpoints import pack
 from imaml.runs.folder import RESULT, differences
 from imaml.runs.log import read_log, time_of
 from imaml.runs.parameters import KEPT
 from imaml.runs.summary import evaluations_in
-from imaml.storage import arrays
 from imaml.storage.files import write_whole
 
 FORMAT = 1
@@ -179,10 +177,9 @@ def _record_at_the_start(directory, result):
     """Return the name of the record in the package from whose parameters a run started; "" for drawn parameters."""
     if "start" not in result:
         return ""
-    digest = result["start"]["sha256"]
     for name in parameters.names():
         named = parameters.read(KEPT / f"{name}{parameters.SAFETENSORS}")[1]
-        if arrays.digest({key: pack(array) for key, array in named}) == digest:
+        if parameters.digest(named) == result["start"]["sha256"]:
             break
     else:
         raise InputError(

@@ -92,6 +92,11 @@ def read(path: Path) -> tuple[dict[str, Any] | None, Named]:
         raise InputError(f"{path} is damaged, or holds no parameters: {error}") from error
 
 
+def digest(named: Named) -> str:
+    """Return the SHA-256 of arrays with the names of their parameters."""
+    return arrays.digest({name: pack(array) for name, array in named})
+
+
 def names(directory: Path = KEPT) -> tuple[str, ...]:
     """Return the names of the records in a folder that have trained parameters."""
     return tuple(sorted(path.stem for path in directory.glob(f"*{SAFETENSORS}")))

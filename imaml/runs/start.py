@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from imaml.runs import learner, parameters
-from imaml.runs.checkpoints import named_leaves, pack
+from imaml.runs.checkpoints import named_leaves
 from imaml.runs.results import Run
 from imaml.settings.preset import Preset
-from imaml.storage import arrays
 
 ORIGIN = ("preset", "dataset", "step", "data")
 """The facts that a new run keeps about the run that trained its first parameters."""
@@ -43,7 +42,7 @@ def read_start(
         return None, {}
     where, named, origin = _read(start, on_event)
     theta = parameters.restored_in_the_networks_dtypes(where, named, preset)
-    facts = {"from": str(where), "sha256": arrays.digest({name: pack(leaf) for name, leaf in named_leaves(theta)})}
+    facts = {"from": str(where), "sha256": parameters.digest(named_leaves(theta))}
     return theta, {"start": facts | {key: origin[key] for key in ORIGIN if key in origin}}
 
 
